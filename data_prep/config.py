@@ -1,0 +1,147 @@
+"""The options of a preparation, and what makes two preparations the same.
+
+Comes in: what the user set. Goes out: `PrepareConfig` to `prepare`, and a plan (options and input files)
+that is written to the output folder, so that a later run can tell whether it is the same preparation.
+
+The surprising part: a plan never holds a path. A dataset folder may be handed on without telling where its
+corpus lay, and a corpus may move without being prepared again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from data_prep import corpora
+from data_prep.formats import DecodeErrors
+from data_prep.train_tokenizer import TokenizerType
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+
+DEFAULT_VAL_FRACTION = 0.02
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare and how.
+
+    Args:
+        corpus: ``stdlib`` (sources of the running Python, no download), ``tinyshakespeare``,
+            ``wikitext-103``, ``tinystories``, ``fineweb-edu``, ``gutenberg``, or the path of a file or
+            folder (.txt .jsonl .parquet .tar .zip, also compressed with .gz .xz .bz2 .zst).
+        output: dataset folder to make; must be empty, or hold an earlier run of the same preparation.
+        text_key: key (jsonl) or column (parquet) that holds the text.
+        separator: cut text files into documents at this string; by default a file is one document.
+        on_decode_error: what to do with text that is not UTF-8: ``error``, ``replace`` the bytes, or
+            ``skip`` the document.
+        min_chars: drop documents with fewer characters.
+        max_chars: drop documents with more characters.
+        max_documents: stop after this many documents.
+        max_bytes: stop after the document that brings the text to this many bytes.
+        val_fraction: share of the documents held out for validation, chosen by the hash of their text; by
+            default the publisher's own validation split where it has one, else 0.02.
+        val_documents: names or globs of the documents held out instead, for corpora of few long documents.
+        tokenizer: existing sentencepiece model to use; by default one is trained.
+        tokenizer_type: ``bpe`` or ``unigram``, when one is trained.
+        vocab_size: size of its vocabulary.
+        reserved_tokens: ids in it kept free for later stages.
+        tokenizer_sample_mb: megabytes of training text that it is trained on.
+        shard_size_mb: megabytes of text in a shard.
+        seed: of the validation split and of the tokenizer's sample.
+        workers: threads that tokenise; by default one for each CPU. The result does not depend on it.
+        downloads: folder for downloaded files; by default $DUALROUTE_DOWNLOADS or the user's cache.
+        force: discard what an earlier run left in the output folder.
+        progress: show progress on stderr.
+    """
+
+    corpus: str = corpora.STDLIB
+    output: str = "data"
+    text_key: str = "text"
+    separator: str | None = None
+    on_decode_error: DecodeErrors = "error"
+    min_chars: int = 1
+    max_chars: int | None = None
+    max_documents: int | None = None
+    max_bytes: int | None = None
+    val_fraction: float | None = None
+    val_documents: list[str] | None = None
+    tokenizer: str | None = None
+    tokenizer_type: TokenizerType = "bpe"
+    vocab_size: int = 8192
+    reserved_tokens: int = 16
+    tokenizer_sample_mb: float = 32.0
+    shard_size_mb: float = 64.0
+    seed: int = 0
+    workers: int | None = None
+    downloads: str | None = None
+    force: bool = False
+    progress: bool = True
+
+    def check(self) -> None:
+        """Raise a UserError for a value that makes no sense."""
+        for name in ("min_chars", "reserved_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, it is {getattr(self, name)}")
+        positive = ("max_chars", "max_documents", "max_bytes", "workers", "vocab_size", "shard_size_mb")
+        for name in (*positive, "tokenizer_sample_mb"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be positive, it is {value}")
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise UserError(
+                f"max_chars {self.max_chars} is below min_chars {self.min_chars}; no document fits"
+            )
+        if self.val_documents and self.val_fraction is not None:
+            raise UserError("val_fraction and val_documents exclude each other; leave one out")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"val_fraction must lie between 0 and 1, it is {self.val_fraction}; or name val_documents"
+            )
+        if self.separator == "":
+            raise UserError("separator must not be empty; leave it out to make each file one document")
+        for name, known in (
+            ("on_decode_error", ("error", "replace", "skip")),
+            ("tokenizer_type", ("bpe", "unigram")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, it is {getattr(self, name)!r}")
+
+
+#: Fields that do not change the result.
+INCIDENTAL = ("output", "workers", "downloads", "force", "progress")
+
+
+def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | None) -> dict[str, Any]:
+    """Options and inputs: equal plans give equal bytes."""
+    options = {
+        field.name: getattr(config, field.name) for field in fields(config) if field.name not in INCIDENTAL
+    }
+    options["corpus"] = corpus.name
+    if given is not None:
+        options["tokenizer"] = f"sha256:{given.sha256}"
+        for unused in ("tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb"):
+            del options[unused]
+    return {"options": options, "inputs": [source.fingerprint() for source in corpus.files]}
+
+
+def differences_between(earlier: Any, now: dict[str, Any]) -> list[str]:
+    """What changed between two plans, for a message."""
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("options"), dict):
+        return ["options (its record is damaged)"]
+    found = []
+    before, after = earlier["options"], now["options"]
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    if changed:
+        listed = ", ".join(f"{key} {before.get(key)!r}, now {after.get(key)!r}" for key in changed[:4])
+        found.append(f"options ({listed})")
+    old = {entry[0]: entry for entry in earlier.get("inputs", [])}
+    new = {entry[0]: entry for entry in now["inputs"]}
+    for word, files in (
+        ("new", new.keys() - old.keys()),
+        ("gone", old.keys() - new.keys()),
+        ("changed", {name for name in new.keys() & old.keys() if new[name] != old[name]}),
+    ):
+        if files:
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            found.append(f"inputs ({word}: {min(files)}{more})")
+    return found

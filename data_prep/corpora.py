@@ -1,0 +1,267 @@
+"""What a corpus is called, and which files it consists of.
+
+Comes in: a name (`names` lists them) or a path. Goes out: `Corpus`, whose files `documents` opens one
+after the other through `formats`; a remote file is downloaded only when its turn comes, so ``max_bytes``
+of a large corpus downloads little.
+
+- ``stdlib``: the Python sources of the interpreter that runs this; no download.  The default.
+- a folder or file: every supported file below it, in the order of the path.
+- a public corpus: see `REGISTRY`. Each carries its licence; a checksum stands where one is known for
+  certain, elsewhere `download` trusts the first use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from data_prep import download
+from data_prep.clean import matches
+from data_prep.formats import Document, ReadOptions, known_endings, read_documents, supported
+from dualroute.errors import UserError
+
+STDLIB = "stdlib"
+_STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_HF = "https://huggingface.co/datasets"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file, local (``path``) or remote (``urls``); ``name`` is relative to the corpus, with slashes."""
+
+    name: str
+    path: Path | None = None
+    urls: tuple[str, ...] = ()
+    sha256: str | None = None
+
+    def fingerprint(self) -> list[str | int]:
+        """What is compared to notice that the inputs changed."""
+        if self.path is None:
+            return [self.name, self.urls[0], self.sha256 or "first use"]
+        status = self.path.stat()
+        return [self.name, status.st_size, status.st_mtime_ns]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files and how to read them.
+
+    Attributes:
+        name: for messages and the manifest; of a path, its last part.
+        files: in the order they are read.
+        licence: as stated at the source.
+        description: one line.
+        text_key, separator, heading: override `ReadOptions` where not None.
+        exclude: globs of documents that are left out.
+        val_documents: globs of the documents that the publisher holds out.
+        strip: takes the publisher's own text away from a document.
+    """
+
+    name: str
+    files: tuple[SourceFile, ...]
+    licence: str = ""
+    description: str = ""
+    text_key: str | None = None
+    separator: str | None = None
+    heading: re.Pattern[str] | None = None
+    exclude: tuple[str, ...] = ()
+    val_documents: tuple[str, ...] = ()
+    strip: Callable[[str], str] | None = field(default=None, compare=False)
+
+
+def strip_gutenberg(text: str) -> str:
+    """The book without Project Gutenberg's licence and header, as its terms ask of altered copies."""
+    start = re.search(r"^\*\*\* ?START OF .*?\*\*\*[^\n]*$", text, re.MULTILINE)
+    end = re.search(r"^\*\*\* ?END OF ", text, re.MULTILINE)
+    return text[start.end() if start else 0 : end.start() if end else len(text)].strip() + "\n"
+
+
+def _gutenberg(number: int) -> SourceFile:
+    return SourceFile(
+        f"pg{number}.txt", urls=(f"https://www.gutenberg.org/cache/epub/{number}/pg{number}.txt",)
+    )
+
+
+REGISTRY: dict[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            "tinyshakespeare",
+            (
+                SourceFile(
+                    "input.txt",
+                    urls=("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
+                    sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+                ),
+            ),
+            licence="public domain",
+            description="1.1 MB of plays, one speech a document",
+            separator="\n\n",
+        ),
+        Corpus(
+            "wikitext-103",
+            (
+                SourceFile(
+                    "wikitext-103-raw-v1.zip",
+                    urls=(
+                        "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+                        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip",
+                    ),
+                    sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+                ),
+            ),
+            licence="CC BY-SA 3.0",
+            description="540 MB of Wikipedia articles; its valid split is held out, its test split left out",
+            heading=re.compile(r" = [^=].*[^=] = "),
+            exclude=("*wiki.test.raw*",),
+            val_documents=("*wiki.valid.raw*",),
+        ),
+        Corpus(
+            "tinystories",
+            (
+                SourceFile(
+                    "TinyStoriesV2-GPT4-train.txt",
+                    urls=(
+                        f"{_HF}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
+                        "TinyStoriesV2-GPT4-train.txt",
+                    ),
+                ),
+            ),
+            licence="CDLA-Sharing-1.0",
+            description="2.2 GB of short stories in simple words",
+            separator="<|endoftext|>",
+        ),
+        Corpus(
+            "fineweb-edu",
+            tuple(
+                SourceFile(
+                    f"sample/10BT/{number:03d}_00000.parquet",
+                    urls=(f"{_HF}/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/{number:03d}_00000.parquet",),
+                )
+                for number in range(14)
+            ),
+            licence="ODC-By 1.0",
+            description="the 10-billion-token sample: 14 files of 2 GB; set max_bytes to take less",
+            text_key="text",
+        ),
+        Corpus(
+            "gutenberg",
+            tuple(
+                _gutenberg(number)
+                for number in (
+                    35, 36, 45, 74, 76, 84, 98, 100, 120, 135, 145, 158, 161, 174, 345, 599, 730, 766, 768,
+                    996, 1023, 1184, 1228, 1260, 1342, 1399, 1400, 1661, 2413, 2554, 2600, 2701, 3300, 4300,
+                    28054,
+                )
+            ),
+            licence="public domain in the United States",
+            description="35 well-known books, 40 MB",
+            strip=strip_gutenberg,
+        ),
+    )
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """Names that `open_corpus` accepts besides paths."""
+    return [STDLIB, *REGISTRY]
+
+
+def open_corpus(corpus: str) -> Corpus:
+    """The corpus of that name or path.
+
+    Raises:
+        UserError: neither a known name (the nearest is named) nor an existing path, or a path without any
+            supported file.
+    """
+    if corpus == STDLIB:
+        return _stdlib()
+    if corpus in REGISTRY:
+        return REGISTRY[corpus]
+    path = Path(corpus).expanduser()
+    if path.exists():
+        return _local(path)
+    if "/" in corpus or "\\" in corpus or "." in corpus:
+        raise UserError(
+            f"corpus {corpus}: no such file or folder; give an existing path or one of {', '.join(names())}"
+        )
+    near = difflib.get_close_matches(corpus.lower(), names(), 1, cutoff=0.0)[0]
+    known = ", ".join(names())
+    raise UserError(f"corpus {corpus!r} is neither a known name nor a path; did you mean {near!r}? ({known})")
+
+
+def _local(path: Path) -> Corpus:
+    name = path.resolve().name
+    if path.is_file():
+        if not supported(path.name):
+            raise UserError(f"corpus {path}: unknown kind of file; known are {known_endings()}")
+        return Corpus(name, (SourceFile(path.name, path),))
+    found = sorted(
+        (file.relative_to(path).as_posix(), file)
+        for file in path.rglob("*")
+        if file.is_file() and supported(file.name) and not _hidden(file.relative_to(path))
+    )
+    if not found:
+        raise UserError(f"corpus {path}: the folder holds no supported file; known are {known_endings()}")
+    return Corpus(name, tuple(SourceFile(name, file) for name, file in found))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _stdlib() -> Corpus:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = sorted(
+        (file.relative_to(root).as_posix(), file)
+        for file in root.rglob("*.py")
+        if not _STDLIB_SKIP.intersection(file.relative_to(root).parts)
+    )
+    if not found:
+        raise UserError(f"corpus stdlib: no .py files in {root}; give a folder of texts instead")
+    return Corpus(
+        STDLIB,
+        tuple(SourceFile(name, file) for name, file in found),
+        licence="PSF-2.0",
+        description=f"sources of Python {platform.python_version()}'s standard library, without its tests",
+    )
+
+
+def documents(
+    corpus: Corpus,
+    options: ReadOptions,
+    downloads: Path,
+    report: Callable[[str], download.Report] | None = None,
+) -> Iterator[Document]:
+    """Every document of ``corpus`` in order.
+
+    Args:
+        corpus: from `open_corpus`.
+        options: of the user; what the corpus itself states wins.
+        downloads: folder for remote files.
+        report: makes, for a file's name, the callback that is told how its download goes.
+    """
+    options = replace(
+        options,
+        text_key=corpus.text_key or options.text_key,
+        separator=corpus.separator or options.separator,
+        heading=corpus.heading or options.heading,
+    )
+    for source in corpus.files:
+        path = source.path
+        if path is None:
+            path = download.fetch(
+                source.urls,
+                downloads / corpus.name / source.name,
+                source.sha256,
+                report(source.name) if report is not None else None,
+            )
+        for document in read_documents(path, source.name, options):
+            if any(matches(document.name, pattern) for pattern in corpus.exclude):
+                continue
+            yield document if corpus.strip is None else replace(document, text=corpus.strip(document.text))

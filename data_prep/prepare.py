@@ -1,0 +1,367 @@
+"""The whole preparation: `prepare(config)` turns a corpus into a dataset folder.
+
+1. open the corpus (`corpora`) and note options and input files in ``preparation.json``;
+2. survey: read and clean everything once, count what stays and what is dropped, sample the training side;
+3. train the tokenizer on the sample, or copy the one that was given;
+4. read and clean again, tokenise, write shards (`shards`);
+5. index files, and last of all ``manifest.json``: a folder that has one is complete.
+
+An interrupted run continues: the survey, the tokenizer and each shard are kept once complete. A second
+run with the same options and inputs returns at once; with others it says what differs.
+
+The surprising part: the corpus is read twice. That costs little beside tokenising, bounds the memory,
+gives a true percentage while the shards are written, and finds a bad byte at the end of the corpus before
+hours are spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_prep import corpora
+from data_prep.clean import CleanDocument, Selection, select
+from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
+from data_prep.download import default_download_folder
+from data_prep.formats import ReadOptions
+from data_prep.progress import Reporter
+from data_prep.shards import SPLITS, STATE_FOLDER, write_index, write_shards
+from data_prep.train_tokenizer import Sample, train_tokenizer
+from dualroute.data.atomic import remove_leftovers, write_bytes_atomically
+from dualroute.data.manifest import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    TokenizerInfo,
+    token_dtype,
+    verify_shards,
+)
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+
+PREPARATION_FILE = "preparation.json"
+_LOCK_FILE = ".prepare.lock"
+_SURVEY_FILE = "survey.json"
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Make the dataset folder ``config.output``, or continue it, or find it done.
+
+    Raises:
+        UserError: bad options or input, an occupied output folder, no space; one line that says what to
+            do. After bad input nothing is left behind; after a full disk what is finished stays, and the
+            next run continues.
+    """
+    config.check()
+    output = Path(config.output).expanduser()
+    try:
+        corpus = corpora.open_corpus(config.corpus)
+        given = Tokenizer(config.tokenizer) if config.tokenizer is not None else None
+        plan = plan_of(config, corpus, given)
+        with _claimed(output):
+            return _Preparation(config, corpus, given, output, plan).run()
+    except OSError as error:
+        raise _explain(error, output) from error
+
+
+def summary(manifest: Manifest) -> str:
+    """What a dataset holds and what was left out, for people."""
+    lines = []
+    for name, split in manifest.splits.items():
+        lines.append(
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes "
+            f"({split.bytes / split.tokens:.2f} bytes a token), {len(split.shards)} shards"
+        )
+    dropped = manifest.preparation.get("dropped", {})
+    if dropped:
+        lines.append(
+            "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+        )
+    return "\n".join(lines)
+
+
+def _explain(error: OSError, output: Path) -> UserError:
+    where = error.filename or output
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{where}: no space left; free some and run again (finished shards are kept)")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{where}: not writable ({error.strerror}); choose another output folder")
+    return UserError(f"{where}: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """The output folder, for this process alone; made if need be, and removed again if it stays empty."""
+    made = not output.exists()
+    if not made and not output.is_dir():
+        raise UserError(f"output {output}: exists and is not a folder; choose another")
+    output.mkdir(parents=True, exist_ok=True)
+    lock = output / _LOCK_FILE
+    try:
+        with open(lock, "w") as stream:
+            try:
+                import fcntl
+
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # not on this system; the lock guards against accidents only
+                pass
+            except BlockingIOError as error:
+                raise UserError(
+                    f"output {output}: another preparation is writing there; wait for it"
+                ) from error
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        if made and not any(output.iterdir()):
+            output.rmdir()
+
+
+class _Preparation:
+    """The steps of one run, over what they share."""
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        corpus: corpora.Corpus,
+        given: Tokenizer | None,
+        output: Path,
+        plan: dict[str, Any],
+    ) -> None:
+        self.config, self.corpus, self.given, self.output, self.plan = config, corpus, given, output, plan
+        self.state = output / STATE_FOLDER
+        self.report = Reporter(config.progress)
+        held_out = corpus.val_documents if config.val_documents is None else tuple(config.val_documents)
+        self.selection = Selection(
+            min_chars=config.min_chars,
+            max_chars=config.max_chars,
+            max_documents=config.max_documents,
+            max_bytes=config.max_bytes,
+            val_fraction=DEFAULT_VAL_FRACTION if config.val_fraction is None else config.val_fraction,
+            val_documents=held_out if config.val_fraction is None else (),
+            seed=config.seed,
+        )
+
+    def run(self) -> Manifest:
+        cleared = self.config.force and self._discard()
+        if not cleared and self._compare():
+            manifest = Manifest.load(self.output)
+            for split in SPLITS:
+                self._check_files(manifest, split)
+            shutil.rmtree(self.state, ignore_errors=True)  # left by a run that was killed at the very end
+            self.report.note(f"{self.output} is prepared already\n{summary(manifest)}")
+            return manifest
+        remove_leftovers(self.output)
+        self.state.mkdir(exist_ok=True)
+        remove_leftovers(self.state)
+        write_bytes_atomically(self.output / PREPARATION_FILE, json.dumps(self.plan, indent=1).encode())
+        try:
+            survey = self._survey()
+        except UserError:
+            self._discard()
+            raise
+        manifest = self._write(survey)
+        self.report.note(f"{self.output} is ready\n{summary(manifest)}")
+        return manifest
+
+    # Step 1: is there an earlier run, and of the same preparation?
+
+    def _compare(self) -> bool:
+        """Whether the folder is complete already; raises if it is in the way."""
+        path = self.output / PREPARATION_FILE
+        try:
+            earlier = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            occupants = sorted(p.name for p in self.output.iterdir() if p.name != _LOCK_FILE)
+            if occupants and not _only_ours(occupants):
+                raise UserError(
+                    f"output {self.output}: not empty ({occupants[0]}); choose a folder that is empty or new"
+                ) from None
+            return False
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); use --force true to start again") from error
+        differences = differences_between(earlier, json.loads(json.dumps(self.plan)))
+        if differences:
+            raise UserError(
+                f"output {self.output} was prepared with other {'; '.join(differences)}; use --force true to "
+                f"replace it, or choose another folder"
+            )
+        return (self.output / MANIFEST_FILE).exists()
+
+    def _check_files(self, manifest: Manifest, split: str) -> None:
+        try:
+            verify_shards(manifest, split, level="size")
+        except UserError as error:
+            raise UserError(
+                f"{str(error).partition(';')[0]}; use --force true to prepare {self.output} again"
+            ) from error
+
+    def _discard(self) -> bool:
+        """Remove what a preparation may have written, and nothing else; False if there was none."""
+        if not (self.output / PREPARATION_FILE).exists():
+            return False
+        (self.output / MANIFEST_FILE).unlink(missing_ok=True)  # first: no complete-looking half
+        for split in SPLITS:
+            for path in self.output.glob(f"{split}-[0-9]*.tar"):
+                path.unlink()
+            (self.output / f"{split}.index.npy").unlink(missing_ok=True)
+        (self.output / TOKENIZER_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+        remove_leftovers(self.output)
+        (self.output / PREPARATION_FILE).unlink()
+        return True
+
+    # Steps 2 and 3: count, and learn the vocabulary
+
+    def _documents(self, dropped: Counter[str], matched: set[str] | None = None) -> Iterator[CleanDocument]:
+        options = ReadOptions(
+            text_key=self.config.text_key,
+            separator=self.config.separator,
+            on_decode_error=self.config.on_decode_error,
+            dropped=dropped,
+        )
+        downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
+        source = corpora.documents(self.corpus, options, downloads, self.report.download)
+        return select(source, self.selection, dropped, matched)
+
+    def _survey(self) -> dict[str, Any]:
+        """Counts by split and by reason; leaves tokenizer.model behind."""
+        path = self.state / _SURVEY_FILE
+        if path.exists() and (self.output / TOKENIZER_FILE).exists():
+            survey: dict[str, Any] = json.loads(path.read_bytes())
+            return survey
+        dropped: Counter[str] = Counter()
+        matched: set[str] = set()
+        counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
+        sample = Sample(int(self.config.tokenizer_sample_mb * 1e6), self.config.seed)
+        examples: list[str] = []
+        with self.report.phase("reading") as phase:
+            for document in self._documents(dropped, matched):
+                counts[document.split]["documents"] += 1
+                counts[document.split]["bytes"] += document.num_bytes
+                if document.split == "train" and self.given is None:
+                    sample.add(document.digest, document.text)
+                if len(examples) < 3:
+                    examples.append(document.name)
+                phase.update(_total(counts, "bytes"), documents=_total(counts, "documents"))
+        self._check_counts(counts, dropped, matched, examples)
+        model = self._model(sample)
+        write_bytes_atomically(self.output / TOKENIZER_FILE, model)
+        survey = {"splits": counts, "dropped": dict(dropped)}
+        write_bytes_atomically(path, json.dumps(survey).encode())
+        return survey
+
+    def _check_counts(
+        self, counts: dict[str, dict[str, int]], dropped: Counter[str], matched: set[str], examples: list[str]
+    ) -> None:
+        total = _total(counts, "documents")
+        if not total:
+            why = (
+                ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())) or "it has none"
+            )
+            raise UserError(
+                f"corpus {self.config.corpus}: no document to use ({why}); give another, or relax the limits"
+            )
+        for pattern in self.selection.val_documents:
+            if pattern not in matched:
+                like = ", ".join(examples)
+                raise UserError(f"val_documents: {pattern!r} fits none of {total:,} documents (like {like})")
+        held_out = (
+            "val_documents"
+            if self.selection.val_documents
+            else f"val_fraction {self.selection.val_fraction:g}"
+        )
+        if not counts["val"]["documents"]:
+            raise UserError(
+                f"corpus {self.config.corpus}: {held_out} holds out none of its {total:,} documents; raise "
+                f"--val_fraction, or name some with --val_documents"
+            )
+        if not counts["train"]["documents"]:
+            raise UserError(
+                f"corpus {self.config.corpus}: {held_out} holds out all of its {total:,} documents; lower "
+                f"--val_fraction, name fewer with --val_documents, or cut files with --separator"
+            )
+
+    def _model(self, sample: Sample) -> bytes:
+        if self.given is not None:
+            if self.given.bos_id < 0 or self.given.eos_id < 0:
+                raise UserError(
+                    f"tokenizer {self.given.path}: lacks <bos> or <eos>, which part the documents"
+                )
+            return self.given.path.read_bytes()
+        config = self.config
+        self.report.note(
+            f"training a {config.tokenizer_type} tokenizer, vocabulary {config.vocab_size:,}, on "
+            f"{sample.size / 1e6:.1f} MB"
+        )
+        return train_tokenizer(
+            sample.texts(), config.vocab_size, config.tokenizer_type, config.reserved_tokens
+        )
+
+    # Steps 4 and 5: write
+
+    def _write(self, survey: dict[str, Any]) -> Manifest:
+        tokenizer = Tokenizer(self.output / TOKENIZER_FILE)
+        dtype = token_dtype(tokenizer.vocab_size)
+        workers = self.config.workers or _cpus()
+        with self.report.phase("writing shards", _total(survey["splits"], "bytes")) as phase:
+            shards = write_shards(
+                self._documents(Counter()),
+                tokenizer,
+                self.output,
+                dtype,
+                max(1, int(self.config.shard_size_mb * 1e6)),
+                workers,
+                lambda documents, size, tokens: phase.update(size, documents=documents, tokens=tokens),
+            )
+        splits = {split: write_index(self.output, split, shards[split]) for split in SPLITS}
+        for name, split in splits.items():
+            if {"documents": split.documents, "bytes": split.bytes} != survey["splits"][name]:
+                raise UserError(
+                    f"corpus {self.config.corpus} changed while it was read ({name}: {split.documents} "
+                    f"documents, {survey['splits'][name]['documents']} before); use --force true"
+                )
+        manifest = Manifest(
+            folder=self.output,
+            dtype=dtype,
+            tokenizer=TokenizerInfo(
+                TOKENIZER_FILE,
+                tokenizer.sha256,
+                tokenizer.vocab_size,
+                tokenizer.bos_id,
+                tokenizer.eos_id,
+                tokenizer.pad_id if tokenizer.pad_id >= 0 else tokenizer.eos_id,
+            ),
+            splits=splits,
+            preparation={
+                "options": self.plan["options"],
+                "licence": self.corpus.licence,
+                "input_files": len(self.plan["inputs"]),
+                "dropped": survey["dropped"],
+            },
+        )
+        manifest.save(self.output)
+        shutil.rmtree(self.state, ignore_errors=True)
+        return manifest
+
+
+def _cpus() -> int:
+    """CPUs that this process may use (macOS cannot tell)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _total(counts: dict[str, dict[str, int]], key: str) -> int:
+    return sum(count[key] for count in counts.values())
+
+
+def _only_ours(names: list[str]) -> bool:
+    """Whether a folder holds nothing but what a killed run may leave before its plan is written."""
+    return all(name == STATE_FOLDER or name.startswith(f".{PREPARATION_FILE}") for name in names)

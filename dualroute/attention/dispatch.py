@@ -1,0 +1,108 @@
+"""Sorted dispatch: (token, block) pairs grouped by block into tiles, as a mixture of experts groups its tokens.
+
+In: the blocks each token selected. Out: `plan` lists, for a piece of the stream, tiles of TILE rows that all
+read one block, the token behind each row, and the row behind each pair. `routed_attention` runs attention
+over the tiles.
+
+The surprising fact: a filled-up tile repeats token 0 in its unused rows. Nobody looks at what they give, and
+their log-sum-exp is set to +inf before the backward pass, which makes their gradients exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 128  # tokens per tile
+MAX_PAIRS = 1 << 18  # (token, block) pairs dispatched at once: bounds the memory of gathered rows
+DUMMY_LSE = 1e30  # exp(logit - DUMMY_LSE) is 0
+
+
+class Piece(NamedTuple):
+    """Key heads `heads` and slots `slots` of the stream: what is dispatched at once."""
+
+    heads: tuple[int, int]
+    slots: tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """Tiles of a piece; rows and blocks are numbered over all heads: head * S + slot, head * nb + block."""
+
+    tile_block: Tensor  # (tiles,) block each tile reads
+    row: Tensor  # (tiles * TILE,) int32 row of (H_kv * S) behind each tile row, -1 = unused
+    pair: Tensor  # (rows of the piece, pairs per row) int32 tile row of each pair, -1 = no such pair
+
+
+def pieces(kv_heads: int, slots: int, pairs_per_slot: int) -> Iterator[Piece]:
+    """Cover all heads and slots with pieces of at most MAX_PAIRS pairs: several heads, or a part of one."""
+    heads = max(1, MAX_PAIRS // (slots * pairs_per_slot))
+    step = slots if heads > 1 else max(1, MAX_PAIRS // pairs_per_slot)
+    for head in range(0, kv_heads, heads):
+        for begin in range(0, slots, step):
+            yield Piece((head, min(head + heads, kv_heads)), (begin, min(begin + step, slots)))
+
+
+def plan(selected: Tensor, piece: Piece, num_blocks: int) -> Plan | None:
+    """The tiles of a piece of selected (H_kv, S, pairs), -1 = none; None when there is no pair at all."""
+    (head, last_head), (begin, end) = piece
+    slots, pairs = selected.shape[1:]
+    device = selected.device
+    heads, rows = last_head - head, end - begin
+    chosen = selected[head:last_head, begin:end]  # (heads, rows, pairs)
+    buckets = heads * num_blocks  # block numbers over the heads of this piece; one more stands for "none"
+    offset = num_blocks * torch.arange(heads, device=device, dtype=chosen.dtype)[:, None, None]
+    key = torch.where(chosen < 0, buckets, chosen + offset).flatten()
+    if buckets < torch.iinfo(torch.int16).max:
+        key = key.to(torch.int16)  # narrower keys sort faster
+    order = torch.sort(key, stable=True).indices
+    count = torch.bincount(key, minlength=buckets + 1)
+    valid = len(key) - int(count[-1])
+    if valid == 0:
+        return None
+    count = count[:-1]
+    tiles = (count + TILE - 1) // TILE  # tiles of each block
+    total = int(tiles.sum())
+    shift = (tiles.cumsum(0) - tiles) * TILE - (count.cumsum(0) - count)  # from sorted place to tile row
+    order = order[:valid]
+    place = torch.arange(valid, device=device) + shift.repeat_interleave(count, output_size=valid)
+    token = order // pairs  # number of the token in the piece, over its heads
+    row = torch.full((total * TILE,), -1, dtype=torch.int32, device=device)
+    row[place] = ((token // rows + head) * slots + token % rows + begin).to(torch.int32)
+    pair = torch.full((len(key),), -1, dtype=torch.int32, device=device)
+    pair[order] = place.to(torch.int32)
+    block = torch.arange(head * num_blocks, last_head * num_blocks, device=device)
+    return Plan(block.repeat_interleave(tiles, output_size=total), row, pair.view(heads * rows, pairs))
+
+
+def gather_rows(rows: Tensor, plan: Plan) -> Tensor:
+    """rows (H_kv, S, group, d) -> tiles (tiles, TILE, group, d)."""
+    flat = rows.flatten(2).flatten(0, 1)  # (H_kv * S, group * d)
+    gathered = flat.index_select(0, plan.row.clamp_min(0))
+    return gathered.view(-1, TILE, *rows.shape[2:])
+
+
+def gather_lse(lse: Tensor, plan: Plan) -> Tensor:
+    """lse (H_kv, S, group) -> (tiles, TILE, group), DUMMY_LSE in unused rows."""
+    gathered = lse.flatten(0, 1).index_select(0, plan.row.clamp_min(0))
+    return gathered.masked_fill_((plan.row < 0)[:, None], DUMMY_LSE).view(-1, TILE, lse.shape[2])
+
+
+def sum_pairs(tiles: Tensor, pair: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Back from tiles to tokens: (tiles, TILE, group, d) -> (rows, group, d), the weighted sum over each row's pairs.
+
+    weights is (rows, pairs, group), 1 when None; pairs of -1 count 0.
+    """
+    group, dim = tiles.shape[2:]
+    rows = tiles.reshape(-1, dim)  # (tiles * TILE * group, d)
+    exists = pair >= 0
+    place = pair.clamp_min(0)
+    sums = []
+    for member in range(group):
+        scale = exists.to(rows.dtype) if weights is None else weights[..., member]
+        index = place if group == 1 else place * group + member
+        sums.append(F.embedding_bag(index, rows, mode="sum", per_sample_weights=scale))
+    return torch.stack(sums, dim=1)

@@ -1,0 +1,412 @@
+"""DualRouting: a global route and a local route with projections of their own, summed.
+
+In: hidden states (B, n, dim), as the layers of `dualroute.model` hand them on, and the `Layout` of the batch.
+Out: (B, n, dim),
+    y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t),
+computed as one product of W_O = [W_O^g, W_O^l] with the heads of both routes side by side.
+
+The surprising fact: with half of the heads on each route (the default) this has exactly the parameters of a
+dense attention layer, and with `local_heads=0, global_mode="full"` it *is* one: the baseline is the same
+code.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+from dualroute.attention.cache import GlobalCache, LayerCache, LocalCache
+from dualroute.attention.decode import decode_global, decode_local
+from dualroute.attention.far_summary import FAR_SUMMARIES
+from dualroute.attention.global_route import GLOBAL_MODES, exact_blocks, global_attention
+from dualroute.attention.kernels import without_autocast
+from dualroute.attention.layout import Layout
+from dualroute.attention.local_route import local_attention
+from dualroute.attention.rope import rotate, rotary_table
+from dualroute.attention.routed import Routing
+from dualroute.attention.router import ROUTERS
+from dualroute.attention.statistics import routing_statistics
+
+
+class DualRouting(nn.Module):
+    """The attention layer.
+
+    Args:
+        dim: width of the hidden states.
+        num_heads: query heads in all; `global_heads` and `local_heads` default to half of them each, or,
+        when one of
+            the two is given, to what that leaves. Given both, any split is allowed: num_heads each is the
+            literal sum of two full attentions.
+        num_kv_heads: key/value heads in all, for grouped-query attention; each route keeps the ratio to its
+        heads. head_dim: dim / num_heads by default; even. window: keys a local head sees, the token's own
+        included. global_mode: "full" reads the document exactly, at quadratic cost. "routed" reads own
+        block, sink, top_k blocks
+            and the far summary; documents of at most top_k + 2 blocks are read completely either way, and
+            there the two are equal. "auto" is full for documents up to `AUTO_BREAK_EVEN` tokens, where
+            routing would not be faster, and routed for longer ones: the same parameters, but for a long
+            document a cheaper approximation. The choice depends on each document's own length (a cache: on
+            its max_length), never on what shares its batch. To train exactly what will be run at greater
+            lengths, choose "routed".
+        block: tokens per block. top_k: chosen blocks per token, besides its own and the sink.
+        router: "minmax", "moment" or "mean"; see `router`. sub_block: tokens per bound of the minmax router.
+        far_summary: "second_order", "first_order" or "none"; see `far_summary`.
+        causal: False reads both directions; such a layer has no cache.
+        rope_theta: base of the rotary embedding.
+        qk_norm: RMS-normalise queries and keys per head, with one weight each for both routes.
+        gate: multiply each head of each token by 2 sigmoid(w . x); w starts at 0, so the gate starts at 1.
+
+    Attributes:
+        collect_statistics: set it to have the next forward fill `statistics` (see `statistics`, plus
+        `gate_global`
+            and `gate_local`, the mean gates; 1 without a gate). Without global heads only the gates are
+            there.
+
+    Raises:
+        ValueError: an argument is out of range or contradicts another one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        global_heads: int | None = None,
+        local_heads: int | None = None,
+        window: int = 128,
+        global_mode: str = "auto",
+        block: int = 64,
+        top_k: int = 8,
+        router: str = "minmax",
+        sub_block: int = 16,
+        far_summary: str = "second_order",
+        causal: bool = True,
+        rope_theta: float = 10000.0,
+        qk_norm: bool = False,
+        gate: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_at_least(1, dim=dim, num_heads=num_heads, window=window, block=block, sub_block=sub_block)
+        _check_at_least(0, top_k=top_k)
+        _check_name("global_mode", global_mode, GLOBAL_MODES)
+        _check_name("router", router, ROUTERS)
+        _check_name("far_summary", far_summary, FAR_SUMMARIES)
+        self.dim = dim
+        self.head_dim = _head_dim(dim, num_heads, head_dim)
+        self.global_heads, self.local_heads = _split_heads(num_heads, global_heads, local_heads)
+        group = _group(num_heads, num_kv_heads)
+        for name, heads in (("global_heads", self.global_heads), ("local_heads", self.local_heads)):
+            if heads % group:
+                raise ValueError(
+                    f"{name}={heads} is not a multiple of {group}, the query heads per key head "
+                    f"(num_heads={num_heads} / num_kv_heads={num_kv_heads}): change one of them"
+                )
+        self.group = group
+        if router == "minmax" and block % sub_block and self.global_heads:
+            raise ValueError(
+                f"block={block} is not a multiple of sub_block={sub_block}, which the minmax router needs: "
+                f"use block={-(-block // sub_block) * sub_block}, another sub_block, or router=moment"
+            )
+        self.window, self.block, self.causal, self.rope_theta = window, block, causal, rope_theta
+        self.global_mode = global_mode
+        self.routing = Routing(top_k, router, far_summary, sub_block)
+
+        self.global_qkv = self._qkv(self.global_heads)
+        self.local_qkv = self._qkv(self.local_heads)
+        heads = self.global_heads + self.local_heads
+        self.out_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        # A bare parameter, not a Linear: no initialiser that walks over the layers may move the gate from 1.
+        self.gate_weight = nn.Parameter(torch.zeros(heads, dim)) if gate else None
+        self.collect_statistics = False
+        self.statistics: dict[str, Tensor] = {}
+
+    def _qkv(self, heads: int) -> nn.Linear | None:
+        if heads == 0:
+            return None
+        return nn.Linear(self.dim, (heads + 2 * heads // self.group) * self.head_dim, bias=False)
+
+    def extra_repr(self) -> str:
+        return (
+            f"global_heads={self.global_heads}, local_heads={self.local_heads}, group={self.group}, "
+            f"window={self.window}, global_mode={self.global_mode}, block={self.block}, {self.routing}, "
+            f"causal={self.causal}"
+        )
+
+    @property
+    def max_exact_blocks(self) -> int | None:
+        """Documents of at most this many blocks are read in full by the global route; None = all."""
+        return exact_blocks(self.global_mode, self.block, self.routing.top_k)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: Layout | None = None,
+        segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: (B, n, dim).
+            layout: the batch's `Layout`, built once for all layers; made here from the next three when None.
+            segment_ids, attention_mask: (B, n), see `Layout.build`.
+            positions: (B, n) for the rotary embedding; by default those inside each document.
+            cache: of `new_cache`; hidden_states are then the next n tokens of every row, without padding.
+
+        Returns:
+            (B, n, dim); 0 at padding.
+
+        Raises:
+            ValueError: shapes do not fit together, or the cache is full or combined with documents or
+            padding.
+        """
+        batch, length, _ = hidden_states.shape
+        if cache is not None:
+            if layout is not None or segment_ids is not None or attention_mask is not None:
+                raise ValueError(
+                    "cache cannot be combined with layout, segment_ids or attention_mask: give rows of equal length"
+                )
+            self._check_cache(cache, batch, length)
+            if cache.length:
+                return self._decode(hidden_states, positions, cache)
+        if layout is None:
+            layout = Layout.build(
+                batch, length, self.block, segment_ids, attention_mask, device=hidden_states.device
+            )
+        elif segment_ids is not None or attention_mask is not None:
+            raise ValueError("layout already holds segment_ids and attention_mask: give either it or them")
+        elif (layout.batch, layout.length, layout.block) != (batch, length, self.block):
+            raise ValueError(
+                f"layout is for batch {layout.batch}, length {layout.length}, block {layout.block}; the layer got "
+                f"batch {batch}, length {length} and has block={self.block}: build it for these"
+            )
+        outputs = []
+        if self.global_qkv is not None:
+            outputs.append(self._global(hidden_states, layout, positions, cache))
+        if self.local_qkv is not None:
+            outputs.append(self._local(hidden_states, layout, positions, cache))
+        heads = torch.cat([out.transpose(0, 1) for out in outputs], dim=1)  # (S, H, d)
+        return self._combine(layout.from_stream(heads.flatten(1)), hidden_states)
+
+    def _global(
+        self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        assert self.global_qkv is not None
+        query, key, value = self._heads(self.global_qkv, hidden_states, layout, positions)
+        max_exact_blocks = self.max_exact_blocks
+        if cache is not None and cache.global_cache is not None:
+            cache.global_cache.append(_cache_rows(key, layout), _cache_rows(value, layout))
+            max_exact_blocks = None if cache.exact else self.routing.top_k + 2
+        if self.collect_statistics:
+            self.statistics = routing_statistics(
+                query,
+                key,
+                value,
+                layout.stream,
+                self.routing,
+                max_exact_blocks=max_exact_blocks,
+                causal=self.causal,
+            )
+        return global_attention(
+            query,
+            key,
+            value,
+            layout.stream,
+            routing=self.routing,
+            max_exact_blocks=max_exact_blocks,
+            causal=self.causal,
+        )
+
+    def _local(
+        self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        assert self.local_qkv is not None
+        query, key, value = self._heads(self.local_qkv, hidden_states, layout, positions)
+        if cache is not None and cache.local_cache is not None:
+            cache.local_cache.append(_cache_rows(key, layout), _cache_rows(value, layout))
+        return local_attention(query, key, value, layout.stream, window=self.window, causal=self.causal)
+
+    def _heads(
+        self, projection: nn.Linear, hidden_states: Tensor, layout: Layout, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (H, S, d), keys and values (H_kv, S, d) of one route on the stream, normalised and rotated."""
+        rows = layout.to_stream(projection(hidden_states))  # (S, (H + 2 H_kv) d)
+        table = layout.rotary_table(positions, self.head_dim, self.rope_theta, rows.dtype)
+        return self._rotated_heads(rows, table)
+
+    def _rotated_heads(self, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rows.unflatten(-1, (-1, self.head_dim))  # (S, H + 2 H_kv, d)
+        kv_heads = rows.shape[1] // (self.group + 2)
+        query, key, value = rows.split([kv_heads * self.group, kv_heads, kv_heads], dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = _normalise(query, self.query_norm), _normalise(key, self.key_norm)
+        return rotate(query, table), rotate(key, table), value.transpose(0, 1).contiguous()
+
+    def _combine(self, heads: Tensor, hidden_states: Tensor) -> Tensor:
+        """Gate the heads (B, n, H * d) of both routes and project them back to (B, n, dim)."""
+        if self.gate_weight is not None:
+            gate = 2 * torch.sigmoid(nn.functional.linear(hidden_states, self.gate_weight))  # (B, n, H)
+            heads = (heads.unflatten(-1, (-1, self.head_dim)) * gate[..., None].to(heads.dtype)).flatten(2)
+            mean = gate.detach().float().mean((0, 1))
+        else:
+            mean = torch.ones(self.global_heads + self.local_heads, device=heads.device)
+        if self.collect_statistics:
+            for name, part in (("global", mean[: self.global_heads]), ("local", mean[self.global_heads :])):
+                self.statistics[f"gate_{name}"] = part.mean() if len(part) else torch.ones_like(mean[0])
+        return self.out_proj(heads)
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> LayerCache:
+        """An empty cache for this layer and texts of up to `max_length` tokens; device and dtype of the weights by default.
+
+        Raises:
+            ValueError: the layer is not causal, or a size is below 1.
+        """
+        if not self.causal:
+            raise ValueError("causal=False: a layer that reads both directions cannot be run token by token")
+        _check_at_least(1, batch_size=batch_size, max_length=max_length)
+        device = device or self.out_proj.weight.device
+        dtype = dtype or self.out_proj.weight.dtype
+        limit = self.max_exact_blocks
+        routing = self.routing
+        global_cache = local_cache = None
+        if self.global_heads:
+            global_cache = GlobalCache(
+                batch_size * self.global_heads // self.group,
+                max_length,
+                self.head_dim,
+                self.block,
+                routing.router,
+                routing.sub_block,
+                routing.far_summary,
+                device,
+                dtype,
+            )
+        if self.local_heads:
+            rows = batch_size * self.local_heads // self.group
+            local_cache = LocalCache(rows, self.window, self.head_dim, device, dtype)
+        exact = limit is None or -(-max_length // self.block) <= limit
+        return LayerCache(batch_size, max_length, exact, global_cache, local_cache)
+
+    def _check_cache(self, cache: LayerCache, batch: int, length: int) -> None:
+        if batch != cache.batch_size:
+            raise ValueError(
+                f"the cache is for batch_size={cache.batch_size}, hidden_states have {batch} rows"
+            )
+        if cache.length + length > cache.max_length:
+            raise ValueError(
+                f"the cache holds {cache.length} of max_length={cache.max_length} tokens, {length} more do not fit: "
+                "make a new one with a larger max_length"
+            )
+
+    def _decode(self, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
+        """The next tokens, (B, m, dim), after those in the cache."""
+        batch, count, _ = hidden_states.shape
+        if positions is None:
+            positions = cache.length + torch.arange(count, device=hidden_states.device)
+        positions = positions.expand(batch, count).flatten()
+        table = rotary_table(positions, self.head_dim, self.rope_theta, hidden_states.dtype)
+        outputs = []
+        if self.global_qkv is not None and cache.global_cache is not None:
+            query, key, value = self._decode_heads(self.global_qkv, hidden_states, table)
+            cache.global_cache.append(key, value)
+            outputs.append(_decode_global(query, cache.global_cache, self.routing.top_k, cache.exact))
+        if self.local_qkv is not None and cache.local_cache is not None:
+            query, key, value = self._decode_heads(self.local_qkv, hidden_states, table)
+            outputs.append(_decode_local(query, key, value, cache.local_cache))
+        heads = [out.view(batch, -1, count, self.head_dim).transpose(1, 2).flatten(2) for out in outputs]
+        return self._combine(torch.cat(heads, dim=-1), hidden_states)
+
+    def _decode_heads(
+        self, projection: nn.Linear, hidden_states: Tensor, table: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d)."""
+        batch, count, _ = hidden_states.shape
+        parts = self._rotated_heads(projection(hidden_states).flatten(0, 1), table)  # (H, B * m, d)
+        query, key, value = (
+            rows.unflatten(1, (batch, count)).transpose(0, 1) for rows in parts
+        )  # (B, H, m, d)
+        return query.reshape(-1, self.group, count, self.head_dim), key.flatten(0, 1), value.flatten(0, 1)
+
+
+_decode_global = without_autocast(decode_global)
+_decode_local = without_autocast(decode_local)
+
+
+def _cache_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """(H_kv, S, d) of a stream of B equal documents -> (B * H_kv, n, d)."""
+    documents = rows.unflatten(1, (layout.batch, -1))[:, :, : layout.length]
+    return documents.transpose(0, 1).flatten(0, 1)
+
+
+@without_autocast
+def _normalise(rows: Tensor, norm: nn.RMSNorm) -> Tensor:
+    return norm(rows.to(norm.weight.dtype)).to(rows.dtype)
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value} is too small: it must be at least {least}")
+
+
+def _check_name(key: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
+        nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{key}={value} is unknown: did you mean {nearest}? Valid are {', '.join(names)}")
+
+
+def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
+    if head_dim is None:
+        if dim % num_heads:
+            raise ValueError(
+                f"dim={dim} is not a multiple of num_heads={num_heads}: change one, or give head_dim"
+            )
+        head_dim = dim // num_heads
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even and at least 2: the rotary embedding turns pairs")
+    return head_dim
+
+
+def _split_heads(num_heads: int, global_heads: int | None, local_heads: int | None) -> tuple[int, int]:
+    if global_heads is None and local_heads is None:
+        if num_heads % 2:
+            raise ValueError(
+                f"num_heads={num_heads} is odd: give global_heads and local_heads, or an even number"
+            )
+        return num_heads // 2, num_heads // 2
+    if global_heads is None:
+        global_heads = num_heads - (local_heads or 0)
+    elif local_heads is None:
+        local_heads = num_heads - global_heads
+    assert local_heads is not None
+    if min(global_heads, local_heads) < 0 or global_heads + local_heads == 0:
+        raise ValueError(
+            f"global_heads={global_heads} and local_heads={local_heads} with num_heads={num_heads}: "
+            "neither may be negative, and one must be at least 1"
+        )
+    return global_heads, local_heads
+
+
+def _group(num_heads: int, num_kv_heads: int | None) -> int:
+    """Query heads per key head."""
+    if num_kv_heads is None:
+        return 1
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: choose a divisor of num_heads"
+        )
+    return num_heads // num_kv_heads

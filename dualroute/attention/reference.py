@@ -1,0 +1,209 @@
+"""The formulas of DualRouting, literally and slowly: the specification every fast path is tested against.
+
+In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, rotary embedding applied, in any dtype (float64
+for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several documents and padding.
+
+For one head, with scale 1/sqrt(d):
+
+    full     o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s      over all s (causal: s <= t)
+    local    the same over |t - s| < window (causal: 0 <= t - s < window)
+    routed   one softmax over
+               q_t . k_s / sqrt(d)            s in the token's own block, the first block (sink) or a selected one
+               log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]     every other past block b, value vbar_b
+    dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
+
+The surprising fact: nothing here is shared with the fast code, not even the mean of a block. Do not make it faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the pairs where `allowed` (broadcast to H, n, s); a row without any gives 0."""
+    return softmax(_logits(query, key), allowed) @ value
+
+
+def softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed entries; all 0 where none is."""
+    weights = torch.softmax(logits.masked_fill(~allowed, -torch.inf), dim=-1)
+    return torch.where(allowed.any(-1, keepdim=True), weights, 0.0)
+
+
+def full(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True) -> Tensor:
+    """Attention to the whole document."""
+    key, value = repeat_heads(query, key, value)
+    return attend(query, key, value, _pairs(query.shape[1], causal))
+
+
+def local(query: Tensor, key: Tensor, value: Tensor, *, window: int, causal: bool = True) -> Tensor:
+    """Attention to a window; `window` counts the token itself, on each side when not causal."""
+    key, value = repeat_heads(query, key, value)
+    length = query.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    return attend(query, key, value, _pairs(length, causal) & (distance.abs() < window))
+
+
+def block_local(query: Tensor, key: Tensor, value: Tensor, *, block: int, causal: bool = True) -> Tensor:
+    """Attention inside each block of a document of whole blocks: einsum('bnid,bnjd->bnij').
+
+    Not the einsum 'bqwd,bkwd->bqwk' that is often shown for it: that one compares equal offsets of all blocks.
+    """
+    q, k, v = (rows.unflatten(1, (-1, block)) for rows in (query, *repeat_heads(query, key, value)))
+    logits = torch.einsum("bnid,bnjd->bnij", q, k) / math.sqrt(q.shape[-1])
+    weights = softmax(logits, _pairs(block, causal))
+    return torch.einsum("bnij,bnjd->bnid", weights, v).flatten(1, 2)
+
+
+def routed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block: int,
+    top_k: int,
+    router: str = "minmax",
+    far_summary: str = "second_order",
+    sub_block: int = 16,
+    causal: bool = True,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary."""
+    heads, length, dim = query.shape
+    kv_heads = key.shape[0]
+    if selected is None:
+        selected = select(query, key, block=block, top_k=top_k, router=router, sub_block=sub_block, causal=causal)
+    own, past, sink = _block_relations(length, block, causal)  # each (n, nb)
+    read = (own | sink | selected).repeat_interleave(heads // kv_heads, 0)  # (H, n, nb)
+    far = (past & ~sink & ~selected).repeat_interleave(heads // kv_heads, 0)
+    owner = torch.arange(length) // block
+    key, value = repeat_heads(query, key, value)
+
+    logits, values = [_logits(query, key)], [value]
+    allowed = [read[:, :, owner] & _pairs(length, causal)]
+    if far_summary != "none":
+        for number in range(read.shape[2]):
+            keys = key[:, number * block : (number + 1) * block]  # (H, n_b, d); the last block may be shorter
+            mean, variance = keys.mean(1), keys.var(1, unbiased=False)
+            logit = math.log(keys.shape[1]) + (query * mean[:, None]).sum(-1) / math.sqrt(dim)
+            if far_summary == "second_order":
+                logit = logit + 0.5 * (query**2 * variance[:, None]).sum(-1) / dim
+            logits.append(logit[..., None])
+            values.append(value[:, number * block : (number + 1) * block].mean(1, keepdim=True))
+            allowed.append(far[:, :, number, None])
+    weights = softmax(torch.cat(logits, -1), torch.cat(allowed, -1))
+    return weights @ torch.cat(values, 1)
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block: int,
+    top_k: int,
+    router: str = "minmax",
+    sub_block: int = 16,
+    causal: bool = True,
+) -> Tensor:
+    """(H_kv, n, nb) True at the top_k candidates of each token: past blocks except the sink.
+
+    Query heads that share a key head choose together: their scores are summed. Scores are compared as float32, the
+    earlier of two equal blocks wins.
+    """
+    _, length, _ = query.shape
+    own, past, sink = _block_relations(length, block, causal)
+    scores = [
+        block_score(query, key[:, begin : begin + block], router, sub_block) for begin in range(0, length, block)
+    ]
+    ranking = torch.stack(scores, -1).float()  # (H_kv, n, nb)
+    ranking = ranking.masked_fill(~(past & ~sink), -torch.inf)
+    order = torch.sort(ranking, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    selected = torch.zeros_like(ranking, dtype=torch.bool).scatter(-1, order, True)
+    return selected & past & ~sink
+
+
+def block_score(query: Tensor, keys: Tensor, router: str, sub_block: int = 16) -> Tensor:
+    """Scores (H_kv, n) of queries (H, n, d) for one block of keys (H_kv, n_b, d)."""
+    dim = query.shape[-1]
+    query = query.unflatten(0, (keys.shape[0], -1))  # (H_kv, group, n, d)
+    mean = keys.mean(1)[:, None, None]  # (H_kv, 1, 1, d)
+    if router == "mean":
+        return (query * mean).sum(-1).sum(1)
+    if router == "moment":
+        variance = keys.var(1, unbiased=False)[:, None, None]
+        score = (query * mean).sum(-1) / math.sqrt(dim) + 0.5 * (query**2 * variance).sum(-1) / dim
+        return score.sum(1)
+    if router != "minmax":
+        raise ValueError(f"router={router} is unknown")
+    bounds = []
+    for part in keys.split(sub_block, dim=1):
+        low, high = part.amin(1)[:, None, None], part.amax(1)[:, None, None]
+        bounds.append(torch.maximum(query * low, query * high).sum(-1).sum(1))
+    return torch.stack(bounds).amax(0)
+
+
+def dual(global_heads: Tensor, local_heads: Tensor, global_weight: Tensor, local_weight: Tensor) -> Tensor:
+    """y (n, dim) from the heads (H_g, n, d) and (H_l, n, d) of both routes; W_O^g (dim, H_g d), W_O^l (dim, H_l d)."""
+    return (
+        global_heads.transpose(0, 1).flatten(1) @ global_weight.T
+        + local_heads.transpose(0, 1).flatten(1) @ local_weight.T
+    )
+
+
+def rotate(rows: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    """Rotary embedding of rows (H, n, d) at positions (n,), by complex multiplication."""
+    dim = rows.shape[-1]
+    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = positions.double()[:, None] * frequency
+    turned = torch.complex(*rows.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], -1).to(rows.dtype)
+
+
+def per_document(
+    route: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, documents: Tensor
+) -> Tensor:
+    """Apply `route` to each document of a batch: query (B, H, n, d), key, value (B, H_kv, n, d) -> (B, H, n, d).
+
+    documents (B, n) numbers the document of each token, -1 = padding, whose result is 0.
+    """
+    out = torch.zeros_like(query)
+    for number in documents.unique().tolist():
+        if number < 0:
+            continue
+        for row in range(len(documents)):
+            tokens = (documents[row] == number).nonzero()[:, 0]
+            if len(tokens):
+                result = route(query[row][:, tokens], key[row][:, tokens], value[row][:, tokens])
+                place = torch.zeros_like(out)
+                place[row][:, tokens] = result
+                out = out + place
+    return out
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (H_kv, n, d) repeated for the query heads that share them: (H, n, d)."""
+    group = query.shape[0] // key.shape[0]
+    return key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    return query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+
+
+def _pairs(length: int, causal: bool) -> Tensor:
+    everything = torch.ones(length, length, dtype=torch.bool)
+    return everything.tril() if causal else everything
+
+
+def _block_relations(length: int, block: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, nb) each: is this the token's own block, a past one (not causal: any other one), the sink?"""
+    number = torch.arange(-(-length // block))
+    token = torch.arange(length)[:, None] // block
+    own = token == number
+    past = number < token if causal else ~own
+    return own, past, past & (number == 0)

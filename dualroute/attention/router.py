@@ -1,0 +1,174 @@
+"""The router: which blocks each token reads, chosen per token and only among complete past blocks.
+
+In: queries (H, S, d) and keys (H_kv, S, d) of a stream, detached. Out: `select_blocks` gives (H_kv, S, 1 +
+top_k) block numbers of the stream, -1 = none; column 0 is the sink, the first block of the document.
+`routed` reads them. Query heads that share keys share a choice: their scores are summed.
+
+With k over the keys of a block, mu and sigma^2 their mean and diagonal variance, the scores are
+    mean     q . mu                                                      (MoBA, arXiv 2502.13189; NSA, arXiv 2502.11089)
+    moment   q . mu / sqrt(d) + 1/2 (q^2) . sigma^2 / d                  second-order estimate of log sum exp(q.k/sqrt(d))
+    minmax   max over sub-blocks of sum_i max(q_i min k_i, q_i max k_i)  an upper bound of q.k (Quest, arXiv 2406.10774)
+All are one GEMM between features of queries and features of blocks; for minmax, max(q m, q M) = q^- m + q^+
+M.
+
+The surprising fact: nothing about the query may be pooled. A block of queries that chose together would let
+later tokens decide what earlier ones read, and a causal model would see the future.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dualroute.attention.layout import Bucket, Stream, query_chunks
+
+ROUTERS = ("minmax", "moment", "mean")
+MAX_SCORES = 1 << 22  # scores held at once: bounds the memory of the router
+
+_RANK_BITS = 20  # low bits of a ranking key that hold the block number
+_INDEX_MASK = (1 << _RANK_BITS) - 1
+
+
+def query_features(query: Tensor, router: str) -> Tensor:
+    """Queries (H_kv, group, ..., d) -> features (H_kv, ..., f), summed over the group of heads that share keys.
+
+    Every score is linear in these features, so the sum of features gives the sum of scores.
+    """
+    if router == "mean":
+        return query.sum(1)
+    if router == "moment":
+        scaled = query / math.sqrt(query.shape[-1])
+        return torch.cat([scaled.sum(1), scaled.square().sum(1) / 2], dim=-1)
+    return torch.cat([query.clamp_min(0).sum(1), query.clamp_max(0).sum(1)], dim=-1)
+
+
+def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | None = None) -> Tensor:
+    """Keys in blocks (..., nb, block, d) -> features (..., nb, parts, f); parts = block / sub_block for minmax, else 1.
+
+    `valid` (nb, block) marks the slots that hold a token, the first of each block always does; None = all.
+    """
+    if router == "minmax":
+        if valid is not None:  # repeat a real key where there is none: no bound changes
+            blocks = torch.where(valid[..., None], blocks, blocks[..., :1, :])
+        parts = blocks.unflatten(-2, (-1, sub_block))
+        return torch.cat([parts.amax(-2), parts.amin(-2)], dim=-1)
+    mean, variance = key_moments(blocks, valid)
+    features = mean if router == "mean" else torch.cat([mean, variance], dim=-1)
+    return features[..., None, :]
+
+
+def token_mean(blocks: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean (..., nb, d) over the tokens of each block (..., nb, block, d)."""
+    if valid is None:
+        return blocks.mean(-2)
+    weight = valid.to(blocks.dtype)[..., None]  # (nb, block, 1)
+    return (blocks * weight).sum(-2) / weight.sum(-2)
+
+
+def key_moments(blocks: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and diagonal variance, (..., nb, d), of the keys (..., nb, block, d) of each block."""
+    mean = token_mean(blocks, valid)
+    return mean, token_mean((blocks - mean[..., None, :]).square(), valid)
+
+
+def block_scores(query: Tensor, features: Tensor, router: str) -> Tensor:
+    """Scores (H_kv, ..., rows, J) of queries (H_kv, group, ..., rows, d) for blocks' features (H_kv, ..., J, parts, f).
+
+    A block's score is that of its best part. Always float32 or float64: half-precision scores would tie, and
+    the blocks chosen among ties say nothing about the keys.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = query_features(query.to(wide), router)
+    columns = features.to(wide).flatten(-3, -2)  # (H_kv, ..., J * parts, f)
+    return (rows @ columns.transpose(-1, -2)).unflatten(-1, features.shape[-3:-1]).amax(-1)
+
+
+def top_blocks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """Columns of the min(top_k, J) best allowed scores (..., J), best first, -1 where too few are allowed.
+
+    Scores are compared as float32 and equal ones by column, lower first: a choice that depends neither on
+    the number of columns nor on the order in which a sort happens to meet them. So ties cannot make a
+    prefix, or a cached step, differ from the whole.
+    """
+    scores = (scores.to(torch.float32) + 0.0).masked_fill_(~allowed, -math.inf)  # + 0.0 turns -0.0 into 0.0
+    bits = scores.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    keys = (ordered.to(torch.int64) << _RANK_BITS) | (_INDEX_MASK - columns)
+    best = keys.topk(min(top_k, scores.shape[-1]), dim=-1).values
+    excluded = best >> _RANK_BITS <= _ORDERED_NEG_INF
+    return (_INDEX_MASK - (best & _INDEX_MASK)).masked_fill_(excluded, -1)
+
+
+_ORDERED_NEG_INF = -8388608 ^ 0x7FFFFFFF  # -inf as float32 bits, reordered like the scores
+
+
+@torch.no_grad()
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    stream: Stream,
+    *,
+    top_k: int,
+    router: str = "minmax",
+    sub_block: int = 16,
+    causal: bool = True,
+) -> Tensor:
+    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none.
+
+    A token's own block is never among them, and slots without a token choose nothing. Not causal, the
+    candidates are all other blocks of the document.
+    """
+    kv_heads, slots, _ = key.shape
+    selected = torch.full((kv_heads, slots, 1 + top_k), -1, dtype=torch.int32, device=key.device)
+    grouped = query.unflatten(0, (kv_heads, -1))  # (H_kv, group, S, d)
+    valid = stream.slot_valid.view(-1, stream.block) if stream.slot_valid is not None and not causal else None
+    features = block_features(key.unflatten(1, (-1, stream.block)), router, sub_block, valid)
+    for bucket in stream.buckets:
+        _select_in_bucket(selected, grouped, features, bucket, stream.block, top_k, router, causal)
+    if stream.slot_valid is not None:
+        selected.masked_fill_(~stream.slot_valid[:, None], -1)
+    return selected
+
+
+def _select_in_bucket(
+    selected: Tensor,
+    query: Tensor,
+    features: Tensor,
+    bucket: Bucket,
+    block: int,
+    top_k: int,
+    router: str,
+    causal: bool,
+) -> None:
+    kv_heads, group, _, dim = query.shape
+    first, documents, blocks = bucket
+    part = slice(first * block, (first + documents * blocks) * block)
+    out = selected[:, part].view(kv_heads, documents, blocks, block, 1 + top_k)
+    query = query[:, :, part].view(kv_heads, group, documents, blocks, block, dim)
+    features = features[:, first : first + documents * blocks].unflatten(1, (documents, blocks))
+    base = first + blocks * torch.arange(documents, device=query.device).view(
+        -1, 1, 1, 1
+    )  # first block of each
+    out[:, :, 1:, :, 0] = base[..., 0].to(torch.int32)  # the sink: read by every token outside of it
+    if top_k == 0:
+        return
+    parts = features.shape[3]
+    cost = kv_heads * documents * block * blocks * parts
+    for begin, end in query_chunks(blocks, cost, MAX_SCORES):
+        candidates = slice(1, end - 1 if causal else blocks)  # the sink is read anyway
+        count = candidates.stop - 1
+        if count < 1:
+            continue
+        own = torch.arange(begin, end, device=query.device).repeat_interleave(block)[:, None]  # (rows, 1)
+        block_number = torch.arange(1, candidates.stop, device=query.device)
+        allowed = block_number < own if causal else block_number != own  # (rows, count)
+        if count <= top_k:
+            chosen = torch.where(allowed, block_number - 1, -1)
+        else:
+            scores = block_scores(query[:, :, :, begin:end].flatten(3, 4), features[:, :, candidates], router)
+            chosen = top_blocks(scores, allowed, top_k)
+        number = (chosen + 1 + base[..., 0]).masked_fill_(chosen < 0, -1).to(torch.int32)
+        out[:, :, begin:end, :, 1 : 1 + number.shape[-1]] = number.unflatten(-2, (end - begin, block))

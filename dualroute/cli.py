@@ -1,0 +1,186 @@
+"""The door: ``dualroute STAGE --config FILE --key.sub value``.
+
+One command per stage.  Every option is a field of that stage's dataclass, so the YAML keys, the flags and
+the attribute names in the code are the same words.  Later sources win: defaults, then ``--config`` files in
+the order given, then flags.  ``--print_config`` shows the result and stops.
+
+The surprising fact: only the parser of the stage that was asked for is built, because importing them all
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from dualroute import __version__
+from dualroute.errors import UserError
+
+#: stage → (module that holds it, its configuration class, its function, one line of help)
+STAGES = {
+    "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
+    "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "evaluate": (
+        "dualroute.evaluate.perplexity",
+        "EvaluateConfig",
+        "evaluate_command",
+        "loss of a checkpoint",
+    ),
+    "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
+    "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
+}
+
+
+class StageParser(ArgumentParser):
+    """Reports one line that names the key, the file it stands in and the nearest valid key."""
+
+    arguments: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(message.split())
+        raise UserError(self._with_hints(line)) from ex
+
+    def _with_hints(self, line: str) -> str:
+        keys = [key for key in self._known_keys() if key != "config"]
+        unknown = re.search(
+            r"(?:does not accept option|Key|key) '([\w.]+)'|unrecognized arguments: --([\w.]+)", line
+        )
+        known = re.search(r'Parser key "([\w.]+)"', line)
+        if unknown:
+            key = unknown.group(1) or unknown.group(2)
+            near = _nearest(key, keys)
+            hint = f"; did you mean '{near}'?" if near else ""
+            return f"unknown key '{key}'{self._where(key)}{hint}"
+        if known:
+            rest = re.sub(r"\s*Expected an? <class '(\w+)'>\.", r" expected \1,", line[known.end() + 1 :])
+            rest = re.sub(r"\s*Expected an? typing\.Literal\[([^\]]*)\]\.", r" expected one of \1,", rest)
+            return f"{known.group(1)}{self._where(known.group(1))}:{rest.replace('Got value:', 'got')}"
+        return line
+
+    def _known_keys(self) -> Iterator[str]:
+        for action in self._actions:
+            if action.dest not in ("help", "print_config"):
+                yield action.dest
+
+    def _where(self, key: str) -> str:
+        for path in _config_files(self.arguments):
+            if key in _flatten(_read_yaml(path)):
+                return f" in {path}"
+        return ""
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str | None:
+    """The valid key most like ``key``: by the whole dotted name, else by its last word."""
+    keys = list(keys)
+    close = difflib.get_close_matches(key, keys, 1, cutoff=0.7)
+    if not close:
+        last = {name.rsplit(".", 1)[-1]: name for name in keys}
+        close = [
+            last[word] for word in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, 1, cutoff=0.6)
+        ]
+    return close[0] if close else None
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, inline = flag.partition("=")
+        if name == "--config":
+            yield Path(inline or value)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+def _flatten(values: Any, prefix: str = "") -> set[str]:
+    if not isinstance(values, dict):
+        return set()
+    found = set()
+    for key, value in values.items():
+        found |= {f"{prefix}{key}"} | _flatten(value, f"{prefix}{key}.")
+    return found
+
+
+def stage_parser(stage: str) -> StageParser:
+    """The parser of one stage; its options are the fields of the stage's dataclass."""
+    module, config_class, _, summary = STAGES[stage]
+    parser = StageParser(prog=f"dualroute {stage}", description=summary)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with any of the options below; may be repeated."
+    )
+    parser.add_class_arguments(getattr(importlib.import_module(module), config_class), sub_configs=True)
+    return parser
+
+
+def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
+    """Configuration object of ``stage`` from command-line arguments.
+
+    Raises:
+        UserError: An unknown key, a value of the wrong type, or values that contradict each other.
+    """
+    parser = stage_parser(stage)
+    parser.arguments = arguments
+    namespace = parser.parse_args(list(arguments))
+    configured = parser.instantiate_classes(namespace).as_dict()
+    configured.pop("config", None)
+    return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run the stage that ``arguments`` name; see :func:`main`."""
+    stage, *rest = arguments
+    if stage not in STAGES:
+        near = _nearest(stage, STAGES)
+        hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
+        raise UserError(f"unknown stage '{stage}'{hint}")
+    config = parse_stage(stage, rest)
+    getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
+
+
+def usage() -> str:
+    """Text of ``dualroute --help``."""
+    lines = [f"  {stage:<10} {summary}" for stage, (_, _, _, summary) in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: dualroute STAGE [--config FILE] [--key value ...]",
+            "",
+            *lines,
+            "",
+            "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``dualroute`` command; returns the exit status (2: the user can mend it)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"dualroute {__version__}")
+        return 0
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"dualroute {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Files that appear whole or not at all.
+
+Everything this project publishes (shards, manifests, checkpoints, reports) is first written to a temporary
+name in the same folder, flushed to the disk, and then renamed: a reader sees the old file, or the new one,
+never half of it - whatever kills the writer.
+
+The surprising part: the rename itself is only durable once the *folder* has been flushed, so that is done
+too.  A process that is killed outright (SIGKILL, power) leaves its temporary file behind; `remove_leftovers`
+is for the next run in that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_MARK = ".partial-"  # .NAME.partial-PID
+
+
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the renames inside ``folder`` durable (a no-op where folders cannot be opened)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse to flush a folder
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Flush the finished file ``temporary`` and give it its real name ``path`` (same file system)."""
+    with open(temporary, "rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    fsync_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed and renamed to ``path``.
+
+    When the body raises, the temporary file is removed and ``path`` is left as it was.  The body has to
+    create the file and close it.
+
+    Raises:
+        FileNotFoundError: the body wrote nothing.
+        OSError: whatever the file system says (no space, no permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        # after the rename there is nothing left to remove
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path`` so that ``path`` holds all of it or is left as it was."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove temporary files that a killed writer left in ``folder``; give back what was removed.
+
+    Only for a folder that no other process is writing to: a live writer's file looks the same.
+    """
+    leftovers = [path for path in Path(folder).glob(f".*{_MARK}*") if path.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers

@@ -1,0 +1,275 @@
+"""The data as Lightning sees it: loaders for training and validation, and a position that is saved and
+restored.
+
+In: the path of a dataset folder and the batch arithmetic. Here: the plan and the reader are put together
+for this rank. Out: batches for `training.pretrain`, which calls `ShardDataModule.advance` once per
+optimizer step.
+
+Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
+`WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
+all ranks and micro batches. A loss summed over its own labels and divided by ``num_targets`` adds up to the
+global mean without communication.
+
+The surprising fact: the position is the number of samples trained on, not the number that the loader has
+fetched. Lightning does not fast-forward a loader on resume, and need not: the loader starts where
+``samples_consumed`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dualroute.data.atomic import write_bytes_atomically
+from dualroute.data.manifest import Manifest, verify_shards
+from dualroute.data.plan import BatchPlan, SequentialPlan, derive_accumulation
+from dualroute.data.reader import ShardReader, WalkPlan, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.errors import UserError
+
+Batch = dict[str, Tensor]
+VERIFIED_FILE = ".verified.json"
+
+
+def verify_once(manifest: Manifest, level: Literal["size", "sha256"]) -> None:
+    """`verify_shards` for every split, skipping contents that were hashed before and look untouched since.
+
+    After a successful ``sha256`` check the sizes and modification times are noted in `VERIFIED_FILE` beside
+    the manifest. Where the folder cannot be written, nothing is noted and the next start hashes again.
+
+    Raises:
+        UserError: naming the first bad file.
+    """
+    for split in manifest.splits:
+        verify_shards(manifest, split, "size")
+    if level == "size":
+        return
+    seen = _file_stamps(manifest)
+    path = manifest.folder / VERIFIED_FILE
+    try:
+        if json.loads(path.read_bytes()) == seen:
+            return
+    except (OSError, ValueError):
+        pass  # no note, or half of one: the same as never verified
+    for split in manifest.splits:
+        verify_shards(manifest, split, "sha256")
+    with contextlib.suppress(OSError):  # a read-only folder is a normal place for data
+        write_bytes_atomically(path, json.dumps(seen, indent=1).encode())
+
+
+def _file_stamps(manifest: Manifest) -> dict[str, Any]:
+    """What `VERIFIED_FILE` holds: the fingerprint, and [bytes, mtime in ns] of every file that it covers."""
+    files = [manifest.tokenizer.file]
+    for split in manifest.splits.values():
+        files += [split.index_file, *(shard.file for shard in split.shards)]
+    stats = {file: (manifest.folder / file).stat() for file in files}
+    return {
+        "fingerprint": manifest.fingerprint,
+        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+    }
+
+
+class ShardDataModule(pl.LightningDataModule):
+    """Training and validation batches of a dataset folder made by `dualroute prepare`.
+
+    The order depends on (data, seed, context) alone: not on the number of ranks, workers or micro batches,
+    nor on how often the run was stopped. Set ``use_distributed_sampler=False`` and
+    ``accumulate_grad_batches=accumulation`` on the Trainer.
+
+    Args:
+        path: the dataset folder.
+        context: tokens per sample.
+        micro_batch: samples per rank in one forward pass.
+        tokens_per_batch: tokens per optimizer step over all ranks; a multiple of context * micro_batch *
+        world size. seed: of the order. num_workers: processes that read ahead; 0 reads in the training
+        process. val_tokens: validate on the first so many tokens of the split ``val``; None: on all of
+        them. verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per
+        copy of the data).
+
+    Attributes:
+        samples_consumed: samples trained on so far, over all ranks; see `advance`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        context: int,
+        micro_batch: int,
+        tokens_per_batch: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        val_tokens: int | None = None,
+        verify: Literal["size", "sha256"] = "size",
+    ) -> None:
+        super().__init__()
+        if num_workers < 0:
+            raise UserError(f"num_workers must be at least 0, not {num_workers}")
+        if verify not in ("size", "sha256"):
+            raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
+        derive_accumulation(tokens_per_batch, context, micro_batch, world_size=1)
+        self.path = Path(path)
+        self.context = context
+        self.micro_batch = micro_batch
+        self.tokens_per_batch = tokens_per_batch
+        self.seed = seed
+        self.num_workers = num_workers
+        self.val_tokens = val_tokens
+        self.verify = verify
+        self.samples_consumed = 0
+
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.tokens_per_batch // self.context
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest, read on first use."""
+        return Manifest.load(self.path)
+
+    @cached_property
+    def plan(self) -> BatchPlan:
+        """The order of training, made on first use.
+
+        Raises:
+            UserError: the data are unusable or shorter than one window.
+        """
+        stream = open_stream(self.manifest, "train")
+        return BatchPlan(stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+
+    @cached_property
+    def val_plan(self) -> SequentialPlan:
+        """The windows of validation, made on first use.
+
+        Raises:
+            UserError: there are no validation documents.
+        """
+        if "val" not in self.manifest.splits or not self.manifest.split("val").documents:
+            raise UserError(
+                f"{self.path}: the split 'val' has no documents; prepare the data with a validation share, "
+                "or train without validation (limit_val_batches=0)"
+            )
+        return SequentialPlan(open_stream(self.manifest, "val"), self.context, self.val_tokens)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches per optimizer step, for the trainer's world size.
+
+        Raises:
+            UserError: tokens_per_batch cannot be divided so.
+        """
+        return derive_accumulation(self.tokens_per_batch, self.context, self.micro_batch, self._place()[1])
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self.samples_consumed / self.plan.windows_per_epoch
+
+    def targets_per_byte(self, split: str) -> float:
+        """Targets per UTF-8 byte of text: nats per target times this is nats per byte."""
+        return self.manifest.split(split).targets_per_byte
+
+    def prepare_data(self) -> None:
+        """Check the files; Lightning calls it on one rank per node."""
+        verify_once(self.manifest, self.verify)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find what is wrong with data and batch arithmetic before the first step.
+
+        Raises:
+            UserError: see `plan` and `accumulation`; or the Trainer accumulates another number of micro
+                batches.
+        """
+        if stage not in ("fit", None):
+            return
+        _ = self.plan, self.accumulation
+        if self.trainer is not None and self.trainer.lightning_module.automatic_optimization:
+            configured = self.trainer.accumulate_grad_batches
+            if configured != self.accumulation:
+                raise UserError(
+                    f"the trainer has accumulate_grad_batches={configured}, but "
+                    f"tokens_per_batch={self.tokens_per_batch} needs {self.accumulation} "
+                    f"(context={self.context}, micro_batch={self.micro_batch}, world size {self._place()[1]})"
+                )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Endless; each new iterator starts at ``samples_consumed``."""
+        rank, world_size = self._place()
+        sampler = WalkPlan(self.plan, rank, world_size, self.micro_batch, lambda: self.samples_consumed)
+        return self._loader(WindowDataset(ShardReader(self.manifest, "train"), self.plan), sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation window once over all ranks, in order; as many batches on every rank.
+
+        Windows without labels (segment_ids all 0) make up what is missing; ``num_targets`` counts one batch
+        over all ranks.
+
+        Raises:
+            UserError: there are no validation documents.
+        """
+        rank, world_size = self._place()
+        sampler = WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
+        return self._loader(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan), sampler)
+
+    def advance(self) -> None:
+        """Count one global batch as trained on; to be called once per optimizer step."""
+        self.samples_consumed += self.samples_per_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it is a position in, as plain JSON values."""
+        return {
+            "fingerprint": self.manifest.fingerprint,
+            "seed": self.seed,
+            "context": self.context,
+            "samples_per_batch": self.samples_per_batch,
+            "samples_consumed": self.samples_consumed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        World size, micro_batch and tokens_per_batch may differ from the saved run: samples are
+        counted one by one.
+
+        Raises:
+            UserError: the saved run had other data, another seed or another context; or a key is missing.
+        """
+        mine = self.state_dict()
+        for key in ("fingerprint", "seed", "context", "samples_consumed"):
+            if key not in state_dict:
+                raise UserError(
+                    f"the checkpoint's data state has no {key!r}: this data module did not write it"
+                )
+            if key != "samples_consumed" and state_dict[key] != mine[key]:
+                raise UserError(
+                    f"the checkpoint was trained with data {key} {state_dict[key]!r}, but "
+                    f"{self.path} is opened with {mine[key]!r}: resume with the same data, seed and context, "
+                    "or start a new run"
+                )
+        self.samples_consumed = int(state_dict["samples_consumed"])
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, size) of the data-parallel group; (0, 1) without a trainer.
+
+        Asks the strategy as Lightning does for its own samplers: ranks that share a sample (sequence
+        parallelism) must be given the same data, and only the strategy knows which those are.
+        """
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    def _loader(self, dataset: WindowDataset, sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,308 @@
+"""Which tokens make the next batch: pure functions of (fingerprint, seed, context, samples consumed).
+
+In: the lengths of the documents (from the manifest's index) and the manifest's fingerprint. Out: sample ids,
+the spans of the token stream that they stand for, and the number of targets in them. `reader` turns spans
+into tensors.
+
+1. The documents of a split, in manifest order, are one stream of T tokens (`DocumentStream`). Training
+   closes it to a ring: the first document follows the last one, as a document boundary like any other.
+2. Epoch e cuts the ring into W = T // context windows, the first of them at a seeded offset in [0, context).
+   Whatever the offset, an epoch has W windows, reads no token twice, and leaves out the T mod context
+   tokens (less than one window) that lie just before the offset. Sample id = e * W + window.
+3. Within an epoch, the windows are visited in the order of a keyed permutation (`permute`) of [0, W).
+4. Sample number s of the run, counted over all ranks from its first step, is in epoch s // W. A global batch
+   is the next ``samples_per_batch`` of them; at the end of an epoch it goes on into the next one.
+
+The surprising fact: nothing is shuffled. The permutation is a small cipher computed at the indices asked
+for, so order costs O(1) memory whatever the corpus, and resuming at sample 10^12 is as quick as starting.
+What is held is 8 bytes per document: the cumulative lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dualroute.errors import UserError
+
+Int64 = NDArray[np.int64]
+#: A half-open range [start, stop) of stream positions.
+Span = tuple[int, int]
+
+#: Stands for "no window" (a row of padding) where a sample id is expected.
+EMPTY = -1
+_ROUNDS = 8
+
+
+def seeded_words(*parts: object, count: int) -> NDArray[np.uint64]:
+    """``count`` 64-bit words from SHA-256 of ``parts``: independent of platform, Python and numpy version."""
+    prefix = "|".join(map(str, ("dualroute-plan-1", *parts)))
+    digests = (hashlib.sha256(f"{prefix}|{number}".encode()).digest() for number in range(-(-count // 4)))
+    return np.frombuffer(b"".join(digests), dtype="<u8")[:count].astype(np.uint64)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> Int64:
+    """Images of ``indices`` under a pseudo-random permutation of [0, size) given by the round ``keys``.
+
+    A Feistel network over Z_a x Z_b with a = ceil(sqrt(size)), b = ceil(size / a), and cycle walking: results
+    outside [0, size) are sent through again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    Since a * b - size < a, hardly any are.
+
+    Raises:
+        ValueError: an index outside [0, size).
+    """
+    result = np.array(indices, dtype=np.int64, ndmin=1).astype(np.uint64)
+    if result.size and int(result.max()) >= size:  # negative indices are huge as uint64
+        raise ValueError(f"index outside [0, {size})")
+    rows = math.isqrt(max(size - 1, 0)) + 1
+    a, b = np.uint64(rows), np.uint64(-(-size // rows))
+    walking = np.arange(result.size)
+    while walking.size:
+        left, right = np.divmod(result[walking], b)
+        for number, key in enumerate(keys):
+            if number % 2 == 0:
+                left = (left + _mix(right + key) % a) % a
+            else:
+                right = (right + _mix(left + key) % b) % b
+        result[walking] = left * b + right
+        walking = walking[result[walking] >= np.uint64(size)]
+    return result.astype(np.int64)
+
+
+def derive_accumulation(tokens_per_batch: int, context: int, micro_batch: int, world_size: int) -> int:
+    """Micro steps per optimizer step: tokens_per_batch / (context * micro_batch * world_size).
+
+    Needs nothing but the four numbers, so a contradiction is found before anything starts.
+
+    Raises:
+        UserError: a number below 1, or tokens_per_batch is no multiple of the product; the message names the
+            nearest batches that are and, where there is one, the micro_batch that keeps tokens_per_batch.
+    """
+    numbers = {"tokens_per_batch": tokens_per_batch, "context": context, "micro_batch": micro_batch}
+    for name, value in {**numbers, "world_size": world_size}.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    unit = context * micro_batch * world_size
+    accumulation, rest = divmod(tokens_per_batch, unit)
+    if rest == 0:
+        return accumulation
+    nearest = " or ".join(f"{n * unit} (accumulation {n})" for n in (accumulation, accumulation + 1) if n > 0)
+    message = (
+        f"tokens_per_batch={tokens_per_batch} is not a multiple of context * micro_batch * world_size = "
+        f"{context} * {micro_batch} * {world_size} = {unit}: the nearest valid values are {nearest}"
+    )
+    per_rank, uneven = divmod(tokens_per_batch, context * world_size)
+    if not uneven and per_rank:
+        fitting = max(n for n in range(1, min(micro_batch, per_rank) + 1) if per_rank % n == 0)
+        message += f"; or keep it and set micro_batch={fitting}"
+    raise UserError(message)
+
+
+class DocumentStream:
+    """Documents laid end to end: positions 0..tokens-1.
+
+    ``ends`` int64 (documents,): cumulative lengths; document k covers [ends[k-1], ends[k]). This array, 8
+    bytes a document, is all that the plan keeps in memory.
+
+    Raises:
+        ValueError: a document without tokens.
+    """
+
+    def __init__(self, lengths: ArrayLike) -> None:
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if lengths.size and int(lengths.min()) < 1:
+            raise ValueError(f"document {int(np.argmin(lengths))} has {int(lengths.min())} tokens")
+        self.ends: Int64 = np.cumsum(lengths, dtype=np.int64)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ends[-1]) if self.ends.size else 0
+
+    def targets_before(self, positions: ArrayLike) -> Int64:
+        """How many tokens at positions < p have a next token in their document, for each p in [0, tokens]."""
+        positions = np.asarray(positions, dtype=np.int64)
+        # the last token of document k stands at ends[k] - 1, so it counts as passed once ends[k] <= p
+        return positions - np.searchsorted(self.ends, positions, side="right")
+
+    def pieces(self, start: int, stop: int) -> Int64:
+        """The documents that [start, stop) is made of, in order.
+
+        Returns:
+            (pieces, 4): document number; offset of the piece inside its document; tokens in the piece;
+            targets in the piece, which is one less than tokens where the document ends with it.
+        """
+        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
+        ends = self.ends[first : last + 1]
+        begins = np.empty_like(ends)
+        begins[0] = self.ends[first - 1] if first else 0
+        begins[1:] = ends[:-1]
+        lows, highs = np.maximum(begins, start), np.minimum(ends, stop)
+        counts = highs - lows
+        targets = np.minimum(counts, ends - lows - 1)
+        return np.stack([np.arange(first, last + 1), lows - begins, counts, targets], axis=1)
+
+
+class WindowPlan(Protocol):
+    """What the reader needs of a plan: training's `BatchPlan` or validation's `SequentialPlan`."""
+
+    @property
+    def stream(self) -> DocumentStream: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def spans(self, sample: int) -> list[Span]:
+        """Stream ranges of one sample, in reading order; what they lack of ``context`` tokens is padding."""
+        ...
+
+    def num_targets(self, samples: ArrayLike) -> int:
+        """Labels other than -100 in these samples together."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """The order of a training run. Everything is a pure function of the fields and the arguments.
+
+    Attributes:
+        stream: the training documents.
+        fingerprint: of the manifest, so that other data mean another order.
+        seed: any integer.
+        context: tokens per sample.
+        samples_per_batch: samples per optimizer step, over all ranks.
+
+    Raises:
+        UserError: fewer tokens than one window, or a number below 1.
+    """
+
+    stream: DocumentStream
+    fingerprint: str
+    seed: int
+    context: int
+    samples_per_batch: int
+
+    def __post_init__(self) -> None:
+        for name in ("context", "samples_per_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.stream.tokens < self.context:
+            raise UserError(
+                f"context={self.context} is longer than the training data of {self.stream.tokens} tokens: "
+                "no window fits; lower context or prepare more data"
+            )
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return self.stream.tokens // self.context
+
+    def sample_ids(self, first: int, count: int) -> Int64:
+        """Ids (count,) of the samples numbered first, first + 1, ... of the run."""
+        epochs, indices = np.divmod(np.arange(first, first + count, dtype=np.int64), self.windows_per_epoch)
+        for epoch in np.unique(epochs):
+            keys = seeded_words(self.fingerprint, self.seed, epoch, "order", count=_ROUNDS)
+            mask = epochs == epoch
+            indices[mask] = permute(indices[mask], self.windows_per_epoch, keys)
+        return epochs * self.windows_per_epoch + indices
+
+    def batch(self, samples_consumed: int) -> Int64:
+        """Sample ids (samples_per_batch,) of the global batch that follows ``samples_consumed``.
+
+        Global batch number g of a run whose batch never changed is ``batch(g * samples_per_batch)``.
+        """
+        return self.sample_ids(samples_consumed, self.samples_per_batch)
+
+    def starts(self, samples: ArrayLike) -> Int64:
+        """Ring positions of the first tokens of ``samples``."""
+        epochs, windows = np.divmod(np.asarray(samples, dtype=np.int64), self.windows_per_epoch)
+        starts = windows * self.context
+        for epoch in np.unique(epochs):
+            word = seeded_words(self.fingerprint, self.seed, epoch, "offset", count=1)[0]
+            starts[epochs == epoch] += int(word) % self.context
+        return starts % self.stream.tokens
+
+    def spans(self, sample: int) -> list[Span]:
+        """See `WindowPlan.spans`: one span, or two where the window crosses the seam of the ring."""
+        start = int(self.starts([sample])[0])
+        beyond = start + self.context - self.stream.tokens
+        return [(start, start + self.context)] if beyond <= 0 else [(start, self.stream.tokens), (0, beyond)]
+
+    def num_targets(self, samples: ArrayLike) -> int:
+        """See `WindowPlan.num_targets`. Two binary searches per sample; reads no shard."""
+        starts, tokens = self.starts(samples), self.stream.tokens
+        stops = starts + self.context
+        targets = self.stream.targets_before(np.minimum(stops, tokens)) - self.stream.targets_before(starts)
+        return int(np.sum(targets + self.stream.targets_before(np.maximum(stops - tokens, 0))))
+
+
+@dataclass(frozen=True, eq=False)
+class SequentialPlan:
+    """Every window of a split once, in order, the last one padded: how validation reads.
+
+    Attributes:
+        stream: the documents.
+        context: tokens per sample.
+        limit: read the first ``limit`` tokens only (None: all), whatever the context; the same targets are
+            scored for every context, and each of them exactly once.
+
+    Raises:
+        UserError: context or limit below 1.
+    """
+
+    stream: DocumentStream
+    context: int
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise UserError(f"context must be at least 1, not {self.context}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"val_tokens must be at least 1, or null for all of them, not {self.limit}")
+
+    @property
+    def tokens(self) -> int:
+        return self.stream.tokens if self.limit is None else min(self.limit, self.stream.tokens)
+
+    @property
+    def windows(self) -> int:
+        return -(-self.tokens // self.context)
+
+    def spans(self, sample: int) -> list[Span]:
+        """See `WindowPlan.spans`; nothing for `EMPTY`."""
+        if sample == EMPTY:
+            return []
+        return [(sample * self.context, min((sample + 1) * self.context, self.tokens))]
+
+    def num_targets(self, samples: ArrayLike) -> int:
+        """See `WindowPlan.num_targets`."""
+        samples = np.asarray(samples, dtype=np.int64)
+        starts = samples[samples != EMPTY] * self.context
+        before = self.stream.targets_before
+        return int(np.sum(before(np.minimum(starts + self.context, self.tokens)) - before(starts)))
+
+
+def micro_batches(samples: Sequence[int] | Int64, rank: int, world_size: int, micro_batch: int) -> Int64:
+    """The part of a global batch that belongs to ``rank``: (accumulation, micro_batch) sample ids.
+
+    Micro step j of rank r takes samples [(j * world_size + r) * micro_batch, + micro_batch), so one
+    optimizer step sees the same samples however they are divided.
+
+    Raises:
+        ValueError: the samples cannot be divided so.
+    """
+    samples = np.asarray(samples, dtype=np.int64)
+    if samples.size % (world_size * micro_batch):
+        raise ValueError(f"{samples.size} samples do not divide into {world_size} ranks of {micro_batch}")
+    return samples.reshape(-1, world_size, micro_batch)[:, rank]

@@ -1,0 +1,278 @@
+"""From sample ids to tensors: memory maps of the shards, cut into windows.
+
+In: sample ids from `plan`, and the dataset folder through its `Manifest`. Here: a span of the token stream
+is looked up in the index, its ids are copied out of the tars at (shard, offset), and inputs, labels,
+segments and positions are made of them. Out: batches, through a torch DataLoader that `module` builds.
+
+1. `WalkPlan` (main process) walks the plan from the samples consumed and yields, per micro batch, this rank's
+   `Request`s: sample ids with the number of targets in their whole global batch.
+2. `WindowDataset` (worker) answers one request with one window, reading through `ShardReader`.
+3. `collate` (worker) stacks windows into the batch.
+
+The surprising fact: workers hold no state. Which sample comes when is settled before a worker is asked, so
+their number and speed cannot change the order, and there is nothing of theirs to save.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dualroute.data.manifest import Manifest
+from dualroute.data.plan import (
+    EMPTY,
+    BatchPlan,
+    DocumentStream,
+    SequentialPlan,
+    WindowPlan,
+    micro_batches,
+)
+from dualroute.errors import UserError
+
+#: Labels that no loss counts (torch's default ``ignore_index``).
+IGNORE_INDEX = -100
+_REMEDY = "copy it again or prepare the data again"
+
+
+def open_stream(manifest: Manifest, split: str) -> DocumentStream:
+    """The document stream of a split, from its index.
+
+    Raises:
+        UserError: the split or its index is missing, or the index contradicts the manifest.
+    """
+    info = manifest.split(split)
+    path = manifest.folder / info.index_file
+    try:
+        stream = DocumentStream(manifest.open_index(split)[:, 2])
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; {_REMEDY}") from error
+    if stream.tokens != info.tokens:
+        raise UserError(f"{path}: {stream.tokens} tokens, but the manifest says {info.tokens}; {_REMEDY}")
+    return stream
+
+
+class ShardReader:
+    """Token ids of a split's documents, out of memory-mapped tars.
+
+    Shards are opened when first read; at most ``max_open`` stay open, the least recently used is closed
+    first. May be pickled: the copy opens its own files.
+
+    Args:
+        manifest, split: what to read.
+        max_open: open shards per process (a DataLoader worker is a process).
+    """
+
+    def __init__(self, manifest: Manifest, split: str, max_open: int = 16) -> None:
+        if max_open < 1:
+            raise ValueError(f"max_open must be at least 1, not {max_open}")
+        self.manifest = manifest
+        self.split = manifest.split(split)
+        self.max_open = max_open
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._index: NDArray[np.int64] | None = None
+        self._open: OrderedDict[int, mmap.mmap] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None, "_open": OrderedDict()}
+
+    @property
+    def open_shards(self) -> tuple[int, ...]:
+        """Numbers of the shards that are open, least recently used first."""
+        return tuple(self._open)
+
+    @property
+    def index(self) -> NDArray[np.int64]:
+        """The split's index (documents, 4), memory-mapped on first use."""
+        if self._index is None:
+            self._index = self.manifest.open_index(self.split.name)
+        return self._index
+
+    def read(self, document: int, start: int, count: int) -> NDArray[np.int64]:
+        """Ids (count,) of ``document`` from its token ``start`` on.
+
+        Raises:
+            UserError: the shard is missing, of another size than the manifest says, not where the index
+                points, or holds ids outside the vocabulary; the message names shard and document.
+        """
+        shard, offset = (int(value) for value in self.index[document, :2])
+        data = self._shard(shard, document)
+        first = offset + start * self.dtype.itemsize
+        if offset < 0 or first + count * self.dtype.itemsize > len(data):
+            raise UserError(
+                f"{self._path(shard)}: {self._name(document)} lies beyond the end of the shard; {_REMEDY}"
+            )
+        # copied, so that nothing points into the map when the shard is closed
+        ids = np.frombuffer(data, dtype=self.dtype, count=count, offset=first).astype(np.int64)
+        vocab_size = self.manifest.tokenizer.vocab_size
+        if count and int(ids.max()) >= vocab_size:
+            raise UserError(
+                f"{self._path(shard)}: {self._name(document)} holds id {int(ids.max())}, but the "
+                f"vocabulary has {vocab_size}; the shard is damaged, {_REMEDY}"
+            )
+        return ids
+
+    def close(self) -> None:
+        """Close all shards; reading opens them again."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _name(self, document: int) -> str:
+        return f"document {document} of split {self.split.name!r}"
+
+    def _path(self, shard: int) -> str:
+        return str(self.manifest.folder / self.split.shards[shard].file)
+
+    def _shard(self, number: int, document: int) -> mmap.mmap:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        if not 0 <= number < len(self.split.shards):
+            raise UserError(
+                f"{self.manifest.folder / self.split.index_file}: document {document} is in shard {number}, "
+                f"but there are {len(self.split.shards)}; {_REMEDY}"
+            )
+        path, size = self._path(number), self.split.shards[number].size
+        try:
+            with open(path, "rb") as stream:
+                # checked before mapping: reading past the end of a mapped file kills the process (SIGBUS)
+                found = stream.seek(0, 2)
+                if found != size:
+                    raise UserError(f"{path}: {found} bytes, but the manifest says {size}; {_REMEDY}")
+                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise UserError(f"{path}: cannot open the shard ({error.strerror}); {_REMEDY}") from error
+        while len(self._open) >= self.max_open:
+            self._open.popitem(last=False)[1].close()
+        self._open[number] = data
+        return data
+
+
+class Request(NamedTuple):
+    """One window asked of the dataset, and the number of targets in the whole global batch it belongs to."""
+
+    sample: int
+    num_targets: int
+
+
+class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
+    """Map-style: request → window, a dict of int64 arrays (context,) and the 0-dim ``num_targets``.
+
+    - ``input_ids``: the window's tokens; the tokenizer's pad id (0 if it has none) where there are none
+    - ``labels``: the next token of the same document, which may lie one past the window; `IGNORE_INDEX` for
+      the last token of a document and for padding
+    - ``segment_ids``: 1, 2, ... for the pieces of documents in the window; 0 for padding
+    - ``positions``: 0, 1, ... within each piece
+
+    A plain sample id will do as request; ``num_targets`` is then that of the window alone.
+    """
+
+    def __init__(self, reader: ShardReader, plan: WindowPlan) -> None:
+        self.reader = reader
+        self.plan = plan
+
+    def __getitem__(self, request: Request | int) -> dict[str, NDArray[np.int64]]:
+        if not isinstance(request, Request):
+            request = Request(request, self.plan.num_targets([request]))
+        context = self.plan.context
+        input_ids = np.full(context, max(self.reader.manifest.tokenizer.pad_id, 0), dtype=np.int64)
+        labels = np.full(context, IGNORE_INDEX, dtype=np.int64)
+        segment_ids = np.zeros(context, dtype=np.int64)
+        positions = np.zeros(context, dtype=np.int64)
+        at, segment = 0, 1
+        for span in self.plan.spans(request.sample):
+            for document, start, tokens, targets in self.plan.stream.pieces(*span).tolist():
+                # one past the piece where the document goes on, to the document's end where it does not
+                ids = self.reader.read(document, start, targets + 1)
+                input_ids[at : at + tokens] = ids[:tokens]
+                labels[at : at + targets] = ids[1:]
+                segment_ids[at : at + tokens] = segment
+                positions[at : at + tokens] = np.arange(tokens)
+                at, segment = at + tokens, segment + 1
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "num_targets": np.array(request.num_targets, dtype=np.int64),
+        }
+
+
+def collate(windows: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
+    """Windows → batch: int64 tensors (b, context), and the 0-dim ``num_targets`` that they have in common."""
+    batch = {
+        key: torch.from_numpy(np.stack([w[key] for w in windows]))
+        for key in windows[0]
+        if key != "num_targets"
+    }
+    return {**batch, "num_targets": torch.tensor(int(windows[0]["num_targets"]))}
+
+
+class WalkPlan:
+    """Endless batch sampler of one rank: its micro batches, step after step, from the samples consumed on.
+
+    Args:
+        plan: the order.
+        rank, world_size: of the data-parallel group.
+        micro_batch: samples per micro batch and rank.
+        samples_consumed: asked each time iteration starts, so a sampler made before a checkpoint is loaded
+            will do.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        samples_consumed: Callable[[], int],
+    ) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = micro_batch  # the name under which Lightning and DeepSpeed look for it
+        self.samples_consumed = samples_consumed
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        consumed = self.samples_consumed()
+        while True:
+            batch = self.plan.batch(consumed)
+            num_targets = self.plan.num_targets(batch)
+            for samples in micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist():
+                yield [Request(sample, num_targets) for sample in samples]
+            consumed += batch.size
+
+
+class WalkSequence:
+    """Batch sampler of one rank over all windows of a `SequentialPlan`, each read by exactly one rank.
+
+    Every rank has the same number of batches, all full: what is missing is made up with `EMPTY` windows.
+    ``num_targets`` counts a batch over all ranks.
+    """
+
+    def __init__(self, plan: SequentialPlan, rank: int, world_size: int, micro_batch: int) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = micro_batch
+
+    def __len__(self) -> int:
+        return -(-self.plan.windows // (self.world_size * self.batch_size))
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        together = self.world_size * self.batch_size
+        for first in range(0, self.plan.windows, together):
+            batch = np.arange(first, first + together)
+            batch[batch >= self.plan.windows] = EMPTY
+            num_targets = self.plan.num_targets(batch)
+            (samples,) = micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist()
+            yield [Request(sample, num_targets) for sample in samples]

@@ -1,0 +1,12 @@
+"""The one exception that means "you, the user, can mend this".
+
+Everything in dualroute that refuses an input raises :class:`UserError` with a single line that names the
+file, key or value, what is wrong with it and what to do.  The command line prints that line and exits with
+status 2; any other exception is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """An input that cannot be used; the message is one line for the person who gave it."""

@@ -1,0 +1,64 @@
+"""From a path that a person gives to a model that is ready to run, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer
+from dualroute.model.store import TOKENIZER, Checkpoint, find_checkpoint, load_model, verify_checkpoint
+
+
+@dataclass
+class Loaded:
+    """A checkpoint brought to life."""
+
+    checkpoint: Checkpoint
+    model: DualRoutingTransformer
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one; anything else is a torch device name.
+
+    Raises:
+        UserError: The device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here ({reason}); try --device auto") from error
+    return device
+
+
+def load(path: str | Path, device: str = "auto", dtype: str = "float32") -> Loaded:
+    """Load a checkpoint for evaluation or generation.
+
+    Args:
+        path: A checkpoint folder, or a run folder (its newest finished checkpoint).
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+        dtype: ``float32`` or ``bfloat16``, for the weights and all arithmetic.
+
+    Raises:
+        UserError: Nothing finished there, a damaged file, or no such device.
+    """
+    checkpoint = find_checkpoint(path)
+    target = choose_device(device)
+    model = load_model(checkpoint).to(device=target, dtype=getattr(torch, dtype))
+    verify_checkpoint(checkpoint, only=TOKENIZER)
+    tokenizer = Tokenizer(checkpoint.folder / TOKENIZER)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{checkpoint.folder / TOKENIZER} has {tokenizer.vocab_size} ids and the model "
+            f"{model.config.vocab_size}: the tokenizer was replaced; put the original file back"
+        )
+    return Loaded(checkpoint, model, tokenizer, target)

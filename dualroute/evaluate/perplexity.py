@@ -1,0 +1,252 @@
+"""``dualroute evaluate``: loss, perplexity and bits per byte of a checkpoint.
+
+In: a checkpoint and either a folder of shards or a text file.  Every next-token target is scored exactly
+once.  Out: a table on the terminal, JSON on request.
+
+The surprising fact: perplexity depends on the tokenizer and says nothing across models with different ones;
+bits per byte do not.  They are the loss of all targets divided by the bytes of the text they spell.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dualroute.data.atomic import write_bytes_atomically
+from dualroute.data.manifest import Manifest, verify_shards
+from dualroute.data.plan import SequentialPlan
+from dualroute.data.reader import IGNORE_INDEX, ShardReader, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.errors import UserError
+from dualroute.evaluate.load import Loaded, load
+from dualroute.model import DualRoutingTransformer
+
+#: Rows of [tokens, vocab] logits that exist at once.
+LOGIT_ROWS = 2048
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a checkpoint on held-out text.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer.
+        text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
+        split: Which split of ``data``.
+        context: Tokens the model sees at once; null takes the context it was trained with.
+        stride: For ``text``: tokens between two windows.  Null means context (each token is read once); less
+            gives every scored token a longer past and costs context / stride as much.
+        max_tokens: Score only this many tokens from the start; null scores all.
+        batch_size: Windows evaluated together.
+        device: auto, cpu, cuda, ….
+        dtype: Arithmetic of the model.
+        output: Also write the figures to this JSON file.
+    """
+
+    checkpoint: str
+    data: str | None = None
+    text: str | None = None
+    split: Literal["train", "val"] = "val"
+    context: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.text is None):
+            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
+        for name in ("context", "stride", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.stride is not None and self.text is None:
+            raise UserError("stride works with --text only: shards are scored in windows of context tokens")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was measured."""
+
+    loss: float  # nats per target
+    targets: int
+    bytes: float  # of text that the targets spell
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self.targets / (math.log(2) * self.bytes)
+
+
+@torch.no_grad()
+def score_batches(
+    model: DualRoutingTransformer, batches: Iterable[dict[str, Tensor]], device: torch.device
+) -> tuple[float, int]:
+    """Sum of the negative log-likelihood over all labels, in nats, and the number of labels."""
+    total, count = 0.0, 0
+    for batch in batches:
+        segments = batch.get("segment_ids")
+        positions = batch.get("positions")
+        hidden = model.hidden_states(
+            batch["input_ids"].to(device),
+            segment_ids=None if segments is None else segments.to(device),
+            positions=None if positions is None else positions.to(device),
+        )
+        labels = batch["labels"].to(device).flatten()
+        wanted = labels != IGNORE_INDEX
+        hidden, labels = hidden.flatten(0, 1)[wanted], labels[wanted]
+        for rows, targets in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True):
+            total += float(F.cross_entropy(model.head(rows).float(), targets, reduction="sum"))
+        count += labels.numel()
+    return total, count
+
+
+def evaluate_shards(
+    loaded: Loaded, folder: str | Path, split: str, context: int, batch_size: int, max_tokens: int | None
+) -> Score:
+    """Score a split of a shard folder.
+
+    Raises:
+        UserError: The shards were made with another tokenizer, or are damaged.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise UserError(
+            f"{folder} was made with another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}…) than "
+            f"{loaded.checkpoint.folder} ({loaded.tokenizer.sha256[:12]}…): prepare it again with "
+            f"--tokenizer {loaded.checkpoint.folder / 'tokenizer.model'}"
+        )
+    verify_shards(manifest, split, level="size")
+    plan = SequentialPlan(open_stream(manifest, split), context, max_tokens)
+    if not plan.windows:
+        raise UserError(
+            f"{folder} has no documents in split '{split}': prepare it with a larger --val_fraction"
+        )
+    dataset = WindowDataset(ShardReader(manifest, split), plan)
+    loader = DataLoader(dataset, batch_sampler=WalkSequence(plan, 0, 1, batch_size), collate_fn=collate)
+    nll, count = score_batches(loaded.model, loader, loaded.device)
+    return Score(nll / count, count, count / manifest.split(split).targets_per_byte)
+
+
+def evaluate_text(
+    loaded: Loaded, path: str | Path, context: int, stride: int, batch_size: int, max_tokens: int | None
+) -> Score:
+    """Score a text file as one document, in windows of ``context`` tokens that start ``stride`` apart.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, or too short to hold a target.
+    """
+    text = read_text(path)
+    ids = loaded.tokenizer.encode(text, bos=True, eos=True)
+    size = len(text.encode())
+    if max_tokens is not None and max_tokens < len(ids):
+        ids = ids[:max_tokens]
+        size = len(loaded.tokenizer.decode(ids).encode())
+    if len(ids) < 2 or not size:
+        raise UserError(f"{path} holds {len(ids)} tokens: too short to score; give a longer text")
+    batches = text_windows(torch.tensor(ids), context, stride, batch_size)
+    nll, count = score_batches(loaded.model, batches, loaded.device)
+    return Score(nll / count, count, size)
+
+
+def text_windows(ids: Tensor, context: int, stride: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Cut ids (T,) into windows that start ``stride`` apart; each of the T - 1 targets is labelled in the
+    first window that holds it, so the overlap serves as past only."""
+    if stride > context:
+        raise UserError(f"stride {stride} is longer than context {context}: tokens between would be skipped")
+    scored = 0  # targets labelled so far; target t is the token t + 1
+    rows: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    while scored < len(ids) - 1:
+        stop = min(start + context, len(ids) - 1)
+        inputs, labels = ids[start:stop], ids[start + 1 : stop + 1].clone()
+        labels[: scored - start] = IGNORE_INDEX
+        if (rows and len(inputs) != len(rows[0][0])) or len(rows) == batch_size:
+            yield _stacked(rows)
+            rows = []
+        rows.append((inputs, labels))
+        scored, start = stop, start + stride
+    if rows:
+        yield _stacked(rows)
+
+
+def _stacked(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    inputs, labels = zip(*rows, strict=True)
+    return {"input_ids": torch.stack(inputs), "labels": torch.stack(labels)}
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, decompressed by its ending.
+
+    Raises:
+        UserError: It is missing, damaged or not UTF-8.
+    """
+    path = Path(path)
+    openers: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
+    try:
+        with openers.get(path.suffix, lambda name: name.open("rb"))(path) as stream:
+            return stream.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def evaluate(config: EvaluateConfig) -> Score:
+    """Measure a checkpoint; see :class:`EvaluateConfig`.
+
+    Raises:
+        UserError: Any of the inputs cannot be used.
+    """
+    loaded = load(config.checkpoint, config.device, config.dtype)
+    context = config.context or int(
+        loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
+    )
+    if context > loaded.model.config.max_context:
+        raise UserError(
+            f"context {context} is longer than the model's max_context {loaded.model.config.max_context}"
+        )
+    if config.data is not None:
+        return evaluate_shards(
+            loaded, config.data, config.split, context, config.batch_size, config.max_tokens
+        )
+    assert config.text is not None
+    stride = config.stride or context
+    return evaluate_text(loaded, config.text, context, stride, config.batch_size, config.max_tokens)
+
+
+def evaluate_command(config: EvaluateConfig) -> None:
+    """``dualroute evaluate``: print the figures, and write them where asked."""
+    score = evaluate(config)
+    table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens scored")
+    table.add_row(
+        f"{score.loss:.4f}", f"{score.perplexity:.2f}", f"{score.bits_per_byte:.4f}", f"{score.targets:,}"
+    )
+    Console().print(table)
+    if config.output is not None:
+        figures = {
+            **asdict(score),
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "evaluation": asdict(config),
+        }
+        write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())

@@ -1,0 +1,75 @@
+"""``dualroute generate``: a prompt in, the model's continuation out, token by token."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+from dualroute.evaluate.load import load
+from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
+
+
+@dataclass
+class GenerateConfig:
+    """Write text with a checkpoint.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        prompt: Text to continue; "-" reads it from standard input.
+        sampling: How tokens are drawn.
+        stream: Print each piece of text as soon as it is there.
+        device: auto, cpu, cuda, ….
+        dtype: Arithmetic of the model.
+    """
+
+    checkpoint: str
+    prompt: str = ""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stream: bool = True
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def generate_text(
+    model: DualRoutingTransformer, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig
+) -> Iterator[str]:
+    """Yield the continuation of ``prompt`` in pieces of whole characters.
+
+    A character outside the vocabulary is several byte tokens; a piece is held back until it is complete.
+
+    Raises:
+        UserError: The prompt leaves no room in the model's context.
+    """
+    ids = tokenizer.encode(prompt, bos=True)
+    limit = model.config.max_context
+    if len(ids) >= limit:
+        raise UserError(f"the prompt has {len(ids)} tokens and the model reads at most {limit}: shorten it")
+    new: list[int] = []
+    shown = tokenizer.decode(ids)
+    for token in generate(model, ids, sampling, tokenizer.eos_id):
+        if token == tokenizer.eos_id:
+            break
+        new.append(token)
+        text = tokenizer.decode(ids + new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids + new)[len(shown) :]
+
+
+def generate_command(config: GenerateConfig) -> None:
+    """``dualroute generate``: print the prompt and its continuation."""
+    loaded = load(config.checkpoint, config.device, config.dtype)
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    pieces = generate_text(loaded.model, loaded.tokenizer, prompt, config.sampling)
+    if config.stream:
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print(prompt + "".join(pieces))

@@ -1,0 +1,164 @@
+"""What a model is: the numbers that decide its shape, checked before anything is built.
+
+`ModelConfig` is written by people (``configs/model/*.yaml``), travels inside every checkpoint as
+``model.json`` and is all that :class:`~dualroute.model.transformer.DualRoutingTransformer` needs.
+The surprising fact: ``attention: dense`` is not another model.  It is the same code with every head on
+the full global route, so that a comparison with the dense baseline differs in nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dualroute.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a decoder-only Transformer with DualRouting attention.
+
+    Args:
+        vocab_size: Number of token ids; null takes it from the data set's tokenizer.
+        dim: Width of the residual stream.
+        num_layers: Number of Transformer blocks.
+        num_heads: Query heads in all, over both routes.
+        num_kv_heads: Key/value heads in all (grouped-query attention); null means one per query head.
+        head_dim: Width of one head; null means dim / num_heads.
+        ffn_dim: Inner width of the SwiGLU feed-forward; null means 8/3 of dim rounded up to 64.
+        max_context: Longest sequence, in tokens, that the model is meant to read (its RoPE range).
+        attention: dual sums a global and a local route; dense is the plain Transformer with the same
+            parameters; local is sliding-window only.
+        global_heads: Query heads of the global route; null means half of num_heads.
+        local_heads: Query heads of the local route; null means the other half.
+        window: Keys that the local route sees, the token itself included.
+        global_mode: full reads every key; routed reads top_k blocks chosen per token; auto is full below
+            the break-even length and routed above it.
+        block: Keys per routed block.
+        top_k: Blocks that each token reads exactly, besides its own and the document's first.
+        router: How blocks are scored: minmax (bounds on sub-blocks), moment or mean.
+        sub_block: Keys per bound of the minmax router; divides block.
+        far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
+            or none.
+        rope_theta: Base of the rotary position frequencies.
+        qk_norm: Normalise queries and keys per head before RoPE.
+        gate: A learned gate per head, 1 at the start.
+        tie_embeddings: Use the input embedding as the output projection.
+        norm_eps: Epsilon of every RMSNorm.
+    """
+
+    vocab_size: int | None = None
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_dim: int | None = None
+    max_context: int = 2048
+    attention: Literal["dual", "dense", "local"] = "dual"
+    global_heads: int | None = None
+    local_heads: int | None = None
+    window: int = 128
+    global_mode: Literal["auto", "full", "routed"] = "auto"
+    block: int = 64
+    top_k: int = 8
+    router: Literal["minmax", "moment", "mean"] = "minmax"
+    sub_block: int = 16
+    far_summary: Literal["second_order", "first_order", "none"] = "second_order"
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
+    gate: bool = False
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self._derived()  # raises where the numbers contradict each other
+
+    def resolved(self) -> ModelConfig:
+        """The same model with every null but the vocabulary's replaced by the number it stands for."""
+        return dataclasses.replace(self, **self._derived())
+
+    def _derived(self) -> dict[str, int]:
+        for name in ("dim", "num_layers", "num_heads", "max_context", "window", "block", "sub_block"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.top_k < 0:
+            raise UserError(f"model.top_k is {self.top_k}: it must be 0 or more")
+        if self.router == "minmax" and self.block % self.sub_block:
+            raise UserError(
+                f"model.sub_block {self.sub_block} does not divide model.block {self.block}, as the minmax "
+                f"router needs: change one of them"
+            )
+        if self.vocab_size is not None and self.vocab_size < 2:
+            raise UserError(f"model.vocab_size is {self.vocab_size}: it must be at least 2, or null")
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise UserError(
+                f"model.num_heads {self.num_heads} does not divide model.dim {self.dim}: "
+                f"change one of them, or give model.head_dim"
+            )
+        head_dim = self.dim // self.num_heads if self.head_dim is None else self.head_dim
+        if head_dim < 2 or head_dim % 2:
+            raise UserError(
+                f"model.head_dim is {head_dim} (dim / num_heads where null): RoPE turns pairs of channels, "
+                f"so it must be even"
+            )
+        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
+            raise UserError(
+                f"model.num_kv_heads {num_kv_heads} does not divide model.num_heads {self.num_heads}"
+            )
+        ffn_dim = -(-8 * self.dim // (3 * 64)) * 64 if self.ffn_dim is None else self.ffn_dim
+        if ffn_dim < 1:
+            raise UserError(f"model.ffn_dim is {ffn_dim}: it must be at least 1, or null")
+        global_heads, local_heads = self._divided_heads(num_kv_heads)
+        return {
+            "head_dim": head_dim,
+            "num_kv_heads": num_kv_heads,
+            "ffn_dim": ffn_dim,
+            "global_heads": global_heads,
+            "local_heads": local_heads,
+        }
+
+    def _divided_heads(self, num_kv_heads: int) -> tuple[int, int]:
+        if self.attention == "dense":
+            return self.num_heads, 0
+        if self.attention == "local":
+            return 0, self.num_heads
+        group = self.num_heads // num_kv_heads
+        global_heads, local_heads = self.global_heads, self.local_heads
+        if global_heads is None:
+            half = num_kv_heads // 2 * group
+            global_heads = half if local_heads is None else self.num_heads - local_heads
+        if local_heads is None:
+            local_heads = self.num_heads - global_heads
+        for name, heads in (("global_heads", global_heads), ("local_heads", local_heads)):
+            if heads < 1 or heads % group:
+                raise UserError(
+                    f"model.{name} is {heads} (half of num_heads {self.num_heads} where null): with "
+                    f"attention dual it must be a positive multiple of the {group} query heads that share a "
+                    f"key/value head; for one route alone set model.attention to dense or local"
+                )
+        return global_heads, local_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as it was given, JSON-ready, in the order of the class."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelConfig:
+        """Read a ``model.json`` that a checkpoint carries.
+
+        Raises:
+            UserError: The file is not JSON, or holds a key that this version does not know.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not JSON ({error}): the checkpoint is damaged") from error
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise UserError(f"{path} holds unknown keys {sorted(unknown)}: written by another version?")
+        return cls(**values)

@@ -1,0 +1,100 @@
+"""Sampling: a prompt's ids in, one new id at a time out.
+
+The prompt is read once into the caches, each further token costs one step of the model.  Temperature, then
+top-k, then top-p are applied in that order, as in Hugging Face's ``generate``.  The surprising fact:
+sampling has a random generator of its own, so drawing samples during training changes no training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualroute.errors import UserError
+from dualroute.model.transformer import DualRoutingTransformer
+
+
+@dataclass
+class SamplingConfig:
+    """How the next token is drawn.
+
+    Args:
+        max_new_tokens: Tokens to generate at most.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep only this many most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches this (nucleus sampling).
+        seed: Seed of the draw; the same seed gives the same text.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must be in (0, 1]")
+
+
+def next_token_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Distribution of the next token, (V,) logits → (V,) probabilities in float32."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        threshold = logits.topk(sampling.top_k).values[-1]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    probabilities = torch.softmax(logits, -1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        # a token stays while the mass *before* it has not reached top_p: the most likely always stays
+        dropped = order[ordered.cumsum(0) - ordered >= sampling.top_p]
+        probabilities = probabilities.index_fill(0, dropped, 0.0)
+        probabilities = probabilities / probabilities.sum()
+    return probabilities
+
+
+@torch.no_grad()
+def generate(
+    model: DualRoutingTransformer, prompt: list[int], sampling: SamplingConfig, eos_id: int | None = None
+) -> Iterator[int]:
+    """Yield new token ids after ``prompt`` until ``eos_id``, ``max_new_tokens`` or the model's context.
+
+    Raises:
+        ValueError: The prompt is empty, or leaves no room in the model's context.
+    """
+    limit = model.config.max_context
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least the <bos> token")
+    if len(prompt) >= limit:
+        raise ValueError(f"the prompt has {len(prompt)} tokens; the model reads at most {limit}: shorten it")
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    length = min(len(prompt) + sampling.max_new_tokens, limit)
+    was_training = model.training
+    model.eval()
+    try:
+        caches = model.new_caches(1, length)
+        fed = torch.tensor([prompt], device=device)
+        for _ in range(length - len(prompt)):
+            hidden = model.hidden_states(fed, caches=caches)
+            logits = model.head(hidden[0, -1])
+            # drawn on the CPU: the same seed gives the same text on every device
+            token = int(next_token_probabilities(logits.cpu(), sampling).multinomial(1, generator=generator))
+            yield token
+            if token == eos_id:
+                return
+            fed = torch.tensor([[token]], device=device)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,63 @@
+"""The parts of a Transformer block that are not attention: the feed-forward, and the block itself.
+
+Hidden states come in from the layer below, (B, n, dim); what attention and feed-forward find is added to
+them; they go to the layer above.  The block's forward is two lines on purpose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualroute.attention import DualRouting
+from dualroute.model.config import ModelConfig
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) · up(x)) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, ffn_dim, bias=False)
+        self.up = nn.Linear(dim, ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, n, dim) → (B, n, dim)."""
+        return self.down(F.silu(self.gate(hidden_states)) * self.up(hidden_states))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.ffn_dim is not None
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = DualRouting(
+            config.dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            global_heads=config.global_heads,
+            local_heads=config.local_heads,
+            window=config.window,
+            global_mode="full" if config.attention == "dense" else config.global_mode,
+            block=config.block,
+            top_k=config.top_k,
+            router=config.router,
+            sub_block=config.sub_block,
+            far_summary=config.far_summary,
+            rope_theta=config.rope_theta,
+            qk_norm=config.qk_norm,
+            gate=config.gate,
+        )
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim)
+
+    def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
+        """(B, n, dim) → (B, n, dim); ``attention`` holds layout, positions and cache for the attention."""
+        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **attention)
+        return hidden_states + self.ffn(self.ffn_norm(hidden_states))

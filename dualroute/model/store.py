@@ -1,0 +1,183 @@
+"""The checkpoint folder: what lies in it, how it is found, checked and turned into a model again.
+
+    checkpoints/step-00000400/
+        model.json           shape of the model
+        model.safetensors    weights, whole whatever the number of ranks that trained them
+        tokenizer.model      the sentencepiece model of the data
+        state.ckpt           the trainer's own state: one file, or DeepSpeed's folder of partitions
+        checkpoint.json      step, tokens, losses; size and sha256 of every other file.  Written last
+    checkpoints/last, best   symbolic links
+
+:mod:`dualroute.training.checkpoint` writes it, everything else reads it.  The surprising fact: a folder
+named ``step-…`` is always whole.  It is written under a hidden name, made durable, then published by one
+rename, so readers need no lock and a crash leaves nothing to tidy by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from dualroute.errors import UserError
+from dualroute.model.config import ModelConfig
+from dualroute.model.transformer import DualRoutingTransformer
+
+CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA = (
+    "model.json",
+    "model.safetensors",
+    "tokenizer.model",
+    "state.ckpt",
+    "checkpoint.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One finished checkpoint: its folder and what ``checkpoint.json`` says of it."""
+
+    folder: Path
+    step: int
+    metadata: dict[str, Any] = field(repr=False)
+
+    @property
+    def state(self) -> Path:
+        """The trainer's state, for Lightning's ``ckpt_path``."""
+        return self.folder / STATE
+
+    @property
+    def val_loss(self) -> float | None:
+        """Validation loss at this step, if it was measured."""
+        return self.metadata.get("val_loss")
+
+
+def step_folder(step: int) -> str:
+    """Folder name of a step; sorts by step."""
+    return f"step-{step:08d}"
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read ``checkpoint.json`` of one checkpoint folder.
+
+    Raises:
+        UserError: The folder is not a finished checkpoint, or its metadata is damaged.
+    """
+    folder = Path(folder)
+    try:
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        return Checkpoint(folder, int(metadata["step"]), metadata)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a finished checkpoint: it has no {METADATA}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / METADATA} is damaged ({error}): use another checkpoint") from error
+
+
+def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
+    """Finished checkpoints in a ``checkpoints`` folder, oldest first; unfinished ones are not seen."""
+    found = [read_checkpoint(path.parent) for path in Path(folder).glob(f"step-*/{METADATA}")]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint that a person means by ``path``: a checkpoint folder, a ``checkpoints`` folder or a
+    run folder (the newest finished one of it).
+
+    Raises:
+        UserError: Nothing finished is found there.
+    """
+    path = Path(path)
+    if (path / METADATA).is_file():
+        return read_checkpoint(path)
+    for folder in (path, path / "checkpoints"):
+        found = list_checkpoints(folder)
+        if found:
+            return found[-1]
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}: no such folder")
+    raise UserError(f"there is no finished checkpoint in {path}: give a run folder or a step-… folder")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """{relative path: {"size", "sha256"}} of every file below ``folder`` but the metadata itself."""
+    return {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != METADATA
+    }
+
+
+def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> None:
+    """Compare the files of a checkpoint with its metadata.
+
+    Args:
+        checkpoint: The checkpoint to look at.
+        digests: Also compare sha256 (reads every byte), not only sizes.
+        only: Look at this one file.
+
+    Raises:
+        UserError: A file is missing, truncated or changed; the message names it.
+    """
+    for name, expected in checkpoint.metadata.get("files", {}).items():
+        if only is not None and name != only:
+            continue
+        path = checkpoint.folder / name
+        remedy = "use an earlier checkpoint (see the step-… folders beside it)"
+        if not path.is_file():
+            raise UserError(f"{path} is missing from the checkpoint: {remedy}")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise UserError(
+                f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,}: truncated? {remedy}"
+            )
+        if digests and file_digest(path) != expected["sha256"]:
+            raise UserError(f"{path} does not match the sha256 in {METADATA}: corrupted? {remedy}")
+
+
+def load_model(checkpoint: Checkpoint) -> DualRoutingTransformer:
+    """The model of a checkpoint, on the CPU, in the dtype it was saved in, in evaluation mode.
+
+    Raises:
+        UserError: The weights are missing, damaged or of another shape than ``model.json``.
+    """
+    verify_checkpoint(checkpoint, only=CONFIG)
+    verify_checkpoint(checkpoint, only=WEIGHTS)
+    model = DualRoutingTransformer(ModelConfig.from_file(checkpoint.folder / CONFIG))
+    path = checkpoint.folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
+    check_weights(model, weights, str(path))
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def check_weights(model: DualRoutingTransformer, weights: dict[str, Any], source: str) -> None:
+    """Compare names and shapes of ``weights`` with the model's parameters.
+
+    Raises:
+        UserError: The first parameter that differs, with both shapes.
+    """
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(own.keys() | weights.keys()):
+        theirs = tuple(weights[name].shape) if name in weights else None
+        if own.get(name) != theirs:
+            raise UserError(
+                f"{source} holds a model of another shape: {name} is {theirs or 'absent'} there and "
+                f"{own.get(name) or 'absent'} in the configured model; use the model settings it was "
+                f"trained with, or another output folder"
+            )

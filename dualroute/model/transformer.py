@@ -1,0 +1,146 @@
+"""The model: token ids in, next-token logits out.
+
+``DualRoutingTransformer(config)(input_ids)`` runs in a plain Python shell; nothing here knows of a
+trainer, a device or a rank.  Ids come from :mod:`dualroute.data.reader`, with ``segment_ids`` that say
+which document each token belongs to; the layout of documents and blocks is computed once here and shared
+by all layers; hidden states leave through :mod:`dualroute.model.heads`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualroute.attention import Layout
+from dualroute.model.config import ModelConfig
+from dualroute.model.heads import NextTokenHead
+from dualroute.model.layers import TransformerBlock
+
+INIT_STD = 0.02
+
+
+class DualRoutingTransformer(nn.Module):
+    """Decoder-only Transformer: RMSNorm, DualRouting attention with RoPE, SwiGLU.
+
+    Args:
+        config: Shape of the model; ``vocab_size`` must be set.
+
+    Raises:
+        ValueError: ``vocab_size`` is null.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is null: give it, or a data set whose tokenizer says it")
+        config = config.resolved()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        tied = self.embedding.weight if config.tie_embeddings else None
+        self.head = NextTokenHead(
+            tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        )
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal(0, 0.02) everywhere; projections back into the residual stream divided by √(2·layers),
+        so that its variance does not grow with depth (GPT-2, Radford et al. 2019, §2.3)."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        nn.init.normal_(self.head.weight, std=INIT_STD)
+        for layer in self.layers:
+            assert isinstance(layer, TransformerBlock)
+            nn.init.normal_(layer.attention.out_proj.weight, std=residual_std)
+            nn.init.normal_(layer.ffn.down.weight, std=residual_std)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        caches: list[Any] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: (B, n) token ids.
+            segment_ids: (B, n) document number of each token, 0 for padding; null is one document.
+            positions: (B, n) position for RoPE; null counts from 0 within each document.
+            attention_mask: (B, n), False for padding; null derives it from ``segment_ids``.
+            caches: One cache per layer from :meth:`new_caches`; the tokens continue what it holds.
+
+        Returns:
+            (B, n, dim).
+        """
+        batch, length = input_ids.shape
+        if attention_mask is None and segment_ids is not None:
+            attention_mask = segment_ids != 0
+        hidden = self.embedding(input_ids)
+        if caches is not None:
+            for layer, cache in zip(self.layers, caches, strict=True):
+                hidden = layer(hidden, positions=positions, cache=cache)
+            return self.norm(hidden)
+        layout = Layout.build(
+            batch,
+            length,
+            self.config.block,
+            segment_ids=segment_ids,
+            attention_mask=attention_mask,
+            device=input_ids.device,
+        )
+        for layer in self.layers:
+            hidden = layer(hidden, layout=layout, positions=positions)
+        return self.norm(hidden)
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Next-token logits (B, n, V); arguments as in :meth:`hidden_states`."""
+        return self.head(self.hidden_states(input_ids, **inputs))
+
+    def new_caches(self, batch_size: int, max_length: int) -> list[Any]:
+        """Empty decoding caches, one per layer, on the model's device and in its dtype."""
+        weight = self.embedding.weight
+        return [
+            layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype)  # type: ignore[union-attr,operator]
+            for layer in self.layers
+        ]
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Trainable parameters; tied embeddings count once, and not at all with ``embeddings=False``."""
+        vocabulary = {id(self.embedding.weight), id(self.head.weight)}
+        return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in vocabulary)
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs (forward + backward) per token at a context of ``context`` tokens.
+
+        6 per weight that a token is multiplied with (Kaplan et al. 2020, §2.1; the head counts, the
+        embedding look-up does not), and 12·head_dim per head and key actually read: a key costs a dot
+        product and a weighted sum, 4·head_dim forward, twice that backward.
+        """
+        assert self.config.head_dim is not None
+        matmul_weights = self.num_parameters(embeddings=False) + self.head.weight.numel()
+        keys = sum(heads * count for heads, count in self._keys_read(context))
+        return 6.0 * matmul_weights + 12.0 * self.config.num_layers * self.config.head_dim * keys
+
+    def _keys_read(self, context: int) -> list[tuple[int, float]]:
+        """(heads, mean number of keys that one token of a causal context reads) for each route."""
+        config = self.config
+        assert config.global_heads is not None
+        assert config.local_heads is not None
+        everything = (context + 1) / 2
+        window = min(config.window, context)
+        local = window - window * (window - 1) / (2 * context)
+        exact_blocks = self.layers[0].attention.max_exact_blocks  # type: ignore[union-attr]
+        if exact_blocks is None or context <= exact_blocks * config.block:
+            return [(config.global_heads, everything), (config.local_heads, local)]
+        routed = (config.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one
+        return [(config.global_heads, min(everything, routed)), (config.local_heads, local)]

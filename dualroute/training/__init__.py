@@ -1,0 +1,1 @@
+"""Training: LightningModules, one per stage, and what drives them (strategy, checkpoints, monitor)."""

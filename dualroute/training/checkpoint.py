@@ -1,0 +1,278 @@
+"""Publishing checkpoints: from a running Trainer to a folder that is whole or not there.
+
+At a step boundary every rank writes its part under a hidden name; rank zero adds the whole weights, the
+model's shape and the tokenizer, flushes everything to the disk, writes ``checkpoint.json`` with the size
+and sha256 of every file, and renames the folder to ``step-…``.  Only then do ``last`` and ``best`` move and
+old folders go.  The format is :mod:`dualroute.model.store`'s.
+
+The surprising fact: where a step is both validated and saved, the checkpoint is written after the
+validation, so that what it resumes into is the next training step and nothing is measured twice or never.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dualroute import __version__
+from dualroute.data.atomic import fsync_folder
+from dualroute.errors import UserError
+from dualroute.model import store
+from dualroute.model.config import ModelConfig
+
+
+@dataclass
+class CheckpointConfig:
+    """When a checkpoint is written and which ones stay.
+
+    Args:
+        every_steps: Optimizer steps between two checkpoints.  The last step always gets one.
+        keep_last: Newest checkpoints to keep; the best one by validation loss stays besides.
+        verify: On resume, compare the sha256 of every file, not only its size.
+    """
+
+    every_steps: int = 100
+    keep_last: int = 2
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise UserError(f"checkpoint.every_steps is {self.every_steps}: it must be at least 1")
+        if self.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last is {self.keep_last}: keep at least the newest one")
+
+
+class CheckpointPublisher(Callback):
+    """Writes, publishes and retains checkpoints.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        config: When to write and what to keep.
+        tokenizer: Tokenizer file copied into every checkpoint.
+        val_every_steps: Optimizer steps between validations (to save after, not before, one).
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, tokenizer: Path, val_every_steps: int) -> None:
+        self.folder = folder
+        self.config = config
+        self.tokenizer = tokenizer
+        self.val_every_steps = val_every_steps
+        self._published: int | None = None
+        self._val_loss: tuple[int, float] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a resumed run starts at a published step
+        self._published = trainer.global_step or None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        validation_follows = step % self.val_every_steps == 0 or step == trainer.max_steps
+        if step % self.config.every_steps == 0 and not validation_follows:
+            self._publish(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        step = trainer.global_step
+        self._val_loss = (step, pl_module.validation_metrics["loss"])
+        if step % self.config.every_steps == 0 or step == trainer.max_steps:
+            self._publish(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # reached also when training is stopped early, for example by Ctrl-C at a step boundary
+        if trainer.global_step and trainer.global_step == getattr(pl_module, "steps_done", None):
+            self._publish(trainer, pl_module)
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._published:
+            return
+        final = self.folder / store.step_folder(step)
+        aside = self.folder / f".writing-{store.step_folder(step)}"
+        with _explaining_failures(aside):
+            if trainer.is_global_zero:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            trainer.strategy.barrier("checkpoint folder made")
+            trainer.save_checkpoint(aside / store.STATE)
+            weights = gather_weights(pl_module.model, keep=trainer.is_global_zero)
+            trainer.strategy.barrier("checkpoint parts written")
+            if trainer.is_global_zero:
+                metadata = self._metadata(trainer, pl_module, step)
+                self._complete(aside, pl_module.model.config, weights, metadata)
+                if final.exists():  # the same step, saved by a run that was told not to resume
+                    shutil.rmtree(final)
+                os.rename(aside, final)
+                fsync_folder(self.folder)
+                self._retain()
+        self._published = step
+        trainer.strategy.barrier("checkpoint published")
+
+    def _metadata(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, Any]:
+        measured = self._val_loss is not None and self._val_loss[0] == step
+        return {
+            "format": "dualroute-checkpoint",
+            "version": 1,
+            "dualroute": __version__,
+            "step": step,
+            "max_steps": trainer.max_steps,
+            "tokens": pl_module.tokens_seen,
+            "train_loss": pl_module.step_metrics.get("loss"),
+            "val_loss": self._val_loss[1] if measured and self._val_loss else None,
+            "world_size": trainer.world_size,
+            "state_layout": state_layout(trainer),
+            "context": trainer.datamodule.context,  # type: ignore[attr-defined]
+            "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
+        }
+
+    def _complete(
+        self, folder: Path, config: ModelConfig, weights: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> None:
+        save_file(weights, folder / store.WEIGHTS)
+        (folder / store.CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+        shutil.copyfile(self.tokenizer, folder / store.TOKENIZER)
+        metadata["files"] = store.describe_files(folder)
+        (folder / store.METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        make_durable(folder)
+
+    def _retain(self) -> None:
+        checkpoints = store.list_checkpoints(self.folder)
+        measured = [c for c in checkpoints if c.val_loss is not None]
+        best = min(measured, key=lambda c: (c.val_loss, c.step), default=None)
+        _point(self.folder / "last", checkpoints[-1].folder.name)
+        if best is not None:
+            _point(self.folder / "best", best.folder.name)
+        keep = {c.step for c in checkpoints[-self.config.keep_last :]} | ({best.step} if best else set())
+        for checkpoint in checkpoints:
+            if checkpoint.step not in keep:
+                # hidden first: a deletion that is cut short must not leave half a checkpoint behind
+                doomed = checkpoint.folder.with_name(f".deleting-{checkpoint.folder.name}")
+                os.rename(checkpoint.folder, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Whole parameters on the CPU, one at a time, whatever ZeRO stage partitioned them.
+
+    Collective under ZeRO-3: every rank calls it; only those with ``keep`` hold the result.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with _whole(parameter):
+            if keep:
+                weights[name] = parameter.detach().cpu().contiguous().clone()
+    return weights
+
+
+@contextmanager
+def _whole(parameter: nn.Parameter) -> Iterator[None]:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield
+    else:
+        yield
+
+
+def make_durable(folder: Path) -> None:
+    """Flush every file and folder below ``folder`` to the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    fsync_folder(folder)
+
+
+def _point(link: Path, target: str) -> None:
+    aside = link.with_name(f".{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    os.replace(aside, link)
+
+
+@contextmanager
+def _explaining_failures(aside: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer; anything else is not ours to explain
+        is_write_error = isinstance(error, OSError) or "PytorchStreamWriter" in str(error)
+        shutil.rmtree(aside, ignore_errors=True)
+        if not is_write_error:
+            raise
+        free = shutil.disk_usage(aside.parent).free if aside.parent.exists() else 0
+        raise UserError(
+            f"the checkpoint {aside.parent / aside.name.removeprefix('.writing-')} could not be written "
+            f"({error}; {free / 2**20:,.0f} MiB are free there): make room and run the same command again, "
+            f"it continues from the newest finished checkpoint"
+        ) from error
+
+
+def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: bool) -> store.Checkpoint | None:
+    """The checkpoint that a run starts from, or None for a fresh start.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        resume: ``auto`` (newest finished one, if any), ``never``, or a path.
+        model: The configured model, compared with the checkpoint's.
+        digests: Verify sha256 besides sizes.
+
+    Raises:
+        UserError: ``resume`` names nothing, the checkpoint is damaged, or its model has another shape.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = store.list_checkpoints(folder) if folder.is_dir() else []
+        checkpoint = found[-1] if found else None
+    else:
+        checkpoint = store.find_checkpoint(resume)
+    if checkpoint is None:
+        return None
+    store.verify_checkpoint(checkpoint, digests=digests)
+    theirs = ModelConfig.from_file(checkpoint.folder / store.CONFIG).to_dict()
+    ours = model.to_dict()
+    differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    if differing:
+        raise UserError(
+            f"{checkpoint.folder} holds another model than the configuration asks for (model."
+            f"{', model.'.join(differing)}): restore these values, or start elsewhere with --output"
+        )
+    return checkpoint
+
+
+def state_layout(trainer: Trainer) -> str:
+    """How this Trainer's ``state.ckpt`` is cut up: whole, or partitioned by DeepSpeed over ranks."""
+    if not isinstance(trainer.strategy, DeepSpeedStrategy):
+        return "one file"
+    assert isinstance(trainer.strategy.config, dict)
+    stage = trainer.strategy.config["zero_optimization"]["stage"]
+    return f"DeepSpeed ZeRO-{stage} partitions of {trainer.world_size} rank(s)"
+
+
+def check_layout(checkpoint: store.Checkpoint, trainer: Trainer) -> None:
+    """Refuse to resume from a state that this number of ranks or this strategy cannot take up.
+
+    Raises:
+        UserError: Naming what the checkpoint holds and what this run needs.
+    """
+    wrote, needed = checkpoint.metadata.get("state_layout"), state_layout(trainer)
+    if wrote != needed:
+        raise UserError(
+            f"{checkpoint.folder} holds {wrote}, this run needs {needed}: start it with the number of ranks, "
+            f"parallel.strategy and parallel.zero_stage of the run that wrote it"
+        )

@@ -1,0 +1,237 @@
+"""Pretraining: one LightningModule from a batch of windows to a step of the optimizer.
+
+In: batches of :mod:`dualroute.data.module`.  Here: the model's hidden states go through the chunked loss,
+divided by the number of targets of the *whole* global batch, so that the gradient is the same however the
+batch was divided over ranks and micro-batches.  Out: gradients for the strategy to step with, and
+``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitor`.
+
+The surprising fact: the learning rate has no scheduler object.  It is a pure function of the step, written
+into the optimizer before each one, so there is no state to save and nothing to drift on resume.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
+from dualroute.training.losses import chunked_cross_entropy
+from dualroute.training.optim import OptimConfig, SpikeGuard, SpikeGuardConfig, build_optimizer, lr_at
+from dualroute.training.step_guard import StepGuard, StepOutcome
+
+
+@dataclass
+class TrainConfig:
+    """How much is trained, and in what portions.
+
+    Args:
+        tokens_per_batch: Tokens of one optimizer step, over all ranks; a multiple of context ×
+            micro_batch × ranks.  Accumulation follows from it.
+        micro_batch: Windows that one rank reads in one forward pass.
+        max_steps: Optimizer steps of the whole run.  Give this or max_tokens.
+        max_tokens: Tokens of the whole run, rounded up to whole steps.
+        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed on CUDA.
+        z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
+        activation_checkpointing: none, or full: keep only the input of each layer and compute the rest
+            again in the backward pass.
+        val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
+        compile: Compile the layers with torch.compile.
+    """
+
+    tokens_per_batch: int = 16384
+    micro_batch: int = 8
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed"] = "32"
+    z_loss: float = 0.0
+    activation_checkpointing: Literal["none", "full"] = "none"
+    val_every_steps: int = 100
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_tokens is not None:
+            raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
+        for name in ("tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}: it must be at least 1")
+        if self.z_loss < 0:
+            raise UserError(f"train.z_loss is {self.z_loss}: it must be 0 or more")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.max_tokens is not None:
+            return -(-self.max_tokens // self.tokens_per_batch)
+        raise UserError("give train.max_steps or train.max_tokens: how long to train")
+
+
+class Pretrain(LightningModule):
+    """Next-token training of a :class:`DualRoutingTransformer`.
+
+    Args:
+        model: The model to train.
+        optim: Optimizer and learning-rate schedule.
+        train: Batch arithmetic and loss.
+        tokenizer: For samples during training.
+        targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.
+        spike_guard: When a step is skipped.
+
+    Attributes:
+        step_metrics: Figures of the step that was just finished, equal on all ranks.
+        validation_metrics: Figures of the last validation, equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        model: DualRoutingTransformer,
+        optim: OptimConfig,
+        train: TrainConfig,
+        tokenizer: Tokenizer,
+        targets_per_byte: dict[str, float],
+        spike_guard: SpikeGuardConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optim_config = optim
+        self.train_config = train
+        self.tokenizer = tokenizer
+        self.targets_per_byte = targets_per_byte
+        self.spike_guard = SpikeGuard(spike_guard)
+        self.step_metrics: dict[str, float] = {}
+        self.validation_metrics: dict[str, float] = {}
+        self.step_guard = StepGuard()
+        self._start_step()
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far, skipped ones included."""
+        return self.trainer.global_step
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far, over all ranks."""
+        return self.steps_done * self.train_config.tokens_per_batch
+
+    def _start_step(self) -> None:
+        self._micro_steps = 0
+        self._z_sum: Tensor | None = None  # of this rank in this step
+        self._outcome: StepOutcome | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.optim_config)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the optimizer step number ``step`` (the first is 0)."""
+        return lr_at(step, self.train_config.total_steps, self.optim_config)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if self._micro_steps == 0:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.learning_rate(self.trainer.global_step)
+
+    def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Any:
+        hidden = self.model.hidden_states(
+            batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        loss = partial(chunked_cross_entropy, labels=batch["labels"].flatten(), z_loss=z_loss)
+        return self.model.head(hidden.flatten(0, 1), loss)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        sums = self._loss_sums(batch, self.train_config.z_loss)
+        # trainer and strategy average over micro-batches and ranks; what is wanted is the sum over all of
+        # them divided by the targets of the whole global batch
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = parts / max(int(batch["num_targets"]), 1)
+        self.step_guard.record(sums.loss_sum * scale)
+        z = sums.z_sum * scale / self.trainer.accumulate_grad_batches
+        self._z_sum = z if self._z_sum is None else self._z_sum + z
+        self._micro_steps += 1
+        return sums.total * scale
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        outcome = self.step_guard.check(self.trainer, self.spike_guard.should_skip)
+        if outcome is None:
+            return
+        self._outcome = outcome
+        if outcome.skipped:
+            rank_zero_warn(f"step {self.trainer.global_step + 1} is skipped: {self.spike_guard.reason}")
+
+    def finish_step(self) -> None:
+        """Account for the optimizer step that was just taken (or skipped)."""
+        assert self._outcome is not None
+        self.trainer.datamodule.advance()  # type: ignore[attr-defined]
+        self.step_metrics = {
+            "loss": self._outcome.loss,
+            "grad_norm": self._outcome.grad_norm,
+            "lr": self.learning_rate(self.trainer.global_step - 1),
+            "bits_per_byte": self.bits_per_byte(self._outcome.loss, "train"),
+            "tokens": self.tokens_seen,
+            "tokens_in_step": self.train_config.tokens_per_batch,
+            "skipped_steps": self.spike_guard.skipped,
+            "skipped": float(self._outcome.skipped),
+        }
+        if self.train_config.z_loss:
+            assert self._z_sum is not None
+            self.step_metrics["z_loss"] = float(self.trainer.strategy.reduce(self._z_sum, reduce_op="mean"))
+        self._start_step()
+
+    def bits_per_byte(self, loss: float, split: str) -> float:
+        """Nats per target → bits per byte of the text of that split."""
+        return loss * self.targets_per_byte[split] / math.log(2)
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        sums = self._loss_sums(batch)
+        self._val_sums += torch.stack([sums.loss_sum.double(), sums.count.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        nll, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
+        loss = nll / max(count, 1)
+        self.validation_metrics = {"loss": loss, "bits_per_byte": self.bits_per_byte(loss, "val")}
+
+    def generate_sample(self, prompt: str, max_new_tokens: int, seed: int) -> str:
+        """A continuation of ``prompt`` by the model as it stands."""
+        ids = self.tokenizer.encode(prompt, bos=True)
+        room = self.model.config.max_context - len(ids)
+        sampling = SamplingConfig(max_new_tokens=max(1, min(max_new_tokens, room)), seed=seed)
+        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_id))
+        return self.tokenizer.decode(ids + [token for token in new if token != self.tokenizer.eos_id])
+
+    # ------------------------------------------------------------------ state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spike_guard"] = self.spike_guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.spike_guard.load_state_dict(checkpoint["spike_guard"])
+
+
+class StepBoundary(Callback):
+    """Finishes a step before any other callback looks at it; must stand first in the Trainer's list."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Pretrain)
+        if pl_module._micro_steps == trainer.accumulate_grad_batches:
+            pl_module.finish_step()
+            if trainer.global_step >= trainer.max_steps:
+                trainer.should_stop = (
+                    True  # makes Lightning validate after the last step, whatever its number
+                )

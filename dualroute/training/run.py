@@ -1,0 +1,288 @@
+"""``dualroute pretrain``: from a configuration to a trained model in a run folder.
+
+1. Everything that can be wrong is found before anything starts: data, batch arithmetic, heads, context,
+   folder, checkpoint (`check`).
+2. Model, data module, callbacks and Trainer are put together for this process's place in the world.
+3. The Trainer runs; a finished run says where everything lies.
+
+    OUTPUT/config.yaml      what was run, every value resolved
+    OUTPUT/checkpoints/     see dualroute.model.store
+    OUTPUT/tensorboard/     event files
+    OUTPUT/metrics.jsonl    the same figures, one JSON object a line
+
+The surprising fact: the same command starts, resumes and finishes a run.  Run again when all is done, it
+says so and does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dualroute.data.atomic import write_bytes_atomically
+from dualroute.data.module import ShardDataModule
+from dualroute.data.plan import derive_accumulation
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.store import Checkpoint
+from dualroute.training.checkpoint import CheckpointConfig, CheckpointPublisher, check_layout, choose_resume
+from dualroute.training.environment import World, detect_world
+from dualroute.training.monitor import Monitor, MonitorConfig
+from dualroute.training.optim import OptimConfig, SpikeGuardConfig
+from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
+from dualroute.training.progress import Progress
+from dualroute.training.strategy import ParallelConfig, build_strategy
+
+
+@dataclass
+class DataConfig:
+    """What is read.
+
+    Args:
+        path: Folder of shards made by ``dualroute prepare``.
+        context: Tokens of one window: the longest distance that training sees.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+        val_tokens: Validate on the first so many tokens of the validation split; null means all.
+        verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
+    """
+
+    path: str = "data/stdlib"
+    context: int = 512
+    num_workers: int = 0
+    val_tokens: int | None = None
+    verify: Literal["size", "sha256"] = "sha256"
+
+
+@dataclass
+class PretrainConfig:
+    """Pretrain a model on prepared shards.
+
+    Args:
+        output: Run folder; everything the run writes lies there.
+        seed: Seed of the initial weights and of the data's order.
+        resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
+            (refused where that would overwrite checkpoints), a path continues from that checkpoint.
+        model: Shape of the model; also a file: --model configs/model/5m.yaml.
+        data: What is read.
+        train: How much is trained, and in what portions.
+        optim: Optimizer and learning rate.
+        spike_guard: When the step of a bad batch is left out.
+        checkpoint: When checkpoints are written and which ones stay.
+        monitor: What is logged.
+        parallel: How ranks share the work.
+    """
+
+    output: str = "runs/pretrain"
+    seed: int = 0
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass
+class Prepared:
+    """A configuration that was found sound, and what was learnt on the way."""
+
+    config: PretrainConfig
+    world: World
+    output: Path
+    data: ShardDataModule
+    tokenizer: Tokenizer
+    accumulation: int
+    resume: Checkpoint | None
+
+
+def check(config: PretrainConfig) -> Prepared:
+    """Find what is wrong with a run before anything is started.
+
+    Raises:
+        UserError: Naming the key, file or folder, and the remedy.
+    """
+    world = detect_world()
+    model, train, data = config.model, config.train, config.data
+    if data.context > model.max_context:
+        raise UserError(
+            f"data.context {data.context} is longer than model.max_context {model.max_context}, the range "
+            f"of its RoPE: lower the one or raise the other"
+        )
+    accumulation = derive_accumulation(
+        train.tokens_per_batch, data.context, train.micro_batch, world.world_size
+    )
+    if train.total_steps <= config.optim.warmup_steps:
+        raise UserError(
+            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
+            f"steps: the learning rate would never be reached"
+        )
+    module = ShardDataModule(
+        data.path,
+        data.context,
+        train.micro_batch,
+        train.tokens_per_batch,
+        seed=config.seed,
+        num_workers=data.num_workers,
+        val_tokens=data.val_tokens,
+        verify=data.verify,
+    )
+    _ = module.plan, module.val_plan  # unusable data are found here
+    tokenizer = _tokenizer(module)
+    config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
+    output = _writable(Path(config.output))
+    resume = choose_resume(
+        output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
+    )
+    return Prepared(config, world, output, module, tokenizer, accumulation, resume)
+
+
+def _tokenizer(data: ShardDataModule) -> Tokenizer:
+    info = data.manifest.tokenizer
+    tokenizer = Tokenizer(data.manifest.folder / info.file)
+    if tokenizer.sha256 != info.sha256:
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer that the shards were made with (its sha256 differs from "
+            f"the manifest's): put the original file back or prepare the data again"
+        )
+    return tokenizer
+
+
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> ModelConfig:
+    if model.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size} and the tokenizer of {path} has {tokenizer.vocab_size} "
+            f"ids: leave model.vocab_size out"
+        )
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size).resolved()
+
+
+def _writable(output: Path) -> Path:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output folder {output} cannot be written ({error.strerror}): choose another --output"
+        ) from error
+    return output
+
+
+def build_model(config: PretrainConfig) -> DualRoutingTransformer:
+    """The model of a run, with its seeded initial weights."""
+    torch.manual_seed(config.seed)
+    model = DualRoutingTransformer(config.model)
+    if config.train.activation_checkpointing == "full":
+        checkpoint_activations(model)
+    if config.train.compile:
+        for layer in model.layers:
+            layer.compile()
+    return model
+
+
+def checkpoint_activations(model: DualRoutingTransformer) -> None:
+    """Keep only each layer's input for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in model.layers:
+        forward = layer.forward
+
+        def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return _forward(*args, **kwargs)
+            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+
+        layer.forward = recomputed  # type: ignore[method-assign]
+
+
+def run_pretraining(config: PretrainConfig) -> None:
+    """Train, resume or recognise as finished; see the module's docstring.
+
+    Raises:
+        UserError: Anything that the person who started it can mend.
+    """
+    prepared = check(config)
+    config, world = prepared.config, prepared.world
+    total_steps = config.train.total_steps
+    if prepared.resume is not None and prepared.resume.step >= total_steps:
+        if world.rank == 0:
+            print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
+        return
+    trainer, module = build_trainer(prepared)
+    if prepared.resume is not None:
+        check_layout(prepared.resume, trainer)
+        if world.rank == 0:
+            print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total_steps})")
+    if world.rank == 0:
+        write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
+    trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.resume and prepared.resume.state)
+
+
+def resolved_yaml(config: PretrainConfig) -> str:
+    """Every value of a run as YAML that ``--config`` reads again."""
+    return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
+
+
+def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain]:
+    """The Trainer of a run and the module that it trains."""
+    config, world, output = prepared.config, prepared.world, prepared.output
+    data = prepared.data
+    module = Pretrain(
+        build_model(config),
+        config.optim,
+        config.train,
+        prepared.tokenizer,
+        {split: data.targets_per_byte(split) for split in ("train", "val")},
+        config.spike_guard,
+    )
+    train = config.train
+    precision: Any = "32-true" if train.precision == "32" else train.precision
+    strategy = build_strategy(
+        config.parallel,
+        world,
+        micro_batch=train.micro_batch,
+        accumulation=prepared.accumulation,
+        gradient_clip=config.optim.grad_clip,
+        precision=precision,
+    )
+    trainer = Trainer(
+        strategy=strategy,
+        devices=world.local_world_size,
+        num_nodes=world.num_nodes,
+        precision=precision,
+        max_steps=train.total_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=prepared.accumulation,
+        gradient_clip_val=config.optim.grad_clip,
+        val_check_interval=train.val_every_steps * prepared.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # the validation loss before the first step
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(output, name="tensorboard", version=""),
+        callbacks=[
+            StepBoundary(),  # first: the others read what it writes
+            Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config)),
+            Progress(),
+            CheckpointPublisher(
+                output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+            ),
+        ],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, module

@@ -1,0 +1,13 @@
+"""``dualroute pretrain`` for launchers that start a file: deepspeed, torchrun, srun, or python itself.
+
+    deepspeed --num_accelerators 2 launch/pretrain.py --config configs/pretrain/books_5m.yaml
+    torchrun --nproc_per_node 2    launch/pretrain.py --config configs/pretrain/books_5m.yaml
+    srun python                    launch/pretrain.py --config configs/pretrain/books_5m.yaml
+"""
+
+import sys
+
+from dualroute.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

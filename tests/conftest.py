@@ -1,0 +1,55 @@
+"""What several folders of tests share: a small prepared data set and the real data, where there is any."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = [
+    "the", "old", "red", "small", "river", "stone", "bird", "house", "sees", "finds", "leaves", "under",
+    "over", "with", "a", "green", "hill", "and", "then", "sleeps",
+]  # fmt: skip
+
+
+def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
+    """Sentences of a tiny grammar: learnable within a few steps, of every length."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        sentences = [
+            " ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() + "."
+            for _ in range(draw.randint(3, 60))
+        ]
+        (folder / f"text-{number:03d}.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `write_corpus`, about 15,000 tokens; read only."""
+    from data_prep.prepare import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_corpus(folder / "corpus")
+    prepare(
+        PrepareConfig(
+            corpus=str(folder / "corpus"),
+            output=str(folder / "shards"),
+            vocab_size=320,
+            reserved_tokens=0,
+            val_fraction=0.1,
+            progress=False,
+        )
+    )
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, DUALROUTE_DATA or ../shared/data."""
+    folder = Path(os.environ.get("DUALROUTE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (set DUALROUTE_DATA)")
+    return folder

@@ -1,0 +1,58 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualroute.data.atomic import atomic_path, remove_leftovers, write_bytes_atomically
+
+
+def test_write_replaces_the_old_contents_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "file.bin"
+    write_bytes_atomically(path, b"old")
+    write_bytes_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_target_is_untouched_until_the_body_ends(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_error_in_the_body_leaves_the_old_file_and_no_temporary_one(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_body_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file.txt"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / "kept.txt").write_text("kept")
+    (tmp_path / ".hidden").write_text("kept")
+    context = atomic_path(tmp_path / "file.txt")
+    temporary = context.__enter__()  # and the process dies
+    temporary.write_text("half")
+    assert remove_leftovers(tmp_path) == [temporary]
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.txt", ".hidden"}
+    context.gen.close()

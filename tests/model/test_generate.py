@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
+from dualroute.model.generate import next_token_probabilities
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=40, dim=32, num_layers=2, num_heads=4, max_context=64, window=8, block=16)
+    return DualRoutingTransformer(config)
+
+
+def greedy_without_cache(model, prompt, count):
+    model.eval()
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_decoding_with_the_cache_equals_recomputing_everything(model):
+    prompt = list(range(1, 20))
+    sampling = SamplingConfig(max_new_tokens=15, temperature=0)
+    with torch.no_grad():
+        assert list(generate(model, prompt, sampling)) == greedy_without_cache(model, prompt, 15)
+
+
+def test_the_same_seed_gives_the_same_text_and_leaves_the_global_generator_alone(model):
+    before = torch.get_rng_state()
+    first = list(generate(model, [1, 2], SamplingConfig(max_new_tokens=20, seed=3)))
+    assert first == list(generate(model, [1, 2], SamplingConfig(max_new_tokens=20, seed=3)))
+    assert first != list(generate(model, [1, 2], SamplingConfig(max_new_tokens=20, seed=4)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generation_ends_at_eos_and_at_the_context(model):
+    eos = greedy_without_cache(model, [1, 2, 3], 1)[0]
+    assert list(generate(model, [1, 2, 3], SamplingConfig(temperature=0), eos_id=eos)) == [eos]
+    assert len(list(generate(model, [1] * 60, SamplingConfig(max_new_tokens=99)))) == 4
+
+
+def test_training_mode_is_restored(model):
+    model.train()
+    list(generate(model, [1], SamplingConfig(max_new_tokens=2)))
+    assert model.training
+
+
+def test_top_k_and_top_p_keep_the_most_likely_tokens():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    full = next_token_probabilities(logits, SamplingConfig(temperature=1, top_p=1))
+    torch.testing.assert_close(full, logits.softmax(-1))
+    two = next_token_probabilities(logits, SamplingConfig(temperature=1, top_k=2, top_p=1))
+    torch.testing.assert_close(two[:2], logits[:2].softmax(-1))
+    assert two[2:].sum() == 0
+    # cumulative mass is .64, .88, .97: 0.7 is reached with the second token
+    nucleus = next_token_probabilities(logits, SamplingConfig(temperature=1, top_p=0.7))
+    torch.testing.assert_close(nucleus, two)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_sampling_values_out_of_range_are_named(values, named):
+    with pytest.raises(ValueError, match=named):
+        SamplingConfig(**values)
+
+
+def test_prompts_that_leave_no_room_are_refused(model):
+    with pytest.raises(ValueError, match="at most 64"):
+        list(generate(model, [1] * 64, SamplingConfig()))
+    with pytest.raises(ValueError, match="empty"):
+        list(generate(model, [], SamplingConfig()))
