@@ -132,7 +132,7 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     parser = stage_parser(stage)
     parser.arguments = arguments
     namespace = parser.parse_args(list(arguments))
-    configured = parser.instantiate_classes(namespace).as_dict()
+    configured = parser.instantiate(namespace).as_dict()
     configured.pop("config", None)
     return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
 

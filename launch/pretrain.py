@@ -8,6 +8,7 @@
 import sys
 
 from dualroute.cli import main
+from dualroute.training.environment import strip_local_rank
 
 if __name__ == "__main__":
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    sys.exit(main(["pretrain", *strip_local_rank(sys.argv[1:])]))

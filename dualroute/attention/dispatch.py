@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 128  # tokens per tile
-MAX_PAIRS = 1 << 18  # (token, block) pairs dispatched at once: bounds the memory of gathered rows
+MAX_PAIRS = 1 << 17  # (token, block) pairs dispatched at once: bounds the memory of gathered rows
 DUMMY_LSE = 1e30  # exp(logit - DUMMY_LSE) is 0
 
 
@@ -69,9 +69,9 @@ def plan(selected: Tensor, piece: Piece, num_blocks: int) -> Plan | None:
     shift = (tiles.cumsum(0) - tiles) * TILE - (count.cumsum(0) - count)  # from sorted place to tile row
     order = order[:valid]
     place = torch.arange(valid, device=device) + shift.repeat_interleave(count, output_size=valid)
-    token = order // pairs  # number of the token in the piece, over its heads
+    token = order // pairs + (head * slots + begin)  # a piece has all slots, or one head: its tokens are a range
     row = torch.full((total * TILE,), -1, dtype=torch.int32, device=device)
-    row[place] = ((token // rows + head) * slots + token % rows + begin).to(torch.int32)
+    row[place] = token.to(torch.int32)
     pair = torch.full((len(key),), -1, dtype=torch.int32, device=device)
     pair[order] = place.to(torch.int32)
     block = torch.arange(head * num_blocks, last_head * num_blocks, device=device)

@@ -27,9 +27,6 @@ from dualroute.attention.layout import Bucket, Stream, query_chunks
 ROUTERS = ("minmax", "moment", "mean")
 MAX_SCORES = 1 << 22  # scores held at once: bounds the memory of the router
 
-_RANK_BITS = 20  # low bits of a ranking key that hold the block number
-_INDEX_MASK = (1 << _RANK_BITS) - 1
-
 
 def query_features(query: Tensor, router: str) -> Tensor:
     """Queries (H_kv, group, ..., d) -> features (H_kv, ..., f), summed over the group of heads that share keys.
@@ -81,28 +78,34 @@ def block_scores(query: Tensor, features: Tensor, router: str) -> Tensor:
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query_features(query.to(wide), router)
-    columns = features.to(wide).flatten(-3, -2)  # (H_kv, ..., J * parts, f)
-    return (rows @ columns.transpose(-1, -2)).unflatten(-1, features.shape[-3:-1]).amax(-1)
+    columns = features.to(wide).transpose(-3, -2).flatten(-3, -2)  # (H_kv, ..., parts * J, f): parts far apart
+    scores = rows @ columns.transpose(-1, -2)
+    best, *others = scores.split(features.shape[-3], dim=-1)
+    for part in others:
+        best = torch.maximum(best, part)
+    return best
 
 
 def top_blocks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """Columns of the min(top_k, J) best allowed scores (..., J), best first, -1 where too few are allowed.
+    """Columns of the min(top_k, J) best allowed scores (..., J), in no order, -1 where too few are allowed.
 
-    Scores are compared as float32 and equal ones by column, lower first: a choice that depends neither on
-    the number of columns nor on the order in which a sort happens to meet them. So ties cannot make a
-    prefix, or a cached step, differ from the whole.
+    Scores are compared as float32, and of equal ones the first column wins. That depends neither on how many
+    columns there are nor on how a sort happens to meet them, so ties cannot make a prefix, or a cached step,
+    differ from the whole.
     """
-    scores = (scores.to(torch.float32) + 0.0).masked_fill_(~allowed, -math.inf)  # + 0.0 turns -0.0 into 0.0
-    bits = scores.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    columns = torch.arange(scores.shape[-1], device=scores.device)
-    keys = (ordered.to(torch.int64) << _RANK_BITS) | (_INDEX_MASK - columns)
-    best = keys.topk(min(top_k, scores.shape[-1]), dim=-1).values
-    excluded = best >> _RANK_BITS <= _ORDERED_NEG_INF
-    return (_INDEX_MASK - (best & _INDEX_MASK)).masked_fill_(excluded, -1)
-
-
-_ORDERED_NEG_INF = -8388608 ^ 0x7FFFFFFF  # -inf as float32 bits, reordered like the scores
+    scores = scores.to(torch.float32).masked_fill(~allowed, -math.inf)
+    columns = scores.shape[-1]
+    if top_k == 0 or columns == 0:
+        return torch.empty(*scores.shape[:-1], 0, dtype=torch.long, device=scores.device)
+    best, chosen = scores.topk(min(top_k + 1, columns), dim=-1)
+    if columns > top_k:
+        tied = (best[..., -2] == best[..., -1]) & (best[..., -1] > -math.inf)
+        best, chosen = best[..., :-1], chosen[..., :-1]
+        if bool(tied.any()):  # topk takes any of them; a stable sort takes the first
+            order = torch.sort(scores[tied], dim=-1, descending=True, stable=True)
+            best, chosen = best.clone(), chosen.clone()
+            best[tied], chosen[tied] = order.values[:, :top_k], order.indices[:, :top_k]
+    return chosen.masked_fill(best == -math.inf, -1)
 
 
 @torch.no_grad()

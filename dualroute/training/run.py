@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -215,6 +217,7 @@ def run_pretraining(config: PretrainConfig) -> None:
     Raises:
         UserError: Anything that the person who started it can mend.
     """
+    _quiet_lightning()
     prepared = check(config)
     config, world = prepared.config, prepared.world
     total_steps = config.train.total_steps
@@ -230,6 +233,15 @@ def run_pretraining(config: PretrainConfig) -> None:
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
     trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.resume and prepared.resume.state)
+
+
+def _quiet_lightning() -> None:
+    """Keep advertisements and notes on devices off the terminal; warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning's own use of a torch API that is to be renamed, and its note on a fixed weights_only default
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def resolved_yaml(config: PretrainConfig) -> str:

@@ -63,10 +63,14 @@ class StepGuard:
         ``should_skip(loss, grad_norm)`` gets the same two numbers on every rank and must be a function of
         them (and of what it was given before).  A step whose loss or gradient norm is not finite is always
         skipped, whatever it answers: ZeRO could not take it.
+
+        Raises RuntimeError if no loss was recorded since the last step.
         """
         if not at_step_boundary(trainer):
             return None
-        loss = torch.stack(self._losses).mean() if self._losses else torch.tensor(math.nan)
+        if not self._losses:
+            raise RuntimeError("StepGuard.record() was not called in training_step")
+        loss = torch.stack(self._losses).mean()
         self._losses.clear()
         # One small reduction; it also makes the norm bit-equal where every rank worked it out for itself.
         numbers = torch.stack([loss.to(trainer.strategy.root_device), gradient_norm(trainer)])
@@ -127,10 +131,8 @@ def discard_step(trainer: Trainer) -> None:
         nan = torch.full((), math.nan, device=trainer.strategy.root_device)
         for group, gradients in (optimizer.averaged_gradients or {}).items():
             optimizer.averaged_gradients[group] = [nan.expand_as(g) for g in gradients or ()]
-        for key in getattr(
-            optimizer, "norm_for_param_grads", {}
-        ):  # offloaded: the norms are worked out already
-            optimizer.norm_for_param_grads[key] = nan
+        offloaded = getattr(optimizer, "norm_for_param_grads", {})  # there the norms are worked out already
+        offloaded.update(dict.fromkeys(offloaded, nan))
     elif kind == "bf16":
         _fill_with_nan(optimizer.get_grads_for_norm(for_clipping=True))
     elif kind == "half":
