@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,20 +50,15 @@ class StageParser(ArgumentParser):
         raise UserError(self._with_hints(line)) from ex
 
     def _with_hints(self, line: str) -> str:
-        keys = [key for key in self._known_keys() if key != "config"]
-        unknown = re.search(
-            r"(?:does not accept option|Key|key) '([\w.]+)'|unrecognized arguments: --([\w.]+)", line
-        )
+        unknown = re.search(r"does not accept option '([\w.]+)'|unrecognized arguments: --([\w.]+)", line)
         known = re.search(r'Parser key "([\w.]+)"', line)
         if unknown:
-            key = unknown.group(1) or unknown.group(2)
-            near = _nearest(key, keys)
-            hint = f"; did you mean '{near}'?" if near else ""
-            return f"unknown key '{key}'{self._where(key)}{hint}"
+            return self._unknown(unknown.group(1) or unknown.group(2), "")
         if known:
-            rest = re.sub(r"\s*Expected an? <class '(\w+)'>\.", r" expected \1,", line[known.end() + 1 :])
+            key, rest = known.group(1), line[known.end() + 1 :]
+            rest = re.sub(r"\s*Expected an? <class '(\w+)'>\.", r" expected \1,", rest)
             rest = re.sub(r"\s*Expected an? typing\.Literal\[([^\]]*)\]\.", r" expected one of \1,", rest)
-            return f"{known.group(1)}{self._where(known.group(1))}:{rest.replace('Got value:', 'got')}"
+            return f"{key}{self._where(key)}:{rest.replace('Got value:', 'got')}"
         return line
 
     def _known_keys(self) -> Iterator[str]:
@@ -72,9 +68,35 @@ class StageParser(ArgumentParser):
 
     def _where(self, key: str) -> str:
         for path in _config_files(self.arguments):
-            if key in _flatten(_read_yaml(path)):
-                return f" in {path}"
+            for given, where in _given_keys(_read_yaml(path), path):
+                if given == key:
+                    return f" in {where}"
         return ""
+
+    def check_files(self) -> None:
+        """Look at every ``--config`` file before it is merged, while it is still known what came from where.
+
+        Raises:
+            UserError: A file cannot be read, or a key in it does not exist.
+        """
+        known = set(self._known_keys())
+        for path in _config_files(self.arguments):
+            values = _read_yaml(path)
+            if values is not None and not isinstance(values, dict):
+                raise UserError(f"{path} holds no table of keys and values")
+            for key, where in _given_keys(values, path):
+                if key not in known and not any(
+                    key.startswith(f"{name}.") for name in known - self._groups()
+                ):
+                    raise UserError(self._unknown(key, f" in {where}"))
+
+    def _groups(self) -> set[str]:
+        """Keys that hold other keys, such as ``model``."""
+        return {key.rsplit(".", 1)[0] for key in self._known_keys() if "." in key}
+
+    def _unknown(self, key: str, where: str) -> str:
+        near = _nearest(key, (name for name in self._known_keys() if name != "config"))
+        return f"unknown key '{key}'{where}" + (f"; did you mean '{near}'?" if near else "")
 
 
 def _nearest(key: str, keys: Iterable[str]) -> str | None:
@@ -97,19 +119,26 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _read_yaml(path: Path) -> Any:
+    """Content of a YAML file; a UserError names the file and the line that is wrong."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise UserError(f"{path} is not valid YAML: {problem}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
 
 
-def _flatten(values: Any, prefix: str = "") -> set[str]:
-    if not isinstance(values, dict):
-        return set()
-    found = set()
-    for key, value in values.items():
-        found |= {f"{prefix}{key}"} | _flatten(value, f"{prefix}{key}.")
-    return found
+def _given_keys(values: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Dotted keys of a configuration file, each with the file it stands in; ``model: other.yaml`` is followed."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield f"{prefix}{key}", path
+            yield from _given_keys(value, path, f"{prefix}{key}.")
+    elif isinstance(values, str) and values.endswith((".yaml", ".yml")) and prefix:
+        other = path.parent / values
+        if other.is_file():
+            yield from _given_keys(_read_yaml(other), other, prefix)
 
 
 def stage_parser(stage: str) -> StageParser:
@@ -131,6 +160,7 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     """
     parser = stage_parser(stage)
     parser.arguments = arguments
+    parser.check_files()
     namespace = parser.parse_args(list(arguments))
     configured = parser.instantiate(namespace).as_dict()
     configured.pop("config", None)
@@ -174,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except UserError as error:
-        print(f"dualroute {arguments[0]}: error: {error}", file=sys.stderr)
+        # a DataLoader's worker wraps the line in its own traceback; the line is the last one
+        line = str(error).strip().splitlines()[-1]
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"dualroute {arguments[0]}: error{rank}: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,6 @@
 """DualRouting attention: the mathematics and its algorithm; torch and nothing else. Read in this order:
 
-    reference.py          the formulas, literally and slowly: the specification every fast path is tested against
+    reference.py          the formulas, literally and slowly: the specification of every fast path
     dual_routing.py       DualRouting, the layer: projections, rotary embedding, both routes, gate, output
     layout.py             Layout and Stream: documents and padding of a batch, computed once for all layers
     local_route.py        sliding window, O(n * window)
@@ -12,7 +12,7 @@
     kernels.py            attention over tiles with its log-sum-exp; the only user of a private torch operator
     cache.py, decode.py   token by token: what is kept, what a step reads
     statistics.py         what the router does, in numbers for a monitor
-    rope.py               rotary position embedding
+    rope.py, options.py   rotary position embedding; defaults and errors of the layer's options
 
 Shapes: B rows, n tokens, H heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks.
 """

@@ -1,4 +1,4 @@
-"""What decoding keeps of the past: a ring of `window` keys for local heads, everything plus block statistics for global.
+"""What decoding keeps: a ring of `window` keys for local heads, all keys and block statistics for global.
 
 In: keys and values of new tokens, (R, m, d) with R = batch * kv_heads, in the order of the text; every row
 of the batch has the same length. Out: the tensors that `decode` reads.
@@ -18,7 +18,7 @@ from dualroute.attention.router import block_features
 
 
 class GlobalCache:
-    """Keys and values of a global route, with the router's features and the far summary of each complete block."""
+    """Keys and values of a global route, and of each complete block the router's features and far summary."""
 
     def __init__(
         self,

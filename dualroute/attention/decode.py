@@ -52,7 +52,7 @@ def _decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
 
 
 def _selection(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> Tensor:
-    """(R, m, k) blocks chosen by the tokens at begin, begin + 1, ..., -1 = none; block 0, the sink, is not among them."""
+    """(R, m, k) blocks chosen by the tokens at begin, begin + 1, ..., -1 = none; never block 0, the sink."""
     count = query.shape[2]
     own = (begin + torch.arange(count, device=query.device)) // cache.block
     last = (begin + count - 1) // cache.block  # candidates are the blocks 1 .. last - 1
@@ -63,7 +63,7 @@ def _selection(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> Ten
 
 
 def _far_logits(query: Tensor, cache: GlobalCache, last: int) -> Tensor | None:
-    """(R, group, m, last - 1) logits of the pseudo-keys of blocks 1 .. last - 1; None without a far summary."""
+    """(R, group, m, last - 1) logits of the pseudo-keys of blocks 1 .. last - 1; None without summary."""
     if cache.far_keys is None:
         return None
     features = far_query_features(query, cache.far_keys.shape[-1])
@@ -75,11 +75,11 @@ def _softmax_sum(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tens
     """One softmax over the logits (R, group, m, s_i) of several parts, times their values (R, 1, s_i, d)."""
     weights = torch.cat([logits for logits, _ in parts], dim=-1).softmax(-1)
     pieces = weights.split([logits.shape[-1] for logits, _ in parts], dim=-1)
-    return sum(w @ values.to(w.dtype) for w, (_, values) in zip(pieces, parts, strict=True)).to(dtype)  # type: ignore[union-attr]
+    return sum(w @ values.to(w.dtype) for w, (_, values) in zip(pieces, parts, strict=True)).to(dtype)
 
 
 def _decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
-    """One token: gathers the sink and the chosen blocks. All past blocks are complete, so none of them is masked."""
+    """One token: gathers the sink and the chosen blocks. Past blocks are complete, so nothing is masked."""
     own = (cache.length - 1) // cache.block
     chosen = _selection(query, cache, top_k, cache.length - 1)[:, 0]  # (R, k)
     read = F.pad(chosen, (1, 0))  # and block 0, the sink
@@ -129,13 +129,15 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
 
 
 def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache) -> Tensor:
-    """The local route of m new tokens, (R, group, m, d); their keys and values (R, m, d) are added to the cache."""
+    """The local route of m new tokens, (R, group, m, d); adds keys and values (R, m, d) to the cache."""
     count = query.shape[2]
     if count == 1:
         cache.append(keys, values)
         filled = min(cache.length, cache.window)  # in the order of the ring: a softmax does not mind
-        past = (rows[:, None, :filled].to(query.dtype) for rows in (cache.keys, cache.values))
-        return F.scaled_dot_product_attention(query, *past, enable_gqa=True)
+        past_keys, past_values = (
+            rows[:, None, :filled].to(query.dtype) for rows in (cache.keys, cache.values)
+        )
+        return F.scaled_dot_product_attention(query, past_keys, past_values, enable_gqa=True)
     before = min(cache.length, cache.window - 1)
     past_keys, past_values = cache.last(before)
     cache.append(keys, values)

@@ -1,7 +1,7 @@
-"""Sorted dispatch: (token, block) pairs grouped by block into tiles, as a mixture of experts groups its tokens.
+"""Sorted dispatch: (token, block) pairs grouped by block into tiles, as experts group their tokens.
 
 In: the blocks each token selected. Out: `plan` lists, for a piece of the stream, tiles of TILE rows that all
-read one block, the token behind each row, and the row behind each pair. `routed_attention` runs attention
+read one block, the token behind each row, and the row behind each pair. `routed` runs attention
 over the tiles.
 
 The surprising fact: a filled-up tile repeats token 0 in its unused rows. Nobody looks at what they give, and
@@ -69,7 +69,9 @@ def plan(selected: Tensor, piece: Piece, num_blocks: int) -> Plan | None:
     shift = (tiles.cumsum(0) - tiles) * TILE - (count.cumsum(0) - count)  # from sorted place to tile row
     order = order[:valid]
     place = torch.arange(valid, device=device) + shift.repeat_interleave(count, output_size=valid)
-    token = order // pairs + (head * slots + begin)  # a piece has all slots, or one head: its tokens are a range
+    token = order // pairs + (
+        head * slots + begin
+    )  # a piece has all slots, or one head: its tokens are a range
     row = torch.full((total * TILE,), -1, dtype=torch.int32, device=device)
     row[place] = token.to(torch.int32)
     pair = torch.full((len(key),), -1, dtype=torch.int32, device=device)
@@ -92,7 +94,7 @@ def gather_lse(lse: Tensor, plan: Plan) -> Tensor:
 
 
 def sum_pairs(tiles: Tensor, pair: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Back from tiles to tokens: (tiles, TILE, group, d) -> (rows, group, d), the weighted sum over each row's pairs.
+    """Back to tokens: (tiles, TILE, group, d) -> (rows, group, d), the weighted sum over each row's pairs.
 
     weights is (rows, pairs, group), 1 when None; pairs of -1 count 0.
     """

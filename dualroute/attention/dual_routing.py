@@ -12,8 +12,6 @@ code.
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,14 @@ from dualroute.attention.global_route import GLOBAL_MODES, exact_blocks, global_
 from dualroute.attention.kernels import without_autocast
 from dualroute.attention.layout import Layout
 from dualroute.attention.local_route import local_attention
-from dualroute.attention.rope import rotate, rotary_table
+from dualroute.attention.options import (
+    check_at_least,
+    check_name,
+    resolve_group,
+    resolve_head_dim,
+    resolve_heads,
+)
+from dualroute.attention.rope import rotary_table, rotate
 from dualroute.attention.routed import Routing
 from dualroute.attention.router import ROUTERS
 from dualroute.attention.statistics import routing_statistics
@@ -89,15 +94,15 @@ class DualRouting(nn.Module):
         gate: bool = False,
     ) -> None:
         super().__init__()
-        _check_at_least(1, dim=dim, num_heads=num_heads, window=window, block=block, sub_block=sub_block)
-        _check_at_least(0, top_k=top_k)
-        _check_name("global_mode", global_mode, GLOBAL_MODES)
-        _check_name("router", router, ROUTERS)
-        _check_name("far_summary", far_summary, FAR_SUMMARIES)
+        check_at_least(1, dim=dim, num_heads=num_heads, window=window, block=block, sub_block=sub_block)
+        check_at_least(0, top_k=top_k)
+        check_name("global_mode", global_mode, GLOBAL_MODES)
+        check_name("router", router, ROUTERS)
+        check_name("far_summary", far_summary, FAR_SUMMARIES)
         self.dim = dim
-        self.head_dim = _head_dim(dim, num_heads, head_dim)
-        self.global_heads, self.local_heads = _split_heads(num_heads, global_heads, local_heads)
-        group = _group(num_heads, num_kv_heads)
+        self.head_dim = resolve_head_dim(dim, num_heads, head_dim)
+        self.global_heads, self.local_heads = resolve_heads(num_heads, global_heads, local_heads)
+        group = resolve_group(num_heads, num_kv_heads)
         for name, heads in (("global_heads", self.global_heads), ("local_heads", self.local_heads)):
             if heads % group:
                 raise ValueError(
@@ -172,7 +177,8 @@ class DualRouting(nn.Module):
         if cache is not None:
             if layout is not None or segment_ids is not None or attention_mask is not None:
                 raise ValueError(
-                    "cache cannot be combined with layout, segment_ids or attention_mask: give rows of equal length"
+                    "cache cannot be combined with layout, segment_ids or attention_mask: "
+                    "give rows of equal length"
                 )
             self._check_cache(cache, batch, length)
             if cache.length:
@@ -185,8 +191,8 @@ class DualRouting(nn.Module):
             raise ValueError("layout already holds segment_ids and attention_mask: give either it or them")
         elif (layout.batch, layout.length, layout.block) != (batch, length, self.block):
             raise ValueError(
-                f"layout is for batch {layout.batch}, length {layout.length}, block {layout.block}; the layer got "
-                f"batch {batch}, length {length} and has block={self.block}: build it for these"
+                f"layout is for batch {layout.batch}, length {layout.length}, block {layout.block}; "
+                f"the layer got batch {batch}, length {length} and has block={self.block}: build it for these"
             )
         outputs = []
         if self.global_qkv is not None:
@@ -237,7 +243,7 @@ class DualRouting(nn.Module):
     def _heads(
         self, projection: nn.Linear, hidden_states: Tensor, layout: Layout, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (H, S, d), keys and values (H_kv, S, d) of one route on the stream, normalised and rotated."""
+        """Queries (H, S, d), keys and values (H_kv, S, d) of one route on the stream, rotated."""
         rows = layout.to_stream(projection(hidden_states))  # (S, (H + 2 H_kv) d)
         table = layout.rotary_table(positions, self.head_dim, self.rope_theta, rows.dtype)
         return self._rotated_heads(rows, table)
@@ -270,14 +276,14 @@ class DualRouting(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LayerCache:
-        """An empty cache for this layer and texts of up to `max_length` tokens; device and dtype of the weights by default.
+        """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
 
         Raises:
             ValueError: the layer is not causal, or a size is below 1.
         """
         if not self.causal:
             raise ValueError("causal=False: a layer that reads both directions cannot be run token by token")
-        _check_at_least(1, batch_size=batch_size, max_length=max_length)
+        check_at_least(1, batch_size=batch_size, max_length=max_length)
         device = device or self.out_proj.weight.device
         dtype = dtype or self.out_proj.weight.dtype
         limit = self.max_exact_blocks
@@ -308,8 +314,8 @@ class DualRouting(nn.Module):
             )
         if cache.length + length > cache.max_length:
             raise ValueError(
-                f"the cache holds {cache.length} of max_length={cache.max_length} tokens, {length} more do not fit: "
-                "make a new one with a larger max_length"
+                f"the cache holds {cache.length} of max_length={cache.max_length} tokens, "
+                f"{length} more do not fit: make a new one with a larger max_length"
             )
 
     def _decode(self, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
@@ -355,58 +361,3 @@ def _cache_rows(rows: Tensor, layout: Layout) -> Tensor:
 @without_autocast
 def _normalise(rows: Tensor, norm: nn.RMSNorm) -> Tensor:
     return norm(rows.to(norm.weight.dtype)).to(rows.dtype)
-
-
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}={value} is too small: it must be at least {least}")
-
-
-def _check_name(key: str, value: str, names: tuple[str, ...]) -> None:
-    if value not in names:
-        nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{key}={value} is unknown: did you mean {nearest}? Valid are {', '.join(names)}")
-
-
-def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
-    if head_dim is None:
-        if dim % num_heads:
-            raise ValueError(
-                f"dim={dim} is not a multiple of num_heads={num_heads}: change one, or give head_dim"
-            )
-        head_dim = dim // num_heads
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even and at least 2: the rotary embedding turns pairs")
-    return head_dim
-
-
-def _split_heads(num_heads: int, global_heads: int | None, local_heads: int | None) -> tuple[int, int]:
-    if global_heads is None and local_heads is None:
-        if num_heads % 2:
-            raise ValueError(
-                f"num_heads={num_heads} is odd: give global_heads and local_heads, or an even number"
-            )
-        return num_heads // 2, num_heads // 2
-    if global_heads is None:
-        global_heads = num_heads - (local_heads or 0)
-    elif local_heads is None:
-        local_heads = num_heads - global_heads
-    assert local_heads is not None
-    if min(global_heads, local_heads) < 0 or global_heads + local_heads == 0:
-        raise ValueError(
-            f"global_heads={global_heads} and local_heads={local_heads} with num_heads={num_heads}: "
-            "neither may be negative, and one must be at least 1"
-        )
-    return global_heads, local_heads
-
-
-def _group(num_heads: int, num_kv_heads: int | None) -> int:
-    """Query heads per key head."""
-    if num_kv_heads is None:
-        return 1
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: choose a divisor of num_heads"
-        )
-    return num_heads // num_kv_heads

@@ -4,12 +4,10 @@ In: the block statistics of `summarise` (differentiable in keys and values), the
 blocks. Out: `merge_far` adds the pseudo-keys to a running (output, log-sum-exp); `far_backward` gives their
 gradients.
 
-A block of n keys with mean mu, diagonal variance sigma^2 and mean value v_bar enters with value v_bar and
-logit
+A block of n keys (mean mu, diagonal variance sigma^2, mean value v_bar) enters with value v_bar and logit
     first order    log n + q . mu / sqrt(d)
     second order   log n + q . mu / sqrt(d) + 1/2 (q^2) . sigma^2 / d
-the expansion of log sum_s exp(q . k_s / sqrt(d)) around mu. As dot products: features(q) . [mu, sigma^2] +
-log n.
+the expansion of log sum_s exp(q . k_s / sqrt(d)) around mu: features(q) . [mu, sigma^2] + log n.
 
 The surprising fact: this is where the router learns. What is selected has no gradient, but an unselected
 block's keys and values are pulled through their summary until the block deserves to be selected.
@@ -40,7 +38,7 @@ class Summary(NamedTuple):
 
 
 def summarise(key: Tensor, value: Tensor, stream: Stream, order: str, causal: bool = True) -> Summary | None:
-    """Block statistics of keys and values (H_kv, S, d); None for order "none". Gradients flow through them."""
+    """Block statistics of keys and values (H_kv, S, d), with gradients; None for order "none"."""
     if order == "none":
         return None
     valid = None
@@ -51,7 +49,7 @@ def summarise(key: Tensor, value: Tensor, stream: Stream, order: str, causal: bo
 
 
 def far_keys(blocks: Tensor, order: str, valid: Tensor | None = None) -> Tensor:
-    """Keys in blocks (..., nb, block, d) -> pseudo-keys (..., nb, f): [mu], or [mu, sigma^2] for the second order."""
+    """Keys in blocks (..., nb, block, d) -> pseudo-keys (..., nb, f): [mu], second order [mu, sigma^2]."""
     if order == "first_order":
         return token_mean(blocks, valid)
     return torch.cat(key_moments(blocks, valid), dim=-1)
@@ -64,7 +62,7 @@ def far_query_features(query: Tensor, width: int) -> Tensor:
 
 
 class _Chunk(NamedTuple):
-    """Query blocks of one bucket with the summaries they may read: all but the first block of the document."""
+    """Query blocks of one bucket with the summaries they may read: all but the document's first block."""
 
     rows: tuple[int, int]  # first and last + 1 slot of each document
     bucket: Bucket

@@ -17,8 +17,10 @@ from torch import Tensor
 from dualroute.attention.layout import Bucket, Stream
 from dualroute.attention.routed import Routing, routed_attention
 
-# Documents longer than this many tokens are routed by global_mode="auto". Measured where the routed kernel's forward
-# plus backward first beats full attention on a CPU (block 64, top_k 8, min/max router, second-order far summary).
+# global_mode="auto" routes documents longer than this many tokens. Measured on one CPU core, forward plus
+# backward of the global route with four heads, block 64, top_k 8 and the default router and summary: routing
+# took 1.2 times as long as full attention at 4096 tokens and 0.63 times at 8192 with head_dim 32, and 0.85
+# times at 4096 with head_dim 64.
 AUTO_BREAK_EVEN = 4096
 
 GLOBAL_MODES = ("auto", "full", "routed")
@@ -49,7 +51,7 @@ def global_attention(
     max_exact_blocks: int | None,
     causal: bool = True,
 ) -> Tensor:
-    """Full attention in documents of at most `max_exact_blocks` blocks, routed attention in longer ones; (H, S, d)."""
+    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d)."""
     if max_exact_blocks is None:
         return full_attention(query, key, value, stream, causal=causal)
     short, long = stream.split(max_exact_blocks)

@@ -26,7 +26,7 @@ from dualroute.attention.rope import rotary_table
 
 
 class Bucket(NamedTuple):
-    """`documents` neighbouring documents of `blocks` blocks each, beginning at block `first_block` of a stream."""
+    """`documents` neighbouring documents of `blocks` blocks each, from block `first_block` of a stream on."""
 
     first_block: int
     documents: int
@@ -88,7 +88,7 @@ class Stream:
         return self.slot_valid
 
     def split(self, max_blocks: int) -> tuple[Stream, Stream]:
-        """The documents of at most `max_blocks` blocks, and the longer ones: two streams, one after the other."""
+        """The documents of at most `max_blocks` blocks, and the longer ones that follow: two streams."""
         return self.cached(("split", max_blocks), lambda: self._split(max_blocks))
 
     def _split(self, max_blocks: int) -> tuple[Stream, Stream]:
@@ -175,7 +175,8 @@ class Layout:
         for name, given in (("segment_ids", segment_ids), ("attention_mask", attention_mask)):
             if given is not None and tuple(given.shape) != (batch, length):
                 raise ValueError(
-                    f"{name} has shape {tuple(given.shape)}, the batch is ({batch}, {length}): give one number per token"
+                    f"{name} has shape {tuple(given.shape)}, the batch is ({batch}, {length}): "
+                    "give one number per token"
                 )
             if given is not None and device is None:
                 device = given.device
@@ -257,7 +258,7 @@ class Layout:
 
     @classmethod
     def _empty(cls, batch: int, length: int, block: int, device: torch.device) -> Layout:
-        """Nothing but padding: one block of one imaginary token keeps every route, and its gradients, defined."""
+        """Nothing but padding: one imaginary token keeps every route, and its gradients, defined."""
         valid = torch.zeros(block, dtype=torch.bool, device=device)
         valid[0] = True
         none = torch.full((batch * length,), -1, device=device)
@@ -281,7 +282,7 @@ class Layout:
     def rotary_table(
         self, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for the slots of the stream, from positions (B, n) or the layout's own; kept for all layers."""
+        """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers."""
         if positions is None:
             positions = self.positions
         # The tensor itself is kept beside its table: as long as it lives, no other one can have its id.
@@ -306,7 +307,7 @@ class Layout:
 
 
 def query_chunks(blocks: int, cost_per_block: int, budget: int) -> Iterator[tuple[int, int]]:
-    """Cut the `blocks` query blocks of a document into ranges (first, end) of at most `budget` elements of work.
+    """Cut the `blocks` query blocks of a document into ranges (first, end) of at most `budget` work.
 
     At least eight ranges where there are that many blocks: a causal range only looks at the blocks before
     its end, so more ranges mean less work above the diagonal.

@@ -58,7 +58,7 @@ def _banded(query: Tensor, key: Tensor, value: Tensor, stream: Stream, window: i
 
 
 class _Band(NamedTuple):
-    """Query block of `rows` slots; it sees the keys from `left` slots before its first to `right` after its last."""
+    """A query block has `rows` slots and sees keys from `left` slots before to `right` slots after it."""
 
     window: int
     causal: bool
@@ -120,7 +120,7 @@ def _document_tokens(stream: Stream) -> Tensor:
 
 
 def _windows(rows: Tensor, band: _Band, first: int, last: int) -> Tensor:
-    """(blocks, heads, span, d) view of padded rows (heads, left + S + right, d) for query blocks first..last-1."""
+    """(blocks, heads, span, d) view of padded rows (heads, left + S + right, d): blocks first..last-1."""
     heads, _, dim = rows.shape
     return rows.as_strided(
         (last - first, heads, band.span, dim),
@@ -196,8 +196,8 @@ class _Banded(torch.autograd.Function):
 
 
 def _overlap_add(total: Tensor, parts: Tensor, band: _Band, first: int) -> None:
-    """Add parts (blocks, heads, span, d), views of overlapping slots, into total (heads, left + S + right, d)."""
-    blocks, heads, _, dim = parts.shape
+    """Add parts (blocks, heads, span, d) of overlapping slots into total (heads, left + S + right, d)."""
+    blocks = len(parts)
     for offset in range(0, band.span, band.rows):
         begin = first * band.rows + offset
         target = total[:, begin : begin + blocks * band.rows].unflatten(1, (blocks, band.rows))

@@ -1,18 +1,19 @@
 """The formulas of DualRouting, literally and slowly: the specification every fast path is tested against.
 
-In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, rotary embedding applied, in any dtype (float64
-for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several documents and padding.
+In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, rotary embedding applied, in any dtype
+(float64 for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several documents and
+padding.
 
 For one head, with scale 1/sqrt(d):
 
     full     o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s      over all s (causal: s <= t)
     local    the same over |t - s| < window (causal: 0 <= t - s < window)
     routed   one softmax over
-               q_t . k_s / sqrt(d)            s in the token's own block, the first block (sink) or a selected one
-               log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]     every other past block b, value vbar_b
+               q_t . k_s / sqrt(d)           s in the own block, the first block (sink) or a selected one: v_s
+               log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]      other past blocks b: vbar_b
     dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
 
-The surprising fact: nothing here is shared with the fast code, not even the mean of a block. Do not make it faster.
+The surprising fact: nothing here is shared with the fast code, not even the mean of a block. Keep it slow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over the pairs where `allowed` (broadcast to H, n, s); a row without any gives 0."""
+    """softmax(q k^T / sqrt(d)) v over `allowed` pairs (broadcast to H, n, s); a row without any gives 0."""
     return softmax(_logits(query, key), allowed) @ value
 
 
@@ -52,7 +53,7 @@ def local(query: Tensor, key: Tensor, value: Tensor, *, window: int, causal: boo
 def block_local(query: Tensor, key: Tensor, value: Tensor, *, block: int, causal: bool = True) -> Tensor:
     """Attention inside each block of a document of whole blocks: einsum('bnid,bnjd->bnij').
 
-    Not the einsum 'bqwd,bkwd->bqwk' that is often shown for it: that one compares equal offsets of all blocks.
+    Not the einsum 'bqwd,bkwd->bqwk' often shown for it: that one compares equal offsets of all blocks.
     """
     q, k, v = (rows.unflatten(1, (-1, block)) for rows in (query, *repeat_heads(query, key, value)))
     logits = torch.einsum("bnid,bnjd->bnij", q, k) / math.sqrt(q.shape[-1])
@@ -77,7 +78,9 @@ def routed(
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
     if selected is None:
-        selected = select(query, key, block=block, top_k=top_k, router=router, sub_block=sub_block, causal=causal)
+        selected = select(
+            query, key, block=block, top_k=top_k, router=router, sub_block=sub_block, causal=causal
+        )
     own, past, sink = _block_relations(length, block, causal)  # each (n, nb)
     read = (own | sink | selected).repeat_interleave(heads // kv_heads, 0)  # (H, n, nb)
     far = (past & ~sink & ~selected).repeat_interleave(heads // kv_heads, 0)
@@ -112,13 +115,14 @@ def select(
 ) -> Tensor:
     """(H_kv, n, nb) True at the top_k candidates of each token: past blocks except the sink.
 
-    Query heads that share a key head choose together: their scores are summed. Scores are compared as float32, the
-    earlier of two equal blocks wins.
+    Query heads that share a key head choose together: their scores are summed. Scores are compared as
+    float32, the earlier of two equal blocks wins.
     """
     _, length, _ = query.shape
-    own, past, sink = _block_relations(length, block, causal)
+    _, past, sink = _block_relations(length, block, causal)
     scores = [
-        block_score(query, key[:, begin : begin + block], router, sub_block) for begin in range(0, length, block)
+        block_score(query, key[:, begin : begin + block], router, sub_block)
+        for begin in range(0, length, block)
     ]
     ranking = torch.stack(scores, -1).float()  # (H_kv, n, nb)
     ranking = ranking.masked_fill(~(past & ~sink), -torch.inf)
@@ -148,7 +152,7 @@ def block_score(query: Tensor, keys: Tensor, router: str, sub_block: int = 16) -
 
 
 def dual(global_heads: Tensor, local_heads: Tensor, global_weight: Tensor, local_weight: Tensor) -> Tensor:
-    """y (n, dim) from the heads (H_g, n, d) and (H_l, n, d) of both routes; W_O^g (dim, H_g d), W_O^l (dim, H_l d)."""
+    """y (n, dim) from the heads (H, n, d) and weights (dim, H d) of both routes; H may differ."""
     return (
         global_heads.transpose(0, 1).flatten(1) @ global_weight.T
         + local_heads.transpose(0, 1).flatten(1) @ local_weight.T
@@ -167,7 +171,7 @@ def rotate(rows: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
 def per_document(
     route: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, documents: Tensor
 ) -> Tensor:
-    """Apply `route` to each document of a batch: query (B, H, n, d), key, value (B, H_kv, n, d) -> (B, H, n, d).
+    """Apply `route` to each document: query (B, H, n, d), key, value (B, H_kv, n, d) -> (B, H, n, d).
 
     documents (B, n) numbers the document of each token, -1 = padding, whose result is 0.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (S, 1, head_dim // 2), of positions (S,); float64 for float64 input, else float32."""
+    """Cosine and sine, each (S, 1, head_dim // 2), of positions (S,); float64 for float64, else float32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
     angles = positions.to(torch.float64)[:, None, None] * theta ** (-exponent)
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -30,7 +30,7 @@ def rotate(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _turn(source: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: int) -> None:
-    """Write `source`, turned by sign * angle, into `out`; both (S, heads, head_dim) views with any strides."""
+    """Write `source`, turned by sign * angle, into `out`; both (S, heads, head_dim) with any strides."""
     half = source.shape[-1] // 2
     x, y = source[..., :half], source[..., half:]
     if source.dtype != cos.dtype:  # half precision: turn in float32, round once

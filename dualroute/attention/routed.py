@@ -169,7 +169,7 @@ class _Routed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, summary_keys, summary_values, selected, out, lse, *listed = ctx.saved_tensors
         stream, causal = ctx.stream, ctx.causal
-        kv_heads, slots, group, dim = query.shape
+        kv_heads, _, group, dim = query.shape
         block = stream.block
         accumulate = accumulation_dtype(query.dtype)
         mask = _key_mask(stream, kv_heads, causal, accumulate)

@@ -5,14 +5,15 @@ top_k) block numbers of the stream, -1 = none; column 0 is the sink, the first b
 `routed` reads them. Query heads that share keys share a choice: their scores are summed.
 
 With k over the keys of a block, mu and sigma^2 their mean and diagonal variance, the scores are
-    mean     q . mu                                                      (MoBA, arXiv 2502.13189; NSA, arXiv 2502.11089)
-    moment   q . mu / sqrt(d) + 1/2 (q^2) . sigma^2 / d                  second-order estimate of log sum exp(q.k/sqrt(d))
-    minmax   max over sub-blocks of sum_i max(q_i min k_i, q_i max k_i)  an upper bound of q.k (Quest, arXiv 2406.10774)
-All are one GEMM between features of queries and features of blocks; for minmax, max(q m, q M) = q^- m + q^+
-M.
+    mean     q . mu                                                (MoBA, NSA: arXiv 2502.13189, 2502.11089)
+    moment   q . mu / sqrt(d) + 1/2 (q^2) . sigma^2 / d            log sum exp(q . k / sqrt(d)), 2nd order
+    minmax   max over sub-blocks, sum_i max(q_i min k_i, q_i max k_i)  bounds q . k (Quest: 2406.10774)
+Each is one GEMM of query features and block features; for minmax, max(q m, q M) = q^- m + q^+ M.
 
 The surprising fact: nothing about the query may be pooled. A block of queries that chose together would let
-later tokens decide what earlier ones read, and a causal model would see the future.
+later tokens decide what earlier ones read, and a causal model would see the future. (And: bounds and
+variances read single coordinates, which the rotary embedding turns; only the mean router is blind to a shift
+of all positions.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MAX_SCORES = 1 << 22  # scores held at once: bounds the memory of the router
 
 
 def query_features(query: Tensor, router: str) -> Tensor:
-    """Queries (H_kv, group, ..., d) -> features (H_kv, ..., f), summed over the group of heads that share keys.
+    """Queries (H_kv, group, ..., d) -> features (H_kv, ..., f), summed over the heads that share keys.
 
     Every score is linear in these features, so the sum of features gives the sum of scores.
     """
@@ -42,9 +43,10 @@ def query_features(query: Tensor, router: str) -> Tensor:
 
 
 def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | None = None) -> Tensor:
-    """Keys in blocks (..., nb, block, d) -> features (..., nb, parts, f); parts = block / sub_block for minmax, else 1.
+    """Keys in blocks (..., nb, block, d) -> features (..., nb, parts, f).
 
-    `valid` (nb, block) marks the slots that hold a token, the first of each block always does; None = all.
+    There are block / sub_block parts for minmax, else one. `valid` (nb, block) marks the slots that hold a
+    token, the first of each block always does; None = all.
     """
     if router == "minmax":
         if valid is not None:  # repeat a real key where there is none: no bound changes
@@ -71,14 +73,16 @@ def key_moments(blocks: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def block_scores(query: Tensor, features: Tensor, router: str) -> Tensor:
-    """Scores (H_kv, ..., rows, J) of queries (H_kv, group, ..., rows, d) for blocks' features (H_kv, ..., J, parts, f).
+    """Scores (H_kv, ..., rows, J): queries (H_kv, group, ..., rows, d), features (H_kv, ..., J, parts, f).
 
     A block's score is that of its best part. Always float32 or float64: half-precision scores would tie, and
     the blocks chosen among ties say nothing about the keys.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query_features(query.to(wide), router)
-    columns = features.to(wide).transpose(-3, -2).flatten(-3, -2)  # (H_kv, ..., parts * J, f): parts far apart
+    columns = (
+        features.to(wide).transpose(-3, -2).flatten(-3, -2)
+    )  # (H_kv, ..., parts * J, f): parts far apart
     scores = rows @ columns.transpose(-1, -2)
     best, *others = scores.split(features.shape[-3], dim=-1)
     for part in others:

@@ -116,7 +116,7 @@ def _sample(stream: Stream, heads: int) -> Tensor:
 
 
 def _entropy(selected: Tensor, candidates: Tensor) -> Tensor:
-    """Entropy of how often each block is chosen over that of a uniform choice; 1 where there is nothing to choose."""
+    """Entropy of how often each block is chosen over that of a uniform choice; 1 without any choice."""
     offered = int(candidates.any(0).sum())
     counts = (selected & candidates).sum(1).float()  # (H_kv, nb)
     if offered < 2 or not bool(counts.any()):

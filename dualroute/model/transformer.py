@@ -45,6 +45,10 @@ class DualRoutingTransformer(nn.Module):
         self.head = NextTokenHead(
             tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.dim))
         )
+        # counted now: a trainer that shards the model leaves parameters of size 0 behind
+        vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
+        self._parameters_in_vocabulary = sum(vocabulary.values())
+        self._parameters_in_layers = sum(p.numel() for p in self.parameters() if id(p) not in vocabulary)
         self.initialise()
 
     @torch.no_grad()
@@ -116,8 +120,7 @@ class DualRoutingTransformer(nn.Module):
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Trainable parameters; tied embeddings count once, and not at all with ``embeddings=False``."""
-        vocabulary = {id(self.embedding.weight), id(self.head.weight)}
-        return sum(p.numel() for p in self.parameters() if embeddings or id(p) not in vocabulary)
+        return self._parameters_in_layers + (self._parameters_in_vocabulary if embeddings else 0)
 
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs (forward + backward) per token at a context of ``context`` tokens.
@@ -127,7 +130,7 @@ class DualRoutingTransformer(nn.Module):
         product and a weighted sum, 4·head_dim forward, twice that backward.
         """
         assert self.config.head_dim is not None
-        matmul_weights = self.num_parameters(embeddings=False) + self.head.weight.numel()
+        matmul_weights = self._parameters_in_layers + (self.config.vocab_size or 0) * self.config.dim
         keys = sum(heads * count for heads, count in self._keys_read(context))
         return 6.0 * matmul_weights + 12.0 * self.config.num_layers * self.config.head_dim * keys
 

@@ -38,7 +38,7 @@ from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import Checkpoint
 from dualroute.training.checkpoint import CheckpointConfig, CheckpointPublisher, check_layout, choose_resume
-from dualroute.training.environment import World, detect_world
+from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
@@ -117,6 +117,7 @@ def check(config: PretrainConfig) -> Prepared:
         UserError: Naming the key, file or folder, and the remedy.
     """
     world = detect_world()
+    check_port(world)
     model, train, data = config.model, config.train, config.data
     if data.context > model.max_context:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Batches for the tests of attention, and the comparison of a route on a stream with the reference per document."""
+"""Batches for the tests of attention, and the comparison of a route with the reference per document."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ ORDERS = ("second_order", "first_order", "none")
 
 
 def heads(
-    batch: int, length: int, num_heads: int = 4, kv_heads: int = 2, dim: int = 4, seed: int = 0, scale: float = 1.5
+    batch: int,
+    length: int,
+    num_heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 4,
+    seed: int = 0,
+    scale: float = 1.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random float64 queries (B, H, n, d), keys and values (B, H_kv, n, d) that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(  # type: ignore[return-value]
-        (scale * torch.randn(batch, count, length, dim, generator=generator, dtype=torch.float64)).requires_grad_()
+        (
+            scale * torch.randn(batch, count, length, dim, generator=generator, dtype=torch.float64)
+        ).requires_grad_()
         for count in (num_heads, kv_heads, kv_heads)
     )
 
@@ -32,7 +40,9 @@ def to_stream(layout: Layout, rows: Tensor) -> Tensor:
 
 def from_stream(layout: Layout, rows: Tensor) -> Tensor:
     """(H, S, d) -> (B, H, n, d)."""
-    return layout.from_stream(rows.transpose(0, 1).flatten(1)).unflatten(2, (-1, rows.shape[2])).transpose(1, 2)
+    return (
+        layout.from_stream(rows.transpose(0, 1).flatten(1)).unflatten(2, (-1, rows.shape[2])).transpose(1, 2)
+    )
 
 
 def run(route: Callable[..., Tensor], layout: Layout, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -45,7 +45,9 @@ def test_chunked_prefill_equals_the_whole(chunks: list[int], options: dict) -> N
 
 def test_long_chunks_are_cut() -> None:
     module, hidden = layer(num_kv_heads=2), states(1, 320)
-    torch.testing.assert_close(_cached(module, hidden, [40, 280]), module(hidden).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        _cached(module, hidden, [40, 280]), module(hidden).detach(), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("limit", [64, 72])
@@ -62,7 +64,9 @@ def test_given_positions_are_used() -> None:
     module, hidden = layer(), states(1, 40)
     positions = torch.arange(40)[None] * 2
     cache = module.new_cache(1, 40)
-    parts = [module(hidden[:, t : t + 5], positions=positions[:, t : t + 5], cache=cache) for t in range(0, 40, 5)]
+    parts = [
+        module(hidden[:, t : t + 5], positions=positions[:, t : t + 5], cache=cache) for t in range(0, 40, 5)
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), module(hidden, positions=positions), rtol=0, atol=1e-12)
 
 

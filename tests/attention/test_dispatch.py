@@ -10,7 +10,9 @@ from dualroute.attention import dispatch
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 60), st.integers(1, 4), st.integers(1, 5), st.integers(0, 9), st.data())
+@given(
+    st.integers(1, 3), st.integers(1, 60), st.integers(1, 4), st.integers(1, 5), st.integers(0, 9), st.data()
+)
 def test_every_pair_has_its_row(
     kv_heads: int, slots: int, pairs: int, num_blocks: int, seed: int, data: st.DataObject
 ) -> None:

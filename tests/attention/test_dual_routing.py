@@ -1,4 +1,4 @@
-"""The layer: equal to the sum of the reference's routes, and unmoved by packing, padding, position and batch."""
+"""The layer: the sum of the reference's routes, unmoved by packing, padding, position and batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention import DualRouting, Layout, global_route, reference
+from dualroute.attention import DualRouting, Layout, global_route, kernels, reference
 from tests.attention.helpers import ORDERS, ROUTERS
 
 DIM, HEADS, BLOCK = 16, 4, 8
@@ -17,7 +17,14 @@ DIM, HEADS, BLOCK = 16, 4, 8
 
 def layer(**options: object) -> DualRouting:
     torch.manual_seed(0)
-    settings: dict = {"window": 10, "block": BLOCK, "top_k": 2, "sub_block": 4, "global_mode": "routed", **options}
+    settings: dict = {
+        "window": 10,
+        "block": BLOCK,
+        "top_k": 2,
+        "sub_block": 4,
+        "global_mode": "routed",
+        **options,
+    }
     module = DualRouting(DIM, HEADS, **settings).double()
     for parameter in module.parameters():  # sharper logits than the default initialisation gives
         if parameter.ndim == 2:
@@ -34,7 +41,10 @@ def by_reference(module: DualRouting, hidden: Tensor) -> Tensor:
     """The layer on one document (n, dim), from its weights."""
     positions = torch.arange(len(hidden))
     outputs = []
-    for projection, heads in ((module.global_qkv, module.global_heads), (module.local_qkv, module.local_heads)):
+    for projection, heads in (
+        (module.global_qkv, module.global_heads),
+        (module.local_qkv, module.local_heads),
+    ):
         kv_heads = heads // module.group
         rows = (hidden @ projection.weight.T).unflatten(1, (-1, module.head_dim)).transpose(0, 1)
         query, key, value = rows.split([heads, kv_heads, kv_heads])
@@ -48,7 +58,9 @@ def by_reference(module: DualRouting, hidden: Tensor) -> Tensor:
             outputs.append(
                 reference.routed(query, key, value, block=module.block, causal=module.causal, **options)
             )
-    weights = module.out_proj.weight.split([module.global_heads * module.head_dim, outputs[1].shape[0] * module.head_dim], 1)
+    weights = module.out_proj.weight.split(
+        [module.global_heads * module.head_dim, outputs[1].shape[0] * module.head_dim], 1
+    )
     return reference.dual(*outputs, *weights)
 
 
@@ -72,17 +84,26 @@ def test_equals_the_sum_of_the_reference_routes(options: dict, causal: bool) -> 
     cotangent = states(2, 61, seed=5)
     inputs = (hidden, *module.parameters())
     for got, want in zip(
-        torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(wanted, inputs, cotangent), strict=True
+        torch.autograd.grad(actual, inputs, cotangent),
+        torch.autograd.grad(wanted, inputs, cotangent),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
-MODES = [{"global_mode": "full"}, {}, {"global_mode": "auto"}, {"qk_norm": True, "gate": True, "num_kv_heads": 2}]
+MODES = [
+    {"global_mode": "full"},
+    {},
+    {"global_mode": "auto"},
+    {"qk_norm": True, "gate": True, "num_kv_heads": 2},
+]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("options", MODES)
-def test_packed_and_padded_equal_separate(options: dict, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_and_padded_equal_separate(
+    options: dict, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(global_route, "AUTO_BREAK_EVEN", 40)  # "auto" routes the longest document only
     module = layer(causal=causal, **options)
     lengths = (61, 5, 33)
@@ -90,7 +111,9 @@ def test_packed_and_padded_equal_separate(options: dict, causal: bool, monkeypat
     separate = [module(document) for document in documents]
     packed = torch.cat(documents, 1)
     segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
-    torch.testing.assert_close(module(packed, segment_ids=segments), torch.cat(separate, 1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        module(packed, segment_ids=segments), torch.cat(separate, 1), rtol=0, atol=1e-12
+    )
 
     for side in ("left", "right"):
         rows, mask = torch.full((3, 64, DIM), 9.0, dtype=torch.float64), torch.zeros(3, 64)
@@ -119,7 +142,9 @@ def test_only_padding_gives_zeros_and_finite_gradients() -> None:
         assert all(not gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("options", [{"global_mode": "full"}, {"router": "mean", "far_summary": "first_order"}])
+@pytest.mark.parametrize(
+    "options", [{"global_mode": "full"}, {"router": "mean", "far_summary": "first_order"}]
+)
 def test_the_rotary_embedding_sees_distances_only(options: dict) -> None:
     """What reads single coordinates of keys (bounds, variances) is left out: rotation mixes coordinates."""
     module, hidden = layer(**options), states(1, 61)
@@ -133,7 +158,9 @@ def test_positions_of_each_document_are_the_default() -> None:
     module, hidden = layer(), states(2, 50)
     segments = torch.arange(50).expand(2, 50) // 20
     positions = (torch.arange(50) % 20).expand(2, 50)
-    assert torch.equal(module(hidden, segment_ids=segments, positions=positions), module(hidden, segment_ids=segments))
+    assert torch.equal(
+        module(hidden, segment_ids=segments, positions=positions), module(hidden, segment_ids=segments)
+    )
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
@@ -192,6 +219,20 @@ def test_bf16_autocast_stays_near_float32() -> None:
     got = torch.autograd.grad(rounded.square().sum(), (hidden, *module.parameters()))
     for small, large in zip((rounded, *got), (exact, *wanted), strict=True):
         assert float((small.detach().float() - large.detach()).norm() / large.detach().norm()) < 0.03
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_the_private_operator(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain path, which other devices take, through both routes, forward and backward."""
+    module, hidden = layer(causal=causal, num_kv_heads=2), states(2, 61).requires_grad_()
+    segments = torch.arange(61).expand(2, 61) // 40
+    results = []
+    for flash in (True, False):
+        monkeypatch.setattr(kernels, "_HAS_FLASH", flash)
+        out = module(hidden, segment_ids=segments)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (hidden, *module.parameters()))))
+    for operator, plain in zip(*results, strict=True):
+        torch.testing.assert_close(plain, operator, rtol=0, atol=1e-10)
 
 
 def test_a_layer_survives_saving_and_loading() -> None:

@@ -49,9 +49,13 @@ def test_the_routed_mode_is_routed_attention_of_every_document() -> None:
     inputs = heads(2, layout.length)
     limit = exact_blocks("routed", 8, 2)
     actual = run(
-        lambda q, k, v, s: global_attention(q, k, v, s, routing=ROUTING, max_exact_blocks=limit), layout, inputs
+        lambda q, k, v, s: global_attention(q, k, v, s, routing=ROUTING, max_exact_blocks=limit),
+        layout,
+        inputs,
     )
-    wanted = expected(lambda q, k, v: reference.routed(q, k, v, block=8, top_k=2, sub_block=4), layout, inputs)
+    wanted = expected(
+        lambda q, k, v: reference.routed(q, k, v, block=8, top_k=2, sub_block=4), layout, inputs
+    )
     assert_same_with_gradients(actual, wanted, inputs)
 
 

@@ -22,7 +22,9 @@ def test_only_torch_and_the_standard_library() -> None:
             for name in names:
                 ours = name.startswith("dualroute.attention.")
                 assert ours or name.split(".")[0] in ALLOWED, f"{file.name} imports {name}"
-                assert not (ours and file.name == "reference.py"), "the specification shares nothing with fast code"
+                assert not (ours and file.name == "reference.py"), (
+                    "the specification shares nothing with fast code"
+                )
 
 
 def test_every_exported_name_exists() -> None:

@@ -37,7 +37,9 @@ def test_fallback_equals_operator(options: dict, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_parts_with_the_merged_result_give_the_joint_gradient(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_with_the_merged_result_give_the_joint_gradient(
+    flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not flash:
         monkeypatch.setattr(kernels, "_HAS_FLASH", False)
     query, key, value, grad = (rows[:, :2].requires_grad_() for rows in _tiles())

@@ -22,16 +22,20 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, torch.Tensor, torch.Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(layouts())
-def test_every_token_has_its_slot_and_comes_back(given_layout: tuple[Layout, torch.Tensor, torch.Tensor]) -> None:
-    layout, segments, mask = given_layout
+def test_every_token_has_its_slot_and_comes_back(
+    given_layout: tuple[Layout, torch.Tensor, torch.Tensor],
+) -> None:
+    layout, _, mask = given_layout
     tokens = torch.arange(1.0, 1 + mask.numel(), dtype=torch.float64).view(*mask.shape, 1)
     stream = layout.to_stream(tokens)
     assert stream.shape == (layout.stream.num_slots, 1)
     torch.testing.assert_close(layout.from_stream(stream), tokens * mask[..., None])
     if mask.any():
         valid = layout.stream.slot_valid
-        assert torch.equal(stream[:, 0] != 0, torch.ones(len(stream), dtype=torch.bool) if valid is None else valid)
-    # A block holds tokens of one document, in order and without holes, from position block_in_document * block on.
+        assert torch.equal(
+            stream[:, 0] != 0, torch.ones(len(stream), dtype=torch.bool) if valid is None else valid
+        )
+    # A block holds tokens of one document, in order and without holes, from its own place in it on.
     for number, block in enumerate(stream[:, 0].view(-1, layout.block)):
         ids = block[block > 0].long() - 1
         if len(ids) == 0:
@@ -44,7 +48,9 @@ def test_every_token_has_its_slot_and_comes_back(given_layout: tuple[Layout, tor
 
 @settings(max_examples=60, deadline=None)
 @given(layouts())
-def test_documents_are_runs_of_equal_segments(given_layout: tuple[Layout, torch.Tensor, torch.Tensor]) -> None:
+def test_documents_are_runs_of_equal_segments(
+    given_layout: tuple[Layout, torch.Tensor, torch.Tensor],
+) -> None:
     layout, segments, mask = given_layout
     seen: set[int] = set()
     for row in range(len(mask)):

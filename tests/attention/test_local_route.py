@@ -86,7 +86,9 @@ def test_memory_is_linear_in_the_length() -> None:
         layout = Layout.build(1, length, 16)
         inputs = heads(1, length)
         saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append(t.numel()) or t, lambda t: t
+        ):
             run(lambda q, k, v, s: local_attention(q, k, v, s, window=20), layout, inputs)
         sizes.append(sum(saved))
     assert sizes[1] == 2 * sizes[0]

@@ -18,7 +18,9 @@ from tests.attention.helpers import ROUTERS, batches, heads, to_stream
 def test_only_other_blocks_of_the_same_document(name: str, router: str, causal: bool) -> None:
     layout = batches()[name]
     query, key = (to_stream(layout, rows.detach()) for rows in heads(2, layout.length)[:2])
-    selected = select_blocks(query, key, layout.stream, top_k=3, router=router, sub_block=4, causal=causal).long()
+    selected = select_blocks(
+        query, key, layout.stream, top_k=3, router=router, sub_block=4, causal=causal
+    ).long()
     own = torch.arange(layout.stream.num_slots) // layout.block
     in_document = layout.stream.block_in_document()
     document = (in_document == 0).cumsum(0)
@@ -55,7 +57,9 @@ def test_equals_the_reference(router: str, causal: bool) -> None:
     st.integers(0, 6),
     st.randoms(use_true_random=False),
 )
-def test_the_best_allowed_scores_win_and_ties_go_to_the_first(scores: list[float], top_k: int, random) -> None:
+def test_the_best_allowed_scores_win_and_ties_go_to_the_first(
+    scores: list[float], top_k: int, random
+) -> None:
     allowed = [random.random() < 0.7 for _ in scores]
     best = sorted((c for c, ok in enumerate(allowed) if ok), key=lambda c: (-scores[c], c))[:top_k]
     got = top_blocks(torch.tensor(scores, dtype=torch.float64), torch.tensor(allowed), top_k).tolist()

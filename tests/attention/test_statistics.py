@@ -57,7 +57,9 @@ def test_shares_are_those_of_the_explicit_mask(order: str, router: str) -> None:
     selected = reference.select(query[0], key[0], block=8, top_k=2, router=router, sub_block=4)
     selected = selected.repeat_interleave(2, 0)
     for share, where in (("own", own), ("sink", sink), ("selected", selected)):
-        assert float(found[f"mass_{share}"]) == pytest.approx(float((weight * where).sum(-1).mean()), abs=1e-5)
+        assert float(found[f"mass_{share}"]) == pytest.approx(
+            float((weight * where).sum(-1).mean()), abs=1e-5
+        )
 
 
 def test_entropy_tells_one_block_from_all_of_them() -> None:

@@ -1,0 +1,32 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dualroute.data.manifest import Manifest
+from dualroute.model import DualRoutingTransformer, ModelConfig, store
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_dataset, tmp_path_factory):
+    """A run folder with one checkpoint of an untrained model for the tiny data set."""
+    run = tmp_path_factory.mktemp("run")
+    folder = run / "checkpoints" / store.step_folder(1)
+    folder.mkdir(parents=True)
+    info = Manifest.load(tiny_dataset).tokenizer
+    config = ModelConfig(
+        vocab_size=info.vocab_size, dim=32, num_layers=2, num_heads=4, window=8, block=16, max_context=128
+    )
+    torch.manual_seed(0)
+    model = DualRoutingTransformer(config)
+    with torch.no_grad():  # far from uniform, so that every term of a score counts
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    save_file(dict(model.named_parameters()), folder / store.WEIGHTS)
+    (folder / store.CONFIG).write_text(json.dumps(config.to_dict()))
+    shutil.copyfile(tiny_dataset / info.file, folder / store.TOKENIZER)
+    metadata = {"step": 1, "context": 64, "files": store.describe_files(folder)}
+    (folder / store.METADATA).write_text(json.dumps(metadata))
+    return run

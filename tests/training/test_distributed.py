@@ -1,0 +1,112 @@
+"""The stage on two real ranks, under the launchers that people use, against one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dualroute.model.store import find_checkpoint, load_model
+from tests.conftest import ROOT
+from tests.training.test_pretrain import SMALL, curve, environment, train
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+FEW_SAMPLES = ("--monitor.sample_every_steps", "20")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def deepspeed():
+    return ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", free_port()]
+
+
+def torchrun():
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+
+
+def launch(launcher, dataset, output, steps, *more, expect=0):
+    command = [
+        *(sys.executable, *launcher, "launch/pretrain.py", *SMALL, *FEW_SAMPLES),
+        *("--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps), *more),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=280)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, whatever happened
+        except ProcessLookupError:
+            pass
+    assert process.returncode == expect, text[-3000:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dataset, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train(tiny_dataset, output, STEPS, *FEW_SAMPLES)
+    return output
+
+
+def assert_same_losses(output, reference):
+    for event in ("train", "validation"):
+        theirs, ours = curve(output, event), curve(reference, event)
+        assert theirs.keys() == ours.keys()
+        assert max(abs(theirs[s] - ours[s]) for s in ours) <= 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_path, stage):
+    output = tmp_path / "run"
+    launch(deepspeed(), tiny_dataset, output, STEPS, "--parallel.zero_stage", str(stage))
+    assert_same_losses(output, alone)
+    # what was sharded is whole again in the published weights
+    ours, theirs = load_model(find_checkpoint(alone)), load_model(find_checkpoint(output))
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-3, name
+
+
+def test_two_ranks_stop_and_resume_exactly(alone, tiny_dataset, tmp_path):
+    output = tmp_path / "run"
+    # the schedule is that of 40 steps; a kill cannot be placed exactly, so later checkpoints are taken away
+    launch(torchrun(), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
+    whole = curve(output)
+    for step in (20, 24, 28, 32, 36, 40):
+        subprocess.run(["rm", "-r", str(output / "checkpoints" / f"step-{step:08d}")], check=True)
+    text = launch(torchrun(), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
+    assert "step 16 of 40" in text
+    assert curve(output) == whole
+    assert_same_losses(output, alone)
+    # another number of ranks cannot take up these partitions, and says so
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "dualroute.cli", "pretrain", *SMALL, *FEW_SAMPLES),
+            *("--data.path", str(tiny_dataset), "--output", str(output), "--train.max_steps", "41"),
+        ],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "ZeRO-2 partitions of 2 rank(s)" in result.stderr
+
+
+def test_a_taken_port_is_named(tiny_dataset, tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
+        text = launch(launcher, tiny_dataset, tmp_path / "run", 8, expect=2)
+    assert f"port {port}" in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
