@@ -234,11 +234,16 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
     Raises:
         UserError: ``resume`` names nothing, the checkpoint is damaged, or its model has another shape.
     """
+    finished = store.list_checkpoints(folder) if folder.is_dir() else []
     if resume == "never":
+        if finished:
+            raise UserError(
+                f"{folder} holds {len(finished)} finished checkpoint(s) and --resume never would write over "
+                f"them: choose another --output, or remove the folder"
+            )
         return None
     if resume == "auto":
-        found = store.list_checkpoints(folder) if folder.is_dir() else []
-        checkpoint = found[-1] if found else None
+        checkpoint = finished[-1] if finished else None
     else:
         checkpoint = store.find_checkpoint(resume)
     if checkpoint is None:

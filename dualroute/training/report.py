@@ -67,7 +67,10 @@ def _page(run: Path, settings: dict[str, Any], checkpoint: Checkpoint, sample: s
     options = manifest.preparation.get("options", {})
     rows = [
         ("corpus", f"{options.get('corpus', '?')}: {manifest.split('train').bytes / 1e6:.1f} MB of text"),
-        ("tokens in it", f"{manifest.split('train').tokens:,} (vocabulary {manifest.tokenizer.vocab_size:,})"),
+        (
+            "tokens in it",
+            f"{manifest.split('train').tokens:,} (vocabulary {manifest.tokenizer.vocab_size:,})",
+        ),
         (
             "model",
             f"{model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
