@@ -20,9 +20,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dualroute.data.atomic import publish, write_bytes_atomically
-from dualroute.data.manifest import file_sha256
 from dualroute.errors import UserError
+from dualroute.files import file_sha256, publish, write_bytes_atomically
 
 CHECKSUMS_FILE = "checksums.json"
 TIMEOUT_SECONDS = 30.0

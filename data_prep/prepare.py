@@ -34,7 +34,6 @@ from data_prep.formats import ReadOptions
 from data_prep.progress import Reporter
 from data_prep.shards import SPLITS, STATE_FOLDER, write_index, write_shards
 from data_prep.train_tokenizer import Sample, train_tokenizer
-from dualroute.data.atomic import remove_leftovers, write_bytes_atomically
 from dualroute.data.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -45,6 +44,7 @@ from dualroute.data.manifest import (
 )
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.files import remove_leftovers, write_bytes_atomically
 
 PREPARATION_FILE = "preparation.json"
 _LOCK_FILE = ".prepare.lock"

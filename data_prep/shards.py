@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.clean import CleanDocument
-from dualroute.data.atomic import atomic_path, write_bytes_atomically
-from dualroute.data.manifest import INDEX_COLUMNS, Shard, Split, file_sha256
+from dualroute.data.manifest import INDEX_COLUMNS, Shard, Split
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.files import atomic_path, file_sha256, write_bytes_atomically
 
 STATE_FOLDER = ".prepare"
 SPLITS = ("train", "val")

@@ -130,7 +130,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _given_keys(values: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
-    """Dotted keys of a configuration file, each with the file it stands in; ``model: other.yaml`` is followed."""
+    """Dotted keys of a configuration, each with the file it stands in; ``model: other.yaml`` is followed."""
     if isinstance(values, dict):
         for key, value in values.items():
             yield f"{prefix}{key}", path

@@ -1,8 +1,8 @@
 """``dualroute pretrain`` for launchers that start a file: deepspeed, torchrun, srun, or python itself.
 
-    deepspeed --num_accelerators 2 launch/pretrain.py --config configs/pretrain/books_5m.yaml
-    torchrun --nproc_per_node 2    launch/pretrain.py --config configs/pretrain/books_5m.yaml
-    srun python                    launch/pretrain.py --config configs/pretrain/books_5m.yaml
+deepspeed --num_accelerators 2 launch/pretrain.py --config configs/pretrain/books_5m.yaml
+torchrun --nproc_per_node 2    launch/pretrain.py --config configs/pretrain/books_5m.yaml
+srun python                    launch/pretrain.py --config configs/pretrain/books_5m.yaml
 """
 
 import sys

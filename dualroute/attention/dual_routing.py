@@ -40,22 +40,24 @@ class DualRouting(nn.Module):
 
     Args:
         dim: width of the hidden states.
-        num_heads: query heads in all; `global_heads` and `local_heads` default to half of them each, or,
-        when one of
-            the two is given, to what that leaves. Given both, any split is allowed: num_heads each is the
-            literal sum of two full attentions.
+        num_heads: query heads in all; `global_heads` and `local_heads` default to half of them each, or, when
+            one of the two is given, to what that leaves. Given both, any split is allowed: num_heads each is
+            the literal sum of two full attentions.
         num_kv_heads: key/value heads in all, for grouped-query attention; each route keeps the ratio to its
-        heads. head_dim: dim / num_heads by default; even. window: keys a local head sees, the token's own
-        included. global_mode: "full" reads the document exactly, at quadratic cost. "routed" reads own
-        block, sink, top_k blocks
-            and the far summary; documents of at most top_k + 2 blocks are read completely either way, and
-            there the two are equal. "auto" is full for documents up to `AUTO_BREAK_EVEN` tokens, where
-            routing would not be faster, and routed for longer ones: the same parameters, but for a long
-            document a cheaper approximation. The choice depends on each document's own length (a cache: on
-            its max_length), never on what shares its batch. To train exactly what will be run at greater
+            heads.
+        head_dim: dim / num_heads by default; even.
+        window: keys a local head sees, the token's own included.
+        global_mode: "full" reads the document exactly, at quadratic cost. "routed" reads own block, sink,
+            top_k blocks and the far summary; documents of at most top_k + 2 blocks are read completely either
+            way, and there the two are equal. "auto" is full for documents up to `AUTO_BREAK_EVEN` tokens,
+            where routing would not be faster, and routed for longer ones: the same parameters, but for a
+            long document a cheaper approximation. The choice depends on each document's own length (a cache:
+            on its max_length), never on what shares its batch. To train exactly what will be run at greater
             lengths, choose "routed".
-        block: tokens per block. top_k: chosen blocks per token, besides its own and the sink.
-        router: "minmax", "moment" or "mean"; see `router`. sub_block: tokens per bound of the minmax router.
+        block: tokens per block.
+        top_k: chosen blocks per token, besides its own and the sink.
+        router: "minmax", "moment" or "mean"; see `router`.
+        sub_block: tokens per bound of the minmax router.
         far_summary: "second_order", "first_order" or "none"; see `far_summary`.
         causal: False reads both directions; such a layer has no cache.
         rope_theta: base of the rotary embedding.
@@ -64,9 +66,8 @@ class DualRouting(nn.Module):
 
     Attributes:
         collect_statistics: set it to have the next forward fill `statistics` (see `statistics`, plus
-        `gate_global`
-            and `gate_local`, the mean gates; 1 without a gate). Without global heads only the gates are
-            there.
+            `gate_global` and `gate_local`, the mean gates; 1 without a gate). Without global heads only the
+            gates are there.
 
     Raises:
         ValueError: an argument is out of range or contradicts another one.

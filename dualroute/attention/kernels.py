@@ -56,9 +56,11 @@ def attend(
     """softmax(q k^T / sqrt(d) + mask) v, and log(sum(exp(.))) of the same logits.
 
     Args:
-        query: (b, h, r, d). key, value: (b, h_kv, s, d); query head i reads key head i // (h / h_kv).
+        query: (b, h, r, d).
+        key, value: (b, h_kv, s, d); query head i reads key head i // (h / h_kv).
         mask: added to the logits, (b or 1, 1, r or 1, s), 0 or -inf, in `accumulation_dtype`. Every row must
-        see a key. causal: row i sees keys 0..i (only with r == s).
+            see a key.
+        causal: row i sees keys 0..i (only with r == s).
 
     Returns:
         output (b, h, r, d) and log-sum-exp (b, h, r), both in `accumulation_dtype`.

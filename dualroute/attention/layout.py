@@ -165,7 +165,8 @@ class Layout:
             block: tokens per block, the `block` of the layers that will use the layout.
             segment_ids: (B, n) integers; in a row, neighbouring tokens with the same number are one document.
             attention_mask: (B, n), nonzero = token, 0 = padding. Padding may lie anywhere; it is dropped
-            first. device: where the layout is needed; that of the given tensors by default.
+                first.
+            device: where the layout is needed; that of the given tensors by default.
 
         Raises:
             ValueError: a shape does not fit, or `block` or the batch is empty.

@@ -53,7 +53,8 @@ def routed_attention(
     """Routed attention, (H, S, d), of a stream.
 
     Args:
-        query: (H, S, d). key, value: (H_kv, S, d), 0 in slots without a token.
+        query: (H, S, d).
+        key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
     """

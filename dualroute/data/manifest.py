@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dualroute.data.atomic import write_bytes_atomically
 from dualroute.errors import UserError
+from dualroute.files import file_sha256, write_bytes_atomically
 
 FORMAT = "dualroute-shards"
 VERSION = 1
@@ -46,12 +46,6 @@ _REMEDY = "run `dualroute prepare` again"
 def token_dtype(vocab_size: int) -> str:
     """Smallest numpy type that holds every id: ``uint16`` up to a vocabulary of 65,536, else ``uint32``."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, hexadecimal, in constant memory."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dualroute.data.atomic import write_bytes_atomically
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import BatchPlan, SequentialPlan, derive_accumulation
 from dualroute.data.reader import ShardReader, WalkPlan, WalkSequence, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
+from dualroute.files import write_bytes_atomically
 
 Batch = dict[str, Tensor]
 VERIFIED_FILE = ".verified.json"
@@ -88,10 +88,12 @@ class ShardDataModule(pl.LightningDataModule):
         context: tokens per sample.
         micro_batch: samples per rank in one forward pass.
         tokens_per_batch: tokens per optimizer step over all ranks; a multiple of context * micro_batch *
-        world size. seed: of the order. num_workers: processes that read ahead; 0 reads in the training
-        process. val_tokens: validate on the first so many tokens of the split ``val``; None: on all of
-        them. verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per
-        copy of the data).
+            world size.
+        seed: of the order.
+        num_workers: processes that read ahead; 0 reads in the training process.
+        val_tokens: validate on the first so many tokens of the split ``val``; None: on all of them.
+        verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per copy
+            of the data).
 
     Attributes:
         samples_consumed: samples trained on so far, over all ranks; see `advance`.

@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dualroute.data.atomic import write_bytes_atomically
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan
 from dualroute.data.reader import IGNORE_INDEX, ShardReader, WalkSequence, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
+from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer
 
 #: Rows of [tokens, vocab] logits that exist at once.

@@ -79,7 +79,8 @@ class ModelConfig:
 
     def resolved(self) -> ModelConfig:
         """The same model with every null but the vocabulary's replaced by the number it stands for."""
-        return dataclasses.replace(self, **self._derived())
+        derived: dict[str, Any] = dict(self._derived())
+        return dataclasses.replace(self, **derived)
 
     def _derived(self) -> dict[str, int]:
         for name in ("dim", "num_layers", "num_heads", "max_context", "window", "block", "sub_block"):

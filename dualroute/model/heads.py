@@ -20,9 +20,9 @@ Result = TypeVar("Result")
 class NextTokenHead(nn.Module):
     """Projection onto the vocabulary; its weight may be the input embedding's (tied)."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = weight  # (V, dim)
+        self.weight = weight  # (V, dim), an nn.Parameter
 
     def forward(
         self,

@@ -15,7 +15,6 @@ rename, so readers need no lock and a crash leaves nothing to tidy by hand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dualroute.errors import UserError
+from dualroute.files import file_sha256
 from dualroute.model.config import ModelConfig
 from dualroute.model.transformer import DualRoutingTransformer
 
@@ -102,16 +102,10 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     raise UserError(f"there is no finished checkpoint in {path}: give a run folder or a step-… folder")
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative path: {"size", "sha256"}} of every file below ``folder`` but the metadata itself."""
     return {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_digest(path)}
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != METADATA
     }
@@ -140,7 +134,7 @@ def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str
             raise UserError(
                 f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,}: truncated? {remedy}"
             )
-        if digests and file_digest(path) != expected["sha256"]:
+        if digests and file_sha256(path) != expected["sha256"]:
             raise UserError(f"{path} does not match the sha256 in {METADATA}: corrupted? {remedy}")
 
 

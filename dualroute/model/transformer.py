@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dualroute.attention import Layout
+from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.heads import NextTokenHead
 from dualroute.model.layers import TransformerBlock
@@ -29,22 +30,21 @@ class DualRoutingTransformer(nn.Module):
         config: Shape of the model; ``vocab_size`` must be set.
 
     Raises:
-        ValueError: ``vocab_size`` is null.
+        UserError: ``vocab_size`` is null.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.vocab_size is None:
-            raise ValueError("model.vocab_size is null: give it, or a data set whose tokenizer says it")
+        vocab_size = config.vocab_size
+        if vocab_size is None:
+            raise UserError("model.vocab_size is null: give it, or a data set whose tokenizer says it")
         config = config.resolved()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        tied = self.embedding.weight if config.tie_embeddings else None
-        self.head = NextTokenHead(
-            tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        )
+        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
+        self.head = NextTokenHead(self.embedding.weight if own is None else own)
         # counted now: a trainer that shards the model leaves parameters of size 0 behind
         vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
         self._parameters_in_vocabulary = sum(vocabulary.values())
@@ -142,7 +142,9 @@ class DualRoutingTransformer(nn.Module):
         everything = (context + 1) / 2
         window = min(config.window, context)
         local = window - window * (window - 1) / (2 * context)
-        exact_blocks = self.layers[0].attention.max_exact_blocks  # type: ignore[union-attr]
+        block = self.layers[0]
+        assert isinstance(block, TransformerBlock)
+        exact_blocks = block.attention.max_exact_blocks
         if exact_blocks is None or context <= exact_blocks * config.block:
             return [(config.global_heads, everything), (config.local_heads, local)]
         routed = (config.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one

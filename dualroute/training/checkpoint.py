@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dualroute import __version__
-from dualroute.data.atomic import fsync_folder
 from dualroute.errors import UserError
+from dualroute.files import fsync_folder
 from dualroute.model import store
 from dualroute.model.config import ModelConfig
 
@@ -81,7 +81,7 @@ class CheckpointPublisher(Callback):
         if step % self.config.every_steps == 0 and not validation_follows:
             self._publish(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         step = trainer.global_step
@@ -89,12 +89,7 @@ class CheckpointPublisher(Callback):
         if step % self.config.every_steps == 0 or step == trainer.max_steps:
             self._publish(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # reached also when training is stopped early, for example by Ctrl-C at a step boundary
-        if trainer.global_step and trainer.global_step == getattr(pl_module, "steps_done", None):
-            self._publish(trainer, pl_module)
-
-    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _publish(self, trainer: Trainer, pl_module: Any) -> None:
         step = trainer.global_step
         if step == self._published:
             return
@@ -111,15 +106,13 @@ class CheckpointPublisher(Callback):
             if trainer.is_global_zero:
                 metadata = self._metadata(trainer, pl_module, step)
                 self._complete(aside, pl_module.model.config, weights, metadata)
-                if final.exists():  # the same step, saved by a run that was told not to resume
-                    shutil.rmtree(final)
                 os.rename(aside, final)
                 fsync_folder(self.folder)
                 self._retain()
         self._published = step
         trainer.strategy.barrier("checkpoint published")
 
-    def _metadata(self, trainer: Trainer, pl_module: LightningModule, step: int) -> dict[str, Any]:
+    def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
         return {
             "format": "dualroute-checkpoint",
@@ -242,12 +235,9 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
                 f"them: choose another --output, or remove the folder"
             )
         return None
-    if resume == "auto":
-        checkpoint = finished[-1] if finished else None
-    else:
-        checkpoint = store.find_checkpoint(resume)
-    if checkpoint is None:
+    if resume == "auto" and not finished:
         return None
+    checkpoint = finished[-1] if resume == "auto" else store.find_checkpoint(resume)
     store.verify_checkpoint(checkpoint, digests=digests)
     theirs = ModelConfig.from_file(checkpoint.folder / store.CONFIG).to_dict()
     ours = model.to_dict()
@@ -258,6 +248,18 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
             f"{', model.'.join(differing)}): restore these values, or start elsewhere with --output"
         )
     return checkpoint
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename checkpoints past ``step`` in ``folder``: a run that goes on from an earlier one leaves that branch.
+
+    They stay on the disk as ``abandoned-step-…``; nothing finds them by itself any more.
+    """
+    for checkpoint in store.list_checkpoints(folder):
+        if checkpoint.step > step:
+            aside = checkpoint.folder.with_name(f"abandoned-{checkpoint.folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint.folder, aside)
 
 
 def state_layout(trainer: Trainer) -> str:

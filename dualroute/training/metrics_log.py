@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from dualroute.data.atomic import atomic_path
 from dualroute.errors import UserError
+from dualroute.files import atomic_path
 
 
 class MetricsLog:

@@ -16,10 +16,10 @@ import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from dualroute.data.atomic import write_bytes_atomically
 from dualroute.data.manifest import Manifest
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.store import TOKENIZER, Checkpoint, find_checkpoint, load_model
 from dualroute.training.metrics_log import read_metrics
@@ -79,7 +79,8 @@ def _page(run: Path, settings: dict[str, Any], checkpoint: Checkpoint, sample: s
         ("trained", f"{checkpoint.step} steps, {checkpoint.metadata['tokens']:,} tokens"),
         (
             "validation loss",
-            f"{first['val/loss']:.3f} at step {first['step']} → {last['val/loss']:.3f} at step {last['step']}",
+            f"{first['val/loss']:.3f} at step {first['step']} → "
+            f"{last['val/loss']:.3f} at step {last['step']}",
         ),
         ("bits per byte", f"{first['val/bits_per_byte']:.3f} → {last['val/bits_per_byte']:.3f}"),
         ("speed", f"{statistics.median(m['speed/tokens_per_second'] for m in train):,.0f} tokens/s (median)"),

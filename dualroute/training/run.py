@@ -30,14 +30,20 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from dualroute.data.atomic import write_bytes_atomically
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import Checkpoint
-from dualroute.training.checkpoint import CheckpointConfig, CheckpointPublisher, check_layout, choose_resume
+from dualroute.training.checkpoint import (
+    CheckpointConfig,
+    CheckpointPublisher,
+    check_layout,
+    choose_resume,
+    set_aside_newer,
+)
 from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
@@ -209,7 +215,7 @@ def checkpoint_activations(model: DualRoutingTransformer) -> None:
                 return _forward(*args, **kwargs)
             return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
 
-        layer.forward = recomputed  # type: ignore[method-assign]
+        layer.forward = recomputed
 
 
 def run_pretraining(config: PretrainConfig) -> None:
@@ -230,10 +236,13 @@ def run_pretraining(config: PretrainConfig) -> None:
     if prepared.resume is not None:
         check_layout(prepared.resume, trainer)
         if world.rank == 0:
+            set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
             print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total_steps})")
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
-    trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.resume and prepared.resume.state)
+    trainer.fit(
+        module, datamodule=prepared.data, ckpt_path=prepared.resume.state if prepared.resume else None
+    )
 
 
 def _quiet_lightning() -> None:

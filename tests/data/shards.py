@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dualroute.data.manifest import Manifest, Shard, Split, TokenizerInfo, file_sha256, token_dtype
+from dualroute.data.manifest import Manifest, Shard, Split, TokenizerInfo, token_dtype
+from dualroute.files import file_sha256
 
 Documents = Sequence[Sequence[int]]
 

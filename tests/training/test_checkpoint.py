@@ -51,6 +51,9 @@ def test_only_a_whole_checkpoint_is_resumed(finished, tiny_dataset, tmp_path):
     earlier = list_checkpoints(broken / "checkpoints")[0]
     result = train(tiny_dataset, broken, 12, "--resume", str(earlier.folder))
     assert f"step {earlier.step} of 12" in result.stdout
+    # the damaged one is out of the way, but not gone
+    folders = {p.name for p in (broken / "checkpoints").iterdir()}
+    assert {f"abandoned-{newest.folder.name}", newest.folder.name, "step-00000012"} <= folders
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_named(finished, tiny_dataset):

@@ -1,5 +1,6 @@
 """The stage on two real ranks, under the launchers that people use, against one process."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -45,10 +46,8 @@ def launch(launcher, dataset, output, steps, *more, expect=0):
     try:
         text, _ = process.communicate(timeout=280)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, whatever happened
-        except ProcessLookupError:
-            pass
     assert process.returncode == expect, text[-3000:]
     return text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dualroute.data.atomic import atomic_path, remove_leftovers, write_bytes_atomically
+from dualroute.files import atomic_path, remove_leftovers, write_bytes_atomically
 
 
 def test_write_replaces_the_old_contents_and_leaves_nothing_else(tmp_path):
