@@ -251,7 +251,7 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename checkpoints past ``step`` in ``folder``: a run that goes on from an earlier one leaves that branch.
+    """Rename checkpoints past ``step`` in ``folder``, because the run goes on from an earlier one.
 
     They stay on the disk as ``abandoned-step-…``; nothing finds them by itself any more.
     """

@@ -63,15 +63,17 @@ def known_peak_tflops(device_name: str) -> float | None:
 
 
 def measure_peak_tflops(device: torch.device) -> float:
-    """The best rate of a few square matmuls: bfloat16 on a GPU, float32 on a CPU with its current threads.
+    """The best rate of many square matmuls: bfloat16 on a GPU, float32 on a CPU with its current threads.
 
-    Takes a fraction of a second and draws no random number.
+    Takes a second, long enough for a moment in which nobody else uses the processor, and draws no random
+    number.
     """
     on_cpu = device.type == "cpu"
     size = 768 if on_cpu else 8192
     matrix = torch.full((size, size), 0.5, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
     best = float("inf")
-    for _ in range(5):
+    end = time.perf_counter() + 1.0
+    while time.perf_counter() < end:
         begin = time.perf_counter()
         product = matrix @ matrix
         product[0, 0].item()  # waits for the device
