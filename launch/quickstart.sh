@@ -14,4 +14,4 @@ dualroute pretrain --config configs/pretrain/quickstart.yaml
 echo "== 3/4 loss on all held-out files"
 dualroute evaluate --checkpoint runs/quickstart --data data/stdlib
 echo "== 4/4 report"
-dualroute report --run runs/quickstart
+dualroute report --run runs/quickstart --prompt "def "

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from dualroute.cli import main, parse_stage, stage_parser
@@ -142,6 +143,8 @@ def test_contradictions_are_explained_before_anything_starts(tiny_dataset, pretr
     line = pretrain(tiny_dataset, "--model.vocab_size", "999")
     assert "999" in line
     assert "320" in line
+    if not torch.cuda.is_available():
+        assert "16-mixed needs a CUDA device" in pretrain(tiny_dataset, "--train.precision", "16-mixed")
     assert "optim.warmup_steps 8" in pretrain(tiny_dataset, "--optim.warmup_steps", "8")
 
 

@@ -1,7 +1,8 @@
 """What turns gradients into a step: parameter groups, AdamW, the learning rate's course, and a guard.
 
-The LightningModule's ``configure_optimizers`` calls :func:`build_optimizer` and :func:`build_lr_scheduler`;
-before each step it asks a :class:`SpikeGuard` whether the (all-reduced) loss of this step may be trusted.
+The LightningModule's ``configure_optimizers`` calls :func:`build_optimizer`; before each step it writes
+:func:`lr_at` into the optimizer and asks a :class:`SpikeGuard` whether the (all-reduced) loss of this step
+may be trusted.
 
 The surprising fact: under ZeRO-3 a parameter's own shape is empty, its real one stands in ``ds_shape``.
 Whoever decides by ``param.ndim`` what is decayed would then decay nothing at all.
@@ -17,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from dualroute.errors import UserError
 
@@ -142,20 +142,6 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     progress = min(max((step - begin) / max(total_steps - begin, 1), 0.0), 1.0)
     shape = 1 - math.sqrt(progress) if config.schedule == "wsd" else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
-
-
-def build_lr_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
-    """:func:`lr_at` as a scheduler that is stepped once per optimizer step.
-
-    Raises:
-        UserError: The warm-up is longer than the run.
-    """
-    if config.warmup_steps > total_steps:
-        raise UserError(
-            f"optim.warmup_steps {config.warmup_steps} is longer than the run of {total_steps} steps: "
-            f"lower it, or train longer"
-        )
-    return LambdaLR(optimizer, lambda step: lr_at(step, total_steps, config) / config.lr)
 
 
 @dataclass

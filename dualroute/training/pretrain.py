@@ -44,7 +44,6 @@ class TrainConfig:
         activation_checkpointing: none, or full: keep only the input of each layer and compute the rest
             again in the backward pass.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
-        compile: Compile the layers with torch.compile.
     """
 
     tokens_per_batch: int = 16384
@@ -55,7 +54,6 @@ class TrainConfig:
     z_loss: float = 0.0
     activation_checkpointing: Literal["none", "full"] = "none"
     val_every_steps: int = 100
-    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_tokens is not None:

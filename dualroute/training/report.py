@@ -36,7 +36,7 @@ class ReportConfig:
     """
 
     run: str
-    prompt: str = "def "
+    prompt: str = "The"
     sample_tokens: int = 120
 
 

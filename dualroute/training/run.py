@@ -133,6 +133,8 @@ def check(config: PretrainConfig) -> Prepared:
     accumulation = derive_accumulation(
         train.tokens_per_batch, data.context, train.micro_batch, world.world_size
     )
+    if train.precision == "16-mixed" and not torch.cuda.is_available():
+        raise UserError("train.precision 16-mixed needs a CUDA device: use bf16-mixed or 32 here")
     if train.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
@@ -197,9 +199,6 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     model = DualRoutingTransformer(config.model)
     if config.train.activation_checkpointing == "full":
         checkpoint_activations(model)
-    if config.train.compile:
-        for layer in model.layers:
-            layer.compile()
     return model
 
 

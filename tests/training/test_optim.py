@@ -19,7 +19,6 @@ from dualroute.training.optim import (
     SpikeGuard,
     SpikeGuardConfig,
     TrainingDiverged,
-    build_lr_scheduler,
     build_optimizer,
     lr_at,
     parameter_groups,
@@ -139,25 +138,6 @@ def test_known_points_of_the_schedules() -> None:
     assert lr_at(79, 100, wsd) == lr_at(80, 100, wsd) == 1.0
     assert lr_at(85, 100, wsd) == pytest.approx(0.5)  # 1 - sqrt(5/20)
     assert lr_at(100, 100, wsd) == 0.0
-
-
-@given(schedule=Schedule, warmup=st.integers(0, 10))
-@settings(max_examples=15, deadline=None)
-def test_scheduler_gives_the_pure_function(schedule: str, warmup: int) -> None:
-    config = OptimConfig(lr=0.25, warmup_steps=warmup, schedule=schedule)  # type: ignore[arg-type]
-    optimizer = build_optimizer(Tiny(), config)
-    scheduler = build_lr_scheduler(optimizer, config, total_steps=20)
-    for step in range(20):
-        for group in optimizer.param_groups:
-            assert group["lr"] == pytest.approx(lr_at(step, 20, config), rel=1e-12)
-        optimizer.step()
-        scheduler.step()
-
-
-def test_warm_up_longer_than_the_run_is_refused() -> None:
-    config = OptimConfig(warmup_steps=21)
-    with pytest.raises(UserError, match=r"optim\.warmup_steps 21 is longer than the run of 20 steps"):
-        build_lr_scheduler(build_optimizer(Tiny(), config), config, total_steps=20)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The stage as a user runs it: a command, a folder, a kill, the same command again."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -118,6 +119,20 @@ def test_how_a_batch_is_divided_does_not_change_the_losses(unbroken, tiny_datase
     train(tiny_dataset, tmp_path / "run", 24, *other_way)
     other, reference = curve(tmp_path / "run"), curve(unbroken)
     assert max(abs(other[s] - reference[s]) for s in reference) < 1e-4
+
+
+@pytest.mark.slow
+def test_bf16_follows_float32_and_z_loss_is_logged(unbroken, tiny_dataset, tmp_path):
+    more = ["--train.precision", "bf16-mixed", "--train.z_loss", "1e-4"]
+    train(tiny_dataset, tmp_path / "run", 24, *more)
+    other, reference = curve(tmp_path / "run"), curve(unbroken)
+    # later the small difference of the arithmetic grows with the steep fall of the loss
+    assert max(abs(other[s] - reference[s]) for s in range(1, 10)) < 0.01
+    assert other != reference
+    assert other[24] < other[1] - 1.0
+    squared = [line["train/z_loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")]
+    # at the start logits are near 0, so the normaliser is near log(vocabulary)
+    assert squared[0] == pytest.approx(math.log(320) ** 2, rel=0.05)
 
 
 @pytest.mark.slow
