@@ -100,7 +100,7 @@ class CheckpointPublisher(Callback):
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             trainer.strategy.barrier("checkpoint folder made")
-            trainer.save_checkpoint(aside / store.STATE)
+            trainer.save_checkpoint(aside / store.STATE, weights_only=False)
             weights = gather_weights(pl_module.model, keep=trainer.is_global_zero)
             trainer.strategy.barrier("checkpoint parts written")
             if trainer.is_global_zero:

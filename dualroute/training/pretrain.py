@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from dualroute.data.module import ShardDataModule
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
@@ -219,6 +220,9 @@ class Pretrain(LightningModule):
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        missing = {"spike_guard", ShardDataModule.__qualname__} - checkpoint.keys()
+        if missing:  # Lightning would go on without, from the first sample
+            raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
         self.spike_guard.load_state_dict(checkpoint["spike_guard"])
 
 

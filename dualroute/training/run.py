@@ -29,6 +29,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
@@ -240,7 +241,11 @@ def run_pretraining(config: PretrainConfig) -> None:
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
     trainer.fit(
-        module, datamodule=prepared.data, ckpt_path=prepared.resume.state if prepared.resume else None
+        module,
+        datamodule=prepared.data,
+        ckpt_path=prepared.resume.state if prepared.resume else None,
+        # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's own files need pickle
+        weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
     )
 
 
@@ -272,6 +277,7 @@ def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain]:
     )
     train = config.train
     precision: Any = "32-true" if train.precision == "32" else train.precision
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     strategy = build_strategy(
         config.parallel,
         world,
@@ -279,8 +285,10 @@ def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain]:
         accumulation=prepared.accumulation,
         gradient_clip=config.optim.grad_clip,
         precision=precision,
+        accelerator=accelerator,
     )
     trainer = Trainer(
+        accelerator=accelerator,
         strategy=strategy,
         devices=world.local_world_size,
         num_nodes=world.num_nodes,

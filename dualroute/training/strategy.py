@@ -93,11 +93,9 @@ class OneProcessStrategy(SingleDeviceStrategy):
 
 
 def _one_device(accelerator: str) -> torch.device:
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", 0)
-    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
-        return torch.device("mps", 0)
-    return torch.device("cpu")
+    # Apple's GPUs are never chosen: they have no float64, in which losses are summed
+    on_cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if on_cuda else torch.device("cpu")
 
 
 class DualRouteDeepSpeedStrategy(DeepSpeedStrategy):
