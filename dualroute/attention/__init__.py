@@ -7,7 +7,9 @@
     global_route.py       full attention, and which documents are routed instead
     routed.py             own block + sink + chosen blocks + far summary in one softmax, forward and backward
     router.py             which blocks a token reads: minmax, moment, mean
-    far_summary.py        the blocks it does not read, one pseudo-key each
+    selected.py           these blocks, exactly
+    sink.py               the first block of a document, exactly
+    far_summary.py        the blocks that a token does not read, one pseudo-key each
     dispatch.py           (token, block) pairs sorted into tiles
     kernels.py            attention over tiles with its log-sum-exp; the only user of a private torch operator
     cache.py, decode.py   token by token: what is kept, what a step reads

@@ -39,6 +39,8 @@ class Plan(NamedTuple):
 
 def pieces(kv_heads: int, slots: int, pairs_per_slot: int) -> Iterator[Piece]:
     """Cover all heads and slots with pieces of at most MAX_PAIRS pairs: several heads, or a part of one."""
+    if pairs_per_slot == 0:
+        return
     heads = max(1, MAX_PAIRS // (slots * pairs_per_slot))
     step = slots if heads > 1 else max(1, MAX_PAIRS // pairs_per_slot)
     for head in range(0, kv_heads, heads):
@@ -93,13 +95,13 @@ def gather_lse(lse: Tensor, plan: Plan) -> Tensor:
     return gathered.masked_fill_((plan.row < 0)[:, None], DUMMY_LSE).view(-1, TILE, lse.shape[2])
 
 
-def sum_pairs(tiles: Tensor, pair: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Back to tokens: (tiles, TILE, group, d) -> (rows, group, d), the weighted sum over each row's pairs.
+def sum_pairs(part: Tensor, pair: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Back to tokens: (tiles * TILE, group, d) -> (rows, group, d), the weighted sum over each row's pairs.
 
     weights is (rows, pairs, group), 1 when None; pairs of -1 count 0.
     """
-    group, dim = tiles.shape[2:]
-    rows = tiles.reshape(-1, dim)  # (tiles * TILE * group, d)
+    group, dim = part.shape[1:]
+    rows = part.reshape(-1, dim)  # (tiles * TILE * group, d)
     exists = pair >= 0
     place = pair.clamp_min(0)
     sums = []

@@ -310,9 +310,9 @@ class Layout:
 def query_chunks(blocks: int, cost_per_block: int, budget: int) -> Iterator[tuple[int, int]]:
     """Cut the `blocks` query blocks of a document into ranges (first, end) of at most `budget` work.
 
-    At least eight ranges where there are that many blocks: a causal range only looks at the blocks before
+    At least sixteen ranges where there are that many blocks: a causal range only looks at the blocks before
     its end, so more ranges mean less work above the diagonal.
     """
-    step = max(1, min(-(-blocks // 8), budget // max(cost_per_block, 1)))
+    step = max(1, min(-(-blocks // 16), budget // max(cost_per_block, 1)))
     for first in range(0, blocks, step):
         yield first, min(first + step, blocks)

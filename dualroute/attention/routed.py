@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.attention.dispatch import Piece, Plan, gather_lse, gather_rows, pieces, plan, sum_pairs
+from dualroute.attention.dispatch import Plan
 from dualroute.attention.far_summary import Summary, far_backward, merge_far, summarise
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
 from dualroute.attention.layout import Stream
 from dualroute.attention.router import select_blocks
+from dualroute.attention.selected import merge_selected, selected_backward
+from dualroute.attention.sink import merge_sink, sink_backward
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class _Routed(torch.autograd.Function):
         stream: Stream,
         causal: bool,
     ) -> Tensor:
-        kv_heads, slots, group, _ = query.shape
+        kv_heads = len(query)
         block = stream.block
         accumulate = accumulation_dtype(query.dtype)
         mask = _key_mask(stream, kv_heads, causal, accumulate)
@@ -125,37 +127,10 @@ class _Routed(torch.autograd.Function):
         lse = own_lse.transpose(1, 2).reshape(query.shape[:3]).contiguous()
         if summary_keys is not None and summary_values is not None:
             merge_far(query, Summary(summary_keys, summary_values), selected, stream, causal, out, lse)
-        planned: list[tuple[Piece, Plan]] = []
-        for piece in pieces(kv_heads, slots, selected.shape[2]):
-            tiles = plan(selected, piece, stream.num_blocks)
-            if tiles is None:
-                continue
-            planned.append((piece, tiles))
-            part, part_lse = attend(
-                gather_rows(query, tiles).flatten(1, 2)[:, None],  # (tiles, 1, TILE * group, d)
-                key_blocks.index_select(0, tiles.tile_block),
-                value_blocks.index_select(0, tiles.tile_block),
-                mask=None if mask is None else mask.index_select(0, tiles.tile_block),
-            )
-            (head, last_head), (begin, end) = piece
-            part_lse = part_lse.reshape(-1, group).index_select(0, tiles.pair.clamp_min(0).flatten())
-            part_lse = part_lse.view(*tiles.pair.shape, group).masked_fill_(
-                (tiles.pair < 0)[..., None], NEG_INF
-            )
-            old = lse[head:last_head, begin:end].reshape(-1, 1, group)
-            merged = torch.logsumexp(
-                torch.cat([old, part_lse], dim=1), dim=1, keepdim=True
-            )  # (rows, 1, group)
-            summed = sum_pairs(
-                part.reshape(len(tiles.tile_block), -1, group, part.shape[-1]),
-                tiles.pair,
-                (part_lse - merged).exp_(),
-            )
-            shape = out[head:last_head, begin:end].shape
-            out[head:last_head, begin:end].mul_((old - merged).exp_().view(*shape[:3], 1)).add_(
-                summed.view(shape)
-            )
-            lse[head:last_head, begin:end] = merged.view(shape[:3])
+        merge_sink(query, key, value, stream, out, lse)
+        planned = merge_selected(
+            query, key_blocks, value_blocks, selected[..., 1:], stream.num_blocks, mask, out, lse
+        )
 
         out = out.to(query.dtype)
         ctx.stream, ctx.causal = stream, causal
@@ -170,7 +145,7 @@ class _Routed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, summary_keys, summary_values, selected, out, lse, *listed = ctx.saved_tensors
         stream, causal = ctx.stream, ctx.causal
-        kv_heads, _, group, dim = query.shape
+        kv_heads = len(query)
         block = stream.block
         accumulate = accumulation_dtype(query.dtype)
         mask = _key_mask(stream, kv_heads, causal, accumulate)
@@ -196,23 +171,32 @@ class _Routed(torch.autograd.Function):
                 grad, query, summary, selected, stream, causal, delta, lse, grad_query
             )
             grad_summary = (to_keys.to(summary_keys.dtype), to_values.to(summary_values.dtype))
-        for piece in ctx.pieces:
-            tiles, listed = Plan(*listed[:3]), listed[3:]
-            to_query, to_key, to_value = attend_backward(
-                gather_rows(grad, tiles).flatten(1, 2)[:, None],
-                gather_rows(query, tiles).flatten(1, 2)[:, None],
-                key_blocks.index_select(0, tiles.tile_block),
-                value_blocks.index_select(0, tiles.tile_block),
-                gather_rows(out, tiles).flatten(1, 2)[:, None],
-                gather_lse(lse, tiles).flatten(1, 2)[:, None],
-                mask=None if mask is None else mask.index_select(0, tiles.tile_block),
-            )
-            (head, last_head), (begin, end) = piece
-            summed = sum_pairs(to_query.reshape(len(tiles.tile_block), -1, group, dim), tiles.pair)
-            part = grad_query[head:last_head, begin:end]
-            part.add_(summed.view(part.shape))
-            grad_key.index_add_(0, tiles.tile_block, to_key)
-            grad_value.index_add_(0, tiles.tile_block, to_value)
+        sink_backward(
+            grad,
+            query,
+            key,
+            value,
+            stream,
+            out,
+            lse,
+            grad_query,
+            grad_key.view(key.shape),
+            grad_value.view(key.shape),
+        )
+        planned = [(piece, Plan(*listed[3 * i : 3 * i + 3])) for i, piece in enumerate(ctx.pieces)]
+        selected_backward(
+            planned,
+            grad,
+            query,
+            key_blocks,
+            value_blocks,
+            mask,
+            out,
+            lse,
+            grad_query,
+            grad_key,
+            grad_value,
+        )
         return (
             grad_query.to(query.dtype),
             grad_key.reshape(key.shape).to(key.dtype),
