@@ -31,7 +31,9 @@ class ModelConfig:
         ffn_dim: Inner width of the SwiGLU feed-forward; null means 8/3 of dim rounded up to 64.
         max_context: Longest sequence, in tokens, that the model is meant to read (its RoPE range).
         attention: dual sums a global and a local route; dense is the plain Transformer with the same
-            parameters; local is sliding-window only.
+            parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
+        dense_every: With attention interleaved, every so-manieth layer is dense (6: five local ones, then a
+            dense one, as in Gemma 3, https://arxiv.org/abs/2503.19786).
         global_heads: Query heads of the global route; null means half of num_heads.
         local_heads: Query heads of the local route; null means the other half.
         window: Keys that the local route sees, the token itself included.
@@ -58,7 +60,8 @@ class ModelConfig:
     head_dim: int | None = None
     ffn_dim: int | None = None
     max_context: int = 2048
-    attention: Literal["dual", "dense", "local"] = "dual"
+    attention: Literal["dual", "dense", "local", "interleaved"] = "dual"
+    dense_every: int = 6
     global_heads: int | None = None
     local_heads: int | None = None
     window: int = 128
@@ -82,8 +85,25 @@ class ModelConfig:
         derived: dict[str, Any] = dict(self._derived())
         return dataclasses.replace(self, **derived)
 
+    def of_layer(self, index: int) -> ModelConfig:
+        """The configuration of layer number ``index``, from 0: interleaved layers are dense or local ones."""
+        if self.attention != "interleaved":
+            return self
+        kind: Literal["dense", "local"] = "local" if (index + 1) % self.dense_every else "dense"
+        return dataclasses.replace(self, attention=kind).resolved()
+
     def _derived(self) -> dict[str, int]:
-        for name in ("dim", "num_layers", "num_heads", "max_context", "window", "block", "sub_block"):
+        positive = (
+            "dim",
+            "num_layers",
+            "num_heads",
+            "max_context",
+            "dense_every",
+            "window",
+            "block",
+            "sub_block",
+        )
+        for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
         if self.top_k < 0:
@@ -128,6 +148,8 @@ class ModelConfig:
             return self.num_heads, 0
         if self.attention == "local":
             return 0, self.num_heads
+        if self.attention == "interleaved":
+            return self.num_heads, self.num_heads  # a layer gives all of its heads to one of them
         group = self.num_heads // num_kv_heads
         global_heads, local_heads = self.global_heads, self.local_heads
         if global_heads is None:

@@ -41,7 +41,7 @@ class DualRoutingTransformer(nn.Module):
         config = config.resolved()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.dim)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.head = NextTokenHead(self.embedding.weight if own is None else own)
@@ -131,21 +131,18 @@ class DualRoutingTransformer(nn.Module):
         """
         assert self.config.head_dim is not None
         matmul_weights = self._parameters_in_layers + (self.config.vocab_size or 0) * self.config.dim
-        keys = sum(heads * count for heads, count in self._keys_read(context))
-        return 6.0 * matmul_weights + 12.0 * self.config.num_layers * self.config.head_dim * keys
+        keys = sum(self._keys_read(layer, context) for layer in self.layers)
+        return 6.0 * matmul_weights + 12.0 * self.config.head_dim * keys
 
-    def _keys_read(self, context: int) -> list[tuple[int, float]]:
-        """(heads, mean number of keys that one token of a causal context reads) for each route."""
-        config = self.config
-        assert config.global_heads is not None
-        assert config.local_heads is not None
+    def _keys_read(self, layer: nn.Module, context: int) -> float:
+        """Keys that one token of a causal context reads on average, summed over the heads of a layer."""
+        assert isinstance(layer, TransformerBlock)
+        attention, config = layer.attention, self.config
         everything = (context + 1) / 2
         window = min(config.window, context)
         local = window - window * (window - 1) / (2 * context)
-        block = self.layers[0]
-        assert isinstance(block, TransformerBlock)
-        exact_blocks = block.attention.max_exact_blocks
+        exact_blocks = attention.max_exact_blocks
         if exact_blocks is None or context <= exact_blocks * config.block:
-            return [(config.global_heads, everything), (config.local_heads, local)]
+            return attention.global_heads * everything + attention.local_heads * local
         routed = (config.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one
-        return [(config.global_heads, min(everything, routed)), (config.local_heads, local)]
+        return attention.global_heads * min(everything, routed) + attention.local_heads * local

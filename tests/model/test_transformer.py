@@ -26,7 +26,7 @@ def ids(batch, length, seed=1):
     return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("attention", ["dual", "dense", "local"])
+@pytest.mark.parametrize("attention", ["dual", "dense", "local", "interleaved"])
 def test_no_token_sees_the_future(attention):
     model = build(attention=attention)
     tokens = ids(1, 40)
@@ -48,8 +48,23 @@ def test_packed_documents_are_what_they_are_alone():
 
 
 def test_dense_and_dual_have_the_same_parameters():
-    sizes = {a: build(attention=a).num_parameters() for a in ("dual", "dense", "local")}
+    sizes = {a: build(attention=a).num_parameters() for a in ("dual", "dense", "local", "interleaved")}
     assert len(set(sizes.values())) == 1
+
+
+def test_interleaved_is_local_with_a_dense_layer_now_and_then():
+    model = build(attention="interleaved", num_layers=5, dense_every=2)
+    heads = [(layer.attention.global_heads, layer.attention.local_heads) for layer in model.layers]
+    assert heads == [(0, 4), (4, 0), (0, 4), (4, 0), (0, 4)]
+    per_layer = [build(attention=a, num_layers=1).flops_per_token(512) for a in ("local", "dense")]
+    weights = 6 * 50 * 32  # of the head, in every model once
+    expected = 3 * per_layer[0] + 2 * per_layer[1] - 4 * weights
+    # the final norm's weights are counted with the layers
+    assert model.flops_per_token(512) == pytest.approx(expected - 4 * 6 * 32)
+    tokens = ids(1, 40)
+    caches = model.new_caches(1, 40)
+    pieces = [model.hidden_states(tokens[:, a:b], caches=caches) for a, b in [(0, 30), (30, 31), (31, 40)]]
+    torch.testing.assert_close(torch.cat(pieces, 1), model.hidden_states(tokens))
 
 
 def test_tied_embeddings_are_one_tensor_and_counted_once():
