@@ -38,6 +38,7 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import Checkpoint
+from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
     CheckpointConfig,
     CheckpointPublisher,
@@ -225,6 +226,8 @@ def run_pretraining(config: PretrainConfig) -> None:
         UserError: Anything that the person who started it can mend.
     """
     _quiet_lightning()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     prepared = check(config)
     config, world = prepared.config, prepared.world
     total_steps = config.train.total_steps
