@@ -1,0 +1,218 @@
+"""Far recall: does a model find one token among thousands, however far away?
+
+    python benchmarks/recall.py --task mqar --length 1024 --variants dense routed --seeds 0 1 2
+
+mqar (multi-query associative recall, Arora et al., arXiv 2312.04927): key-value pairs are scattered over a
+sea of filler; at the end, keys come again and their values are asked for. passkey: four digits behind a mark,
+asked for behind a second mark. Between a pair and its question lie at least `--min_distance` tokens, so that
+no window reaches it, not even through the layers (`layers * window`).
+
+Trained from scratch on one length after the other (a curriculum: a quarter, a half, all of it), with the same
+batches for every variant of a seed. "full then routed" trains 60 % of the steps in full mode and the rest
+routed. Reported is the share of right answers on fresh texts, at the trained length and at the `--evaluate`
+multiples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import prepare, show
+from torch import Tensor
+
+from dualroute.model import DualRoutingTransformer, ModelConfig
+
+KEYS = VALUES = FILLER = 16
+MARK = KEYS + VALUES + FILLER  # one more id, for the passkey
+VOCABULARY = MARK + 1
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {"attention": "dense"},
+    "local": {"attention": "local"},
+    "full": {"global_mode": "full"},
+    "routed": {},
+    "routed moment": {"router": "moment"},
+    "routed mean": {"router": "mean"},
+    "routed mean, no far": {"router": "mean", "far_summary": "none"},
+    "routed no far": {"far_summary": "none"},
+    "routed whole blocks": {"sub_block": None},  # one bound per block
+    "full then routed": {"then": True},
+}
+
+
+def mqar(
+    batch: int,
+    length: int,
+    min_distance: int,
+    generator: torch.Generator,
+    pairs: int = 8,
+    questions: int = 16,
+) -> tuple[Tensor, Tensor]:
+    """Ids (batch, length) and labels, the value behind each asked key, -100 elsewhere."""
+    ids = KEYS + VALUES + torch.randint(FILLER, (batch, length), generator=generator)
+    labels = torch.full((batch, length), -100)
+    room = (length - 2 * questions - min_distance) // 2  # places of two tokens
+    if room < pairs:
+        raise SystemExit(f"--length {length} leaves no room for {pairs} pairs at distance {min_distance}")
+    asked = length - 2 * questions + 2 * torch.arange(questions)
+    for row in range(batch):
+        keys = torch.randperm(KEYS, generator=generator)[:pairs]
+        values = KEYS + torch.randint(VALUES, (pairs,), generator=generator)
+        place = 2 * torch.randperm(room, generator=generator)[:pairs]
+        ids[row, place], ids[row, place + 1] = keys, values
+        which = torch.randint(pairs, (questions,), generator=generator)
+        ids[row, asked] = keys[which]
+        labels[row, asked] = values[which]
+    return ids, labels
+
+
+def passkey(
+    batch: int, length: int, min_distance: int, generator: torch.Generator, digits: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Ids and labels: digits behind a mark somewhere, to be repeated behind the mark at the end."""
+    ids = KEYS + VALUES + torch.randint(FILLER, (batch, length), generator=generator)
+    labels = torch.full((batch, length), -100)
+    key = torch.randint(KEYS, (batch, digits), generator=generator)
+    room = length - 2 * digits - 2 - min_distance
+    if room < 1:
+        raise SystemExit(f"--length {length} leaves no room for a passkey at distance {min_distance}")
+    place = torch.randint(room, (batch,), generator=generator)
+    for row in range(batch):
+        ids[row, place[row]] = MARK
+        ids[row, place[row] + 1 : place[row] + 1 + digits] = key[row]
+    ids[:, -digits - 1], ids[:, -digits:] = MARK, key
+    labels[:, -digits - 1 : -1] = key
+    return ids, labels
+
+
+TASKS = {"mqar": mqar, "passkey": passkey}
+
+
+def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTransformer:
+    """A freshly initialised model of a variant."""
+    changes = {key: value for key, value in VARIANTS[variant].items() if key != "then"}
+    if changes.get("sub_block", 0) is None:
+        changes["sub_block"] = options.block
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        dim=options.dim,
+        num_layers=options.layers,
+        num_heads=options.heads,
+        max_context=options.length * max([1, *options.evaluate]),
+        window=options.window,
+        **{"global_mode": "routed", "block": options.block, "top_k": options.top_k, **changes},
+    )
+    torch.manual_seed(seed)
+    return DualRoutingTransformer(config)
+
+
+def set_mode(model: DualRoutingTransformer, mode: str) -> None:
+    """Change how the global routes read, not what they have learnt."""
+    for layer in model.layers:
+        layer.attention.global_mode = mode
+
+
+def train(options: argparse.Namespace, variant: str, seed: int, device: torch.device) -> tuple[Any, float]:
+    """The trained model and the seconds that it took."""
+    model = build(options, variant, seed).to(device)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    lengths = [options.length // 4, options.length // 2, options.length]
+    begin = time.perf_counter()
+    for step in range(options.steps):
+        if VARIANTS[variant].get("then"):
+            set_mode(model, "full" if step < options.steps * 0.6 else "routed")
+        phase = min(2, step * 4 // options.steps)  # a quarter, a quarter, a half of the steps
+        length = lengths[phase]
+        rows = max(1, options.tokens // length)
+        ids, labels = TASKS[options.task](rows, length, min(options.min_distance, length // 4), generator)
+        fall = max(0.05, min(1.0, (options.steps - step) / (options.steps * 0.4)))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * min(1.0, (step + 1) / 50) * fall
+        logits, targets = answers(model, ids.to(device), labels.to(device))
+        loss = F.cross_entropy(logits, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if options.verbose and step % 50 == 0:
+            right = float((logits.argmax(-1) == targets).float().mean())
+            taken = time.perf_counter() - begin
+            print(
+                f"{variant} seed {seed} step {step} length {length} right {right:.3f} {taken:.0f} s",
+                flush=True,
+            )
+    return model, time.perf_counter() - begin
+
+
+def answers(model: DualRoutingTransformer, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and targets of the labelled tokens only: (answers, vocabulary), (answers,)."""
+    hidden = model.hidden_states(ids)
+    wanted = labels != -100
+    return model.head(hidden[wanted]), labels[wanted]
+
+
+@torch.no_grad()
+def accuracy(options: argparse.Namespace, model: Any, length: int, device: torch.device) -> float:
+    """Share of right answers on fresh texts of `length` tokens."""
+    generator = torch.Generator().manual_seed(999)
+    right = total = 0
+    for _ in range(options.batches):
+        rows = max(1, options.tokens // length)
+        ids, labels = TASKS[options.task](rows, length, options.min_distance, generator)
+        logits, targets = answers(model, ids.to(device), labels.to(device))
+        right += int((logits.argmax(-1) == targets).sum())
+        total += targets.numel()
+    return right / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=list(TASKS), default="mqar")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["dense", "local", "routed"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--evaluate", type=int, nargs="*", default=[], help="multiples of the length")
+    parser.add_argument("--min_distance", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step")
+    parser.add_argument("--batches", type=int, default=8, help="of the evaluation")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--top_k", type=int, default=4)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--output", type=Path, help="folder for the CSV")
+    options = parser.parse_args()
+    device = prepare(options.threads, options.device)
+    rows = []
+    for variant in options.variants:
+        trained = [train(options, variant, seed, device) for seed in options.seeds]
+        row = {"attention": variant}
+        for times in [1, *options.evaluate]:
+            scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
+            spread = f" ({min(scores):.3f}-{max(scores):.3f})" if len(scores) > 1 else ""
+            row[f"{times * options.length:,} tokens"] = f"{statistics.mean(scores):.3f}{spread}"
+        row["s per training"] = f"{statistics.mean(seconds for _, seconds in trained):.0f}"
+        rows.append(row)
+        print(row, flush=True)
+    title = (
+        f"{options.task}, {options.layers} layers, window {options.window}, block {options.block}, "
+        f"top_k {options.top_k}, distance >= {options.min_distance}, {len(options.seeds)} seed(s)"
+    )
+    show(title, rows, options.output, f"recall-{options.task}")
+
+
+if __name__ == "__main__":
+    main()
