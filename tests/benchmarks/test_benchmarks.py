@@ -1,0 +1,67 @@
+"""Every benchmark runs, at a toy size, and writes the table that it prints."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROUTES = "--routes 16/16/2 --heads 4 --head_dim 16 --repeats 1 --threads 1"
+
+COMMANDS = {
+    "speed": f"attention.py speed --lengths 64 256 {ROUTES} --no-memory --dtypes float32 bfloat16",
+    "packed": f"attention.py packed --lengths 256 --document 64 {ROUTES}",
+    "router": f"attention.py router --lengths 256 {ROUTES}",
+    "decode": "decode.py --lengths 256 --heads 4 --head_dim 16 --block 16 --window 16 --repeats 1 "
+    "--threads 1",
+    "recall-mqar": "recall.py --length 256 --steps 4 --tokens 512 --min_distance 32 --window 8 --block 16 "
+    "--variants dense local routed --seeds 0 --batches 1 --evaluate 2 --threads 1",
+    "recall-passkey": "recall.py --task passkey --length 128 --steps 4 --tokens 256 --min_distance 32 "
+    "--window 8 --block 16 --variants routed --seeds 0 1 --batches 1 --threads 1",
+}
+
+
+def run(root: Path, command: str, output: Path) -> list[dict[str, str]]:
+    script, *options = command.split()
+    line = [sys.executable, str(root / "benchmarks" / script), *options, "--output", str(output)]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr
+    (table,) = output.glob("*.csv")
+    with table.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_runs_and_writes_its_table(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    rows = run(pytestconfig.rootpath, COMMANDS[name], tmp_path)
+    assert (tmp_path / f"{name}.csv").is_file()
+    assert rows
+    assert all(value for row in rows for key, value in row.items() if key != "peak MiB")
+
+
+def test_the_ceiling_is_the_ratio_of_what_is_read(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    rows = run(pytestconfig.rootpath, COMMANDS["speed"], tmp_path)
+    long = next(row for row in rows if row["tokens"] == "256" and row["attention"] == "16/16/2")
+    # dense: 2 x 128.5 keys; here: sink, two blocks and half of the own one, and a window of 16
+    assert float(long["ceiling"]) == pytest.approx(257 / (3.5 * 16 + 16 - 16 * 15 / 512), abs=0.06)
+
+
+def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    variants = ["dense", "interleaved 5:1", "dual, routed"]
+    options = (
+        f"--data {tiny_dataset} --output {tmp_path} --tokens 256 --context 32 --lengths 2 --eval_tokens 256"
+    )
+    smaller = "--data.context 32 --train.tokens_per_batch 64 --optim.warmup_steps 1 --data.val_tokens 128"
+    line = [sys.executable, str(pytestconfig.rootpath / "benchmarks" / "quality.py"), *options.split()]
+    line += ["--variants", *variants, "--extra", *smaller.split()]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=pytestconfig.rootpath)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "quality.csv").open(newline="") as stream:
+        rows = {row["attention"]: row for row in csv.DictReader(stream)}
+    assert list(rows) == variants
+    assert rows["dense"]["against dense"] == "+0.00 %"
+    assert rows["dense"]["val loss"] != rows["dual, routed"]["val loss"]
+    assert all(float(row["loss at 64"]) > 0 for row in rows.values())
