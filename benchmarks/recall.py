@@ -5,7 +5,9 @@
 mqar (multi-query associative recall, Arora et al., arXiv 2312.04927): key-value pairs are scattered over a
 sea of filler; at the end, keys come again and their values are asked for. passkey: four digits behind a mark,
 asked for behind a second mark. Between a pair and its question lie at least `--min_distance` tokens, so that
-no window reaches it, not even through the layers (`layers * window`).
+no window reaches it, not even through the layers (`layers * window`). A token's embedding holds its
+predecessor's too (a token shift, as in RWKV): what is measured is finding, and a model that must first learn
+to look one token back needs thousands of steps before it begins to search.
 
 Trained from scratch on one length after the other (a curriculum: a quarter, a half, all of it), with the same
 batches for every variant of a seed. "full then routed" trains 60 % of the steps in full mode and the rest
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import prepare, show
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
@@ -94,6 +96,19 @@ def passkey(
 TASKS = {"mqar": mqar, "passkey": passkey}
 
 
+class ShiftedEmbedding(nn.Embedding):
+    """Embedding of a token plus another embedding of the token before it."""
+
+    def __init__(self, vocabulary: int, dim: int) -> None:
+        super().__init__(vocabulary, dim)
+        self.before = nn.Parameter(0.02 * torch.randn(vocabulary, dim))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, input: Tensor) -> Tensor:
+        before = F.embedding(input[:, :-1], self.before)
+        return super().forward(input) + F.pad(before, (0, 0, 1, 0))
+
+
 def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTransformer:
     """A freshly initialised model of a variant."""
     changes = {key: value for key, value in VARIANTS[variant].items() if key != "then"}
@@ -105,11 +120,14 @@ def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTr
         num_layers=options.layers,
         num_heads=options.heads,
         max_context=options.length * max([1, *options.evaluate]),
+        tie_embeddings=False,
         window=options.window,
         **{"global_mode": "routed", "block": options.block, "top_k": options.top_k, **changes},
     )
     torch.manual_seed(seed)
-    return DualRoutingTransformer(config)
+    model = DualRoutingTransformer(config)
+    model.embedding = ShiftedEmbedding(VOCABULARY, options.dim)
+    return model
 
 
 def set_mode(model: DualRoutingTransformer, mode: str) -> None:
