@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dualroute.attention.triton_kernels.far import far_logits
 from dualroute.attention.triton_kernels.pair_lists import CHUNK, PairList, Piece, pair_list, pieces
 from dualroute.attention.triton_kernels.tiles import (
     dot,
@@ -72,26 +73,6 @@ def pairs_kernel(
         out = dot(weights.to(values.dtype), values) / norm[:, None]
         store_rows(pair_out, pair, entry_mask, out, DIM, DIM_PAD, DIM)
         tl.store(pair_lse + pair, peak + tl.log(norm), mask=entry_mask)
-
-
-@triton.jit
-def far_logits(
-    query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
-    COLUMNS: tl.constexpr, ORDER: tl.constexpr,
-):  # fmt: skip
-    """(rows, columns) logits of pseudo-keys, log n + q . mu / sqrt(d) [+ 1/2 (q^2) . sigma^2 / d]; -inf: not far.
-
-    Far is what lies after the document's first block, before the own one, and is not selected.
-    """
-    logits = dot(query, tl.trans(mean)) * scale + log_block
-    if ORDER == 2:
-        scaled = query.to(tl.float32) * scale
-        logits += dot((scaled * scaled * 0.5).to(spread.dtype), tl.trans(spread))
-    open_column = (column[None, :] > first[:, None]) & (column[None, :] < own[:, None]) & row_mask[:, None]
-    for place in range(1, COLUMNS):
-        chosen = tl.load(selected_row + place, mask=row_mask, other=-1)
-        open_column = open_column & (column[None, :] != chosen[:, None])
-    return tl.where(open_column, logits, float("-inf"))
 
 
 @triton.jit

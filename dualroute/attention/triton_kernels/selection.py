@@ -77,11 +77,12 @@ def part_scores(
 ):  # fmt: skip
     """(rows, parts) float32 scores of one query head (rows, DIM_PAD); see `router` for the formulas."""
     if ROUTER == "mean":
-        return dot(query, tl.trans(load_rows(feature_rows, feature, feature_mask, DIM, DIM_PAD, DIM)))
+        mean = load_rows(feature_rows, feature, feature_mask, DIM, DIM_PAD, DIM).to(query.dtype)
+        return dot(query, tl.trans(mean))
     wide = query.to(tl.float32)
-    first = load_rows(feature_rows, feature, feature_mask, DIM, DIM_PAD, 2 * DIM)
-    second = load_rows(feature_rows + DIM, feature, feature_mask, DIM, DIM_PAD, 2 * DIM)
-    if ROUTER == "minmax":  # half-precision bounds and queries have exact products, so nothing is rounded
+    first = load_rows(feature_rows, feature, feature_mask, DIM, DIM_PAD, 2 * DIM).to(query.dtype)
+    second = load_rows(feature_rows + DIM, feature, feature_mask, DIM, DIM_PAD, 2 * DIM).to(query.dtype)
+    if ROUTER == "minmax":  # q^- min k + q^+ max k; the products of half-precision numbers are exact
         positive, negative = tl.maximum(wide, 0.0).to(query.dtype), tl.minimum(wide, 0.0).to(query.dtype)
         return dot(positive, tl.trans(first)) + dot(negative, tl.trans(second))
     scaled = wide * scale
