@@ -1,7 +1,7 @@
 """One step of the global route on a GPU: what one new token reads from a `GlobalCache`.
 
-In: queries (R, group, 1, d) of the newest token, R = batch * kv_heads, whose key is already in the cache. Out:
-(R, group, 1, d), equal to `decode._decode_step`.
+In: queries (R, group, 1, d) of the newest token, R = batch * kv_heads, whose key is already in the cache.
+Out: (R, group, 1, d), equal to `decode._decode_step`.
 
     score_kernel    scores of all past blocks, for the router
     choose_kernel   the top_k best; with the sink and the own block, the list of blocks that are read
@@ -9,8 +9,8 @@ In: queries (R, group, 1, d) of the newest token, R = batch * kv_heads, whose ke
                     tile of pseudo-keys
 and torch merges the parts by their log-sum-exps.
 
-The surprising fact: one token has no rows to fill a tile with, so the query heads that share keys are its rows,
-padded to 16; the work is in reading memory, and it is spread over as many programs as there are parts.
+The surprising fact: one token has no rows to fill a tile with, so the query heads that share keys are its
+rows, padded to 16. The work is in reading memory, and it is spread over as many programs as there are parts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dualroute.attention.triton_kernels.selection import (
     part_scores,
     unpack,
 )
-from dualroute.attention.triton_kernels.tiles import HALF, dot, load_rows, pad_dim, store_rows
+from dualroute.attention.triton_kernels.tiles import HALF, dot, load_rows, on_device, pad_dim, store_rows
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -153,17 +153,18 @@ def read_kernel(
 
 def decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
     """The global route of the newest token, (R, group, 1, d), of a cache that already holds its key."""
-    return decode_global_step(
-        query.contiguous(),
-        cache.keys,
-        cache.values,
-        cache.features,
-        cache.far_keys,
-        cache.far_values,
-        cache.length,
-        top_k,
-        cache.router,
-    )
+    with on_device(query):
+        return decode_global_step(
+            query.contiguous(),
+            cache.keys,
+            cache.values,
+            cache.features,
+            cache.far_keys,
+            cache.far_values,
+            cache.length,
+            top_k,
+            cache.router,
+        )
 
 
 @torch.library.custom_op("dualroute::decode_global_step", mutates_args=())

@@ -6,8 +6,8 @@ summaries.
 
 Causal, an incomplete block is never anybody's past: n in log n is the same for all pseudo-keys, the block.
 
-The surprising fact: a few pseudo-keys stand for a whole text, so one thread block per tile of them would leave
-most of a GPU idle. The tokens behind them are split between many, whose partial sums torch adds up.
+The surprising fact: a few pseudo-keys stand for a whole text, so one thread block per tile of them would
+leave most of a GPU idle. The tokens behind them are split between many, whose partial sums torch adds up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def far_logits(
     query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
     COLUMNS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """(rows, columns) logits of pseudo-keys, log n + q . mu / sqrt(d) [+ 1/2 (q^2) . sigma^2 / d]; -inf: not far.
+    """(rows, columns) of log n + q . mu / sqrt(d) [+ 1/2 (q^2) . sigma^2 / d], -inf where not far.
 
     Far is what lies after the document's first block, before the own one, and is not selected.
     """

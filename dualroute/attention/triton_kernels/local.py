@@ -19,7 +19,7 @@ from torch import Tensor
 from dualroute.attention.layout import Stream
 from dualroute.attention.triton_kernels import windowed
 from dualroute.attention.triton_kernels.gradients import softmax_delta
-from dualroute.attention.triton_kernels.tiles import document_slots
+from dualroute.attention.triton_kernels.tiles import document_slots, on_device
 
 
 def local_attention(
@@ -39,7 +39,8 @@ def local_forward(
     query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, window: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
-    return windowed.forward(query, key, value, begin, end, window, causal)
+    with on_device(query):
+        return windowed.forward(query, key, value, begin, end, window, causal)
 
 
 @local_forward.register_fake
@@ -55,9 +56,9 @@ def local_backward(
     begin: Tensor, end: Tensor, window: int, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values."""
-    delta = softmax_delta(grad, out)
-    parts = (grad, query, key, value, lse, delta, begin, end, window, causal)
-    return windowed.query_gradient(*parts), *windowed.key_gradients(*parts)
+    with on_device(query):
+        parts = (grad, query, key, value, lse, softmax_delta(grad, out), begin, end, window, causal)
+        return windowed.query_gradient(*parts), *windowed.key_gradients(*parts)
 
 
 @local_backward.register_fake
@@ -76,9 +77,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse, begin, end = ctx.saved_tensors
-    grads = local_backward(
-        grad.contiguous(), query, key, value, out, lse, begin, end, ctx.window, ctx.causal
-    )
+    grads = local_backward(grad.contiguous(), query, key, value, out, lse, begin, end, ctx.window, ctx.causal)
     return *grads, None, None, None, None
 
 

@@ -22,7 +22,7 @@ from dualroute.attention.layout import Stream
 from dualroute.attention.triton_kernels import routed_backward as backward_kernels
 from dualroute.attention.triton_kernels import routed_forward as forward_kernels
 from dualroute.attention.triton_kernels.selection import select_blocks
-from dualroute.attention.triton_kernels.tiles import first_blocks
+from dualroute.attention.triton_kernels.tiles import first_blocks, on_device
 
 if TYPE_CHECKING:
     from dualroute.attention.routed import Routing
@@ -85,7 +85,8 @@ def routed_forward(
     first_block: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
-    return forward_kernels.forward(query, key, value, far_keys, far_values, selected, first_block)
+    with on_device(query):
+        return forward_kernels.forward(query, key, value, far_keys, far_values, selected, first_block)
 
 
 @routed_forward.register_fake
@@ -115,9 +116,10 @@ def routed_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, far_keys and far_values; the last two are empty without a summary."""
-    *grads, to_far_keys, to_far_values = backward_kernels.backward(
-        grad, query, key, value, far_keys, far_values, selected, first_block, out, lse
-    )
+    with on_device(query):
+        *grads, to_far_keys, to_far_values = backward_kernels.backward(
+            grad, query, key, value, far_keys, far_values, selected, first_block, out, lse
+        )
     if to_far_keys is None or to_far_values is None:
         to_far_keys, to_far_values = key.new_empty(0), key.new_empty(0)
     return *grads, to_far_keys, to_far_values

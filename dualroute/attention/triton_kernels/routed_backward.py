@@ -1,11 +1,11 @@
 """The backward kernels of routed attention.
 
-In: the gradient of the output, what went into `routed_forward.forward` and what came out. Out: `backward` gives
-the gradients of queries, keys, values and summaries, as the formulas of `gradients` state them.
+In: the gradient of the output, what went into `routed_forward.forward` and what came out. Out: `backward`
+gives the gradients of queries, keys, values and summaries, by the formulas of `gradients`.
 
 For each piece of the stream (see `pair_lists`, sorted again rather than kept):
-    pairs_kernel     key-block-major: dK and dV of a block from the tokens that read it, summed over a program's
-                     pairs; and each pair's share of dQ
+    pairs_kernel     key-block-major: dK and dV of a block from the tokens that read it, summed over the
+                     pairs of a program; and each pair's share of dQ
     blocks_kernel    sums dK and dV over the programs of a block
     tokens_kernel    query-major: dQ from the own block, the far blocks and the shares of the token's pairs
 and once for the whole stream:
@@ -29,7 +29,15 @@ from dualroute.attention.triton_kernels import windowed
 from dualroute.attention.triton_kernels.far import far_gradients, far_logits
 from dualroute.attention.triton_kernels.gradients import load_softmax, logit_gradients, softmax_delta
 from dualroute.attention.triton_kernels.pair_lists import CHUNK, PairList, Piece, pair_list, pieces
-from dualroute.attention.triton_kernels.tiles import dot, load_rows, pad_dim, store_rows, tile_sizes
+from dualroute.attention.triton_kernels.tiles import (
+    dot,
+    load_rows,
+    pad_dim,
+    store_rows,
+    tile_sizes,
+    token_tile,
+)
+
 
 @triton.jit
 def pairs_kernel(
@@ -162,7 +170,7 @@ def tokens_kernel(
             weights = tl.exp(logits - lse[:, None])
             grad_logits = weights * (dot(grad, tl.trans(values)) - delta[:, None])
             total += dot(grad_logits.to(mean.dtype), mean)
-            if ORDER == 2:  # d/dq of 1/2 (q^2) . sigma^2 / d, one of its two factors 1 / sqrt(d) left for below
+            if ORDER == 2:  # d/dq of 1/2 (q^2) . sigma^2 / d; a factor 1 / sqrt(d) follows below
                 total += dot(grad_logits.to(spread.dtype), spread) * query.to(tl.float32) * scale
     total *= scale
 
@@ -186,7 +194,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, far_keys and far_values; contiguous inputs, shapes as in the kernels."""
+    """Gradients of query, key, value, far_keys and far_values; contiguous, shapes as in the kernels."""
     heads, slots, _ = query.shape
     kv_heads, _, columns = selected.shape
     num_blocks = len(first_block)
@@ -252,7 +260,7 @@ def _backward_tokens(
     group, num_blocks = heads // len(key), len(first_block)
     block = slots // num_blocks
     order = 0 if far_keys is None else far_keys.shape[2] // dim
-    tile = tile_sizes(dim, query.dtype, backward=True)
+    tile = token_tile(dim, query.dtype)
     tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
         grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
         pair_query, grad_query,

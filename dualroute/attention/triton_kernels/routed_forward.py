@@ -1,4 +1,4 @@
-"""The forward kernels of routed attention: partial results per (token, block) pair, then one pass over tokens.
+"""The forward kernels of routed attention: a partial result per (token, block) pair, then one per token.
 
 In: queries (H, S, d), keys and values (H_kv, S, d) of a stream, the summaries of its blocks and the selected
 blocks. Out: `forward` gives the output (H, S, d) and the log-sum-exp (H, S) of the joint softmax of `routed`.
@@ -31,6 +31,7 @@ from dualroute.attention.triton_kernels.tiles import (
     softmax_step,
     store_rows,
     tile_sizes,
+    token_tile,
 )
 
 
@@ -168,8 +169,9 @@ def forward(
         listed = pair_list(selected, piece, len(first_block))
         pair_out, pair_lse = _forward_pairs(query, key, value, piece, listed, columns)
         _forward_tokens(
-            query, key, value, far_keys, far_values, selected, first_block, pair_out, pair_lse, piece, out, lse
-        )
+            query, key, value, far_keys, far_values, selected, first_block,
+            pair_out, pair_lse, piece, out, lse,
+        )  # fmt: skip
     return out, lse
 
 
@@ -197,24 +199,16 @@ def _forward_pairs(
 
 
 def _forward_tokens(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far_keys: Tensor | None,
-    far_values: Tensor | None,
-    selected: Tensor,
-    first_block: Tensor,
-    pair_out: Tensor,
-    pair_lse: Tensor,
-    piece: Piece,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+    query: Tensor, key: Tensor, value: Tensor, far_keys: Tensor | None, far_values: Tensor | None,
+    selected: Tensor, first_block: Tensor, pair_out: Tensor, pair_lse: Tensor,
+    piece: Piece, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Write the output and the log-sum-exp of the tokens of a piece."""
     heads, slots, dim = query.shape
     group, num_blocks = heads // len(key), len(first_block)
     block = slots // num_blocks
     order = 0 if far_keys is None else far_keys.shape[2] // dim
-    tile = tile_sizes(dim, query.dtype)
+    tile = token_tile(dim, query.dtype)
     tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
         query, key, value, far_keys, far_values, selected, first_block, pair_out, pair_lse, out, lse,
         slots, num_blocks, pair_lse.shape[1], piece.first_head, piece.first_slot, piece.slots,

@@ -1,14 +1,14 @@
 """Choosing blocks on a GPU: the scores of a tile of tokens and their running best, in one kernel.
 
-In: queries (H, S, d) and keys (H_kv, S, d) of a stream. Out: `select_blocks` gives (H_kv, S, 1 + top_k) int32
-blocks like the function of the same name in `router`, whose docstring holds the formulas of the scores; here too
-the chosen ones come in no order. Causal only.
+In: queries (H, S, d) and keys (H_kv, S, d) of a stream. Out: `select_blocks` gives (H_kv, S, 1 + top_k)
+int32 blocks like the function of the same name in `router`, whose docstring holds the formulas of the scores;
+here too the chosen ones come in no order. Causal only.
 
 No (n, n / B) matrix exists: a program keeps the top_k of its tokens while it walks over the blocks.
 
-The surprising fact: score and block number are packed into one 64-bit integer, the score above and the number,
-inverted, below. Comparing these integers compares scores as float32 and prefers the earlier of two equal
-blocks, so ties are settled by the sort itself and no two candidates are ever equal.
+The surprising fact: score and block number are packed into one 64-bit integer, the score above and the
+number, inverted, below. Comparing these integers compares scores as float32 and prefers the earlier of two
+equal blocks, so no two candidates are ever equal and a maximum also says where it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualroute.attention.layout import Stream
 from dualroute.attention.router import ROUTERS, block_features
-from dualroute.attention.triton_kernels.tiles import HALF, dot, first_blocks, load_rows, pad_dim
+from dualroute.attention.triton_kernels.tiles import HALF, dot, first_blocks, load_rows, on_device, pad_dim
 
 NONE = tl.constexpr(-(1 << 63))  # no candidate
 NO_SCORE = tl.constexpr(-(1 << 63) + (1 << 32))  # every packed score lies above
@@ -58,8 +58,8 @@ def empty_best(ROWS: tl.constexpr, TOP_K: tl.constexpr, TOP_PAD: tl.constexpr):
 def keep_best(best, packed):
     """Put the largest of packed (rows, n) in the place of the smallest of `best` until no row gains by it.
 
-    All entries of a row of `best` differ. After a few tiles hardly any candidate is better than what is there,
-    and the loop ends after a turn or two.
+    All entries of a row of `best` differ. After a few tiles hardly any candidate is better than what is
+    there, and the loop ends after a turn or two.
     """
     top, low = tl.max(packed, 1), tl.min(best, 1)
     while tl.max((top > low).to(tl.int32), 0) > 0:
@@ -177,15 +177,16 @@ def select(query: Tensor, features: Tensor, first_block: Tensor, top_k: int, rou
     selected = torch.empty(kv_heads, slots, 1 + top_k, dtype=torch.int32, device=query.device)
     parts_pad = triton.next_power_of_2(parts)
     rows, columns = 32, max(16, 64 // parts_pad)
-    select_kernel[(triton.cdiv(slots, rows), kv_heads)](
-        query, features, first_block, selected,
-        slots, num_blocks, 1 / math.sqrt(dim),
-        GROUP=heads // kv_heads, BLOCK=slots // num_blocks, TOP_K=top_k, ROUTER=router,
-        DIM=dim, DIM_PAD=pad_dim(dim), PARTS=parts, PARTS_PAD=parts_pad,
-        TOP_PAD=triton.next_power_of_2(max(1, top_k)), ROWS=rows, COLUMNS=columns,
-        PRECISION="tf32x3" if query.dtype in HALF else "ieee",
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with on_device(query):
+        select_kernel[(triton.cdiv(slots, rows), kv_heads)](
+            query, features, first_block, selected,
+            slots, num_blocks, 1 / math.sqrt(dim),
+            GROUP=heads // kv_heads, BLOCK=slots // num_blocks, TOP_K=top_k, ROUTER=router,
+            DIM=dim, DIM_PAD=pad_dim(dim), PARTS=parts, PARTS_PAD=parts_pad,
+            TOP_PAD=triton.next_power_of_2(max(1, top_k)), ROWS=rows, COLUMNS=columns,
+            PRECISION="tf32x3" if query.dtype in HALF else "ieee",
+            num_warps=4 if dim <= 64 else 8, num_stages=2,
+        )  # fmt: skip
     return selected
 
 

@@ -9,7 +9,8 @@ and a block of 24 tokens needs no code of its own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -84,9 +85,19 @@ def tile_sizes(dim: int, dtype: torch.dtype, *, backward: bool = False) -> Tile:
     return Tile(32, 32, 4)
 
 
+def token_tile(dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of kernels that walk over keys and pseudo-keys: their registers hold both, so more warps."""
+    return Tile(64, 32, 8) if triton.next_power_of_2(dim) * dtype.itemsize <= 256 else Tile(32, 32, 4)
+
+
 def pad_dim(dim: int) -> int:
-    """Width of the tile that holds rows of `dim` numbers: tl.dot wants at least 16, tl.arange a power of 2."""
+    """Width of the tile for rows of `dim` numbers: tl.dot wants at least 16, tl.arange a power of 2."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device of `tensor`: Triton takes the current one, which may be another."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def first_blocks(stream: Stream) -> Tensor:

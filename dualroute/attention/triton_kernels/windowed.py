@@ -3,9 +3,9 @@
 In: queries (H, S, d), keys and values (H_kv, S, d), and for each slot the `begin` and `end` (S,) of the range
 that it may see. Out: output and log-sum-exp, or gradients given those of a softmax that may be larger.
 
-Slot t sees slot s when |t - s| < window (causal: 0 <= t - s < window), begin_t <= s < end_t and t < end_t; and
-always itself, so that no row is empty. The range is the document for the local route; for the own blocks of
-`routed` it is the block.
+Slot t sees slot s when |t - s| < window (causal: 0 <= t - s < window), begin_t <= s < end_t and t < end_t;
+and always itself, so that no row is empty. The range is the document for the local route; for the own blocks
+of `routed` it is the block.
 
 The surprising fact: the loops run over slots, not over blocks of a mask. A tile begins at the first slot its
 first row may see and ends at the last, so what lies outside of the window is not even looked at.
@@ -35,11 +35,9 @@ from dualroute.attention.triton_kernels.tiles import (
 def seen_slots(row, slot, begin, end, window, CAUSAL: tl.constexpr):
     """(rows, keys) which of the slots each row sees; begin, end (rows,) are its range."""
     distance = row[:, None] - slot[None, :]
-    near = distance < window
+    near = (distance < window) & (distance > -window)
     if CAUSAL:
         near = near & (distance >= 0)
-    else:
-        near = near & (distance > -window)
     inside = (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None]) & (row < end)[:, None]
     return (near & inside) | (distance == 0)
 
@@ -219,7 +217,7 @@ def key_gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
     begin: Tensor, end: Tensor, window: int, causal: bool, more: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(H_kv, S, d) of keys and values, plus the float32 gradients `more` that other parts of the softmax gave."""
+    """(H_kv, S, d) of keys and values, plus the float32 gradients `more` from other parts of the softmax."""
     heads, slots, dim = query.shape
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     more_key, more_value = more if more is not None else (grad_key, grad_value)

@@ -1,4 +1,4 @@
-"""The kernels run on a GPU where there is one, else in Triton's interpreter, which must be asked for first."""
+"""The kernels run on a GPU where there is one, else in Triton's interpreter, which is asked for here."""
 
 from __future__ import annotations
 
