@@ -41,7 +41,7 @@ def score_kernel(
     length, capacity, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, ROUTER: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, tiles of COLUMNS past blocks). A block's score is its best part's, summed over the heads."""
     row = tl.program_id(0).to(tl.int64)
@@ -55,7 +55,7 @@ def score_kernel(
     width: tl.constexpr = DIM if ROUTER == "mean" else 2 * DIM
     found = part_scores(
         query, feature_rows + row * capacity * PARTS * width, column * PARTS + part,
-        (column < own) & (part < PARTS), scale, ROUTER, DIM, DIM_PAD, PRECISION,
+        (column < own) & (part < PARTS), scale, ROUTER, DIM, DIM_PAD,
     )  # fmt: skip
     found = tl.where(part < PARTS, tl.sum(found, 0), float("-inf"))  # (COLUMNS * PARTS_PAD,)
     found = tl.max(tl.reshape(found, (COLUMNS, PARTS_PAD)), 1)
@@ -195,7 +195,7 @@ def decode_global_step(
         score_kernel[(rows, triton.cdiv(own, columns))](
             query, features, scores, length, capacity, 1 / math.sqrt(dim),
             ROUTER=router, PARTS=parts, PARTS_PAD=parts_pad, COLUMNS=columns,
-            PRECISION="tf32x3" if query.dtype in HALF else "ieee", **shared,
+            **shared,
         )  # fmt: skip
     read = torch.empty(rows, top_k + 2, dtype=torch.int32, device=query.device)
     choose_kernel[(rows,)](

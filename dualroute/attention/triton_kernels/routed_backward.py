@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualroute.attention.triton_kernels import windowed
+from dualroute.attention.triton_kernels import pair_lists, windowed
 from dualroute.attention.triton_kernels.far import far_gradients, far_logits
 from dualroute.attention.triton_kernels.gradients import load_softmax, logit_gradients, softmax_delta
-from dualroute.attention.triton_kernels.pair_lists import CHUNK, PairList, Piece, pair_list, pieces
+from dualroute.attention.triton_kernels.pair_lists import PairList, Piece, pair_list, pieces
 from dualroute.attention.triton_kernels.tiles import (
     dot,
     load_rows,
@@ -239,7 +239,7 @@ def _backward_pairs(
         slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
         1 / math.sqrt(dim),
         GROUP=group, BLOCK=block, BLOCK_PAD=pad_dim(block), COLUMNS=columns,
-        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.columns, CHUNK=CHUNK,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.columns, CHUNK=pair_lists.CHUNK,
         num_warps=4 if block * dim <= 64 * 64 else 8, num_stages=1,
     )  # fmt: skip
     step = 1024

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dualroute.attention.triton_kernels import pair_lists
 from dualroute.attention.triton_kernels.far import far_logits
-from dualroute.attention.triton_kernels.pair_lists import CHUNK, PairList, Piece, pair_list, pieces
+from dualroute.attention.triton_kernels.pair_lists import PairList, Piece, pair_list, pieces
 from dualroute.attention.triton_kernels.tiles import (
     dot,
     load_rows,
@@ -192,7 +193,7 @@ def _forward_pairs(
         slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
         1 / math.sqrt(dim),
         GROUP=group, BLOCK=block, BLOCK_PAD=pad_dim(block), COLUMNS=columns,
-        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, CHUNK=CHUNK,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, CHUNK=pair_lists.CHUNK,
         num_warps=4 if block <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return pair_out, pair_lse

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualroute.attention.layout import Stream
 from dualroute.attention.router import ROUTERS, block_features
-from dualroute.attention.triton_kernels.tiles import HALF, dot, first_blocks, load_rows, on_device, pad_dim
+from dualroute.attention.triton_kernels.tiles import dot, first_blocks, load_rows, on_device, pad_dim
 
 NONE = tl.constexpr(-(1 << 63))  # no candidate
 NO_SCORE = tl.constexpr(-(1 << 63) + (1 << 32))  # every packed score lies above
@@ -73,7 +73,7 @@ def keep_best(best, packed):
 @triton.jit
 def part_scores(
     query, feature_rows, feature, feature_mask, scale,
-    ROUTER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    ROUTER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
     """(rows, parts) float32 scores of one query head (rows, DIM_PAD); see `router` for the formulas."""
     if ROUTER == "mean":
@@ -86,7 +86,7 @@ def part_scores(
         positive, negative = tl.maximum(wide, 0.0).to(query.dtype), tl.minimum(wide, 0.0).to(query.dtype)
         return dot(positive, tl.trans(first)) + dot(negative, tl.trans(second))
     scaled = wide * scale
-    spread = tl.dot(scaled * scaled * 0.5, tl.trans(second.to(tl.float32)), input_precision=PRECISION)
+    spread = dot(scaled * scaled * 0.5, tl.trans(second.to(tl.float32)))
     return dot(query, tl.trans(first)) * scale + spread
 
 
@@ -99,7 +99,7 @@ def select_kernel(
     slots, num_blocks, scale,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, ROUTER: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
-    TOP_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ROWS tokens, H_kv); walks over COLUMNS blocks at a time."""
     kv_head = tl.program_id(1).to(tl.int64)
@@ -123,9 +123,7 @@ def select_kernel(
             query = load_rows(
                 query_rows + (kv_head * GROUP + member) * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM
             )
-            scores += part_scores(
-                query, feature_rows, feature, feature_mask, scale, ROUTER, DIM, DIM_PAD, PRECISION
-            )
+            scores += part_scores(query, feature_rows, feature, feature_mask, scale, ROUTER, DIM, DIM_PAD)
         scores = tl.where((part < PARTS)[None, :], scores, float("-inf"))
         scores = tl.max(tl.reshape(scores, (ROWS, COLUMNS, PARTS_PAD)), 2)
         column = begin + tl.arange(0, COLUMNS)
@@ -184,7 +182,6 @@ def select(query: Tensor, features: Tensor, first_block: Tensor, top_k: int, rou
             GROUP=heads // kv_heads, BLOCK=slots // num_blocks, TOP_K=top_k, ROUTER=router,
             DIM=dim, DIM_PAD=pad_dim(dim), PARTS=parts, PARTS_PAD=parts_pad,
             TOP_PAD=triton.next_power_of_2(max(1, top_k)), ROWS=rows, COLUMNS=columns,
-            PRECISION="tf32x3" if query.dtype in HALF else "ieee",
             num_warps=4 if dim <= 64 else 8, num_stages=2,
         )  # fmt: skip
     return selected
