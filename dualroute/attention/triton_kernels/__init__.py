@@ -36,24 +36,32 @@ from dualroute.attention.triton_kernels.decode import decode_step
 from dualroute.attention.triton_kernels.local import local_attention
 from dualroute.attention.triton_kernels.routed import routed_attention
 from dualroute.attention.triton_kernels.selection import select_blocks
-from dualroute.attention.triton_kernels.tiles import HALF, MAX_BLOCK, MAX_DIM
+from dualroute.attention.triton_kernels.tiles import HALF, MAX_BLOCK, MAX_DIM, pad_dim
 
 __all__ = ["available", "decode_step", "local_attention", "routed_attention", "select_blocks"]
 
-MIN_CAPABILITY = (8, 0)  # Ampere: tensor cores for bfloat16, and enough shared memory for the tiles
+MIN_CAPABILITY = (8, 0)  # Ampere: tensor cores for bfloat16
+LARGE_SHARED_MEMORY = 160 << 10  # bytes per SM that A100 and H100 have, and smaller cards have not
+BLOCK_BYTES = 32 << 10  # a block's keys on such a card; half of it where memory is smaller, or for float32
 
 
 def available(query: Tensor, *, block: int = 1, causal: bool = True) -> bool:
-    """Whether the kernels can take these queries (..., d), with blocks of `block` tokens.
+    """Whether the kernels can take queries (..., d) of a route with blocks of `block` tokens.
 
-    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and blocks and
-    heads that fit into its registers. The routed kernels are causal only; for the local route give
-    causal=True whatever it is.
+    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and keys of a
+    block that fit into its shared memory. The routed kernels are causal only; the local ones are not, and
+    know no blocks: leave `block` and `causal` out for them.
     """
-    if query.dtype not in (*HALF, torch.float32):
-        return False
-    if not causal or block > MAX_BLOCK or query.shape[-1] > MAX_DIM:
+    dim = query.shape[-1]
+    if query.dtype not in (*HALF, torch.float32) or not causal or block > MAX_BLOCK or dim > MAX_DIM:
         return False
     if triton.knobs.runtime.interpret:
         return query.device.type == "cpu"
-    return query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) >= MIN_CAPABILITY
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    gpu = torch.cuda.get_device_properties(query.device)
+    limit = BLOCK_BYTES if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else BLOCK_BYTES // 2
+    if query.dtype == torch.float32:
+        limit //= 2
+    fits = pad_dim(block) * pad_dim(dim) * query.element_size() <= limit
+    return fits and (gpu.major, gpu.minor) >= MIN_CAPABILITY

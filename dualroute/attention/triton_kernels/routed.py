@@ -117,12 +117,12 @@ def routed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, far_keys and far_values; the last two are empty without a summary."""
     with on_device(query):
-        *grads, to_far_keys, to_far_values = backward_kernels.backward(
+        to_query, to_key, to_value, to_far_keys, to_far_values = backward_kernels.backward(
             grad, query, key, value, far_keys, far_values, selected, first_block, out, lse
         )
     if to_far_keys is None or to_far_values is None:
         to_far_keys, to_far_values = key.new_empty(0), key.new_empty(0)
-    return *grads, to_far_keys, to_far_values
+    return to_query, to_key, to_value, to_far_keys, to_far_values
 
 
 @routed_backward.register_fake

@@ -210,7 +210,7 @@ def backward(
             grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
             pair_query, piece, grad_query,
         )  # fmt: skip
-    far = (None, None)
+    far: tuple[Tensor | None, Tensor | None] = (None, None)
     if far_keys is not None and far_values is not None:
         far = far_gradients(grad, query, lse, delta, far_keys, far_values, selected, first_block)
     block = slots // num_blocks

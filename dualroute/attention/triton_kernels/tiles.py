@@ -20,8 +20,8 @@ from torch import Tensor
 from dualroute.attention.layout import Stream
 
 HALF = (torch.float16, torch.bfloat16)
-MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay in registers
-MAX_DIM = 256
+MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay on one SM
+MAX_DIM = 128
 
 
 @triton.jit

@@ -1,18 +1,29 @@
-"""Compile every kernel that a call launches, to machine code for a GPU that is not there, and launch none.
+"""Compile every kernel that the package launches, for a GPU that need not be there, and launch none.
 
-`compiled(target)` is a context: inside it tensors stay on the CPU, launches only compile, and the list it
-yields fills with what the compiler says. Needs a process without TRITON_INTERPRET.
+    python -m tests.attention.triton_kernels.compile_kernels 80 bfloat16 64 64 1 512
+                                                    capability  dtype  head_dim block group tokens
+
+prints a line per launch: the kernel and its bytes of shared memory. Runs without TRITON_INTERPRET.
+
+The surprising fact: the ordinary functions are called, on tensors of the CPU. So what is compiled is exactly
+what they would launch, with their types, constants and sizes of tiles.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from dualroute.attention import Layout, Routing
+from dualroute.attention.cache import GlobalCache
+from dualroute.attention.triton_kernels import decode_step, local_attention, routed_attention
 
 
 class _AbsentGPU:
@@ -47,3 +58,32 @@ def compiled(capability: int) -> Iterator[list[tuple[str, Any]]]:
         yield found
     finally:
         JITFunction.run = run
+
+
+def launch_everything(dtype: torch.dtype, dim: int, block: int, group: int, length: int) -> None:
+    """Forward and backward of both routes, and a step of decoding, with the default router and summary."""
+    stream = Layout.build(1, length, block).stream
+    query, key, value = (
+        torch.randn(heads, stream.num_slots, dim, dtype=dtype, requires_grad=True) for heads in (group, 1, 1)
+    )
+    sub_block = min(block, 16)
+    out = routed_attention(query, key, value, stream, Routing(4, sub_block=sub_block))
+    out = out + local_attention(query, key, value, stream, window=max(1, length // 4))
+    out.backward(torch.ones_like(out))
+    cache = GlobalCache(1, max(length, 3), dim, block, "minmax", sub_block, "second_order", "cpu", dtype)
+    with torch.no_grad():
+        cache.append(key, value)
+        cache.length = max(length, 3)  # so that there is something to choose
+        decode_step(query[None, :, :1], cache, 4)
+
+
+def main() -> None:
+    capability, dtype, *sizes = sys.argv[1:]
+    with compiled(int(capability)) as found:
+        launch_everything(getattr(torch, dtype), *(int(size) for size in sizes))
+    for name, kernel in found:
+        print(name, kernel.metadata.shared)
+
+
+if __name__ == "__main__":
+    main()
