@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention import Layout, reference, router
 from dualroute.attention.triton_kernels import select_blocks
+from dualroute.attention.triton_kernels.selection import pack
 from tests.attention.helpers import ROUTERS, batches, to_stream
 from tests.attention.triton_kernels.helpers import DEVICE, both, on_device, slots_of
 
@@ -67,16 +70,25 @@ def test_more_blocks_than_a_tile_holds() -> None:
     _assert_equal_to_reference(layout, both(1, 160, 1, 1), top_k=5, sub_block=2)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_of_equal_blocks_the_earlier_wins(sign: float) -> None:
-    """Keys of 0 give scores of 0.0 and -0.0, which are equal."""
+def test_of_equal_blocks_the_earlier_wins() -> None:
     layout = Layout.build(1, 96, BLOCK)
-    query = sign * torch.ones(1, 96, 4, device=DEVICE)
-    key = torch.zeros(1, 96, 4, device=DEVICE)
-    key[:, 16:32] = -0.0
-    stream = on_device(layout).stream
-    selected = select_blocks(query, key, stream, top_k=3, router="mean").cpu()
+    query = torch.ones(1, 96, 4, device=DEVICE)
+    selected = select_blocks(query, torch.zeros_like(query), on_device(layout).stream, top_k=3).cpu()
     assert selected[0, -1].sort().values.tolist() == [0, 1, 2, 3]
+
+
+@triton.jit
+def _pack_kernel(scores, packed, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    tl.store(packed + lane[None, :], pack(tl.load(scores + lane)[None, :], lane * 0 + 5))
+
+
+def test_packed_scores_sort_like_scores() -> None:
+    """And 0.0 and -0.0 are a tie."""
+    scores = torch.tensor([-torch.inf, -2, -1e-30, -0.0, 0.0, 1e-30, 3, torch.inf], device=DEVICE)
+    packed = torch.empty(8, dtype=torch.int64, device=DEVICE)
+    _pack_kernel[(1,)](scores, packed, 8)
+    assert packed.diff().sign().tolist() == [1, 1, 1, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
