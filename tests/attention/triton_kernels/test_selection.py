@@ -73,7 +73,8 @@ def test_more_blocks_than_a_tile_holds() -> None:
 def test_of_equal_blocks_the_earlier_wins() -> None:
     layout = Layout.build(1, 96, BLOCK)
     query = torch.ones(1, 96, 4, device=DEVICE)
-    selected = select_blocks(query, torch.zeros_like(query), on_device(layout).stream, top_k=3).cpu()
+    stream = on_device(layout).stream
+    selected = select_blocks(query, torch.zeros_like(query), stream, top_k=3, sub_block=SUB_BLOCK).cpu()
     assert selected[0, -1].sort().values.tolist() == [0, 1, 2, 3]
 
 
