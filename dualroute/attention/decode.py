@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.backend import triton_kernels
 from dualroute.attention.cache import GlobalCache, LocalCache
 from dualroute.attention.far_summary import far_query_features
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype
@@ -31,7 +32,8 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
     if exact or (cache.length - 1) // cache.block <= top_k + 1:  # every block is own, sink or selected
         return _decode_full(query, cache)
     if count == 1:
-        return _decode_step(query, cache, top_k)
+        kernels = None if torch.is_grad_enabled() else triton_kernels(query, block=cache.block)
+        return (kernels.decode_step if kernels is not None else _decode_step)(query, cache, top_k)
     begin = cache.length - count
     chunks = [
         _decode_chunk(query[:, :, first : first + QUERY_CHUNK], cache, top_k, begin + first)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.backend import triton_kernels
 from dualroute.attention.global_route import full_attention
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
 from dualroute.attention.layout import Stream
@@ -36,6 +37,9 @@ def local_attention(
 
     Documents that fit into the window are attended to in full: there the two are the same thing.
     """
+    kernels = triton_kernels(query)
+    if kernels is not None:
+        return kernels.local_attention(query, key, value, stream, window=window, causal=causal)
     short, long = stream.split(window // stream.block)
     sizes = [short.num_slots, long.num_slots]
     if sizes[1] == 0:

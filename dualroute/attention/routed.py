@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualroute.attention.backend import triton_kernels
 from dualroute.attention.dispatch import Plan
 from dualroute.attention.far_summary import Summary, far_backward, merge_far, summarise
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
@@ -60,6 +61,9 @@ def routed_attention(
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
     """
+    kernels = triton_kernels(query, block=stream.block, causal=causal)
+    if kernels is not None:
+        return kernels.routed_attention(query, key, value, stream, routing, selected=selected)
     if selected is None:
         selected = select_blocks(
             query.detach(),
