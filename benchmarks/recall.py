@@ -9,7 +9,7 @@ no window reaches it, not even through the layers (`layers * window`). A token's
 predecessor's too (a token shift, as in RWKV): what is measured is finding, and a model that must first learn
 to look one token back needs thousands of steps before it begins to search.
 
-Trained from scratch on one length after the other (a curriculum: a quarter, a half, all of it), with the same
+Trained from scratch on doubling lengths (a curriculum that begins with `--start` tokens), with the same
 batches for every variant of a seed. "full then routed" trains 60 % of the steps in full mode and the rest
 routed. Reported is the share of right answers on fresh texts, at the trained length and at the `--evaluate`
 multiples.
@@ -141,13 +141,11 @@ def train(options: argparse.Namespace, variant: str, seed: int, device: torch.de
     model = build(options, variant, seed).to(device)
     generator = torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    lengths = [options.length // 4, options.length // 2, options.length]
     begin = time.perf_counter()
     for step in range(options.steps):
         if VARIANTS[variant].get("then"):
             set_mode(model, "full" if step < options.steps * 0.6 else "routed")
-        phase = min(2, step * 4 // options.steps)  # a quarter, a quarter, a half of the steps
-        length = lengths[phase]
+        length = length_at(step / options.steps, options.start, options.length)
         rows = max(1, options.tokens // length)
         ids, labels = TASKS[options.task](rows, length, min(options.min_distance, length // 4), generator)
         fall = max(0.05, min(1.0, (options.steps - step) / (options.steps * 0.4)))
@@ -167,6 +165,15 @@ def train(options: argparse.Namespace, variant: str, seed: int, device: torch.de
                 flush=True,
             )
     return model, time.perf_counter() - begin
+
+
+def length_at(progress: float, start: int, length: int) -> int:
+    """Tokens of a text: `start` in the first 40 % of the steps, then doubling in equal shares of the rest."""
+    lengths = [start]
+    while lengths[-1] < length:
+        lengths.append(min(2 * lengths[-1], length))
+    share = (progress - 0.4) / 0.6 * (len(lengths) - 1)
+    return lengths[0] if share < 0 else lengths[1 + int(share)] if len(lengths) > 1 else length
 
 
 def answers(model: DualRoutingTransformer, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,17 +202,18 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS), default="mqar")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["dense", "local", "routed"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--start", type=int, default=256, help="tokens at which the curriculum begins")
     parser.add_argument("--evaluate", type=int, nargs="*", default=[], help="multiples of the length")
     parser.add_argument("--min_distance", type=int, default=256)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--tokens", type=int, default=16384, help="of a step")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--batches", type=int, default=8, help="of the evaluation")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=4)
     parser.add_argument("--threads", type=int)
