@@ -35,11 +35,16 @@ def query_features(query: Tensor, router: str) -> Tensor:
     Every score is linear in these features, so the sum of features gives the sum of scores.
     """
     if router == "mean":
-        return query.sum(1)
+        return _sum_heads(query)
     if router == "moment":
         scaled = query / math.sqrt(query.shape[-1])
-        return torch.cat([scaled.sum(1), scaled.square().sum(1) / 2], dim=-1)
-    return torch.cat([query.clamp_min(0).sum(1), query.clamp_max(0).sum(1)], dim=-1)
+        return torch.cat([_sum_heads(scaled), _sum_heads(scaled.square()) / 2], dim=-1)
+    return torch.cat([_sum_heads(query.clamp_min(0)), _sum_heads(query.clamp_max(0))], dim=-1)
+
+
+def _sum_heads(rows: Tensor) -> Tensor:
+    """(H_kv, group, ...) -> (H_kv, ...), without a copy where a group is one head."""
+    return rows.sum(1) if rows.shape[1] > 1 else rows[:, 0]
 
 
 def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | None = None) -> Tensor:
@@ -72,6 +77,7 @@ def key_moments(blocks: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Te
     return mean, token_mean((blocks - mean[..., None, :]).square(), valid)
 
 
+@torch.no_grad()
 def block_scores(query: Tensor, features: Tensor, router: str) -> Tensor:
     """Scores (H_kv, ..., rows, J): queries (H_kv, group, ..., rows, d), features (H_kv, ..., J, parts, f).
 
@@ -86,18 +92,19 @@ def block_scores(query: Tensor, features: Tensor, router: str) -> Tensor:
     scores = rows @ columns.transpose(-1, -2)
     best, *others = scores.split(features.shape[-3], dim=-1)
     for part in others:
-        best = torch.maximum(best, part)
+        torch.maximum(best, part, out=best)
     return best
 
 
 def top_blocks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     """Columns of the min(top_k, J) best allowed scores (..., J), in no order, -1 where too few are allowed.
+    Overwrites `scores`.
 
     Scores are compared as float32, and of equal ones the first column wins. That depends neither on how many
     columns there are nor on how a sort happens to meet them, so ties cannot make a prefix, or a cached step,
     differ from the whole.
     """
-    scores = scores.to(torch.float32).masked_fill(~allowed, -math.inf)
+    scores = scores.to(torch.float32).masked_fill_(~allowed, -math.inf)
     columns = scores.shape[-1]
     if top_k == 0 or columns == 0:
         return torch.empty(*scores.shape[:-1], 0, dtype=torch.long, device=scores.device)
