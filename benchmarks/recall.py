@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["dense", "local", "routed"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--start", type=int, default=256, help="tokens at which the curriculum begins")
+    parser.add_argument("--start", type=int, default=128, help="tokens at which the curriculum begins")
     parser.add_argument("--evaluate", type=int, nargs="*", default=[], help="multiples of the length")
     parser.add_argument("--min_distance", type=int, default=256)
     parser.add_argument("--steps", type=int, default=600)
