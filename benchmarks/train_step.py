@@ -3,22 +3,18 @@
     python benchmarks/train_step.py --preset 5m --contexts 1024 4096 8192
 
 Equal parameters, equal tokens per step, interleaved in one run, medians; the ratio is dense / variant, above
-1 where the variant is faster.  Dense attention is torch's scaled_dot_product_attention(is_causal=True).
+1 where the variant is faster. Dense attention is torch's scaled_dot_product_attention(is_causal=True).
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
+from measure import medians, prepare, show
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.training.losses import chunked_cross_entropy
@@ -32,23 +28,21 @@ VARIANTS = {
 
 
 def build(preset: str, vocab_size: int, context: int, **changes: str) -> DualRoutingTransformer:
+    """A model of a file of configs/model, with some of its options changed."""
     path = Path(__file__).parents[1] / "configs" / "model" / f"{preset}.yaml"
     values = {**yaml.safe_load(path.read_text()), "vocab_size": vocab_size, "max_context": context, **changes}
     torch.manual_seed(0)
     return DualRoutingTransformer(ModelConfig(**values))
 
 
-def step(model: DualRoutingTransformer, ids: torch.Tensor) -> None:
-    hidden = model.hidden_states(ids[:, :-1]).flatten(0, 1)
-    loss = partial(chunked_cross_entropy, labels=ids[:, 1:].flatten())
-    (model.head(hidden, loss).total / hidden.shape[0]).backward()
+def step(model: DualRoutingTransformer, ids: torch.Tensor, bf16: bool) -> None:
+    """Forward, loss and backward of ids (B, n + 1); with `bf16` under autocast, as `bf16-mixed` trains."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+        hidden = model.hidden_states(ids[:, :-1]).flatten(0, 1)
+        loss = partial(chunked_cross_entropy, labels=ids[:, 1:].flatten())
+        total = model.head(hidden, loss).total / hidden.shape[0]
+    total.backward()
     model.zero_grad(set_to_none=True)
-
-
-def seconds(work: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -57,29 +51,37 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--precisions", nargs="+", default=["32"], choices=("32", "bf16-mixed"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="folder for the CSV")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    device = prepare(options.threads, options.device)
 
-    table = Table("context", "attention", "tokens/s", "ratio to dense", title=f"{options.preset}, float32")
+    rows = []
     for context in options.contexts:
-        ids = torch.randint(options.vocab_size, (max(1, options.tokens // context), context + 1))
+        ids = torch.randint(options.vocab_size, (max(1, options.tokens // context), context + 1)).to(device)
         models = {
-            name: build(options.preset, options.vocab_size, context + 1, **changes)
+            name: build(options.preset, options.vocab_size, context + 1, **changes).to(device)
             for name, changes in VARIANTS.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for repeat in range(options.repeats + 1):  # the first round warms up
-            for name, model in models.items():
-                taken = seconds(partial(step, model, ids))
-                if repeat:
-                    times[name].append(taken)
-        median = {name: statistics.median(taken) for name, taken in times.items()}
-        tokens = ids.shape[0] * context
-        for name, taken in median.items():
-            table.add_row(f"{context:,}", name, f"{tokens / taken:,.0f}", f"{median['dense'] / taken:.2f}")
-    Console().print(table)
+        for precision in options.precisions:
+            works = {
+                name: partial(step, model, ids, precision == "bf16-mixed") for name, model in models.items()
+            }
+            times = medians(works, options.repeats, device)
+            for name, taken in times.items():
+                rows.append(
+                    {
+                        "context": f"{context:,}",
+                        "precision": precision,
+                        "attention": name,
+                        "tokens/s": f"{ids.shape[0] * context / taken:,.0f}",
+                        "ratio to dense": f"{times['dense'] / taken:.2f}",
+                    }
+                )
+    show(f"training step of {options.preset}", rows, options.output, "train_step")
 
 
 if __name__ == "__main__":

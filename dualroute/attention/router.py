@@ -86,6 +86,9 @@ def block_scores(query: Tensor, features: Tensor, router: str) -> Tensor:
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = query_features(query.to(wide), router)
+    if rows.shape[-2] == 1:  # a step of decoding: features are read where they lie, not copied
+        scores = rows @ features.to(wide).flatten(-3, -2).transpose(-1, -2)  # (H_kv, ..., 1, J * parts)
+        return scores.unflatten(-1, features.shape[-3:-1]).amax(-1)
     columns = (
         features.to(wide).transpose(-3, -2).flatten(-3, -2)
     )  # (H_kv, ..., parts * J, f): parts far apart
