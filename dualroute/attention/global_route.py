@@ -17,11 +17,10 @@ from torch import Tensor
 from dualroute.attention.layout import Bucket, Stream
 from dualroute.attention.routed import Routing, routed_attention
 
-# global_mode="auto" routes documents longer than this many tokens. Measured on one CPU core, forward plus
-# backward of the global route with four heads, block 64, top_k 8 and the default router and summary: routing
-# took 1.2 times as long as full attention at 4096 tokens and 0.63 times at 8192 with head_dim 32, and 0.85
-# times at 4096 with head_dim 64.
-AUTO_BREAK_EVEN = 4096
+# global_mode="auto" routes documents longer than this many tokens. Measured as whole training steps of the 5m
+# preset on two CPU cores (benchmarks/train_step.py): routed and full are equal at 2048 tokens, and at 4096 routed
+# is 1.2 times as fast in float32 and 1.1 times in bfloat16.
+AUTO_BREAK_EVEN = 2048
 
 GLOBAL_MODES = ("auto", "full", "routed")
 
