@@ -106,6 +106,11 @@ class ModelConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.attention == "interleaved" and self.dense_every > self.num_layers:
+            raise UserError(
+                f"model.dense_every {self.dense_every} is above model.num_layers {self.num_layers}: no layer "
+                f"would be dense; lower it, or use attention local instead of interleaved"
+            )
         if self.top_k < 0:
             raise UserError(f"model.top_k is {self.top_k}: it must be 0 or more")
         if self.router == "minmax" and self.block % self.sub_block:

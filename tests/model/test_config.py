@@ -32,6 +32,7 @@ def test_the_literal_sum_gives_each_route_all_heads():
         ({"num_kv_heads": 3}, "num_kv_heads 3 does not divide model.num_heads 8"),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"attention": "interleaved", "num_layers": 5}, "dense_every 6 is above model.num_layers 5"),
         ({"num_kv_heads": 4, "global_heads": 3}, "global_heads is 3"),
         ({"num_kv_heads": 1}, "global_heads is 0"),
         ({"vocab_size": 1}, "vocab_size is 1"),

@@ -9,6 +9,7 @@ SMALL = {
     "dim": 32,
     "num_layers": 2,
     "num_heads": 4,
+    "dense_every": 2,
     "window": 8,
     "block": 8,
     "sub_block": 4,
