@@ -76,7 +76,7 @@ def dual(shape: Shape, route: Route, backward: bool) -> Callable[[], Any]:
     if shape.document is not None:
         segments = torch.arange(shape.length, device=shape.device)[None] // shape.document
 
-    def attend(*heads: Tensor) -> Tensor:
+    def attend(*heads: Tensor) -> tuple[Tensor, Tensor]:
         layout = Layout.build(1, shape.length, route.block, segments, device=shape.device)
         routing = Routing(route.top_k, route.router, route.far_summary, route.sub_block)
         far = global_attention(
@@ -85,12 +85,12 @@ def dual(shape: Shape, route: Route, backward: bool) -> Callable[[], Any]:
             routing=routing,
             max_exact_blocks=exact_blocks(route.mode, route.block, route.top_k),
         )
-        return torch.cat([far, local_attention(*heads[3:], layout.stream, window=route.window)])
+        return far, local_attention(*heads[3:], layout.stream, window=route.window)
 
     return _call(attend, inputs, backward)
 
 
-def _call(attend: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], Any]:
+def _call(attend: Callable[..., Any], inputs: list[Tensor], backward: bool) -> Callable[[], Any]:
     if not backward:
 
         def forward() -> None:
@@ -100,13 +100,14 @@ def _call(attend: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -
         return forward
     for rows in inputs:
         rows.requires_grad_()
-    cotangent: list[Tensor] = []
+    cotangents: list[Tensor] = []
 
     def both() -> None:
         out = attend(*inputs)
-        if not cotangent:
-            cotangent.append(torch.randn_like(out))
-        torch.autograd.grad(out, inputs, cotangent[0])
+        outputs = [out] if isinstance(out, Tensor) else list(out)
+        if not cotangents:
+            cotangents.extend(torch.randn_like(part) for part in outputs)
+        torch.autograd.grad(outputs, inputs, cotangents)
 
     return both
 

@@ -18,6 +18,7 @@ multiples.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -54,9 +55,12 @@ def mqar(
     min_distance: int,
     generator: torch.Generator,
     pairs: int = 8,
-    questions: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Ids (batch, length) and labels, the value behind each asked key, -100 elsewhere."""
+    """Ids (batch, length) and labels, the value behind each asked key, -100 elsewhere.
+
+    The answer is never shown, so that one question does not help with another.
+    """
+    questions = max(16, length // 32)
     ids = KEYS + VALUES + torch.randint(FILLER, (batch, length), generator=generator)
     labels = torch.full((batch, length), -100)
     room = (length - 2 * questions - min_distance) // 2  # places of two tokens
@@ -121,6 +125,7 @@ def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTr
         num_heads=options.heads,
         max_context=options.length * max([1, *options.evaluate]),
         tie_embeddings=False,
+        rope_theta=options.theta,
         window=options.window,
         **{"global_mode": "routed", "block": options.block, "top_k": options.top_k, **changes},
     )
@@ -128,6 +133,14 @@ def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTr
     model = DualRoutingTransformer(config)
     model.embedding = ShiftedEmbedding(VOCABULARY, options.dim)
     return model
+
+
+def set_top_k(model: DualRoutingTransformer, top_k: int) -> None:
+    """Change how many blocks the routed layers read."""
+    for layer in model.layers:
+        routing = getattr(layer.attention, "routing", None)
+        if routing is not None:
+            layer.attention.routing = dataclasses.replace(routing, top_k=top_k)
 
 
 def set_mode(model: DualRoutingTransformer, mode: str) -> None:
@@ -148,7 +161,7 @@ def train(options: argparse.Namespace, variant: str, seed: int, device: torch.de
         length = length_at(step / options.steps, options.start, options.length)
         rows = max(1, options.tokens // length)
         ids, labels = TASKS[options.task](rows, length, min(options.min_distance, length // 4), generator)
-        fall = max(0.05, min(1.0, (options.steps - step) / (options.steps * 0.4)))
+        fall = max(0.05, min(1.0, (options.steps - step) / (options.steps * 0.2)))
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (step + 1) / 50) * fall
         logits, targets = answers(model, ids.to(device), labels.to(device))
@@ -168,12 +181,15 @@ def train(options: argparse.Namespace, variant: str, seed: int, device: torch.de
 
 
 def length_at(progress: float, start: int, length: int) -> int:
-    """Tokens of a text: `start` in the first 40 % of the steps, then doubling in equal shares of the rest."""
+    """Tokens of a text: `start` for 40 % of the steps, `length` in the last 30 %, doubling between."""
     lengths = [start]
     while lengths[-1] < length:
         lengths.append(min(2 * lengths[-1], length))
-    share = (progress - 0.4) / 0.6 * (len(lengths) - 1)
-    return lengths[0] if share < 0 else lengths[1 + int(share)] if len(lengths) > 1 else length
+    if progress < 0.4 and len(lengths) > 1:
+        return start
+    between = lengths[1:-1]
+    share = int((progress - 0.4) / 0.3 * len(between))
+    return between[share] if share < len(between) else length
 
 
 def answers(model: DualRoutingTransformer, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,6 +213,12 @@ def accuracy(options: argparse.Namespace, model: Any, length: int, device: torch
     return right / total
 
 
+def mean_and_range(scores: list[float]) -> str:
+    """Mean and, of several seeds, the lowest and highest."""
+    spread = f" ({min(scores):.3f}-{max(scores):.3f})" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.3f}{spread}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(TASKS), default="mqar")
@@ -205,6 +227,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--start", type=int, default=128, help="tokens at which the curriculum begins")
     parser.add_argument("--evaluate", type=int, nargs="*", default=[], help="multiples of the length")
+    parser.add_argument(
+        "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
+    )
     parser.add_argument("--min_distance", type=int, default=256)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
@@ -216,6 +241,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=4)
+    parser.add_argument("--theta", type=float, default=1e6, help="base of the rotary embedding")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--verbose", action="store_true")
@@ -228,8 +254,14 @@ def main() -> None:
         row = {"attention": variant}
         for times in [1, *options.evaluate]:
             scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
-            spread = f" ({min(scores):.3f}-{max(scores):.3f})" if len(scores) > 1 else ""
-            row[f"{times * options.length:,} tokens"] = f"{statistics.mean(scores):.3f}{spread}"
+            row[f"{times * options.length:,} tokens"] = mean_and_range(scores)
+            if options.grow_top_k and times > 1:
+                for model, _ in trained:
+                    set_top_k(model, times * options.top_k)
+                scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
+                row[f"top_k {times * options.top_k}"] = mean_and_range(scores)
+                for model, _ in trained:
+                    set_top_k(model, options.top_k)
         row["s per training"] = f"{statistics.mean(seconds for _, seconds in trained):.0f}"
         rows.append(row)
         print(row, flush=True)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 128  # tokens per tile
-MAX_PAIRS = 1 << 17  # (token, block) pairs dispatched at once: bounds the memory of gathered rows
+TILE = 64  # tokens per tile
+MAX_PAIRS = 1 << 17  # (token, block) pairs dispatched at once: bounds the memory of a pair's row
+JOIN_PAIRS = 1 << 15  # short heads are dispatched together up to this many
 DUMMY_LSE = 1e30  # exp(logit - DUMMY_LSE) is 0
 
 
@@ -38,10 +39,13 @@ class Plan(NamedTuple):
 
 
 def pieces(kv_heads: int, slots: int, pairs_per_slot: int) -> Iterator[Piece]:
-    """Cover all heads and slots with pieces of at most MAX_PAIRS pairs: several heads, or a part of one."""
+    """Cover all heads and slots with pieces of at most MAX_PAIRS pairs: several short heads, or part of one.
+
+    A part of a head has fewer tokens for each block, which fill their tiles less well.
+    """
     if pairs_per_slot == 0:
         return
-    heads = max(1, MAX_PAIRS // (slots * pairs_per_slot))
+    heads = max(1, min(JOIN_PAIRS, MAX_PAIRS) // (slots * pairs_per_slot))
     step = slots if heads > 1 else max(1, MAX_PAIRS // pairs_per_slot)
     for head in range(0, kv_heads, heads):
         for begin in range(0, slots, step):

@@ -41,11 +41,39 @@ def summarise(key: Tensor, value: Tensor, stream: Stream, order: str, causal: bo
     """Block statistics of keys and values (H_kv, S, d), with gradients; None for order "none"."""
     if order == "none":
         return None
-    valid = None
-    if stream.slot_valid is not None and not causal:  # causal: an incomplete block is never anybody's past
-        valid = stream.slot_valid.view(-1, stream.block)
+    valid = _valid(stream, causal)
     blocks, value_blocks = (rows.unflatten(1, (-1, stream.block)) for rows in (key, value))
     return Summary(far_keys(blocks, order, valid), token_mean(value_blocks, valid))
+
+
+def summarise_backward(
+    grad: Summary,
+    summary: Summary,
+    key: Tensor,
+    stream: Stream,
+    causal: bool,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Add the gradients of `summarise` to grad_key and grad_value (H_kv, S, d) in place, without a copy of
+    the keys: d mu = 1 / n and d sigma^2 = 2 (k - mu) / n for each of the n keys of a block."""
+    valid = _valid(stream, causal)
+    dim = key.shape[-1]
+    tokens = stream.block if valid is None else valid.sum(-1)[:, None]  # per block
+    weight = 1 if valid is None else valid[..., None]  # (nb, block, 1)
+    blocks, to_key, to_value = (rows.unflatten(1, (-1, stream.block)) for rows in (key, grad_key, grad_value))
+    shift = grad.keys[..., :dim] / tokens  # (H_kv, nb, d)
+    if grad.keys.shape[-1] > dim:
+        slope = 2 * grad.keys[..., dim:] / tokens
+        to_key.addcmul_(blocks, slope[..., None, :])  # keys of slots without a token are 0
+        shift = shift - slope * summary.keys[..., :dim]
+    to_key.add_(shift[..., None, :] * weight)
+    to_value.add_((grad.values / tokens)[..., None, :] * weight)
+
+
+def _valid(stream: Stream, causal: bool) -> Tensor | None:
+    """(nb, block) slots that count; None = all. Causal: an incomplete block is never anybody's past."""
+    return None if causal or stream.slot_valid is None else stream.slot_valid.view(-1, stream.block)
 
 
 def far_keys(blocks: Tensor, order: str, valid: Tensor | None = None) -> Tensor:

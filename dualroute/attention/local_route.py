@@ -26,7 +26,7 @@ from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, att
 from dualroute.attention.layout import Stream
 
 QUERY_BLOCK = 64  # queries that share one view of the keys, at most; smaller wastes fewer masked keys
-MAX_CHUNK = 1 << 23  # elements of a chunk's gathered keys: bounds the memory beside the inputs
+MAX_CHUNK = 1 << 20  # elements of a chunk's keys: a chunk stays in the caches, and bounds the memory
 
 
 @without_autocast
@@ -82,11 +82,23 @@ def _band(block: int, window: int, causal: bool) -> _Band:
 
 
 def _band_mask(stream: Stream, band: _Band, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """(blocks, 1, rows, span) of 0 and -inf for the query blocks first..last-1."""
-    if (last - first) * band.rows < stream.num_slots or (last - first) * band.rows * band.span > MAX_CHUNK:
-        return _compute_band_mask(stream, band, first, last, dtype)
-    key = ("band", band, dtype)
-    return stream.cached(key, lambda: _compute_band_mask(stream, band, first, last, dtype))
+    """(blocks or 1, 1, rows, span) of 0 and -inf for the query blocks first..last-1."""
+    inner = stream.cached(("inner blocks", band), lambda: _inner_blocks(stream, band))
+    if all(inner[first:last]):  # all alike: one mask for the whole chunk, made once for all layers
+        key, last = ("band", band, dtype), first + 1
+        return stream.cached(key, lambda: _compute_band_mask(stream, band, first, last, dtype))
+    return _compute_band_mask(stream, band, first, last, dtype)
+
+
+def _inner_blocks(stream: Stream, band: _Band) -> list[bool]:
+    """Of each query block: whether all that it has in view lies inside its document."""
+    per_block = stream.block // band.rows
+    number = torch.arange(stream.num_blocks * per_block, device=stream.device)
+    owner = number // per_block
+    begin = stream.block_in_document()[owner] * stream.block + number % per_block * band.rows
+    end = begin + band.rows + band.right
+    inner: list[bool] = ((begin >= band.left) & (end <= _document_tokens(stream)[owner])).tolist()
+    return inner
 
 
 def _compute_band_mask(stream: Stream, band: _Band, first: int, last: int, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from dualroute.attention.backend import triton_kernels
 from dualroute.attention.dispatch import Plan
-from dualroute.attention.far_summary import Summary, far_backward, merge_far, summarise
+from dualroute.attention.far_summary import (
+    Summary,
+    far_backward,
+    merge_far,
+    summarise,
+    summarise_backward,
+)
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
 from dualroute.attention.layout import Stream
 from dualroute.attention.router import select_blocks
@@ -74,11 +80,9 @@ def routed_attention(
             sub_block=routing.sub_block,
             causal=causal,
         )
-    summary = summarise(key, value, stream, routing.far_summary, causal)
-    summary_keys, summary_values = summary if summary is not None else (None, None)
     grouped = query.unflatten(0, (key.shape[0], -1)).transpose(1, 2).contiguous()  # (H_kv, S, group, d)
     out = _Routed.apply(
-        grouped, key.contiguous(), value.contiguous(), summary_keys, summary_values, selected, stream, causal
+        grouped, key.contiguous(), value.contiguous(), selected, stream, routing.far_summary, causal
     )
     return out.transpose(1, 2).flatten(0, 1)
 
@@ -114,10 +118,9 @@ class _Routed(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        summary_keys: Tensor | None,
-        summary_values: Tensor | None,
         selected: Tensor,
         stream: Stream,
+        far_summary: str,
         causal: bool,
     ) -> Tensor:
         kv_heads = len(query)
@@ -129,8 +132,9 @@ class _Routed(torch.autograd.Function):
         own, own_lse = attend(_own_tiles(query, block), key_blocks, value_blocks, mask=mask, causal=causal)
         out = own.transpose(1, 2).reshape(query.shape)
         lse = own_lse.transpose(1, 2).reshape(query.shape[:3]).contiguous()
-        if summary_keys is not None and summary_values is not None:
-            merge_far(query, Summary(summary_keys, summary_values), selected, stream, causal, out, lse)
+        summary = summarise(key, value, stream, far_summary, causal)
+        if summary is not None:
+            merge_far(query, summary, selected, stream, causal, out, lse)
         merge_sink(query, key, value, stream, out, lse)
         planned = merge_selected(
             query, key_blocks, value_blocks, selected[..., 1:], stream.num_blocks, mask, out, lse
@@ -140,7 +144,7 @@ class _Routed(torch.autograd.Function):
         ctx.stream, ctx.causal = stream, causal
         ctx.pieces = [piece for piece, _ in planned]
         listed = [tensor for _, tiles in planned for tensor in tiles]
-        ctx.save_for_backward(query, key, value, summary_keys, summary_values, selected, out, lse, *listed)
+        ctx.save_for_backward(query, key, value, *(summary or (None, None)), selected, out, lse, *listed)
         return out
 
     @staticmethod
@@ -167,14 +171,12 @@ class _Routed(torch.autograd.Function):
             causal=causal,
         )
         grad_query = to_query.transpose(1, 2).reshape(query.shape)
-        grad_summary: tuple[Tensor | None, Tensor | None] = (None, None)
         if summary_keys is not None:
             delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1)
             summary = Summary(summary_keys, summary_values)
-            to_keys, to_values = far_backward(
-                grad, query, summary, selected, stream, causal, delta, lse, grad_query
-            )
-            grad_summary = (to_keys.to(summary_keys.dtype), to_values.to(summary_values.dtype))
+            to_summary = far_backward(grad, query, summary, selected, stream, causal, delta, lse, grad_query)
+            rows = (grad_key.view(key.shape), grad_value.view(key.shape))
+            summarise_backward(to_summary, summary, key, stream, causal, *rows)
         sink_backward(
             grad,
             query,
@@ -205,7 +207,7 @@ class _Routed(torch.autograd.Function):
             grad_query.to(query.dtype),
             grad_key.reshape(key.shape).to(key.dtype),
             grad_value.reshape(value.shape).to(value.dtype),
-            *grad_summary,
+            None,
             None,
             None,
             None,

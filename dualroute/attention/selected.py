@@ -21,7 +21,7 @@ from torch import Tensor
 from dualroute.attention.dispatch import TILE, Piece, Plan, gather_lse, gather_rows, pieces, plan, sum_pairs
 from dualroute.attention.kernels import NEG_INF, attend, attend_backward
 
-CHUNK_ROWS = 1 << 14  # gathered query rows at once: a chunk stays in the caches of a core
+CHUNK_ROWS = 1 << 11  # gathered query rows at once: a chunk stays in the caches of a core
 
 Planned = list[tuple[Piece, Plan]]
 
@@ -67,6 +67,7 @@ def merge_selected(
         rows_out = out[head:last_head, begin:end]
         rows_out.mul_((old - merged).exp_().view(*rows_out.shape[:3], 1)).add_(summed.view(rows_out.shape))
         lse[head:last_head, begin:end] = merged.view(rows_out.shape[:3])
+        del part, summed  # before the next piece makes its own
     return planned
 
 
@@ -105,6 +106,7 @@ def selected_backward(
             grad_value.index_add_(0, chunk.tile_block, to_value)
         rows_grad = grad_query[head:last_head, begin:end]
         rows_grad.add_(sum_pairs(part, tiles.pair).view(rows_grad.shape))
+        del part  # before the next piece makes its own
 
 
 def _chunks(tiles: Plan, group: int) -> Iterator[tuple[slice, Plan]]:
