@@ -10,11 +10,13 @@ batch. So a document gives the same result packed with others as alone, in every
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention.layout import Bucket, Stream
+from dualroute.attention.layout import Bucket, Stream, attend_by_length
 from dualroute.attention.routed import Routing, routed_attention
 
 # global_mode="auto" routes documents longer than this many tokens. Measured as whole training steps of the 5m
@@ -53,41 +55,50 @@ def global_attention(
     """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d)."""
     if max_exact_blocks is None:
         return full_attention(query, key, value, stream, causal=causal)
-    short, long = stream.split(max_exact_blocks)
-    sizes = [short.num_slots, long.num_slots]
-    if sizes[1] == 0:
-        return full_attention(query, key, value, short, causal=causal)
-    if sizes[0] == 0:
-        return routed_attention(query, key, value, long, routing, causal=causal)
-    q, k, v = (rows.split(sizes, dim=1) for rows in (query, key, value))
-    return torch.cat(
-        [
-            full_attention(q[0], k[0], v[0], short, causal=causal),
-            routed_attention(q[1], k[1], v[1], long, routing, causal=causal),
-        ],
-        dim=1,
+    return attend_by_length(
+        partial(full_attention, causal=causal),
+        partial(routed_attention, routing=routing, causal=causal),
+        query,
+        key,
+        value,
+        stream,
+        max_exact_blocks,
     )
 
 
 def full_attention(
-    query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, causal: bool = True
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stream: Stream,
+    *,
+    causal: bool = True,
+    window: int | None = None,
 ) -> Tensor:
     """Exact attention inside each document, (H, S, d): one SDPA call for all documents of equal size.
 
     Costs what the documents cost, and needs no mask when causal: what fills up a document lies after its
-    tokens.
+    tokens. `window` (causal only) hides older keys, at the full cost.
     """
+    if len(stream.buckets) == 1:
+        return _bucket_attention(query, key, value, stream, stream.buckets[0], causal, window)
     sizes = [bucket.documents * bucket.blocks * stream.block for bucket in stream.buckets]
     parts = zip(*(rows.split(sizes, dim=1) for rows in (query, key, value)), strict=True)
     outputs = [
-        _bucket_attention(q, k, v, stream, bucket, causal)
+        _bucket_attention(q, k, v, stream, bucket, causal, window)
         for bucket, (q, k, v) in zip(stream.buckets, parts, strict=True)
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1)
 
 
 def _bucket_attention(
-    query: Tensor, key: Tensor, value: Tensor, stream: Stream, bucket: Bucket, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stream: Stream,
+    bucket: Bucket,
+    causal: bool,
+    window: int | None,
 ) -> Tensor:
     shape = (bucket.documents, bucket.blocks * stream.block)
     q, k, v = (
@@ -97,7 +108,19 @@ def _bucket_attention(
     if not causal and stream.slot_valid is not None:
         begin = bucket.first_block * stream.block
         mask = stream.slot_valid[begin : begin + shape[0] * shape[1]].view(shape)[:, None, None]
+    if window is not None and shape[1] > window:
+        mask, causal = _window_mask(stream, shape[1], window), False
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[0] != key.shape[0]
     )
     return out.transpose(0, 1).flatten(1, 2)
+
+
+def _window_mask(stream: Stream, length: int, window: int) -> Tensor:
+    """(length, length), True for the `window` keys up to the token itself; kept for all layers."""
+
+    def compute() -> Tensor:
+        mask = torch.ones(length, length, dtype=torch.bool, device=stream.device)
+        return mask.tril_().triu_(1 - window)
+
+    return stream.cached(("window", length, window), compute)

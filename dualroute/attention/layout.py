@@ -307,6 +307,27 @@ class Layout:
         return rows.reshape(self.batch, self.length, -1)
 
 
+def attend_by_length(
+    short_rows: Callable[[Tensor, Tensor, Tensor, Stream], Tensor],
+    long_rows: Callable[[Tensor, Tensor, Tensor, Stream], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stream: Stream,
+    max_blocks: int,
+) -> Tensor:
+    """(H, S, d): documents of at most `max_blocks` blocks through `short_rows`, the others through
+    `long_rows`. Both take query, key, value and their part of the stream."""
+    short, long = stream.split(max_blocks)
+    sizes = [short.num_slots, long.num_slots]
+    if sizes[1] == 0:
+        return short_rows(query, key, value, short)
+    if sizes[0] == 0:
+        return long_rows(query, key, value, long)
+    q, k, v = (rows.split(sizes, dim=1) for rows in (query, key, value))
+    return torch.cat([short_rows(q[0], k[0], v[0], short), long_rows(q[1], k[1], v[1], long)], dim=1)
+
+
 def query_chunks(blocks: int, cost_per_block: int, budget: int) -> Iterator[tuple[int, int]]:
     """Cut the `blocks` query blocks of a document into ranges (first, end) of at most `budget` work.
 

@@ -14,6 +14,7 @@ by one.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from dualroute.attention.backend import triton_kernels
 from dualroute.attention.global_route import full_attention
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
-from dualroute.attention.layout import Stream
+from dualroute.attention.layout import Stream, attend_by_length
 
 QUERY_BLOCK = 64  # queries that share one view of the keys, at most; smaller wastes fewer masked keys
 MAX_CHUNK = 1 << 20  # elements of a chunk's keys: a chunk stays in the caches, and bounds the memory
@@ -35,28 +36,27 @@ def local_attention(
 ) -> Tensor:
     """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own.
 
-    Documents that fit into the window are attended to in full: there the two are the same thing.
+    Documents that fit into the window are attended to in full: there the two are the same thing. Up to twice
+    that length, causal attention in full behind a mask is still the faster one.
     """
     kernels = triton_kernels(query)
     if kernels is not None:
         return kernels.local_attention(query, key, value, stream, window=window, causal=causal)
-    short, long = stream.split(window // stream.block)
-    sizes = [short.num_slots, long.num_slots]
-    if sizes[1] == 0:
-        return full_attention(query, key, value, short, causal=causal)
-    if sizes[0] == 0:
-        return _banded(query, key, value, long, window, causal)
-    q, k, v = (rows.split(sizes, dim=1) for rows in (query, key, value))
-    return torch.cat(
-        [
-            full_attention(q[0], k[0], v[0], short, causal=causal),
-            _banded(q[1], k[1], v[1], long, window, causal),
-        ],
-        dim=1,
+    in_full = (2 * window if causal else window) // stream.block
+    return attend_by_length(
+        partial(full_attention, causal=causal, window=window if causal else None),
+        partial(_banded, window=window, causal=causal),
+        query,
+        key,
+        value,
+        stream,
+        in_full,
     )
 
 
-def _banded(query: Tensor, key: Tensor, value: Tensor, stream: Stream, window: int, causal: bool) -> Tensor:
+def _banded(
+    query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool
+) -> Tensor:
     band = _band(stream.block, window, causal)
     return _Banded.apply(query.contiguous(), key.contiguous(), value.contiguous(), stream, band)
 
