@@ -9,10 +9,10 @@ no window reaches it, not even through the layers (`layers * window`). A token's
 predecessor's too (a token shift, as in RWKV): what is measured is finding, and a model that must first learn
 to look one token back needs thousands of steps before it begins to search.
 
-Trained from scratch on doubling lengths (a curriculum that begins with `--start` tokens), with the same
-batches for every variant of a seed. "full then routed" trains 60 % of the steps in full mode and the rest
-routed. Reported is the share of right answers on fresh texts, at the trained length and at the `--evaluate`
-multiples.
+Trained from scratch on texts of `--start` tokens, which double whenever 90 % of the answers are right, and
+then for `--steps` more at `--length`; what is not there after `--patience` steps goes there all the same.
+"full then routed" learns in full mode and is routed in the second half of the last phase. Reported is the
+share of right answers on fresh texts, at the trained length and at the `--evaluate` multiples.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dualroute.model import DualRoutingTransformer, ModelConfig
 KEYS = VALUES = FILLER = 16
 MARK = KEYS + VALUES + FILLER  # one more id, for the passkey
 VOCABULARY = MARK + 1
+LEARNT = 0.9  # share of right answers at which the texts double
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense"},
@@ -155,41 +156,36 @@ def train(options: argparse.Namespace, variant: str, seed: int, device: torch.de
     generator = torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
     begin = time.perf_counter()
-    for step in range(options.steps):
+    length, learnt, last = min(options.start, options.length), 0.0, None
+    for step in range(options.patience + options.steps):
+        if last is None and (step >= options.patience or (length == options.length and learnt > LEARNT)):
+            length, last = options.length, step  # the last phase begins
+        elif last is None and learnt > LEARNT:
+            length, learnt = min(2 * length, options.length), 0.0
+        if last is not None and step - last == options.steps:
+            break
+        phase = (step - (last if last is not None else step)) / options.steps  # of the last phase, else 0
         if VARIANTS[variant].get("then"):
-            set_mode(model, "full" if step < options.steps * 0.6 else "routed")
-        length = length_at(step / options.steps, options.start, options.length)
+            set_mode(model, "full" if phase < 0.5 else "routed")
         rows = max(1, options.tokens // length)
         ids, labels = TASKS[options.task](rows, length, min(options.min_distance, length // 4), generator)
-        fall = max(0.05, min(1.0, (options.steps - step) / (options.steps * 0.2)))
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * min(1.0, (step + 1) / 50) * fall
+            group["lr"] = options.lr * min(1.0, (step + 1) / 50, max(0.05, 2 * (1 - phase)))
         logits, targets = answers(model, ids.to(device), labels.to(device))
         loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        right = float((logits.argmax(-1) == targets).float().mean())
+        learnt += (right - learnt) / 10
         if options.verbose and step % 50 == 0:
-            right = float((logits.argmax(-1) == targets).float().mean())
             taken = time.perf_counter() - begin
             print(
                 f"{variant} seed {seed} step {step} length {length} right {right:.3f} {taken:.0f} s",
                 flush=True,
             )
     return model, time.perf_counter() - begin
-
-
-def length_at(progress: float, start: int, length: int) -> int:
-    """Tokens of a text: `start` for 40 % of the steps, `length` in the last 30 %, doubling between."""
-    lengths = [start]
-    while lengths[-1] < length:
-        lengths.append(min(2 * lengths[-1], length))
-    if progress < 0.4 and len(lengths) > 1:
-        return start
-    between = lengths[1:-1]
-    share = int((progress - 0.4) / 0.3 * len(between))
-    return between[share] if share < len(between) else length
 
 
 def answers(model: DualRoutingTransformer, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +227,8 @@ def main() -> None:
         "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
     )
     parser.add_argument("--min_distance", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300, help="at the full length")
+    parser.add_argument("--patience", type=int, default=2000, help="steps by which it must be reached")
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--batches", type=int, default=8, help="of the evaluation")
     parser.add_argument("--lr", type=float, default=3e-3)
