@@ -42,8 +42,10 @@ class TrainConfig:
         max_tokens: Tokens of the whole run, rounded up to whole steps.
         precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed on CUDA.
         z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
-        activation_checkpointing: none, or full: keep only the input of each layer and compute the rest
-            again in the backward pass.
+        activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
+            (whole layers), or feed_forward (which keeps most and is quickly done again).
+        checkpoint_every_layers: Do so in every k-th layer only, the first included.
+        offload_activations: Keep what is kept in the memory of the host (CUDA only).
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
     """
 
@@ -53,13 +55,18 @@ class TrainConfig:
     max_tokens: int | None = None
     precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed"] = "32"
     z_loss: float = 0.0
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
+    checkpoint_every_layers: int = 1
+    offload_activations: bool = False
     val_every_steps: int = 100
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_tokens is not None:
             raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
-        for name in ("tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps"):
+        for name in (
+            "tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps",
+            "checkpoint_every_layers",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} is {value}: it must be at least 1")

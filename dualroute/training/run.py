@@ -38,6 +38,7 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import Checkpoint
+from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
     CheckpointConfig,
@@ -137,6 +138,8 @@ def check(config: PretrainConfig) -> Prepared:
     )
     if train.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError("train.precision 16-mixed needs a CUDA device: use bf16-mixed or 32 here")
+    if train.offload_activations and not torch.cuda.is_available():
+        raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     if train.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
@@ -199,24 +202,14 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     """The model of a run, with its seeded initial weights."""
     torch.manual_seed(config.seed)
     model = DualRoutingTransformer(config.model)
-    if config.train.activation_checkpointing == "full":
-        checkpoint_activations(model)
+    train = config.train
+    keep_fewer_activations(
+        model,
+        train.activation_checkpointing,
+        every=train.checkpoint_every_layers,
+        offload=train.offload_activations,
+    )
     return model
-
-
-def checkpoint_activations(model: DualRoutingTransformer) -> None:
-    """Keep only each layer's input for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    from torch.utils.checkpoint import checkpoint
-
-    for layer in model.layers:
-        forward = layer.forward
-
-        def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return _forward(*args, **kwargs)
-            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
-
-        layer.forward = recomputed
 
 
 def run_pretraining(config: PretrainConfig) -> None:
