@@ -22,11 +22,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dualroute.data.module import ShardDataModule
+from dualroute.data.reader import IGNORE_INDEX
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.losses import chunked_cross_entropy
 from dualroute.training.optim import OptimConfig, SpikeGuard, SpikeGuardConfig, build_optimizer, lr_at
+from dualroute.training.sequence import new_sequence_group
 from dualroute.training.step_guard import StepGuard, StepOutcome
 
 
@@ -137,6 +139,9 @@ class Pretrain(LightningModule):
         self._z_sum: Tensor | None = None  # of this rank in this step
         self._outcome: StepOutcome | None = None
 
+    def setup(self, stage: str) -> None:
+        self.model.share_sequences(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim_config)
 
@@ -153,7 +158,8 @@ class Pretrain(LightningModule):
         hidden = self.model.hidden_states(
             batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
         )
-        loss = partial(chunked_cross_entropy, labels=batch["labels"].flatten(), z_loss=z_loss)
+        labels = self.model.own_tokens(batch["labels"], IGNORE_INDEX)
+        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss)
         return self.model.head(hidden.flatten(0, 1), loss)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -52,6 +52,7 @@ from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
+from dualroute.training.sequence import check_sequence_parallel
 from dualroute.training.strategy import ParallelConfig, build_strategy
 
 
@@ -133,9 +134,8 @@ def check(config: PretrainConfig) -> Prepared:
             f"data.context {data.context} is longer than model.max_context {model.max_context}, the range "
             f"of its RoPE: lower the one or raise the other"
         )
-    accumulation = derive_accumulation(
-        train.tokens_per_batch, data.context, train.micro_batch, world.world_size
-    )
+    groups = check_sequence_parallel(config.parallel.sequence_parallel, world, model)
+    accumulation = derive_accumulation(train.tokens_per_batch, data.context, train.micro_batch, groups)
     if train.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError("train.precision 16-mixed needs a CUDA device: use bf16-mixed or 32 here")
     if train.offload_activations and not torch.cuda.is_available():
