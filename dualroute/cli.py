@@ -29,6 +29,12 @@ from dualroute.errors import UserError
 STAGES = {
     "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
     "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "estimate": (
+        "dualroute.estimate",
+        "EstimateConfig",
+        "estimate_command",
+        "memory, longest context and hours of a run",
+    ),
     "evaluate": (
         "dualroute.evaluate.perplexity",
         "EvaluateConfig",
