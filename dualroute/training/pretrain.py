@@ -48,6 +48,8 @@ class TrainConfig:
             (whole layers), or feed_forward (which keeps most and is quickly done again).
         checkpoint_every_layers: Do so in every k-th layer only, the first included.
         offload_activations: Keep what is kept in the memory of the host (CUDA only).
+        compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
+            of its own and stays as it is.  Needs a C++ compiler on a CPU.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
     """
 
@@ -60,6 +62,7 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
     checkpoint_every_layers: int = 1
     offload_activations: bool = False
+    compile: bool = False
     val_every_steps: int = 100
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,8 @@ def check(config: PretrainConfig) -> Prepared:
     accumulation = derive_accumulation(train.tokens_per_batch, data.context, train.micro_batch, groups)
     if train.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError("train.precision 16-mixed needs a CUDA device: use bf16-mixed or 32 here")
+    if train.compile:
+        _check_compile(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     if train.total_steps <= config.optim.warmup_steps:
@@ -163,6 +166,18 @@ def check(config: PretrainConfig) -> Prepared:
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
     return Prepared(config, world, output, module, tokenizer, accumulation, resume)
+
+
+def _check_compile(config: PretrainConfig) -> None:
+    if config.parallel.zero_stage == 3:
+        raise UserError(
+            "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
+            "the compiled code: use stage 2, or leave it out"
+        )
+    if config.train.activation_checkpointing == "feed_forward":
+        raise UserError("train.compile with activation_checkpointing feed_forward: use none or full")
+    if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
 
 
 def _tokenizer(data: ShardDataModule) -> Tokenizer:
@@ -209,6 +224,9 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
         every=train.checkpoint_every_layers,
         offload=train.offload_activations,
     )
+    if train.compile:
+        for layer in model.layers:
+            layer.ffn.compile()  # type: ignore[union-attr]
     return model
 
 
