@@ -24,6 +24,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dualroute import __version__
 from dualroute.errors import UserError
+from dualroute.training import stop_signal
 
 #: stage → (module that holds it, its configuration class, its function, one line of help)
 STAGES = {
@@ -167,15 +168,15 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the stage that ``arguments`` name; see :func:`main`."""
+def run(arguments: Sequence[str]) -> int:
+    """Run the stage that ``arguments`` name and return the exit status; see :func:`main`."""
     stage, *rest = arguments
     if stage not in STAGES:
         near = _nearest(stage, STAGES)
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
     config = parse_stage(stage, rest)
-    getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
+    return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config) or 0
 
 
 def usage() -> str:
@@ -193,8 +194,11 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``dualroute`` command; returns the exit status (2: the user can mend it)."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments[:1] == ["pretrain"]:
+            stop_signal.install()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -202,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dualroute {__version__}")
         return 0
     try:
-        run(arguments)
+        return run(arguments)
     except UserError as error:
         # a DataLoader's worker wraps the line in its own traceback; the line is the last one
         line = str(error).strip().splitlines()[-1]
@@ -212,7 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
