@@ -171,12 +171,17 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
 def run(arguments: Sequence[str]) -> int:
     """Run the stage that ``arguments`` name and return the exit status; see :func:`main`."""
     stage, *rest = arguments
+    if stage == "submit":
+        from dualroute.submit import submit
+
+        return submit(rest, parse_stage)
     if stage not in STAGES:
-        near = _nearest(stage, STAGES)
+        near = _nearest(stage, [*STAGES, "submit"])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
     config = parse_stage(stage, rest)
-    return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config) or 0
+    status = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
+    return status if isinstance(status, int) else 0
 
 
 def usage() -> str:
@@ -187,6 +192,7 @@ def usage() -> str:
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
             "",
             *lines,
+            "  submit     any of these as a job for Slurm",
             "",
             "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
         ]
