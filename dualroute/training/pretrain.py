@@ -152,10 +152,13 @@ class Pretrain(LightningModule):
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
         return lr_at(step, self.train_config.total_steps, self.optim_config)
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
+        if self.trainer.should_stop:
+            return -1  # Lightning's sign to leave the loop before this batch
         if self._micro_steps == 0:
             for group in self.trainer.optimizers[0].param_groups:
                 group["lr"] = self.learning_rate(self.trainer.global_step)
+        return None
 
     def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Any:
         hidden = self.model.hidden_states(

@@ -3,7 +3,7 @@
 1. Everything that can be wrong is found before anything starts: data, batch arithmetic, heads, context,
    folder, checkpoint (`check`).
 2. Model, data module, callbacks and Trainer are put together for this process's place in the world.
-3. The Trainer runs; a finished run says where everything lies.
+3. The Trainer runs, to the end or until Slurm wants the nodes back (:mod:`dualroute.training.preemption`).
 
     OUTPUT/config.yaml      what was run, every value resolved
     OUTPUT/checkpoints/     see dualroute.model.store
@@ -51,6 +51,7 @@ from dualroute.training.checkpoint import (
 from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
+from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
 from dualroute.training.sequence import check_sequence_parallel
@@ -230,8 +231,11 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     return model
 
 
-def run_pretraining(config: PretrainConfig) -> None:
+def run_pretraining(config: PretrainConfig) -> int:
     """Train, resume or recognise as finished; see the module's docstring.
+
+    Returns:
+        The exit status: 0 when all steps are done, `PREEMPTED` when a signal ended the run earlier.
 
     Raises:
         UserError: Anything that the person who started it can mend.
@@ -245,8 +249,8 @@ def run_pretraining(config: PretrainConfig) -> None:
     if prepared.resume is not None and prepared.resume.step >= total_steps:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
-        return
-    trainer, module = build_trainer(prepared)
+        return 0
+    trainer, module, preemption = build_trainer(prepared)
     if prepared.resume is not None:
         check_layout(prepared.resume, trainer)
         if world.rank == 0:
@@ -261,6 +265,7 @@ def run_pretraining(config: PretrainConfig) -> None:
         # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's own files need pickle
         weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
     )
+    return stop_for_requeue(trainer, preemption) if preemption.signal else 0
 
 
 def _quiet_lightning() -> None:
@@ -277,8 +282,8 @@ def resolved_yaml(config: PretrainConfig) -> str:
     return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
 
 
-def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain]:
-    """The Trainer of a run and the module that it trains."""
+def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain, Preemption]:
+    """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
     data = prepared.data
     module = Pretrain(
@@ -301,6 +306,10 @@ def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain]:
         precision=precision,
         accelerator=accelerator,
     )
+    publisher = CheckpointPublisher(
+        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+    )
+    preemption = Preemption(publisher)
     trainer = Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -320,12 +329,12 @@ def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain]:
             StepBoundary(),  # first: the others read what it writes
             Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config)),
             Progress(),
-            CheckpointPublisher(
-                output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
-            ),
+            publisher,
+            preemption,
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return trainer, module
+    leave_signals_to_us(trainer)
+    return trainer, module, preemption
