@@ -86,7 +86,7 @@ SlurmUser=root
 SlurmctldPort=${ports[0]}
 AuthType=auth/munge
 # a requeued job starts again as soon as its old credential has expired; Slurm's default is two minutes
-AuthInfo=socket=$dir/munge.socket,cred_expire=10
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
@@ -130,7 +130,9 @@ start_munge() {
     # munged writes its socket, lock and pid as its own user
     chmod 755 "$dir" "$dir/munge"
     ln -sfn munge/socket "$dir/munge.socket"
-    setpriv --reuid munge --regid munge --clear-groups munged --key-file="$dir/munge.key" \
+    local as_munge=(setpriv --reuid munge --regid munge --clear-groups)
+    "${as_munge[@]}" test -w "$dir/munge" || fail "the user munge cannot enter $dir: a folder above it is closed"
+    "${as_munge[@]}" munged --key-file="$dir/munge.key" \
         --socket="$dir/munge/socket" --pid-file="$dir/munge/pid" --log-file="$dir/munge/log" \
         --seed-file="$dir/munge/seed" || fail "munged did not start: see $dir/munge/log"
     ln -sfn munge/pid "$dir/munged.pid"

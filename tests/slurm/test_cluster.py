@@ -1,0 +1,169 @@
+"""Training as Slurm's job: on two nodes, in a chain, in an array, pre-empted, cancelled, failed."""
+
+import json
+import time
+
+import pytest
+import yaml
+
+from tests.conftest import write_corpus
+from tests.training.test_pretrain import curve, train
+
+pytestmark = pytest.mark.slow
+
+STEPS = 14
+RUN = {
+    "model": {
+        **{"dim": 32, "num_layers": 2, "num_heads": 4, "window": 8, "block": 16, "top_k": 1},
+        "global_mode": "routed",
+    },
+    "data": {"context": 64, "val_tokens": 512},
+    "train": {"micro_batch": 2, "tokens_per_batch": 512, "val_every_steps": 7, "max_steps": STEPS},
+    "optim": {"lr": 0.003, "warmup_steps": 4},
+    "checkpoint": {"every_steps": 4},
+    "monitor": {"log_every_steps": 1, "sample_every_steps": 0, "peak_tflops": 0.1},
+}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The folder from which jobs are submitted."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def configuration(folder, name, data, **train):
+    values = {**RUN, "output": f"runs/{name}", "data": {**RUN["data"], "path": str(data)}}
+    values["train"] = {**RUN["train"], **train}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def wait_for_step(output, step, seconds=120):
+    path = output / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        text = path.read_text() if path.exists() else ""
+        if f'"step": {step}, "event": "train"' in text:
+            return
+        time.sleep(0.05)
+    logs = "".join(log.read_text()[-2000:] for log in output.glob("slurm/*.out"))
+    raise AssertionError(f"{output} did not come to step {step}\n{logs}")
+
+
+@pytest.fixture(scope="module")
+def two_nodes(cluster, tiny_dataset, tmp_path_factory):
+    """The output of an unbroken run on both nodes."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        from dualroute.cli import main
+
+        config = configuration(folder, "two", tiny_dataset)
+        assert main(["submit", "pretrain", "--config", str(config), "--nodes", "2", "--time", "10"]) == 0
+    job = cluster.run("squeue", "--noheader", "--format=%A")
+    log = folder / "runs" / "two" / "slurm" / f"two-{job}.out"
+    done = cluster.wait(job, "COMPLETED", log=log)
+    assert (done["ExitCode"], done["NumNodes"], done["Restarts"]) == ("0:0", "2", "0")
+    assert "DeepSpeed ZeRO" in (folder / "runs/two/checkpoints/last/checkpoint.json").read_text()
+    return folder / "runs" / "two"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dataset, tmp_path_factory):
+    """The output of one process without Slurm."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train(tiny_dataset, output, STEPS, "--optim.lr", "0.003", "--monitor.sample_every_steps", "0")
+    return output
+
+
+def test_two_nodes_train_as_one_process_does(two_nodes, alone):
+    for event in ("train", "validation"):
+        ours, theirs = curve(two_nodes, event), curve(alone, event)
+        assert ours.keys() == theirs.keys()
+        assert max(abs(ours[step] - theirs[step]) for step in ours) <= 1e-5
+
+
+def test_a_chain_waits_for_a_stage_that_is_preempted(cluster, two_nodes, work, capsys, monkeypatch):
+    write_corpus(work / "corpus")
+    options = {"vocab_size": 320, "reserved_tokens": 0, "val_fraction": 0.1, "progress": False}
+    (work / "prepare.yaml").write_text(yaml.safe_dump({"corpus": "corpus", "output": "shards", **options}))
+    config = configuration(work, "chain", "shards")
+    prepare, pretrain, evaluate = cluster.submit(
+        capsys, monkeypatch, "pipeline", "--prepare", "prepare.yaml", "--config", config, "--nodes", 2,
+        "--time", 10,
+    )  # fmt: skip
+    output, log = work / "runs" / "chain", work / "runs" / "chain" / "slurm" / f"chain-{pretrain}.out"
+    wait_for_step(output, 5)
+    cluster.run("scancel", "--signal=USR1", pretrain)
+    cluster.wait(pretrain, "PENDING", log=log)
+    waiting = cluster.job(evaluate)
+    assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "Dependency")
+    done = cluster.wait(pretrain, "COMPLETED", log=log)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "1")
+    cluster.wait(evaluate, "COMPLETED")
+    assert cluster.job(prepare)["JobState"] == "COMPLETED"
+    said = log.read_text()
+    assert said.count("SIGUSR1: stopped after step") == said.count("resuming from") == 1
+    for event in ("train", "validation"):
+        assert curve(output, event) == curve(two_nodes, event)
+    measured = json.loads((output / "evaluation.json").read_text())["loss"]
+    assert measured == pytest.approx(curve(output, "validation")[STEPS], abs=0.3)
+
+
+def test_a_task_of_an_array_makes_room_for_a_more_urgent_job(
+    cluster, tiny_dataset, alone, work, capsys, monkeypatch
+):
+    """Slurm's own pre-emption.  The other task is done by then and must not be run again."""
+    configs = [configuration(work, "a", tiny_dataset, max_steps=5), configuration(work, "b", tiny_dataset)]
+    (array,) = cluster.submit(
+        capsys, monkeypatch, "sweep", "--config", *configs, "--time", 10, "--max_parallel", 1
+    )
+    wait_for_step(work / "runs" / "b", 3)
+    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "true")
+    cluster.wait(urgent, "COMPLETED")
+    states = [cluster.wait(f"{array}_{task}", "COMPLETED") for task in (0, 1)]
+    assert [state["Restarts"] for state in states] == ["0", "1"]
+    # the last task has the array's own number, under which Slurm would requeue all of it
+    assert states[1]["JobId"] == array
+    assert sorted(curve(work / "runs" / "a")) == list(range(1, 6))
+    assert curve(work / "runs" / "b") == curve(alone)
+
+
+def test_a_stopped_job_that_slurm_does_not_run_again_is_no_success(
+    cluster, tiny_dataset, work, capsys, monkeypatch
+):
+    fixed = configuration(work, "fixed", tiny_dataset, max_steps=2000)
+    cancelled = configuration(work, "cancelled", tiny_dataset, max_steps=2000)
+    (fixed_job,) = cluster.submit(
+        capsys, monkeypatch, "pretrain", "--config", fixed, "--time", 10, "--sbatch=--no-requeue"
+    )
+    (cancelled_job,) = cluster.submit(capsys, monkeypatch, "pretrain", "--config", cancelled, "--time", 10)
+    after = ["--parsable", "--kill-on-invalid-dep=yes", "--wrap", "true"]
+    followers = [
+        cluster.run("sbatch", f"--dependency=afterok:{job}", *after) for job in (fixed_job, cancelled_job)
+    ]
+    wait_for_step(work / "runs" / "fixed", 2)
+    wait_for_step(work / "runs" / "cancelled", 2)
+    cluster.run("scancel", "--signal=USR1", fixed_job)
+    cluster.run("scancel", cancelled_job)  # sends TERM: the run saves, and does not rise from the dead
+    assert cluster.wait(fixed_job, "FAILED")["ExitCode"] == "75:0"
+    for job in (cancelled_job, *followers):
+        assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
+    for name in ("fixed", "cancelled"):
+        assert (work / "runs" / name / "checkpoints" / "last" / "checkpoint.json").exists()
+
+
+def test_behind_a_failed_stage_nothing_runs(cluster, work, capsys, monkeypatch):
+    (work / "prepare.yaml").write_text(yaml.safe_dump({"corpus": "nothing", "output": "shards"}))
+    config = configuration(work, "chain", "shards")
+    jobs = cluster.submit(
+        capsys, monkeypatch, "pipeline", "--prepare", "prepare.yaml", "--config", config, "--time", 10
+    )
+    assert cluster.wait(jobs[0], "FAILED")["ExitCode"] == "2:0"  # of a mistake that the user can mend
+    assert [cluster.wait(job, "CANCELLED")["Reason"] for job in jobs[1:]] == ["DependencyNeverSatisfied"] * 2
+    assert not (work / "runs" / "chain" / "metrics.jsonl").exists()

@@ -1,0 +1,142 @@
+"""``dualroute submit``: what it refuses before anything is queued, and the scripts that it writes."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dualroute import submit
+from dualroute.cli import main
+from dualroute.errors import UserError
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The folder from which jobs are submitted, on a machine without Slurm."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bash", "dirname"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(f"/bin/{name}")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+def configuration(folder, data, name="run", **values):
+    values = {
+        "output": f"runs/{name}",
+        "data": {"path": str(data), "context": 64},
+        "train": {"micro_batch": 2, "tokens_per_batch": 512, "max_steps": 10},
+        **values,
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def scripts(capsys, *arguments):
+    assert main(["submit", arguments[0], "--dry-run", *map(str, arguments[1:])]) == 0
+    text = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    return ["#!/bin/bash" + script for script in text.split("#!/bin/bash")[1:]]
+
+
+def refused(capsys, *arguments):
+    assert main(["submit", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_job_has_the_resources_that_were_asked_for(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset, "my run")
+    (script,) = scripts(
+        capsys, "pretrain", "--config", config, "--nodes", 2, "--gpus_per_node", 2, "--cpus_per_task", 8,
+        "--time", "2-00:00:00", "--partition", "gpu", "--sbatch=--constraint=a100",
+    )  # fmt: skip
+    lines = set(re.findall(r"^#SBATCH (.*)$", script, re.M))
+    assert lines >= {
+        "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=8", "--time=2-00:00:00",
+        "--partition=gpu", "--constraint=a100", "--signal=USR1@120", "--requeue", "--open-mode=append",
+        "--job-name=my_run", f"--output='{work}/runs/my run/slurm/%x-%j.out'",
+    }  # fmt: skip
+    # the training is the last command: its exit status is the job's
+    assert (
+        script.rstrip()
+        .splitlines()[-1]
+        .endswith(f"{sys.executable} -m dualroute pretrain --config {shlex.quote(config)}")
+    )
+    assert not (work / "runs").exists()
+
+
+def test_on_cpus_a_node_has_one_process_and_options_of_the_stage_follow(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)
+    prompt = "it's a $HOME"
+    (script,) = scripts(
+        capsys, "pretrain", "--config", config, "--", "--monitor.sample_prompts", f'["{prompt}"]'
+    )
+    assert "--ntasks-per-node=1" in script
+    assert "gpus" not in re.sub(r"^#  .*$", "", script, flags=re.M)
+    words = shlex.split(script.rstrip().splitlines()[-1])
+    assert words[-1] == f'["{prompt}"]'
+
+
+def test_a_chain_is_prepared_trained_and_evaluated(work, capsys):
+    config = configuration(work, "shards")
+    (work / "prepare.yaml").write_text("output: shards")
+    chain = scripts(capsys, "pipeline", "--prepare", "prepare.yaml", "--config", config, "--gpus_per_node", 4)
+    commands = [script.rstrip().splitlines()[-1].partition(" -m dualroute ")[2] for script in chain]
+    assert [command.split()[0] for command in commands] == ["prepare", "pretrain", "evaluate"]
+    assert commands[2].startswith("evaluate --checkpoint runs/run --data shards")
+    gpus = [re.search(r"^#SBATCH --gpus-per-node=(\d)", script, re.M)[1] for script in chain]
+    assert gpus == ["1", "4", "1"]
+
+
+def test_a_sweep_has_a_task_for_each_file(work, tiny_dataset, capsys):
+    files = [configuration(work, tiny_dataset, name) for name in ("a", "b", "c")]
+    (script,) = scripts(capsys, "sweep", "--config", *files, "--max_parallel", 2)
+    assert "#SBATCH --array=0-2%2" in script
+    assert re.findall(r"^    (\S+\.yaml)$", script, re.M) == files
+
+
+def test_what_cannot_run_is_not_queued(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)
+    assert "--config" in refused(capsys, "pretrain")
+    assert "--nodes is 0" in refused(capsys, "pretrain", "--config", config, "--nodes", 0)
+    assert "--time soon" in refused(capsys, "pretrain", "--config", config, "--time", "soon")
+    # 512 tokens are 8 windows, which 3 nodes cannot share
+    assert "512" in refused(capsys, "pretrain", "--config", config, "--nodes", 3)
+    assert "did you mean 'train.max_steps'" in refused(
+        capsys, "pretrain", "--config", config, "--", "--train.max_stepz", 3
+    )
+    missing = configuration(work, "nowhere", "missing")
+    assert "nowhere" in refused(capsys, "pretrain", "--config", missing)
+    assert "give each its own" in refused(capsys, "sweep", "--config", config, config)
+    assert "--prepare" in refused(capsys, "pipeline", "--config", config)
+    (work / "prepare.yaml").write_text("output: elsewhere")
+    line = refused(capsys, "pipeline", "--prepare", "prepare.yaml", "--config", config)
+    assert "elsewhere" in line
+    assert str(tiny_dataset) in line
+    assert "no sbatch here" in refused(capsys, "pretrain", "--config", config)
+
+
+def test_a_template_of_ones_own_may_not_ask_for_what_is_unknown(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)
+    (work / "mine.sbatch").write_text("#!/bin/bash\n#SBATCH --nodes=@NODES@\nmodule load cuda\n@TRAIN@\n")
+    line = refused(capsys, "pretrain", "--config", config, "--template", work / "mine.sbatch")
+    assert "mine.sbatch has @TRAIN@" in line
+    assert "ARGUMENTS" in line
+    with pytest.raises(UserError, match=r"none\.sbatch cannot be read"):
+        submit.render("pretrain.sbatch", {}, work / "none.sbatch")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sweep", "stage"])
+def test_every_variable_of_a_template_is_explained_at_its_head(name):
+    folder = submit.template_folder()
+    text = (folder / f"{name}.sbatch").read_text()
+    head = text[: text.index("#SBATCH")]
+    if name != "pretrain":
+        assert "pretrain.sbatch" in head
+        head += (folder / "pretrain.sbatch").read_text().partition("#SBATCH")[0]
+    for variable in set(re.findall(r"@([A-Z_]+)@", text)):
+        assert re.search(rf"^#   {variable}\b|^#   .*\b{variable},", head, re.M), variable
