@@ -57,6 +57,15 @@ class Route(NamedTuple):
         return f"{self.window}/{self.block}/{self.top_k}"
 
 
+class Point(NamedTuple):
+    """One measurement of a plot: forward and backward of one attention at one length."""
+
+    length: int
+    ratio: float
+    seconds: float
+    operations: float
+
+
 def dense(shape: Shape, backward: bool) -> Callable[[], Any]:
     """One call of dense attention; packed documents are its batch, which is the best that it can do."""
     rows = shape.document or shape.length
@@ -149,7 +158,7 @@ def flops(length: int, heads: int, head_dim: int, route: Route | None, backward:
 def speed(options: argparse.Namespace, device: torch.device) -> None:
     """Time, ratio, share of the ceiling and peak memory at each length."""
     rows = []
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, list[Point]] = {}
     for length, name in itertools.product(options.lengths, options.dtypes):
         shape = Shape(length, options.heads, options.head_dim, getattr(torch, name), device)
         routes = [_route(options, text) for text in options.routes]
@@ -169,8 +178,11 @@ def speed(options: argparse.Namespace, device: torch.device) -> None:
                 ceiling = 1.0
                 if route is not None:
                     ceiling = 2 * dense_pairs(length) / sum(exact_pairs(length, route))
-                    points.setdefault(f"{which}, {kind}, {name}", []).append((length, ratio))
-                rate = flops(length, options.heads, options.head_dim, route, backward) / times[which] / 1e9
+                operations = flops(length, options.heads, options.head_dim, route, backward)
+                rate = operations / times[which] / 1e9
+                if backward:
+                    point = Point(length, ratio, times[which], operations)
+                    points.setdefault(f"{which}, {name}", []).append(point)
                 rows.append(
                     {
                         "tokens": f"{length:,}",
@@ -187,7 +199,7 @@ def speed(options: argparse.Namespace, device: torch.device) -> None:
                 )
     title = f"{options.heads} heads of {options.head_dim}; window/block/top_k, {options.router} router"
     show(title, rows, options.output, "speed")
-    _plot_ratios(points, options.output)
+    _plot_speed(points, options.output)
 
 
 def packed(options: argparse.Namespace, device: torch.device) -> None:
@@ -269,7 +281,8 @@ def sweep(options: argparse.Namespace, device: torch.device) -> None:
     _plot_sweep(rows, options.output)
 
 
-def _plot_ratios(points: dict[str, list[tuple[int, float]]], output: Path | None) -> None:
+def _plot_speed(points: dict[str, list[Point]], output: Path | None) -> None:
+    """Ratio to dense, and time against the growth of the operations, forward and backward."""
     if output is None:
         return
     import matplotlib
@@ -277,16 +290,24 @@ def _plot_ratios(points: dict[str, list[tuple[int, float]]], output: Path | None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for name, line in points.items():
-        axes.plot(*zip(*line, strict=True), marker="o", label=name)
-    axes.axhline(1, color="grey", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="times faster than dense attention")
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3, which="both")
+        lengths = [point.length for point in line]
+        if not name.startswith("dense"):
+            left.plot(lengths, [point.ratio for point in line], marker="o", label=name)
+        (drawn,) = right.plot(lengths, [point.seconds for point in line], "o", label=name)
+        scale = line[-1].seconds / line[-1].operations
+        predicted = [point.operations * scale for point in line]
+        right.plot(lengths, predicted, "--", color=drawn.get_color(), linewidth=1)
+    left.axhline(1, color="grey", linewidth=1)
+    left.set(yscale="log", xlabel="tokens", ylabel="times faster than dense attention")
+    right.set(yscale="log", xlabel="tokens", ylabel="seconds; dashed: operations, scaled to the longest")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
-    figure.savefig(output / "speed.png", dpi=120)
+    figure.savefig(output / "speed.png", dpi=100)
 
 
 def _plot_sweep(rows: list[dict[str, str]], output: Path | None) -> None:

@@ -128,7 +128,9 @@ def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTr
         tie_embeddings=False,
         rope_theta=options.theta,
         window=options.window,
-        **{"global_mode": "routed", "block": options.block, "top_k": options.top_k, **changes},
+        block=options.block,
+        top_k=options.top_k,
+        **{"global_mode": "routed", "sub_block": options.sub_block, **changes},
     )
     torch.manual_seed(seed)
     model = DualRoutingTransformer(config)
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--sub_block", type=int, default=16)
     parser.add_argument("--top_k", type=int, default=4)
     parser.add_argument("--theta", type=float, default=1e6, help="base of the rotary embedding")
     parser.add_argument("--threads", type=int)

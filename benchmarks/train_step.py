@@ -1,22 +1,28 @@
 """Time of one training step (forward, loss, backward) with DualRouting against dense attention.
 
     python benchmarks/train_step.py --preset 5m --contexts 1024 4096 8192
+    python benchmarks/train_step.py --preset 5m --contexts 4096 --variants "dual, routed" \
+        --activations none full full/2 feed_forward
 
 Equal parameters, equal tokens per step, interleaved in one run, medians; the ratio is dense / variant, above
 1 where the variant is faster. Dense attention is torch's scaled_dot_product_attention(is_causal=True).
+`--activations` adds activation checkpointing (full/2: every second layer) and the peak memory of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from measure import medians, prepare, show
+from measure import medians, peak_mebibytes, prepare, show
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.losses import chunked_cross_entropy
 
 VARIANTS = {
@@ -45,6 +51,17 @@ def step(model: DualRoutingTransformer, ids: torch.Tensor, bf16: bool) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def prepared_step(
+    options: argparse.Namespace, context: int, variant: str, activations: str, bf16: bool
+) -> Callable[[], None]:
+    """The step of a new model on random tokens."""
+    model = build(options.preset, options.vocab_size, context + 1, **VARIANTS[variant]).to(options.device)
+    what, _, every = activations.partition("/")
+    keep_fewer_activations(model, what, every=int(every or 1))
+    ids = torch.randint(options.vocab_size, (max(1, options.tokens // context), context + 1))
+    return partial(step, model, ids.to(options.device), bf16)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="5m", help="a file of configs/model")
@@ -52,6 +69,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--precisions", nargs="+", default=["32"], choices=("32", "bf16-mixed"))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--activations", nargs="+", default=["none"], help="none, full, full/K, feed_forward")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -60,27 +79,24 @@ def main() -> None:
     device = prepare(options.threads, options.device)
 
     rows = []
-    for context in options.contexts:
-        ids = torch.randint(options.vocab_size, (max(1, options.tokens // context), context + 1)).to(device)
-        models = {
-            name: build(options.preset, options.vocab_size, context + 1, **changes).to(device)
-            for name, changes in VARIANTS.items()
-        }
-        for precision in options.precisions:
-            works = {
-                name: partial(step, model, ids, precision == "bf16-mixed") for name, model in models.items()
-            }
-            times = medians(works, options.repeats, device)
-            for name, taken in times.items():
-                rows.append(
-                    {
-                        "context": f"{context:,}",
-                        "precision": precision,
-                        "attention": name,
-                        "tokens/s": f"{ids.shape[0] * context / taken:,.0f}",
-                        "ratio to dense": f"{times['dense'] / taken:.2f}",
-                    }
-                )
+    for context, precision in itertools.product(options.contexts, options.precisions):
+        cases = list(itertools.product(options.variants, options.activations))
+        arguments = {case: (options, context, *case, precision == "bf16-mixed") for case in cases}
+        works = {" ".join(case): prepared_step(*given) for case, given in arguments.items()}
+        times = dict(zip(cases, medians(works, options.repeats, device).values(), strict=True))
+        tokens = max(1, options.tokens // context) * context
+        for variant, activations in cases:
+            taken = times[variant, activations]
+            row = {"context": f"{context:,}", "precision": precision, "attention": variant}
+            row["tokens/s"] = f"{tokens / taken:,.0f}"
+            if "dense" in options.variants:
+                row["ratio to dense"] = f"{times['dense', activations] / taken:.2f}"
+            if len(options.activations) > 1:
+                row["activations"] = activations
+                row["time"] = f"{taken / times[variant, options.activations[0]]:.2f}"
+                peak = peak_mebibytes(prepared_step, *arguments[variant, activations], device=device)
+                row["peak MiB"] = f"{peak:.0f}"
+            rows.append(row)
     show(f"training step of {options.preset}", rows, options.output, "train_step")
 
 

@@ -24,11 +24,18 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dualroute import __version__
 from dualroute.errors import UserError
+from dualroute.training import stop_signal
 
 #: stage → (module that holds it, its configuration class, its function, one line of help)
 STAGES = {
     "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
     "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "estimate": (
+        "dualroute.estimate",
+        "EstimateConfig",
+        "estimate_command",
+        "memory, longest context and hours of a run",
+    ),
     "evaluate": (
         "dualroute.evaluate.perplexity",
         "EvaluateConfig",
@@ -182,15 +189,20 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Run the stage that ``arguments`` name; see :func:`main`."""
+def run(arguments: Sequence[str]) -> int:
+    """Run the stage that ``arguments`` name and return the exit status; see :func:`main`."""
     stage, *rest = arguments
+    if stage == "submit":
+        from dualroute.submit import submit
+
+        return submit(rest, parse_stage)
     if stage not in STAGES:
-        near = _nearest(stage, STAGES)
+        near = _nearest(stage, [*STAGES, "submit"])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
     config = parse_stage(stage, rest)
-    getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
+    status = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
+    return status if isinstance(status, int) else 0
 
 
 def usage() -> str:
@@ -201,6 +213,7 @@ def usage() -> str:
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
             "",
             *lines,
+            "  submit     any of these as a job for Slurm",
             "",
             "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
         ]
@@ -208,8 +221,11 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``dualroute`` command; returns the exit status (2: the user can mend it)."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments[:1] == ["pretrain"]:
+            stop_signal.install()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -217,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dualroute {__version__}")
         return 0
     try:
-        run(arguments)
+        return run(arguments)
     except UserError as error:
         # a DataLoader's worker wraps the line in its own traceback; the line is the last one
         line = str(error).strip().splitlines()[-1]
@@ -227,7 +243,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

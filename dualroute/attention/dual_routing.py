@@ -32,6 +32,7 @@ from dualroute.attention.options import (
 from dualroute.attention.rope import rotary_table, rotate
 from dualroute.attention.routed import Routing
 from dualroute.attention.router import ROUTERS
+from dualroute.attention.sequence_parallel import Group, gather_heads, scatter_heads
 from dualroute.attention.statistics import routing_statistics
 
 
@@ -68,6 +69,10 @@ class DualRouting(nn.Module):
         collect_statistics: set it to have the next forward fill `statistics` (see `statistics`, plus
             `gate_global` and `gate_local`, the mean gates; 1 without a gate). Without global heads only the
             gates are there.
+        sequence_group: P ranks that share every text (see `sequence_parallel`), None = this one alone. The
+            hidden states of `forward` are then this rank's n/P tokens; layout, positions, segment_ids and
+            attention_mask stay those of all n. The heads of each route, and their key heads, must be
+            multiples of P. Statistics are those of this rank's heads; a cache is filled by each rank alone.
 
     Raises:
         ValueError: an argument is out of range or contradicts another one.
@@ -130,6 +135,7 @@ class DualRouting(nn.Module):
         self.gate_weight = nn.Parameter(torch.zeros(heads, dim)) if gate else None
         self.collect_statistics = False
         self.statistics: dict[str, Tensor] = {}
+        self.sequence_group: Group | None = None
 
     def _qkv(self, heads: int) -> nn.Linear | None:
         if heads == 0:
@@ -175,6 +181,10 @@ class DualRouting(nn.Module):
             padding.
         """
         batch, length, _ = hidden_states.shape
+        group = self.sequence_group if cache is None else None
+        if group is not None:
+            self._check_sequence_group(group)
+            length *= group.size()
         if cache is not None:
             if layout is not None or segment_ids is not None or attention_mask is not None:
                 raise ValueError(
@@ -201,13 +211,25 @@ class DualRouting(nn.Module):
         if self.local_qkv is not None:
             outputs.append(self._local(hidden_states, layout, positions, cache))
         heads = torch.cat([out.transpose(0, 1) for out in outputs], dim=1)  # (S, H, d)
-        return self._combine(layout.from_stream(heads.flatten(1)), hidden_states)
+        rows = layout.from_stream(heads.flatten(1))  # (B, n, H * d)
+        if group is not None:
+            of_routes = [count for count in (self.global_heads, self.local_heads) if count]
+            rows = gather_heads(rows.unflatten(-1, (-1, self.head_dim)), group, of_routes).flatten(2)
+        return self._combine(rows, hidden_states)
+
+    def _check_sequence_group(self, group: Group) -> None:
+        for name, heads in (("global_heads", self.global_heads), ("local_heads", self.local_heads)):
+            if heads // self.group % group.size():
+                raise ValueError(
+                    f"{name}={heads} with {self.group} query heads per key head cannot be divided among the "
+                    f"{group.size()} ranks of sequence_group: the key heads of each route must be a multiple"
+                )
 
     def _global(
         self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         assert self.global_qkv is not None
-        query, key, value = self._heads(self.global_qkv, hidden_states, layout, positions)
+        query, key, value = self._heads(self.global_qkv, hidden_states, layout, positions, cache is None)
         max_exact_blocks = self.max_exact_blocks
         if cache is not None and cache.global_cache is not None:
             cache.global_cache.append(_cache_rows(key, layout), _cache_rows(value, layout))
@@ -236,16 +258,30 @@ class DualRouting(nn.Module):
         self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         assert self.local_qkv is not None
-        query, key, value = self._heads(self.local_qkv, hidden_states, layout, positions)
+        query, key, value = self._heads(self.local_qkv, hidden_states, layout, positions, cache is None)
         if cache is not None and cache.local_cache is not None:
             cache.local_cache.append(_cache_rows(key, layout), _cache_rows(value, layout))
         return local_attention(query, key, value, layout.stream, window=self.window, causal=self.causal)
 
     def _heads(
-        self, projection: nn.Linear, hidden_states: Tensor, layout: Layout, positions: Tensor | None
+        self,
+        projection: nn.Linear,
+        hidden_states: Tensor,
+        layout: Layout,
+        positions: Tensor | None,
+        divided: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (H, S, d), keys and values (H_kv, S, d) of one route on the stream, rotated."""
-        rows = layout.to_stream(projection(hidden_states))  # (S, (H + 2 H_kv) d)
+        """Queries (H, S, d), keys and values (H_kv, S, d) of one route on the stream, rotated.
+
+        With a sequence group, `divided` and H / P heads.
+        """
+        rows = projection(hidden_states)  # (B, n, (H + 2 H_kv) d)
+        if divided and self.sequence_group is not None:
+            rows = rows.unflatten(-1, (-1, self.head_dim))
+            kv_heads = rows.shape[2] // (self.group + 2)
+            sections = [kv_heads * self.group, kv_heads, kv_heads]
+            rows = scatter_heads(rows, self.sequence_group, sections).flatten(2)
+        rows = layout.to_stream(rows)
         table = layout.rotary_table(positions, self.head_dim, self.rope_theta, rows.dtype)
         return self._rotated_heads(rows, table)
 

@@ -6,7 +6,6 @@ Alone it looks at this machine and lets two local processes talk; under ``torchr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -55,8 +54,8 @@ def verdicts(config: DoctorConfig, world: World) -> Iterator[Verdict]:
         yield from guarded("smoke", smoke)
 
 
-def doctor(config: DoctorConfig) -> None:
-    """Print the verdicts; SystemExit(1) when one of them is FAIL."""
+def doctor(config: DoctorConfig) -> int:
+    """Print the verdicts; the exit status is 1 when one of them is FAIL."""
     world = detect_world()
     failed = False
     for verdict in verdicts(config, world):
@@ -64,5 +63,4 @@ def doctor(config: DoctorConfig) -> None:
         if world.rank == 0 or verdict.level == "FAIL":
             where = f"rank {world.rank}: " if world.rank else ""
             print(f"{where}{verdict}", flush=True)
-    if failed:
-        sys.exit(1)
+    return 1 if failed else 0

@@ -12,9 +12,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention import Layout
+from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.heads import NextTokenHead
@@ -40,6 +42,7 @@ class DualRoutingTransformer(nn.Module):
             raise UserError("model.vocab_size is null: give it, or a data set whose tokenizer says it")
         config = config.resolved()
         self.config = config
+        self.sequence_group: Group | None = None  # see share_sequences
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -84,16 +87,28 @@ class DualRoutingTransformer(nn.Module):
             caches: One cache per layer from :meth:`new_caches`; the tokens continue what it holds.
 
         Returns:
-            (B, n, dim).
+            (B, n, dim); with a sequence group those of this rank's tokens, as :meth:`own_tokens` cuts them.
         """
-        batch, length = input_ids.shape
         if attention_mask is None and segment_ids is not None:
             attention_mask = segment_ids != 0
+        if self.sequence_group is not None and caches is None:
+            return self._divided_hidden_states(input_ids, segment_ids, positions, attention_mask)
         hidden = self.embedding(input_ids)
         if caches is not None:
             for layer, cache in zip(self.layers, caches, strict=True):
                 hidden = layer(hidden, positions=positions, cache=cache)
             return self.norm(hidden)
+        return self._through_layers(hidden, input_ids, segment_ids, positions, attention_mask)
+
+    def _through_layers(
+        self,
+        hidden: Tensor,
+        input_ids: Tensor,
+        segment_ids: Tensor | None,
+        positions: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        batch, length = input_ids.shape
         layout = Layout.build(
             batch,
             length,
@@ -105,6 +120,46 @@ class DualRoutingTransformer(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, layout=layout, positions=positions)
         return self.norm(hidden)
+
+    # ------------------------------------------------------------------ sequence parallelism
+
+    def share_sequences(self, group: Group | None) -> None:
+        """Divide every text among the ranks of ``group`` from now on; null ends it.  Decoding stays whole.
+
+        All ranks of the group must be given the same inputs, whole; each embeds and holds its own tokens.
+        """
+        self.sequence_group = group
+        for layer in self.layers:
+            layer.attention.sequence_group = group  # type: ignore[union-attr]
+
+    def own_tokens(self, rows: Tensor, fill: float = 0) -> Tensor:
+        """This rank's consecutive part, (B, ceil(n / P), ...), of (B, n, ...), filled up at the end."""
+        if self.sequence_group is None:
+            return rows
+        padded = self._padded(rows, fill)
+        return padded.chunk(self.sequence_group.size(), dim=1)[self.sequence_group.rank()]
+
+    def _padded(self, rows: Tensor, fill: float) -> Tensor:
+        assert self.sequence_group is not None
+        missing = -rows.shape[1] % self.sequence_group.size()
+        return F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, missing), value=fill)
+
+    def _divided_hidden_states(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None,
+        positions: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        ids = self._padded(input_ids, 0)
+        if ids.shape != input_ids.shape:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+            attention_mask = self._padded(attention_mask, 0)
+            segment_ids = None if segment_ids is None else self._padded(segment_ids, 0)
+            positions = None if positions is None else self._padded(positions, 0)
+        hidden = self.embedding(self.own_tokens(input_ids))
+        return self._through_layers(hidden, ids, segment_ids, positions, attention_mask)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Next-token logits (B, n, V); arguments as in :meth:`hidden_states`."""

@@ -76,10 +76,13 @@ class CheckpointPublisher(Callback):
         self._published = trainer.global_step or None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step % self.config.every_steps == 0 and not self.validation_follows(trainer):
+            self.publish(trainer, pl_module)
+
+    def validation_follows(self, trainer: Trainer) -> bool:
+        """Inside ``on_train_batch_end``: whether the step that was just done is validated next."""
         step = trainer.global_step
-        validation_follows = step % self.val_every_steps == 0 or step == trainer.max_steps
-        if step % self.config.every_steps == 0 and not validation_follows:
-            self._publish(trainer, pl_module)
+        return step % self.val_every_steps == 0 or step == trainer.max_steps
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -87,9 +90,10 @@ class CheckpointPublisher(Callback):
         step = trainer.global_step
         self._val_loss = (step, pl_module.validation_metrics["loss"])
         if step % self.config.every_steps == 0 or step == trainer.max_steps:
-            self._publish(trainer, pl_module)
+            self.publish(trainer, pl_module)
 
-    def _publish(self, trainer: Trainer, pl_module: Any) -> None:
+    def publish(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write and publish the checkpoint of this step, unless that is done.  All ranks, between steps."""
         step = trainer.global_step
         if step == self._published:
             return

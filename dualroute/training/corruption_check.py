@@ -58,16 +58,13 @@ class CorruptionCheck(Callback):
         if not self.every_steps or step % self.every_steps or not pl_module.at_first_micro_batch:
             return
         first, second = (digest(trainer, pl_module, batch) for _ in range(2))
-        corrupted = repeatable = True
-        if first == second:
-            corrupted = False
-        else:
-            repeatable = digest(trainer, pl_module, batch) in (first, second)
-        flags = torch.zeros(2, trainer.world_size, device=trainer.strategy.root_device)
-        flags[:, trainer.global_rank] = torch.tensor([corrupted and repeatable, not repeatable])
-        bad, unrepeatable = (
-            row.nonzero().flatten().tolist() for row in trainer.strategy.reduce(flags, reduce_op="sum")
-        )
+        differing = _ranks(trainer, first != second)
+        if not differing:
+            return
+        # on all ranks: a forward pass may need all of them
+        third = digest(trainer, pl_module, batch)
+        unrepeatable = _ranks(trainer, first != second and third not in (first, second))
+        bad = [rank for rank in differing if rank not in unrepeatable]
         if unrepeatable:
             rank_zero_warn(
                 f"watchdog.sdc_check_every_steps: three runs of a micro-batch gave three results on rank(s) "
@@ -88,6 +85,14 @@ class CorruptionCheck(Callback):
             raise SilentCorruption(message)
         if here or 0 in ranks:
             print(f"dualroute: warning: {message}", flush=True)
+
+
+def _ranks(trainer: Trainer, flag: bool) -> list[int]:
+    """Ranks on which ``flag`` is set; known to all of them."""
+    flags = torch.zeros(trainer.world_size, device=trainer.strategy.root_device)
+    flags[trainer.global_rank] = float(flag)
+    found: list[int] = trainer.strategy.reduce(flags, reduce_op="sum").nonzero().flatten().tolist()
+    return found
 
 
 def digest(trainer: Trainer, pl_module: Pretrain, batch: Any) -> tuple[int, ...]:

@@ -37,6 +37,8 @@ class ParallelConfig:
         offload_optimizer: keep optimizer state and its arithmetic in the memory of the host (ZeRO 1-3).
         offload_parameters: keep parameters there too (ZeRO 3 only).
         deepspeed_config: a DeepSpeed configuration, JSON or YAML, merged on top of ours.
+        sequence_parallel: ranks that share each text (Ulysses): the context per rank is data.context divided
+            by it; the heads of each route must be a multiple of it.
         timeout_minutes: how long a rank waits for the others before it gives up.
     """
 
@@ -45,6 +47,7 @@ class ParallelConfig:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     deepspeed_config: str | None = None
+    sequence_parallel: int = 1
     timeout_minutes: float = 30.0
 
 
@@ -122,7 +125,8 @@ def _precision_sections(precision: str, stage: int) -> dict[str, Any]:
 
 # Keys of a DeepSpeed configuration that would break the run, each with the reason and the remedy.
 _REFUSED = {
-    "sequence_parallel_size": "DeepSpeed takes it but then trains wrongly (another loss): remove it",
+    "sequence_parallel_size": "DeepSpeed takes it but then trains wrongly (another loss): use "
+    "parallel.sequence_parallel instead",
     "data_parallel_size": "DeepSpeed takes it but then trains wrongly (another loss): remove it",
     "optimizer": "the optimizer is set by the optimizer section of the run: remove it",
     "scheduler": "the learning-rate schedule is set by the optimizer section of the run: remove it",

@@ -22,11 +22,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dualroute.data.module import ShardDataModule
+from dualroute.data.reader import IGNORE_INDEX
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.losses import chunked_cross_entropy
 from dualroute.training.optim import OptimConfig, SpikeGuard, SpikeGuardConfig, build_optimizer, lr_at
+from dualroute.training.sequence import new_sequence_group
 from dualroute.training.step_guard import StepGuard, StepOutcome
 
 
@@ -42,8 +44,12 @@ class TrainConfig:
         max_tokens: Tokens of the whole run, rounded up to whole steps.
         precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed on CUDA.
         z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
-        activation_checkpointing: none, or full: keep only the input of each layer and compute the rest
-            again in the backward pass.
+        activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
+            (whole layers), or feed_forward (which keeps most and is quickly done again).
+        checkpoint_every_layers: Do so in every k-th layer only, the first included.
+        offload_activations: Keep what is kept in the memory of the host (CUDA only).
+        compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
+            of its own and stays as it is.  Needs a C++ compiler on a CPU.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
     """
 
@@ -53,13 +59,19 @@ class TrainConfig:
     max_tokens: int | None = None
     precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed"] = "32"
     z_loss: float = 0.0
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
+    checkpoint_every_layers: int = 1
+    offload_activations: bool = False
+    compile: bool = False
     val_every_steps: int = 100
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.max_tokens is not None:
             raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
-        for name in ("tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps"):
+        for name in (
+            "tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps",
+            "checkpoint_every_layers",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name} is {value}: it must be at least 1")
@@ -130,6 +142,9 @@ class Pretrain(LightningModule):
         self._z_sum: Tensor | None = None  # of this rank in this step
         self._outcome: StepOutcome | None = None
 
+    def setup(self, stage: str) -> None:
+        self.model.share_sequences(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim_config)
 
@@ -137,16 +152,20 @@ class Pretrain(LightningModule):
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
         return lr_at(step, self.train_config.total_steps, self.optim_config)
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
+        if self.trainer.should_stop:
+            return -1  # Lightning's sign to leave the loop before this batch
         if self._micro_steps == 0:
             for group in self.trainer.optimizers[0].param_groups:
                 group["lr"] = self.learning_rate(self.trainer.global_step)
+        return None
 
     def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Any:
         hidden = self.model.hidden_states(
             batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
         )
-        loss = partial(chunked_cross_entropy, labels=batch["labels"].flatten(), z_loss=z_loss)
+        labels = self.model.own_tokens(batch["labels"], IGNORE_INDEX)
+        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss)
         return self.model.head(hidden.flatten(0, 1), loss)
 
     @property

@@ -3,7 +3,7 @@
 1. Everything that can be wrong is found before anything starts: data, batch arithmetic, heads, context,
    folder, checkpoint (`check`).
 2. Model, data module, callbacks and Trainer are put together for this process's place in the world.
-3. The Trainer runs; a finished run says where everything lies.
+3. The Trainer runs, to the end or until Slurm wants the nodes back (:mod:`dualroute.training.preemption`).
 
     OUTPUT/config.yaml      what was run, every value resolved
     OUTPUT/checkpoints/     see dualroute.model.store
@@ -21,6 +21,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import Checkpoint
+from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
     CheckpointConfig,
@@ -51,8 +53,10 @@ from dualroute.training.corruption_check import CorruptionCheck
 from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
+from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
+from dualroute.training.sequence import check_sequence_parallel
 from dualroute.training.strategy import ParallelConfig, build_strategy
 from dualroute.training.watchdog import Watchdog, WatchdogConfig
 
@@ -137,11 +141,14 @@ def check(config: PretrainConfig) -> Prepared:
             f"data.context {data.context} is longer than model.max_context {model.max_context}, the range "
             f"of its RoPE: lower the one or raise the other"
         )
-    accumulation = derive_accumulation(
-        train.tokens_per_batch, data.context, train.micro_batch, world.world_size
-    )
+    groups = check_sequence_parallel(config.parallel.sequence_parallel, world, model)
+    accumulation = derive_accumulation(train.tokens_per_batch, data.context, train.micro_batch, groups)
     if train.precision == "16-mixed" and not torch.cuda.is_available():
         raise UserError("train.precision 16-mixed needs a CUDA device: use bf16-mixed or 32 here")
+    if train.compile:
+        _check_compile(config)
+    if train.offload_activations and not torch.cuda.is_available():
+        raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     if train.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
@@ -165,6 +172,18 @@ def check(config: PretrainConfig) -> Prepared:
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
     return Prepared(config, world, output, module, tokenizer, accumulation, resume)
+
+
+def _check_compile(config: PretrainConfig) -> None:
+    if config.parallel.zero_stage == 3:
+        raise UserError(
+            "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
+            "the compiled code: use stage 2, or leave it out"
+        )
+    if config.train.activation_checkpointing == "feed_forward":
+        raise UserError("train.compile with activation_checkpointing feed_forward: use none or full")
+    if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
 
 
 def _tokenizer(data: ShardDataModule) -> Tokenizer:
@@ -204,28 +223,24 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     """The model of a run, with its seeded initial weights."""
     torch.manual_seed(config.seed)
     model = DualRoutingTransformer(config.model)
-    if config.train.activation_checkpointing == "full":
-        checkpoint_activations(model)
+    train = config.train
+    keep_fewer_activations(
+        model,
+        train.activation_checkpointing,
+        every=train.checkpoint_every_layers,
+        offload=train.offload_activations,
+    )
+    if train.compile:
+        for layer in model.layers:
+            layer.ffn.compile()  # type: ignore[union-attr]
     return model
 
 
-def checkpoint_activations(model: DualRoutingTransformer) -> None:
-    """Keep only each layer's input for the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
-    from torch.utils.checkpoint import checkpoint
-
-    for layer in model.layers:
-        forward = layer.forward
-
-        def recomputed(*args: Any, _forward: Any = forward, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return _forward(*args, **kwargs)
-            return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
-
-        layer.forward = recomputed
-
-
-def run_pretraining(config: PretrainConfig) -> None:
+def run_pretraining(config: PretrainConfig) -> int:
     """Train, resume or recognise as finished; see the module's docstring.
+
+    Returns:
+        The exit status: 0 when all steps are done, `PREEMPTED` when a signal ended the run earlier.
 
     Raises:
         UserError: Anything that the person who started it can mend.
@@ -239,14 +254,14 @@ def run_pretraining(config: PretrainConfig) -> None:
     if prepared.resume is not None and prepared.resume.step >= total_steps:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
-        return
+        return 0
     watchdog = Watchdog(
         config.watchdog,
         world,
         prepared.output,
         reduces_in_backward=config.parallel.strategy == "ddp",
     )
-    trainer, module = build_trainer(prepared, watchdog)
+    trainer, module, preemption = build_trainer(prepared, watchdog)
     if prepared.resume is not None:
         check_layout(prepared.resume, trainer)
         if world.rank == 0:
@@ -262,6 +277,7 @@ def run_pretraining(config: PretrainConfig) -> None:
             # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's files need pickle
             weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
         )
+    return stop_for_requeue(trainer, preemption) if preemption.signal else 0
 
 
 def _quiet_lightning() -> None:
@@ -278,8 +294,8 @@ def resolved_yaml(config: PretrainConfig) -> str:
     return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
 
 
-def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain]:
-    """The Trainer of a run and the module that it trains."""
+def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
+    """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
     data = prepared.data
     module = Pretrain(
@@ -302,6 +318,10 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         precision=precision,
         accelerator=accelerator,
     )
+    publisher = CheckpointPublisher(
+        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+    )
+    preemption = Preemption(publisher)
     trainer = Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -322,13 +342,13 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
             StepBoundary(),  # before the others, which read what it writes
             Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config)),
             Progress(),
-            CheckpointPublisher(
-                output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
-            ),
+            publisher,
+            preemption,
             watchdog,  # last: what the others do belongs to the phase that it has marked before
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return trainer, module
+    leave_signals_to_us(trainer)
+    return trainer, module, preemption

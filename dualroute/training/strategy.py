@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from dualroute.errors import UserError
 from dualroute.training.deepspeed_config import ParallelConfig, deepspeed_config
 from dualroute.training.environment import DualRouteEnvironment, World
+from dualroute.training.sequence import SharedSequences
 
 __all__ = ["DualRouteDeepSpeedStrategy", "OneProcessStrategy", "ParallelConfig", "build_strategy"]
 
@@ -62,11 +63,13 @@ def build_strategy(
         _refuse_zero_without_deepspeed(config, name)
         if name == "single":
             return OneProcessStrategy(world, accelerator)
-        return DDPStrategy(
+        ddp = DualRouteDDPStrategy(
             cluster_environment=DualRouteEnvironment(world), timeout=timedelta(minutes=config.timeout_minutes)
         )
+        ddp.sequence_ranks = config.sequence_parallel
+        return ddp
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    return DualRouteDeepSpeedStrategy(
+    deepspeed = DualRouteDeepSpeedStrategy(
         deepspeed_config(
             config,
             micro_batch=micro_batch,
@@ -79,6 +82,8 @@ def build_strategy(
         on_cpu=on_cpu,
         timeout=timedelta(minutes=config.timeout_minutes),
     )
+    deepspeed.sequence_ranks = config.sequence_parallel
+    return deepspeed
 
 
 class OneProcessStrategy(SingleDeviceStrategy):
@@ -98,7 +103,11 @@ def _one_device(accelerator: str) -> torch.device:
     return torch.device("cuda", 0) if on_cuda else torch.device("cpu")
 
 
-class DualRouteDeepSpeedStrategy(DeepSpeedStrategy):
+class DualRouteDDPStrategy(SharedSequences, DDPStrategy):
+    """Lightning's DDP; ranks may share texts."""
+
+
+class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, as it is on CUDA and made possible on a CPU.
 
     Args:

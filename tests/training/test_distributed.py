@@ -27,8 +27,8 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-def deepspeed():
-    return ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", free_port()]
+def deepspeed(ranks=2):
+    return ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", free_port()]
 
 
 def torchrun():
@@ -76,6 +76,14 @@ def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_
     ours, theirs = load_model(find_checkpoint(alone)), load_model(find_checkpoint(output))
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert (a - b).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3), (4, 2)])
+def test_ranks_that_share_texts_train_as_one_process_does(alone, tiny_dataset, tmp_path, ranks, stage):
+    output = tmp_path / "run"
+    more = ("--parallel.zero_stage", str(stage), "--parallel.sequence_parallel", "2")
+    launch(deepspeed(ranks), tiny_dataset, output, STEPS, *more)
+    assert_same_losses(output, alone)
 
 
 def test_two_ranks_stop_and_resume_exactly(alone, tiny_dataset, tmp_path):

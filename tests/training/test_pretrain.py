@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dualroute.cli import main
 from dualroute.model.store import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.metrics_log import read_metrics
 from tests.conftest import ROOT
@@ -119,6 +121,33 @@ def test_how_a_batch_is_divided_does_not_change_the_losses(unbroken, tiny_datase
     train(tiny_dataset, tmp_path / "run", 24, *other_way)
     other, reference = curve(tmp_path / "run"), curve(unbroken)
     assert max(abs(other[s] - reference[s]) for s in reference) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_it_trains_as_ever(unbroken, tiny_dataset, tmp_path):
+    train(tiny_dataset, tmp_path / "run", 24, "--train.compile", "true")
+    other, reference = curve(tmp_path / "run"), curve(unbroken)
+    assert max(abs(other[s] - reference[s]) for s in reference) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ("--parallel.zero_stage", "3", "--train.compile", "true"),
+            "cannot be used with parallel.zero_stage 3",
+        ),
+        (("--train.compile", "true", "--train.activation_checkpointing", "feed_forward"), "use none or full"),
+        (("--train.checkpoint_every_layers", "0"), "train.checkpoint_every_layers is 0"),
+        (("--train.offload_activations", "true"), "from a CUDA device"),
+        (("--parallel.sequence_parallel", "2"), "does not divide the 1 rank"),
+    ],
+)
+def test_settings_that_cannot_work_here_are_refused_by_name(more, message, tiny_dataset, tmp_path, capsys):
+    arguments = command(tiny_dataset, tmp_path / "run", 24, *more)[3:]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,21 @@
+"""``python -m dualroute STAGE …``, the ``dualroute`` command.
+
+A training has to survive a signal from its first moment on, so that comes before the imports.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Entry point of the process; see :func:`dualroute.cli.main`."""
+    if sys.argv[1:2] == ["pretrain"]:
+        from dualroute.training import stop_signal
+
+        stop_signal.install()
+    from dualroute.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""``dualroute estimate``: parameters, memory per GPU, longest context and hours, before a GPU is booked.
+
+- In: the same configuration as ``dualroute pretrain`` reads, and the machines in mind.
+- Here: weights, gradients and optimizer states are counted; what a layer keeps for its backward pass is
+  measured on one real layer, on the CPU; the longest context is what the rest of the memory has room for.
+- Next: ``dualroute pretrain`` with that configuration.
+
+The surprising fact: nothing in it grows faster than the context.  Routed attention keeps its inputs, its
+output and a few numbers a token, so twice the memory means twice the context.  Left out: fragmentation, the
+buckets of DeepSpeed and NCCL, and the tiles in flight; ``headroom`` is kept free for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dualroute.attention import Layout
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.training.deepspeed_config import DEFAULT_ZERO_STAGE
+from dualroute.training.environment import World
+from dualroute.training.run import PretrainConfig
+from dualroute.training.sequence import check_sequence_parallel
+
+GIB = 2**30
+SAMPLE_TOKENS = 1024  # of the layer that is measured
+
+
+@dataclass
+class EstimateConfig(PretrainConfig):
+    """Estimate a run from its configuration, which may be one of configs/pretrain.
+
+    Args:
+        gpus: GPUs, one process each.
+        gpu_memory: Memory of one, GiB.
+        headroom: Share of that memory left to buffers, fragmentation and tiles in flight.
+        peak_tflops: Dense bfloat16 peak of one GPU (H100 SXM: 989, A100: 312).
+        mfu: Share of the peak that training reaches; measure yours with a short run (`speed/mfu`).
+    """
+
+    gpus: int = 1
+    gpu_memory: float = 80.0
+    headroom: float = 0.15
+    peak_tflops: float = 989.0
+    mfu: float = 0.35
+
+
+@dataclass
+class Estimate:
+    """Bytes are those of one GPU."""
+
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    kept_per_token: float  # by all layers together
+    work_per_token: float  # of the layer whose backward pass is running
+    longest_context: int  # tokens of one text, micro_batch 1, 0 where not even the model fits
+    flops_per_token: float
+    hours: float
+
+    @property
+    def states(self) -> float:
+        """Bytes that do not depend on the context."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def estimate(config: EstimateConfig) -> Estimate:
+    """Count and measure.
+
+    Raises:
+        UserError: The vocabulary is not given, or ranks and heads do not divide.
+    """
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size is null: give it, the data are not read for an estimate")
+    if config.gpus < 1 or not 0 <= config.headroom < 1 or config.gpu_memory <= 0:
+        raise UserError("gpus must be at least 1, gpu_memory above 0, and headroom from 0 to below 1")
+    ranks = config.parallel.sequence_parallel
+    check_sequence_parallel(ranks, World(world_size=config.gpus), config.model)
+    model = config.model.resolved()
+    with torch.device("meta"):
+        whole = DualRoutingTransformer(model)
+    parameters = whole.num_parameters()
+    weights, gradients, optimizer = (parameters * size for size in _state_bytes(config))
+    kept, work = _activation_bytes(config, model)
+    total = weights + gradients + optimizer
+    room = config.gpu_memory * GIB * (1 - config.headroom) - total
+    per_text_token = (kept + work) / ranks
+    context = config.data.context
+    flops = whole.flops_per_token(context)
+    hours = flops * config.train.total_steps * config.train.tokens_per_batch / 3600
+    hours /= config.gpus * config.peak_tflops * 1e12 * config.mfu
+    longest = max(0, math.floor(room / per_text_token))
+    return Estimate(parameters, weights, gradients, optimizer, kept, work, longest, flops, hours)
+
+
+def _state_bytes(config: EstimateConfig) -> tuple[float, float, float]:
+    """Bytes per parameter of weights, gradients and optimizer on one rank."""
+    half = config.train.precision != "32"
+    if config.gpus == 1 and config.parallel.strategy in ("auto", "single"):
+        return (2.0, 2.0, 4.0) if config.train.precision == "bf16-true" else (4.0, 4.0, 8.0)
+    stage = config.parallel.zero_stage
+    stage = DEFAULT_ZERO_STAGE if stage is None else stage
+    if config.parallel.strategy == "ddp":
+        stage = 0
+    shard = config.gpus
+    masters = 4.0 if half and stage else 0.0  # fp32 weights that a 16-bit model is stepped through
+    weights = (2.0 if masters else 4.0) / (shard if stage == 3 else 1)
+    gradients = 4.0 / (shard if stage >= 2 else 1)
+    optimizer = (8.0 + masters) / (shard if stage >= 1 else 1)
+    if config.parallel.offload_optimizer:
+        gradients, optimizer = 0.0, 0.0
+    if config.parallel.offload_parameters:
+        weights = 0.0
+    return weights, gradients, optimizer
+
+
+def _activation_bytes(config: EstimateConfig, model: ModelConfig) -> tuple[float, float]:
+    """Bytes per token that all layers keep, and that the layer in work needs on top: what it computes again,
+    and gradients of about the size of what they belong to."""
+    train = config.train
+    dtype = torch.float32 if train.precision == "32" else torch.bfloat16
+    layer, feed_forward = _measured_layer(model, dtype)
+    size = torch.empty((), dtype=dtype).element_size()
+    recomputed = -(-model.num_layers // train.checkpoint_every_layers)
+    plain = model.num_layers - recomputed
+    if train.activation_checkpointing == "full":
+        kept, work = recomputed * model.dim * size + plain * layer, 2 * layer
+    elif train.activation_checkpointing == "feed_forward":
+        kept = recomputed * (layer - feed_forward + model.dim * size) + plain * layer
+        work = layer + feed_forward
+    else:
+        kept, work = model.num_layers * layer, layer
+    return (0.0 if train.offload_activations else kept), work
+
+
+def _measured_layer(model: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per token that one layer keeps for its backward pass, and its feed-forward alone."""
+    # of interleaved layers the first, a local one; a dense one keeps as much
+    one = dataclasses.replace(model.of_layer(0), num_layers=1, vocab_size=8, dense_every=1)
+    block = DualRoutingTransformer(one).to(dtype).layers[0]
+    tokens = min(SAMPLE_TOKENS, model.max_context)
+    layout = Layout.build(1, tokens, model.block)
+    rows = torch.randn(1, tokens, model.dim, dtype=dtype, requires_grad=True)
+    whole = _kept_bytes(block, lambda: block(rows, layout=layout))
+    feed_forward = _kept_bytes(block, lambda: block.ffn(rows))  # type: ignore[operator]
+    return whole / tokens, feed_forward / tokens
+
+
+def _kept_bytes(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(saved)  # or a later tensor could take its place and hide it
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        run()
+    return sum(kept.values())
+
+
+def estimate_command(config: EstimateConfig) -> None:
+    """Print the estimate as a table."""
+    result = estimate(config)
+    table = Table("per GPU", "", title=f"{config.gpus} GPU(s) of {config.gpu_memory:g} GiB")
+    context = config.data.context * config.train.micro_batch / config.parallel.sequence_parallel
+    activations = (result.kept_per_token + result.work_per_token) * context
+    total = result.states + activations
+    rows = {
+        "parameters": f"{result.parameters / 1e6:,.1f} M",
+        "weights": f"{result.weights / GIB:.2f} GiB",
+        "gradients": f"{result.gradients / GIB:.2f} GiB",
+        "optimizer": f"{result.optimizer / GIB:.2f} GiB",
+        f"activations, {config.train.micro_batch} x {config.data.context:,} tokens": (
+            f"{activations / GIB:.2f} GiB"
+        ),
+        "in all": f"{total / GIB:.2f} GiB"
+        + ("" if total <= config.gpu_memory * GIB * (1 - config.headroom) else "  DOES NOT FIT"),
+        "longest context, micro_batch 1": f"{result.longest_context:,} tokens",
+        "training FLOPs per token": f"{result.flops_per_token / 1e9:,.2f} G",
+        f"{config.train.total_steps:,} steps at {config.mfu:.0%} of {config.peak_tflops:g} TFLOP/s": (
+            f"{result.hours:,.1f} hours"
+        ),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

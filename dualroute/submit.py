@@ -1,0 +1,275 @@
+"""``dualroute submit``: from the configuration of a run to a job in Slurm's queue.
+
+- In: the same YAML files that ``dualroute pretrain`` reads, and the resources.
+- Here: the configuration is checked for that many processes, so that a mistake shows now and not after a
+  night in the queue; a template of ``slurm/`` is filled in and kept as ``OUTPUT/slurm/*.sbatch``.
+- Next: ``sbatch``; on the nodes ``srun`` starts ``dualroute pretrain``, which finds its place in the world
+  from Slurm's variables (``training/environment.py``) and stops when Slurm says so
+  (``training/preemption.py``).
+
+The surprising fact: the templates are plain bash to be read and edited.  Nothing is hidden here but the
+replacement of ``@NAME@``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dualroute.data.manifest import Manifest
+from dualroute.data.plan import derive_accumulation
+from dualroute.errors import UserError
+
+ParseStage = Callable[[str, Sequence[str]], Any]
+"""``dualroute.cli.parse_stage``: (stage, arguments) → the stage's configuration."""
+
+EXAMPLES = """
+  dualroute submit pretrain --config configs/pretrain/1b.yaml --nodes 4 --gpus_per_node 8 --time 24:00:00
+  dualroute submit sweep    --config lr-1.yaml lr-2.yaml lr-3.yaml --gpus_per_node 8 --max_parallel 2
+  dualroute submit pipeline --prepare prepare.yaml --config pretrain.yaml --dry-run
+  dualroute submit pretrain --config configs/pretrain/1b.yaml -- --train.max_steps 100
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of ``dualroute submit``."""
+    parser = _Parser(
+        "dualroute submit",
+        description="A job for Slurm from the configuration of a run.",
+        epilog=f"examples:{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("kind", choices=[*KINDS], help="one run; an array of runs; prepare → pretrain → evaluate")
+    add("--config", nargs="+", action="extend", default=[], metavar="FILE",
+        help="of dualroute pretrain; several are merged, in a sweep each is a run")  # fmt: skip
+    add("--prepare", metavar="FILE", help="pipeline: configuration of dualroute prepare")
+    add("--nodes", type=int, default=1)
+    add("--gpus_per_node", type=int, default=0, help="0 trains on CPUs")
+    add("--tasks_per_node", type=int, help="processes per node; default: one per GPU, else one")
+    add("--cpus_per_task", type=int, help="cores of each process")
+    add(
+        "--time",
+        default="24:00:00",
+        help="limit of one start; a requeued job gets it anew (default 24:00:00)",
+    )
+    add("--partition")
+    add("--account")
+    add("--qos")
+    add("--sbatch", action="append", default=[], metavar="OPTION",
+        help="any other option of sbatch, as in --sbatch=--constraint=a100; may be repeated")  # fmt: skip
+    add("--max_parallel", type=int, help="sweep: runs at the same time")
+    add("--template", type=Path, help="your copy of slurm/pretrain.sbatch or slurm/sweep.sbatch")
+    add("--dry-run", "--dry_run", action="store_true", help="print the scripts and submit nothing")
+    return parser
+
+
+def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
+    """Check, render, submit.
+
+    Raises:
+        UserError: The configuration is wrong for these resources, or Slurm refused the job.
+    """
+    mine, overrides = list(arguments), []
+    if "--" in mine:
+        mine, overrides = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
+    options = build_parser().parse_args(mine)
+    if not options.config:
+        raise UserError("give the configuration of the run: --config FILE")
+    options.tasks_per_node = options.tasks_per_node or max(options.gpus_per_node, 1)
+    for name in ("nodes", "tasks_per_node", "cpus_per_task", "max_parallel"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", options.time):
+        raise UserError(f"--time {options.time}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    scripts = KINDS[options.kind](options, overrides, parse_stage)
+    if options.dry_run:
+        print("\n".join(text for text in scripts.values()), end="")
+        return 0
+    for path, text in scripts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    _hand_to_slurm(list(scripts))
+    return 0
+
+
+# -- what is submitted: {path of the script: its text}, in the order of the chain ----------------------------
+
+Scripts = dict[Path, str]
+
+
+def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
+    arguments = [*_configs(options.config), *overrides]
+    config = _checked(options, arguments, parse_stage)
+    Manifest.load(config.data.path)
+    return _training_job(options, config, arguments)
+
+
+def _training_job(options: argparse.Namespace, config: Any, arguments: list[str]) -> Scripts:
+    folder = Path(config.output).resolve()
+    values = _common(options, folder.name, folder / "slurm", "%x-%j.out") | {
+        "ARGUMENTS": shlex.join(arguments)
+    }
+    return {folder / "slurm" / "pretrain.sbatch": render("pretrain.sbatch", values, options.template)}
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
+    of_output: dict[Path, str] = {}
+    for file in options.config:
+        config = _checked(options, [*_configs([file]), *overrides], parse_stage)
+        Manifest.load(config.data.path)
+        output = Path(config.output).resolve()
+        if output in of_output:
+            raise UserError(
+                f"{file} and {of_output[output]} both have output {config.output}: give each its own"
+            )
+        of_output[output] = file
+    folder = next(iter(of_output)).parent / "slurm"
+    limit = f"%{options.max_parallel}" if options.max_parallel else ""
+    values = _common(options, "sweep", folder, "%x-%A_%a.out") | {
+        "ARRAY": f"0-{len(of_output) - 1}{limit}",
+        "CONFIGS": "\n".join(f"    {shlex.quote(str(Path(file).resolve()))}" for file in options.config),
+        "ARGUMENTS": shlex.join(overrides),
+    }
+    return {folder / "sweep.sbatch": render("sweep.sbatch", values, options.template)}
+
+
+def _pipeline(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
+    if options.prepare is None:
+        raise UserError(
+            "a pipeline begins with the data: --prepare FILE, a configuration of dualroute prepare"
+        )
+    arguments = [*_configs(options.config), *overrides]
+    config = _checked(options, arguments, parse_stage)
+    made = parse_stage("prepare", _configs([options.prepare])).output
+    if Path(made).resolve() != Path(config.data.path).resolve():
+        raise UserError(
+            f"{options.prepare} writes the data to {made}, the run reads data.path {config.data.path}: "
+            "make both the same"
+        )
+    folder = Path(config.output).resolve()
+    figures = ["--checkpoint", config.output, "--data", config.data.path]
+    stages = {
+        "prepare": _configs([options.prepare]),
+        "evaluate": [*figures, "--output", str(folder / "evaluation.json")],
+    }
+    scripts = {}
+    for stage, of_stage in stages.items():
+        values = _common(options, f"{folder.name}-{stage}", folder / "slurm", "%x-%j.out", training=False)
+        values |= {"STAGE": stage, "ARGUMENTS": shlex.join(of_stage)}
+        scripts[stage] = {folder / "slurm" / f"{stage}.sbatch": render("stage.sbatch", values)}
+    return scripts["prepare"] | _training_job(options, config, arguments) | scripts["evaluate"]
+
+
+KINDS = {"pretrain": _pretrain, "sweep": _sweep, "pipeline": _pipeline}
+
+
+def _configs(files: Sequence[str]) -> list[str]:
+    return [word for file in files for word in ("--config", str(Path(file).resolve()))]
+
+
+def _checked(options: argparse.Namespace, arguments: Sequence[str], parse_stage: ParseStage) -> Any:
+    """The run's configuration, sound for as many processes as are asked for."""
+    config = parse_stage("pretrain", arguments)
+    train = config.train
+    world_size = options.nodes * options.tasks_per_node
+    derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, world_size)
+    return config
+
+
+# -- templates -----------------------------------------------------------------------------------------------
+
+
+def template_folder() -> Path:
+    """The folder ``slurm`` of the source tree, or where an installed package has it.
+
+    Raises:
+        UserError: It is in neither place.
+    """
+    places = (
+        Path(__file__).resolve().parents[1] / "slurm",
+        Path(sysconfig.get_path("data")) / "share" / "dualroute" / "slurm",
+    )
+    for place in places:
+        if (place / "pretrain.sbatch").is_file():
+            return place
+    raise UserError(f"no Slurm templates in {places[0]} or {places[1]}: install dualroute again")
+
+
+def render(name: str, values: Mapping[str, str], own: Path | None = None) -> str:
+    """The template ``name`` (or the file ``own``) with every ``@NAME@`` replaced.
+
+    Raises:
+        UserError: The file cannot be read, or has a name that there is no value for.
+    """
+    path = own or template_folder() / name
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the template {path} cannot be read: {error.strerror}") from error
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UserError(f"{path} has @{match[1]}@, which is none of {', '.join(sorted(values))}")
+        return values[match[1]]
+
+    return re.sub(r"@([A-Z_]+)@", value, text)
+
+
+def _common(
+    options: argparse.Namespace, name: str, folder: Path, log: str, *, training: bool = True
+) -> dict[str, str]:
+    """What all templates have; a stage that is no training is one process, on one GPU if there are any."""
+    gpus = options.gpus_per_node if training else min(options.gpus_per_node, 1)
+    given = {
+        "gpus-per-node": gpus or None,
+        "cpus-per-task": options.cpus_per_task,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+    }
+    lines = [f"--{key}={value}" for key, value in given.items() if value] + options.sbatch
+    values = {
+        "JOB_NAME": re.sub(r"[^\w.-]", "_", name),
+        "LOG": shlex.quote(str(folder / log)),
+        "WORKDIR": shlex.quote(str(Path.cwd())),
+        "TIME": options.time,
+        "OPTIONS": "\n".join(f"#SBATCH {line}" for line in lines),
+        "PYTHON": shlex.quote(sys.executable),
+    }
+    if training:
+        values |= {"NODES": str(options.nodes), "TASKS_PER_NODE": str(options.tasks_per_node)}
+    return values
+
+
+def _hand_to_slurm(scripts: Sequence[Path]) -> None:
+    """One script by itself or several as a chain; prints the job of each.
+
+    Raises:
+        UserError: There is no Slurm here, or it refused.
+    """
+    command = ["bash", str(template_folder() / "pipeline.sh"), *map(str, scripts)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"bash cannot be started: {error}") from error
+    if done.returncode:
+        if "sbatch: command not found" in done.stderr:
+            raise UserError("there is no sbatch here: submit from a login node, or look with --dry-run")
+        raise UserError(f"Slurm refused: {' '.join(done.stderr.split())}")
+    for line in done.stdout.splitlines():
+        print(f"job {line.partition(' ')[0]}: {line.partition(' ')[2]}")
+    print(f"logs: {scripts[0].parent}; squeue shows the queue")

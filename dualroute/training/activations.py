@@ -1,0 +1,60 @@
+"""Memory against time: what a training step keeps for its backward pass.
+
+- In: a model whose layers hold an attention and a feed-forward.
+- Here: :func:`keep_fewer_activations` makes chosen parts forget their insides and compute them again in the
+  backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174), or moves what is kept to the host.
+- Next: ``training/run.py`` builds the model so; its losses and gradients are the plain model's, to the bit.
+
+The surprising fact: the attention is the cheap part to keep.  It holds its inputs, its output and one number
+a row, at any length; the feed-forward holds three times its own width.  So ``feed_forward`` frees most of a
+layer's memory and never searches for blocks twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["keep_fewer_activations"]
+
+
+def keep_fewer_activations(model: nn.Module, what: str, *, every: int = 1, offload: bool = False) -> None:
+    """Change ``model.layers`` in place; parameters and their names stay.
+
+    Args:
+        model: With ``layers``, each of which has a ``ffn``.
+        what: ``none``, ``full`` (whole layers) or ``feed_forward``.
+        every: Only layers 0, k, 2k, ...
+        offload: Keep what is kept of every layer in the memory of the host until the backward pass.
+    """
+    for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
+        if number % every == 0:
+            if what == "full":
+                layer.forward = _recomputed(layer.forward)
+            elif what == "feed_forward":
+                layer.ffn.forward = _recomputed(layer.ffn.forward)
+        if offload:
+            layer.forward = _offloaded(layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def _offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        on_host = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        with on_host if torch.is_grad_enabled() else contextlib.nullcontext():
+            return forward(*args, **kwargs)
+
+    return run

@@ -1,0 +1,58 @@
+"""The estimate against memory that was really used, and against arithmetic by hand."""
+
+import sys
+
+import pytest
+
+from dualroute.cli import main, parse_stage
+from dualroute.errors import UserError
+from dualroute.estimate import GIB, estimate
+from tests.training.test_activations import peak
+
+#: the model of test_activations.PEAK
+SAME = [
+    *("--model.vocab_size", "64", "--model.dim", "64", "--model.num_layers", "8", "--model.num_heads", "4"),
+    *("--model.max_context", "4096", "--model.window", "64", "--model.top_k", "4"),
+    *("--model.global_mode", "routed", "--data.context", "4096", "--train.max_steps", "10"),
+]
+
+
+def of(*more):
+    return estimate(parse_stage("estimate", [*SAME, *more]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("what", ["none", "full", "feed_forward"])
+def test_activations_are_what_a_step_really_uses(what):
+    result = of("--train.activation_checkpointing", what)
+    estimated = (result.kept_per_token + result.work_per_token) * 4096 / 1024  # KiB
+    assert estimated == pytest.approx(peak(what, 1), rel=0.3)
+
+
+def test_states_by_hand():
+    alone, sharded = of(), of("--gpus", "4", "--parallel.zero_stage", "2", "--train.precision", "bf16-mixed")
+    count = alone.parameters
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * count, count, 3 * count)
+    third = of("--gpus", "4", "--parallel.zero_stage", "3", "--parallel.offload_optimizer", "true")
+    assert (third.weights, third.gradients, third.optimizer) == (count, 0, 0)
+    assert alone.hours > 0
+
+
+def test_the_longest_context_fills_the_memory_and_grows_with_the_ranks_that_share_it():
+    memory = ("--gpu_memory", "1", "--headroom", "0")
+    alone = of(*memory)
+    used = alone.states + alone.longest_context * (alone.kept_per_token + alone.work_per_token)
+    assert 0.99 * GIB < used <= GIB
+    shared = of(*memory, "--gpus", "2", "--parallel.zero_stage", "0", "--parallel.sequence_parallel", "2")
+    assert shared.longest_context == pytest.approx(2 * alone.longest_context, rel=0.01)
+    assert of("--gpu_memory", "0.0001").longest_context == 0
+
+
+def test_what_cannot_be_estimated_is_named(capsys):
+    with pytest.raises(UserError, match="vocab_size"):
+        estimate(parse_stage("estimate", ["--train.max_steps", "10"]))
+    with pytest.raises(UserError, match="gpus"):
+        of("--gpus", "0")
+    assert main(["estimate", *SAME, "--gpu_memory", "0.01"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
