@@ -43,6 +43,7 @@ STAGES = {
         "loss of a checkpoint",
     ),
     "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
+    "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
 }
 
@@ -119,7 +120,7 @@ def _nearest(key: str, keys: Iterable[str]) -> str | None:
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, _, inline = flag.partition("=")
         if name == "--config":
             yield Path(inline or value)
@@ -159,6 +160,20 @@ def stage_parser(stage: str) -> StageParser:
     return parser
 
 
+def _plain_switches(parser: StageParser, arguments: Sequence[str]) -> list[str]:
+    """``--smoke`` and ``--no-smoke`` for an option that is true or false, beside ``--smoke true``."""
+    switches = {action.dest for action in parser._actions if getattr(action, "_typehint", None) is bool}
+    plain = []
+    for flag, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        name = flag.removeprefix("--")
+        if name.startswith("no-") and name.removeprefix("no-") in switches:
+            flag = f"--{name.removeprefix('no-')}=false"
+        elif flag.startswith("--") and name in switches and following.startswith("--"):
+            flag = f"{flag}=true"
+        plain.append(flag)
+    return plain
+
+
 def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     """Configuration object of ``stage`` from command-line arguments.
 
@@ -166,7 +181,7 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
         UserError: An unknown key, a value of the wrong type, or values that contradict each other.
     """
     parser = stage_parser(stage)
-    parser.arguments = arguments
+    parser.arguments = arguments = _plain_switches(parser, arguments)
     parser.check_files()
     namespace = parser.parse_args(list(arguments))
     configured = parser.instantiate(namespace).as_dict()
@@ -224,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = str(error).strip().splitlines()[-1]
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"dualroute {arguments[0]}: error{rank}: {line}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

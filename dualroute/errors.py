@@ -9,4 +9,10 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """An input that cannot be used; the message is one line for the person who gave it."""
+    """An input that cannot be used; the message is one line for the person who gave it.
+
+    Attributes:
+        exit_status: Of the command that ends with it.
+    """
+
+    exit_status = 2

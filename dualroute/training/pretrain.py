@@ -168,6 +168,16 @@ class Pretrain(LightningModule):
         loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss)
         return self.model.head(hidden.flatten(0, 1), loss)
 
+    @property
+    def at_first_micro_batch(self) -> bool:
+        """No micro-batch of the step that comes has been run yet."""
+        return self._micro_steps == 0
+
+    def micro_batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of one micro-batch; leaves no trace in what is recorded of the step."""
+        total: Tensor = self._loss_sums(batch, self.train_config.z_loss).total
+        return total
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         sums = self._loss_sums(batch, self.train_config.z_loss)
         # trainer and strategy average over micro-batches and ranks; what is wanted is the sum over all of

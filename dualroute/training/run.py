@@ -9,6 +9,7 @@
     OUTPUT/checkpoints/     see dualroute.model.store
     OUTPUT/tensorboard/     event files
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
+    OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
 
 The surprising fact: the same command starts, resumes and finishes a run.  Run again when all is done, it
 says so and does nothing.
@@ -48,6 +49,7 @@ from dualroute.training.checkpoint import (
     choose_resume,
     set_aside_newer,
 )
+from dualroute.training.corruption_check import CorruptionCheck
 from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
@@ -56,6 +58,7 @@ from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
 from dualroute.training.sequence import check_sequence_parallel
 from dualroute.training.strategy import ParallelConfig, build_strategy
+from dualroute.training.watchdog import Watchdog, WatchdogConfig
 
 
 @dataclass
@@ -94,6 +97,7 @@ class PretrainConfig:
         checkpoint: When checkpoints are written and which ones stay.
         monitor: What is logged.
         parallel: How ranks share the work.
+        watchdog: When a training that stands still is ended.
     """
 
     output: str = "runs/pretrain"
@@ -107,6 +111,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 @dataclass
@@ -250,7 +255,13 @@ def run_pretraining(config: PretrainConfig) -> int:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
         return 0
-    trainer, module, preemption = build_trainer(prepared)
+    watchdog = Watchdog(
+        config.watchdog,
+        world,
+        prepared.output,
+        reduces_in_backward=config.parallel.strategy == "ddp",
+    )
+    trainer, module, preemption = build_trainer(prepared, watchdog)
     if prepared.resume is not None:
         check_layout(prepared.resume, trainer)
         if world.rank == 0:
@@ -258,13 +269,14 @@ def run_pretraining(config: PretrainConfig) -> int:
             print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total_steps})")
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
-    trainer.fit(
-        module,
-        datamodule=prepared.data,
-        ckpt_path=prepared.resume.state if prepared.resume else None,
-        # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's own files need pickle
-        weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
-    )
+    with watchdog:
+        trainer.fit(
+            module,
+            datamodule=prepared.data,
+            ckpt_path=prepared.resume.state if prepared.resume else None,
+            # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's files need pickle
+            weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
+        )
     return stop_for_requeue(trainer, preemption) if preemption.signal else 0
 
 
@@ -282,7 +294,7 @@ def resolved_yaml(config: PretrainConfig) -> str:
     return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
 
 
-def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain, Preemption]:
+def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
     """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
     data = prepared.data
@@ -326,11 +338,13 @@ def build_trainer(prepared: Prepared) -> tuple[Trainer, Pretrain, Preemption]:
         use_distributed_sampler=False,
         logger=TensorBoardLogger(output, name="tensorboard", version=""),
         callbacks=[
-            StepBoundary(),  # first: the others read what it writes
+            CorruptionCheck(config.watchdog.sdc_check_every_steps, config.watchdog.sdc_action),
+            StepBoundary(),  # before the others, which read what it writes
             Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config)),
             Progress(),
             publisher,
             preemption,
+            watchdog,  # last: what the others do belongs to the phase that it has marked before
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,

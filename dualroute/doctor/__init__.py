@@ -1,0 +1,1 @@
+"""``dualroute doctor``; see :mod:`dualroute.doctor.command`."""

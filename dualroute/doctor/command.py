@@ -1,0 +1,66 @@
+"""``dualroute doctor``: can this machine, or these machines, train?  One verdict a line.
+
+Alone it looks at this machine and lets two local processes talk; under ``torchrun``, ``srun`` or
+``deepspeed`` (launch/doctor.py) at all ranks together.  Exit status 1 when a line says FAIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dualroute.doctor import machine, network
+from dualroute.doctor.smoke import smoke
+from dualroute.doctor.verdict import Verdict, guarded
+from dualroute.errors import UserError
+from dualroute.training.environment import World, detect_world
+
+
+@dataclass
+class DoctorConfig:
+    """Examine machine and ranks before a run is booked.
+
+    Args:
+        output: Folder that runs will be written to; its room and speed are measured.
+        smoke: Also train 20 steps on a small text (about half a minute on a CPU).
+        disk_mib: Size of the file that the disk is measured with.
+        network_mib: Size of the tensor that pairs of ranks are measured with.
+    """
+
+    output: str = "runs"
+    smoke: bool = True
+    disk_mib: int = 256
+    network_mib: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("disk_mib", "network_mib"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def verdicts(config: DoctorConfig, world: World) -> Iterator[Verdict]:
+    """Every check, in the order in which the next one would make sense."""
+    output = Path(config.output)
+    if world.rank == 0:
+        yield from guarded("versions", machine.versions)
+        yield from guarded("devices", machine.devices)
+        yield from guarded("memory", machine.memory)
+        yield from guarded("disk", partial(machine.disk, output, config.disk_mib))
+        yield from guarded("ops", machine.deepspeed_ops)
+    yield from guarded("network", partial(network.together, world, output, config.network_mib))
+    if world.rank == 0 and config.smoke:
+        yield from guarded("smoke", smoke)
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Print the verdicts; the exit status is 1 when one of them is FAIL."""
+    world = detect_world()
+    failed = False
+    for verdict in verdicts(config, world):
+        failed = failed or verdict.level == "FAIL"
+        if world.rank == 0 or verdict.level == "FAIL":
+            where = f"rank {world.rank}: " if world.rank else ""
+            print(f"{where}{verdict}", flush=True)
+    return 1 if failed else 0

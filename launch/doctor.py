@@ -1,0 +1,13 @@
+"""``dualroute doctor`` for launchers that start a file, to examine all ranks together.
+
+torchrun --nproc_per_node 2 launch/doctor.py --output runs
+srun python                 launch/doctor.py --output /shared/runs
+"""
+
+import sys
+
+from dualroute.cli import main
+from dualroute.training.environment import strip_local_rank
+
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *strip_local_rank(sys.argv[1:])]))
