@@ -255,7 +255,7 @@ def main() -> None:
         for times in [1, *options.evaluate]:
             scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
             row[f"{times * options.length:,} tokens"] = mean_and_range(scores)
-            if options.grow_top_k and times > 1:
+            if options.grow_top_k and times > 1 and VARIANTS[variant].get("attention") is None:
                 for model, _ in trained:
                     set_top_k(model, times * options.top_k)
                 scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
