@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dualroute import __version__
 from dualroute.errors import UserError
-from dualroute.files import fsync_folder
+from dualroute.files import fsync_folder, make_durable
 from dualroute.model import store
 from dualroute.model.config import ModelConfig
+from dualroute.training.layout import StateLayout
+from dualroute.training.reshard import remove_resharded
 
 
 @dataclass
@@ -109,6 +110,7 @@ class CheckpointPublisher(Callback):
                 os.rename(aside, final)
                 fsync_folder(self.folder)
                 self._retain()
+                remove_resharded(self.folder)
         self._published = step
         trainer.strategy.barrier("checkpoint published")
 
@@ -124,7 +126,7 @@ class CheckpointPublisher(Callback):
             "train_loss": pl_module.step_metrics.get("loss"),
             "val_loss": self._val_loss[1] if measured and self._val_loss else None,
             "world_size": trainer.world_size,
-            "state_layout": state_layout(trainer),
+            "state_layout": str(StateLayout.of(trainer)),
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
         }
@@ -177,17 +179,6 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def make_durable(folder: Path) -> None:
-    """Flush every file and folder below ``folder`` to the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            fsync_folder(path)
-        else:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    fsync_folder(folder)
 
 
 def _point(link: Path, target: str) -> None:
@@ -260,26 +251,3 @@ def set_aside_newer(folder: Path, step: int) -> None:
             aside = checkpoint.folder.with_name(f"abandoned-{checkpoint.folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint.folder, aside)
-
-
-def state_layout(trainer: Trainer) -> str:
-    """How this Trainer's ``state.ckpt`` is cut up: whole, or partitioned by DeepSpeed over ranks."""
-    if not isinstance(trainer.strategy, DeepSpeedStrategy):
-        return "one file"
-    assert isinstance(trainer.strategy.config, dict)
-    stage = trainer.strategy.config["zero_optimization"]["stage"]
-    return f"DeepSpeed ZeRO-{stage} partitions of {trainer.world_size} rank(s)"
-
-
-def check_layout(checkpoint: store.Checkpoint, trainer: Trainer) -> None:
-    """Refuse to resume from a state that this number of ranks or this strategy cannot take up.
-
-    Raises:
-        UserError: Naming what the checkpoint holds and what this run needs.
-    """
-    wrote, needed = checkpoint.metadata.get("state_layout"), state_layout(trainer)
-    if wrote != needed:
-        raise UserError(
-            f"{checkpoint.folder} holds {wrote}, this run needs {needed}: start it with the number of ranks, "
-            f"parallel.strategy and parallel.zero_stage of the run that wrote it"
-        )

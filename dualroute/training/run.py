@@ -42,7 +42,6 @@ from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
     CheckpointConfig,
     CheckpointPublisher,
-    check_layout,
     choose_resume,
     set_aside_newer,
 )
@@ -51,6 +50,7 @@ from dualroute.training.monitor import Monitor, MonitorConfig
 from dualroute.training.optim import OptimConfig, SpikeGuardConfig
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
+from dualroute.training.reshard import resumable_state
 from dualroute.training.strategy import ParallelConfig, build_strategy
 
 
@@ -236,8 +236,15 @@ def run_pretraining(config: PretrainConfig) -> None:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
         return
     trainer, module = build_trainer(prepared)
+    state = None
     if prepared.resume is not None:
-        check_layout(prepared.resume, trainer)
+        state = resumable_state(
+            prepared.resume,
+            trainer,
+            prepared.output / "checkpoints",
+            precision=config.train.precision,
+            timeout_minutes=config.parallel.timeout_minutes,
+        )
         if world.rank == 0:
             set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
             print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total_steps})")
@@ -246,7 +253,7 @@ def run_pretraining(config: PretrainConfig) -> None:
     trainer.fit(
         module,
         datamodule=prepared.data,
-        ckpt_path=prepared.resume.state if prepared.resume else None,
+        ckpt_path=state,
         # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's own files need pickle
         weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
     )
