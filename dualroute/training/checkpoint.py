@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dualroute import __version__
@@ -29,6 +30,7 @@ from dualroute.errors import UserError
 from dualroute.files import fsync_folder, make_durable
 from dualroute.model import store
 from dualroute.model.config import ModelConfig
+from dualroute.model.weights_file import write_weights
 from dualroute.training.layout import StateLayout
 from dualroute.training.reshard import remove_resharded
 
@@ -102,11 +104,15 @@ class CheckpointPublisher(Callback):
                 aside.mkdir(parents=True)
             trainer.strategy.barrier("checkpoint folder made")
             trainer.save_checkpoint(aside / store.STATE, weights_only=False)
-            weights = gather_weights(pl_module.model, keep=trainer.is_global_zero)
+            weights = gather_weights(pl_module.model)
+            if trainer.is_global_zero:
+                write_weights(aside / store.WEIGHTS, _weights_layout(pl_module.model), weights)
+            else:
+                deque(weights, maxlen=0)  # takes part in gathering, keeps nothing
             trainer.strategy.barrier("checkpoint parts written")
             if trainer.is_global_zero:
                 metadata = self._metadata(trainer, pl_module, step)
-                self._complete(aside, pl_module.model.config, weights, metadata)
+                self._complete(aside, pl_module.model.config, metadata)
                 os.rename(aside, final)
                 fsync_folder(self.folder)
                 self._retain()
@@ -131,10 +137,7 @@ class CheckpointPublisher(Callback):
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
         }
 
-    def _complete(
-        self, folder: Path, config: ModelConfig, weights: dict[str, Tensor], metadata: dict[str, Any]
-    ) -> None:
-        save_file(weights, folder / store.WEIGHTS)
+    def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
         (folder / store.CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
         shutil.copyfile(self.tokenizer, folder / store.TOKENIZER)
         metadata["files"] = store.describe_files(folder)
@@ -157,17 +160,18 @@ class CheckpointPublisher(Callback):
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Whole parameters on the CPU, one at a time, whatever ZeRO stage partitioned them.
+def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters by name, one at a time, whatever ZeRO stage partitioned them.
 
-    Collective under ZeRO-3: every rank calls it; only those with ``keep`` hold the result.
+    Collective under ZeRO-3: every rank goes through all of them.
     """
-    weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         with _whole(parameter):
-            if keep:
-                weights[name] = parameter.detach().cpu().contiguous().clone()
-    return weights
+            yield name, parameter.detach()
+
+
+def _weights_layout(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters()}
 
 
 @contextmanager
@@ -229,7 +233,7 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
     if resume == "auto" and not finished:
         return None
     checkpoint = finished[-1] if resume == "auto" else store.find_checkpoint(resume)
-    store.verify_checkpoint(checkpoint, digests=digests)
+    _verify(checkpoint, digests=digests)
     theirs = ModelConfig.from_file(checkpoint.folder / store.CONFIG).to_dict()
     ours = model.to_dict()
     differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
@@ -239,6 +243,18 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
             f"{', model.'.join(differing)}): restore these values, or start elsewhere with --output"
         )
     return checkpoint
+
+
+def _verify(checkpoint: store.Checkpoint, *, digests: bool) -> None:
+    """Refuse a damaged checkpoint, and name the newest older one beside it that is whole."""
+    damage = next(store.damages(checkpoint, digests=digests), None)
+    if damage is None:
+        return
+    beside = store.list_checkpoints(checkpoint.folder.parent)
+    for earlier in reversed([c for c in beside if c.step < checkpoint.step]):
+        if not any(store.damages(earlier, digests=digests)):
+            raise UserError(f"{damage}; the newest earlier checkpoint is whole: --resume {earlier.folder}")
+    raise UserError(f"{damage}; no earlier checkpoint beside it is whole: start again with another --output")
 
 
 def set_aside_newer(folder: Path, step: int) -> None:

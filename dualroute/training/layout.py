@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute.errors import UserError
+from dualroute.model.store import Checkpoint
 
 ONE_FILE = "one file"
 
@@ -33,12 +34,13 @@ class StateLayout:
         return f"DeepSpeed ZeRO-{self.stage} partitions of {self.ranks} rank(s)"
 
     @classmethod
-    def parse(cls, words: str | None) -> StateLayout:
-        """The layout that a checkpoint's ``state_layout`` names.
+    def read(cls, checkpoint: Checkpoint) -> StateLayout:
+        """The layout that the metadata of ``checkpoint`` name.
 
         Raises:
-            UserError: It names none: there is no state to go on from.
+            UserError: They name none: there is no state to go on from.
         """
+        words = checkpoint.metadata.get("state_layout")
         if words == ONE_FILE:
             return cls()
         match = re.fullmatch(r"DeepSpeed ZeRO-(\d) partitions of (\d+) rank\(s\)", words or "")

@@ -55,7 +55,7 @@ def resumable_state(
     Raises:
         UserError: The state cannot be converted without loss, cannot be read, or there is no room for it.
     """
-    wrote = StateLayout.parse(checkpoint.metadata.get("state_layout"))
+    wrote = StateLayout.read(checkpoint)
     needed = StateLayout.of(trainer)
     if wrote.serves(needed):
         return checkpoint.state

@@ -69,6 +69,10 @@ class TrainingState(ABC):
     def read(self, name: str, key: str) -> Tensor:
         """One of KEYS of one parameter, whole, on the CPU."""
 
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the WEIGHT of a parameter."""
+
     def tensors(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's ``key`` in order, one in memory at a time."""
         for name in self.shapes:
@@ -134,6 +138,9 @@ class OneFileState(TrainingState):
     def read(self, name: str, key: str) -> Tensor:
         return self._weights[name] if key == WEIGHT else self._moments[name][key]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights[name].dtype
+
 
 class PartitionedState(TrainingState):
     """DeepSpeed's partitions at stages 1 to 3; subclasses know where a parameter's pieces lie."""
@@ -184,6 +191,9 @@ class PartitionedState(TrainingState):
             )
         self._mapped += whole.numel() * whole.itemsize
         return whole.view(shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
     _WEIGHTS: str
 
@@ -245,7 +255,7 @@ def open_state(checkpoint: Checkpoint) -> TrainingState:
     Raises:
         UserError: It has none, it cannot be read, or it is not AdamW's.
     """
-    layout = StateLayout.parse(checkpoint.metadata.get("state_layout"))
+    layout = StateLayout.read(checkpoint)
     folder = checkpoint.state / "checkpoint"
     if layout.stage is None:
         return OneFileState(checkpoint.state, checkpoint.state, "state_dict", "optimizer_states")
