@@ -46,7 +46,8 @@ class StateLayout:
         match = re.fullmatch(r"DeepSpeed ZeRO-(\d) partitions of (\d+) rank\(s\)", words or "")
         if match is None:
             raise UserError(
-                f"state_layout {words!r} in checkpoint.json names no training state to go on from"
+                f"{checkpoint.folder} holds weights without a training state (state_layout {words!r} in its "
+                f"checkpoint.json): use the checkpoint of a run"
             )
         return cls(int(match[1]), int(match[2]))
 
