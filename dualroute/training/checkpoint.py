@@ -5,6 +5,9 @@ model's shape and the tokenizer, flushes everything to the disk, writes ``checkp
 and sha256 of every file, and renames the folder to ``step-…``.  Only then do ``last`` and ``best`` move and
 old folders go.  The format is :mod:`dualroute.model.store`'s.
 
+With ``checkpoint.asynchronous`` one process and DDP only copy their state at the boundary; the rest
+happens in a thread (:mod:`~dualroute.training.background_writer`).
+
 The surprising fact: where a step is both validated and saved, the checkpoint is written after the
 validation, so that what it resumes into is the next training step and nothing is measured twice or never.
 """
@@ -18,11 +21,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dualroute import __version__
@@ -31,6 +37,7 @@ from dualroute.files import fsync_folder, make_durable
 from dualroute.model import store
 from dualroute.model.config import ModelConfig
 from dualroute.model.weights_file import write_weights
+from dualroute.training.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.layout import StateLayout
 from dualroute.training.reshard import remove_resharded
 
@@ -43,11 +50,14 @@ class CheckpointConfig:
         every_steps: Optimizer steps between two checkpoints.  The last step always gets one.
         keep_last: Newest checkpoints to keep; the best one by validation loss stays besides.
         verify: On resume, compare the sha256 of every file, not only its size.
+        asynchronous: Copy the state to the memory of the host and write it while training goes on; for one
+            process and DDP.  DeepSpeed writes its partitions itself, and training waits for it.
     """
 
     every_steps: int = 100
     keep_last: int = 2
     verify: bool = True
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -71,14 +81,21 @@ class CheckpointPublisher(Callback):
         self.config = config
         self.tokenizer = tokenizer
         self.val_every_steps = val_every_steps
+        self._writer = BackgroundWriter()
         self._published: int | None = None
         self._val_loss: tuple[int, float] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resumed run starts at a published step
         self._published = trainer.global_step or None
+        if self.config.asynchronous and isinstance(trainer.strategy, DeepSpeedStrategy):
+            rank_zero_warn("checkpoint.asynchronous has no effect with DeepSpeed, which writes its own files")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._writer.wait()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._writer.raise_failure()
         step = trainer.global_step
         validation_follows = step % self.val_every_steps == 0 or step == trainer.max_steps
         if step % self.config.every_steps == 0 and not validation_follows:
@@ -96,7 +113,10 @@ class CheckpointPublisher(Callback):
         step = trainer.global_step
         if step == self._published:
             return
-        final = self.folder / store.step_folder(step)
+        self._published = step
+        if self.config.asynchronous and not isinstance(trainer.strategy, DeepSpeedStrategy):
+            self._publish_later(trainer, pl_module, step)
+            return
         aside = self.folder / f".writing-{store.step_folder(step)}"
         with _explaining_failures(aside):
             if trainer.is_global_zero:
@@ -111,14 +131,39 @@ class CheckpointPublisher(Callback):
                 deque(weights, maxlen=0)  # takes part in gathering, keeps nothing
             trainer.strategy.barrier("checkpoint parts written")
             if trainer.is_global_zero:
-                metadata = self._metadata(trainer, pl_module, step)
-                self._complete(aside, pl_module.model.config, metadata)
-                os.rename(aside, final)
-                fsync_folder(self.folder)
-                self._retain()
-                remove_resharded(self.folder)
-        self._published = step
+                self._complete(aside, pl_module.model.config, self._metadata(trainer, pl_module, step))
         trainer.strategy.barrier("checkpoint published")
+
+    def _publish_later(self, trainer: Trainer, pl_module: Any, step: int) -> None:
+        """Copy the state; the writer's thread does the rest.  Plain files only: rank zero holds all of it."""
+        self._writer.wait()  # one copy at a time
+        aside = self.folder / f".writing-{store.step_folder(step)}"
+        capture, own_io = StateCapture(), trainer.strategy.checkpoint_io
+        trainer.strategy.checkpoint_io = capture
+        try:
+            trainer.save_checkpoint(aside / store.STATE, weights_only=False)
+        finally:
+            trainer.strategy.checkpoint_io = own_io
+        if capture.state is not None:
+            metadata, layout = self._metadata(trainer, pl_module, step), _weights_layout(pl_module.model)
+            config = pl_module.model.config
+            self._writer.submit(partial(self._write, aside, capture.state, layout, config, metadata))
+
+    def _write(
+        self,
+        aside: Path,
+        state: dict[str, Any],
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        config: ModelConfig,
+        metadata: dict[str, Any],
+    ) -> None:
+        with _explaining_failures(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            torch.save(state, aside / store.STATE)
+            weights = ((name, state["state_dict"][f"model.{name}"]) for name in layout)
+            write_weights(aside / store.WEIGHTS, layout, weights)
+            self._complete(aside, config, metadata)
 
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
@@ -138,11 +183,16 @@ class CheckpointPublisher(Callback):
         }
 
     def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
+        """Add what is missing, make it durable, publish it, and retain what is to stay."""
         (folder / store.CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
         shutil.copyfile(self.tokenizer, folder / store.TOKENIZER)
         metadata["files"] = store.describe_files(folder)
         (folder / store.METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
         make_durable(folder)
+        os.rename(folder, self.folder / store.step_folder(metadata["step"]))
+        fsync_folder(self.folder)
+        self._retain()
+        remove_resharded(self.folder)
 
     def _retain(self) -> None:
         checkpoints = store.list_checkpoints(self.folder)
