@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -46,6 +47,7 @@ STAGES = {
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
 }
+CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
 
 
 class StageParser(ArgumentParser):
@@ -189,6 +191,32 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
 
 
+def checkpoint_command(arguments: Sequence[str]) -> int:
+    """``dualroute checkpoint COMMAND``; returns the exit status.
+
+    Raises:
+        UserError: A command or option that does not exist, or whatever the command finds.
+    """
+    commands = importlib.import_module("dualroute.training.checkpoint_commands")
+    parser = StageParser(prog="dualroute checkpoint", description=CHECKPOINT_SUMMARY)
+    choices = parser.add_subcommands(dest="command")
+    functions = {"list": commands.list_checkpoints, "verify": commands.verify,
+                 "export": commands.export, "convert": commands.convert}  # fmt: skip
+    for name, function in functions.items():
+        command = StageParser(description=function.__doc__.splitlines()[0])
+        first, *others = inspect.signature(function).parameters.values()
+        command.add_argument(first.name, type=str, help="Checkpoint folder, or run folder.")
+        for option in others:
+            if option.default is inspect.Parameter.empty:
+                command.add_argument(f"--{option.name}", type=str, required=True, help="Folder to write.")
+            else:
+                hints = get_type_hints(function)
+                command.add_argument(f"--{option.name}", type=hints[option.name], default=option.default)
+        choices.add_subcommand(name, command)
+    chosen = parser.parse_args(list(arguments))
+    return functions[chosen.command](**chosen[chosen.command].as_dict())
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the stage that ``arguments`` name and return the exit status; see :func:`main`."""
     stage, *rest = arguments
@@ -196,8 +224,10 @@ def run(arguments: Sequence[str]) -> int:
         from dualroute.submit import submit
 
         return submit(rest, parse_stage)
+    if stage == "checkpoint":
+        return checkpoint_command(rest)
     if stage not in STAGES:
-        near = _nearest(stage, [*STAGES, "submit"])
+        near = _nearest(stage, [*STAGES, "submit", "checkpoint"])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
     config = parse_stage(stage, rest)
@@ -208,12 +238,13 @@ def run(arguments: Sequence[str]) -> int:
 def usage() -> str:
     """Text of ``dualroute --help``."""
     lines = [f"  {stage:<10} {summary}" for stage, (_, _, _, summary) in STAGES.items()]
+    lines.append(f"  {'checkpoint':<10} {CHECKPOINT_SUMMARY}")
     return "\n".join(
         [
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
             "",
             *lines,
-            "  submit     any of these as a job for Slurm",
+            "  submit     pretraining, a sweep or a chain of stages as jobs of Slurm",
             "",
             "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
         ]

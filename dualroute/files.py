@@ -34,6 +34,17 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def make_durable(folder: Path) -> None:
+    """Flush every file and folder below ``folder`` to the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    fsync_folder(folder)
+
+
 def publish(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Flush the finished file ``temporary`` and give it its real name ``path`` (same file system)."""
     with open(temporary, "rb+") as stream:

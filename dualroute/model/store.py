@@ -16,6 +16,7 @@ rename, so readers need no lock and a crash leaves nothing to tidy by hand.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,31 +112,35 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> None:
-    """Compare the files of a checkpoint with its metadata.
+def damages(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, compared with its metadata: one line for each file.
 
     Args:
         checkpoint: The checkpoint to look at.
         digests: Also compare sha256 (reads every byte), not only sizes.
         only: Look at this one file.
-
-    Raises:
-        UserError: A file is missing, truncated or changed; the message names it.
     """
     for name, expected in checkpoint.metadata.get("files", {}).items():
         if only is not None and name != only:
             continue
         path = checkpoint.folder / name
-        remedy = "use an earlier checkpoint (see the step-… folders beside it)"
         if not path.is_file():
-            raise UserError(f"{path} is missing from the checkpoint: {remedy}")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise UserError(
-                f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,}: truncated? {remedy}"
-            )
-        if digests and file_sha256(path) != expected["sha256"]:
-            raise UserError(f"{path} does not match the sha256 in {METADATA}: corrupted? {remedy}")
+            yield f"{path} is missing from the checkpoint"
+        elif (size := path.stat().st_size) != expected["size"]:
+            yield f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,} (truncated)"
+        elif digests and file_sha256(path) != expected["sha256"]:
+            yield f"{path} does not match the sha256 in {METADATA} (changed or corrupted)"
+
+
+def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> None:
+    """Refuse a checkpoint with damaged files; for the arguments see :func:`damages`.
+
+    Raises:
+        UserError: A file is missing, truncated or changed; the message names it.
+    """
+    damage = next(damages(checkpoint, digests=digests, only=only), None)
+    if damage is not None:
+        raise UserError(f"{damage}; use an earlier checkpoint (see the step-… folders beside it)")
 
 
 def load_model(checkpoint: Checkpoint) -> DualRoutingTransformer:

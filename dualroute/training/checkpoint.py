@@ -5,6 +5,9 @@ model's shape and the tokenizer, flushes everything to the disk, writes ``checkp
 and sha256 of every file, and renames the folder to ``step-…``.  Only then do ``last`` and ``best`` move and
 old folders go.  The format is :mod:`dualroute.model.store`'s.
 
+With ``checkpoint.asynchronous`` one process and DDP only copy their state at the boundary; the rest
+happens in a thread (:mod:`~dualroute.training.background_writer`).
+
 The surprising fact: where a step is both validated and saved, the checkpoint is written after the
 validation, so that what it resumes into is the next training step and nothing is measured twice or never.
 """
@@ -14,22 +17,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from safetensors.torch import save_file
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dualroute import __version__
 from dualroute.errors import UserError
-from dualroute.files import fsync_folder
+from dualroute.files import fsync_folder, make_durable
 from dualroute.model import store
 from dualroute.model.config import ModelConfig
+from dualroute.model.weights_file import write_weights
+from dualroute.training.background_writer import BackgroundWriter, StateCapture
+from dualroute.training.layout import StateLayout
+from dualroute.training.reshard import remove_resharded
 
 
 @dataclass
@@ -40,11 +50,14 @@ class CheckpointConfig:
         every_steps: Optimizer steps between two checkpoints.  The last step always gets one.
         keep_last: Newest checkpoints to keep; the best one by validation loss stays besides.
         verify: On resume, compare the sha256 of every file, not only its size.
+        asynchronous: Copy the state to the memory of the host and write it while training goes on; for one
+            process and DDP.  DeepSpeed writes its partitions itself, and training waits for it.
     """
 
     every_steps: int = 100
     keep_last: int = 2
     verify: bool = True
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
@@ -68,14 +81,21 @@ class CheckpointPublisher(Callback):
         self.config = config
         self.tokenizer = tokenizer
         self.val_every_steps = val_every_steps
+        self._writer = BackgroundWriter()
         self._published: int | None = None
         self._val_loss: tuple[int, float] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resumed run starts at a published step
         self._published = trainer.global_step or None
+        if self.config.asynchronous and isinstance(trainer.strategy, DeepSpeedStrategy):
+            rank_zero_warn("checkpoint.asynchronous has no effect with DeepSpeed, which writes its own files")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._writer.wait()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._writer.raise_failure()
         if trainer.global_step % self.config.every_steps == 0 and not self.validation_follows(trainer):
             self.publish(trainer, pl_module)
 
@@ -97,7 +117,10 @@ class CheckpointPublisher(Callback):
         step = trainer.global_step
         if step == self._published:
             return
-        final = self.folder / store.step_folder(step)
+        self._published = step
+        if self.config.asynchronous and not isinstance(trainer.strategy, DeepSpeedStrategy):
+            self._publish_later(trainer, pl_module, step)
+            return
         aside = self.folder / f".writing-{store.step_folder(step)}"
         with _explaining_failures(aside):
             if trainer.is_global_zero:
@@ -105,16 +128,46 @@ class CheckpointPublisher(Callback):
                 aside.mkdir(parents=True)
             trainer.strategy.barrier("checkpoint folder made")
             trainer.save_checkpoint(aside / store.STATE, weights_only=False)
-            weights = gather_weights(pl_module.model, keep=trainer.is_global_zero)
+            weights = gather_weights(pl_module.model)
+            if trainer.is_global_zero:
+                write_weights(aside / store.WEIGHTS, _weights_layout(pl_module.model), weights)
+            else:
+                deque(weights, maxlen=0)  # takes part in gathering, keeps nothing
             trainer.strategy.barrier("checkpoint parts written")
             if trainer.is_global_zero:
-                metadata = self._metadata(trainer, pl_module, step)
-                self._complete(aside, pl_module.model.config, weights, metadata)
-                os.rename(aside, final)
-                fsync_folder(self.folder)
-                self._retain()
-        self._published = step
+                self._complete(aside, pl_module.model.config, self._metadata(trainer, pl_module, step))
         trainer.strategy.barrier("checkpoint published")
+
+    def _publish_later(self, trainer: Trainer, pl_module: Any, step: int) -> None:
+        """Copy the state; the writer's thread does the rest.  Plain files only: rank zero holds all of it."""
+        self._writer.wait()  # one copy at a time
+        aside = self.folder / f".writing-{store.step_folder(step)}"
+        capture, own_io = StateCapture(), trainer.strategy.checkpoint_io
+        trainer.strategy.checkpoint_io = capture
+        try:
+            trainer.save_checkpoint(aside / store.STATE, weights_only=False)
+        finally:
+            trainer.strategy.checkpoint_io = own_io
+        if capture.state is not None:
+            metadata, layout = self._metadata(trainer, pl_module, step), _weights_layout(pl_module.model)
+            config = pl_module.model.config
+            self._writer.submit(partial(self._write, aside, capture.state, layout, config, metadata))
+
+    def _write(
+        self,
+        aside: Path,
+        state: dict[str, Any],
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        config: ModelConfig,
+        metadata: dict[str, Any],
+    ) -> None:
+        with _explaining_failures(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            torch.save(state, aside / store.STATE)
+            weights = ((name, state["state_dict"][f"model.{name}"]) for name in layout)
+            write_weights(aside / store.WEIGHTS, layout, weights)
+            self._complete(aside, config, metadata)
 
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
@@ -128,20 +181,22 @@ class CheckpointPublisher(Callback):
             "train_loss": pl_module.step_metrics.get("loss"),
             "val_loss": self._val_loss[1] if measured and self._val_loss else None,
             "world_size": trainer.world_size,
-            "state_layout": state_layout(trainer),
+            "state_layout": str(StateLayout.of(trainer)),
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
         }
 
-    def _complete(
-        self, folder: Path, config: ModelConfig, weights: dict[str, Tensor], metadata: dict[str, Any]
-    ) -> None:
-        save_file(weights, folder / store.WEIGHTS)
+    def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
+        """Add what is missing, make it durable, publish it, and retain what is to stay."""
         (folder / store.CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
         shutil.copyfile(self.tokenizer, folder / store.TOKENIZER)
         metadata["files"] = store.describe_files(folder)
         (folder / store.METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
         make_durable(folder)
+        os.rename(folder, self.folder / store.step_folder(metadata["step"]))
+        fsync_folder(self.folder)
+        self._retain()
+        remove_resharded(self.folder)
 
     def _retain(self) -> None:
         checkpoints = store.list_checkpoints(self.folder)
@@ -159,17 +214,18 @@ class CheckpointPublisher(Callback):
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Whole parameters on the CPU, one at a time, whatever ZeRO stage partitioned them.
+def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters by name, one at a time, whatever ZeRO stage partitioned them.
 
-    Collective under ZeRO-3: every rank calls it; only those with ``keep`` hold the result.
+    Collective under ZeRO-3: every rank goes through all of them.
     """
-    weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         with _whole(parameter):
-            if keep:
-                weights[name] = parameter.detach().cpu().contiguous().clone()
-    return weights
+            yield name, parameter.detach()
+
+
+def _weights_layout(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters()}
 
 
 @contextmanager
@@ -181,17 +237,6 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def make_durable(folder: Path) -> None:
-    """Flush every file and folder below ``folder`` to the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            fsync_folder(path)
-        else:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    fsync_folder(folder)
 
 
 def _point(link: Path, target: str) -> None:
@@ -242,7 +287,7 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
     if resume == "auto" and not finished:
         return None
     checkpoint = finished[-1] if resume == "auto" else store.find_checkpoint(resume)
-    store.verify_checkpoint(checkpoint, digests=digests)
+    _verify(checkpoint, digests=digests)
     theirs = ModelConfig.from_file(checkpoint.folder / store.CONFIG).to_dict()
     ours = model.to_dict()
     differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
@@ -252,6 +297,18 @@ def choose_resume(folder: Path, resume: str, model: ModelConfig, *, digests: boo
             f"{', model.'.join(differing)}): restore these values, or start elsewhere with --output"
         )
     return checkpoint
+
+
+def _verify(checkpoint: store.Checkpoint, *, digests: bool) -> None:
+    """Refuse a damaged checkpoint, and name the newest older one beside it that is whole."""
+    damage = next(store.damages(checkpoint, digests=digests), None)
+    if damage is None:
+        return
+    beside = store.list_checkpoints(checkpoint.folder.parent)
+    for earlier in reversed([c for c in beside if c.step < checkpoint.step]):
+        if not any(store.damages(earlier, digests=digests)):
+            raise UserError(f"{damage}; the newest earlier checkpoint is whole: --resume {earlier.folder}")
+    raise UserError(f"{damage}; no earlier checkpoint beside it is whole: start again with another --output")
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
@@ -264,26 +321,3 @@ def set_aside_newer(folder: Path, step: int) -> None:
             aside = checkpoint.folder.with_name(f"abandoned-{checkpoint.folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint.folder, aside)
-
-
-def state_layout(trainer: Trainer) -> str:
-    """How this Trainer's ``state.ckpt`` is cut up: whole, or partitioned by DeepSpeed over ranks."""
-    if not isinstance(trainer.strategy, DeepSpeedStrategy):
-        return "one file"
-    assert isinstance(trainer.strategy.config, dict)
-    stage = trainer.strategy.config["zero_optimization"]["stage"]
-    return f"DeepSpeed ZeRO-{stage} partitions of {trainer.world_size} rank(s)"
-
-
-def check_layout(checkpoint: store.Checkpoint, trainer: Trainer) -> None:
-    """Refuse to resume from a state that this number of ranks or this strategy cannot take up.
-
-    Raises:
-        UserError: Naming what the checkpoint holds and what this run needs.
-    """
-    wrote, needed = checkpoint.metadata.get("state_layout"), state_layout(trainer)
-    if wrote != needed:
-        raise UserError(
-            f"{checkpoint.folder} holds {wrote}, this run needs {needed}: start it with the number of ranks, "
-            f"parallel.strategy and parallel.zero_stage of the run that wrote it"
-        )

@@ -27,7 +27,14 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.losses import chunked_cross_entropy
-from dualroute.training.optim import OptimConfig, SpikeGuard, SpikeGuardConfig, build_optimizer, lr_at
+from dualroute.training.optim import (
+    OptimConfig,
+    SpikeGuard,
+    SpikeGuardConfig,
+    build_optimizer,
+    lr_at,
+    parameter_groups,
+)
 from dualroute.training.sequence import new_sequence_group
 from dualroute.training.step_guard import StepGuard, StepOutcome
 
@@ -247,12 +254,31 @@ class Pretrain(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
+        config = self.optim_config
+        groups = parameter_groups(self.model, config.weight_decay, decay_embeddings=config.decay_embeddings)
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        # by these names a state can be cut up otherwise (see training/state_reader.py)
+        checkpoint["parameter_names"] = [[names[id(p)] for p in group["params"]] for group in groups]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         missing = {"spike_guard", ShardDataModule.__qualname__} - checkpoint.keys()
         if missing:  # Lightning would go on without, from the first sample
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
         self.spike_guard.load_state_dict(checkpoint["spike_guard"])
+        self._count_micro_batches(checkpoint)
+
+    def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:
+        """Put Lightning's count of micro-batches right; by it Lightning finds the end of a step.
+
+        With other ranks, or another micro-batch, the steps so far would have had another number of them.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        ready = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            unfinished = (
+                counts["ready"] - counts["completed"]
+            )  # 1 where it was saved inside a batch's last hook
+            counts.update(ready=ready, started=ready, processed=ready, completed=ready - unfinished)
 
 
 class StepBoundary(Callback):

@@ -45,7 +45,6 @@ from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
     CheckpointConfig,
     CheckpointPublisher,
-    check_layout,
     choose_resume,
     set_aside_newer,
 )
@@ -56,6 +55,7 @@ from dualroute.training.optim import OptimConfig, SpikeGuardConfig
 from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
+from dualroute.training.reshard import resumable_state
 from dualroute.training.sequence import check_sequence_parallel
 from dualroute.training.strategy import ParallelConfig, build_strategy
 from dualroute.training.watchdog import Watchdog, WatchdogConfig
@@ -262,8 +262,15 @@ def run_pretraining(config: PretrainConfig) -> int:
         reduces_in_backward=config.parallel.strategy == "ddp",
     )
     trainer, module, preemption = build_trainer(prepared, watchdog)
+    state = None
     if prepared.resume is not None:
-        check_layout(prepared.resume, trainer)
+        state = resumable_state(
+            prepared.resume,
+            trainer,
+            prepared.output / "checkpoints",
+            precision=config.train.precision,
+            timeout_minutes=config.parallel.timeout_minutes,
+        )
         if world.rank == 0:
             set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
             print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total_steps})")
@@ -273,7 +280,7 @@ def run_pretraining(config: PretrainConfig) -> int:
         trainer.fit(
             module,
             datamodule=prepared.data,
-            ckpt_path=prepared.resume.state if prepared.resume else None,
+            ckpt_path=state,
             # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's files need pickle
             weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
         )

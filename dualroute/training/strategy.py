@@ -19,6 +19,7 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,31 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         # Three places upstream want a device index; every process sees one CPU.
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or [None]))]
         DDPStrategy.setup_environment(self)
+
+    def expect_universal_checkpoint(self) -> None:
+        """What :meth:`load_checkpoint` will be given is a universal checkpoint; call it before ``fit``."""
+        assert isinstance(self.config, dict)
+        self.config["checkpoint"] = {**self.config.get("checkpoint", {}), "load_universal": True}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        assert isinstance(self.config, dict)
+        if self.config.get("checkpoint", {}).get("load_universal"):
+            folder = Path(checkpoint_path) / "checkpoint"
+            self._mend_universal_state(folder / "zero" / "optimizer_state.pt")
+        return state
+
+    def _mend_universal_state(self, path: Path) -> None:
+        """At stage 3 DeepSpeed gives all groups the settings of the first, so norms would decay too.
+
+        It also gives all of them one tensor as their count of steps, which each then raises by one.
+        """
+        saved = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+        optimizer = self.deepspeed_engine.optimizer.optimizer
+        for group, settings in zip(optimizer.param_groups, saved, strict=True):
+            group.update(settings)
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Lightning has divided the loss by the accumulation already; DeepSpeed must not do it again."""

@@ -67,3 +67,12 @@ def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestc
     assert rows["dense"]["against dense"] == "+0.00 %"
     assert rows["dense"]["val loss"] != rows["dual, routed"]["val loss"]
     assert all(float(row["loss at 64"]) > 0 for row in rows.values())
+
+
+def test_checkpoint_times_both_ways(tiny_dataset: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    options = f"--data {tiny_dataset} --preset tiny --context 64 --checkpoints 3 --repeats 1 --threads 1"
+    rows = run(pytestconfig.rootpath, f"checkpoint.py {options}", tmp_path)
+    assert [row["asynchronous"] for row in rows] == ["false", "true"]
+    assert all(
+        float(row[name]) > 0 for row in rows for name in ("stall ms", "longest ms", "steps between ms")
+    )

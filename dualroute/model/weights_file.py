@@ -1,0 +1,68 @@
+"""Writing a safetensors file tensor by tensor.
+
+In: names, dtypes and shapes of all tensors, then the tensors themselves, one after the other.  Here: the
+format's header (8 bytes of length, then JSON with every offset) can be written before any tensor is there,
+so only one of them has to be in memory.  Next: anything that reads safetensors.
+
+The surprising fact: the library's own ``save_file`` wants the whole model at once, which a rank that gathers
+a partitioned model may not have room for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_weights(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write ``tensors`` to ``path``.
+
+    Args:
+        path: File to write; not flushed to the disk.
+        layout: {name: (dtype, shape)} in the order in which the tensors come.
+        tensors: (name, tensor) in that order; each is dropped before the next is asked for.
+
+    Raises:
+        ValueError: A tensor is not the one that ``layout`` announces.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    expected = iter(layout.items())
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            wanted = next(expected, None)
+            if wanted != (name, (tensor.dtype, tuple(tensor.shape))):
+                raise ValueError(
+                    f"{name} {tensor.dtype} {tuple(tensor.shape)} came where {wanted} was expected"
+                )
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)
+    missing = next(expected, None)
+    if missing is not None:
+        raise ValueError(f"{missing[0]} was announced and never came")
