@@ -264,6 +264,8 @@ def _quiet_lightning() -> None:
     # Lightning's own use of a torch API that is to be renamed, and its note on a fixed weights_only default
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # where Slurm is installed, a run beside it is a normal thing
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 
 
 def resolved_yaml(config: PretrainConfig) -> str:
