@@ -93,8 +93,7 @@ def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "max_parallel"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", options.time):
-        raise UserError(f"--time {options.time}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    _check_time(options.time)
     scripts = KINDS[options.kind](options, overrides, parse_stage)
     if options.dry_run:
         print("\n".join(text for text in scripts.values()), end="")
@@ -104,6 +103,21 @@ def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
         path.write_text(text, encoding="utf-8")
     _hand_to_slurm(list(scripts))
     return 0
+
+
+def _check_time(text: str) -> None:
+    """The forms that sbatch knows; long enough that the signal does not come before the first step."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise UserError(f"--time {text}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    hours = match[1] is not None or match[4] is not None  # else the first number is minutes
+    minutes = days * 1440 + (first * 60 + second + third / 60 if hours else first + second / 60)
+    if minutes < 5:
+        raise UserError(
+            f"--time {text} is under 5 minutes: Slurm asks for a stop up to 3 minutes before the end, "
+            "and the job would be requeued without end"
+        )
 
 
 # -- what is submitted: {path of the script: its text}, in the order of the chain ----------------------------

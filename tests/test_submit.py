@@ -66,6 +66,8 @@ def test_a_job_has_the_resources_that_were_asked_for(work, tiny_dataset, capsys)
         .splitlines()[-1]
         .endswith(f"{sys.executable} -m dualroute pretrain --config {shlex.quote(config)}")
     )
+    for time in ("5", "5:00", "0:05:00", "0-1", "1-00:00"):
+        assert f"--time={time}\n" in scripts(capsys, "pretrain", "--config", config, "--time", time)[0]
     assert not (work / "runs").exists()
 
 
@@ -104,6 +106,8 @@ def test_what_cannot_run_is_not_queued(work, tiny_dataset, capsys):
     assert "--config" in refused(capsys, "pretrain")
     assert "--nodes is 0" in refused(capsys, "pretrain", "--config", config, "--nodes", 0)
     assert "--time soon" in refused(capsys, "pretrain", "--config", config, "--time", "soon")
+    for time in ("4", "0-0:04", "00:04:59", "4:59"):
+        assert "under 5 minutes" in refused(capsys, "pretrain", "--config", config, "--time", time)
     # 512 tokens are 8 windows, which 3 nodes cannot share
     assert "512" in refused(capsys, "pretrain", "--config", config, "--nodes", 3)
     assert "did you mean 'train.max_steps'" in refused(
