@@ -137,6 +137,9 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.steps_done * self.train_config.tokens_per_batch
 
+    #: position in the data of the first step of those that were skipped without a good one since
+    skipped_since: int | None = None
+
     def _start_step(self) -> None:
         self._micro_steps = 0
         self._z_sum: Tensor | None = None  # of this rank in this step
@@ -195,6 +198,10 @@ class Pretrain(LightningModule):
         if outcome is None:
             return
         self._outcome = outcome
+        if not outcome.skipped:
+            self.skipped_since = None
+        elif self.skipped_since is None:
+            self.skipped_since = self.trainer.datamodule.samples_consumed  # type: ignore[attr-defined]
         if outcome.skipped:
             rank_zero_warn(f"step {self.trainer.global_step + 1} is skipped: {self.spike_guard.reason}")
 
