@@ -137,8 +137,8 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.steps_done * self.train_config.tokens_per_batch
 
-    #: position in the data of the first step of those that were skipped without a good one since
-    skipped_since: int | None = None
+    #: (number, position in the data) of the first step of those that were skipped without a good one since
+    skipped_since: tuple[int, int] | None = None
 
     def _start_step(self) -> None:
         self._micro_steps = 0
@@ -201,7 +201,8 @@ class Pretrain(LightningModule):
         if not outcome.skipped:
             self.skipped_since = None
         elif self.skipped_since is None:
-            self.skipped_since = self.trainer.datamodule.samples_consumed  # type: ignore[attr-defined]
+            position = self.trainer.datamodule.samples_consumed  # type: ignore[attr-defined]
+            self.skipped_since = self.trainer.global_step + 1, position
         if outcome.skipped:
             rank_zero_warn(f"step {self.trainer.global_step + 1} is skipped: {self.spike_guard.reason}")
 

@@ -37,11 +37,13 @@ class Divergence:
     """Where a training failed.
 
     Attributes:
+        first_step: The first of the skipped steps in a row.
         step: The optimizer step in which it was given up.
         samples: Samples of the run [first, last) that the skipped steps were to be trained on.
         reason: The guard's words.
     """
 
+    first_step: int
     step: int
     samples: Span
     reason: str
@@ -51,8 +53,9 @@ def divergence(error: TrainingDiverged, module: Any, data: ShardDataModule, step
     """What is needed of a training that has failed, before it is taken down."""
     # the step that raised has not advanced the position
     _, stop = sample_numbers(data.samples_consumed, data.samples_per_batch, data.left_out)
-    start = data.samples_consumed if module.skipped_since is None else module.skipped_since
-    return Divergence(step, (start, stop), str(error))
+    first_step, position = module.skipped_since or (step, data.samples_consumed)
+    numbers, _ = sample_numbers(position, 1, data.left_out)
+    return Divergence(first_step, step, (int(numbers[0]), stop), str(error))
 
 
 def read_rollbacks(output: Path) -> list[dict[str, Any]]:
@@ -100,9 +103,10 @@ def roll_back(
         raise TrainingDiverged(f"{times}{found.reason}")
     folder = output / "checkpoints"
     finished = store.list_checkpoints(folder) if folder.is_dir() else []
-    first_bad = found.step - (found.samples[1] - found.samples[0]) // data.samples_per_batch + 1
     # skipped steps leave the weights alone, so where retention kept no earlier one, any of them will do
-    target = next((c for c in reversed(finished) if c.step < first_bad), finished[-1] if finished else None)
+    target = next(
+        (c for c in reversed(finished) if c.step < found.first_step), finished[-1] if finished else None
+    )
     if target is None:
         raise TrainingDiverged(f"there is no checkpoint to go back to yet: {found.reason}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -112,7 +116,7 @@ def roll_back(
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "failed_in_step": found.step,
-            "first_skipped_step": first_bad,
+            "first_skipped_step": found.first_step,
             "reason": found.reason,
             "resumed_from_step": target.step,
             "left_out_samples": list(found.samples),

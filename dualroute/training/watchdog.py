@@ -154,7 +154,10 @@ class Watchdog(Callback):
         if error is not None:
             self._explain(error)
         self._stop.set()
+        self._thread.join(timeout=self.config.silence_seconds)
         faulthandler.cancel_dump_traceback_later()
+        if self._stacks is not None:
+            self._stacks.close()
         if error is None:
             self.heart.beat(state=FINISHED)
 
@@ -274,8 +277,7 @@ class Watchdog(Callback):
 
     def _end(self, why: str, error: BaseException | None = None) -> None:
         """Write stacks, tell the others, let one rank print the line, and end this process."""
-        if not self._ending.acquire(blocking=False):
-            return
+        self._ending.acquire()  # if the other thread has it, this waits until that one has ended the process
         # whatever happens below (a file system that hangs), this process ends
         last_resort = threading.Timer(6 * self.config.poll_seconds + 30, os._exit, [EXIT_STALLED])
         last_resort.daemon = True

@@ -71,3 +71,4 @@ def test_it_does_not_go_back_for_ever(tiny_dataset: Path, tmp_path: Path) -> Non
     assert status == 2
     assert "after 2 roll-backs (spike_guard.max_rollbacks" in error
     assert [e["left_out_samples"] for e in json.loads((run / FILE).read_text())] == [[48, 72], [72, 96]]
+    assert [e["resumed_from_step"] for e in json.loads((run / FILE).read_text())] == [4, 4]
