@@ -235,15 +235,16 @@ class Watchdog(Callback):
         rank = (self.world.rank - 1) % self.world.world_size
         beat = read_beat(self.run, rank)
         silent = self._neighbour.look(beat and (beat.pid, beat.beats), now)
+        # at the start, and while a checkpoint is written, C code may hold the interpreter for long
+        patience = self.config.silence_seconds if self.heart.phase in _STEP_PHASES else limit
         if beat is None or beat.state != RUNNING:
             # one that failed takes the others with it, or all have failed alike; only if they wait, help them
-            lost = beat is not None and beat.state != FINISHED and still > self.config.silence_seconds
+            lost = beat is not None and beat.state != FINISHED and still > patience
             return f"rank {rank} {beat.state}" if beat is not None and lost else ""
         if process_is_gone(beat):
             again = read_beat(self.run, rank)  # its last words may be younger than what was read
             return f"rank {rank} is gone" if again is None or again.state == RUNNING else ""
-        # of this host it is known to live; and writing checkpoints, C code may hold the interpreter for long
-        patience = self.config.silence_seconds if self.heart.phase in _STEP_PHASES else limit
+        # of this host it is known to live
         if beat.place != this_place() and min(silent, still) > patience:
             return f"rank {rank} has been silent for {silent:.0f} s"
         return ""

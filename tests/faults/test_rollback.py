@@ -40,6 +40,7 @@ def test_a_file_that_is_not_ours_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_bad_window_is_left_out_and_nothing_else_changes(tiny_dataset: Path, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     # the loss is not a number in steps 7 to 10
@@ -63,6 +64,7 @@ def test_a_bad_window_is_left_out_and_nothing_else_changes(tiny_dataset: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_does_not_go_back_for_ever(tiny_dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = (*GUARD, "--spike_guard.max_rollbacks", "2")
