@@ -29,7 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dualroute.data.manifest import Manifest, verify_shards
-from dualroute.data.plan import BatchPlan, SequentialPlan, derive_accumulation
+from dualroute.data.plan import (
+    BatchPlan,
+    SequentialPlan,
+    Span,
+    derive_accumulation,
+    merge_spans,
+    sample_numbers,
+)
 from dualroute.data.reader import ShardReader, WalkPlan, WalkSequence, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
@@ -96,7 +103,8 @@ class ShardDataModule(pl.LightningDataModule):
             of the data).
 
     Attributes:
-        samples_consumed: samples trained on so far, over all ranks; see `advance`.
+        samples_consumed: position in the run's samples, over all ranks; see `advance`.
+        left_out: spans of these samples that are passed over, because training on them failed.
     """
 
     def __init__(
@@ -125,6 +133,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.val_tokens = val_tokens
         self.verify = verify
         self.samples_consumed = 0
+        self.left_out: list[Span] = []
 
     @property
     def samples_per_batch(self) -> int:
@@ -204,7 +213,14 @@ class ShardDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless; each new iterator starts at ``samples_consumed``."""
         rank, world_size = self._place()
-        sampler = WalkPlan(self.plan, rank, world_size, self.micro_batch, lambda: self.samples_consumed)
+        sampler = WalkPlan(
+            self.plan,
+            rank,
+            world_size,
+            self.micro_batch,
+            lambda: self.samples_consumed,
+            lambda: self.left_out,
+        )
         return self._loader(WindowDataset(ShardReader(self.manifest, "train"), self.plan), sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -222,17 +238,22 @@ class ShardDataModule(pl.LightningDataModule):
 
     def advance(self) -> None:
         """Count one global batch as trained on; to be called once per optimizer step."""
-        self.samples_consumed += self.samples_per_batch
+        _, self.samples_consumed = sample_numbers(
+            self.samples_consumed, self.samples_per_batch, self.left_out
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what it is a position in, as plain JSON values."""
-        return {
+        state: dict[str, Any] = {
             "fingerprint": self.manifest.fingerprint,
             "seed": self.seed,
             "context": self.context,
             "samples_per_batch": self.samples_per_batch,
             "samples_consumed": self.samples_consumed,
         }
+        if self.left_out:
+            state["left_out"] = [list(span) for span in self.left_out]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -256,6 +277,8 @@ class ShardDataModule(pl.LightningDataModule):
                     "or start a new run"
                 )
         self.samples_consumed = int(state_dict["samples_consumed"])
+        # what this module was told to leave out stays: a roll-back knows more than the checkpoint it goes to
+        self.left_out = merge_spans([*self.left_out, *state_dict.get("left_out", ())])
 
     def _place(self) -> tuple[int, int]:
         """(rank, size) of the data-parallel group; (0, 1) without a trainer.

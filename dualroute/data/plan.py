@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,6 +80,34 @@ def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> Int64:
         result[walking] = left * b + right
         walking = walking[result[walking] >= np.uint64(size)]
     return result.astype(np.int64)
+
+
+def merge_spans(spans: Iterable[Sequence[int]]) -> list[Span]:
+    """The same numbers as sorted, disjoint spans."""
+    merged: list[Span] = []
+    for start, stop in sorted((int(start), int(stop)) for start, stop in spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def sample_numbers(position: int, count: int, left_out: Sequence[Span] = ()) -> tuple[Int64, int]:
+    """The next ``count`` samples of the run from ``position`` on, and the position after them.
+
+    ``left_out``: spans of sample numbers that are passed over, sorted and disjoint.
+    """
+    pieces, missing = [], count
+    for start, stop in left_out:
+        if stop <= position or not missing:
+            continue
+        taken = min(max(start - position, 0), missing)
+        pieces.append(np.arange(position, position + taken, dtype=np.int64))
+        missing -= taken
+        position = position + taken if not missing else stop
+    pieces.append(np.arange(position, position + missing, dtype=np.int64))
+    return np.concatenate(pieces), position + missing
 
 
 def derive_accumulation(tokens_per_batch: int, context: int, micro_batch: int, world_size: int) -> int:
@@ -210,7 +238,11 @@ class BatchPlan:
 
     def sample_ids(self, first: int, count: int) -> Int64:
         """Ids (count,) of the samples numbered first, first + 1, ... of the run."""
-        epochs, indices = np.divmod(np.arange(first, first + count, dtype=np.int64), self.windows_per_epoch)
+        return self.ids(np.arange(first, first + count, dtype=np.int64))
+
+    def ids(self, numbers: Int64) -> Int64:
+        """Ids of the samples that have these numbers in the run."""
+        epochs, indices = np.divmod(numbers, self.windows_per_epoch)
         for epoch in np.unique(epochs):
             keys = seeded_words(self.fingerprint, self.seed, epoch, "order", count=_ROUNDS)
             mask = epochs == epoch

@@ -32,8 +32,10 @@ from dualroute.data.plan import (
     BatchPlan,
     DocumentStream,
     SequentialPlan,
+    Span,
     WindowPlan,
     micro_batches,
+    sample_numbers,
 )
 from dualroute.errors import UserError
 
@@ -226,6 +228,7 @@ class WalkPlan:
         micro_batch: samples per micro batch and rank.
         samples_consumed: asked each time iteration starts, so a sampler made before a checkpoint is loaded
             will do.
+        left_out: spans of the run's sample numbers that are not read, asked likewise.
     """
 
     def __init__(
@@ -235,21 +238,23 @@ class WalkPlan:
         world_size: int,
         micro_batch: int,
         samples_consumed: Callable[[], int],
+        left_out: Callable[[], Sequence[Span]] = tuple,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.world_size = world_size
         self.batch_size = micro_batch  # the name under which Lightning and DeepSpeed look for it
         self.samples_consumed = samples_consumed
+        self.left_out = left_out
 
     def __iter__(self) -> Iterator[list[Request]]:
-        consumed = self.samples_consumed()
+        consumed, left_out = self.samples_consumed(), self.left_out()
         while True:
-            batch = self.plan.batch(consumed)
+            numbers, consumed = sample_numbers(consumed, self.plan.samples_per_batch, left_out)
+            batch = self.plan.ids(numbers)
             num_targets = self.plan.num_targets(batch)
             for samples in micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist():
                 yield [Request(sample, num_targets) for sample in samples]
-            consumed += batch.size
 
 
 class WalkSequence:

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -89,15 +90,26 @@ def this_place() -> str:
     return " ".join(parts)
 
 
+def started_at(pid: int) -> float:
+    """What tells a process from a later one with its number: ticks since boot, or seconds where no /proc is.
+
+    Ticks, because a time of day changes for all processes when the clock is set.
+
+    Raises:
+        psutil.NoSuchProcess: There is none.
+    """
+    with contextlib.suppress(OSError):
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return float(psutil.Process(pid).create_time())
+
+
 def process_is_gone(beat: Beat) -> bool:
     """Certain that the process of ``beat`` has ended; False on another host, where it cannot be seen."""
     if beat.place != this_place():
         return False
     try:
-        process = psutil.Process(beat.pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        return abs(process.create_time() - beat.started) > 2.0  # the number belongs to another process by now
+        zombie = psutil.Process(beat.pid).status() == psutil.STATUS_ZOMBIE
+        return zombie or started_at(beat.pid) != beat.started  # the number is another process's by now
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:
@@ -110,11 +122,10 @@ class Heart:
     def __init__(self, run: Path, rank: int) -> None:
         self.run = run
         self.path = beat_path(run, rank)
-        self._beat = Beat(
-            rank, socket.gethostname(), this_place(), os.getpid(), psutil.Process().create_time()
-        )
+        self._beat = Beat(rank, socket.gethostname(), this_place(), os.getpid(), started_at(os.getpid()))
         # one tuple, replaced as a whole: a thread that reads it never sees half of it
         self._position = (0, 0, "start", time.monotonic())
+        self._writing = threading.Lock()  # the last words of the main thread must not be lost
 
     @property
     def moves(self) -> int:
@@ -134,6 +145,10 @@ class Heart:
 
     def beat(self, **changes: Any) -> Beat:
         """Write the file, with ``changes`` to the fields of :class:`Beat`, and return what was written."""
+        with self._writing:
+            return self._write(changes)
+
+    def _write(self, changes: dict[str, Any]) -> Beat:
         moves, step, phase, since = self._position
         self._beat = dataclasses.replace(
             self._beat,

@@ -152,13 +152,16 @@ class SpikeGuardConfig:
         enabled: Watch the loss at all; without it, only what is not a finite number is skipped.
         window: Recent good steps that define what is usual; no spike is seen before it is full.
         threshold: Robust standard deviations above the running median that make a spike.
-        patience: Skipped steps in a row after which the run stops instead of going on in vain.
+        patience: Skipped steps in a row after which the run does not go on in vain.
+        max_rollbacks: How often a run may then go back to a checkpoint and leave out the data of those
+            steps; past that, or at 0, it stops.
     """
 
     enabled: bool = True
     window: int = 128
     threshold: float = 6.0
     patience: int = 20
+    max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
         if self.window < 2:
@@ -167,6 +170,8 @@ class SpikeGuardConfig:
             raise UserError(f"spike_guard.threshold is {self.threshold}: it must be above 0")
         if self.patience < 1:
             raise UserError(f"spike_guard.patience is {self.patience}: it must be at least 1")
+        if self.max_rollbacks < 0:
+            raise UserError(f"spike_guard.max_rollbacks is {self.max_rollbacks}: it must be 0 or more")
 
 
 class TrainingDiverged(UserError):

@@ -144,6 +144,9 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.steps_done * self.train_config.tokens_per_batch
 
+    #: (number, position in the data) of the first step of those that were skipped without a good one since
+    skipped_since: tuple[int, int] | None = None
+
     def _start_step(self) -> None:
         self._micro_steps = 0
         self._z_sum: Tensor | None = None  # of this rank in this step
@@ -202,6 +205,11 @@ class Pretrain(LightningModule):
         if outcome is None:
             return
         self._outcome = outcome
+        if not outcome.skipped:
+            self.skipped_since = None
+        elif self.skipped_since is None:
+            position = self.trainer.datamodule.samples_consumed  # type: ignore[attr-defined]
+            self.skipped_since = self.trainer.global_step + 1, position
         if outcome.skipped:
             rank_zero_warn(f"step {self.trainer.global_step + 1} is skipped: {self.spike_guard.reason}")
 

@@ -9,6 +9,7 @@
     OUTPUT/checkpoints/     see dualroute.model.store
     OUTPUT/tensorboard/     event files
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
+    OUTPUT/rollbacks.json   data that were left out because training on them failed
     OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
 
 The surprising fact: the same command starts, resumes and finishes a run.  Run again when all is done, it
@@ -18,6 +19,7 @@ says so and does nothing.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -51,11 +53,12 @@ from dualroute.training.checkpoint import (
 from dualroute.training.corruption_check import CorruptionCheck
 from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
-from dualroute.training.optim import OptimConfig, SpikeGuardConfig
+from dualroute.training.optim import OptimConfig, SpikeGuardConfig, TrainingDiverged
 from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
 from dualroute.training.reshard import resumable_state
+from dualroute.training.rollback import Divergence, divergence, leave_out, roll_back
 from dualroute.training.sequence import check_sequence_parallel
 from dualroute.training.strategy import ParallelConfig, build_strategy
 from dualroute.training.watchdog import Watchdog, WatchdogConfig
@@ -165,6 +168,7 @@ def check(config: PretrainConfig) -> Prepared:
         verify=data.verify,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
+    leave_out(module, Path(config.output))
     tokenizer = _tokenizer(module)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
     output = _writable(Path(config.output))
@@ -255,6 +259,19 @@ def run_pretraining(config: PretrainConfig) -> int:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
         return 0
+    while True:
+        result = _fit(prepared)
+        if isinstance(result, int):
+            return result
+        gc.collect()  # the model, the optimizer and the engine of the training that failed
+        limit = config.spike_guard.max_rollbacks
+        checkpoint = roll_back(result, prepared.output, prepared.data, world, limit)
+        prepared = dataclasses.replace(prepared, resume=checkpoint)
+
+
+def _fit(prepared: Prepared) -> int | Divergence:
+    """Train from ``prepared.resume`` on: the exit status, or where the training became unusable."""
+    config, world = prepared.config, prepared.world
     watchdog = Watchdog(
         config.watchdog,
         world,
@@ -273,17 +290,21 @@ def run_pretraining(config: PretrainConfig) -> int:
         )
         if world.rank == 0:
             set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
-            print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total_steps})")
+            total = config.train.total_steps
+            print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total})")
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
-    with watchdog:
-        trainer.fit(
-            module,
-            datamodule=prepared.data,
-            ckpt_path=state,
-            # tensors and plain values only: no code of a checkpoint is run.  DeepSpeed's files need pickle
-            weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
-        )
+    try:
+        with watchdog:
+            trainer.fit(
+                module,
+                datamodule=prepared.data,
+                ckpt_path=state,
+                # tensors and plain values only: a checkpoint's code is not run.  DeepSpeed's needs pickle
+                weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
+            )
+    except TrainingDiverged as error:
+        return divergence(error, module, prepared.data, trainer.global_step + 1)
     return stop_for_requeue(trainer, preemption) if preemption.signal else 0
 
 

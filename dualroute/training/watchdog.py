@@ -154,7 +154,10 @@ class Watchdog(Callback):
         if error is not None:
             self._explain(error)
         self._stop.set()
+        self._thread.join(timeout=self.config.silence_seconds)
         faulthandler.cancel_dump_traceback_later()
+        if self._stacks is not None:
+            self._stacks.close()
         if error is None:
             self.heart.beat(state=FINISHED)
 
@@ -232,15 +235,16 @@ class Watchdog(Callback):
         rank = (self.world.rank - 1) % self.world.world_size
         beat = read_beat(self.run, rank)
         silent = self._neighbour.look(beat and (beat.pid, beat.beats), now)
+        # at the start, and while a checkpoint is written, C code may hold the interpreter for long
+        patience = self.config.silence_seconds if self.heart.phase in _STEP_PHASES else limit
         if beat is None or beat.state != RUNNING:
             # one that failed takes the others with it, or all have failed alike; only if they wait, help them
-            lost = beat is not None and beat.state != FINISHED and still > self.config.silence_seconds
+            lost = beat is not None and beat.state != FINISHED and still > patience
             return f"rank {rank} {beat.state}" if beat is not None and lost else ""
         if process_is_gone(beat):
             again = read_beat(self.run, rank)  # its last words may be younger than what was read
             return f"rank {rank} is gone" if again is None or again.state == RUNNING else ""
-        # of this host it is known to live; and writing checkpoints, C code may hold the interpreter for long
-        patience = self.config.silence_seconds if self.heart.phase in _STEP_PHASES else limit
+        # of this host it is known to live
         if beat.place != this_place() and min(silent, still) > patience:
             return f"rank {rank} has been silent for {silent:.0f} s"
         return ""
@@ -274,8 +278,7 @@ class Watchdog(Callback):
 
     def _end(self, why: str, error: BaseException | None = None) -> None:
         """Write stacks, tell the others, let one rank print the line, and end this process."""
-        if not self._ending.acquire(blocking=False):
-            return
+        self._ending.acquire()  # if the other thread has it, this waits until that one has ended the process
         # whatever happens below (a file system that hangs), this process ends
         last_resort = threading.Timer(6 * self.config.poll_seconds + 30, os._exit, [EXIT_STALLED])
         last_resort.daemon = True

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -51,6 +52,20 @@ def compute_wrongly_once(step: int) -> None:
     Pretrain.micro_batch_loss = micro_batch_loss  # type: ignore[method-assign]
 
 
+def spoil_samples(first: int, last: int) -> None:
+    """The loss is not a number in a step that begins at a sample from ``first`` to ``last``."""
+    original = Pretrain.training_step
+
+    def training_step(self: Pretrain, batch: Any, batch_idx: int) -> Any:
+        loss = original(self, batch, batch_idx)
+        if first <= self.trainer.datamodule.samples_consumed <= last:  # type: ignore[attr-defined]
+            self.step_guard._losses[-1] *= math.nan
+            return loss * math.nan
+        return loss
+
+    Pretrain.training_step = training_step  # type: ignore[method-assign]
+
+
 FAULTS = {
     "sleep": sleep_in_forward, "kill": kill, "fail": fail, "hold": hold_the_interpreter,
     "none": lambda module: None,
@@ -87,6 +102,8 @@ if __name__ == "__main__":
     if int(rank) == int(os.environ.get("RANK", "0")):
         if fault == "skip":
             skip_a_reduction(int(step))
+        elif fault in ("spoil", "spoil_all"):
+            spoil_samples(int(step), int(step) + 31 if fault == "spoil" else sys.maxsize)
         elif fault == "flip":
             compute_wrongly_once(int(step))
         else:

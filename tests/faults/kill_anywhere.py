@@ -121,7 +121,8 @@ def kill_once(
             raise RuntimeError(f"the run failed by itself, {statuses}: {results[0][1][-2000:]}")
         return None
     beat = read_beat(run, rank)
-    step, phase = (beat.step, beat.phase) if beat is not None else (0, "before")
+    of_this_life = beat is not None and beat.pid == processes[rank].pid
+    step, phase = (beat.step, beat.phase) if beat is not None and of_this_life else (0, "before it beat")
     return Kill(moment.kind, rank, step, phase, torn, newest(run), statuses)
 
 

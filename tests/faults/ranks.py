@@ -52,7 +52,7 @@ def start(
     return started
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str]]:
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 280) -> list[tuple[int, str]]:
     """Exit status and standard error of each; none is left behind."""
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]

@@ -8,7 +8,6 @@ import sys
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dualroute.training.heartbeat import (
@@ -20,13 +19,14 @@ from dualroute.training.heartbeat import (
     beat_path,
     process_is_gone,
     read_beat,
+    started_at,
     this_place,
 )
 from dualroute.training.stall_report import describe, place_of, ranks, waiting_in, write_stacks
 
 
 def beat(rank: int, **values: object) -> Beat:
-    started = psutil.Process().create_time()
+    started = started_at(os.getpid())
     fields = {"host": "a", "place": this_place(), "pid": os.getpid(), "started": started, "step": 5}
     return Beat(rank, **{**fields, "phase": "forward", "answers": "alarm", **values})  # type: ignore[arg-type]
 
@@ -92,7 +92,7 @@ def test_a_beat_is_read_as_it_was_written_and_half_of_one_is_none(tmp_path: Path
 
 def test_a_process_that_ended_is_gone_even_before_its_parent_looks() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    lives = beat(0, pid=child.pid, started=psutil.Process(child.pid).create_time())
+    lives = beat(0, pid=child.pid, started=started_at(child.pid))
     assert not process_is_gone(lives)
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but still a zombie
