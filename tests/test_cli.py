@@ -86,7 +86,7 @@ def test_shipped_preparations_are_valid(path):
     parse_stage("prepare", ["--config", str(path)]).check()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/parallel").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_parallel_settings_are_valid(path):
     config = parse_stage("pretrain", ["--parallel", str(path)]).parallel
     assert config.zero_stage in (0, 1, 2, 3)
