@@ -17,6 +17,7 @@ import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ class TrainingState(ABC):
         folder: Where it lies, for messages.
         trainer: The Trainer's own state: loops, data position, guard.
         shapes: {name: shape} of every parameter, in the optimizer's order.
-        groups: Names by group of the optimizer.
-        hyperparameters: Those groups' settings (learning rate, weight decay, …).
+        hyperparameters: Settings of the optimizer's groups (learning rate, weight decay, …).
         aliases: {name: name of the parameter that it shares}.
         step: The optimizer's own count of taken steps, 0-dim.
         loss_scaler: DeepSpeed's fp16 loss scaler, where it has one that changes.
@@ -59,7 +59,6 @@ class TrainingState(ABC):
     folder: Path
     trainer: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    groups: list[list[str]]
     hyperparameters: list[dict[str, Any]]
     aliases: dict[str, str]
     step: Tensor
@@ -84,14 +83,22 @@ class TrainingState(ABC):
         skipped = int(self.trainer["global_step"]) - int(self.step)
         return {"global_steps": int(self.trainer["global_step"]), "skipped_steps": max(skipped, 0)}
 
-    def _name_groups(self, param_groups: list[dict[str, Any]]) -> None:
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names by group of the optimizer.
+
+        Raises:
+            UserError: An earlier version wrote the state, and did not note them.
+        """
         names = self.trainer.get(PARAMETER_NAMES)
-        if names is None or len(names) != len(param_groups):
+        if names is None:
             raise UserError(
                 f"{self.folder} does not say which parameter is which in the optimizer's state: an earlier "
                 f"version wrote it; continue it with the layout that it has"
             )
-        self.groups = names
+        return names
+
+    def _take_hyperparameters(self, param_groups: list[dict[str, Any]]) -> None:
         self.hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in param_groups]
 
     def _check_adam(self, state: dict[Any, dict[str, Any]]) -> None:
@@ -120,14 +127,15 @@ class OneFileState(TrainingState):
         state = content[optimizer][0] if isinstance(content[optimizer], list) else content[optimizer]
         if not isinstance(state, dict) or {"state", "param_groups"} - state.keys():
             raise UserError(f"{path} holds 16-bit weights of DeepSpeed stage 0, which fit this layout only")
-        self._name_groups(state["param_groups"])
+        self._take_hyperparameters(state["param_groups"])
         self._check_adam(state["state"])
+        self._adam = state
         self._weights: dict[str, Tensor] = content[weights]
-        order = [index for group in state["param_groups"] for index in group["params"]]
-        names = [name for group in self.groups for name in group]
-        self._moments = {name: state["state"][index] for name, index in zip(names, order, strict=True)}
+        places: dict[int, str] = {}
+        for name, tensor in self._weights.items():
+            places.setdefault(tensor.data_ptr(), name)
+        names = [name for group in self.trainer.get(PARAMETER_NAMES, [places.values()]) for name in group]
         self.shapes = {name: tuple(self._weights[name].shape) for name in names}
-        places = {self._weights[name].data_ptr(): name for name in names}
         self.aliases = {
             name: places[tensor.data_ptr()]
             for name, tensor in self._weights.items()
@@ -137,6 +145,12 @@ class OneFileState(TrainingState):
 
     def read(self, name: str, key: str) -> Tensor:
         return self._weights[name] if key == WEIGHT else self._moments[name][key]
+
+    @cached_property
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        order = [index for group in self._adam["param_groups"] for index in group["params"]]
+        names = [name for group in self.groups for name in group]
+        return {name: self._adam["state"][index] for name, index in zip(names, order, strict=True)}
 
     def dtype(self, name: str) -> torch.dtype:
         return self._weights[name].dtype
@@ -165,7 +179,7 @@ class PartitionedState(TrainingState):
         changes = bool(first.get("dynamic_loss_scale"))
         self.loss_scaler = {"loss_scaler": scaler, "dynamic_loss_scale": True} if changes else {}
         self._check_adam(self._base(first)["state"])
-        self._name_groups(self._base(first)["param_groups"])
+        self._take_hyperparameters(self._base(first)["param_groups"])
 
     def _map_files(self) -> None:
         self._optimizers: list[dict[str, Any]] = [_load(path)["optimizer_state_dict"] for path in self._files]

@@ -12,7 +12,7 @@ from dualroute.errors import UserError
 from dualroute.model.store import Checkpoint, find_checkpoint, list_checkpoints
 from dualroute.training import reshard
 from dualroute.training.layout import StateLayout
-from dualroute.training.state_reader import KEYS, open_state
+from dualroute.training.state_reader import KEYS, WEIGHT, open_state
 from dualroute.training.universal import write_one_file, write_stage_zero, write_universal
 from tests.training.elastic_runs import LANES, RANKS, STEPS_PER_LEG
 from tests.training.test_pretrain import curve
@@ -195,4 +195,18 @@ def test_a_state_that_cannot_be_cut_up_says_why(elastic, tmp_path, change):
     if change == "missing":
         (tmp_path / "state.ckpt").write_bytes(checkpoint.state.read_bytes()[:-200])
     with pytest.raises(UserError, match=expected):
-        open_state(Checkpoint(tmp_path, 0, checkpoint.metadata))
+        write_universal(open_state(Checkpoint(tmp_path, 0, checkpoint.metadata)), tmp_path / "out", quiet)
+
+
+def test_without_names_weights_and_partitions_are_read_all_the_same(elastic, tmp_path):
+    """As an earlier version wrote them: only a plain optimizer state cannot be told apart."""
+    checkpoint = checkpoint_of(elastic, "mixed", 1)
+    content = torch.load(checkpoint.state, weights_only=True)
+    names = {name for group in content.pop("parameter_names") for name in group}
+    torch.save(content, tmp_path / "state.ckpt")
+    state = open_state(Checkpoint(tmp_path, 0, checkpoint.metadata))
+    assert set(dict(state.tensors(WEIGHT))) == names
+    partitions = open_state(checkpoint_of(elastic, "stage2", 2))
+    del partitions.trainer["parameter_names"]
+    write_universal(partitions, tmp_path / "universal", quiet)
+    assert {p.name for p in (tmp_path / "universal" / "checkpoint" / "zero").iterdir()} > names
