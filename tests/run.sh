@@ -7,17 +7,21 @@ bash launch/install.sh deepspeed,dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 export DUALROUTE_DATA="${DUALROUTE_DATA:-$PWD/../shared/data}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-# A Slurm for tests/slurm; where it cannot be had, those tests are skipped and say why
-if ! command -v slurmctld >/dev/null && [ ! -x /usr/sbin/slurmctld ]; then
+# A Slurm for tests/slurm, an sshd and pdsh for tests/training/test_hostfile.py; where they cannot be had, those
+# tests are skipped and say why
+export PATH="$PATH:/usr/sbin"
+packages=()
+command -v slurmctld >/dev/null || packages+=(slurm-wlm slurmctld slurmd slurm-client munge)
+command -v sshd >/dev/null && command -v pdsh >/dev/null || packages+=(openssh-server openssh-client pdsh)
+if [ ${#packages[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing Slurm for tests/slurm ..."
-        slurm=(slurm-wlm slurmctld slurmd slurm-client munge)
+        echo "installing ${packages[*]} ..."
         get() { DEBIAN_FRONTEND=noninteractive apt-get "$@" >/dev/null; }
-        get install -y --no-install-recommends "${slurm[@]}" 2>/dev/null ||
-            { get update && get install -y --no-install-recommends "${slurm[@]}"; } ||
-            echo "apt-get could not install Slurm: tests/slurm will be skipped"
+        get install -y --no-install-recommends "${packages[@]}" 2>/dev/null ||
+            { get update && get install -y --no-install-recommends "${packages[@]}"; } ||
+            echo "apt-get could not install ${packages[*]}: their tests will be skipped"
     else
-        echo "no Slurm, and no root with apt-get to install it: tests/slurm will be skipped"
+        echo "no ${packages[*]}, and no root with apt-get to install them: their tests will be skipped"
     fi
 fi
 [ -d "$DUALROUTE_DATA" ] || echo "no folder $DUALROUTE_DATA: tests on real data will be skipped (set DUALROUTE_DATA)"
