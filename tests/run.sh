@@ -15,8 +15,8 @@ command -v slurmctld >/dev/null || packages+=(slurm-wlm slurmctld slurmd slurm-c
 command -v sshd >/dev/null && command -v pdsh >/dev/null || packages+=(openssh-server openssh-client pdsh)
 if [ ${#packages[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing ${packages[*]} ..."
-        get() { DEBIAN_FRONTEND=noninteractive apt-get "$@" >/dev/null; }
+        echo "installing ${packages[*]} ..."  # RUNLEVEL=1: without starting their services
+        get() { RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get "$@" >/dev/null; }
         get install -y --no-install-recommends "${packages[@]}" 2>/dev/null ||
             { get update && get install -y --no-install-recommends "${packages[@]}"; } ||
             echo "apt-get could not install ${packages[*]}: their tests will be skipped"
