@@ -18,7 +18,7 @@ from tests.training.test_pretrain import environment
 
 def test_two_ranks_give_what_one_gives():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", free_port(), "tests/attention/sequence_ranks.py"]
+    command += ["--master_port", free_port(), "tests/training/sequence_ranks.py"]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
 

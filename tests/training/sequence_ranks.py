@@ -1,6 +1,6 @@
 """Ranks that share texts, against one that reads them alone; started by test_sequence_parallel.py.
 
-torchrun --nproc_per_node P tests/attention/sequence_ranks.py
+torchrun --nproc_per_node P tests/training/sequence_ranks.py
 """
 
 from __future__ import annotations
