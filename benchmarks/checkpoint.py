@@ -32,7 +32,7 @@ def stalls(arguments: list[str], asynchronous: bool) -> tuple[list[float], list[
     """Seconds of each checkpoint, seconds between checkpoints, and bytes of the last one."""
     taken: list[float] = []
     begins: list[float] = []
-    publish = CheckpointPublisher._publish
+    publish = CheckpointPublisher.publish
 
     def timed(self, trainer, module):
         new = trainer.global_step != self._published
@@ -41,7 +41,7 @@ def stalls(arguments: list[str], asynchronous: bool) -> tuple[list[float], list[
         if new:
             taken.append(time.perf_counter() - begins[-1])
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(CheckpointPublisher, "_publish", timed):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(CheckpointPublisher, "publish", timed):
         more = ["--output", folder, "--checkpoint.asynchronous", str(asynchronous).lower()]
         run_pretraining(parse_stage("pretrain", [*arguments, *more]))
         files = find_checkpoint(folder).metadata["files"].values()
