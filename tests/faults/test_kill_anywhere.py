@@ -1,4 +1,4 @@
-"""Three deaths of a run, one of them aimed at a checkpoint being written; the script does as many as asked."""
+"""Three deaths of a run, one of them aimed at a checkpoint in the making; the script does as many as asked."""
 
 from __future__ import annotations
 
