@@ -1,4 +1,4 @@
-"""Three deaths of a run, one of them aimed at a checkpoint in the making; the script does as many as asked."""
+"""Three deaths of a run, one of them aimed at a checkpoint in the making; the script does more."""
 
 from __future__ import annotations
 
