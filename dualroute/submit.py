@@ -26,6 +26,8 @@ from typing import Any, NoReturn
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import derive_accumulation
 from dualroute.errors import UserError
+from dualroute.training.environment import World
+from dualroute.training.sequence import check_sequence_parallel
 
 ParseStage = Callable[[str, Sequence[str]], Any]
 """``dualroute.cli.parse_stage``: (stage, arguments) → the stage's configuration."""
@@ -199,8 +201,9 @@ def _checked(options: argparse.Namespace, arguments: Sequence[str], parse_stage:
     """The run's configuration, sound for as many processes as are asked for."""
     config = parse_stage("pretrain", arguments)
     train = config.train
-    world_size = options.nodes * options.tasks_per_node
-    derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, world_size)
+    world = World(world_size=options.nodes * options.tasks_per_node)
+    groups = check_sequence_parallel(config.parallel.sequence_parallel, world, config.model)
+    derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, groups)
     return config
 
 
