@@ -76,9 +76,27 @@ class Moment:
                 return True
             if self.kind == "save" and writing(self.run) - old:
                 time.sleep(delay)
-                return True
+                stand_still(processes)
+                if writing(self.run) - old:
+                    return True
+                go_on(processes)  # it was published meanwhile: the next one
             time.sleep(0.002)
         return False
+
+
+def stand_still(processes: list[subprocess.Popen[str]]) -> None:
+    """Stop processes where they are, and wait until they have stopped, so that what is seen next stays so."""
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError):  # ended
+            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TZ":
+                time.sleep(0.001)
+
+
+def go_on(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
 
 
 def logged(run: Path) -> int:
@@ -114,6 +132,7 @@ def kill_once(
     rank = moment.draw.randrange(ranks)
     if came:
         processes[rank].kill()
+        go_on(processes)
     torn = bool(writing(run))
     results = finish(processes, timeout=200)
     statuses = [status for status, _ in results]

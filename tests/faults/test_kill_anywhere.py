@@ -14,6 +14,7 @@ from tests.faults.kill_anywhere import MOMENTS, campaign, compare
 def test_killed_anywhere_the_run_is_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
     kills, problems = campaign(tiny_dataset, tmp_path, times=3, steps=40)
     assert [kill.moment for kill in kills] == list(MOMENTS)
+    assert kills[MOMENTS.index("save")].half_written
     assert problems == []
     # the comparison sees a difference: a run whose losses and weights are others
     (tmp_path / "killed" / "metrics.jsonl").write_text(
