@@ -7,6 +7,10 @@ status 2; any other exception is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+#: Exit status of a run that ended early through no fault of its settings (a signal, a stall, the death of a
+#: rank): EX_TEMPFAIL of sysexits.h, "run it again".
+RUN_AGAIN = 75
+
 
 class UserError(ValueError):
     """An input that cannot be used; the message is one line for the person who gave it.

@@ -71,6 +71,17 @@ def test_a_job_has_the_resources_that_were_asked_for(work, tiny_dataset, capsys)
     assert not (work / "runs").exists()
 
 
+def test_ranks_that_share_texts_share_the_batch_too(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)  # 512 tokens a batch, 128 a rank: at most four
+    assert "tokens_per_batch=512 is not a multiple" in refused(
+        capsys, "pretrain", "--config", config, "--nodes", 8
+    )
+    more = ("pretrain", "--config", config, "--nodes", 8, "--", "--parallel.sequence_parallel", 2)
+    assert "--nodes=8\n" in scripts(capsys, *more)[0]
+    more = ("pretrain", "--config", config, "--nodes", 8, "--", "--parallel.sequence_parallel", 3)
+    assert "does not divide the 8 rank(s)" in refused(capsys, *more)
+
+
 def test_on_cpus_a_node_has_one_process_and_options_of_the_stage_follow(work, tiny_dataset, capsys):
     config = configuration(work, tiny_dataset)
     prompt = "it's a $HOME"

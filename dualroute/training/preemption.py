@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dualroute.errors import RUN_AGAIN
 from dualroute.training import stop_signal
 from dualroute.training.checkpoint import CheckpointPublisher
 
-PREEMPTED = 75
-"""Exit status of a run that saved and stopped before its last step: EX_TEMPFAIL, "run it again"."""
+PREEMPTED = RUN_AGAIN
+"""Exit status of a run that saved and stopped before its last step."""
 
 
 class Preemption(Callback):

@@ -29,7 +29,7 @@ from typing import Any, Literal, NoReturn, TextIO
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dualroute.errors import UserError
+from dualroute.errors import RUN_AGAIN, UserError
 from dualroute.training import stall_report
 from dualroute.training.environment import World
 from dualroute.training.heartbeat import (
@@ -45,8 +45,8 @@ from dualroute.training.heartbeat import (
     this_place,
 )
 
-#: Exit status of every rank after a stall or the death of a rank: EX_TEMPFAIL of sysexits.h, "try again".
-EXIT_STALLED = 75
+#: Exit status of every rank after a stall or the death of a rank.
+EXIT_STALLED = RUN_AGAIN
 
 _STEP_PHASES = ("reading data", "forward", "backward", "optimizer step")
 _SIGNS_OF_A_LOST_PEER = ("gloo", "nccl", "connection", "socket", "broken pipe", "recvvalue", "timed out")
