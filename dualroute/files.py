@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from dualroute.errors import UserError
 
 _MARK = ".partial-"  # .NAME.partial-PID
 
@@ -79,6 +82,30 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path`` so that ``path`` holds all of it or is left as it was."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def appearing_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder to write in, which becomes ``output`` when the body has succeeded and is gone otherwise.
+
+    Raises:
+        UserError: ``output`` exists already, or cannot be written.
+    """
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"--output {output} exists already: choose another folder")
+    aside = output.with_name(f".writing-{output.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        make_durable(aside)
+        os.rename(aside, output)
+        fsync_folder(output.parent)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:

@@ -3,7 +3,7 @@
 # imports, tests.  Arguments go to pytest: bash tests/run.sh tests/attention -k causal
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh deepspeed,dev
+bash launch/install.sh deepspeed,compress,export,dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 export DUALROUTE_DATA="${DUALROUTE_DATA:-$PWD/../shared/data}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

@@ -37,10 +37,12 @@ class ModelConfig:
         global_heads: Query heads of the global route; null means half of num_heads.
         local_heads: Query heads of the local route; null means the other half.
         window: Keys that the local route sees, the token itself included.
+        layer_windows: The window of each layer, where they differ; null means window for all.
         global_mode: full reads every key; routed reads top_k blocks chosen per token; auto is full below
             the break-even length and routed above it.
         block: Keys per routed block.
         top_k: Blocks that each token reads exactly, besides its own and the document's first.
+        layer_top_k: The top_k of each layer, where they differ; null means top_k for all.
         router: How blocks are scored: minmax (bounds on sub-blocks), moment or mean.
         sub_block: Keys per bound of the minmax router; divides block.
         far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
@@ -65,9 +67,11 @@ class ModelConfig:
     global_heads: int | None = None
     local_heads: int | None = None
     window: int = 128
+    layer_windows: list[int] | None = None
     global_mode: Literal["auto", "full", "routed"] = "auto"
     block: int = 64
     top_k: int = 8
+    layer_top_k: list[int] | None = None
     router: Literal["minmax", "moment", "mean"] = "minmax"
     sub_block: int = 16
     far_summary: Literal["second_order", "first_order", "none"] = "second_order"
@@ -86,11 +90,20 @@ class ModelConfig:
         return dataclasses.replace(self, **derived)
 
     def of_layer(self, index: int) -> ModelConfig:
-        """The configuration of layer number ``index``, from 0: interleaved layers are dense or local ones."""
-        if self.attention != "interleaved":
-            return self
-        kind: Literal["dense", "local"] = "local" if (index + 1) % self.dense_every else "dense"
-        return dataclasses.replace(self, attention=kind).resolved()
+        """The configuration of layer number ``index``, from 0.
+
+        Interleaved layers are dense or local ones, and a layer may have a window and a top_k of its own."""
+        kind = self.attention
+        if kind == "interleaved":
+            kind = "local" if (index + 1) % self.dense_every else "dense"
+        return dataclasses.replace(
+            self,
+            attention=kind,
+            window=self.window if self.layer_windows is None else self.layer_windows[index],
+            top_k=self.top_k if self.layer_top_k is None else self.layer_top_k[index],
+            layer_windows=None,
+            layer_top_k=None,
+        ).resolved()
 
     def _derived(self) -> dict[str, int]:
         positive = (
@@ -113,6 +126,13 @@ class ModelConfig:
             )
         if self.top_k < 0:
             raise UserError(f"model.top_k is {self.top_k}: it must be 0 or more")
+        for name, least in (("layer_windows", 1), ("layer_top_k", 0)):
+            values = getattr(self, name)
+            if values is not None and (len(values) != self.num_layers or min(values) < least):
+                raise UserError(
+                    f"model.{name} is {values}: give {self.num_layers} numbers of at least {least}, one for "
+                    f"each layer, or null"
+                )
         if self.router == "minmax" and self.block % self.sub_block:
             raise UserError(
                 f"model.sub_block {self.sub_block} does not divide model.block {self.block}, as the minmax "

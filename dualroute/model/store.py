@@ -16,6 +16,7 @@ rename, so readers need no lock and a crash leaves nothing to tidy by hand.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dualroute.errors import UserError
-from dualroute.files import file_sha256
+from dualroute.files import appearing_folder, file_sha256
 from dualroute.model.config import ModelConfig
 from dualroute.model.transformer import DualRoutingTransformer
+from dualroute.model.weights_file import write_weights
 
 CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA = (
     "model.json",
@@ -143,15 +145,56 @@ def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str
         raise UserError(f"{damage}; use an earlier checkpoint (see the step-… folders beside it)")
 
 
-def load_model(checkpoint: Checkpoint) -> DualRoutingTransformer:
+def save_model(
+    model: DualRoutingTransformer, output: str | Path, tokenizer: str | Path, metadata: dict[str, Any]
+) -> Checkpoint:
+    """Write a checkpoint of weights alone: what conversion, pruning and quantisation leave behind.
+
+    Everything that reads a checkpoint takes it; only a training cannot be resumed from it (it can begin with
+    its weights, ``init_from``).
+
+    Args:
+        model: Written parameter by parameter, tied ones once, in their dtype.
+        output: Folder to make; it appears whole or not at all.
+        tokenizer: The tokenizer file that the ids come from.
+        metadata: What else ``checkpoint.json`` should say; ``step`` and ``tokens`` are 0 unless given.
+
+    Raises:
+        UserError: ``output`` exists already, or cannot be written.
+    """
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in parameters.items()}
+    with appearing_folder(output) as aside:
+        write_weights(aside / WEIGHTS, layout, parameters.items())
+        write_description(aside, model.config, tokenizer, metadata)
+    return read_checkpoint(output)
+
+
+def write_description(
+    folder: Path, config: ModelConfig, tokenizer: str | Path, metadata: dict[str, Any]
+) -> None:
+    """Add to ``folder`` all that makes weights a checkpoint, its metadata last."""
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    standard = {"format": "dualroute-checkpoint", "version": 1, "step": 0, "tokens": 0}
+    described = {**standard, **metadata, "files": describe_files(folder)}
+    (folder / METADATA).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> DualRoutingTransformer:
     """The model of a checkpoint, on the CPU, in the dtype it was saved in, in evaluation mode.
+
+    Args:
+        checkpoint: Whose weights.
+        config: The model to build; null means the checkpoint's.  May differ in what has no weights (window,
+            routing, context).
 
     Raises:
         UserError: The weights are missing, damaged or of another shape than ``model.json``.
     """
     verify_checkpoint(checkpoint, only=CONFIG)
     verify_checkpoint(checkpoint, only=WEIGHTS)
-    model = DualRoutingTransformer(ModelConfig.from_file(checkpoint.folder / CONFIG))
+    model = DualRoutingTransformer(config or ModelConfig.from_file(checkpoint.folder / CONFIG))
     path = checkpoint.folder / WEIGHTS
     try:
         weights = load_file(path)

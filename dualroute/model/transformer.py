@@ -194,10 +194,10 @@ class DualRoutingTransformer(nn.Module):
         assert isinstance(layer, TransformerBlock)
         attention, config = layer.attention, self.config
         everything = (context + 1) / 2
-        window = min(config.window, context)
+        window = min(attention.window, context)
         local = window - window * (window - 1) / (2 * context)
         exact_blocks = attention.max_exact_blocks
         if exact_blocks is None or context <= exact_blocks * config.block:
             return attention.global_heads * everything + attention.local_heads * local
-        routed = (config.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one
+        routed = (attention.routing.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one
         return attention.global_heads * min(everything, routed) + attention.local_heads * local

@@ -14,7 +14,6 @@ validation, so that what it resumes into is the next training step and nothing i
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import deque
@@ -172,8 +171,6 @@ class CheckpointPublisher(Callback):
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
         return {
-            "format": "dualroute-checkpoint",
-            "version": 1,
             "dualroute": __version__,
             "step": step,
             "max_steps": trainer.max_steps,
@@ -188,10 +185,7 @@ class CheckpointPublisher(Callback):
 
     def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
-        (folder / store.CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
-        shutil.copyfile(self.tokenizer, folder / store.TOKENIZER)
-        metadata["files"] = store.describe_files(folder)
-        (folder / store.METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        store.write_description(folder, config, self.tokenizer, metadata)
         make_durable(folder)
         os.rename(folder, self.folder / store.step_folder(metadata["step"]))
         fsync_folder(self.folder)

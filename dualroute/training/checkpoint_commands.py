@@ -12,10 +12,8 @@ checkpoint, before its folder gets its name.  A folder that is there has passed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dualroute.errors import UserError
-from dualroute.files import fsync_folder, make_durable
+from dualroute.files import appearing_folder
 from dualroute.model import store
 from dualroute.model.weights_file import write_weights
 from dualroute.training.layout import StateLayout
@@ -127,7 +125,7 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
         name.removeprefix(_MODULE): (chosen or state.dtype(name), shape)
         for name, shape in state.shapes.items()
     }
-    with _appearing(Path(output)) as aside:
+    with appearing_folder(output) as aside:
         write_weights(aside / store.WEIGHTS, layout, _renamed(state, chosen))
         compared = _compare(state, chosen, aside / store.WEIGHTS, source.folder / store.WEIGHTS)
         for name in (store.CONFIG, store.TOKENIZER):
@@ -182,28 +180,9 @@ def convert(checkpoint: str, output: str) -> int:
     source = store.find_checkpoint(checkpoint)
     store.verify_checkpoint(source)
     state = open_state(source)
-    with _appearing(Path(output)) as aside:
+    with appearing_folder(output) as aside:
         check_room(state, aside)
         write_universal(state, aside, Reporter())
     layout = StateLayout.read(source)
     print(f"{output}: universal checkpoint of {source.folder} (it held {layout})")
     return 0
-
-
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes ``output`` when the body has succeeded."""
-    if output.exists():
-        raise UserError(f"--output {output} exists already: choose another folder")
-    aside = output.with_name(f".writing-{output.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        make_durable(aside)
-        os.rename(aside, output)
-        fsync_folder(output.parent)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

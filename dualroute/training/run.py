@@ -39,9 +39,9 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.files import write_bytes_atomically
+from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.store import Checkpoint
+from dualroute.model.store import CONFIG, TOKENIZER, Checkpoint, find_checkpoint, load_model
 from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
@@ -92,6 +92,8 @@ class PretrainConfig:
         seed: Seed of the initial weights and of the data's order.
         resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
             (refused where that would overwrite checkpoints), a path continues from that checkpoint.
+        init_from: Checkpoint or run folder whose weights the run begins with, at step 0 and with a new
+            optimizer; model is then its model, unless given (say, with another window).
         model: Shape of the model; also a file: --model configs/model/5m.yaml.
         data: What is read.
         train: How much is trained, and in what portions.
@@ -106,6 +108,7 @@ class PretrainConfig:
     output: str = "runs/pretrain"
     seed: int = 0
     resume: str = "auto"
+    init_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -138,6 +141,7 @@ def check(config: PretrainConfig) -> Prepared:
     """
     world = detect_world()
     check_port(world)
+    config = _with_initial_model(config)
     model, train, data = config.model, config.train, config.data
     if data.context > model.max_context:
         raise UserError(
@@ -170,12 +174,36 @@ def check(config: PretrainConfig) -> Prepared:
     _ = module.plan, module.val_plan  # unusable data are found here
     leave_out(module, Path(config.output))
     tokenizer = _tokenizer(module)
+    if config.init_from is not None:
+        check_same_tokenizer(find_checkpoint(config.init_from).folder, tokenizer, data.path)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
     output = _writable(Path(config.output))
     resume = choose_resume(
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
     return Prepared(config, world, output, module, tokenizer, accumulation, resume)
+
+
+def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
+    """With the model of ``init_from`` where none was configured."""
+    if config.init_from is None or config.model != ModelConfig():
+        return config
+    initial = ModelConfig.from_file(find_checkpoint(config.init_from).folder / CONFIG)
+    return dataclasses.replace(config, model=initial)
+
+
+def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
+    """Refuse a checkpoint whose ids mean other text than those of the data.
+
+    Raises:
+        UserError: Naming both tokenizers.
+    """
+    theirs = folder / TOKENIZER
+    if not theirs.is_file() or file_sha256(theirs) != tokenizer.sha256:
+        raise UserError(
+            f"{theirs} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
+            f"other text; prepare the data with it (dualroute prepare --tokenizer {theirs})"
+        )
 
 
 def _check_compile(config: PretrainConfig) -> None:
@@ -224,9 +252,12 @@ def _writable(output: Path) -> Path:
 
 
 def build_model(config: PretrainConfig) -> DualRoutingTransformer:
-    """The model of a run, with its seeded initial weights."""
+    """The model of a run, with its seeded initial weights, or those of ``init_from``."""
     torch.manual_seed(config.seed)
-    model = DualRoutingTransformer(config.model)
+    if config.init_from is None:
+        model = DualRoutingTransformer(config.model)
+    else:
+        model = load_model(find_checkpoint(config.init_from), config.model).float().train()
     train = config.train
     keep_fewer_activations(
         model,

@@ -77,3 +77,28 @@ def test_damaged_metadata_is_named(tmp_path):
     (tmp_path / "step-00000001" / store.METADATA).write_text('{"step"')
     with pytest.raises(UserError, match=store.METADATA):
         store.find_checkpoint(tmp_path)
+
+
+def test_weights_alone_are_a_checkpoint(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    torch.manual_seed(0)
+    model = DualRoutingTransformer(CONFIG).eval()
+    saved = store.save_model(model, tmp_path / "small", tmp_path / "tokenizer.model", {"origin": "a test"})
+    ids = torch.arange(20).view(1, 20)
+    assert torch.equal(store.load_model(store.find_checkpoint(tmp_path / "small"))(ids), model(ids))
+    assert saved.step == 0
+    assert saved.metadata["origin"] == "a test"
+    assert not list(store.damages(saved))
+    with pytest.raises(UserError, match="small exists already"):
+        store.save_model(model, tmp_path / "small", tmp_path / "tokenizer.model", {})
+
+
+def test_layers_may_have_windows_and_top_k_of_their_own():
+    config = ModelConfig(
+        vocab_size=30, dim=16, num_layers=2, num_heads=2, block=16, layer_windows=[4, 9], layer_top_k=[2, 0]
+    )
+    model = DualRoutingTransformer(config)
+    assert [layer.attention.window for layer in model.layers] == [4, 9]
+    assert [layer.attention.routing.top_k for layer in model.layers] == [2, 0]
+    with pytest.raises(UserError, match="layer_windows is \\[4\\]: give 2 numbers"):
+        ModelConfig(num_layers=2, layer_windows=[4])

@@ -1,0 +1,1 @@
+"""All stages in a row, each done once: prepare, pretrain, distil, prune, quantise, evaluate, export."""
