@@ -43,6 +43,13 @@ STAGES = {
         "evaluate_command",
         "loss of a checkpoint",
     ),
+    "prune": ("dualroute.compress.prune", "PruneConfig", "prune", "trained model → smaller model"),
+    "sparsify": (
+        "dualroute.compress.sparsify",
+        "SparsifyConfig",
+        "sparsify",
+        "single weights to zero (research)",
+    ),
     "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,11 @@ def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str
 
 
 def save_model(
-    model: DualRoutingTransformer, output: str | Path, tokenizer: str | Path, metadata: dict[str, Any]
+    model: DualRoutingTransformer,
+    output: str | Path,
+    tokenizer: str | Path,
+    metadata: dict[str, Any],
+    extra: Mapping[str, bytes] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint of weights alone: what conversion, pruning and quantisation leave behind.
 
@@ -158,6 +162,7 @@ def save_model(
         output: Folder to make; it appears whole or not at all.
         tokenizer: The tokenizer file that the ids come from.
         metadata: What else ``checkpoint.json`` should say; ``step`` and ``tokens`` are 0 unless given.
+        extra: Other files to put beside the weights, by name.
 
     Raises:
         UserError: ``output`` exists already, or cannot be written.
@@ -166,6 +171,8 @@ def save_model(
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in parameters.items()}
     with appearing_folder(output) as aside:
         write_weights(aside / WEIGHTS, layout, parameters.items())
+        for name, content in (extra or {}).items():
+            (aside / name).write_bytes(content)
         write_description(aside, model.config, tokenizer, metadata)
     return read_checkpoint(output)
 
