@@ -52,6 +52,12 @@ STAGES = {
     ),
     "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
+    "pipeline": (
+        "dualroute.pipeline.run",
+        "PipelineConfig",
+        "run_pipeline",
+        "all stages, from text to a model that ships",
+    ),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
@@ -224,6 +230,21 @@ def checkpoint_command(arguments: Sequence[str]) -> int:
     return functions[chosen.command](**chosen[chosen.command].as_dict())
 
 
+def pipeline_command(arguments: Sequence[str]) -> int:
+    """``dualroute pipeline``; paths of its stages' files start at the folder of its own."""
+    from dualroute.pipeline.run import run_pipeline
+
+    renamed = {"--from": "--from_stage", "--dry-run": "--dry_run"}
+    arguments = [
+        word for given in arguments for name, sign, value in [given.partition("=")]
+        for word in [renamed.get(name, name) + sign + value]
+    ]  # fmt: skip
+    files = list(_config_files(arguments))
+    return run_pipeline(
+        parse_stage("pipeline", arguments), files[-1].parent if files else Path(), parse_stage
+    )
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the stage that ``arguments`` name and return the exit status; see :func:`main`."""
     stage, *rest = arguments
@@ -237,6 +258,8 @@ def run(arguments: Sequence[str]) -> int:
         near = _nearest(stage, [*STAGES, "submit", "checkpoint"])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
+    if stage == "pipeline":
+        return pipeline_command(rest)
     config = parse_stage(stage, rest)
     status = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
     return status if isinstance(status, int) else 0

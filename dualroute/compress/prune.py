@@ -29,8 +29,8 @@ from dualroute.compress.shapes import Axis, Search, Sensitivity, Target, axis_si
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
-from dualroute.model import DualRoutingTransformer
-from dualroute.model.store import save_model
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.store import CONFIG, find_checkpoint, save_model
 
 REPORT = "prune.json"
 _SHARES = (0.75, 0.5, 0.25)
@@ -55,6 +55,7 @@ class PruneConfig:
         num_layers: Layers, likewise.
         global_heads: Heads of the global route, likewise; whole key/value groups.
         local_heads: Heads of the local route, likewise.
+        shape_of: A checkpoint whose sizes are taken, all of them, instead of keep and axes.
         multiple: Widths stay multiples of this; group-wise quantisation wants 64 or 128.
         criterion: activation keeps what contributes most; random is the control.
         compensate: Refit the weights that stay to make up for those that go.
@@ -82,6 +83,7 @@ class PruneConfig:
     num_layers: int | None = None
     global_heads: int | None = None
     local_heads: int | None = None
+    shape_of: str | None = None
     multiple: int = 64
     criterion: Criterion = "activation"
     compensate: bool = True
@@ -105,7 +107,9 @@ class PruneConfig:
             raise UserError(f"routing_tolerance is {self.routing_tolerance}: it must be 0 or more")
         if self.keep is not None and not self.axes:
             raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
-        if self.keep is None and not self.fit_routing and not self._given_sizes():
+        if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
+            raise UserError("shape_of gives all sizes: leave out keep and the sizes")
+        if not (self.keep or self.shape_of or self.fit_routing or self._given_sizes()):
             raise UserError("nothing to prune: give keep, a size such as ffn_dim, or fit_routing")
 
     def _given_sizes(self) -> dict[str, int]:
@@ -201,6 +205,12 @@ def _shape(
         "layers" in config.axes or given.get("num_layers", parent.num_layers) != parent.num_layers
     ):
         raise UserError("layers cannot be pruned from attention interleaved: the dense ones would move")
+    if config.shape_of is not None:
+        shape = Shape.of(ModelConfig.from_file(find_checkpoint(config.shape_of).folder / CONFIG))
+        larger = [name for name, size in asdict(shape).items() if size > asdict(parent)[name]]
+        if larger:
+            raise UserError(f"shape_of {config.shape_of} is larger than the model in {', '.join(larger)}")
+        return shape
     if config.keep is None:
         return dataclasses.replace(parent, **given)
     sensitivities: dict[Axis, Sensitivity] = {}
