@@ -31,6 +31,12 @@ from dualroute.training import stop_signal
 STAGES = {
     "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
     "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "distill": (
+        "dualroute.training.distill",
+        "DistillConfig",
+        "run_distillation",
+        "shards and a teacher → trained student",
+    ),
     "estimate": (
         "dualroute.estimate",
         "EstimateConfig",
@@ -285,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] == ["pretrain"]:
+        if arguments[:1] in (["pretrain"], ["distill"]):
             stop_signal.install()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

@@ -98,3 +98,40 @@ def generate(
             fed = torch.tensor([[token]], device=device)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def continue_batch(
+    model: DualRoutingTransformer,
+    prompts: Tensor,
+    new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Prompts of equal length with ``new_tokens`` more ids each, drawn from the model: (B, n) → (B, n + m).
+
+    Always that many, also past an end of the text, so that ranks which hold parts of one model take as many
+    steps.  ``generator`` is a CPU's: the same draws on every device.
+
+    Raises:
+        ValueError: The texts would be longer than the model's context.
+    """
+    batch, length = prompts.shape
+    if not length or length + new_tokens > model.config.max_context:
+        raise ValueError(
+            f"{length} + {new_tokens} tokens do not fit: a prompt needs one, and the model reads at most "
+            f"{model.config.max_context}"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        caches = model.new_caches(batch, length + new_tokens)
+        texts, fed = prompts, prompts
+        for _ in range(new_tokens):
+            logits = model.head(model.hidden_states(fed, caches=caches)[:, -1]).float().cpu()  # (B, V)
+            drawn = torch.softmax(logits / temperature, -1).multinomial(1, generator=generator)
+            fed = drawn.to(prompts.device)
+            texts = torch.cat([texts, fed], 1)
+    finally:
+        model.train(was_training)
+    return texts
