@@ -45,6 +45,12 @@ STAGES = {
     ),
     "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
+    "quantize": (
+        "dualroute.compress.quantize",
+        "QuantizeConfig",
+        "quantize_command",
+        "weights of a checkpoint in int8, int4 or float8",
+    ),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
