@@ -64,6 +64,12 @@ STAGES = {
         "run_pipeline",
         "all stages, from text to a model that ships",
     ),
+    "quantize": (
+        "dualroute.compress.quantize",
+        "QuantizeConfig",
+        "quantize_command",
+        "weights of a checkpoint in int8, int4 or float8",
+    ),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"

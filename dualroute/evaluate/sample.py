@@ -23,7 +23,7 @@ class GenerateConfig:
         sampling: How tokens are drawn.
         stream: Print each piece of text as soon as it is there.
         device: auto, cpu, cuda, ….
-        dtype: Arithmetic of the model.
+        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
     """
 
     checkpoint: str
@@ -31,7 +31,7 @@ class GenerateConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stream: bool = True
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def generate_text(

@@ -79,7 +79,7 @@ def generate(
         raise ValueError("the prompt is empty: give at least the <bos> token")
     if len(prompt) >= limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model reads at most {limit}: shorten it")
-    device = model.embedding.weight.device
+    device = model.norm.weight.device  # the embedding may be quantised
     generator = torch.Generator().manual_seed(sampling.seed)
     length = min(len(prompt) + sampling.max_new_tokens, limit)
     was_training = model.training

@@ -167,7 +167,7 @@ class DualRoutingTransformer(nn.Module):
 
     def new_caches(self, batch_size: int, max_length: int) -> list[Any]:
         """Empty decoding caches, one per layer, on the model's device and in its dtype."""
-        weight = self.embedding.weight
+        weight = self.norm.weight  # floats in a quantised model too
         return [
             layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype)  # type: ignore[union-attr,operator]
             for layer in self.layers

@@ -42,7 +42,14 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.store import CONFIG, TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.model.store import (
+    CONFIG,
+    TOKENIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_model,
+    refuse_quantized,
+)
 from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
@@ -188,9 +195,13 @@ def check(config: PretrainConfig) -> Prepared:
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
     """With the model of ``init_from`` where none was configured."""
-    if config.init_from is None or config.model != ModelConfig():
+    if config.init_from is None:
         return config
-    initial = ModelConfig.from_file(find_checkpoint(config.init_from).folder / CONFIG)
+    source = find_checkpoint(config.init_from)
+    refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
+    if config.model != ModelConfig():
+        return config
+    initial = ModelConfig.from_file(source.folder / CONFIG)
     return dataclasses.replace(config, model=initial)
 
 
