@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from dualroute.data.manifest import TOKENIZER_FILE, Manifest, TokenizerInfo, tok
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.evaluate.load import load
 from dualroute.files import appearing_folder
-from dualroute.model.generate import sample_texts
+from dualroute.model.generate import continue_batch
 
 ROWS = 256  # texts that are drawn together
 
@@ -41,10 +42,12 @@ def sample_corpus(checkpoint: Path, output: Path, sizes: dict[str, int], length:
             texts = -(-tokens // length)
             for first in range(0, texts, ROWS):
                 rows = min(ROWS, texts - first)
-                drawn = sample_texts(loaded.model, rows, length, tokenizer.bos_id, generator).numpy()
+                begin = torch.full((rows, 1), tokenizer.bos_id)
+                drawn = continue_batch(loaded.model, begin, length - 1, generator).numpy()
                 for number, ids in enumerate(drawn, first):
                     add(writer, ids, f"{split}-{number}", tokenizer)
             splits[split] = write_index(folder, split, [writer.close()])
+        shutil.rmtree(folder / STATE_FOLDER)
         pad = tokenizer.pad_id if tokenizer.pad_id >= 0 else tokenizer.eos_id
         info = TokenizerInfo(
             TOKENIZER_FILE,

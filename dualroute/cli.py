@@ -37,6 +37,12 @@ STAGES = {
         "convert_command",
         "a model from elsewhere, or dense → dual attention",
     ),
+    "distill": (
+        "dualroute.training.distill",
+        "DistillConfig",
+        "run_distillation",
+        "shards and a teacher → trained student",
+    ),
     "estimate": (
         "dualroute.estimate",
         "EstimateConfig",
@@ -261,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] == ["pretrain"]:
+        if arguments[:1] in (["pretrain"], ["distill"]):
             stop_signal.install()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

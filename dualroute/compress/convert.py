@@ -41,7 +41,7 @@ from dualroute.model.conversion import (
     nearest_groups,
     random_groups,
 )
-from dualroute.model.generate import sample_texts
+from dualroute.model.generate import continue_batch
 from dualroute.model.hub import load_dense
 from dualroute.model.store import METADATA, Checkpoint, find_checkpoint, save_model
 
@@ -252,7 +252,8 @@ def _own_texts(
     texts = -(-config.calibration_tokens // context)
     for first in range(0, texts, _ROWS):
         rows = min(_ROWS, texts - first)
-        yield {"input_ids": sample_texts(model, rows, context, tokenizer.bos_id, generator)}
+        begin = torch.full((rows, 1), tokenizer.bos_id, device=model.embedding.weight.device)
+        yield {"input_ids": continue_batch(model, begin, context - 1, generator)}
 
 
 def _shards(

@@ -66,39 +66,6 @@ def next_token_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor
 
 
 @torch.no_grad()
-def sample_texts(
-    model: DualRoutingTransformer, rows: int, length: int, first_id: int, generator: torch.Generator
-) -> Tensor:
-    """Texts as the model itself distributes them (temperature 1, nothing cut off), many at a time.
-
-    Args:
-        model: Whose texts.
-        rows: How many, B.
-        length: Tokens of each, the first included; at most one more than the model's context.
-        first_id: What each begins with, <bos> as a rule.
-        generator: On the CPU; the same state gives the same texts on every device.
-
-    Returns:
-        (B, length) token ids, on the CPU.  An <eos> or <bos> does not end a text.
-
-    Raises:
-        ValueError: The length does not fit the model.
-    """
-    if not 1 < length <= model.config.max_context + 1:
-        raise ValueError(
-            f"length {length}: it must be 2 to {model.config.max_context + 1}, the context and 1"
-        )
-    device = model.embedding.weight.device
-    caches = model.new_caches(rows, length - 1)
-    ids = torch.full((rows, length), first_id)
-    for place in range(1, length):
-        hidden = model.hidden_states(ids[:, place - 1 : place].to(device), caches=caches)
-        probabilities = model.head(hidden[:, -1]).float().softmax(-1).cpu()
-        ids[:, place] = probabilities.multinomial(1, generator=generator)[:, 0]
-    return ids
-
-
-@torch.no_grad()
 def generate(
     model: DualRoutingTransformer, prompt: list[int], sampling: SamplingConfig, eos_id: int | None = None
 ) -> Iterator[int]:
@@ -131,3 +98,40 @@ def generate(
             fed = torch.tensor([[token]], device=device)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def continue_batch(
+    model: DualRoutingTransformer,
+    prompts: Tensor,
+    new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Prompts of equal length with ``new_tokens`` more ids each, drawn from the model: (B, n) → (B, n + m).
+
+    Always that many, also past an end of the text, so that ranks which hold parts of one model take as many
+    steps.  ``generator`` is a CPU's: the same draws on every device.
+
+    Raises:
+        ValueError: The texts would be longer than the model's context.
+    """
+    batch, length = prompts.shape
+    if not length or length + new_tokens > model.config.max_context:
+        raise ValueError(
+            f"{length} + {new_tokens} tokens do not fit: a prompt needs one, and the model reads at most "
+            f"{model.config.max_context}"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        caches = model.new_caches(batch, length + new_tokens)
+        texts, fed = prompts, prompts
+        for _ in range(new_tokens):
+            logits = model.head(model.hidden_states(fed, caches=caches)[:, -1]).float().cpu()  # (B, V)
+            drawn = torch.softmax(logits / temperature, -1).multinomial(1, generator=generator)
+            fed = drawn.to(prompts.device)
+            texts = torch.cat([texts, fed], 1)
+    finally:
+        model.train(was_training)
+    return texts

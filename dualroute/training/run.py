@@ -25,6 +25,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +132,7 @@ class Prepared:
     tokenizer: Tokenizer
     accumulation: int
     resume: Checkpoint | None
+    make_module: Callable[[Prepared], Pretrain]
 
 
 def check(config: PretrainConfig) -> Prepared:
@@ -181,7 +183,7 @@ def check(config: PretrainConfig) -> Prepared:
     resume = choose_resume(
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
-    return Prepared(config, world, output, module, tokenizer, accumulation, resume)
+    return Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
@@ -271,8 +273,35 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     return model
 
 
+def module_arguments(prepared: Prepared) -> dict[str, Any]:
+    """What every kind of training makes its LightningModule of."""
+    config, data = prepared.config, prepared.data
+    return {
+        "model": build_model(config),
+        "optim": config.optim,
+        "train": config.train,
+        "tokenizer": prepared.tokenizer,
+        "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
+        "spike_guard": config.spike_guard,
+    }
+
+
+def pretraining_module(prepared: Prepared) -> Pretrain:
+    """The module of ``dualroute pretrain``."""
+    return Pretrain(**module_arguments(prepared))
+
+
 def run_pretraining(config: PretrainConfig) -> int:
+    """``dualroute pretrain``; for the result and the errors see :func:`run_training`."""
+    return run_training(config, check)
+
+
+def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> int:
     """Train, resume or recognise as finished; see the module's docstring.
+
+    Args:
+        config: What to run.
+        check: Finds what is wrong with it, and says which module to train.
 
     Returns:
         The exit status: 0 when all steps are done, `PREEMPTED` when a signal ended the run earlier.
@@ -358,15 +387,7 @@ def resolved_yaml(config: PretrainConfig) -> str:
 def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
     """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
-    data = prepared.data
-    module = Pretrain(
-        build_model(config),
-        config.optim,
-        config.train,
-        prepared.tokenizer,
-        {split: data.targets_per_byte(split) for split in ("train", "val")},
-        config.spike_guard,
-    )
+    module = prepared.make_module(prepared)
     train = config.train
     precision: Any = "32-true" if train.precision == "32" else train.precision
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ from dualroute.data.manifest import Manifest
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.generate import sample_texts
+from dualroute.model.generate import continue_batch
 from dualroute.model.hub import load_causal_lm
 from dualroute.model.store import find_checkpoint, load_model, save_model
 
@@ -63,7 +63,7 @@ def test_a_foreign_model_becomes_a_checkpoint(stories, tmp_path, capsys):
 def test_heads_are_divided_by_distance(stories, tmp_path):
     """What was measured is noted, and heads that look near lose less than any heads."""
     original, _ = load_causal_lm(stories["source"])
-    tokens = sample_texts(original, 8, 129, 1, torch.Generator().manual_seed(99))
+    tokens = continue_batch(original, torch.ones(8, 1).long(), 128, torch.Generator().manual_seed(99))
 
     def loss(model):
         return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
@@ -86,24 +86,6 @@ def test_heads_are_divided_by_distance(stories, tmp_path):
             torch.testing.assert_close(noted, done.mass, rtol=0, atol=1e-6)
         losses[choose] = loss(model)
     assert loss(original) < losses["distance"] < losses["random"]
-
-
-@torch.no_grad()
-def test_samples_follow_the_model(stories):
-    """A text is one draw from the model: its loss is the model's entropy, and the seed decides it."""
-    model, _ = load_causal_lm(stories["source"])
-    tokens = sample_texts(model, 16, 81, 1, torch.Generator().manual_seed(0))
-    assert tokens.shape == (16, 81)
-    assert tokens[:, 0].tolist() == [1] * 16
-    assert len({tuple(row) for row in tokens.tolist()}) == 16
-    again = sample_texts(model, 16, 81, 1, torch.Generator().manual_seed(0))
-    assert torch.equal(tokens, again)
-    log = model(tokens[:, :-1]).log_softmax(-1)
-    entropy = float(-(log.exp() * log).sum(-1).mean())
-    loss = float(-log.gather(-1, tokens[:, 1:, None]).mean())
-    assert loss == pytest.approx(entropy, rel=0.05)
-    with pytest.raises(ValueError, match="length 514"):
-        sample_texts(model, 1, 514, 1, torch.Generator())
 
 
 @torch.no_grad()
