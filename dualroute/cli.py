@@ -31,6 +31,12 @@ from dualroute.training import stop_signal
 STAGES = {
     "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
     "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "convert": (
+        "dualroute.compress.convert",
+        "ConvertConfig",
+        "convert_command",
+        "a model from elsewhere, or dense → dual attention",
+    ),
     "distill": (
         "dualroute.training.distill",
         "DistillConfig",
