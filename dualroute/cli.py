@@ -258,9 +258,8 @@ def pipeline_command(arguments: Sequence[str]) -> int:
         for word in [renamed.get(name, name) + sign + value]
     ]  # fmt: skip
     files = list(_config_files(arguments))
-    return run_pipeline(
-        parse_stage("pipeline", arguments), files[-1].parent if files else Path(), parse_stage
-    )
+    base = files[-1].parent if files else Path()
+    return run_pipeline(parse_stage("pipeline", arguments), base, parse_stage, run_or_explain)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -311,6 +310,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"dualroute {__version__}")
         return 0
+    return run_or_explain(arguments)
+
+
+def run_or_explain(arguments: Sequence[str]) -> int:
+    """:func:`run`, with one line on stderr for what the user can mend."""
     try:
         return run(arguments)
     except UserError as error:

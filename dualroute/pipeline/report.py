@@ -103,8 +103,11 @@ def _summary(models: dict[str, dict[str, Any]]) -> list[Row]:
 def _controls(models: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]]) -> list[Row]:
     last = [of for label, of in models.items() if label.startswith("recovered")][-1]
     rows = [["", "loss", "against recovered"], ["recovered", f"{last['loss']:.4f}", ""]]
-    names = {"parent": "parent, the same further steps", "cross_entropy": "cross-entropy alone",
-             "random": "random pruning, then distilled"}  # fmt: skip
+    names = {
+        "control-parent": "parent, the same further steps",
+        "control-cross_entropy": "cross-entropy alone",
+        "control-random": "random pruning, then distilled",
+    }
     for label, of in controls.items():
         rows.append([names[label], f"{of['loss']:.4f}", f"{of['loss'] - last['loss']:+.4f}"])
     return list(rows)

@@ -1,7 +1,7 @@
 """``dualroute pipeline``: all stages from text to a model that ships, each done once.
 
-In: the plan of :mod:`~dualroute.pipeline.stages`.  Here: every stage is a process of its own; beside its
-output a record says from what it was made.  Out: the outputs, and a report on all of them.
+In: the plan of :mod:`~dualroute.pipeline.stages`.  Here: one stage after the other (a training is a process
+of its own); a record says from what each output was made.  Out: the outputs, and a report on all of them.
 
     OUTPUT/stages/NAME.json    arguments, hashes of what was read and written, seconds
 
@@ -24,28 +24,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
-from dualroute.errors import UserError
+from dualroute.errors import RUN_AGAIN, UserError
 from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.model.store import WEIGHTS, find_checkpoint
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.report import write_report
-from dualroute.pipeline.stages import ParseStage, Plan, Planner, Stage
+from dualroute.pipeline.stages import PROCESSES, ParseStage, Plan, Planner, Stage
 
 
-def run_pipeline(config: PipelineConfig, base: Path, parse_stage: ParseStage) -> int:
+def run_pipeline(
+    config: PipelineConfig, base: Path, parse_stage: ParseStage, run_command: Callable[[list[str]], int]
+) -> int:
     """Do what is left to do of a pipeline.
 
     Args:
         config: The stages and their options.
         base: Folder in which the paths of ``config`` files start.
         parse_stage: Turns a command's arguments into its configuration.
+        run_command: Runs a command in this process; returns its exit status.
 
     Returns:
         The exit status: 0, or that of the stage that failed (75: run the same command again).
@@ -57,7 +60,7 @@ def run_pipeline(config: PipelineConfig, base: Path, parse_stage: ParseStage) ->
     for name in (config.from_stage, config.only):
         if name is not None and name not in [*plan.names(), "report"]:
             raise UserError(f"there is no stage {name}: the stages are {', '.join(plan.names())}, report")
-    pipeline = Pipeline(config, plan)
+    pipeline = Pipeline(config, plan, run_command)
     if config.dry_run:
         pipeline.show()
         return 0
@@ -80,8 +83,8 @@ def run_pipeline(config: PipelineConfig, base: Path, parse_stage: ParseStage) ->
 class Pipeline:
     """The stages of a plan, and the records of those that were done."""
 
-    def __init__(self, config: PipelineConfig, plan: Plan) -> None:
-        self.config, self.plan = config, plan
+    def __init__(self, config: PipelineConfig, plan: Plan, run_command: Callable[[list[str]], int]) -> None:
+        self.config, self.plan, self.run_command = config, plan, run_command
         self.records = Path(config.output) / "stages"
         self.launcher = shlex.split(config.launcher) if config.launcher else None
         self.redone = False  # everything after the first stage of --from is done again
@@ -152,7 +155,12 @@ class Pipeline:
         self.note(stage, {"reads": reads, "done": False})
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         begin = time.time()
-        status = child.run(stage.program(self.launcher))
+        if child.signal is not None:
+            return RUN_AGAIN
+        if stage.command in PROCESSES:
+            status = child.run(stage.program(self.launcher))
+        else:
+            status = self.run_command([stage.command, *stage.arguments])
         if status == 0:
             seconds = round(time.time() - begin, 1)
             made = fingerprint(stage.output)
@@ -208,8 +216,6 @@ class _Child:
         self.signal: int | None = None
 
     def run(self, program: list[str]) -> int:
-        if self.signal is not None:
-            return 75
         self.process = subprocess.Popen(program)
         status = self.process.wait()
         self.process = None

@@ -22,6 +22,8 @@ from dualroute.pipeline.config import PipelineConfig
 
 ParseStage = Callable[[str, Sequence[str]], Any]
 TRAINING = ("pretrain", "distill")
+#: Stages that are processes of their own: trainings handle signals and ranks, speed measures its memory.
+PROCESSES = (*TRAINING, "speed")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Planner:
             if control == "cross_entropy":
                 start = self.output / ("prune" if self.config.rounds == 1 else f"prune-{self.config.rounds}")
             path = self.add(name, "pretrain", only_training, init_from=start)
-        self.plan.controls[control] = path
+        self.plan.controls[name] = path
 
     def measurements(self) -> None:
         """Loss and speed of every model on the way, and the loss of the controls."""
