@@ -46,6 +46,12 @@ STAGES = {
     "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
+    "export": (
+        "dualroute.export.command",
+        "ExportConfig",
+        "export_command",
+        "a checkpoint for transformers, onnxruntime or torch.export",
+    ),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
 
