@@ -77,6 +77,12 @@ STAGES = {
         "weights of a checkpoint in int8, int4 or float8",
     ),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
+    "export": (
+        "dualroute.export.command",
+        "ExportConfig",
+        "export_command",
+        "a checkpoint for transformers, onnxruntime or torch.export",
+    ),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
 

@@ -11,6 +11,7 @@ of the text.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.far_summary import far_keys
@@ -18,12 +19,15 @@ from dualroute.attention.router import block_features
 
 
 class GlobalCache:
-    """Keys and values of a global route, and of each complete block the router's features and far summary."""
+    """Keys and values of a global route, and of each complete block the router's features and far summary.
+
+    There is room for `capacity` tokens at first; more is made when they come, twice as much each time.
+    """
 
     def __init__(
         self,
         rows: int,
-        max_length: int,
+        capacity: int,
         head_dim: int,
         block: int,
         router: str,
@@ -32,7 +36,7 @@ class GlobalCache:
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> None:
-        blocks = -(-max_length // block)
+        blocks = -(-capacity // block)
         self.length, self.block = 0, block
         self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
 
@@ -52,6 +56,8 @@ class GlobalCache:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add (R, m, d) keys and values, and the statistics of every block they complete."""
         begin, end = self.length, self.length + keys.shape[1]
+        if end > self.keys.shape[1]:
+            self._grow(end)
         self.keys[:, begin:end], self.values[:, begin:end] = keys, values
         self.length = end
         first, last = begin // self.block, end // self.block  # blocks that became complete
@@ -63,6 +69,28 @@ class GlobalCache:
         if self.far_keys is not None and self.far_values is not None:
             self.far_keys[:, first:last] = far_keys(blocks, self.far_summary)
             self.far_values[:, first:last] = self.values[:, tokens].unflatten(1, (-1, self.block)).mean(2)
+
+    def _grow(self, length: int) -> None:
+        blocks = max(-(-length // self.block), 2 * self.features.shape[1])
+
+        def longer(rows: Tensor, count: int) -> Tensor:
+            return F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, count - rows.shape[1]))
+
+        tokens = blocks * self.block
+        self.keys, self.values = longer(self.keys, tokens), longer(self.values, tokens)
+        self.features = longer(self.features, blocks)
+        if self.far_keys is not None and self.far_values is not None:
+            self.far_keys, self.far_values = longer(self.far_keys, blocks), longer(self.far_values, blocks)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with the rows (R',) only, in that order; a row may come twice."""
+        self.keys, self.values, self.features = (
+            part.index_select(0, rows) for part in (self.keys, self.values, self.features)
+        )
+        if self.far_keys is not None and self.far_values is not None:
+            self.far_keys, self.far_values = (
+                part.index_select(0, rows) for part in (self.far_keys, self.far_values)
+            )
 
 
 class LocalCache:
@@ -91,6 +119,10 @@ class LocalCache:
         self.values.index_copy_(1, places, values[:, count - kept :].to(self.values.dtype))
         self.length += count
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with the rows (R',) only, in that order; a row may come twice."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
 
 class LayerCache:
     """The cache of one DualRouting layer; `length` tokens are in it, `max_length` fit.
@@ -114,3 +146,12 @@ class LayerCache:
     def length(self) -> int:
         either = self.global_cache or self.local_cache
         return either.length if either is not None else 0
+
+    def select(self, texts: Tensor) -> None:
+        """Go on with the texts (B',) of the batch only, in that order, as a beam search does."""
+        for part in (self.global_cache, self.local_cache):
+            if part is not None:
+                heads = len(part.keys) // self.batch_size
+                rows = texts[:, None] * heads + torch.arange(heads, device=texts.device)
+                part.select(rows.flatten().to(part.keys.device))
+        self.batch_size = len(texts)

@@ -321,8 +321,11 @@ class DualRouting(nn.Module):
         max_length: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        capacity: int | None = None,
     ) -> LayerCache:
         """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
+
+        There is room for all of them at once, or for `capacity` at first and for more when they come.
 
         Raises:
             ValueError: the layer is not causal, or a size is below 1.
@@ -338,7 +341,7 @@ class DualRouting(nn.Module):
         if self.global_heads:
             global_cache = GlobalCache(
                 batch_size * self.global_heads // self.group,
-                max_length,
+                min(capacity or max_length, max_length),
                 self.head_dim,
                 self.block,
                 routing.router,

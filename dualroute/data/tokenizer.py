@@ -79,8 +79,7 @@ class Tokenizer:
 
     def _crosses_newlines(self) -> bool:
         """Whether some piece holds a newline and something else."""
-        pieces = self._processor.id_to_piece(list(range(self.vocab_size)))
-        return any("\n" in piece and piece != "\n" for piece in pieces)
+        return any("\n" in piece and piece != "\n" for piece in self.pieces())
 
     def _parts(self, text: str) -> Iterator[str]:
         """``text`` in parts that end with a line; the pieces of the whole are those of the parts.
@@ -95,6 +94,10 @@ class Tokenizer:
                 end = text.find("\n", start + _PART_CHARS) + 1 or len(text)
             yield text[start:end]
             start = end
+
+    def pieces(self) -> list[str]:
+        """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
+        return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         return Tokenizer, (self.path,)

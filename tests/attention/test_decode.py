@@ -100,3 +100,17 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         layer(causal=False).new_cache(1, 5)
     with pytest.raises(ValueError, match="max_length=0"):
         module.new_cache(1, 0)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_a_cache_grows_and_its_texts_can_be_chosen_anew(options: dict) -> None:
+    """As a beam search does: after each step some texts go on twice, others not at all."""
+    module, hidden = layer(**options), states(3, 67)
+    cache = module.new_cache(3, 67, capacity=8)
+    module(hidden[:, :30], cache=cache)
+    cache.select(torch.tensor([2, 0, 2, 1]))
+    module(hidden[[2, 0, 2, 1], 30:55], cache=cache)
+    cache.select(torch.tensor([3, 2]))
+    last = [module(hidden[[1, 2], place : place + 1], cache=cache) for place in range(55, 67)]
+    torch.testing.assert_close(torch.cat(last, 1), module(hidden)[[1, 2], 55:], rtol=0, atol=1e-12)

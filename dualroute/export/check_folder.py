@@ -1,0 +1,96 @@
+"""Loads an exported folder as a stranger does, and compares what it gives with what was expected.
+
+Run as a script, in a process of its own: ``python -I check_folder.py FOLDER EXPECTED RESULT``.  In: a Hugging
+Face folder, and the inputs and answers that `huggingface.py` saved.  Out: the differences as JSON.
+
+The surprising fact: ``import dualroute`` fails in that process, by order.  A folder that needs the package it
+was exported from is no export.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class _Absent:
+    """A finder that knows no package of these names, whatever is installed."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None
+
+
+def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
+    """Differences between a folder and what is expected of it."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(expected["threads"])
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    result: dict[str, Any] = {
+        "transformers": transformers.__version__,
+        "class": type(model).__name__,
+        "tokenizer_class": type(tokenizer).__name__,
+        "logits": {},
+    }
+    with torch.no_grad():
+        for ids, positions, logits in expected["logits"]:
+            got = model(input_ids=ids, logits_to_keep=positions).logits
+            difference = (got.double() - logits.double()).abs().max()
+            result["logits"][str(ids.shape[1])] = float(difference)
+    bos = tokenizer.bos_token_id
+    wrong = []
+    for text, ids in expected["texts"]:
+        with_bos = ids if bos is None else [bos, *ids]
+        if (
+            tokenizer(text).input_ids != with_bos
+            or tokenizer(text, add_special_tokens=False).input_ids != ids
+        ):
+            wrong.append(text[:80])
+    result["texts"], result["texts_differing"] = len(expected["texts"]), wrong
+    result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
+    return result
+
+
+def _generate(model: Any, prompts: list[list[int]], wanted: list[list[int]]) -> dict[str, bool]:
+    """Whether greedy search with the cache gives the continuations: one by one, and padded on the left."""
+    import torch
+
+    def run(batch: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in batch])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        new = max(map(len, wanted))
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        return out[:, width:].tolist()
+
+    alone = [run([prompt])[0] for prompt in prompts]
+    together = run(prompts)
+    return {
+        name: all(row[: len(ids)] == ids for row, ids in zip(rows, wanted, strict=True))
+        for name, rows in (("alone", alone), ("padded_batch", together))
+    }
+
+
+if __name__ == "__main__":
+    folder, expected, result = sys.argv[1:]
+    sys.meta_path.insert(0, _Absent("dualroute", "data_prep"))
+    import torch
+
+    found = check(folder, torch.load(expected, weights_only=True))
+    Path(result).write_text(json.dumps(found), encoding="utf-8")

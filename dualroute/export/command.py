@@ -1,0 +1,218 @@
+"""``dualroute export``: a checkpoint in a form that other software runs.
+
+In: a checkpoint.  Here: what it is worth is measured (or read from its metadata), the writer of the format
+    fills a folder, loads what it wrote and compares it with the model.  Out: the folder with ``export.json``,
+    which holds all figures; a folder that differs is never seen.
+
+The surprising fact: the comparison is part of the export and cannot be turned off.  An export is believed by
+people who cannot check it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+
+from dualroute import __version__
+from dualroute.errors import UserError
+from dualroute.evaluate.load import Loaded, load
+from dualroute.evaluate.perplexity import Score, evaluate_shards, evaluate_text, read_text
+from dualroute.files import appearing_folder
+from dualroute.model.store import WEIGHTS, Checkpoint, find_checkpoint
+
+Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]]
+#: format → the module whose `write_export` fills the folder and returns its figures; the packages it needs.
+#: Imported when asked for: each takes seconds
+WRITERS: dict[str, tuple[str, list[str]]] = {
+    "hf": ("dualroute.export.model_card", ["transformers"]),
+    "onnx": ("dualroute.export.onnx_file", ["onnx", "onnxscript", "onnxruntime"]),
+    "torch-export": ("dualroute.export.torch_program", []),
+}
+FLOATS = {"F32": "float32", "BF16": "bfloat16"}
+SAMPLE_CHARS = 20_000  # of --text, on which the tokenizers are compared too
+
+
+@dataclass
+class ExportConfig:
+    """Write a checkpoint for transformers, onnxruntime or torch.export.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        format: hf is a folder that transformers loads and generates with; onnx a file for onnxruntime;
+            torch-export a program that torch alone runs.
+        output: Folder to make; it appears only when what is in it gives the model's own logits.
+        dtype: Of the weights; auto keeps the checkpoint's (hf) or is float32 (onnx, torch-export).
+        data: Folder of shards to measure the model on (its split val); the figures go into export.json and
+            the
+            model card.  Without data and text they are those of checkpoint.json.
+        text: A text file to measure on instead.
+        context: Tokens the model sees at once when measured; null takes the context it was trained with.
+        max_tokens: Measure on this many tokens at most.
+        license: What the model card says of the weights, an SPDX identifier such as apache-2.0; null says
+            nothing.
+        quantize: With onnx, also write an int8 file (dynamic, per channel) and say what it costs.
+        opset: Of the ONNX file.
+    """
+
+    checkpoint: str
+    format: Literal["hf", "onnx", "torch-export"]
+    output: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    data: str | None = None
+    text: str | None = None
+    context: int | None = None
+    max_tokens: int | None = None
+    license: str | None = None
+    quantize: bool = False
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        if self.data is not None and self.text is not None:
+            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
+        for name in ("context", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.quantize and self.format != "onnx":
+            raise UserError(f"quantize works with --format onnx only, not {self.format}: leave it away")
+        if self.format != "hf" and self.dtype == "bfloat16":
+            raise UserError(f"dtype bfloat16 works with --format hf only: {self.format} files hold float32")
+        if not 18 <= self.opset <= 23:
+            raise UserError(f"opset is {self.opset}: it must be from 18 to 23")
+
+
+def export_command(config: ExportConfig) -> None:
+    """Export a checkpoint; see :class:`ExportConfig`.
+
+    Raises:
+        UserError: The checkpoint or an option cannot be used, a package is missing, or the export differs.
+    """
+    started = time.monotonic()
+    loaded, writer = prepare(config)
+    quality = measure(config, loaded)
+    with appearing_folder(config.output) as folder:
+        figures = {
+            "format": config.format,
+            "dualroute": __version__,
+            "checkpoint": described(loaded.checkpoint),
+            "parameters": loaded.model.num_parameters(),
+            "quality": quality,
+            **writer(config, loaded, folder, quality),
+        }
+        figures["bytes"] = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        figures["seconds"] = round(time.monotonic() - started, 1)
+        (folder / "export.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    Console().print(summary(config, figures), soft_wrap=True, highlight=False)
+
+
+def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
+    """The loaded checkpoint and the function that writes it.
+
+    Raises:
+        UserError: A package is missing, the output exists, or the checkpoint cannot be exported.
+    """
+    if Path(config.output).exists():  # said now, not after the work
+        raise UserError(f"--output {config.output} exists already: choose another folder")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    checkpoint = find_checkpoint(config.checkpoint)
+    saved = saved_dtype(checkpoint)
+    writer = _writer(config.format)
+    dtype: str = config.dtype
+    if dtype == "auto":
+        dtype = saved if config.format == "hf" else "float32"
+    return load(checkpoint.folder, "cpu", dtype), writer
+
+
+def _writer(format: str) -> Writer:
+    module, needed = WRITERS[format]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install 'dualroute[export]'")
+    writer: Writer = importlib.import_module(module).write_export
+    return writer
+
+
+def saved_dtype(checkpoint: Checkpoint) -> str:
+    """Dtype of a checkpoint's weights.
+
+    Raises:
+        UserError: They are quantised, or of a dtype that is not exported.
+    """
+    path = checkpoint.folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
+    scheme = checkpoint.metadata.get("scheme") or checkpoint.metadata.get("quantization")
+    if scheme or not kinds <= FLOATS.keys():
+        raise UserError(
+            f"{checkpoint.folder} holds quantised weights ({scheme or ', '.join(sorted(kinds))}), which no "
+            f"format here can hold: export the float checkpoint it was made from; for an int8 file use "
+            f"--format onnx --quantize"
+        )
+    return FLOATS["F32" if "F32" in kinds else "BF16"]
+
+
+def measure(config: ExportConfig, loaded: Loaded) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte on the data given, or what the checkpoint says of itself."""
+    metadata = loaded.checkpoint.metadata
+    shape = loaded.model.config
+    context = config.context or min(int(metadata.get("context", shape.max_context)), shape.max_context)
+    if context > shape.max_context:
+        raise UserError(f"context {context} is longer than the model's max_context {shape.max_context}")
+    if config.data is not None:
+        score = evaluate_shards(loaded, config.data, "val", context, 4, config.max_tokens)
+        return {"measured_on": f"{Path(config.data).name} (val)", "context": context, **_figures(score)}
+    if config.text is not None:
+        score = evaluate_text(loaded, config.text, context, context, 4, config.max_tokens)
+        return {"measured_on": Path(config.text).name, "context": context, **_figures(score)}
+    loss = loaded.checkpoint.val_loss
+    if loss is None:
+        return {}
+    return {"measured_on": "validation data, by the training run", "context": context, "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0))}  # fmt: skip
+
+
+def _figures(score: Score) -> dict[str, float]:
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.targets,
+    }
+
+
+def samples(config: ExportConfig) -> list[str]:
+    """Real text to compare tokenizers on."""
+    return [] if config.text is None else [read_text(config.text)[:SAMPLE_CHARS]]
+
+
+def described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where the weights come from, without the path on this machine."""
+    metadata = checkpoint.metadata
+    kept = ("step", "tokens", "val_loss", "data_fingerprint", "context")
+    weights = metadata.get("files", {}).get(WEIGHTS, {})
+    found = {name: metadata[name] for name in kept if metadata.get(name) is not None}
+    return {**found, **({"sha256": weights["sha256"]} if "sha256" in weights else {})}
+
+
+def summary(config: ExportConfig, figures: dict[str, Any]) -> str:
+    """What is printed."""
+    size = sum(figures["bytes"].values()) / 1e6
+    return f"{config.output}: {config.format}, {size:,.1f} MB; {json.dumps(figures['parity'])}"

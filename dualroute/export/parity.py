@@ -1,0 +1,78 @@
+"""How an export is compared with the model it came from.
+
+In: the model, before anything is published.  Out: inputs that reach every route, the logits that are right
+    for them, and figures of how far another's are off.
+
+The surprising fact: a router chooses blocks by comparing sums, so two exact programs that add in another
+order may choose differently where two blocks score alike to the last digit.  `Difference` therefore tells the
+largest error and how many positions are beyond the tolerance, and the tests of the routes use float64, where
+it does not happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dualroute.attention import AUTO_BREAK_EVEN
+from dualroute.model import DualRoutingTransformer, ModelConfig
+
+#: Positions of a text whose logits are compared: all of them would be length × vocabulary numbers.
+POSITIONS = 256
+
+
+def lengths(config: ModelConfig) -> list[int]:
+    """Lengths of text, in tokens, that reach every path: one token, part of a block, some blocks, routing."""
+    top_k = max([config.top_k, *(config.layer_top_k or [])])
+    routed = (top_k + 3) * config.block + config.block // 2 + 1
+    wanted = [1, 5, config.block, config.block + 1, routed]
+    if config.global_mode == "auto" and config.attention != "local":
+        wanted.append(max(AUTO_BREAK_EVEN + config.block // 2 + 1, routed))
+    else:
+        wanted.append(2 * routed)
+    return sorted({min(length, config.max_context) for length in wanted})
+
+
+def trial_ids(config: ModelConfig, length: int, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random token ids (batch, length)."""
+    assert config.vocab_size is not None
+    generator = torch.Generator().manual_seed(seed + length)
+    return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+def positions(length: int) -> Tensor:
+    """At most POSITIONS places of a text, evenly spaced, the last one among them."""
+    return torch.linspace(0, length - 1, min(length, POSITIONS), dtype=torch.float64).round().long()
+
+
+@torch.no_grad()
+def right_logits(model: DualRoutingTransformer, ids: Tensor, places: Tensor) -> Tensor:
+    """Logits (B, places, V) of the model itself."""
+    return model.head(model.hidden_states(ids)[:, places])
+
+
+def trials(model: DualRoutingTransformer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(ids, positions, logits) of every length."""
+    for length in lengths(model.config):
+        ids, places = trial_ids(model.config, length), positions(length)
+        yield ids, places, right_logits(model, ids, places)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far logits (…, V) are from the right ones."""
+
+    largest: float
+    beyond: float  # share of positions with an error above the tolerance
+    same_choice: float  # share of positions where the most likely token is the same
+
+    @classmethod
+    def between(cls, got: Tensor, right: Tensor, tolerance: float) -> Difference:
+        error = (got.double() - right.double()).abs().amax(-1)
+        same = got.argmax(-1) == right.argmax(-1)
+        return cls(
+            float(error.max()), float((error > tolerance).double().mean()), float(same.double().mean())
+        )

@@ -1,0 +1,188 @@
+"""The tokenizer of an exported folder: sentencepiece's model as tokenizer.json, or itself.
+
+In: a checkpoint's tokenizer.model.  Here: a BPE model such as `data_prep` trains becomes a tokenizer.json,
+    which needs no sentencepiece and no trusted code; any other model is copied, with a small class that reads
+    it (:mod:`dualroute.export.tokenization_dualroute`).  Next: :func:`trial_texts` are encoded by what was
+    written and by ours, id by id, before the folder is published.
+
+The surprising fact: sentencepiece's mark for a space, U+2581, is turned back into a space in the vocabulary.
+A text that really holds U+2581 then finds no piece for it and falls back to bytes, exactly as `Tokenizer`
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.export.bundle import bundle
+
+SPACE_MARK = "\u2581"
+_NORMAL, _BPE = 1, 2  # sentencepiece's numbers for a piece of text, and for a BPE model
+
+TRICKY = [
+    "", " ", "  ", "   x", "x   ", "\n", "\n\n\n", "\t", "\ta\t\tb", " a  b   c    d", "a\r\nb\rc",
+    "\n indented\n\tcode", "naïve café — “quotes” … ﬁ",
+    "漢字かな交じり文、한국어", "😀👩\u200d👩\u200d👧🏽 emoji",
+    "\x00\x01\x07\x1b control", "\u200b\ufeff\u00a0 spaces", f"a {SPACE_MARK} mark{SPACE_MARK}{SPACE_MARK}",
+    "\u2585 the mark of the unknown", "<0x0A> <bos> <eos> <pad> <unk> <s></s>", "<reserved_0>",
+    "1234567890 3.14159", "aaaaaaaaaaaaaaaaaaaaa", "-" * 37, " " * 41, "ababababababab", "x" * 5000,
+    "Once upon a time, there was a small house.\n\nIt stood — alone — on a hill.\n",
+]  # fmt: skip
+
+
+def trial_texts(tokenizer: Tokenizer, samples: list[str], seed: int = 0) -> list[str]:
+    """Texts on which two tokenizers are compared: tricky ones, samples of real text, random pieces."""
+    draw = random.Random(seed)
+    ids = range(tokenizer.vocab_size)
+    drawn = [tokenizer.decode(draw.choices(ids, k=draw.randint(1, 60))) for _ in range(300)]
+    few = [tokenizer.decode(draw.choices(draw.sample(ids, 3), k=30)) for _ in range(100)]
+    return TRICKY + samples + drawn + few
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]:
+    """Write all that ``AutoTokenizer.from_pretrained(folder)`` needs.
+
+    Returns:
+        "tokenizer.json" or "tokenizer.model", whichever the ids come from; and the names of the files that
+        are code.
+    """
+    special = _specials(tokenizer)
+    settings: dict[str, Any] = {
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # transformers' own number for "no limit"
+        "padding_side": "left",  # what generate() wants
+        "split_special_tokens": True,
+        **special,
+    }
+    fast = tokenizer_json(tokenizer)
+    code: list[str] = []
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    if fast is None:
+        module = "dualroute.export.tokenization_dualroute"
+        code = bundle([module], folder)
+        settings["tokenizer_class"] = "DualRoutingTokenizer"
+        settings["auto_map"] = {"AutoTokenizer": ["tokenization_dualroute.DualRoutingTokenizer", None]}
+    else:
+        (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False), encoding="utf-8")
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+    return "tokenizer.model" if fast is None else "tokenizer.json", code
+
+
+def _specials(tokenizer: Tokenizer) -> dict[str, str]:
+    pieces = tokenizer.pieces()
+    named = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eos_id,
+        "pad_token": tokenizer.pad_id,
+        "unk_token": tokenizer.unk_id,
+    }
+    return {name: pieces[number] for name, number in named.items() if number >= 0}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The model in the format of the tokenizers library; null where that cannot give the same ids.
+
+    It can for a BPE model that takes text as it is (no normalization, no space put in front) and spells what
+    it does not know in bytes.  Merges are sentencepiece's scores: of two pairs the one with the better score
+    first.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    model.ParseFromString(tokenizer.path.read_bytes())
+    rules = model.normalizer_spec
+    exact = (
+        model.trainer_spec.model_type == _BPE
+        and model.trainer_spec.byte_fallback
+        and rules.name == "identity"
+        and not rules.add_dummy_prefix
+        and not rules.remove_extra_whitespaces
+        and not any("\n" in piece.piece and piece.piece != "\n" for piece in model.pieces)
+        and not model.trainer_spec.treat_whitespace_as_suffix
+    )
+    if not exact:
+        return None
+    vocabulary: dict[str, int] = {}
+    scores: dict[str, float] = {}
+    for number, piece in enumerate(model.pieces):
+        text = piece.piece
+        if piece.type == _NORMAL:
+            text = text.replace(SPACE_MARK, " ")
+            scores[text] = piece.score
+        vocabulary[text] = number
+    pieces = tokenizer.pieces()
+    control = sorted({*_specials(tokenizer).values(), *_controls(model)}, key=vocabulary.__getitem__)
+    added = [
+        {
+            "id": vocabulary[piece], "content": piece, "special": True,
+            "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+        }
+        for piece in control
+    ]  # fmt: skip
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        # no piece crosses a line: the parts are short, and the pieces those of the whole
+        "pre_tokenizer": {
+            "type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False,
+        },
+        "post_processor": _bos_first(pieces, tokenizer.bos_id),
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[tokenizer.unk_id] if tokenizer.unk_id >= 0 else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(scores),
+        },
+    }  # fmt: skip
+
+
+def _controls(model: Any) -> list[str]:
+    return [piece.piece for piece in model.pieces if piece.type in (2, 3)]  # unknown, control
+
+
+def _merges(scores: dict[str, float]) -> list[list[str]]:
+    """Every pair of pieces that makes a piece, the best piece first."""
+    ordered = sorted(scores, key=lambda text: -scores[text])
+    return [
+        [text[:cut], text[cut:]]
+        for text in ordered
+        for cut in range(1, len(text))
+        if text[:cut] in scores and text[cut:] in scores
+    ]
+
+
+def _bos_first(pieces: list[str], number: int) -> dict[str, Any] | None:
+    if number < 0:
+        return None
+    piece = pieces[number]
+
+    def token(kind: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": piece, "type_id": kind}}
+
+    def text(name: str, kind: int) -> dict[str, Any]:
+        return {"Sequence": {"id": name, "type_id": kind}}
+
+    return {
+        "type": "TemplateProcessing",
+        "single": [token(0), text("A", 0)],
+        "pair": [token(0), text("A", 0), token(1), text("B", 1)],
+        "special_tokens": {piece: {"id": piece, "ids": [number], "tokens": [piece]}},
+    }

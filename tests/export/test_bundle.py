@@ -1,0 +1,44 @@
+"""Source files that travel: all that is reached, nothing of the package left, nothing else changed."""
+
+import ast
+import difflib
+import re
+
+import pytest
+
+from dualroute.export import bundle as bundling
+from dualroute.export.bundle import bundle, source_file
+from dualroute.export.huggingface import ROOTS
+
+
+def test_everything_that_is_imported_comes_along(tmp_path):
+    files = bundle(ROOTS, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert "modeling_dualroute.py" in files
+    assert "dualroute_attention_router.py" in files
+    assert not any(name in file for file in files for name in ("triton", "training", "evaluate"))
+    for file in files:
+        for node in ast.walk(ast.parse((tmp_path / file).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in files
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                assert not any(name.startswith("dualroute") for name in names)
+
+
+def test_only_lines_that_import_differ(tmp_path):
+    bundle(ROOTS, tmp_path)
+    ours = source_file("dualroute.attention.dual_routing").read_text().splitlines()
+    theirs = (tmp_path / "dualroute_attention_dual_routing.py").read_text().splitlines()
+    assert theirs[0] == "# SPDX-License-Identifier: Apache-2.0"
+    changed = [line for line in difflib.ndiff(ours, theirs[2:]) if line[0] in "+-"]
+    assert len(changed) > 10
+    assert all(re.match(r"[+-] from (dualroute\.|\.dualroute_)[\w.]+ import", line) for line in changed)
+
+
+def test_an_import_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "odd.py"
+    source.write_text("import dualroute.errors\n")
+    monkeypatch.setattr(bundling, "source_file", lambda module: source)
+    with pytest.raises(ValueError, match=r"imports dualroute\.errors in a way that cannot be bundled"):
+        bundle(["dualroute.odd"], tmp_path)

@@ -1,0 +1,100 @@
+"""`dualroute export`: the whole way, and every refusal before anything is written."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from dualroute.cli import main
+from dualroute.errors import UserError
+from dualroute.evaluate.load import load
+from dualroute.export.command import ExportConfig, prepare
+from dualroute.model.store import METADATA, find_checkpoint, save_model
+from tests.export.conftest import tiny_model
+
+
+def test_a_folder_for_transformers(checkpoint, tiny_dataset, tmp_path, capsys):
+    """Loaded and compared by the command in a process that cannot import dualroute."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    source, output = checkpoint().folder, tmp_path / "mine"
+    arguments = ["--checkpoint", source, "--format", "hf", "--output", output, "--license", "cc0-1.0"]
+    assert main(["export", *map(str, arguments), "--data", str(tiny_dataset), "--context", "64"]) == 0
+    figures = json.loads((output / "export.json").read_text())
+    parity = figures["parity"]
+    assert set(parity["logits"].values()) == {0.0}
+    assert max(map(int, parity["logits"])) > 8 * (2 + 2)  # routed
+    assert parity["generation"] == {"alone": True, "padded_batch": True}
+    assert parity["texts"] > 300
+    assert figures["checkpoint"]["step"] == 7
+    assert "files" not in figures["checkpoint"]
+    assert figures["bytes"]["model.safetensors"] == (output / "model.safetensors").stat().st_size
+
+    card = (output / "README.md").read_text()
+    assert "license: cc0-1.0" in card.split("---")[1]
+    quality = figures["quality"]
+    assert quality["tokens"] > 100
+    for shown in (f"{quality['loss']:.4f}", f"{quality['bits_per_byte']:.4f}", "1,234 tokens"):
+        assert shown in card
+    assert str(tmp_path) not in card + (output / "export.json").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    capsys.readouterr()
+    exec(snippet.replace("path/to/this/folder", str(output)), {})
+    assert "Once upon a time" in capsys.readouterr().out
+
+
+def refused(message, **options):
+    with pytest.raises(UserError, match=message):
+        prepare(ExportConfig(**options))
+
+
+def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
+    source = checkpoint().folder
+    options = {"checkpoint": str(source), "format": "hf", "output": str(tmp_path / "out")}
+    (tmp_path / "there").mkdir()
+    refused("there exists already", **{**options, "output": str(tmp_path / "there")})
+    refused("no checkpoint at", **{**options, "checkpoint": str(tmp_path / "none")})
+    refused("quantize works with --format onnx only", **options, quantize=True)
+    refused("dtype bfloat16 works with --format hf only", **{**options, "format": "onnx"}, dtype="bfloat16")
+    refused("--data .* or --text", **options, data="a", text="b")
+    refused("opset is 9", **options, opset=9)
+    refused("max_tokens is 0", **options, max_tokens=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(r"--format hf needs transformers: pip install 'dualroute\[export\]'", **options)
+
+
+def test_quantised_weights_are_refused(tiny_dataset, tmp_path):
+    model, tokenizer = tiny_model(), tiny_dataset / "tokenizer.model"
+    save_model(model, tmp_path / "named", tokenizer, {"scheme": "int8"})
+    options = {"format": "onnx", "output": str(tmp_path / "out")}
+    refused(
+        r"quantised weights \(int8\).*--format onnx --quantize", checkpoint=str(tmp_path / "named"), **options
+    )
+    save_model(model.to(torch.float16), tmp_path / "half", tokenizer, {})
+    refused(r"quantised weights \(F16\)", checkpoint=str(tmp_path / "half"), **options)
+
+
+def test_nothing_is_left_behind_by_a_failure(checkpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from dualroute.export import huggingface
+
+    answer = {"logits": {"5": 0.25}, "texts": 1, "texts_differing": [], "generation": {"alone": True}}
+    monkeypatch.setattr(huggingface, "run_check", lambda folder, expected: answer)
+    output = tmp_path / "out"
+    arguments = ["export", "--checkpoint", checkpoint().folder, "--format", "hf", "--output", output]
+    assert main([str(a) for a in arguments]) == 2
+    assert "logits are off by {'5': 0.25}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_checkpoints_own_loss_is_used_without_data(checkpoint):
+    from dualroute.export.command import measure
+
+    config = ExportConfig(str(checkpoint().folder), "hf", "out")
+    quality = measure(config, load(config.checkpoint, "cpu"))
+    assert (
+        quality["loss"]
+        == 3.5
+        == json.loads((find_checkpoint(config.checkpoint).folder / METADATA).read_text())["val_loss"]
+    )
+    assert "bits_per_byte" not in quality

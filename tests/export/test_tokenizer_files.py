@@ -1,0 +1,92 @@
+"""An exported tokenizer gives the ids of ours: for a BPE model by tokenizer.json, for others by a class."""
+
+import random
+
+import pytest
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from data_prep.train_tokenizer import train_tokenizer  # noqa: E402
+from dualroute.data.tokenizer import Tokenizer  # noqa: E402
+from dualroute.export.tokenizer_files import trial_texts, write_tokenizer  # noqa: E402
+from tests.conftest import WORDS  # noqa: E402
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """Export a tokenizer file: (ours, the one that AutoTokenizer loads, where its ids come from)."""
+
+    def make(path):
+        ours = Tokenizer(path)
+        folder = tmp_path / "exported"
+        folder.mkdir()
+        source, _ = write_tokenizer(ours, folder)
+        return ours, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True), source
+
+    return make
+
+
+def same_ids(ours, theirs, texts):
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids, repr(text)
+        assert theirs(text).input_ids == [ours.bos_id, *ids]
+
+
+def random_texts(pieces, count=300):
+    """Texts of few symbols, where merges compete most."""
+    draw = random.Random(1)
+    for _ in range(count):
+        letters = list("".join(draw.sample(pieces, 2)) + draw.choice(" \n\t\u2581"))
+        yield "".join(draw.choices(letters, k=draw.randint(1, 60)))
+
+
+def test_a_bpe_model(exported, tiny_dataset, tmp_path):
+    ours, theirs, source = exported(tiny_dataset / "tokenizer.model")
+    assert source == "tokenizer.json"
+    same_ids(ours, theirs, trial_texts(ours, ["The old  river.\n\tSees"]))
+    same_ids(ours, theirs, random_texts([word for word in ours.pieces() if word.isalpha()]))
+    for text in ("Häuser 漢字 \u2581 😀\n\n  end ", " x"):
+        assert theirs.decode(ours.encode(text)) == text
+    batch = theirs(["The old river", "The"], return_tensors="pt", padding=True)
+    assert batch.input_ids[1, 0] == theirs.pad_token_id == ours.pad_id
+    assert theirs.padding_side == "left"
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    same_ids(ours, again, trial_texts(ours, []))
+
+
+def test_a_model_with_thousands_of_pieces(exported, real_data, tmp_path):
+    book = next(iter(sorted((real_data / "english_books").rglob("*.txt*"))), None)
+    if book is None or book.suffix != ".txt":
+        pytest.skip("no plain text in english_books")
+    text = book.read_text(encoding="utf-8", errors="replace")[:400_000]
+    (tmp_path / "bpe.model").write_bytes(train_tokenizer([text], 3000))
+    ours, theirs, source = exported(tmp_path / "bpe.model")
+    assert source == "tokenizer.json"
+    same_ids(ours, theirs, [text[start : start + 5000] for start in range(0, 100_000, 10_000)])
+    same_ids(ours, theirs, random_texts([piece for piece in ours.pieces() if piece.isalpha()]))
+
+
+def test_a_unigram_model(exported, tmp_path):
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=2000)) for _ in range(3)]
+    (tmp_path / "unigram.model").write_bytes(train_tokenizer(texts, 330, "unigram", 0))
+    ours, theirs, source = exported(tmp_path / "unigram.model")
+    assert source == "tokenizer.model"
+    assert type(theirs).__name__ == "DualRoutingTokenizer"
+    same_ids(ours, theirs, trial_texts(ours, texts[:1]))
+    assert theirs.decode(theirs("the old 漢 river").input_ids, skip_special_tokens=True) == "the old 漢 river"
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    same_ids(ours, again, trial_texts(ours, []))
+
+
+def test_a_model_with_habits_of_its_own(exported, real_data):
+    """A space in front of every text, white space folded, no bytes for the unknown: the class keeps them."""
+    path = real_data / "tokenizers" / "sp_test_model.model"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    ours, theirs, source = exported(path)
+    assert source == "tokenizer.model"
+    same_ids(ours, theirs, trial_texts(ours, []))
