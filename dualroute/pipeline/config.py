@@ -40,7 +40,7 @@ class PipelineConfig:
         launcher: Command that starts several processes for the training stages, as in
             "torchrun --nproc_per_node 8 -m dualroute"; null trains in one.
         from_stage: Do this stage and all after it again (--from).
-        only: Do this stage alone; its inputs must be there.
+        only: Do these stages alone, divided by commas ("report" is the last); their inputs must be there.
         dry_run: Show what would be done.
     """
 
@@ -55,7 +55,7 @@ class PipelineConfig:
     rounds: int = 1
     quantize: dict[str, Any] | None = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
-    export: dict[str, Any] | None = field(default_factory=dict)
+    export: dict[str, Any] | None = field(default_factory=lambda: {"format": "hf"})
     controls: list[Control] = field(default_factory=list)
     prompts: list[str] = field(default_factory=lambda: ["The"])
     sample_tokens: int = 60

@@ -57,8 +57,8 @@ def run_pipeline(
         UserError: Options are wrong, or a stage's inputs are missing.
     """
     plan = Planner(config, base, parse_stage).make()
-    for name in (config.from_stage, config.only):
-        if name is not None and name not in [*plan.names(), "report"]:
+    for name in [config.from_stage, *(config.only or "").split(",")]:
+        if name and name not in [*plan.names(), "report"]:
             raise UserError(f"there is no stage {name}: the stages are {', '.join(plan.names())}, report")
     pipeline = Pipeline(config, plan, run_command)
     if config.dry_run:
@@ -74,7 +74,7 @@ def run_pipeline(
                     file=sys.stderr,
                 )
                 return status
-    if config.only in (None, "report"):
+    if config.only is None or "report" in config.only.split(","):
         page = write_report(config, plan, {s.name: pipeline.record(s) for s in plan.stages})
         print(f"report: {page}")
     return 0
@@ -91,7 +91,8 @@ class Pipeline:
 
     def chosen(self) -> Iterator[Stage]:
         """Those that ``only`` leaves, in order."""
-        return (stage for stage in self.plan.stages if self.config.only in (None, stage.name))
+        only = self.config.only.split(",") if self.config.only is not None else self.plan.names()
+        return (stage for stage in self.plan.stages if stage.name in only)
 
     def show(self) -> None:
         """What would be done, as commands."""
@@ -120,13 +121,18 @@ class Pipeline:
         record = self.record(stage)
         if not record:
             return "to do"
-        with contextlib.suppress(UserError):  # an input that is not there yet
-            if record["reads"] != self.reads(stage):
-                return "changed"
-            if not record.get("done"):
-                return "interrupted"
+        try:
+            reads = self.reads(stage)
+        except UserError:  # an input is not there yet
+            return "to do"
+        if record["reads"] != reads:
+            return "changed"
+        if not record.get("done"):
+            return "interrupted"
+        try:
             return "done" if record["made"] == fingerprint(stage.output) else "changed"
-        return "to do"
+        except UserError:  # removed or damaged
+            return "changed"
 
     def reads(self, stage: Stage) -> dict[str, Any]:
         """All that its output depends on."""
@@ -149,7 +155,9 @@ class Pipeline:
             print(f"== {stage.name}: done before")
             return 0
         reads = self.reads(stage)
-        if state in ("again", "changed") and stage.command != "prepare":
+        # a training goes on from what is there, unless that was made from other inputs; prepare looks itself
+        goes_on = stage.is_training and state not in ("again", "changed")
+        if not goes_on and stage.command != "prepare":
             set_aside(stage.output)
         print(f"== {stage.name}" + (f" ({state})" if state != "to do" else ""), flush=True)
         self.note(stage, {"reads": reads, "done": False})

@@ -26,7 +26,8 @@ REPEATS = 3
 
 
 def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one checkpoint; lengths in tokens, sizes in bytes."""
+    """Figures of one checkpoint; lengths in tokens, sizes in bytes; memory above that of the libraries."""
+    before = _peak()
     loaded = load(options.checkpoint)
     model = loaded.model
     figures: dict[str, Any] = {
@@ -41,9 +42,13 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     limit = model.config.max_context - len(prompt)
     sampling = SamplingConfig(max_new_tokens=min(options.tokens, limit), temperature=0)
     figures["eager_tokens_per_second"] = tokens_per_second(lambda: generate(model, prompt, sampling))
-    # kibibytes on Linux
-    figures["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures["peak_memory_bytes"] = _peak() - before
     return figures
+
+
+def _peak() -> int:
+    """Most memory of this process so far; Linux counts in kibibytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sample(loaded: Loaded, prompt: str, tokens: int) -> str:
