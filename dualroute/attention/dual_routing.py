@@ -322,10 +322,13 @@ class DualRouting(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         capacity: int | None = None,
+        *,
+        int8: bool = False,
     ) -> LayerCache:
         """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
 
-        There is room for all of them at once, or for `capacity` at first and for more when they come.
+        There is room for all of them at once, or for `capacity` at first and for more when they come. `int8`
+        stores keys and values as integers, with a scale for each token and head.
 
         Raises:
             ValueError: the layer is not causal, or a size is below 1.
@@ -335,6 +338,7 @@ class DualRouting(nn.Module):
         check_at_least(1, batch_size=batch_size, max_length=max_length)
         device = device or self.out_proj.weight.device
         dtype = dtype or self.out_proj.weight.dtype
+        stored = torch.int8 if int8 else dtype
         limit = self.max_exact_blocks
         routing = self.routing
         global_cache = local_cache = None
@@ -348,11 +352,12 @@ class DualRouting(nn.Module):
                 routing.sub_block,
                 routing.far_summary,
                 device,
+                stored,
                 dtype,
             )
         if self.local_heads:
             rows = batch_size * self.local_heads // self.group
-            local_cache = LocalCache(rows, self.window, self.head_dim, device, dtype)
+            local_cache = LocalCache(rows, self.window, self.head_dim, device, stored)
         exact = limit is None or -(-max_length // self.block) <= limit
         return LayerCache(batch_size, max_length, exact, global_cache, local_cache)
 

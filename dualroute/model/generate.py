@@ -7,14 +7,17 @@ sampling has a random generator of its own, so drawing samples during training c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.model.transformer import DualRoutingTransformer
+
+Decoder = Callable[[Tensor, list[Any]], Tensor]
 
 
 @dataclass
@@ -67,9 +70,17 @@ def next_token_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor
 
 @torch.no_grad()
 def generate(
-    model: DualRoutingTransformer, prompt: list[int], sampling: SamplingConfig, eos_id: int | None = None
+    model: DualRoutingTransformer,
+    prompt: list[int],
+    sampling: SamplingConfig,
+    eos_id: int | None = None,
+    decoder: Decoder | None = None,
+    int8_cache: bool = False,
 ) -> Iterator[int]:
     """Yield new token ids after ``prompt`` until ``eos_id``, ``max_new_tokens`` or the model's context.
+
+    ``decoder(tokens, caches)`` gives the logits (1, V) after tokens (1, n); null asks the model itself.
+    ``int8_cache`` keeps keys and values as integers.
 
     Raises:
         ValueError: The prompt is empty, or leaves no room in the model's context.
@@ -85,11 +96,13 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        caches = model.new_caches(1, length)
+        caches = model.new_caches(1, length, int8=int8_cache)
         fed = torch.tensor([prompt], device=device)
         for _ in range(length - len(prompt)):
-            hidden = model.hidden_states(fed, caches=caches)
-            logits = model.head(hidden[0, -1])
+            if decoder is None:
+                logits = model.head(model.hidden_states(fed, caches=caches)[0, -1])
+            else:
+                logits = decoder(fed, caches)[0]
             # drawn on the CPU: the same seed gives the same text on every device
             token = int(next_token_probabilities(logits.cpu(), sampling).multinomial(1, generator=generator))
             yield token

@@ -57,6 +57,9 @@ class TrainConfig:
         offload_activations: Keep what is kept in the memory of the host (CUDA only).
         compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
             of its own and stays as it is.  Needs a C++ compiler on a CPU.
+        quantization_aware: Train with weights rounded as this scheme of ``dualroute quantize`` will round
+            them, so that they are used to it; validation sees them rounded, checkpoints stay float.
+        quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
     """
 
@@ -70,6 +73,8 @@ class TrainConfig:
     checkpoint_every_layers: int = 1
     offload_activations: bool = False
     compile: bool = False
+    quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
+    quantization_group_size: int = 32
     val_every_steps: int = 100
 
     def __post_init__(self) -> None:

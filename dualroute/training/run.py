@@ -65,6 +65,7 @@ from dualroute.training.optim import OptimConfig, SpikeGuardConfig, TrainingDive
 from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
+from dualroute.training.quantization_aware import round_weights_in_forward
 from dualroute.training.reshard import resumable_state
 from dualroute.training.rollback import Divergence, divergence, leave_out, roll_back
 from dualroute.training.sequence import check_sequence_parallel
@@ -272,6 +273,8 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     else:
         model = load_model(find_checkpoint(config.init_from), config.model).float().train()
     train = config.train
+    if train.quantization_aware is not None:
+        round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
     keep_fewer_activations(
         model,
         train.activation_checkpointing,
