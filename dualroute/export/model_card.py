@@ -21,7 +21,7 @@ _USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
 texts = model.generate(**inputs, max_new_tokens=50, do_sample=True, top_p=0.95)
@@ -47,7 +47,6 @@ def card(
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [dualroute, custom_code]"]
     if config.license is not None:
         front.append(f"license: {config.license}")
-    trust = "" if figures["tokenizer"] == "tokenizer.json" else ", trust_remote_code=True"
     name = Path(config.output).name
     return "\n".join(
         [
@@ -55,7 +54,7 @@ def card(
             f"# {name}", "",
             f"A causal language model of {loaded.model.num_parameters():,} parameters with DualRouting "
             f"attention, {_attention(shape)}", "",
-            "## Use", "", _USE.format(trust=trust), "",
+            "## Use", "", _USE, "",
             f"It needs torch and transformers; the `dualroute` package is not needed. Texts begin with "
             f"{_begin(loaded)}. Batches may be padded on the left; the attention mask says where. "
             f"`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding "

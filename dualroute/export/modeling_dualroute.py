@@ -272,12 +272,13 @@ class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):
         assert hidden is not None
         return hidden
 
-    def _prepare_cache_for_generation(  # type: ignore[misc]
+    def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Called by `generate`: gives it a cache that knows how long the texts may become."""
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+            return prepare(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation}: this model has a cache of "

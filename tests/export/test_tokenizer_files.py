@@ -70,8 +70,8 @@ def test_a_model_with_thousands_of_pieces(exported, real_data, tmp_path):
 
 def test_a_unigram_model(exported, tmp_path):
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=2000)) for _ in range(3)]
-    (tmp_path / "unigram.model").write_bytes(train_tokenizer(texts, 330, "unigram", 0))
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 50))) for _ in range(300)]
+    (tmp_path / "unigram.model").write_bytes(train_tokenizer(texts, 315, "unigram", 0))
     ours, theirs, source = exported(tmp_path / "unigram.model")
     assert source == "tokenizer.model"
     assert type(theirs).__name__ == "DualRoutingTokenizer"
