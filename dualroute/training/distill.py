@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer
 from dualroute.training import run
 from dualroute.training.distill_config import DistillationConfig, DistillConfig
 from dualroute.training.distillation_losses import (
@@ -231,6 +232,8 @@ def check(config: DistillConfig) -> Prepared:
         offload=settings.teacher_offload,
     )
     student, theirs = prepared.config.model, teacher.model.config
+    if not isinstance(teacher.model, DualRoutingTransformer):
+        _check_outside_view(config)
     if settings.top_k is not None and settings.top_k > teacher.weight.shape[0]:
         raise UserError(
             f"distill.top_k {settings.top_k} is above the vocabulary of {teacher.weight.shape[0]}"
@@ -247,6 +250,20 @@ def check(config: DistillConfig) -> Prepared:
             check_heads(pairs, student, theirs)
     module = partial(_distillation_module, settings=settings, teacher=teacher, pairs=pairs)
     return dataclasses.replace(prepared, make_module=module)
+
+
+def _check_outside_view(config: DistillConfig) -> None:
+    """Refuse what needs a teacher of our own kind."""
+    for name, wanted in (
+        ("distill.hidden_weight", config.distill.hidden_weight > 0),
+        ("distill.attention_weight", config.distill.attention_weight > 0),
+        ("parallel.sequence_parallel", config.parallel.sequence_parallel > 1),
+    ):
+        if wanted:
+            raise UserError(
+                f"{name} cannot be used with the teacher {config.teacher}, which is run by another library: "
+                f"use kl_weight and ce_weight"
+            )
 
 
 def _distillation_module(
