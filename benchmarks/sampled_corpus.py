@@ -1,4 +1,4 @@
-"""A dataset folder of text that a model wrote: to measure what a conversion loses, on text that fits the model.
+"""A dataset folder of text that a model wrote: what a conversion loses is best measured on text that fits.
 
     python benchmarks/sampled_corpus.py CHECKPOINT OUTPUT --train 1000000 --val 100000
 

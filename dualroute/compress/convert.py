@@ -42,8 +42,8 @@ from dualroute.model.conversion import (
     random_groups,
 )
 from dualroute.model.generate import continue_batch
-from dualroute.model.hub import load_dense
-from dualroute.model.store import METADATA, Checkpoint, find_checkpoint, save_model
+from dualroute.model.hub import is_foreign, load_dense
+from dualroute.model.store import Checkpoint, find_checkpoint, save_model
 
 _ROWS = 32  # texts that are sampled together
 #: What belongs to dual attention alone; null keeps the source's.
@@ -58,8 +58,8 @@ class ConvertConfig:
         source: A checkpoint or run folder, a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3), or a
             llama2.c .bin file.
         output: Checkpoint folder to write.
-        tokenizer: The source's tokenizer, where none lies in its folder: a sentencepiece .model or a llama2.c
-            .bin file.
+        tokenizer: The source's tokenizer, where none lies in its folder: a sentencepiece .model, a
+            tokenizer.json or a llama2.c .bin file.
         attention: dense keeps what the model computes; dual gives it two routes.
         heads: divide sends each head, with those that share its keys, to one route; both lets either route
             begin with all heads, and their mean be the output.
@@ -176,21 +176,17 @@ def _group(model: DualRoutingTransformer) -> int:
 
 def _carried(source: Path) -> dict[str, Any]:
     """What stays true of a checkpoint when it is converted."""
-    if source.is_file() or ((source / "config.json").is_file() and not (source / METADATA).is_file()):
+    if is_foreign(source):
         return {}
     said = find_checkpoint(source).metadata
     return {name: said[name] for name in ("context",) if name in said}
 
 
 def _tokenizer(config: ConvertConfig, beside: Path | None, folder: Path) -> Tokenizer:
-    """The source's tokenizer as a sentencepiece model; one of llama2.c is rewritten into ``folder``."""
+    """The source's tokenizer; one of llama2.c is rewritten as a sentencepiece model into ``folder``."""
     path = beside if config.tokenizer is None else Path(config.tokenizer)
     if path is None:
         raise UserError(f"{config.source} has no tokenizer beside it: give the file with --tokenizer")
-    if path.suffix == ".json":
-        raise UserError(
-            f"{path} is no sentencepiece model, and a checkpoint needs one: it can be a teacher only"
-        )
     if path.suffix == ".bin":
         data = sentencepiece_model(path)
         path = folder / "tokenizer.model"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
+from dualroute.model.config import ModelConfig
 
 
 def document_positions(segment_ids: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class Gpt2Teacher(nn.Module):
 
     Attributes:
         head: ``head.weight`` is (V, D).
-        max_context: Rows of its table of positions.
+        config: What is asked of it elsewhere: ``max_context``, the rows of its table of positions, ``dim``
+            and ``num_layers``.
 
     Raises:
         UserError: transformers is not installed, or the directory cannot be read.
@@ -68,7 +70,14 @@ class Gpt2Teacher(nn.Module):
             raise UserError(f"{folder} cannot be read as a GPT-2 ({reason})") from error
         self.body: nn.Module = model.transformer
         self.head: nn.Module = model.lm_head
-        self.max_context = int(model.config.n_positions)
+        self.config = ModelConfig(
+            vocab_size=model.config.vocab_size,
+            dim=model.config.n_embd,
+            num_layers=model.config.n_layer,
+            num_heads=model.config.n_head,
+            max_context=model.config.n_positions,
+            attention="dense",
+        )
         self.eval()
 
     def hidden_states(
@@ -91,11 +100,11 @@ class Gpt2Teacher(nn.Module):
             segment_ids = torch.ones_like(input_ids)
         if positions is None:
             positions = document_positions(segment_ids)
-        longest = int(positions.max()) + 1
-        if longest > self.max_context:
+        limit = self.config.max_context
+        if input_ids.shape[1] > limit and (longest := int(positions.max()) + 1) > limit:
             raise UserError(
-                f"a document of {longest} tokens is longer than the teacher's {self.max_context} positions: "
-                f"lower data.context"
+                f"a document of {longest} tokens is longer than the teacher's {limit} positions: lower "
+                f"data.context"
             )
         return self.body(
             input_ids=input_ids,

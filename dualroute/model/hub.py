@@ -84,15 +84,15 @@ def load_causal_lm(
         UserError: Nothing readable is there, or the model is of a family that is not supported.
     """
     source = Path(source)
+    if not is_foreign(source):
+        checkpoint = find_checkpoint(source)
+        return load_model(checkpoint).to(dtype), checkpoint.folder / TOKENIZER
     if source.is_file() and source.suffix == ".bin":
         return filled(*read_llama2c(source), str(source), dtype), None
     if source.is_file():
         raise UserError(
             f"{source} is no model: give a checkpoint, a Hugging Face directory or a llama2.c .bin"
         )
-    if (source / METADATA).is_file() or not (source / "config.json").is_file():
-        checkpoint = find_checkpoint(source)
-        return load_model(checkpoint).to(dtype), checkpoint.folder / TOKENIZER
     values = read_json(source / "config.json")
     family = values.get("model_type")
     if family == "gpt2":
@@ -106,6 +106,12 @@ def load_causal_lm(
         )
     config = llama_like_config(values, str(source / "config.json"))
     return filled(config, read_llama_like(source, config), str(source), dtype), tokenizer_file(source)
+
+
+def is_foreign(source: str | Path) -> bool:
+    """Whether a path is meant to be a model from elsewhere: a file, or a folder with a config.json."""
+    source = Path(source)
+    return source.is_file() or ((source / "config.json").is_file() and not (source / METADATA).is_file())
 
 
 def load_dense(

@@ -15,6 +15,7 @@ import dataclasses
 from functools import partial
 
 from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer
 from dualroute.training import run
 from dualroute.training.distill_config import DistillationConfig, DistillConfig
 from dualroute.training.distill_module import Distill
@@ -98,6 +99,8 @@ def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]
         offload=settings.teacher_offload,
     )
     student, theirs = prepared.config.model, teacher.model.config
+    if not isinstance(teacher.model, DualRoutingTransformer):
+        _check_outside_view(config)
     if settings.top_k is not None and settings.top_k > teacher.weight.shape[0]:
         raise UserError(
             f"distill.top_k {settings.top_k} is above the vocabulary of {teacher.weight.shape[0]}"
@@ -113,6 +116,20 @@ def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]
     if settings.attention_weight:
         check_heads(pairs, student, theirs)
     return teacher, pairs
+
+
+def _check_outside_view(config: DistillConfig) -> None:
+    """Refuse what needs a teacher of our own kind."""
+    for name, wanted in (
+        ("distill.hidden_weight", config.distill.hidden_weight > 0),
+        ("distill.attention_weight", config.distill.attention_weight > 0),
+        ("parallel.sequence_parallel", config.parallel.sequence_parallel > 1),
+    ):
+        if wanted:
+            raise UserError(
+                f"{name} cannot be used with the teacher {config.teacher}, which is run by another library: "
+                f"use kl_weight and ce_weight"
+            )
 
 
 def _distillation_module(

@@ -40,7 +40,7 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.files import file_sha256, write_bytes_atomically
+from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import (
     CONFIG,
@@ -213,7 +213,7 @@ def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
         UserError: Naming both tokenizers.
     """
     theirs = folder / TOKENIZER
-    if not theirs.is_file() or file_sha256(theirs) != tokenizer.sha256:
+    if not theirs.is_file() or not tokenizer.same_ids(Tokenizer(theirs)):
         raise UserError(
             f"{theirs} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
             f"other text; prepare the data with it (dualroute prepare --tokenizer {theirs})"

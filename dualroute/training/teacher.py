@@ -15,6 +15,7 @@ ZeRO-3 does not cut it up.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.files import file_sha256
+from dualroute.model import DualRoutingTransformer
 from dualroute.model.config import ModelConfig
+from dualroute.model.hub import is_foreign, load_causal_lm
 from dualroute.model.store import CONFIG, WEIGHTS, find_checkpoint, load_model
 from dualroute.training.run import check_same_tokenizer
 
@@ -120,10 +124,10 @@ def load_teacher(
     dtype: str = "float32",
     offload: bool = False,
 ) -> Teacher:
-    """The teacher of a checkpoint.
+    """The teacher of a checkpoint, or one from elsewhere (see :mod:`dualroute.model.hub`).
 
     Args:
-        path: Checkpoint or run folder.
+        path: Checkpoint or run folder, Hugging Face directory or llama2.c file.
         tokenizer: Of the data, which must be the teacher's.
         data: Where the data lie, for messages.
         context: Tokens of a window; the teacher must be able to read them.
@@ -133,6 +137,8 @@ def load_teacher(
     Raises:
         UserError: Nothing there, a damaged file, another tokenizer or vocabulary, or too short a range.
     """
+    if is_foreign(path):
+        return _foreign_teacher(path, tokenizer, data, context, dtype=dtype, offload=offload)
     checkpoint = find_checkpoint(path)
     check_same_tokenizer(checkpoint.folder, tokenizer, data)
     config = ModelConfig.from_file(checkpoint.folder / CONFIG)
@@ -150,6 +156,36 @@ def load_teacher(
     return Teacher(model, dtype=dtype, offload=offload, digest=digest)
 
 
+def _foreign_teacher(
+    path: str, tokenizer: Tokenizer, data: str, context: int, *, dtype: str, offload: bool
+) -> Teacher:
+    """As :func:`load_teacher`."""
+    model: Any
+    model, file = load_causal_lm(path, getattr(torch, dtype))
+    if file is None:
+        raise UserError(
+            f"the teacher {path} has no tokenizer beside it: make a checkpoint of both (dualroute convert "
+            f"--attention dense --tokenizer FILE) and give that"
+        )
+    if not tokenizer.same_ids(Tokenizer(file)):
+        raise UserError(
+            f"{file} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
+            f"other text; prepare the data with it (dualroute prepare --tokenizer {file})"
+        )
+    if offload and not isinstance(model, DualRoutingTransformer):
+        raise UserError(f"distill.teacher_offload cannot be used with {path}, which another library runs")
+    longest = model.config.max_context
+    if longest < context:
+        raise UserError(f"the teacher {path} reads at most {longest} tokens: lower data.context {context}")
+    rows = model.head.weight.shape[0]
+    if rows > tokenizer.vocab_size:  # rows that pad the vocabulary: no text has their ids
+        model.head.weight = nn.Parameter(model.head.weight.detach()[: tokenizer.vocab_size].clone())
+    return Teacher(model, dtype=dtype, offload=offload, digest=weights_digest(path))
+
+
 def weights_digest(path: str | Path) -> str:
-    """sha256 of the weights of a checkpoint, from its metadata."""
+    """sha256 of the weights of a checkpoint, from its metadata; that of their files for any other model."""
+    if is_foreign(path):
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
     return str(find_checkpoint(path).metadata["files"][WEIGHTS]["sha256"])

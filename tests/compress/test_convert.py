@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualroute.cli import main
+from dualroute.cli import main, stage_parser
 from dualroute.compress.convert import ConvertConfig, convert
 from dualroute.data.manifest import Manifest
 from dualroute.data.tokenizer import Tokenizer
@@ -164,3 +164,40 @@ def test_tokenizers_that_do_not_fit(stories, dense, tiny_dataset, tmp_path):
     convert(ConvertConfig(output, str(tmp_path / "dual"), choose="random"))
     with pytest.raises(UserError, match="attention 'dual'"):
         convert(ConvertConfig(str(tmp_path / "dual"), str(tmp_path / "twice"), choose="random"))
+
+
+def test_every_option_is_explained():
+    assert not [action.dest for action in stage_parser("convert")._actions if not action.help]
+
+
+@torch.no_grad()
+def test_a_hugging_face_folder_with_its_tokenizer(tmp_path, capsys):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    built = tokenizers.Tokenizer(tokenizers.models.BPE())
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    built.train_from_iterator(["a small house by the river, the old stone house"] * 4, trainer)
+    torch.manual_seed(0)
+    size = 320  # rows beyond the tokenizer's, as most models have them
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(built.to_str())
+    command = ["convert", "--source", tmp_path / "hf", "--output", tmp_path / "dual", "--window", "64",
+               "--global_mode", "full", "--calibration_tokens", "128", "--context", "64"]  # fmt: skip
+    assert main([str(word) for word in command]) == 0
+    model = load_model(find_checkpoint(tmp_path / "dual"))
+    ids = torch.randint(built.get_vocab_size(), (1, 60))
+    expected = theirs(ids).logits[..., : built.get_vocab_size()]
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)
+    prompt = ["generate", "--checkpoint", tmp_path / "dual", "--prompt", "the old house"]
+    assert main([str(word) for word in [*prompt, "--sampling.max_new_tokens", "4"]]) == 0
+    assert "the old house" in capsys.readouterr().out
