@@ -1,6 +1,7 @@
 """A cache of a teacher's logits: the same training as online, whole whatever interrupts it, refused where it
 does not fit."""
 
+import io
 import json
 import os
 import shutil
@@ -84,7 +85,7 @@ def test_the_shards_are_webdataset_tars(cache):
     with tarfile.open(cache / "logits-00001.tar") as tar:
         names = tar.getnames()
         assert names[:3] == [f"{SHARD:010d}.{part}.npy" for part in ("log_probs", "ids", "rest")]
-        log_probs = np.load(tar.extractfile(names[0]))
+        log_probs = np.load(io.BytesIO(tar.extractfile(names[0]).read()))
     assert np.array_equal(log_probs, LogitCache(cache).read(SHARD)["teacher_log_probs"])
     mass = np.exp(log_probs).sum(1) + np.exp(LogitCache(cache).read(SHARD)["teacher_rest"])
     np.testing.assert_allclose(mass, 1, atol=1e-5)
