@@ -72,8 +72,8 @@ class Tokenizer:
         return processor
 
     def pieces(self) -> list[str]:
-        """How the vocabulary spells each id."""
-        return list(self._processor.id_to_piece(list(range(self.vocab_size))))
+        """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
+        return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
 
     def same_ids(self, other: Tokenizer) -> bool:
         """Whether an id means the same text to both: the same file, or the same piece for every id."""
@@ -110,10 +110,6 @@ class Tokenizer:
                 end = text.find("\n", start + _PART_CHARS) + 1 or len(text)
             yield text[start:end]
             start = end
-
-    def pieces(self) -> list[str]:
-        """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
-        return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         return Tokenizer, (self.path,)

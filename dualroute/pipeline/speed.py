@@ -20,6 +20,7 @@ import torch
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
+from dualroute.model.compiled_decode import CompiledDecoder
 from dualroute.model.store import WEIGHTS
 
 REPEATS = 3
@@ -43,6 +44,11 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     sampling = SamplingConfig(max_new_tokens=min(options.tokens, limit), temperature=0)
     figures["eager_tokens_per_second"] = tokens_per_second(lambda: generate(model, prompt, sampling))
     figures["peak_memory_bytes"] = _peak() - before
+    if options.compile:
+        decoder = CompiledDecoder(load(options.checkpoint, compiled=True).model)
+        figures["compiled_tokens_per_second"] = tokens_per_second(
+            lambda: generate(decoder.model, prompt, sampling, decoder=decoder)
+        )
     return figures
 
 
