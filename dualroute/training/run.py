@@ -102,7 +102,7 @@ class PretrainConfig:
         resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
             (refused where that would overwrite checkpoints), a path continues from that checkpoint.
         init_from: Checkpoint or run folder whose weights the run begins with, at step 0 and with a new
-            optimizer; model is then its model, unless given (say, with another window).
+            optimizer; model is then its model, but for what is given here (say, another window).
         model: Shape of the model; also a file: --model configs/model/5m.yaml.
         data: What is read.
         train: How much is trained, and in what portions.
@@ -195,15 +195,15 @@ def check(config: PretrainConfig) -> Prepared:
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
-    """With the model of ``init_from`` where none was configured."""
+    """With the model of ``init_from``, but for what was configured otherwise than by default."""
     if config.init_from is None:
         return config
     source = find_checkpoint(config.init_from)
     refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
-    if config.model != ModelConfig():
-        return config
+    default = ModelConfig().to_dict()
+    given = {name: value for name, value in config.model.to_dict().items() if value != default[name]}
     initial = ModelConfig.from_file(source.folder / CONFIG)
-    return dataclasses.replace(config, model=initial)
+    return dataclasses.replace(config, model=dataclasses.replace(initial, **given))
 
 
 def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
