@@ -27,6 +27,7 @@ from dualroute.attention.rope import rotary_table
 from dualroute.attention.static_decode import static_full, static_local, static_routed
 from dualroute.errors import UserError
 from dualroute.model.layers import TransformerBlock
+from dualroute.model.quantized import QuantizedLinear
 from dualroute.model.transformer import DualRoutingTransformer
 
 #: cached tokens that a program looks at; one more program is made for each size that a text grows into
@@ -57,6 +58,9 @@ class CompiledDecoder:
     def __init__(self, model: DualRoutingTransformer, *, compile: bool = True) -> None:
         self.model = model
         self._step: Callable[..., Tensor] = DecodeStep(model)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack_for_cpu()
         if compile:
             check_compiler(model.norm.weight.device)
             self._step = compiled(self._step)

@@ -104,6 +104,10 @@ class QuantizedLinear(nn.Module):
         self.group_size, self.dynamic = group_size, dynamic
         self.qdata: Tensor
         self.scale: Tensor
+        self.register_buffer("packed", None, persistent=False)  # see pack_for_cpu
+        self.register_buffer("steps", None, persistent=False)
+        self.packed: Tensor | None
+        self.steps: Tensor | None
         if group_size is None:
             self.register_buffer("qdata", torch.empty(out_features, in_features, dtype=torch.int8))
             self.register_buffer("scale", torch.empty(out_features, 1))
@@ -119,6 +123,18 @@ class QuantizedLinear(nn.Module):
             f"dynamic={self.dynamic}"
         )
 
+    def pack_for_cpu(self) -> None:
+        """Lay int4 weights out for torch's CPU kernel, which reads four bits a weight; nothing is rounded.
+
+        Without effect on int8, on other devices and where the kernel has no room for the shape.
+        """
+        if self.group_size is None or self.qdata.device.type != "cpu" or self.out_features % 16:
+            return
+        values = unpack_int4(self.qdata).to(torch.int32) + 8
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+        scale = self.scale.t()  # (groups, N); the kernel computes (q - 8) * scale + zero
+        self.steps = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K) as floats."""
         if self.group_size is None:
@@ -129,6 +145,14 @@ class QuantizedLinear(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(…, K) → (…, N) in the dtype of the input."""
         dtype = hidden_states.dtype
+        if self.packed is not None and self.steps is not None and self.group_size is not None:
+            rows = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                hidden_states.reshape(-1, self.in_features),
+                self.packed,
+                self.group_size,
+                self.steps.to(dtype),
+            )
+            return rows.unflatten(0, hidden_states.shape[:-1])
         if self.group_size is not None:
             return F.linear(hidden_states, self.dequantized(dtype))
         if not self.dynamic:

@@ -131,6 +131,18 @@ def test_packing_keeps_every_int4():
     assert torch.equal(unpack_int4(packed), values)
 
 
+def test_the_int4_kernel_of_the_cpu_gives_the_same_product():
+    model = quantize_model(float_model(), Quantization("int4_weight_only", 32))
+    linear = model.layers[0].ffn.down
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        rows = torch.randn(2, 5, 128, dtype=dtype)
+        linear.packed = None
+        expected = linear(rows)
+        linear.pack_for_cpu()
+        assert linear.packed is not None
+        torch.testing.assert_close(linear(rows), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_one_table_serves_look_up_and_head_where_they_are_tied(tie):
     model = quantize_model(float_model(tie), Quantization("int8_weight_only"))
