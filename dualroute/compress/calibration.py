@@ -16,19 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualroute import __version__
 from dualroute.data.module import ShardDataModule
 from dualroute.errors import UserError
-from dualroute.evaluate.load import Loaded
+from dualroute.evaluate.load import Loaded, load
 from dualroute.evaluate.perplexity import score_batches
 from dualroute.model import DualRoutingTransformer
 
 Batch = dict[str, Tensor]
+_INHERITED = ("context", "data_fingerprint")
 
 
 @dataclass
@@ -62,6 +64,38 @@ class Statistics:
     norm_outputs: dict[str, Tensor]
 
 
+class CalibrationOptions(Protocol):
+    """What the commands that calibrate have in common."""
+
+    checkpoint: str
+    output: str
+    data: str
+    calibration_tokens: int
+    context: int | None
+    batch_size: int
+    seed: int
+    device: str
+
+
+def calibrate(options: CalibrationOptions) -> tuple[Loaded, list[Batch], int]:
+    """The checkpoint, windows to calibrate it on, and their length in tokens.
+
+    Raises:
+        UserError: The output exists already, or checkpoint, data and context do not fit together.
+    """
+    if Path(options.output).exists():
+        raise UserError(f"--output {options.output} exists already: choose another folder")
+    loaded = load(options.checkpoint, options.device)
+    limit = loaded.model.config.max_context
+    context = options.context or int(loaded.checkpoint.metadata.get("context", limit))
+    if context > limit:
+        raise UserError(f"context {context} is longer than the model's max_context {limit}")
+    batches = calibration_batches(
+        loaded, options.data, options.calibration_tokens, context, options.batch_size, options.seed
+    )
+    return loaded, batches, context
+
+
 def calibration_batches(
     loaded: Loaded, folder: str | Path, tokens: int, context: int, batch_size: int, seed: int
 ) -> list[Batch]:
@@ -80,6 +114,12 @@ def calibration_batches(
         )
     data.prepare_data()
     return list(islice(data.train_dataloader(), -(-windows // batch_size)))
+
+
+def described(loaded: Loaded, **more: Any) -> dict[str, Any]:
+    """What ``checkpoint.json`` says of a checkpoint made from ``loaded``."""
+    kept = {name: value for name, value in loaded.checkpoint.metadata.items() if name in _INHERITED}
+    return {**kept, "dualroute": __version__, **more}
 
 
 def loss_on(model: DualRoutingTransformer, batches: list[Batch], device: torch.device) -> float:

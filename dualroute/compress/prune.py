@@ -15,20 +15,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from dualroute import __version__
-from dualroute.compress.calibration import Batch, Statistics, calibration_batches, loss_on, measure
+from dualroute.compress.calibration import Batch, Statistics, calibrate, described, loss_on, measure
 from dualroute.compress.importance import Criterion, Shape, choose, heads_per_group
 from dualroute.compress.routing_need import Need, fit_routing
 from dualroute.compress.shapes import Axis, Search, Sensitivity, Target, axis_sizes, share
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
-from dualroute.evaluate.load import Loaded, load
+from dualroute.evaluate.load import Loaded
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.store import CONFIG, find_checkpoint, save_model
 
@@ -139,14 +138,8 @@ def prune(config: PruneConfig) -> None:
     Raises:
         UserError: The inputs do not fit together, or the target cannot be reached.
     """
-    if Path(config.output).exists():
-        raise UserError(f"--output {config.output} exists already: choose another folder")
-    loaded = load(config.checkpoint, config.device)
+    loaded, batches, context = calibrate(config)
     parent = loaded.model
-    context = _context(config, loaded)
-    batches = calibration_batches(
-        loaded, config.data, config.calibration_tokens, context, config.batch_size, config.seed
-    )
     statistics = measure(parent, batches, loaded.device)
     account: dict[str, Any] = {
         "options": asdict(config),
@@ -169,25 +162,12 @@ def prune(config: PruneConfig) -> None:
         "parent": parent.flops_per_token(context), "pruned": small.flops_per_token(context)
     }  # fmt: skip
     _show(account)
-    metadata: dict[str, Any] = {
-        name: loaded.checkpoint.metadata[name]
-        for name in ("context", "data_fingerprint")
-        if name in loaded.checkpoint.metadata
-    }
-    metadata |= {"dualroute": __version__, "pruned_from": str(loaded.checkpoint.folder), "context": context}
+    metadata = described(loaded, pruned_from=str(loaded.checkpoint.folder), context=context)
     extra = {REPORT: json.dumps(account, indent=1).encode()}
     save_model(small.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
     print(
         f"{config.output}: next, dualroute distill --init_from {config.output} --teacher {config.checkpoint}"
     )
-
-
-def _context(config: PruneConfig, loaded: Loaded) -> int:
-    limit = loaded.model.config.max_context
-    context = config.context or int(loaded.checkpoint.metadata.get("context", limit))
-    if context > limit:
-        raise UserError(f"context {context} is longer than the model's max_context {limit}")
-    return context
 
 
 def _shape(

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dualroute import __version__
-from dualroute.compress.calibration import Statistics, calibration_batches, loss_on, measure
+from dualroute.compress.calibration import Statistics, calibrate, described, loss_on, measure
 from dualroute.errors import UserError
-from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.store import save_model
 
@@ -72,28 +69,14 @@ def sparsify(config: SparsifyConfig) -> None:
     Raises:
         UserError: The inputs do not fit together.
     """
-    if Path(config.output).exists():
-        raise UserError(f"--output {config.output} exists already: choose another folder")
-    loaded = load(config.checkpoint, config.device)
-    metadata = loaded.checkpoint.metadata
-    context = config.context or int(metadata.get("context", loaded.model.config.max_context))
-    batches = calibration_batches(
-        loaded, config.data, config.calibration_tokens, context, config.batch_size, config.seed
-    )
+    loaded, batches, _ = calibrate(config)
     before = loss_on(loaded.model, batches, loaded.device)
     statistics = measure(loaded.model, batches, loaded.device) if config.method == "wanda" else None
     zero_weights(loaded.model, statistics, config.sparsity, config.pattern)
     after = loss_on(loaded.model, batches, loaded.device)
-    kept: dict[str, Any] = {
-        name: metadata[name] for name in ("context", "data_fingerprint") if name in metadata
-    }
-    described: dict[str, Any] = {
-        **kept,
-        "dualroute": __version__,
-        "sparsified_from": str(loaded.checkpoint.folder),
-        "sparsity": {"method": config.method, "share": config.sparsity, "pattern": config.pattern},
-    }
-    save_model(loaded.model.cpu(), config.output, loaded.tokenizer.path, described)
+    sparsity = {"method": config.method, "share": config.sparsity, "pattern": config.pattern}
+    metadata = described(loaded, sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
+    save_model(loaded.model.cpu(), config.output, loaded.tokenizer.path, metadata)
     print(
         f"{config.output}: {config.sparsity:.0%} of the layers' weights are 0 ({config.method}, "
         f"{config.pattern}); calibration loss {before:.4f} → {after:.4f}.  Saved dense: no smaller, no faster"

@@ -52,6 +52,7 @@ def test_keeping_everything_changes_nothing(calibrated):
         {"attention": "local"},
         {"attention": "interleaved", "dense_every": 2},
         {"qk_norm": True, "gate": True, "tie_embeddings": False},
+        {"qkv_bias": True},
         {"layer_windows": [3, 9], "layer_top_k": [1, 2]},
     ],
 )
@@ -82,6 +83,9 @@ def test_parts_that_do_nothing_can_be_cut_without_a_trace(options):
                 )
                 if group not in stays.tolist():
                     columns[:, group] = 0
+            for name, parameter in layer.attention.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_()
             if layer.attention.gate_weight is not None:
                 layer.attention.gate_weight.normal_()
     small = slice_model(model, kept, None)
@@ -239,10 +243,22 @@ def test_given_sizes_are_taken_and_the_rest_is_searched(trained, tiny_dataset, t
     assert config.ffn_dim < 64
 
 
+def test_the_shape_of_another_is_taken_whole(trained, tiny_dataset, tmp_path):
+    prune(options(trained, tiny_dataset, tmp_path / "a", ffn_dim=48, local_heads=2))
+    shape = str(tmp_path / "a")
+    prune(options(trained, tiny_dataset, tmp_path / "b", shape_of=shape, criterion="random"))
+    first, second = (load_model(find_checkpoint(tmp_path / name)) for name in "ab")
+    assert first.config == second.config
+    assert not torch.equal(first.layers[0].ffn.up.weight, second.layers[0].ffn.up.weight)
+    with pytest.raises(UserError, match="is larger than the model in ffn_dim, local_groups"):
+        prune(options(tmp_path / "a", tiny_dataset, tmp_path / "c", shape_of=str(trained)))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({}, "nothing to prune"),
+        ({"shape_of": "x", "keep": 0.5}, "shape_of gives all sizes"),
         ({"keep": 1.5}, "keep is 1.5: it must be between 0 and 1"),
         ({"keep": 0.5, "axes": []}, "axes is empty"),
         ({"ffn_dim": 24}, "ffn_dim is 24: it must be at most 64 and a multiple of 16"),
