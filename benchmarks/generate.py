@@ -25,7 +25,7 @@ from measure import medians, prepare, show
 from dualroute.compress.quantize import quantize_model
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.compiled_decode import CompiledDecoder
-from dualroute.model.quantized import Quantization, require_torchao
+from dualroute.model.quantized import Quantization, require_torchao, stored_tensors
 from dualroute.model.store import find_checkpoint, load_model
 
 #: name → (what is done to the weights, arithmetic, compiled?)
@@ -107,9 +107,7 @@ def main() -> None:
             if quantization is not None:
                 quantize_model(model, quantization)
             model = model.to(dtype).eval()
-            sizes[name] = sum(
-                value.nbytes for value in {id(v): v for v in model.state_dict().values()}.values()
-            )
+            sizes[name] = sum(value.nbytes for value in stored_tensors(model).values())
             works[name], took[name] = stepper(model, compiled, options.filled, options.steps)
             print(f"{name}: ready after {took[name]:.0f} s", flush=True)
         times = medians(works, options.repeats, device)

@@ -1,8 +1,11 @@
 """The static step gives what ordinary decoding gives, for every kind of layer and at every length."""
 
+import shutil
+
 import pytest
 import torch
 
+from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate
 from dualroute.model.compiled_decode import CompiledDecoder
 
@@ -94,3 +97,35 @@ def test_generated_text_is_the_same():
     expected = list(generate(model, [1, 2, 3], sampling))
     decoder = CompiledDecoder(model, compile=False)
     assert list(generate(model, [1, 2, 3], sampling, decoder=decoder)) == expected
+
+
+@pytest.mark.parametrize("mode", ["routed", "full"])
+def test_int8_caches_are_read_alike(mode):
+    model = build(global_mode=mode, top_k=1)
+    ids = torch.randint(60, (2, 70))
+    ours, theirs = model.new_caches(2, 70, int8=True), model.new_caches(2, 70, int8=True)
+    decoder = CompiledDecoder(model, compile=False)
+    with torch.no_grad():
+        for begin, end in [(0, 9), *((at, at + 1) for at in range(9, 70))]:
+            expected = model.head(model.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
+            found = decoder(ids[:, begin:end], ours)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_a_compiled_step_gives_the_same_logits():
+    model = build(global_mode="routed", top_k=1, num_layers=1)
+    ids = torch.randint(60, (1, 50))
+    caches, decoder = model.new_caches(1, 50), CompiledDecoder(model)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        decoder(ids[:, :30], caches)
+        for at in range(30, 50):
+            found = decoder(ids[:, at : at + 1], caches)[0]
+            torch.testing.assert_close(found, expected[at], rtol=1e-4, atol=1e-4)
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled_decode.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="install g"):
+        CompiledDecoder(build())
