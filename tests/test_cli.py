@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dualroute.cli import main, parse_stage, stage_parser
+from dualroute.cli import STAGES, main, parse_stage, stage_parser
 from dualroute.data.manifest import Manifest
 from dualroute.training.run import PretrainConfig
 from tests.conftest import ROOT, write_corpus
@@ -51,12 +51,12 @@ def test_usage_lists_every_stage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for stage in ("prepare", "pretrain", "distill", "evaluate", "generate", "report"):
+    for stage in STAGES:
         assert stage in shown
     assert "did you mean 'pretrain'" in refused(capsys, "pretrian")
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "evaluate", "generate", "report"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_option_is_explained(stage):
     parser = stage_parser(stage)
     unexplained = [a.dest for a in parser._actions if not a.help]

@@ -9,5 +9,6 @@
     tokenizer_files.py          the sentencepiece model as tokenizer.json, or itself where that is not equal
     masked.py                   the model as one graph for any batch and length
     onnx_file.py                that graph for onnxruntime; torch_program.py for torch alone
+    quality.py                  what it is measured on
     parity.py                   how an export is compared with the model before its folder gets its name
 """

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from dualroute import __version__
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
-from dualroute.evaluate.perplexity import Score, evaluate_shards, evaluate_text, read_text
+from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
 from dualroute.model.store import WEIGHTS, Checkpoint, find_checkpoint
 
@@ -40,7 +39,6 @@ WRITERS: dict[str, tuple[str, list[str]]] = {
     "torch-export": ("dualroute.export.torch_program", []),
 }
 FLOATS = {"F32": "float32", "BF16": "bfloat16"}
-SAMPLE_CHARS = 20_000  # of --text, on which the tokenizers are compared too
 
 
 @dataclass
@@ -167,40 +165,6 @@ def saved_dtype(checkpoint: Checkpoint) -> str:
             f"--format onnx --quantize"
         )
     return FLOATS["F32" if "F32" in kinds else "BF16"]
-
-
-def measure(config: ExportConfig, loaded: Loaded) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte on the data given, or what the checkpoint says of itself."""
-    metadata = loaded.checkpoint.metadata
-    shape = loaded.model.config
-    context = config.context or min(int(metadata.get("context", shape.max_context)), shape.max_context)
-    if context > shape.max_context:
-        raise UserError(f"context {context} is longer than the model's max_context {shape.max_context}")
-    if config.data is not None:
-        score = evaluate_shards(loaded, config.data, "val", context, 4, config.max_tokens)
-        return {"measured_on": f"{Path(config.data).name} (val)", "context": context, **_figures(score)}
-    if config.text is not None:
-        score = evaluate_text(loaded, config.text, context, context, 4, config.max_tokens)
-        return {"measured_on": Path(config.text).name, "context": context, **_figures(score)}
-    loss = loaded.checkpoint.val_loss
-    if loss is None:
-        return {}
-    return {"measured_on": "validation data, by the training run", "context": context, "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0))}  # fmt: skip
-
-
-def _figures(score: Score) -> dict[str, float]:
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.targets,
-    }
-
-
-def samples(config: ExportConfig) -> list[str]:
-    """Real text to compare tokenizers on."""
-    return [] if config.text is None else [read_text(config.text)[:SAMPLE_CHARS]]
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 from dualroute import __version__
 from dualroute.evaluate.load import Loaded
 from dualroute.export import huggingface
-from dualroute.export.command import ExportConfig, samples
+from dualroute.export.command import ExportConfig
+from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
 
 _USE = """\
@@ -34,7 +35,7 @@ def write_export(
 ) -> dict[str, Any]:
     """Write and verify the Hugging Face folder, its card last; returns the figures."""
     written = huggingface.write(loaded, folder)
-    figures = {**written, "parity": huggingface.verify(loaded, folder, samples(config))}
+    figures = {**written, "parity": huggingface.verify(loaded, folder, samples(config, loaded))}
     (folder / "README.md").write_text(card(config, loaded, folder, quality, figures), encoding="utf-8")
     return figures
 

@@ -27,12 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.data.manifest import Manifest
-from dualroute.data.plan import SequentialPlan
-from dualroute.data.reader import IGNORE_INDEX, ShardReader, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.reader import IGNORE_INDEX
 from dualroute.evaluate.load import Loaded
-from dualroute.evaluate.perplexity import read_text, text_windows
 from dualroute.export import parity
+from dualroute.export import quality as quality_data
 from dualroute.export.torch_program import TOLERANCE, compare, record, write_beside
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
 
 MODEL, QUANTIZED = "model.onnx", "model-int8.onnx"
 ONE_FILE = 1_800_000_000  # bytes; protobuf ends at 2 GiB, larger weights lie in a file beside the graph
-MEASURED_TOKENS = 16_384  # on which the int8 file is compared with the float one
 
 
 def write_export(
@@ -123,31 +120,13 @@ def cost(
         str(ids.shape[1]): asdict(parity.Difference.between(quantized(ids)[:, places], right, TOLERANCE))
         for ids, places, right in parity.trials(loaded.model)
     }
-    batches = real_batches(config, loaded)
+    batches = quality_data.windows(config, loaded)
     if batches:
         losses = {name: _loss(each, batches) for name, each in (("float32", run), ("int8", quantized))}
         found["loss"] = losses
         found["perplexity_ratio"] = float(torch.tensor(losses["int8"] - losses["float32"]).exp())
         found["tokens"] = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
     return found
-
-
-def real_batches(config: ExportConfig, loaded: Loaded) -> list[dict[str, Tensor]]:
-    """Windows of --text or --data, each read as one text; none without them."""
-    shape = loaded.model.config
-    context = config.context or min(
-        int(loaded.checkpoint.metadata.get("context", shape.max_context)), shape.max_context
-    )
-    limit = min(config.max_tokens or MEASURED_TOKENS, MEASURED_TOKENS)
-    if config.text is not None:
-        ids = loaded.tokenizer.encode(read_text(config.text)[: 20 * limit], bos=True)[: limit + 1]
-        return list(text_windows(torch.tensor(ids), context, context, 1))
-    if config.data is None:
-        return []
-    manifest = Manifest.load(config.data)
-    plan = SequentialPlan(open_stream(manifest, "val"), context, limit)
-    windows = WindowDataset(ShardReader(manifest, "val"), plan)
-    return [collate([windows[place] for place in places]) for places in WalkSequence(plan, 0, 1, 1)]
 
 
 def _loss(run: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Tensor]]) -> float:

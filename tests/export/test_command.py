@@ -10,10 +10,12 @@ from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.export.command import ExportConfig, prepare
-from dualroute.model.store import METADATA, find_checkpoint, save_model
+from dualroute.export.quality import measure, samples, windows
+from dualroute.model.store import save_model
 from tests.export.conftest import tiny_model
 
 
+@pytest.mark.slow
 def test_a_folder_for_transformers(checkpoint, tiny_dataset, tmp_path, capsys):
     """Loaded and compared by the command in a process that cannot import dualroute."""
     pytest.importorskip("transformers", reason="transformers is not installed")
@@ -88,13 +90,20 @@ def test_nothing_is_left_behind_by_a_failure(checkpoint, tmp_path, monkeypatch, 
 
 
 def test_the_checkpoints_own_loss_is_used_without_data(checkpoint):
-    from dualroute.export.command import measure
-
     config = ExportConfig(str(checkpoint().folder), "hf", "out")
-    quality = measure(config, load(config.checkpoint, "cpu"))
-    assert (
-        quality["loss"]
-        == 3.5
-        == json.loads((find_checkpoint(config.checkpoint).folder / METADATA).read_text())["val_loss"]
-    )
+    made = load(config.checkpoint, "cpu")
+    quality = measure(config, made)
+    assert quality["loss"] == 3.5 == made.checkpoint.metadata["val_loss"]
     assert "bits_per_byte" not in quality
+    assert samples(config, made) == windows(config, made) == []
+
+
+def test_real_text_comes_from_the_shards(checkpoint, tiny_dataset):
+    config = ExportConfig(str(checkpoint().folder), "onnx", "out", data=str(tiny_dataset), context=50)
+    made = load(config.checkpoint, "cpu")
+    texts = samples(config, made)
+    assert len(texts) > 3
+    assert {"river", "house", "green"} <= set(" ".join(texts).split())
+    batches = windows(config, made)
+    assert {batch["input_ids"].shape[0] for batch in batches} == {1}
+    assert torch.equal(batches[0]["input_ids"][0, 1:], batches[0]["labels"][0, :-1])

@@ -211,6 +211,7 @@ def test_what_cannot_be_done_is_refused():
         model(input_ids=ids_of(193), use_cache=True)
 
 
+@pytest.mark.slow
 def test_damage_is_seen(loaded, tmp_path):
     """In another process, to which no dualroute can be imported."""
     made = loaded()

@@ -6,8 +6,9 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from data_prep.train_tokenizer import train_tokenizer  # noqa: E402
+from data_prep.train_tokenizer import cut, train_tokenizer  # noqa: E402
 from dualroute.data.tokenizer import Tokenizer  # noqa: E402
+from dualroute.evaluate.perplexity import read_text  # noqa: E402
 from dualroute.export.tokenizer_files import trial_texts, write_tokenizer  # noqa: E402
 from tests.conftest import WORDS  # noqa: E402
 
@@ -57,11 +58,11 @@ def test_a_bpe_model(exported, tiny_dataset, tmp_path):
 
 
 def test_a_model_with_thousands_of_pieces(exported, real_data, tmp_path):
-    book = next(iter(sorted((real_data / "english_books").rglob("*.txt*"))), None)
-    if book is None or book.suffix != ".txt":
-        pytest.skip("no plain text in english_books")
-    text = book.read_text(encoding="utf-8", errors="replace")[:400_000]
-    (tmp_path / "bpe.model").write_bytes(train_tokenizer([text], 3000))
+    path = real_data / "tinyshakespeare" / "input.txt.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    text = read_text(path)[:400_000]
+    (tmp_path / "bpe.model").write_bytes(train_tokenizer(cut(text), 3000))
     ours, theirs, source = exported(tmp_path / "bpe.model")
     assert source == "tokenizer.json"
     same_ids(ours, theirs, [text[start : start + 5000] for start in range(0, 100_000, 10_000)])
