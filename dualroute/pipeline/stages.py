@@ -24,6 +24,13 @@ ParseStage = Callable[[str, Sequence[str]], Any]
 TRAINING = ("pretrain", "distill")
 #: Stages that are processes of their own: trainings handle signals and ranks, speed measures its memory.
 PROCESSES = (*TRAINING, "speed")
+_CROSS_ENTROPY_ALONE = {
+    "kl_weight": 0.0,
+    "ce_weight": 1.0,
+    "hidden_weight": 0.0,
+    "attention_weight": 0.0,
+    "on_policy_fraction": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,6 @@ class Planner:
     def control(self, control: str, parent: Path, prune: dict[str, Any], recover: dict[str, Any]) -> None:
         """One run beside the recovery: the same data, steps and learning rate."""
         name = f"control-{control}"
-        only_training = {key: value for key, value in recover.items() if key not in ("distill", "teacher")}
         if control == "random":
             options = {**prune, "criterion": "random", "axis_report": False}
             # the shape that importance has chosen, so that only the choice of parts differs
@@ -158,7 +164,8 @@ class Planner:
             start = parent
             if control == "cross_entropy":
                 start = self.output / ("prune" if self.config.rounds == 1 else f"prune-{self.config.rounds}")
-            path = self.add(name, "pretrain", only_training, init_from=start)
+            options = {**recover, "distill": {**recover.get("distill", {}), **_CROSS_ENTROPY_ALONE}}
+            path = self.add(name, "distill", options, init_from=start, teacher=parent)
         self.plan.controls[name] = path
 
     def measurements(self) -> None:

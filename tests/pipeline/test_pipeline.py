@@ -179,7 +179,9 @@ def test_controls_differ_from_the_recovery_in_one_thing(tiny_dataset, tmp_path):
     plan = {stage.name: stage for stage in Planner(config, tmp_path, cli.parse_stage).make().stages}
     for name in ("recover", "control-parent", "control-cross_entropy", "control-random"):
         assert "--seed=3" in plan[name].arguments
-    assert plan["control-parent"].command == "pretrain"
+        assert f"--teacher={tmp_path / 'pretrain'}" in plan[name].arguments
+    for name in ("control-parent", "control-cross_entropy"):
+        assert "--distill.kl_weight=0.0" in plan[name].arguments
     assert f"--init_from={tmp_path / 'pretrain'}" in plan["control-parent"].arguments
     assert f"--init_from={tmp_path / 'prune'}" in plan["control-cross_entropy"].arguments
     pruned = plan["control-random-prune"].arguments
