@@ -71,26 +71,11 @@ class GlobalCache:
             self.far_values[:, first:last] = self.values[:, tokens].unflatten(1, (-1, self.block)).mean(2)
 
     def _grow(self, length: int) -> None:
-        blocks = max(-(-length // self.block), 2 * self.features.shape[1])
-
-        def longer(rows: Tensor, count: int) -> Tensor:
-            return F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, count - rows.shape[1]))
-
-        tokens = blocks * self.block
-        self.keys, self.values = longer(self.keys, tokens), longer(self.values, tokens)
-        self.features = longer(self.features, blocks)
-        if self.far_keys is not None and self.far_values is not None:
-            self.far_keys, self.far_values = longer(self.far_keys, blocks), longer(self.far_values, blocks)
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with the rows (R',) only, in that order; a row may come twice."""
-        self.keys, self.values, self.features = (
-            part.index_select(0, rows) for part in (self.keys, self.values, self.features)
-        )
-        if self.far_keys is not None and self.far_values is not None:
-            self.far_keys, self.far_values = (
-                part.index_select(0, rows) for part in (self.far_keys, self.far_values)
-            )
+        blocks = self.features.shape[1]
+        more = max(-(-length // self.block), 2 * blocks) - blocks
+        for name, rows in _tensors(self):  # (R, tokens, ...) or (R, blocks, ...)
+            added = more * (rows.shape[1] // blocks)
+            setattr(self, name, F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, added)))
 
 
 class LocalCache:
@@ -119,10 +104,6 @@ class LocalCache:
         self.values.index_copy_(1, places, values[:, count - kept :].to(self.values.dtype))
         self.length += count
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with the rows (R',) only, in that order; a row may come twice."""
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-
 
 class LayerCache:
     """The cache of one DualRouting layer; `length` tokens are in it, `max_length` fit.
@@ -150,8 +131,13 @@ class LayerCache:
     def select(self, texts: Tensor) -> None:
         """Go on with the texts (B',) of the batch only, in that order, as a beam search does."""
         for part in (self.global_cache, self.local_cache):
-            if part is not None:
-                heads = len(part.keys) // self.batch_size
-                rows = texts[:, None] * heads + torch.arange(heads, device=texts.device)
-                part.select(rows.flatten().to(part.keys.device))
+            for name, rows in _tensors(part):  # (R, ...) with R = batch * kv_heads
+                of_text = rows.unflatten(0, (self.batch_size, -1))
+                setattr(part, name, of_text.index_select(0, texts.to(rows.device)).flatten(0, 1))
         self.batch_size = len(texts)
+
+
+def _tensors(cache: GlobalCache | LocalCache | None) -> list[tuple[str, Tensor]]:
+    """All that a cache stores, by attribute; nothing for None."""
+    stored = {} if cache is None else vars(cache)
+    return [(name, value) for name, value in stored.items() if isinstance(value, Tensor)]
