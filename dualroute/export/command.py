@@ -157,7 +157,7 @@ def saved_dtype(checkpoint: Checkpoint) -> str:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
-    scheme = checkpoint.metadata.get("scheme") or checkpoint.metadata.get("quantization")
+    scheme = (checkpoint.metadata.get("quantization") or {}).get("scheme")
     if scheme or not kinds <= FLOATS.keys():
         raise UserError(
             f"{checkpoint.folder} holds quantised weights ({scheme or ', '.join(sorted(kinds))}), which no "

@@ -67,7 +67,7 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
 
 def test_quantised_weights_are_refused(tiny_dataset, tmp_path):
     model, tokenizer = tiny_model(), tiny_dataset / "tokenizer.model"
-    save_model(model, tmp_path / "named", tokenizer, {"scheme": "int8"})
+    save_model(model, tmp_path / "named", tokenizer, {"quantization": {"scheme": "int8"}})
     options = {"format": "onnx", "output": str(tmp_path / "out")}
     refused(
         r"quantised weights \(int8\).*--format onnx --quantize", checkpoint=str(tmp_path / "named"), **options
