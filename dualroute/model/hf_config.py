@@ -103,7 +103,7 @@ def _window(keys: _Keys, family: str) -> int | None:
         sliding = layers if window else 0
     else:
         window = keys.get("sliding_window") if keys.get("use_sliding_window", False) else None
-        first = keys.get("max_window_layers", layers)
+        first = keys.get("max_window_layers", 28)
         sliding = max(0, layers - first) if window else 0
     types = keys.get("layer_types")
     if types is not None:
