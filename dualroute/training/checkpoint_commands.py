@@ -124,6 +124,7 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
     layout = {
         name.removeprefix(_MODULE): (chosen or state.dtype(name), shape)
         for name, shape in state.shapes.items()
+        if name.startswith(_MODULE)
     }
     with appearing_folder(output) as aside:
         write_weights(aside / store.WEIGHTS, layout, _renamed(state, chosen))
@@ -137,18 +138,25 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
 
 
 def _renamed(state: TrainingState, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in state.tensors(WEIGHT):
+    for name, tensor in _model_tensors(state):
         yield name.removeprefix(_MODULE), tensor.to(dtype or tensor.dtype)
+
+
+def _model_tensors(state: TrainingState) -> Iterator[tuple[str, Tensor]]:
+    """The model's part of what was trained (a distillation has projections besides)."""
+    for name in state.shapes:
+        if name.startswith(_MODULE):
+            yield name, state.read(name, WEIGHT)
 
 
 def _compare(state: TrainingState, dtype: torch.dtype | None, written: Path, published: Path) -> int:
     """Read ``written`` back; compare it with the optimizer's weights, and those with ``published``."""
-    wanted = {name.removeprefix(_MODULE) for name in state.shapes}
+    wanted = {name.removeprefix(_MODULE) for name in state.shapes if name.startswith(_MODULE)}
     with safe_open(written, "pt") as ours, safe_open(published, "pt") as theirs:
         odd = sorted((wanted ^ set(ours.keys())) | (wanted ^ set(theirs.keys())))
     if odd:
         raise UserError(f"{published} and the training state beside it differ in their parameters: {odd}")
-    for name, tensor in state.tensors(WEIGHT):
+    for name, tensor in _model_tensors(state):
         short = name.removeprefix(_MODULE)
         # opened for each tensor: what was read of a mapped file counts as memory until it is closed
         with safe_open(written, "pt") as ours, safe_open(published, "pt") as theirs:

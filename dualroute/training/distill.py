@@ -15,9 +15,9 @@ import dataclasses
 from functools import partial
 
 from dualroute.errors import UserError
-from dualroute.model import DualRoutingTransformer
+from dualroute.model import ModelConfig
 from dualroute.training import run
-from dualroute.training.distill_config import DistillationConfig, DistillConfig
+from dualroute.training.distill_config import DistillConfig
 from dualroute.training.distill_module import Distill
 from dualroute.training.intermediate import Pairs, check_heads, layer_pairs
 from dualroute.training.liger import check_liger
@@ -27,7 +27,7 @@ from dualroute.training.run import Prepared, run_training
 from dualroute.training.sequence import check_sequence_parallel
 from dualroute.training.teacher import Teacher, load_teacher, weights_digest
 
-__all__ = ["Distill", "DistillConfig", "DistillationConfig", "check", "run_distillation"]
+__all__ = ["Distill", "DistillConfig", "check", "run_distillation"]
 
 
 def check(config: DistillConfig) -> Prepared:
@@ -41,11 +41,16 @@ def check(config: DistillConfig) -> Prepared:
     pairs: Pairs = []
     teacher = None
     if config.distill.cached_logits is not None:
-        _use_cache(config, prepared)
+        digest = _use_cache(config, prepared)
     else:
         teacher, pairs = _teacher(config, prepared)
-    module = partial(_distillation_module, settings=config.distill, teacher=teacher, pairs=pairs)
-    return dataclasses.replace(prepared, make_module=module)
+        digest = teacher.digest
+
+    def make_module(prepared: Prepared) -> Pretrain:
+        arguments = run.module_arguments(prepared)
+        return Distill(config.distill, teacher, digest, pairs, config.seed, **arguments)
+
+    return dataclasses.replace(prepared, make_module=make_module)
 
 
 def _check_settings(config: DistillConfig) -> None:
@@ -66,8 +71,8 @@ def _check_settings(config: DistillConfig) -> None:
         )
 
 
-def _use_cache(config: DistillConfig, prepared: Prepared) -> None:
-    """Compare the cache with the run, and have the data module read it."""
+def _use_cache(config: DistillConfig, prepared: Prepared) -> str:
+    """Compare the cache with the run, and have the data module read it; the digest of its teacher."""
     settings, data = config.distill, prepared.data
     assert settings.cached_logits is not None
     cache = LogitCache(settings.cached_logits)
@@ -85,6 +90,7 @@ def _use_cache(config: DistillConfig, prepared: Prepared) -> None:
     cache.check(wanted, config.train.total_steps * data.samples_per_batch)
     cache.verify(config.data.verify if prepared.world.local_rank == 0 else "size")
     data.extend = partial(CachedWindows, cache=cache, plan=data.plan)
+    return cache.identity.teacher
 
 
 def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]:
@@ -98,44 +104,32 @@ def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]
         dtype=settings.teacher_dtype,
         offload=settings.teacher_offload,
     )
-    student, theirs = prepared.config.model, teacher.model.config
-    if not isinstance(teacher.model, DualRoutingTransformer):
-        _check_outside_view(config)
+    student, theirs = prepared.config.model, getattr(teacher.model, "config", None)
     if settings.top_k is not None and settings.top_k > teacher.weight.shape[0]:
         raise UserError(
             f"distill.top_k {settings.top_k} is above the vocabulary of {teacher.weight.shape[0]}"
         )
     if config.parallel.sequence_parallel > 1:
+        if not isinstance(theirs, ModelConfig):
+            raise UserError(
+                f"parallel.sequence_parallel: the teacher {config.teacher} is not a model of dualroute and "
+                f"cannot share texts: use 1"
+            )
         try:
             check_sequence_parallel(config.parallel.sequence_parallel, prepared.world, theirs)
         except UserError as error:
             raise UserError(f"the teacher {config.teacher} cannot share texts: {error}") from error
     if not settings.looks_inside:
         return teacher, []
+    if not isinstance(theirs, ModelConfig):
+        raise UserError(
+            f"distill.hidden_weight and attention_weight look into layers and heads, which the teacher "
+            f"{config.teacher} does not show as a model of dualroute does: set them to 0"
+        )
     pairs = layer_pairs(settings.layer_map, student.num_layers, theirs.num_layers)
     if settings.attention_weight:
         check_heads(pairs, student, theirs)
     return teacher, pairs
-
-
-def _check_outside_view(config: DistillConfig) -> None:
-    """Refuse what needs a teacher of our own kind."""
-    for name, wanted in (
-        ("distill.hidden_weight", config.distill.hidden_weight > 0),
-        ("distill.attention_weight", config.distill.attention_weight > 0),
-        ("parallel.sequence_parallel", config.parallel.sequence_parallel > 1),
-    ):
-        if wanted:
-            raise UserError(
-                f"{name} cannot be used with the teacher {config.teacher}, which is run by another library: "
-                f"use kl_weight and ce_weight"
-            )
-
-
-def _distillation_module(
-    prepared: Prepared, *, settings: DistillationConfig, teacher: Teacher | None, pairs: Pairs
-) -> Pretrain:
-    return Distill(settings, teacher, pairs, prepared.config.seed, **run.module_arguments(prepared))
 
 
 def run_distillation(config: DistillConfig) -> int:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dualroute.data.reader import IGNORE_INDEX
+from dualroute.errors import UserError
 from dualroute.training.distill_config import DistillationConfig
 from dualroute.training.distillation_losses import (
     DistillationSums,
@@ -66,19 +67,27 @@ class Distill(Pretrain):
     Args:
         config: What is learnt.
         teacher: Who teaches; null where the batches say what the teacher said (`CachedWindows`).
+        digest: sha256 of the teacher's weights.
         pairs: Layers that are compared, (student's, teacher's).
         seed: Of projections and on-policy texts.
         arguments: Those of :class:`Pretrain`.
     """
 
     def __init__(
-        self, config: DistillationConfig, teacher: Teacher | None, pairs: Pairs, seed: int, **arguments: Any
+        self,
+        config: DistillationConfig,
+        teacher: Teacher | None,
+        digest: str,
+        pairs: Pairs,
+        seed: int,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.config, self.teacher, self.pairs, self.seed = config, teacher, pairs, seed
+        self.digest = digest
         self.projections: Projections | None = None
         if config.hidden_weight and teacher is not None:
-            self.projections = Projections(pairs, self.model.config.dim, teacher.model.config.dim, seed)
+            self.projections = Projections(pairs, self.model.config.dim, teacher.width, seed)
         self.widths = route_widths(pairs, self.model.config) if config.attention_weight else []
 
     @property
@@ -212,3 +221,32 @@ class Distill(Pretrain):
         self.validation_metrics = {"loss": loss, "bits_per_byte": self.bits_per_byte(loss, "val")}
         if self.teacher is not None:
             self.validation_metrics["divergence"] = distance / max(count, 1)
+
+    # ------------------------------------------------------------------ state
+
+    def _described(self) -> dict[str, Any]:
+        """What a run must not change half-way."""
+        return {"teacher": self.digest, "projections": sorted(self.projections or ())}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["distillation"] = self._described()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved, ours = checkpoint.get("distillation"), self._described()
+        if saved is None:
+            raise UserError(
+                "the checkpoint is not of a distillation: begin with its weights (--init_from) in another "
+                "--output"
+            )
+        if saved["teacher"] != ours["teacher"]:
+            raise UserError(
+                f"the checkpoint was trained with another teacher (weights {saved['teacher'][:12]}… there, "
+                f"{ours['teacher'][:12]}… here): resume with the same one, or begin anew with --init_from"
+            )
+        if saved["projections"] != ours["projections"]:
+            raise UserError(
+                f"the checkpoint has projections for layers {saved['projections']} and this run for "
+                f"{ours['projections']} (distill.hidden_weight, layer_map): resume with the same settings"
+            )

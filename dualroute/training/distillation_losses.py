@@ -128,7 +128,8 @@ def chunked_distillation(
         labels: (N,) int64 target ids in [0, V), or ``ignore_index``.
         teacher: What the teacher says of the same rows.
         objective: What is minimised.
-        chunk_size: Rows whose logits exist at the same time; null bounds them by memory.
+        chunk_size: Rows whose logits exist at the same time; null bounds them by memory.  Four matrices
+            (chunk, V) are needed beside each other, five at a temperature.
         ignore_index: Label of rows that do not count.
 
     Raises:
@@ -144,9 +145,7 @@ def chunked_distillation(
         _check_top_k(teacher, rows, len(hidden), vocab_size, objective)
         divergence = partial(_sparse_divergence, teacher=teacher, objective=objective)
     loss = partial(_distillation_chunk, labels=labels, objective=objective, divergence=divergence)
-    total, sums = chunked_loss(
-        hidden, weight, rows, loss, objective.factors, chunk_size=chunk_size, matrices=4
-    )
+    total, sums = chunked_loss(hidden, weight, rows, loss, objective.factors, chunk_size=chunk_size)
     loss_sum, divergence_sum, z_sum = sums
     count = torch.tensor(len(rows), device=hidden.device)
     return DistillationSums(total, loss_sum, z_sum, count, divergence_sum)
@@ -184,8 +183,11 @@ def _check_top_k(teacher: TopK, rows: Tensor, count: int, vocab_size: int, objec
 
 # ------------------------------------------------------------------ one chunk
 
-#: (logits (C, V) to keep, rows) → (sum of the divergence, its gradient (C, V) by logits / T)
-_Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_LOG_OF_NOTHING = -1e4  # e to this power is 0, and 0 times it too
+
+#: (log p at T = 1 (C, V), scratch (C, V), rows) → (sum of the divergence, its gradient (C, V) by logits / T,
+#: whether p stands in the place of log p now).  The gradient may lie in scratch.
+_Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, bool]]
 
 
 def _distillation_chunk(
@@ -200,19 +202,24 @@ def _distillation_chunk(
     """Sums of cross-entropy, divergence and z; gradient of their weighted total by the logits (C, V)."""
     labels = labels[rows]
     own = torch.arange(len(labels), device=labels.device)
-    log_normaliser = logits.logsumexp(1)  # (C,)
-    cross_entropy = (log_normaliser - logits[own, labels]).sum()
-    distance, gradient = divergence(logits, rows)
-    sums = torch.stack([cross_entropy, distance, log_normaliser.square().sum()])
+    log_p = torch.log_softmax(logits, 1)
+    of_labels = log_p[own, labels]
+    log_normaliser = logits[own, labels] - of_labels  # (C,)
+    distance, gradient, is_p = divergence(log_p, logits, rows)  # the logits' memory is reused from here on
+    sums = torch.stack([-of_labels.sum(), distance, log_normaliser.square().sum()])
     if not needs_gradient:
         return sums, None
     # kl_weight · T² of the total, / T of the inner derivative of s / T
     gradient.mul_(objective.kl_weight * objective.temperature)
-    if objective.ce_weight or objective.z_loss:
-        probabilities = logits.sub_(log_normaliser.unsqueeze(1)).exp_()
-        probabilities.mul_((objective.ce_weight + 2 * objective.z_loss * log_normaliser).unsqueeze(1))
-        gradient.add_(probabilities)
-        gradient[own, labels] -= objective.ce_weight
+    if not objective.ce_weight and not objective.z_loss:
+        return sums, gradient
+    p = log_p if is_p else log_p.exp_()
+    if objective.z_loss:
+        p.mul_((objective.ce_weight + 2 * objective.z_loss * log_normaliser).unsqueeze(1))
+        gradient.add_(p)
+    else:
+        gradient.add_(p, alpha=objective.ce_weight)
+    gradient[own, labels] -= objective.ce_weight
     return sums, gradient
 
 
@@ -225,32 +232,38 @@ def _teacher_log_probs(teacher: Logits, rows: Tensor, temperature: float, dtype:
 
 
 def _dense_divergence(
-    logits: Tensor, rows: Tensor, *, teacher: Logits, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    log_q = _teacher_log_probs(teacher, rows, objective.temperature, logits.dtype)
-    log_p = torch.log_softmax(logits / objective.temperature if objective.temperature != 1 else logits, 1)
-    return DIVERGENCES[objective.loss](log_p, log_q, objective.beta)
+    log_p: Tensor, scratch: Tensor, rows: Tensor, *, teacher: Logits, objective: Objective
+) -> tuple[Tensor, Tensor, bool]:
+    log_q = _teacher_log_probs(teacher, rows, objective.temperature, log_p.dtype)
+    as_it_is = objective.temperature == 1
+    if not as_it_is:
+        log_p = torch.log_softmax(torch.div(log_p, objective.temperature, out=scratch), 1)
+    distance, gradient = DIVERGENCES[objective.loss](log_p, log_q, scratch, objective.beta)
+    return distance, gradient, as_it_is
 
 
 def _sparse_divergence(
-    logits: Tensor, rows: Tensor, *, teacher: TopK, objective: Objective
-) -> tuple[Tensor, Tensor]:
+    log_p: Tensor, scratch: Tensor, rows: Tensor, *, teacher: TopK, objective: Objective
+) -> tuple[Tensor, Tensor, bool]:
     ids = teacher.ids[rows].long()  # (C, k)
-    log_q = teacher.log_probs[rows].to(logits.dtype)
-    outside = logits / objective.temperature  # (C, V), a copy
+    log_q = teacher.log_probs[rows].to(log_p.dtype)
+    outside = torch.div(log_p, objective.temperature, out=scratch)  # (C, V)
     buckets = outside.gather(1, ids)
-    has_rest = ids.shape[1] < logits.shape[1]
+    has_rest = ids.shape[1] < log_p.shape[1]
     if has_rest:
         outside.scatter_(1, ids, -math.inf)
         rest = outside.logsumexp(1, keepdim=True)  # the logit of the last bucket
         buckets = torch.cat([buckets, rest], 1)  # (C, k + 1)
         log_q = torch.cat([log_q, teacher.rest[rows].to(log_q.dtype).unsqueeze(1)], 1)
-    # rounded numbers do not add up to 1
-    log_q = torch.log_softmax(log_q, 1)
-    distance, gradient = DIVERGENCES[objective.loss](torch.log_softmax(buckets, 1), log_q, objective.beta)
+    # rounded numbers do not add up to 1; of an empty rest the logarithm is only very small, so that 0 · log 0
+    # is 0
+    log_q = torch.log_softmax(log_q, 1).clamp_min_(_LOG_OF_NOTHING)
+    of_buckets = torch.log_softmax(buckets, 1)
+    function = DIVERGENCES[objective.loss]
+    distance, gradient = function(of_buckets, log_q, torch.empty_like(log_q), objective.beta)
     if has_rest:  # d rest / d outside_j is the softmax over the rest
         outside.sub_(rest).exp_().mul_(gradient[:, -1:])
-    return distance, outside.scatter_(1, ids, gradient[:, : ids.shape[1]])
+    return distance, outside.scatter_(1, ids, gradient[:, : ids.shape[1]]), False
 
 
 # ------------------------------------------------------------------ a truncated teacher
@@ -267,14 +280,15 @@ def top_k_of(teacher: Logits, k: int, temperature: float = 1.0, *, chunk_size: i
         chunk_size: Rows whose logits exist at the same time; null bounds them by memory.
     """
     hidden, weight = teacher
-    dtype = torch.promote_types(matmul_dtype(hidden, weight), torch.float32)
-    chunk_size = chunk_size or automatic_chunk_size(len(hidden), weight.shape[0], dtype, hidden.device, 3)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    chunk_size = chunk_size or automatic_chunk_size(len(hidden), weight.shape[0], dtype, hidden.device)
     parts = []
-    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_size):
-        log_q = _teacher_log_probs(teacher, rows, temperature, dtype)
-        log_probs, ids = log_q.topk(k, dim=1)
-        # summed over the others themselves: 1 − Σ would lose a small rest
-        parts.append((log_probs, ids, log_q.scatter_(1, ids, -math.inf).logsumexp(1)))
+    with torch.autocast(hidden.device.type, enabled=False):  # a teacher's arithmetic is its own
+        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_size):
+            log_q = _teacher_log_probs(teacher, rows, temperature, dtype)
+            log_probs, ids = log_q.topk(k, dim=1)
+            # summed over the others themselves: 1 − Σ would lose a small rest
+            parts.append((log_probs, ids, log_q.scatter_(1, ids, -math.inf).logsumexp(1)))
     if not parts:
         empty = torch.zeros(0, k, device=hidden.device, dtype=dtype)
         return TopK(empty, empty.long(), empty[:, 0])

@@ -4,8 +4,8 @@ In and out are those of :func:`~dualroute.training.distillation_losses.chunked_d
 with a label go to ``LigerFusedLinearJSDLoss``, which also works chunk by chunk and is compiled.
 
 The surprising fact: its β of 0 and 1 are forward and reverse KL, and at 1/2 it agrees with ours; in between,
-versions of it have disagreed on which side β weighs, so that is refused.  It has been compared with ours by
-its formulas only: nobody has run it here on a GPU.
+versions of it have disagreed on which side β weighs, so that is refused.  On a CPU its losses and gradients
+have been compared with ours (liger-kernel 0.8.5, tests/training/test_liger.py); it has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.training.distillation_losses import DistillationSums, Logits, Objective
-from dualroute.training.losses import labelled_rows
+from dualroute.training.losses import chunked_cross_entropy, labelled_rows
 
 _BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
@@ -64,4 +64,8 @@ def liger_distillation(
         return_soft_hard_loss=True,
     )
     total, soft, hard = loss(hidden[rows], weight, teacher.hidden[rows], teacher.weight, labels[rows])
-    return DistillationSums(total * count, (hard * count).detach(), zero, count, (soft * count).detach())
+    loss_sum = (hard * count).detach()
+    if not ce_factor:  # then Liger leaves it out
+        with torch.no_grad():
+            loss_sum = chunked_cross_entropy(hidden, weight, labels, ignore_index=ignore_index).loss_sum
+    return DistillationSums(total * count, loss_sum, zero, count, (soft * count).detach())

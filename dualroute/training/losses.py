@@ -117,7 +117,6 @@ def chunked_loss(
     factors: Sequence[float],
     *,
     chunk_size: int | None = None,
-    matrices: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """A loss of logits ``hidden[rows] @ weight.T`` of which only a chunk exists at a time.
 
@@ -128,7 +127,6 @@ def chunked_loss(
         loss: What is made of a chunk's logits.
         factors: Of the S sums in the total; ``loss`` has them in its gradient.
         chunk_size: Rows whose logits exist at the same time; null bounds them by memory.
-        matrices: (C, V) matrices that ``loss`` needs beside each other, for that bound.
 
     Returns:
         The weighted total, 0-dim, the only one to be differentiated, and the sums (S,).
@@ -138,18 +136,14 @@ def chunked_loss(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1, or null")
-    total, sums = _apply(
-        hidden, weight, rows, loss, tuple(factors), chunk_size, matrices, torch.is_grad_enabled()
-    )
+    total, sums = _apply(hidden, weight, rows, loss, tuple(factors), chunk_size, torch.is_grad_enabled())
     return total, sums
 
 
-def automatic_chunk_size(
-    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, matrices: int = 1
-) -> int:
+def automatic_chunk_size(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows per chunk so that a chunk of logits in ``dtype`` stays within a fixed memory, in equal chunks."""
     budget = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES_GPU
-    limit = max(1, budget // (matrices * vocab_size * dtype.itemsize))
+    limit = max(1, budget // (vocab_size * dtype.itemsize))
     chunks = max(1, -(-rows // limit))
     return max(1, -(-rows // chunks))
 
@@ -181,7 +175,6 @@ class _ChunkedLoss(torch.autograd.Function):
         loss: ChunkLoss,
         factors: tuple[float, ...],
         chunk_size: int | None,
-        matrices: int,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = matmul_dtype(hidden, weight)
@@ -192,9 +185,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = torch.zeros(len(factors), dtype=sum_dtype, device=hidden.device)
 
         count = len(rows)
-        chunk_size = chunk_size or automatic_chunk_size(
-            count, weight.shape[0], sum_dtype, hidden.device, matrices
-        )
+        chunk_size = chunk_size or automatic_chunk_size(count, weight.shape[0], sum_dtype, hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(dtype)
             for begin in range(0, count, chunk_size):
@@ -230,7 +221,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_weight is not None:
             # autograd casts to the weight's own dtype, after the scaling
             grad_weight = grad_weight * grad_total
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 # the number of rows differs from batch to batch: compiled, this would be compiled anew for each

@@ -40,11 +40,16 @@ class Teacher:
         dtype: Of its weights and arithmetic, whatever the student's.
         offload: Keep its layers in the memory of the host, and bring one at a time to the device.
         digest: sha256 of its weights, for caches of what it says.
+
+    Raises:
+        UserError: ``offload`` of a model without ``layers``.
     """
 
     def __init__(
         self, model: nn.Module, *, dtype: str = "float32", offload: bool = False, digest: str = ""
     ) -> None:
+        if offload and not hasattr(model, "layers"):
+            raise UserError("distill.teacher_offload moves layers, and this teacher has no list of them")
         frozen: Any = model.eval().requires_grad_(False).to(getattr(torch, dtype))
         self.model = frozen
         self.digest = digest
@@ -63,6 +68,11 @@ class Teacher:
         """Its output weight (V, D_t)."""
         weight: Tensor = self.model.head.weight
         return weight
+
+    @property
+    def width(self) -> int:
+        """D_t."""
+        return int(self.weight.shape[1])
 
     def to(self, device: torch.device) -> None:
         """Move it; with ``offload`` all but its layers."""

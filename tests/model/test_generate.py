@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
-from dualroute.model.generate import next_token_probabilities
+from dualroute.model.generate import continue_batch, next_token_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +77,26 @@ def test_prompts_that_leave_no_room_are_refused(model):
         list(generate(model, [1] * 64, SamplingConfig()))
     with pytest.raises(ValueError, match="empty"):
         list(generate(model, [], SamplingConfig()))
+
+
+def test_a_batch_is_continued_as_each_text_alone(model):
+    prompts = torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(1))
+    texts = continue_batch(model.train(), prompts, 6, torch.Generator().manual_seed(2), temperature=1e-6)
+    assert model.training
+    assert torch.equal(texts[:, :5], prompts)
+    for prompt, text in zip(prompts.tolist(), texts.tolist(), strict=True):  # nearly greedy
+        with torch.no_grad():
+            assert text[5:] == greedy_without_cache(model, prompt, 6)
+    with pytest.raises(ValueError, match="do not fit"):
+        continue_batch(model, prompts, 60, torch.Generator())
+
+
+def test_a_batch_is_drawn_from_the_distribution_of_the_model(model):
+    """Of many draws of one token, each comes as often as the model says."""
+    prompts = torch.tensor([[3, 1, 2]]).repeat(4000, 1)
+    texts = continue_batch(model, prompts, 1, torch.Generator().manual_seed(0), temperature=0.3)
+    with torch.no_grad():
+        expected = torch.softmax(model.eval()(prompts[:1])[0, -1] / 0.3, -1)
+    found = torch.bincount(texts[:, -1], minlength=40) / 4000
+    assert (found - expected).abs().max() < 0.03
+    assert 0.1 < expected.max() < 0.9

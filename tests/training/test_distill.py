@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from dualroute.cli import main
+from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.generate import continue_batch
 from dualroute.model.store import find_checkpoint, load_model, save_model
 from dualroute.training import teacher as teachers
 from dualroute.training.intermediate import layer_pairs
@@ -175,16 +176,75 @@ def test_its_layers_come_and_go():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+class Plain(torch.nn.Module):
+    """The least that a teacher has to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(320, 12)
+        self.head = torch.nn.Linear(12, 320, bias=False)
+
+    def hidden_states(self, input_ids, *, segment_ids, positions):
+        assert segment_ids.shape == positions.shape == input_ids.shape
+        return self.embedding(input_ids)
+
+
+def test_any_module_may_teach_but_not_show_what_it_has_not(
+    distil, tiny_dataset, teacher, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("dualroute.training.distill.load_teacher", lambda *_, **__: teachers.Teacher(Plain()))
+    assert figures(distil(steps=5), "val/divergence", "validation")[-1] > 0
+    for more, message in (
+        (("--distill.hidden_weight", 1), "does not show as a model of dualroute does"),
+        (("--parallel.sequence_parallel", 1, "--distill.attention_weight", 1), "does not show"),
+    ):
+        assert main(arguments(tiny_dataset, teacher, tmp_path / "run", *more)) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="no list of them"):
+        teachers.Teacher(Plain(), offload=True)
+
+
+def test_recomputed_layers_teach_the_same(distil):
+    shape = ("--model.dim", 32, "--distill.hidden_weight", 0.1, "--distill.attention_weight", 0.1)
+    kept = distil(*shape, steps=5)
+    recomputed = distil(*shape, "--train.activation_checkpointing", "full", steps=5)
+    assert curve(recomputed) == curve(kept)
+    assert figures(recomputed, "train/attention_loss") == figures(kept, "train/attention_loss")
+
+
+def test_a_run_is_not_continued_with_another_teacher_or_as_another_kind(
+    plain, everything, tiny_dataset, teacher, tmp_path, capsys
+):
+    for source, named, more, message in (
+        (plain, plain, (), "with another teacher"),
+        (plain, teacher, EVERYTHING, "has projections for layers []"),
+        (everything, teacher, (), "has projections for layers ['0']"),
+    ):
+        output = tmp_path / "run"
+        shutil.copytree(source, output)
+        assert main(arguments(tiny_dataset, named, output, *more, steps=STEPS + 2)) == 2
+        assert message in capsys.readouterr().err
+        shutil.rmtree(output)
+
+
+def test_the_export_of_a_training_state_is_the_student_alone(everything, tmp_path, capsys):
+    assert main(["checkpoint", "export", str(everything), "--output", str(tmp_path / "whole")]) == 0
+    exported = load_file(tmp_path / "whole" / "model.safetensors")
+    assert exported.keys() == load_file(find_checkpoint(everything).folder / "model.safetensors").keys()
+
+
 @pytest.mark.slow
 def test_killed_it_continues_as_if_nothing_had_happened(everything, tiny_dataset, teacher, tmp_path):
     output = tmp_path / "run"
     command = [sys.executable, "-m", "dualroute.cli", *arguments(tiny_dataset, teacher, output, *EVERYTHING)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_for_step(process, output / "metrics.jsonl", 6)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    for number, step in ((signal.SIGTERM, 2), (signal.SIGKILL, 6)):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_step(process, output / "metrics.jsonl", step)
+        process.send_signal(number)
+        # asked to stop, it saves between two checkpoints of its own and says "run it again"
+        assert process.wait() == (75 if number == signal.SIGTERM else -number)
     assert find_checkpoint(output).step < STEPS
     assert main(arguments(tiny_dataset, teacher, output, *EVERYTHING)) == 0
     assert curve(output) == curve(everything)
@@ -197,7 +257,9 @@ def test_killed_it_continues_as_if_nothing_had_happened(everything, tiny_dataset
 @pytest.mark.parametrize(("stage", "sharing"), [("3", "1"), ("1", "2")])
 def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_dataset, teacher, tmp_path):
     pytest.importorskip("deepspeed")
-    settings = ("--distill.hidden_weight", "0.1", "--optim.lr", "0.003")
+    settings = ["--distill.hidden_weight", "0.1", "--optim.lr", "0.003"]
+    if sharing == "2":  # one group of ranks draws what one process draws
+        settings += ["--distill.on_policy_fraction", "0.5", *EVERYTHING[-4:]]
     parallel = ("--parallel.zero_stage", stage, "--parallel.sequence_parallel", sharing)
     output = tmp_path / "run"
     words = arguments(tiny_dataset, teacher, output, *settings, *parallel, steps=FEW)[1:]
@@ -284,17 +346,6 @@ def small():
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=12, dim=16, num_layers=2, num_heads=2, window=4, max_context=64)
     return DualRoutingTransformer(config)
-
-
-def test_a_batch_is_continued_as_each_text_alone(small):
-    prompts = torch.randint(12, (3, 5), generator=torch.Generator().manual_seed(1))
-    texts = continue_batch(small, prompts, 6, torch.Generator().manual_seed(2), temperature=1e-6)
-    assert torch.equal(texts[:, :5], prompts)
-    for length in range(5, 11):  # nearly greedy: the likeliest token of a whole forward pass
-        assert torch.equal(small(texts[:, :length])[:, -1].argmax(-1), texts[:, length])
-    assert small.training
-    with pytest.raises(ValueError, match="do not fit"):
-        continue_batch(small, prompts, 60, torch.Generator())
 
 
 def test_own_text_is_labelled_after_its_prefix_until_it_ends(small):

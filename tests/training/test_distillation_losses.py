@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dualroute.training import losses
 from dualroute.training.distillation_losses import Logits, Objective, TopK, chunked_distillation, top_k_of
 from tests.training.test_losses import LargestTensor, problem
 
@@ -213,9 +212,3 @@ def test_what_does_not_fit_is_named() -> None:
         chunked_distillation(hidden, weight, labels, outside, Objective())
     with pytest.raises(ValueError, match="must be"):
         chunked_distillation(hidden, weight, labels, told._replace(rest=told.rest[:3]), Objective())
-
-
-def test_automatic_chunks_leave_room_for_the_matrices_of_both_models() -> None:
-    one = losses.automatic_chunk_size(10**6, 32000, torch.float32, torch.device("cpu"))
-    four = losses.automatic_chunk_size(10**6, 32000, torch.float32, torch.device("cpu"), 4)
-    assert four * 4 == pytest.approx(one, rel=0.1)
