@@ -156,10 +156,20 @@ class QuantizedLinear(nn.Module):
         if self.group_size is not None:
             return F.linear(hidden_states, self.dequantized(dtype))
         if not self.dynamic:
-            return F.linear(hidden_states, self.qdata.to(dtype)) * self.scale[:, 0].to(dtype)
+            return scaled_product(hidden_states, self.qdata, self.scale)
         rounded, step = round_tokens(hidden_states)
         product = integer_product(rounded, self.qdata)
         return (product * step * self.scale[:, 0].to(torch.float32)).to(dtype)
+
+
+def scaled_product(rows: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+    """(…, K) times int8 (N, K), transposed, times scale (N, 1) → (…, N) in the dtype of the rows.
+
+    Written as torch's compiler looks for it: transposed first, then widened.  The other way round it widens
+    the weights once for all and multiplies with floats.
+    """
+    product = torch.mm(rows.reshape(-1, rows.shape[-1]), qdata.t().to(rows.dtype))
+    return (product * scale[:, 0].to(rows.dtype)).unflatten(0, rows.shape[:-1])
 
 
 def round_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,11 +224,9 @@ class QuantizedHead(nn.Module):
         self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Result] | None = None
     ) -> Tensor | Result:
         """Logits (…, V), or ``project(hidden_states, weight)`` as in :class:`NextTokenHead`."""
-        dtype = hidden_states.dtype
         if project is not None:
-            return project(hidden_states, self.table.dequantized(dtype))
-        logits = F.linear(hidden_states, self.table.qdata.to(dtype))
-        return logits * self.table.scale[:, 0].to(dtype)
+            return project(hidden_states, self.table.dequantized(hidden_states.dtype))
+        return scaled_product(hidden_states, self.table.qdata, self.table.scale)
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
