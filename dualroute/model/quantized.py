@@ -152,7 +152,7 @@ class QuantizedLinear(nn.Module):
                 self.group_size,
                 self.steps.to(dtype),
             )
-            return rows.unflatten(0, hidden_states.shape[:-1])
+            return rows.reshape(*hidden_states.shape[:-1], -1)
         if self.group_size is not None:
             return F.linear(hidden_states, self.dequantized(dtype))
         if not self.dynamic:
@@ -169,7 +169,7 @@ def scaled_product(rows: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
     the weights once for all and multiplies with floats.
     """
     product = torch.mm(rows.reshape(-1, rows.shape[-1]), qdata.t().to(rows.dtype))
-    return (product * scale[:, 0].to(rows.dtype)).unflatten(0, rows.shape[:-1])
+    return (product * scale[:, 0].to(rows.dtype)).reshape(*rows.shape[:-1], -1)
 
 
 def round_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,12 +185,12 @@ def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
     On a CPU as a product of float32, exact while K · 128² < 2²⁴ and within 1e-6 beyond: torch's own int8
     product runs a reference loop there on most machines, hundreds of times slower.
     """
-    flat = rows.flatten(0, -2)
+    flat = rows.reshape(-1, rows.shape[-1])
     if flat.is_cuda and len(flat) > 16 and not (weight.shape[0] % 8 or weight.shape[1] % 8):
         product = torch._int_mm(flat, weight.t()).to(torch.float32)
     else:
         product = F.linear(flat.to(torch.float32), weight.to(torch.float32))
-    return product.unflatten(0, rows.shape[:-1])
+    return product.reshape(*rows.shape[:-1], -1)
 
 
 class QuantizedTable(nn.Module):
