@@ -39,17 +39,26 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
-def medians(works: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each work: one round to warm up, then `repeats` rounds in which they take turns."""
+def medians(
+    works: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Seconds of each work: one round to warm up, then `repeats` rounds in which they take turns.
+
+    `clock` may be `time.process_time`, the seconds that this process computed: for one thread on a machine
+    that others use, too.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
             _finish(device)
-            begin = time.perf_counter()
+            begin = clock()
             work()
             _finish(device)
             if repeat:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(clock() - begin)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

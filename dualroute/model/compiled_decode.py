@@ -131,7 +131,8 @@ def attend(
     if attention.global_qkv is not None and cache.global_cache is not None:
         query, key, value = _heads(attention, attention.global_qkv, rows, table)
         far = cache.global_cache
-        top_k, size = attention.routing.top_k, min(size, far.keys.shape[1])
+        top_k = attention.routing.top_k
+        size = min(-(-size // far.block) * far.block, far.keys.shape[1])  # whole blocks
         if cache.exact or size // far.block <= top_k + 2:
             # statistics are kept where a longer text will want them
             keeps = not cache.exact

@@ -152,14 +152,24 @@ class QuantizedLinear(nn.Module):
                 self.group_size,
                 self.steps.to(dtype),
             )
-            return rows.unflatten(0, hidden_states.shape[:-1])
+            return rows.reshape(*hidden_states.shape[:-1], -1)
         if self.group_size is not None:
             return F.linear(hidden_states, self.dequantized(dtype))
         if not self.dynamic:
-            return F.linear(hidden_states, self.qdata.to(dtype)) * self.scale[:, 0].to(dtype)
+            return scaled_product(hidden_states, self.qdata, self.scale)
         rounded, step = round_tokens(hidden_states)
         product = integer_product(rounded, self.qdata)
         return (product * step * self.scale[:, 0].to(torch.float32)).to(dtype)
+
+
+def scaled_product(rows: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+    """(…, K) times int8 (N, K), transposed, times scale (N, 1) → (…, N) in the dtype of the rows.
+
+    Written as torch's compiler looks for it: transposed first, then widened.  The other way round it widens
+    the weights once for all and multiplies with floats.
+    """
+    product = torch.mm(rows.reshape(-1, rows.shape[-1]), qdata.t().to(rows.dtype))
+    return (product * scale[:, 0].to(rows.dtype)).reshape(*rows.shape[:-1], -1)
 
 
 def round_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,12 +185,12 @@ def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
     On a CPU as a product of float32, exact while K · 128² < 2²⁴ and within 1e-6 beyond: torch's own int8
     product runs a reference loop there on most machines, hundreds of times slower.
     """
-    flat = rows.flatten(0, -2)
+    flat = rows.reshape(-1, rows.shape[-1])
     if flat.is_cuda and len(flat) > 16 and not (weight.shape[0] % 8 or weight.shape[1] % 8):
         product = torch._int_mm(flat, weight.t()).to(torch.float32)
     else:
         product = F.linear(flat.to(torch.float32), weight.to(torch.float32))
-    return product.unflatten(0, rows.shape[:-1])
+    return product.reshape(*rows.shape[:-1], -1)
 
 
 class QuantizedTable(nn.Module):
@@ -214,11 +224,9 @@ class QuantizedHead(nn.Module):
         self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Result] | None = None
     ) -> Tensor | Result:
         """Logits (…, V), or ``project(hidden_states, weight)`` as in :class:`NextTokenHead`."""
-        dtype = hidden_states.dtype
         if project is not None:
-            return project(hidden_states, self.table.dequantized(dtype))
-        logits = F.linear(hidden_states, self.table.qdata.to(dtype))
-        return logits * self.table.scale[:, 0].to(dtype)
+            return project(hidden_states, self.table.dequantized(hidden_states.dtype))
+        return scaled_product(hidden_states, self.table.qdata, self.table.scale)
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
