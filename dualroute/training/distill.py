@@ -15,7 +15,7 @@ import dataclasses
 from functools import partial
 
 from dualroute.errors import UserError
-from dualroute.model import ModelConfig
+from dualroute.model import DualRoutingTransformer
 from dualroute.training import run
 from dualroute.training.distill_config import DistillConfig
 from dualroute.training.distill_module import Distill
@@ -104,13 +104,14 @@ def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]
         dtype=settings.teacher_dtype,
         offload=settings.teacher_offload,
     )
-    student, theirs = prepared.config.model, getattr(teacher.model, "config", None)
+    student = prepared.config.model
+    theirs = teacher.model.config if isinstance(teacher.model, DualRoutingTransformer) else None
     if settings.top_k is not None and settings.top_k > teacher.weight.shape[0]:
         raise UserError(
             f"distill.top_k {settings.top_k} is above the vocabulary of {teacher.weight.shape[0]}"
         )
     if config.parallel.sequence_parallel > 1:
-        if not isinstance(theirs, ModelConfig):
+        if theirs is None:
             raise UserError(
                 f"parallel.sequence_parallel: the teacher {config.teacher} is not a model of dualroute and "
                 f"cannot share texts: use 1"
@@ -121,10 +122,11 @@ def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]
             raise UserError(f"the teacher {config.teacher} cannot share texts: {error}") from error
     if not settings.looks_inside:
         return teacher, []
-    if not isinstance(theirs, ModelConfig):
+    if theirs is None:
+        wanted = "hidden_weight" if settings.hidden_weight else "attention_weight"
         raise UserError(
-            f"distill.hidden_weight and attention_weight look into layers and heads, which the teacher "
-            f"{config.teacher} does not show as a model of dualroute does: set them to 0"
+            f"distill.{wanted} cannot be used with the teacher {config.teacher}, which does not show its "
+            f"layers and heads as a model of dualroute does: set it to 0"
         )
     pairs = layer_pairs(settings.layer_map, student.num_layers, theirs.num_layers)
     if settings.attention_weight:

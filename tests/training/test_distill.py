@@ -195,7 +195,7 @@ def test_any_module_may_teach_but_not_show_what_it_has_not(
     monkeypatch.setattr("dualroute.training.distill.load_teacher", lambda *_, **__: teachers.Teacher(Plain()))
     assert figures(distil(steps=5), "val/divergence", "validation")[-1] > 0
     for more, message in (
-        (("--distill.hidden_weight", 1), "does not show as a model of dualroute does"),
+        (("--distill.hidden_weight", 1), "does not show its layers and heads as a model of dualroute does"),
         (("--parallel.sequence_parallel", 1, "--distill.attention_weight", 1), "does not show"),
     ):
         assert main(arguments(tiny_dataset, teacher, tmp_path / "run", *more)) == 2
@@ -315,12 +315,16 @@ def test_liger_is_refused_without_a_gpu(tiny_dataset, teacher, tmp_path, capsys)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(tiny_dataset, tmp_path, capsys):
+    from sentencepiece import sentencepiece_model_pb2
+
     other = tmp_path / "other.model"
-    other.write_bytes(b"another tokenizer")
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tiny_dataset / "tokenizer.model").read_bytes())
+    proto.pieces[300].piece = "another"
+    other.write_bytes(proto.SerializeToString())
     model = DualRoutingTransformer(ModelConfig(vocab_size=320, dim=16, num_layers=1, num_heads=2))
     save_model(model, tmp_path / "teacher", other, {})
     assert main(arguments(tiny_dataset, tmp_path / "teacher", tmp_path / "run")) == 2
-    assert "the ids would mean other text" in capsys.readouterr().err
+    assert "is not the tokenizer that" in capsys.readouterr().err
 
 
 def test_layers_are_spread_evenly():
