@@ -41,7 +41,8 @@ class PrepareConfig:
         val_fraction: share of the documents held out for validation, chosen by the hash of their text; by
             default the publisher's own validation split where it has one, else 0.02.
         val_documents: names or globs of the documents held out instead, for corpora of few long documents.
-        tokenizer: existing sentencepiece model to use; by default one is trained.
+        tokenizer: existing sentencepiece model or Hugging Face tokenizer.json to use; by default one is
+            trained.
         tokenizer_type: ``bpe`` or ``unigram``, when one is trained.
         vocab_size: size of its vocabulary.
         reserved_tokens: ids in it kept free for later stages.

@@ -31,6 +31,24 @@ from dualroute.training import stop_signal
 STAGES = {
     "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
     "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "convert": (
+        "dualroute.compress.convert",
+        "ConvertConfig",
+        "convert_command",
+        "a model from elsewhere, or dense → dual attention",
+    ),
+    "distill": (
+        "dualroute.training.distill",
+        "DistillConfig",
+        "run_distillation",
+        "shards and a teacher → trained student",
+    ),
+    "cache-logits": (
+        "dualroute.training.cache_logits",
+        "CacheLogitsConfig",
+        "cache_logits",
+        "a teacher's likeliest tokens, written once for distill",
+    ),
     "estimate": (
         "dualroute.estimate",
         "EstimateConfig",
@@ -43,8 +61,27 @@ STAGES = {
         "evaluate_command",
         "loss of a checkpoint",
     ),
+    "prune": ("dualroute.compress.prune", "PruneConfig", "prune", "trained model → smaller model"),
+    "sparsify": (
+        "dualroute.compress.sparsify",
+        "SparsifyConfig",
+        "sparsify",
+        "single weights to zero (research)",
+    ),
     "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
+    "pipeline": (
+        "dualroute.pipeline.run",
+        "PipelineConfig",
+        "run_pipeline",
+        "all stages, from text to a model that ships",
+    ),
+    "quantize": (
+        "dualroute.compress.quantize",
+        "QuantizeConfig",
+        "quantize_command",
+        "weights of a checkpoint in int8, int4 or float8",
+    ),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
     "export": (
         "dualroute.export.command",
@@ -223,6 +260,20 @@ def checkpoint_command(arguments: Sequence[str]) -> int:
     return functions[chosen.command](**chosen[chosen.command].as_dict())
 
 
+def pipeline_command(arguments: Sequence[str]) -> int:
+    """``dualroute pipeline``; paths of its stages' files start at the folder of its own."""
+    from dualroute.pipeline.run import run_pipeline
+
+    renamed = {"--from": "--from_stage", "--dry-run": "--dry_run"}
+    arguments = [
+        word for given in arguments for name, sign, value in [given.partition("=")]
+        for word in [renamed.get(name, name) + sign + value]
+    ]  # fmt: skip
+    files = list(_config_files(arguments))
+    base = files[-1].parent if files else Path()
+    return run_pipeline(parse_stage("pipeline", arguments), base, parse_stage, run_or_explain)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the stage that ``arguments`` name and return the exit status; see :func:`main`."""
     stage, *rest = arguments
@@ -236,6 +287,8 @@ def run(arguments: Sequence[str]) -> int:
         near = _nearest(stage, [*STAGES, "submit", "checkpoint"])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
+    if stage == "pipeline":
+        return pipeline_command(rest)
     config = parse_stage(stage, rest)
     status = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])(config)
     return status if isinstance(status, int) else 0
@@ -243,14 +296,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def usage() -> str:
     """Text of ``dualroute --help``."""
-    lines = [f"  {stage:<10} {summary}" for stage, (_, _, _, summary) in STAGES.items()]
-    lines.append(f"  {'checkpoint':<10} {CHECKPOINT_SUMMARY}")
+    lines = [f"  {stage:<12} {summary}" for stage, (_, _, _, summary) in STAGES.items()]
+    lines.append(f"  {'checkpoint':<12} {CHECKPOINT_SUMMARY}")
     return "\n".join(
         [
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
             "",
             *lines,
-            "  submit     pretraining, a sweep or a chain of stages as jobs of Slurm",
+            "  submit       pretraining, a sweep or a chain of stages as jobs of Slurm",
             "",
             "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
         ]
@@ -261,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] == ["pretrain"]:
+        if arguments[:1] in (["pretrain"], ["distill"]):
             stop_signal.install()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -269,6 +322,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"dualroute {__version__}")
         return 0
+    return run_or_explain(arguments)
+
+
+def run_or_explain(arguments: Sequence[str]) -> int:
+    """:func:`run`, with one line on stderr for what the user can mend."""
     try:
         return run(arguments)
     except UserError as error:

@@ -1,6 +1,6 @@
 """``dualroute submit``: from the configuration of a run to a job in Slurm's queue.
 
-- In: the same YAML files that ``dualroute pretrain`` reads, and the resources.
+- In: the same YAML files that ``dualroute pretrain``, ``distill`` and ``pipeline`` read, and the resources.
 - Here: the configuration is checked for that many processes, so that a mistake shows now and not after a
   night in the queue; a template of ``slurm/`` is filled in and kept as ``OUTPUT/slurm/*.sbatch``.
 - Next: ``sbatch``; on the nodes ``srun`` starts ``dualroute pretrain``, which finds its place in the world
@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import derive_accumulation
 from dualroute.errors import UserError
+from dualroute.pipeline.stages import Planner
 from dualroute.training.environment import World
 from dualroute.training.sequence import check_sequence_parallel
 
@@ -35,7 +36,9 @@ ParseStage = Callable[[str, Sequence[str]], Any]
 EXAMPLES = """
   dualroute submit pretrain --config configs/pretrain/1b.yaml --nodes 4 --gpus_per_node 8 --time 24:00:00
   dualroute submit sweep    --config lr-1.yaml lr-2.yaml lr-3.yaml --gpus_per_node 8 --max_parallel 2
+  dualroute submit distill  --config configs/distill/books_5m.yaml --nodes 2 -- --init_from runs/pruned
   dualroute submit pipeline --prepare prepare.yaml --config pretrain.yaml --dry-run
+  dualroute submit pipeline --config configs/pipeline/books_5m.yaml --gpus_per_node 8
   dualroute submit pretrain --config configs/pretrain/1b.yaml -- --train.max_steps 100
 """
 
@@ -55,10 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("kind", choices=[*KINDS], help="one run; an array of runs; prepare → pretrain → evaluate")
+    add("kind", choices=[*KINDS], help="one run; an array of runs; a chain of stages")
     add("--config", nargs="+", action="extend", default=[], metavar="FILE",
-        help="of dualroute pretrain; several are merged, in a sweep each is a run")  # fmt: skip
-    add("--prepare", metavar="FILE", help="pipeline: configuration of dualroute prepare")
+        help="of the kind's command; several are merged, in a sweep each is a run of pretrain")  # fmt: skip
+    add("--prepare", metavar="FILE",
+        help="pipeline: of dualroute prepare, for the short chain prepare → pretrain → evaluate, in which "
+             "--config is of dualroute pretrain")  # fmt: skip
     add("--nodes", type=int, default=1)
     add("--gpus_per_node", type=int, default=0, help="0 trains on CPUs")
     add("--tasks_per_node", type=int, help="processes per node; default: one per GPU, else one")
@@ -129,17 +134,20 @@ Scripts = dict[Path, str]
 
 def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
     arguments = [*_configs(options.config), *overrides]
-    config = _checked(options, arguments, parse_stage)
+    config = _checked(options, arguments, parse_stage, options.kind)
     Manifest.load(config.data.path)
-    return _training_job(options, config, arguments)
+    return _training_job(options, config, arguments, options.kind)
 
 
-def _training_job(options: argparse.Namespace, config: Any, arguments: list[str]) -> Scripts:
+def _training_job(
+    options: argparse.Namespace, config: Any, arguments: list[str], stage: str = "pretrain"
+) -> Scripts:
     folder = Path(config.output).resolve()
     values = _common(options, folder.name, folder / "slurm", "%x-%j.out") | {
-        "ARGUMENTS": shlex.join(arguments)
+        "ARGUMENTS": shlex.join(arguments),
+        "COMMAND": f'"${{launch[@]}}" {stage} {shlex.join(arguments)}',
     }
-    return {folder / "slurm" / "pretrain.sbatch": render("pretrain.sbatch", values, options.template)}
+    return {folder / "slurm" / f"{stage}.sbatch": render("pretrain.sbatch", values, options.template)}
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
@@ -165,9 +173,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: Parse
 
 def _pipeline(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
     if options.prepare is None:
-        raise UserError(
-            "a pipeline begins with the data: --prepare FILE, a configuration of dualroute prepare"
-        )
+        return _stages_of_pipeline(options, overrides, parse_stage)
     arguments = [*_configs(options.config), *overrides]
     config = _checked(options, arguments, parse_stage)
     made = parse_stage("prepare", _configs([options.prepare])).output
@@ -190,16 +196,61 @@ def _pipeline(options: argparse.Namespace, overrides: list[str], parse_stage: Pa
     return scripts["prepare"] | _training_job(options, config, arguments) | scripts["evaluate"]
 
 
-KINDS = {"pretrain": _pretrain, "sweep": _sweep, "pipeline": _pipeline}
+def _stages_of_pipeline(
+    options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage
+) -> Scripts:
+    """A job for each training of ``dualroute pipeline``, and one for all stages between two of them."""
+    arguments = [*_configs(options.config), *overrides]
+    try:
+        config = parse_stage("pipeline", arguments)
+    except UserError as error:
+        raise UserError(f"{error} (without --prepare, --config is of dualroute pipeline)") from error
+    plan = Planner(config, Path(options.config[-1]).resolve().parent, parse_stage).make()
+    folder = Path(config.output).resolve()
+    scripts: Scripts = {}
+    names: list[str] = []
+
+    def add(training: bool) -> None:
+        words = [*arguments, "--only", ",".join(names)]
+        values = _common(
+            options, f"{folder.name}-{names[0]}", folder / "slurm", "%x-%j.out", training=training
+        )
+        if training:
+            command = f"{values['PYTHON']} -m dualroute pipeline {shlex.join(words)}"
+            values |= {"ARGUMENTS": "", "COMMAND": f'{command} --launcher "${{launch[*]}}"'}
+            text = render("pretrain.sbatch", values, options.template)
+        else:
+            values |= {"STAGE": "pipeline", "ARGUMENTS": shlex.join(words)}
+            text = render("stage.sbatch", values)
+        scripts[folder / "slurm" / f"{len(scripts) + 1:02d}-{names[0]}.sbatch"] = text
+        names.clear()
+
+    for stage in plan.stages:
+        if stage.is_training:
+            if names:
+                add(training=False)
+            _checked(options, stage.arguments, parse_stage, stage.command)
+            names.append(stage.name)
+            add(training=True)
+        else:
+            names.append(stage.name)
+    names.append("report")
+    add(training=False)
+    return scripts
+
+
+KINDS = {"pretrain": _pretrain, "distill": _pretrain, "sweep": _sweep, "pipeline": _pipeline}
 
 
 def _configs(files: Sequence[str]) -> list[str]:
     return [word for file in files for word in ("--config", str(Path(file).resolve()))]
 
 
-def _checked(options: argparse.Namespace, arguments: Sequence[str], parse_stage: ParseStage) -> Any:
+def _checked(
+    options: argparse.Namespace, arguments: Sequence[str], parse_stage: ParseStage, stage: str = "pretrain"
+) -> Any:
     """The run's configuration, sound for as many processes as are asked for."""
-    config = parse_stage("pretrain", arguments)
+    config = parse_stage(stage, arguments)
     train = config.train
     world = World(world_size=options.nodes * options.tasks_per_node)
     groups = check_sequence_parallel(config.parallel.sequence_parallel, world, config.model)

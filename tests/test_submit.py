@@ -61,11 +61,10 @@ def test_a_job_has_the_resources_that_were_asked_for(work, tiny_dataset, capsys)
         "--job-name=my_run", f"--output='{work}/runs/my run/slurm/%x-%j.out'",
     }  # fmt: skip
     # the training is the last command: its exit status is the job's
-    assert (
-        script.rstrip()
-        .splitlines()[-1]
-        .endswith(f"{sys.executable} -m dualroute pretrain --config {shlex.quote(config)}")
-    )
+    launch, command = script.rstrip().splitlines()[-2:]
+    assert launch.startswith("launch=(srun --kill-on-bad-exit=1 ")
+    assert launch.endswith(f"{sys.executable} -m dualroute)")
+    assert command == f'"${{launch[@]}}" pretrain --config {shlex.quote(config)}'
     for time in ("5", "5:00", "0:05:00", "0-1", "1-00:00"):
         assert f"--time={time}\n" in scripts(capsys, "pretrain", "--config", config, "--time", time)[0]
     assert not (work / "runs").exists()
@@ -98,11 +97,42 @@ def test_a_chain_is_prepared_trained_and_evaluated(work, capsys):
     config = configuration(work, "shards")
     (work / "prepare.yaml").write_text("output: shards")
     chain = scripts(capsys, "pipeline", "--prepare", "prepare.yaml", "--config", config, "--gpus_per_node", 4)
-    commands = [script.rstrip().splitlines()[-1].partition(" -m dualroute ")[2] for script in chain]
+    lines = [script.rstrip().splitlines()[-1] for script in chain]
+    commands = [re.split(r' -m dualroute |"\$\{launch\[@\]\}" ', line)[1] for line in lines]
     assert [command.split()[0] for command in commands] == ["prepare", "pretrain", "evaluate"]
     assert commands[2].startswith("evaluate --checkpoint runs/run --data shards")
     gpus = [re.search(r"^#SBATCH --gpus-per-node=(\d)", script, re.M)[1] for script in chain]
     assert gpus == ["1", "4", "1"]
+
+
+def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, tiny_dataset, capsys):
+    training = {
+        "data": {"context": 64},
+        "train": {"tokens_per_batch": 512, "micro_batch": 2, "max_steps": 60},
+    }
+    sections = {"prepare": None, "data": str(tiny_dataset), "output": "runs/small", "pretrain": training,
+                "recover": training, "prune": {"keep": 0.5, "multiple": 16}}  # fmt: skip
+    (work / "pipeline.yaml").write_text(yaml.safe_dump(sections))
+    chain = scripts(capsys, "pipeline", "--config", "pipeline.yaml", "--nodes", 2, "--", "--rounds", 2)
+    lines = [shlex.split(script.rstrip().splitlines()[-1]) for script in chain]
+    assert [line[line.index("--only") + 1].split(",")[0] for line in lines] == [
+        "pretrain", "prune-1", "recover-1", "prune-2", "recover-2", "quantize",
+    ]  # fmt: skip
+    assert lines[-1][lines[-1].index("--only") + 1].endswith(",export,report")
+    for script, line in zip(chain, lines, strict=True):
+        training_job = "--launcher" in line
+        assert ("#SBATCH --nodes=2" in script) == training_job
+        assert line[line.index("pipeline") + 1 :][:4] == [
+            "--config",
+            str(work / "pipeline.yaml"),
+            "--rounds",
+            "2",
+        ]
+    # 8 windows a step cannot be shared by 3 nodes; a stage's mistake is named
+    assert "512" in refused(capsys, "pipeline", "--config", "pipeline.yaml", "--nodes", 3)
+    assert "stage prune: keep is 5" in refused(
+        capsys, "pipeline", "--config", "pipeline.yaml", "--", "--prune.keep", 5
+    )
 
 
 def test_a_sweep_has_a_task_for_each_file(work, tiny_dataset, capsys):

@@ -3,12 +3,17 @@
 In: keys and values of new tokens, (R, m, d) with R = batch * kv_heads, in the order of the text; every row
 of the batch has the same length. Out: the tensors that `decode` reads.
 
+With `dtype=torch.int8` keys and values are stored as integers with one scale for each token and head, and
+widened where they are read; statistics of blocks stay floats, there is one of them for many tokens.
+
 The surprising fact: a block's statistics are written once, when its last token arrives, and never touched
 again. So a step costs what it reads, top_k + 2 blocks and one pseudo-key per past block, and not the length
 of the text.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +22,81 @@ from torch import Tensor
 from dualroute.attention.far_summary import far_keys
 from dualroute.attention.router import block_features
 
+Place = slice | Tensor  # tokens: a slice, or their numbers
 
-class GlobalCache:
+
+class KeysAndValues:
+    """Storage of (R, n, d) keys and values, as floats or as int8 with scales (R, n, 1)."""
+
+    #: tensors with a row for each token
+    OF_TOKENS: tuple[str, ...] = ("keys", "values", "key_scales", "value_scales")
+    #: tensors with a row for each block
+    OF_BLOCKS: tuple[str, ...] = ()
+
+    def __init__(
+        self, rows: int, tokens: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        self.keys = torch.zeros(rows, tokens, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scales = torch.zeros(rows, tokens, 1, device=device)
+            self.value_scales = torch.zeros_like(self.key_scales)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether keys and values are integers."""
+        return self.key_scales is not None
+
+    def write(self, place: Place, keys: Tensor, values: Tensor) -> None:
+        """Put (R, m, d) keys and values at m tokens."""
+        if self.key_scales is not None and self.value_scales is not None:
+            keys, key_scales = to_int8(keys)
+            values, value_scales = to_int8(values)
+            _put(self.key_scales, place, key_scales)
+            _put(self.value_scales, place, value_scales)
+        _put(self.keys, place, keys)
+        _put(self.values, place, values)
+
+    def read(self, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`pick` of keys and of values, in `dtype`; it must treat any width of the last dimension alike."""
+        parts = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        keys, values = (
+            pick(rows).to(dtype) if scales is None else (pick(rows) * pick(scales)).to(dtype)
+            for rows, scales in parts
+        )
+        return keys, values
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with the rows (R',) only, in that order; a row may come twice."""
+        for name in (*self.OF_TOKENS, *self.OF_BLOCKS):
+            part = getattr(self, name)
+            if part is not None:
+                setattr(self, name, part.index_select(0, rows))
+
+
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., d) -> int8 (..., d) and float32 scales (..., 1), with rows = int8 * scale up to half a scale."""
+    wide = rows.to(torch.float32)
+    scales = (wide.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scales).round().to(torch.int8), scales
+
+
+def _put(rows: Tensor, place: Place, new: Tensor) -> None:
+    if isinstance(place, slice):
+        rows[:, place] = new
+    else:
+        rows.index_copy_(1, place, new.to(rows.dtype))
+
+
+class GlobalCache(KeysAndValues):
     """Keys and values of a global route, and of each complete block the router's features and far summary.
 
     There is room for `capacity` tokens at first; more is made when they come, twice as much each time.
     """
+
+    OF_BLOCKS = ("features", "far_keys", "far_values")
 
     def __init__(
         self,
@@ -35,17 +109,20 @@ class GlobalCache:
         far_summary: str,
         device: torch.device | str | None,
         dtype: torch.dtype,
+        statistics_dtype: torch.dtype | None = None,
     ) -> None:
         blocks = -(-capacity // block)
+        super().__init__(rows, blocks * block, head_dim, device, dtype)
+        if statistics_dtype is None:
+            statistics_dtype = torch.float32 if dtype == torch.int8 else dtype
         self.length, self.block = 0, block
         self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(rows, *shape, device=device, dtype=dtype)
+            return torch.zeros(rows, *shape, device=device, dtype=statistics_dtype)
 
         parts = block // sub_block if router == "minmax" else 1
         width = head_dim if router == "mean" else 2 * head_dim
-        self.keys, self.values = zeros(blocks * block, head_dim), zeros(blocks * block, head_dim)
         self.features = zeros(blocks, parts, width)
         self.far_keys: Tensor | None = None
         self.far_values: Tensor | None = None
@@ -58,40 +135,42 @@ class GlobalCache:
         begin, end = self.length, self.length + keys.shape[1]
         if end > self.keys.shape[1]:
             self._grow(end)
-        self.keys[:, begin:end], self.values[:, begin:end] = keys, values
+        self.write(slice(begin, end), keys, values)
         self.length = end
         first, last = begin // self.block, end // self.block  # blocks that became complete
         if first == last:
             return
         tokens = slice(first * self.block, last * self.block)
-        blocks = self.keys[:, tokens].unflatten(1, (-1, self.block))
+        blocks, values = self.read(
+            lambda rows: rows[:, tokens].unflatten(1, (-1, self.block)), self.features.dtype
+        )
         self.features[:, first:last] = block_features(blocks, self.router, self.sub_block)
         if self.far_keys is not None and self.far_values is not None:
             self.far_keys[:, first:last] = far_keys(blocks, self.far_summary)
-            self.far_values[:, first:last] = self.values[:, tokens].unflatten(1, (-1, self.block)).mean(2)
+            self.far_values[:, first:last] = values.mean(2)
 
     def _grow(self, length: int) -> None:
-        blocks = self.features.shape[1]
-        more = max(-(-length // self.block), 2 * blocks) - blocks
-        for name, rows in _tensors(self):  # (R, tokens, ...) or (R, blocks, ...)
-            added = more * (rows.shape[1] // blocks)
-            setattr(self, name, F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, added)))
+        blocks = max(-(-length // self.block), 2 * self.features.shape[1])
+        for names, count in ((self.OF_TOKENS, blocks * self.block), (self.OF_BLOCKS, blocks)):
+            for name in names:
+                rows = getattr(self, name)
+                if rows is not None:
+                    setattr(self, name, F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, count - rows.shape[1])))
 
 
-class LocalCache:
+class LocalCache(KeysAndValues):
     """The last `window` keys and values of a local route; the token at position p lies in slot p % window."""
 
     def __init__(
         self, rows: int, window: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
     ) -> None:
+        super().__init__(rows, window, head_dim, device, dtype)
         self.length, self.window = 0, window
-        self.keys = torch.zeros(rows, window, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
 
-    def last(self, count: int) -> tuple[Tensor, Tensor]:
+    def last(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The last `count` keys and values in the order of the text; count <= min(length, window)."""
         places = torch.arange(self.length - count, self.length, device=self.keys.device) % self.window
-        return self.keys.index_select(1, places), self.values.index_select(1, places)
+        return self.read(lambda rows: rows.index_select(1, places), dtype)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add (R, m, d) keys and values, dropping what leaves the window."""
@@ -100,8 +179,7 @@ class LocalCache:
         places = (
             torch.arange(self.length + count - kept, self.length + count, device=keys.device) % self.window
         )
-        self.keys.index_copy_(1, places, keys[:, count - kept :].to(self.keys.dtype))
-        self.values.index_copy_(1, places, values[:, count - kept :].to(self.values.dtype))
+        self.write(places, keys[:, count - kept :], values[:, count - kept :])
         self.length += count
 
 
@@ -131,13 +209,8 @@ class LayerCache:
     def select(self, texts: Tensor) -> None:
         """Go on with the texts (B',) of the batch only, in that order, as a beam search does."""
         for part in (self.global_cache, self.local_cache):
-            for name, rows in _tensors(part):  # (R, ...) with R = batch * kv_heads
-                of_text = rows.unflatten(0, (self.batch_size, -1))
-                setattr(part, name, of_text.index_select(0, texts.to(rows.device)).flatten(0, 1))
+            if part is not None:
+                heads = len(part.keys) // self.batch_size
+                rows = texts[:, None] * heads + torch.arange(heads, device=texts.device)
+                part.select(rows.flatten().to(part.keys.device))
         self.batch_size = len(texts)
-
-
-def _tensors(cache: GlobalCache | LocalCache | None) -> list[tuple[str, Tensor]]:
-    """All that a cache stores, by attribute; nothing for None."""
-    stored = {} if cache is None else vars(cache)
-    return [(name, value) for name, value in stored.items() if isinstance(value, Tensor)]

@@ -32,7 +32,8 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
     if exact or (cache.length - 1) // cache.block <= top_k + 1:  # every block is own, sink or selected
         return _decode_full(query, cache)
     if count == 1:
-        kernels = None if torch.is_grad_enabled() else triton_kernels(query, block=cache.block)
+        usable = not torch.is_grad_enabled() and not cache.is_int8  # the kernels read floats
+        kernels = triton_kernels(query, block=cache.block) if usable else None
         return (kernels.decode_step if kernels is not None else _decode_step)(query, cache, top_k)
     begin = cache.length - count
     chunks = [
@@ -44,7 +45,7 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
 
 def _decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
     count, total = query.shape[2], cache.length
-    keys, values = (rows[:, None, :total].to(query.dtype) for rows in (cache.keys, cache.values))
+    keys, values = cache.read(lambda rows: rows[:, None, :total], query.dtype)
     mask = None
     if (
         count > 1
@@ -93,8 +94,8 @@ def _decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
         return torch.cat([blocks, tokens[:, own_tokens]], dim=1)[:, None]  # (R, 1, s, d)
 
     wide = query.to(accumulation_dtype(query.dtype))
-    keys = gather(cache.keys).to(wide.dtype)
-    parts = [(wide @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1]), gather(cache.values))]
+    keys, values = cache.read(gather, wide.dtype)
+    parts = [(wide @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1]), values)]
     far = _far_logits(query, cache, own)
     if far is not None and cache.far_values is not None:
         far.scatter_(-1, (chosen - 1)[:, None, None].expand(-1, far.shape[1], 1, -1), NEG_INF)
@@ -117,11 +118,11 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
     read = read | (torch.arange(last + 1, device=query.device) == position // block)
 
     wide = query.to(accumulation_dtype(query.dtype))
-    keys = cache.keys[:, None, :end].to(wide.dtype)
+    keys, values = cache.read(lambda rows: rows[:, None, :end], wide.dtype)
     visible = read.repeat_interleave(block, dim=-1)[..., :end]
     visible = visible & (torch.arange(end, device=query.device) <= position)
     logits = wide @ keys.transpose(-1, -2) / math.sqrt(dim)
-    parts = [(logits.masked_fill_(~visible[:, None], NEG_INF), cache.values[:, None, :end])]
+    parts = [(logits.masked_fill_(~visible[:, None], NEG_INF), values)]
     far = _far_logits(query, cache, last)
     if far is not None and cache.far_values is not None:
         past = torch.arange(1, last, device=query.device) < position // block
@@ -136,15 +137,13 @@ def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache)
     if count == 1:
         cache.append(keys, values)
         filled = min(cache.length, cache.window)  # in the order of the ring: a softmax does not mind
-        past_keys, past_values = (
-            rows[:, None, :filled].to(query.dtype) for rows in (cache.keys, cache.values)
-        )
+        past_keys, past_values = cache.read(lambda rows: rows[:, None, :filled], query.dtype)
         return F.scaled_dot_product_attention(query, past_keys, past_values, enable_gqa=True)
     before = min(cache.length, cache.window - 1)
-    past_keys, past_values = cache.last(before)
+    past_keys, past_values = cache.last(before, keys.dtype)
     cache.append(keys, values)
-    keys = torch.cat([past_keys.to(keys.dtype), keys], dim=1)[:, None]
-    values = torch.cat([past_values.to(values.dtype), values], dim=1)[:, None]
+    keys = torch.cat([past_keys, keys], dim=1)[:, None]
+    values = torch.cat([past_values, values], dim=1)[:, None]
     outputs = []
     for first in range(0, count, QUERY_CHUNK):
         end = min(first + QUERY_CHUNK, count)

@@ -29,7 +29,7 @@ from dualroute.attention.options import (
     resolve_head_dim,
     resolve_heads,
 )
-from dualroute.attention.rope import rotary_table, rotate
+from dualroute.attention.rope import RopeScaling, rotary_table, rotate
 from dualroute.attention.routed import Routing
 from dualroute.attention.router import ROUTERS
 from dualroute.attention.sequence_parallel import Group, gather_heads, scatter_heads
@@ -62,6 +62,8 @@ class DualRouting(nn.Module):
         far_summary: "second_order", "first_order" or "none"; see `far_summary`.
         causal: False reads both directions; such a layer has no cache.
         rope_theta: base of the rotary embedding.
+        rope_scaling: how its frequencies are lowered; None = not at all.
+        qkv_bias: add a bias to queries, keys and values (as Qwen2 does); 0 at the start.
         qk_norm: RMS-normalise queries and keys per head, with one weight each for both routes.
         gate: multiply each head of each token by 2 sigmoid(w . x); w starts at 0, so the gate starts at 1.
 
@@ -96,6 +98,8 @@ class DualRouting(nn.Module):
         far_summary: str = "second_order",
         causal: bool = True,
         rope_theta: float = 10000.0,
+        rope_scaling: RopeScaling | None = None,
+        qkv_bias: bool = False,
         qk_norm: bool = False,
         gate: bool = False,
     ) -> None:
@@ -121,12 +125,13 @@ class DualRouting(nn.Module):
                 f"block={block} is not a multiple of sub_block={sub_block}, which the minmax router needs: "
                 f"use block={-(-block // sub_block) * sub_block}, another sub_block, or router=moment"
             )
-        self.window, self.block, self.causal, self.rope_theta = window, block, causal, rope_theta
+        self.window, self.block, self.causal = window, block, causal
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.global_mode = global_mode
         self.routing = Routing(top_k, router, far_summary, sub_block)
 
-        self.global_qkv = self._qkv(self.global_heads)
-        self.local_qkv = self._qkv(self.local_heads)
+        self.global_qkv = self._qkv(self.global_heads, qkv_bias)
+        self.local_qkv = self._qkv(self.local_heads, qkv_bias)
         heads = self.global_heads + self.local_heads
         self.out_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
         self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
@@ -137,10 +142,13 @@ class DualRouting(nn.Module):
         self.statistics: dict[str, Tensor] = {}
         self.sequence_group: Group | None = None
 
-    def _qkv(self, heads: int) -> nn.Linear | None:
+    def _qkv(self, heads: int, bias: bool) -> nn.Linear | None:
         if heads == 0:
             return None
-        return nn.Linear(self.dim, (heads + 2 * heads // self.group) * self.head_dim, bias=False)
+        projection = nn.Linear(self.dim, (heads + 2 * heads // self.group) * self.head_dim, bias=bias)
+        if bias:
+            nn.init.zeros_(projection.bias)
+        return projection
 
     def extra_repr(self) -> str:
         return (
@@ -282,7 +290,8 @@ class DualRouting(nn.Module):
             sections = [kv_heads * self.group, kv_heads, kv_heads]
             rows = scatter_heads(rows, self.sequence_group, sections).flatten(2)
         rows = layout.to_stream(rows)
-        table = layout.rotary_table(positions, self.head_dim, self.rope_theta, rows.dtype)
+        theta, scaling = self.rope_theta, self.rope_scaling
+        table = layout.rotary_table(positions, self.head_dim, theta, rows.dtype, scaling)
         return self._rotated_heads(rows, table)
 
     def _rotated_heads(self, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,10 +322,13 @@ class DualRouting(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         capacity: int | None = None,
+        *,
+        int8: bool = False,
     ) -> LayerCache:
         """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
 
-        There is room for all of them at once, or for `capacity` at first and for more when they come.
+        There is room for all of them at once, or for `capacity` at first and for more when they come. `int8`
+        stores keys and values as integers, with a scale for each token and head.
 
         Raises:
             ValueError: the layer is not causal, or a size is below 1.
@@ -326,6 +338,7 @@ class DualRouting(nn.Module):
         check_at_least(1, batch_size=batch_size, max_length=max_length)
         device = device or self.out_proj.weight.device
         dtype = dtype or self.out_proj.weight.dtype
+        stored = torch.int8 if int8 else dtype
         limit = self.max_exact_blocks
         routing = self.routing
         global_cache = local_cache = None
@@ -339,11 +352,12 @@ class DualRouting(nn.Module):
                 routing.sub_block,
                 routing.far_summary,
                 device,
+                stored,
                 dtype,
             )
         if self.local_heads:
             rows = batch_size * self.local_heads // self.group
-            local_cache = LocalCache(rows, self.window, self.head_dim, device, dtype)
+            local_cache = LocalCache(rows, self.window, self.head_dim, device, stored)
         exact = limit is None or -(-max_length // self.block) <= limit
         return LayerCache(batch_size, max_length, exact, global_cache, local_cache)
 
@@ -364,7 +378,8 @@ class DualRouting(nn.Module):
         if positions is None:
             positions = cache.length + torch.arange(count, device=hidden_states.device)
         positions = positions.expand(batch, count).flatten()
-        table = rotary_table(positions, self.head_dim, self.rope_theta, hidden_states.dtype)
+        theta, scaling = self.rope_theta, self.rope_scaling
+        table = rotary_table(positions, self.head_dim, theta, hidden_states.dtype, scaling)
         outputs = []
         if self.global_qkv is not None and cache.global_cache is not None:
             query, key, value = self._decode_heads(self.global_qkv, hidden_states, table)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualroute.attention.rope import rotary_table
+from dualroute.attention.rope import RopeScaling, rotary_table
 
 
 class Bucket(NamedTuple):
@@ -281,24 +281,34 @@ class Layout:
         return _Rows.apply(rows, self.slot_token, self.token_slot)
 
     def rotary_table(
-        self, positions: Tensor | None, head_dim: int, theta: float, dtype: torch.dtype
+        self,
+        positions: Tensor | None,
+        head_dim: int,
+        theta: float,
+        dtype: torch.dtype,
+        scaling: RopeScaling | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers."""
         if positions is None:
             positions = self.positions
         # The tensor itself is kept beside its table: as long as it lives, no other one can have its id.
-        key = ("rotary", id(positions), positions._version, head_dim, theta, dtype)
+        key = ("rotary", id(positions), positions._version, head_dim, theta, dtype, scaling)
         return self.stream.cached(
-            key, lambda: (self._rotary_table(positions, head_dim, theta, dtype), positions)
+            key, lambda: (self._rotary_table(positions, head_dim, theta, dtype, scaling), positions)
         )[0]
 
     def _rotary_table(
-        self, positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+        self,
+        positions: Tensor,
+        head_dim: int,
+        theta: float,
+        dtype: torch.dtype,
+        scaling: RopeScaling | None,
     ) -> tuple[Tensor, Tensor]:
         of_slot = positions.expand(self.batch, self.length).flatten().to(self.stream.device)
         if self.slot_token is not None:
             of_slot = of_slot[self.slot_token.clamp_min(0)]
-        return rotary_table(of_slot, head_dim, theta, dtype)
+        return rotary_table(of_slot, head_dim, theta, dtype, scaling)
 
     def from_stream(self, rows: Tensor) -> Tensor:
         """(S, width) -> (B, n, width); padding becomes 0."""

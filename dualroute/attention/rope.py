@@ -10,16 +10,46 @@ by 0.004.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+class RopeScaling(NamedTuple):
+    """How frequencies are lowered so that a model reads further than it was pretrained to.
+
+    With `factor` alone, all of them are divided by it: linear position interpolation (Chen et al., arXiv
+    2306.15595). With the other three it is that of Llama 3.1 (arXiv 2407.21783): a frequency that turns at
+    most low_freq_factor times in original_max_position_embeddings tokens is divided, one that turns at least
+    high_freq_factor times stays, and between them the share that stays grows linearly.
+    """
+
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: float | None = None
+
+    def apply(self, frequencies: Tensor) -> Tensor:
+        """Frequencies (radians per token) after scaling."""
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is None or high is None or self.original_max_position_embeddings is None:
+            return frequencies / self.factor
+        turns = frequencies * self.original_max_position_embeddings / (2 * math.pi)
+        stays = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (stays + (1 - stays) / self.factor)
+
+
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each (S, 1, head_dim // 2), of positions (S,); float64 for float64, else float32."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions.to(torch.float64)[:, None, None] * theta ** (-exponent)
+    frequencies = theta ** (-exponent)
+    if scaling is not None:
+        frequencies = scaling.apply(frequencies)
+    angles = positions.to(torch.float64)[:, None, None] * frequencies
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
 

@@ -3,7 +3,7 @@
 `data_prep` writes a folder; everything downstream reads it through this module::
 
     manifest.json            this module; written last, so a folder with a manifest is complete
-    tokenizer.model          sentencepiece
+    tokenizer.model          sentencepiece, or a Hugging Face tokenizer.json under this name
     train-00000.tar ...      WebDataset tars of whole documents: KEY.npy (1-D token ids, <bos> in front, <eos>
     val-00000.tar ...        behind) and KEY.json (source, bytes, sha256 of the text)
     train.index.npy          int64 (documents, 4): shard number, byte offset of the first id inside the tar,

@@ -1,4 +1,4 @@
-"""Text to token ids and back, over a sentencepiece model file.
+"""Text to token ids and back, over a sentencepiece model file or a Hugging Face tokenizer.json.
 
 The model file comes from `data_prep` (or from elsewhere, by `prepare --tokenizer`); it lies beside the shards
 as ``tokenizer.model``.  `data_prep` turns documents into ids here; evaluation and sampling do so again later.
@@ -14,9 +14,11 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
+from dualroute.data.tokenizer_json import JsonProcessor
 from dualroute.errors import UserError
 
 _SPACE_MARK = "\u2581"
@@ -24,7 +26,7 @@ _PART_CHARS = 4000
 
 
 class Tokenizer:
-    """A sentencepiece model.
+    """A sentencepiece model, or a tokenizer.json (told apart by what is in the file).
 
     Attributes:
         path: the model file.
@@ -33,7 +35,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id, unk_id: ids of the specials; -1 where the model has none.
 
     Raises:
-        UserError: the file is missing, or is not a sentencepiece model.
+        UserError: the file is missing, or is neither.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -44,24 +46,38 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer {self.path}: cannot be read ({error.strerror}); give a sentencepiece .model file"
             ) from error
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            loaded = self._processor.LoadFromSerializedProto(data)
-        except RuntimeError:
-            loaded = False
-        if not data or not loaded:
-            raise UserError(
-                f"tokenizer {self.path}: not a sentencepiece model; give a sentencepiece .model file"
-            )
+        json_file = data.lstrip().startswith(b"{")
+        self._processor: Any = JsonProcessor(data, str(self.path)) if json_file else self._sentencepiece(data)
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = int(self._processor.get_piece_size())
         self.bos_id = int(self._processor.bos_id())
         self.eos_id = int(self._processor.eos_id())
         self.pad_id = int(self._processor.pad_id())
         self.unk_id = int(self._processor.unk_id())
-        piecewise = self._keeps_spaces()
+        piecewise = not json_file and self._keeps_spaces()
         self._space_mark_ids = self._byte_pieces(_SPACE_MARK) if piecewise else []
         self._cut_at_newlines = piecewise and not self._crosses_newlines()
+
+    def _sentencepiece(self, data: bytes) -> sentencepiece.SentencePieceProcessor:
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            loaded = processor.LoadFromSerializedProto(data)
+        except RuntimeError:
+            loaded = False
+        if not data or not loaded:
+            raise UserError(
+                f"tokenizer {self.path}: not a sentencepiece model; give a sentencepiece .model file, or a "
+                f"tokenizer.json"
+            )
+        return processor
+
+    def pieces(self) -> list[str]:
+        """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
+        return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
+
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether an id means the same text to both: the same file, or the same piece for every id."""
+        return self.sha256 == other.sha256 or self.pieces() == other.pieces()
 
     def _keeps_spaces(self) -> bool:
         """Whether white space goes in and out as it is, so that a text may be fed in parts.
@@ -94,10 +110,6 @@ class Tokenizer:
                 end = text.find("\n", start + _PART_CHARS) + 1 or len(text)
             yield text[start:end]
             start = end
-
-    def pieces(self) -> list[str]:
-        """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
-        return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         return Tokenizer, (self.path,)

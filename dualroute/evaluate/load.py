@@ -10,6 +10,7 @@ import torch
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.quantized import NATIVE
 from dualroute.model.store import TOKENIZER, Checkpoint, find_checkpoint, load_model, verify_checkpoint
 
 
@@ -40,19 +41,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "float32") -> Loaded:
+def load(path: str | Path, device: str = "auto", dtype: str = "auto", *, compiled: bool = False) -> Loaded:
     """Load a checkpoint for evaluation or generation.
 
     Args:
         path: A checkpoint folder, or a run folder (its newest finished checkpoint).
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
-        dtype: ``float32`` or ``bfloat16``, for the weights and all arithmetic.
+        dtype: ``float32`` or ``bfloat16``, for the weights and all arithmetic; ``auto`` is float32, but
+            bfloat16 for quantised weights where kernels for them know nothing else.
+        compiled: The model is going to be compiled.
 
     Raises:
         UserError: Nothing finished there, a damaged file, or no such device.
     """
     checkpoint = find_checkpoint(path)
     target = choose_device(device)
+    if dtype == "auto":
+        scheme = checkpoint.metadata.get("quantization", {}).get("scheme")
+        dtype = "bfloat16" if scheme in NATIVE or (compiled and scheme) else "float32"
     model = load_model(checkpoint).to(device=target, dtype=getattr(torch, dtype))
     verify_checkpoint(checkpoint, only=TOKENIZER)
     tokenizer = Tokenizer(checkpoint.folder / TOKENIZER)

@@ -53,7 +53,7 @@ class EvaluateConfig:
         max_tokens: Score only this many tokens from the start; null scores all.
         batch_size: Windows evaluated together.
         device: auto, cpu, cuda, ….
-        dtype: Arithmetic of the model.
+        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         output: Also write the figures to this JSON file.
     """
 
@@ -66,7 +66,7 @@ class EvaluateConfig:
     max_tokens: int | None = None
     batch_size: int = 8
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output: str | None = None
 
     def __post_init__(self) -> None:

@@ -48,6 +48,10 @@ class ModelConfig:
         far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
             or none.
         rope_theta: Base of the rotary position frequencies.
+        rope_scaling: How frequencies are lowered to read further than a source was pretrained to: factor
+            alone (linear), or factor, low_freq_factor, high_freq_factor and
+            original_max_position_embeddings (as Llama 3.1); null leaves them.
+        qkv_bias: Add a bias to queries, keys and values, as Qwen2 does.
         qk_norm: Normalise queries and keys per head before RoPE.
         gate: A learned gate per head, 1 at the start.
         tie_embeddings: Use the input embedding as the output projection.
@@ -76,6 +80,8 @@ class ModelConfig:
     sub_block: int = 16
     far_summary: Literal["second_order", "first_order", "none"] = "second_order"
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, float] | None = None
+    qkv_bias: bool = False
     qk_norm: bool = False
     gate: bool = False
     tie_embeddings: bool = True
@@ -133,6 +139,7 @@ class ModelConfig:
                     f"model.{name} is {values}: give {self.num_layers} numbers of at least {least}, one for "
                     f"each layer, or null"
                 )
+        _check_rope_scaling(self.rope_scaling)
         if self.router == "minmax" and self.block % self.sub_block:
             raise UserError(
                 f"model.sub_block {self.sub_block} does not divide model.block {self.block}, as the minmax "
@@ -210,3 +217,18 @@ class ModelConfig:
         if unknown:
             raise UserError(f"{path} holds unknown keys {sorted(unknown)}: written by another version?")
         return cls(**values)
+
+
+def _check_rope_scaling(scaling: dict[str, float] | None) -> None:
+    if scaling is None:
+        return
+    llama3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    if set(scaling) not in ({"factor"}, llama3) or min(scaling.values()) <= 0:
+        raise UserError(
+            f"model.rope_scaling is {scaling}: give factor alone, or {', '.join(sorted(llama3))}, all above 0"
+        )
+    if len(scaling) > 1 and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise UserError(
+            f"model.rope_scaling.high_freq_factor {scaling['high_freq_factor']} is not above "
+            f"low_freq_factor {scaling['low_freq_factor']}: raise it"
+        )

@@ -7,14 +7,17 @@ sampling has a random generator of its own, so drawing samples during training c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.model.transformer import DualRoutingTransformer
+
+Decoder = Callable[[Tensor, list[Any]], Tensor]
 
 
 @dataclass
@@ -67,9 +70,17 @@ def next_token_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor
 
 @torch.no_grad()
 def generate(
-    model: DualRoutingTransformer, prompt: list[int], sampling: SamplingConfig, eos_id: int | None = None
+    model: DualRoutingTransformer,
+    prompt: list[int],
+    sampling: SamplingConfig,
+    eos_id: int | None = None,
+    decoder: Decoder | None = None,
+    int8_cache: bool = False,
 ) -> Iterator[int]:
     """Yield new token ids after ``prompt`` until ``eos_id``, ``max_new_tokens`` or the model's context.
+
+    ``decoder(tokens, caches)`` gives the logits (1, V) after tokens (1, n); null asks the model itself.
+    ``int8_cache`` keeps keys and values as integers.
 
     Raises:
         ValueError: The prompt is empty, or leaves no room in the model's context.
@@ -79,17 +90,19 @@ def generate(
         raise ValueError("the prompt is empty: give at least the <bos> token")
     if len(prompt) >= limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model reads at most {limit}: shorten it")
-    device = model.embedding.weight.device
+    device = model.norm.weight.device  # the embedding may be quantised
     generator = torch.Generator().manual_seed(sampling.seed)
     length = min(len(prompt) + sampling.max_new_tokens, limit)
     was_training = model.training
     model.eval()
     try:
-        caches = model.new_caches(1, length)
+        caches = model.new_caches(1, length, int8=int8_cache)
         fed = torch.tensor([prompt], device=device)
         for _ in range(length - len(prompt)):
-            hidden = model.hidden_states(fed, caches=caches)
-            logits = model.head(hidden[0, -1])
+            if decoder is None:
+                logits = model.head(model.hidden_states(fed, caches=caches)[0, -1])
+            else:
+                logits = decoder(fed, caches)[0]
             # drawn on the CPU: the same seed gives the same text on every device
             token = int(next_token_probabilities(logits.cpu(), sampling).multinomial(1, generator=generator))
             yield token
@@ -98,3 +111,40 @@ def generate(
             fed = torch.tensor([[token]], device=device)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def continue_batch(
+    model: DualRoutingTransformer,
+    prompts: Tensor,
+    new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Prompts of equal length with ``new_tokens`` more ids each, drawn from the model: (B, n) → (B, n + m).
+
+    Always that many, also past an end of the text, so that ranks which hold parts of one model take as many
+    steps.  ``generator`` is a CPU's: the same draws on every device.
+
+    Raises:
+        ValueError: The texts would be longer than the model's context.
+    """
+    batch, length = prompts.shape
+    if not length or length + new_tokens > model.config.max_context:
+        raise ValueError(
+            f"{length} + {new_tokens} tokens do not fit: a prompt needs one, and the model reads at most "
+            f"{model.config.max_context}"
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        caches = model.new_caches(batch, length + new_tokens)
+        texts, fed = prompts, prompts
+        for _ in range(new_tokens):
+            logits = model.head(model.hidden_states(fed, caches=caches)[:, -1]).float().cpu()  # (B, V)
+            drawn = torch.softmax(logits / temperature, -1).multinomial(1, generator=generator)
+            fed = drawn.to(prompts.device)
+            texts = torch.cat([texts, fed], 1)
+    finally:
+        model.train(was_training)
+    return texts

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
+from dualroute.attention.rope import RopeScaling
 from dualroute.model.config import ModelConfig
 
 
@@ -51,6 +52,8 @@ class TransformerBlock(nn.Module):
             sub_block=config.sub_block,
             far_summary=config.far_summary,
             rope_theta=config.rope_theta,
+            rope_scaling=None if config.rope_scaling is None else RopeScaling(**config.rope_scaling),
+            qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
             gate=config.gate,
         )

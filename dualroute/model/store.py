@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from dualroute.errors import UserError
 from dualroute.files import appearing_folder, file_sha256
 from dualroute.model.config import ModelConfig
+from dualroute.model.quantized import assemble
 from dualroute.model.transformer import DualRoutingTransformer
 from dualroute.model.weights_file import write_weights
 
@@ -145,8 +146,23 @@ def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str
         raise UserError(f"{damage}; use an earlier checkpoint (see the step-… folders beside it)")
 
 
+def refuse_quantized(checkpoint: Checkpoint, consequence: str) -> None:
+    """Refuse a checkpoint whose weights are quantised where floats are needed.
+
+    Raises:
+        UserError: Naming the checkpoint, its scheme and what follows from it.
+    """
+    said = checkpoint.metadata.get("quantization")
+    if said is not None:
+        raise UserError(f"{checkpoint.folder} is quantized ({said.get('scheme')}): {consequence}")
+
+
 def save_model(
-    model: DualRoutingTransformer, output: str | Path, tokenizer: str | Path, metadata: dict[str, Any]
+    model: DualRoutingTransformer,
+    output: str | Path,
+    tokenizer: str | Path,
+    metadata: dict[str, Any],
+    extra: Mapping[str, bytes] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint of weights alone: what conversion, pruning and quantisation leave behind.
 
@@ -158,6 +174,7 @@ def save_model(
         output: Folder to make; it appears whole or not at all.
         tokenizer: The tokenizer file that the ids come from.
         metadata: What else ``checkpoint.json`` should say; ``step`` and ``tokens`` are 0 unless given.
+        extra: Other files to put beside the weights, by name.
 
     Raises:
         UserError: ``output`` exists already, or cannot be written.
@@ -166,6 +183,8 @@ def save_model(
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in parameters.items()}
     with appearing_folder(output) as aside:
         write_weights(aside / WEIGHTS, layout, parameters.items())
+        for name, content in (extra or {}).items():
+            (aside / name).write_bytes(content)
         write_description(aside, model.config, tokenizer, metadata)
     return read_checkpoint(output)
 
@@ -184,6 +203,8 @@ def write_description(
 def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> DualRoutingTransformer:
     """The model of a checkpoint, on the CPU, in the dtype it was saved in, in evaluation mode.
 
+    A quantised checkpoint gives a quantised model (see :mod:`dualroute.model.quantized`).
+
     Args:
         checkpoint: Whose weights.
         config: The model to build; null means the checkpoint's.  May differ in what has no weights (window,
@@ -194,12 +215,15 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> Dua
     """
     verify_checkpoint(checkpoint, only=CONFIG)
     verify_checkpoint(checkpoint, only=WEIGHTS)
-    model = DualRoutingTransformer(config or ModelConfig.from_file(checkpoint.folder / CONFIG))
+    config = config or ModelConfig.from_file(checkpoint.folder / CONFIG)
     path = checkpoint.folder / WEIGHTS
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
+    if "quantization" in checkpoint.metadata:
+        return assemble(config, weights, checkpoint.metadata["quantization"], str(path))
+    model = DualRoutingTransformer(config)
     check_weights(model, weights, str(path))
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) == 1:

@@ -165,11 +165,11 @@ class DualRoutingTransformer(nn.Module):
         """Next-token logits (B, n, V); arguments as in :meth:`hidden_states`."""
         return self.head(self.hidden_states(input_ids, **inputs))
 
-    def new_caches(self, batch_size: int, max_length: int) -> list[Any]:
-        """Empty decoding caches, one per layer, on the model's device and in its dtype."""
-        weight = self.embedding.weight
+    def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:
+        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8."""
+        weight = self.norm.weight  # floats in a quantised model too
         return [
-            layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype)  # type: ignore[union-attr,operator]
+            layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype, int8=int8)  # type: ignore[union-attr,operator]
             for layer in self.layers
         ]
 

@@ -16,6 +16,8 @@ is alive at any time, and nothing is computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +76,19 @@ def chunked_cross_entropy(
     Raises:
         ValueError: Shapes do not fit, a label is outside the vocabulary, or ``chunk_size`` is below 1.
     """
+    rows = labelled_rows(hidden, weight, labels, ignore_index)
+    loss = partial(_cross_entropy_chunk, labels=labels, z_loss=float(z_loss))
+    total, sums = chunked_loss(hidden, weight, rows, loss, (1.0, float(z_loss)), chunk_size=chunk_size)
+    loss_sum, z_sum = sums
+    return CrossEntropySums(total, loss_sum, z_sum, torch.tensor(len(rows), device=hidden.device))
+
+
+def labelled_rows(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Numbers (valid,) of the rows whose label counts.
+
+    Raises:
+        ValueError: Shapes do not fit, or a label is outside the vocabulary.
+    """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: "
@@ -84,21 +99,62 @@ def chunked_cross_entropy(
             f"labels {tuple(labels.shape)} do not fit: they must hold one id for each of the "
             f"{len(hidden)} hidden rows"
         )
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    _check_labels(labels, rows, weight.shape[0])
+    return rows
+
+
+#: (logits (C, V) that may be overwritten, their rows (C,), whether a gradient is wanted) → (sums (S,) over
+#: the rows, gradient (C, V) of the weighted sum with respect to the logits, or None)
+ChunkLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    loss: ChunkLoss,
+    factors: Sequence[float],
+    *,
+    chunk_size: int | None = None,
+    matrices: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """A loss of logits ``hidden[rows] @ weight.T`` of which only a chunk exists at a time.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        rows: (R,) the rows of ``hidden`` that count.
+        loss: What is made of a chunk's logits.
+        factors: Of the S sums in the total; ``loss`` has them in its gradient.
+        chunk_size: Rows whose logits exist at the same time; null bounds them by memory.
+        matrices: (C, V) matrices that ``loss`` needs beside each other, for that bound.
+
+    Returns:
+        The weighted total, 0-dim, the only one to be differentiated, and the sums (S,).
+
+    Raises:
+        ValueError: ``chunk_size`` is below 1.
+    """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1, or null")
-    sums = _apply(hidden, weight, labels, chunk_size, float(z_loss), ignore_index, torch.is_grad_enabled())
-    return CrossEntropySums(*sums)
+    total, sums = _apply(
+        hidden, weight, rows, loss, tuple(factors), chunk_size, matrices, torch.is_grad_enabled()
+    )
+    return total, sums
 
 
-def automatic_chunk_size(rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def automatic_chunk_size(
+    rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device, matrices: int = 1
+) -> int:
     """Rows per chunk so that a chunk of logits in ``dtype`` stays within a fixed memory, in equal chunks."""
     budget = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES_GPU
-    limit = max(1, budget // (vocab_size * dtype.itemsize))
+    limit = max(1, budget // (matrices * vocab_size * dtype.itemsize))
     chunks = max(1, -(-rows // limit))
     return max(1, -(-rows // chunks))
 
 
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -108,61 +164,62 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` in ``dtype``; CUDA can keep the float32 accumulator of a bfloat16 product."""
     if left.is_cuda and left.dtype == torch.bfloat16 and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
+        rows: Tensor,
+        loss: ChunkLoss,
+        factors: tuple[float, ...],
         chunk_size: int | None,
-        z_loss: float,
-        ignore_index: int,
+        matrices: int,
         grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        matmul_dtype = _matmul_dtype(hidden, weight)
-        sum_dtype = torch.promote_types(matmul_dtype, torch.float32)
+    ) -> tuple[Tensor, Tensor]:
+        dtype = matmul_dtype(hidden, weight)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
-        loss_sum = torch.zeros((), dtype=sum_dtype, device=hidden.device)
-        z_sum = torch.zeros_like(loss_sum)
+        sums = torch.zeros(len(factors), dtype=sum_dtype, device=hidden.device)
 
-        rows = (labels != ignore_index).nonzero().squeeze(1)  # (valid,)
         count = len(rows)
-        _check_labels(labels, rows, weight.shape[0])
-        chunk_size = chunk_size or automatic_chunk_size(count, weight.shape[0], sum_dtype, hidden.device)
+        chunk_size = chunk_size or automatic_chunk_size(
+            count, weight.shape[0], sum_dtype, hidden.device, matrices
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = weight.to(matmul_dtype)
+            weight = weight.to(dtype)
             for begin in range(0, count, chunk_size):
                 chunk = rows[begin : begin + chunk_size]  # (C,)
-                states = hidden.index_select(0, chunk).to(matmul_dtype)  # (C, D)
-                loss, z, gradient = _chunk(
-                    states, weight, labels[chunk], z_loss, sum_dtype, needs_hidden or needs_weight
-                )
-                loss_sum += loss
-                z_sum += z
+                states = hidden.index_select(0, chunk).to(dtype)  # (C, D)
+                logits = matmul(states, weight.t(), sum_dtype)  # (C, V)
+                chunk_sums, gradient = loss(logits, chunk, needs_hidden or needs_weight)
+                del logits
+                sums += chunk_sums
                 if gradient is None:
                     continue
-                gradient = gradient.to(matmul_dtype)  # (C, V)
+                gradient = gradient.to(dtype)  # (C, V)
                 if grad_hidden is not None:
                     grad_hidden.index_copy_(0, chunk, torch.mm(gradient, weight).to(hidden.dtype))
-                if grad_weight is not None and matmul_dtype == sum_dtype:
+                if grad_weight is not None and dtype == sum_dtype:
                     grad_weight.addmm_(gradient.t(), states)
                 elif grad_weight is not None:
-                    grad_weight += _matmul(gradient.t(), states, sum_dtype)
+                    grad_weight += matmul(gradient.t(), states, sum_dtype)
+                del gradient
         ctx.save_for_backward(grad_hidden, grad_weight)
-        total = loss_sum + z_loss * z_sum
-        counted = torch.tensor(count, device=hidden.device)
-        ctx.mark_non_differentiable(loss_sum, z_sum, counted)
-        return total, loss_sum, z_sum, counted
+        total = torch.zeros_like(sums[0])
+        for factor, part in zip(factors, sums, strict=True):
+            total = total + factor * part
+        ctx.mark_non_differentiable(sums)
+        return total, sums
 
     @staticmethod
     @once_differentiable
@@ -173,31 +230,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             # autograd casts to the weight's own dtype, after the scaling
             grad_weight = grad_weight * grad_total
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 # the number of rows differs from batch to batch: compiled, this would be compiled anew for each
-_apply = torch.compiler.disable(_ChunkedCrossEntropy.apply)
+_apply = torch.compiler.disable(_ChunkedLoss.apply)
 
 
-def _chunk(
-    states: Tensor, weight: Tensor, labels: Tensor, z_loss: float, dtype: torch.dtype, needs_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, z and the logits' gradient of one chunk: states (C, D), weight (V, D), labels (C,)."""
-    logits = _matmul(states, weight.t(), dtype)  # (C, V), the only matrix of this size
+def _cross_entropy_chunk(
+    logits: Tensor, rows: Tensor, needs_gradient: bool, *, labels: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and z of one chunk, and the logits' gradient in the logits' own memory."""
+    labels = labels[rows]
     own = torch.arange(len(labels), device=labels.device)
     label_logits = logits[own, labels]
     top = logits.amax(1, keepdim=True)
     weights = logits.sub_(top).exp_()  # the logits' memory is reused from here on
     normaliser = weights.sum(1, keepdim=True)  # (C, 1)
     log_normaliser = (normaliser.log() + top).squeeze(1)
-    loss = (log_normaliser - label_logits).sum()
-    z = log_normaliser.square().sum()
+    sums = torch.stack([(log_normaliser - label_logits).sum(), log_normaliser.square().sum()])
     if not needs_gradient:
-        return loss, z, None
+        return sums, None
     gradient = weights.mul_((1 + 2 * z_loss * log_normaliser).unsqueeze(1) / normaliser)
     gradient[own, labels] -= 1
-    return loss, z, gradient
+    return sums, gradient
 
 
 def _check_labels(labels: Tensor, rows: Tensor, vocab_size: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualroute.data.module import ShardDataModule
 from dualroute.data.reader import IGNORE_INDEX
@@ -57,6 +57,9 @@ class TrainConfig:
         offload_activations: Keep what is kept in the memory of the host (CUDA only).
         compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
             of its own and stays as it is.  Needs a C++ compiler on a CPU.
+        quantization_aware: Train with weights rounded as this scheme of ``dualroute quantize`` will round
+            them, so that they are used to it; validation sees them rounded, checkpoints stay float.
+        quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
     """
 
@@ -70,6 +73,8 @@ class TrainConfig:
     checkpoint_every_layers: int = 1
     offload_activations: bool = False
     compile: bool = False
+    quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
+    quantization_group_size: int = 32
     val_every_steps: int = 100
 
     def __post_init__(self) -> None:
@@ -149,14 +154,19 @@ class Pretrain(LightningModule):
 
     def _start_step(self) -> None:
         self._micro_steps = 0
-        self._z_sum: Tensor | None = None  # of this rank in this step
+        self._figures: dict[str, Tensor] = {}  # of this rank in this step
         self._outcome: StepOutcome | None = None
 
     def setup(self, stage: str) -> None:
         self.model.share_sequences(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
 
+    @property
+    def trained(self) -> nn.Module:
+        """All that the optimizer steps; of it only ``model`` is published."""
+        return self.model
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.optim_config)
+        return build_optimizer(self.trained, self.optim_config)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
@@ -195,10 +205,15 @@ class Pretrain(LightningModule):
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = parts / max(int(batch["num_targets"]), 1)
         self.step_guard.record(sums.loss_sum * scale)
-        z = sums.z_sum * scale / self.trainer.accumulate_grad_batches
-        self._z_sum = z if self._z_sum is None else self._z_sum + z
+        for name, value in self.figures(sums).items():
+            value = value * scale / self.trainer.accumulate_grad_batches
+            self._figures[name] = self._figures[name] + value if name in self._figures else value
         self._micro_steps += 1
         return sums.total * scale
+
+    def figures(self, sums: Any) -> dict[str, Tensor]:
+        """Sums over tokens whose means are reported beside the loss, by name."""
+        return {"z_loss": sums.z_sum} if self.train_config.z_loss else {}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         outcome = self.step_guard.check(self.trainer, self.spike_guard.should_skip)
@@ -227,9 +242,8 @@ class Pretrain(LightningModule):
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
         }
-        if self.train_config.z_loss:
-            assert self._z_sum is not None
-            self.step_metrics["z_loss"] = float(self.trainer.strategy.reduce(self._z_sum, reduce_op="mean"))
+        for name, value in self._figures.items():
+            self.step_metrics[name] = float(self.trainer.strategy.reduce(value, reduce_op="mean"))
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> float:
@@ -263,7 +277,7 @@ class Pretrain(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
         config = self.optim_config
-        groups = parameter_groups(self.model, config.weight_decay, decay_embeddings=config.decay_embeddings)
+        groups = parameter_groups(self.trained, config.weight_decay, decay_embeddings=config.decay_embeddings)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         # by these names a state can be cut up otherwise (see training/state_reader.py)
         checkpoint["parameter_names"] = [[names[id(p)] for p in group["params"]] for group in groups]

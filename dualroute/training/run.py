@@ -25,6 +25,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +40,16 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.files import file_sha256, write_bytes_atomically
+from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.store import CONFIG, TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.model.store import (
+    CONFIG,
+    TOKENIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_model,
+    refuse_quantized,
+)
 from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.allocator import keep_freed_memory
 from dualroute.training.checkpoint import (
@@ -57,6 +65,7 @@ from dualroute.training.optim import OptimConfig, SpikeGuardConfig, TrainingDive
 from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
 from dualroute.training.progress import Progress
+from dualroute.training.quantization_aware import round_weights_in_forward
 from dualroute.training.reshard import resumable_state
 from dualroute.training.rollback import Divergence, divergence, leave_out, roll_back
 from dualroute.training.sequence import check_sequence_parallel
@@ -93,7 +102,7 @@ class PretrainConfig:
         resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
             (refused where that would overwrite checkpoints), a path continues from that checkpoint.
         init_from: Checkpoint or run folder whose weights the run begins with, at step 0 and with a new
-            optimizer; model is then its model, unless given (say, with another window).
+            optimizer; model is then its model, but for what is given here (say, another window).
         model: Shape of the model; also a file: --model configs/model/5m.yaml.
         data: What is read.
         train: How much is trained, and in what portions.
@@ -131,6 +140,7 @@ class Prepared:
     tokenizer: Tokenizer
     accumulation: int
     resume: Checkpoint | None
+    make_module: Callable[[Prepared], Pretrain]
 
 
 def check(config: PretrainConfig) -> Prepared:
@@ -181,15 +191,19 @@ def check(config: PretrainConfig) -> Prepared:
     resume = choose_resume(
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
-    return Prepared(config, world, output, module, tokenizer, accumulation, resume)
+    return Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
-    """With the model of ``init_from`` where none was configured."""
-    if config.init_from is None or config.model != ModelConfig():
+    """With the model of ``init_from``, but for what was configured otherwise than by default."""
+    if config.init_from is None:
         return config
-    initial = ModelConfig.from_file(find_checkpoint(config.init_from).folder / CONFIG)
-    return dataclasses.replace(config, model=initial)
+    source = find_checkpoint(config.init_from)
+    refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
+    default = ModelConfig().to_dict()
+    given = {name: value for name, value in config.model.to_dict().items() if value != default[name]}
+    initial = ModelConfig.from_file(source.folder / CONFIG)
+    return dataclasses.replace(config, model=dataclasses.replace(initial, **given))
 
 
 def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
@@ -199,7 +213,7 @@ def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
         UserError: Naming both tokenizers.
     """
     theirs = folder / TOKENIZER
-    if not theirs.is_file() or file_sha256(theirs) != tokenizer.sha256:
+    if not theirs.is_file() or not tokenizer.same_ids(Tokenizer(theirs)):
         raise UserError(
             f"{theirs} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
             f"other text; prepare the data with it (dualroute prepare --tokenizer {theirs})"
@@ -259,6 +273,8 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     else:
         model = load_model(find_checkpoint(config.init_from), config.model).float().train()
     train = config.train
+    if train.quantization_aware is not None:
+        round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
     keep_fewer_activations(
         model,
         train.activation_checkpointing,
@@ -271,8 +287,35 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     return model
 
 
+def module_arguments(prepared: Prepared) -> dict[str, Any]:
+    """What every kind of training makes its LightningModule of."""
+    config, data = prepared.config, prepared.data
+    return {
+        "model": build_model(config),
+        "optim": config.optim,
+        "train": config.train,
+        "tokenizer": prepared.tokenizer,
+        "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
+        "spike_guard": config.spike_guard,
+    }
+
+
+def pretraining_module(prepared: Prepared) -> Pretrain:
+    """The module of ``dualroute pretrain``."""
+    return Pretrain(**module_arguments(prepared))
+
+
 def run_pretraining(config: PretrainConfig) -> int:
+    """``dualroute pretrain``; for the result and the errors see :func:`run_training`."""
+    return run_training(config, check)
+
+
+def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> int:
     """Train, resume or recognise as finished; see the module's docstring.
+
+    Args:
+        config: What to run.
+        check: Finds what is wrong with it, and says which module to train.
 
     Returns:
         The exit status: 0 when all steps are done, `PREEMPTED` when a signal ended the run earlier.
@@ -358,15 +401,7 @@ def resolved_yaml(config: PretrainConfig) -> str:
 def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
     """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
-    data = prepared.data
-    module = Pretrain(
-        build_model(config),
-        config.optim,
-        config.train,
-        prepared.tokenizer,
-        {split: data.targets_per_byte(split) for split in ("train", "val")},
-        config.spike_guard,
-    )
+    module = prepared.make_module(prepared)
     train = config.train
     precision: Any = "32-true" if train.precision == "32" else train.precision
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from dualroute.attention import reference
-from dualroute.attention.rope import rotary_table, rotate
+from dualroute.attention.rope import RopeScaling, rotary_table, rotate
 
 POSITIONS = torch.tensor([0, 1, 5, 130, 99_999])
 
@@ -45,3 +48,15 @@ def test_half_precision_rounds_once() -> None:
     got = rotate(rows, rotary_table(POSITIONS, 8, 10000.0, rows.dtype))
     exact = rotate(rows.float(), rotary_table(POSITIONS, 8, 10000.0, torch.float32))
     assert torch.equal(got, exact.bfloat16())
+
+
+def test_scaled_frequencies():
+    """Linear scaling divides positions; that of Llama 3.1 leaves fast channels and divides slow ones."""
+    plain = rotary_table(POSITIONS, 8, 100.0, torch.float64)
+    linear = rotary_table(4 * POSITIONS, 8, 100.0, torch.float64, RopeScaling(4.0))
+    torch.testing.assert_close(linear, plain)
+    frequencies = torch.tensor([1.0, 0.5, 1e-4], dtype=torch.float64)  # 15.9, 8.0, 0.002 turns in 100 tokens
+    scaled = RopeScaling(8.0, 4.0, 12.0, 100.0).apply(frequencies)
+    torch.testing.assert_close(scaled[[0, 2]], torch.tensor([1.0, 1e-4 / 8], dtype=torch.float64))
+    stays = (0.5 * 100 / (2 * math.pi) - 4) / 8
+    assert float(scaled[1]) == pytest.approx(0.5 * (stays + (1 - stays) / 8))

@@ -36,6 +36,8 @@ def test_the_literal_sum_gives_each_route_all_heads():
         ({"num_kv_heads": 4, "global_heads": 3}, "global_heads is 3"),
         ({"num_kv_heads": 1}, "global_heads is 0"),
         ({"vocab_size": 1}, "vocab_size is 1"),
+        ({"rope_scaling": {"factor": 2.0, "beta": 1.0}}, "rope_scaling is .*beta"),
+        ({"rope_scaling": {"factor": 0.0}}, "rope_scaling is .*0.0"),
     ],
 )
 def test_contradictions_name_the_key_and_the_value(values, named):

@@ -116,6 +116,32 @@ def test_a_chain_waits_for_a_stage_that_is_preempted(cluster, two_nodes, work, c
     assert measured == pytest.approx(curve(output, "validation")[STEPS], abs=0.3)
 
 
+def test_a_compression_runs_as_a_chain(cluster, two_nodes, tiny_dataset, work, capsys, monkeypatch):
+    """prune and what follows on one node, the recovery on both; the records say that all was done."""
+    pytest.importorskip("torchao")
+    training = {key: RUN[key] for key in ("data", "train", "optim", "checkpoint", "monitor")}
+    sections = {
+        "output": "runs/small", "prepare": None, "data": str(tiny_dataset), "export": None,
+        "pretrain": None, "parent": str(two_nodes),
+        "prune": {"ffn_dim": 64, "multiple": 16, "calibration_tokens": 1024},
+        "recover": {**training, "train": {**RUN["train"], "max_steps": 7}},
+        "evaluate": {"max_tokens": 512}, "compile": False, "decode_tokens": 4, "sample_tokens": 4,
+    }  # fmt: skip
+    (work / "small.yaml").write_text(yaml.safe_dump(sections))
+    jobs = cluster.submit(
+        capsys, monkeypatch, "pipeline", "--config", work / "small.yaml", "--nodes", 2, "--time", 10
+    )
+    assert len(jobs) == 3
+    folder = work / "runs" / "small"
+    for job, stage in zip(jobs, ("prune", "recover", "quantize"), strict=True):
+        cluster.wait(job, "COMPLETED", log=folder / "slurm" / f"small-{stage}-{job}.out")
+    assert "DeepSpeed ZeRO" in (folder / "recover/checkpoints/last/checkpoint.json").read_text()
+    records = {path.stem: json.loads(path.read_text()) for path in (folder / "stages").glob("*.json")}
+    assert all(record["done"] for record in records.values())
+    assert {"prune", "recover", "quantize", "evaluate-quantized", "speed-parent"} <= records.keys()
+    assert "quantized" in (folder / "report.md").read_text()
+
+
 def test_a_task_of_an_array_makes_room_for_a_more_urgent_job(
     cluster, tiny_dataset, work, capsys, monkeypatch
 ):

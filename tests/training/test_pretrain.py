@@ -185,3 +185,27 @@ def test_the_metadata_is_written_last_and_names_every_file(unbroken):
     assert set(metadata["files"]) == files - {"checkpoint.json"}
     newest = max(checkpoint.folder.iterdir(), key=lambda p: p.stat().st_mtime_ns)
     assert newest.name == "checkpoint.json"
+
+
+def test_a_run_may_begin_with_the_weights_of_another(unbroken, tiny_dataset, tmp_path, capsys):
+    """Shape and weights come from there; optimizer, step and data's order begin anew."""
+    pairs = zip(SMALL[::2], SMALL[1::2], strict=True)
+    options = [word for flag, value in pairs if not flag.startswith("--model.") for word in (flag, value)]
+
+    def begin(name, *more):
+        return main(
+            ["pretrain", *options, "--data.path", str(tiny_dataset), "--output", str(tmp_path / name),
+             "--train.max_steps", "7", "--init_from", str(unbroken), *more]
+        )  # fmt: skip
+
+    assert begin("second") == 0
+    second = curve(tmp_path / "second", "validation")
+    assert second[0] == pytest.approx(curve(unbroken, "validation")[24], abs=1e-6)
+    assert second.keys() == {0, 7}
+    # what has no weights may be another
+    assert begin("narrow", "--model.window", "4") == 0
+    assert load_model(find_checkpoint(tmp_path / "narrow")).config.window == 4
+    assert curve(tmp_path / "narrow", "validation")[0] != second[0]
+    capsys.readouterr()
+    assert begin("wide", "--model.dim", "48") == 2
+    assert "holds a model of another shape" in capsys.readouterr().err

@@ -1,0 +1,293 @@
+"""``dualroute convert``: a model from elsewhere, or a dense one of ours, as a checkpoint with dual attention.
+
+In: whatever :mod:`dualroute.model.hub` reads.  Here: where heads are divided, the model's own text (or a
+folder of shards) shows which of them look no further than the window; the weights are rearranged
+(:mod:`dualroute.model.conversion`).  Out: a checkpoint of weights alone, which every command takes; training
+goes on with ``dualroute distill`` or ``pretrain --init_from``.
+
+The surprising fact: no text is needed.  A language model writes the text that it was trained on, closely
+enough to see where its heads look.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dualroute.data.llama2c_tokenizer import sentencepiece_model
+from dualroute.data.manifest import Manifest, verify_shards
+from dualroute.data.plan import SequentialPlan
+from dualroute.data.reader import ShardReader, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+from dualroute.evaluate.load import choose_device
+from dualroute.model import DualRoutingTransformer
+from dualroute.model.conversion import (
+    check_dense,
+    divide_heads,
+    double_heads,
+    dual_config,
+    mass_beyond,
+    nearest_groups,
+    random_groups,
+)
+from dualroute.model.generate import continue_batch
+from dualroute.model.hub import is_foreign, load_dense
+from dualroute.model.store import Checkpoint, find_checkpoint, save_model
+
+_ROWS = 32  # texts that are sampled together
+#: What belongs to dual attention alone; null keeps the source's.
+ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary")
+
+
+@dataclass
+class ConvertConfig:
+    """Turn a model from elsewhere, or a dense checkpoint, into a checkpoint.
+
+    Args:
+        source: A checkpoint or run folder, a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3), or a
+            llama2.c .bin file.
+        output: Checkpoint folder to write.
+        tokenizer: The source's tokenizer, where none lies in its folder: a sentencepiece .model, a
+            tokenizer.json or a llama2.c .bin file.
+        attention: dense keeps what the model computes; dual gives it two routes.
+        heads: divide sends each head, with those that share its keys, to one route; both lets either route
+            begin with all heads, and their mean be the output.
+        local_heads: With divide: query heads of the local route; null means half.
+        choose: Which heads become local: those with the least attention beyond the window (distance), or
+            any (random), to compare with.
+        window: Keys that the local route sees, the token itself included; null keeps the source's.
+        block: Keys per routed block; null keeps the source's.
+        sub_block: Keys per bound of the minmax router; null keeps the source's.
+        top_k: Blocks that each token reads exactly; null keeps the source's.
+        global_mode: full, routed or auto; null keeps the source's.
+        router: minmax, moment or mean; null keeps the source's.
+        far_summary: second_order, first_order or none; null keeps the source's.
+        data: Folder of shards to measure the heads on; null lets the model write the text.
+        calibration_tokens: Tokens to measure on.
+        context: Tokens of one text to measure on; null means the model's, 2048 at most.
+        dtype: Of the weights that are written.
+        seed: Of the text that is sampled, and of random.
+        device: Where to measure: auto, cpu, cuda, ….
+    """
+
+    source: str
+    output: str
+    tokenizer: str | None = None
+    attention: Literal["dense", "dual"] = "dual"
+    heads: Literal["divide", "both"] = "divide"
+    local_heads: int | None = None
+    choose: Literal["distance", "random"] = "distance"
+    window: int | None = None
+    block: int | None = None
+    sub_block: int | None = None
+    top_k: int | None = None
+    global_mode: Literal["auto", "full", "routed"] | None = None
+    router: Literal["minmax", "moment", "mean"] | None = None
+    far_summary: Literal["second_order", "first_order", "none"] | None = None
+    data: str | None = None
+    calibration_tokens: int = 16384
+    context: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.calibration_tokens < 1:
+            raise UserError(f"calibration_tokens is {self.calibration_tokens}: it must be at least 1")
+        if self.context is not None and self.context < 2:
+            raise UserError(f"context is {self.context}: it must be at least 2")
+        given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
+        if self.attention == "dense" and given:
+            raise UserError(f"{given[0]} works with --attention dual only: leave it out")
+        if self.heads == "both" and self.local_heads is not None:
+            raise UserError("local_heads works with --heads divide only: with both, each route has all heads")
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What was given of the options of dual attention."""
+        return {name: getattr(self, name) for name in ROUTING}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done.
+
+    Attributes:
+        checkpoint: The one that was written.
+        local_groups: KV groups that became local, by layer; null unless heads were divided.
+        mass: (layers, heads) attention beyond the window; null unless it was measured.
+        group: Query heads per KV group.
+    """
+
+    checkpoint: Checkpoint
+    local_groups: list[list[int]] | None
+    mass: Tensor | None
+    group: int
+
+
+def convert(config: ConvertConfig) -> Conversion:
+    """Convert a model; see :class:`ConvertConfig`.
+
+    Raises:
+        UserError: The source, its tokenizer or a value cannot be used.
+    """
+    if Path(config.output).exists():
+        raise UserError(f"--output {config.output} exists already: choose another folder")
+    model, beside = load_dense(config.source, getattr(torch, config.dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(config, beside, Path(folder))
+        model = _with_vocabulary(model, tokenizer, config.source)
+        groups = mass = None
+        note: dict[str, Any] = {"source": config.source, "attention": config.attention}
+        converted = model
+        if config.attention == "dual":
+            check_dense(model.config)
+            shape = dual_config(
+                model.config, both=config.heads == "both", local_heads=config.local_heads, **config.routing
+            )
+            note["heads"] = config.heads
+            if config.heads == "both":
+                converted = double_heads(model, shape)
+            else:
+                groups, mass = _choose(config, model, tokenizer, shape.window, shape.local_heads or 0)
+                note |= {"choose": config.choose, "local_groups": groups}
+                if mass is not None:
+                    note["mass_beyond_window"] = [[round(x, 6) for x in row] for row in mass.tolist()]
+                converted = divide_heads(model, shape, groups)
+        metadata = {**_carried(Path(config.source)), "conversion": note}
+        checkpoint = save_model(converted, config.output, tokenizer.path, metadata)
+    return Conversion(checkpoint, groups, mass, _group(model))
+
+
+def _group(model: DualRoutingTransformer) -> int:
+    return model.config.num_heads // (model.config.num_kv_heads or model.config.num_heads)
+
+
+def _carried(source: Path) -> dict[str, Any]:
+    """What stays true of a checkpoint when it is converted."""
+    if is_foreign(source):
+        return {}
+    said = find_checkpoint(source).metadata
+    return {name: said[name] for name in ("context",) if name in said}
+
+
+def _tokenizer(config: ConvertConfig, beside: Path | None, folder: Path) -> Tokenizer:
+    """The source's tokenizer; one of llama2.c is rewritten as a sentencepiece model into ``folder``."""
+    path = beside if config.tokenizer is None else Path(config.tokenizer)
+    if path is None:
+        raise UserError(f"{config.source} has no tokenizer beside it: give the file with --tokenizer")
+    if path.suffix == ".bin":
+        data = sentencepiece_model(path)
+        path = folder / "tokenizer.model"
+        path.write_bytes(data)
+    return Tokenizer(path)
+
+
+def _with_vocabulary(
+    model: DualRoutingTransformer, tokenizer: Tokenizer, source: str
+) -> DualRoutingTransformer:
+    """The model without the rows of ids that its tokenizer does not have: padding of the vocabulary.
+
+    Raises:
+        UserError: The tokenizer has ids that the model lacks.
+    """
+    rows = model.config.vocab_size or 0
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids and the model of {source} {rows}: "
+            f"give the tokenizer that belongs to it"
+        )
+    if tokenizer.vocab_size < rows:
+        tied = model.config.tie_embeddings
+        model.embedding.weight = nn.Parameter(model.embedding.weight.detach()[: tokenizer.vocab_size].clone())
+        head = model.embedding.weight if tied else model.head.weight.detach()[: tokenizer.vocab_size].clone()
+        model.head.weight = head if tied else nn.Parameter(head)
+        model.config = dataclasses.replace(model.config, vocab_size=tokenizer.vocab_size)
+    return model
+
+
+def _choose(
+    config: ConvertConfig, model: DualRoutingTransformer, tokenizer: Tokenizer, window: int, local_heads: int
+) -> tuple[list[list[int]], Tensor | None]:
+    """KV groups that become local, and what was measured."""
+    group = _group(model)
+    count = local_heads // group
+    if config.choose == "random":
+        groups = model.config.num_kv_heads or model.config.num_heads
+        return random_groups(model.config.num_layers, groups, count, config.seed), None
+    device = choose_device(config.device)
+    model.to(device)
+    context = min(config.context or 2048, model.config.max_context)
+    if config.data is None:
+        batches = _own_texts(config, model, tokenizer, context)
+    else:
+        batches = _shards(config, config.data, tokenizer, context)
+    mass = mass_beyond(model, batches, min(window, context - 1))
+    model.to("cpu")
+    return nearest_groups(mass, group, count), mass
+
+
+def _own_texts(
+    config: ConvertConfig, model: DualRoutingTransformer, tokenizer: Tokenizer, context: int
+) -> Iterator[dict[str, Tensor]]:
+    """Texts that the model writes, a few at a time."""
+    if tokenizer.bos_id < 0:
+        raise UserError(f"tokenizer {tokenizer.path} has no <bos> to begin a text with: give --data")
+    generator = torch.Generator().manual_seed(config.seed)
+    texts = -(-config.calibration_tokens // context)
+    for first in range(0, texts, _ROWS):
+        rows = min(_ROWS, texts - first)
+        begin = torch.full((rows, 1), tokenizer.bos_id, device=model.embedding.weight.device)
+        yield {"input_ids": continue_batch(model, begin, context - 1, generator)}
+
+
+def _shards(
+    config: ConvertConfig, folder: str, tokenizer: Tokenizer, context: int
+) -> Iterator[dict[str, Tensor]]:
+    """Windows of the training split.
+
+    Raises:
+        UserError: The shards were made with another tokenizer, or are damaged.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{folder} was made with another tokenizer than the one of {config.source}: leave --data out, or "
+            f"prepare it with that one"
+        )
+    verify_shards(manifest, "train", level="size")
+    plan = SequentialPlan(open_stream(manifest, "train"), context, config.calibration_tokens)
+    if not plan.windows:
+        raise UserError(f"{folder} holds less than one window of {context} tokens: lower --context")
+    dataset = WindowDataset(ShardReader(manifest, "train"), plan)
+    yield from DataLoader(dataset, batch_sampler=WalkSequence(plan, 0, 1, 4), collate_fn=collate)
+
+
+def convert_command(config: ConvertConfig) -> None:
+    """``dualroute convert``: convert, and show which heads went where."""
+    done = convert(config)
+    if done.local_groups is not None and done.mass is not None:
+        table = Table("layer", "local heads", "their attention beyond the window", "of the global heads")
+        of_group = done.mass.unflatten(1, (-1, done.group)).mean(2)
+        for layer, local in enumerate(done.local_groups):
+            others = [g for g in range(of_group.shape[1]) if g not in local]
+            heads = [str(g * done.group + i) for g in local for i in range(done.group)]
+            table.add_row(
+                str(layer),
+                ", ".join(heads),
+                f"{float(of_group[layer, local].mean()):.1%}",
+                f"{float(of_group[layer, others].mean()):.1%}",
+            )
+        Console().print(table)
+    print(f"{done.checkpoint.folder} is written")

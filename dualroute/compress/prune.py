@@ -1,0 +1,285 @@
+"""``dualroute prune``: a trained model cut to a smaller one in layers, widths and heads.
+
+In: a checkpoint and the shards that it was trained on.  Here: statistics on calibration windows, the loss
+that each axis costs at a few sizes (against random pruning), the best shape within the target, the cut with
+its closed-form corrections; on request the windows and top_k that each layer needs.  Out: an ordinary
+checkpoint of weights, with ``prune.json``, the whole account.  Next: ``dualroute distill``, which wins
+back what was lost.
+
+The surprising fact: at most about a third of the parameters should go at once; prune, distil and prune again
+(Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679, §4.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from dualroute import __version__
+from dualroute.compress.calibration import Batch, Statistics, calibrate, described, loss_on, measure
+from dualroute.compress.importance import Criterion, Shape, choose, heads_per_group
+from dualroute.compress.routing_need import Need, fit_routing
+from dualroute.compress.shapes import Axis, Search, Sensitivity, Target, axis_sizes, share
+from dualroute.compress.slicing import slice_model
+from dualroute.errors import UserError
+from dualroute.evaluate.load import Loaded
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.store import CONFIG, find_checkpoint, save_model
+
+REPORT = "prune.json"
+_SHARES = (0.75, 0.5, 0.25)
+_DRAWS: dict[Criterion, int] = {"activation": 1, "random": 3}
+
+
+@dataclass
+class PruneConfig:
+    """Cut a trained model to a smaller one.
+
+    Args:
+        checkpoint: A checkpoint folder or a run folder (its newest checkpoint).
+        output: Folder of the new checkpoint; must not exist.
+        data: Folder of the shards that the model was trained on, for calibration.
+        keep: Share of the target that the new model may have at most; null keeps the shape, but for sizes
+            given below.
+        target: What keep counts: parameters, training flops per token, or the measured latency of a forward
+            pass of context tokens on this device.
+        axes: What may shrink to reach it.
+        dim: Width of the residual stream, instead of the one that the search finds.
+        ffn_dim: Inner width of the feed-forward, likewise.
+        num_layers: Layers, likewise.
+        global_heads: Heads of the global route, likewise; whole key/value groups.
+        local_heads: Heads of the local route, likewise.
+        shape_of: A checkpoint whose sizes are taken, all of them, instead of keep and axes.
+        multiple: Widths stay multiples of this; group-wise quantisation wants 64 or 128.
+        criterion: activation keeps what contributes most; random is the control.
+        compensate: Refit the weights that stay to make up for those that go.
+        fit_routing: Also give each layer the smallest window and top_k that it needs.
+        routing_tolerance: Loss, in nats, that the smaller windows and top_k may cost in all.
+        axis_report: Measure what each axis costs at a few sizes, beside random pruning; without it the search
+            takes all axes as equally costly.
+        calibration_tokens: Tokens of the training split to measure on.
+        context: Tokens of a window; null takes the one the model was trained with.
+        batch_size: Windows at once.
+        seed: Of the calibration's windows and of random pruning.
+        device: auto, cpu, cuda, ….
+    """
+
+    checkpoint: str
+    output: str
+    data: str
+    keep: float | None = None
+    target: Target = "parameters"
+    axes: list[Literal["layers", "dim", "ffn", "heads"]] = field(
+        default_factory=lambda: ["dim", "ffn", "heads"]
+    )
+    dim: int | None = None
+    ffn_dim: int | None = None
+    num_layers: int | None = None
+    global_heads: int | None = None
+    local_heads: int | None = None
+    shape_of: str | None = None
+    multiple: int = 64
+    criterion: Criterion = "activation"
+    compensate: bool = True
+    fit_routing: bool = False
+    routing_tolerance: float = 0.005
+    axis_report: bool = True
+    calibration_tokens: int = 65536
+    context: int | None = None
+    batch_size: int = 4
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("multiple", "calibration_tokens", "context", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise UserError(f"keep is {self.keep}: it must be between 0 and 1, a share of the {self.target}")
+        if self.routing_tolerance < 0:
+            raise UserError(f"routing_tolerance is {self.routing_tolerance}: it must be 0 or more")
+        if self.keep is not None and not self.axes:
+            raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
+        if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
+            raise UserError("shape_of gives all sizes: leave out keep and the sizes")
+        if not (self.keep or self.shape_of or self.fit_routing or self._given_sizes()):
+            raise UserError("nothing to prune: give keep, a size such as ffn_dim, or fit_routing")
+
+    def _given_sizes(self) -> dict[str, int]:
+        names = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def sizes(self, parent: Shape, group: int) -> dict[str, int]:
+        """Fields of `Shape` that were given.
+
+        Raises:
+            UserError: A size is above the parent's, or no whole number of groups or multiples.
+        """
+        sizes: dict[str, int] = {}
+        for name, value in self._given_sizes().items():
+            field_name = name.replace("heads", "groups")
+            unit = group if name.endswith("heads") else self.multiple if name != "num_layers" else 1
+            full = getattr(parent, field_name) * (group if name.endswith("heads") else 1)
+            if value != full and (value < 1 or value > full or value % unit):
+                raise UserError(f"{name} is {value}: it must be at most {full} and a multiple of {unit}")
+            sizes[field_name] = value // group if name.endswith("heads") else value
+        return sizes
+
+
+def prune(config: PruneConfig) -> None:
+    """Prune a checkpoint; see the module's docstring.
+
+    Raises:
+        UserError: The inputs do not fit together, or the target cannot be reached.
+    """
+    loaded, batches, context = calibrate(config)
+    parent = loaded.model
+    statistics = measure(parent, batches, loaded.device)
+    account: dict[str, Any] = {
+        "options": asdict(config),
+        "dualroute": __version__,
+        "parent": str(loaded.checkpoint.folder),
+        "loss": {"parent": loss_on(parent, batches, loaded.device)},
+    }
+    shape = _shape(config, loaded, statistics, batches, context, account)
+    kept = choose(parent, statistics, shape, config.criterion, config.seed)
+    small = slice_model(parent, kept, statistics if config.compensate else None).to(loaded.device)
+    account["loss"]["pruned"] = loss_on(small, batches, loaded.device)
+    if config.fit_routing:
+        small, need = fit_routing(small, batches, loaded.device, config.routing_tolerance)
+        account["routing"] = asdict(need)
+        account["loss"]["with fitted routing"] = need.loss
+    account["shape"] = {"parent": asdict(Shape.of(parent.config)), "pruned": asdict(shape)}
+    account["kept"] = {"layers": kept.layers, "channels": kept.channels.tolist()}
+    account["parameters"] = {"parent": parent.num_parameters(), "pruned": small.num_parameters()}
+    account["flops_per_token"] = {
+        "parent": parent.flops_per_token(context), "pruned": small.flops_per_token(context)
+    }  # fmt: skip
+    _show(account)
+    metadata = described(loaded, pruned_from=str(loaded.checkpoint.folder), context=context)
+    extra = {REPORT: json.dumps(account, indent=1).encode()}
+    save_model(small.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
+    print(
+        f"{config.output}: next, dualroute distill --init_from {config.output} --teacher {config.checkpoint}"
+    )
+
+
+def _shape(
+    config: PruneConfig,
+    loaded: Loaded,
+    statistics: Statistics,
+    batches: list[Batch],
+    context: int,
+    account: dict[str, Any],
+) -> Shape:
+    """The shape that is asked for: sizes that were given, the others by search."""
+    parent = Shape.of(loaded.model.config)
+    given = config.sizes(parent, heads_per_group(loaded.model.config))
+    if loaded.model.config.attention == "interleaved" and (
+        "layers" in config.axes or given.get("num_layers", parent.num_layers) != parent.num_layers
+    ):
+        raise UserError("layers cannot be pruned from attention interleaved: the dense ones would move")
+    if config.shape_of is not None:
+        shape = Shape.of(ModelConfig.from_file(find_checkpoint(config.shape_of).folder / CONFIG))
+        larger = [name for name, size in asdict(shape).items() if size > asdict(parent)[name]]
+        if larger:
+            raise UserError(f"shape_of {config.shape_of} is larger than the model in {', '.join(larger)}")
+        return shape
+    if config.keep is None:
+        return dataclasses.replace(parent, **given)
+    sensitivities: dict[Axis, Sensitivity] = {}
+    account["axes"] = {}
+    for axis in config.axes:
+        if not config.axis_report:
+            sensitivities[axis] = Sensitivity([0.0, 1.0], [1.0, 0.0])
+            continue
+        sensitivities[axis], account["axes"][axis] = _sensitivity(
+            config, loaded, statistics, batches, account["loss"]["parent"], axis
+        )
+    search = Search(loaded.model.config, sensitivities, config.multiple, context, loaded.device)
+    for axis, shapes in search.sizes.items():
+        fixed = [one for one in shapes if all(getattr(one, name) == v for name, v in given.items())]
+        if fixed and any(name in given for name in _fields_of(axis)):
+            search.sizes[axis] = fixed
+    return dataclasses.replace(search.best(config.target, config.keep), **given)
+
+
+def _fields_of(axis: Axis) -> tuple[str, ...]:
+    return {
+        "layers": ("num_layers",),
+        "dim": ("dim",),
+        "ffn": ("ffn_dim",),
+        "heads": ("global_groups", "local_groups"),
+    }[axis]
+
+
+def _sensitivity(
+    config: PruneConfig,
+    loaded: Loaded,
+    statistics: Statistics,
+    batches: list[Batch],
+    parent_loss: float,
+    axis: Axis,
+) -> tuple[Sensitivity, list[dict[str, Any]]]:
+    """What an axis costs at a few sizes, beside the same sizes chosen at random."""
+    parent = Shape.of(loaded.model.config)
+    possible = axis_sizes(parent, axis, config.multiple)
+    sizes = {
+        min(possible, key=lambda one, wanted=wanted: abs(share(one, parent, axis) - wanted))  # type: ignore[misc]
+        for wanted in _SHARES
+    } - {parent}
+    if not sizes:
+        return Sensitivity([0.0, 1.0], [1.0, 0.0]), []
+    few = batches[: max(1, len(batches) // 4)]
+    base = loss_on(loaded.model, few, loaded.device)
+    rows = []
+    for shape in sorted(sizes, key=lambda one: -share(one, parent, axis)):
+        row: dict[str, Any] = {"shape": asdict(shape), "share": share(shape, parent, axis)}
+        for criterion, draws in _DRAWS.items():
+            losses = []
+            for draw in range(draws):
+                kept = choose(loaded.model, statistics, shape, criterion, config.seed + draw)
+                small = slice_model(loaded.model, kept, statistics if config.compensate else None)
+                losses.append(loss_on(small.to(loaded.device), few, loaded.device) - base)
+            row[criterion] = sum(losses) / draws
+        rows.append(row)
+    ascending = rows[::-1]
+    sizes_of = [row["share"] for row in ascending] + [1.0]
+    return Sensitivity(sizes_of, [row["activation"] for row in ascending] + [0.0]), rows
+
+
+def _show(account: dict[str, Any]) -> None:
+    console = Console()
+    if account.get("axes"):
+        table = Table("axis", "size", "loss +", "random +", title="Loss of each axis alone", min_width=50)
+        for axis, rows in account["axes"].items():
+            for row in rows:
+                table.add_row(axis, f"{row['share']:.0%}", f"{row['activation']:.4f}", f"{row['random']:.4f}")
+        console.print(table)
+    table = Table("", "parent", "pruned", "ratio")
+    for name in ("parameters", "flops_per_token"):
+        of_parent, pruned = account[name]["parent"], account[name]["pruned"]
+        table.add_row(
+            name.replace("_", " "), f"{of_parent:,.0f}", f"{pruned:,.0f}", f"{pruned / of_parent:.3f}"
+        )
+    losses = account["loss"]
+    table.add_row("calibration loss", f"{losses['parent']:.4f}", f"{losses['pruned']:.4f}", "")
+    for name, size in account["shape"]["pruned"].items():
+        table.add_row(name, f"{account['shape']['parent'][name]:,}", f"{size:,}", "")
+    console.print(table)
+    if "routing" in account:
+        need = Need(**account["routing"])
+        console.print(f"windows {need.windows}, top_k {need.top_k}; calibration loss {need.loss:.4f}")
+
+
+def pruned_model(
+    model: DualRoutingTransformer, statistics: Statistics, shape: Shape, criterion: Criterion = "activation"
+) -> DualRoutingTransformer:
+    """`choose` and `slice_model` in one, with correction: for use from Python."""
+    return slice_model(model, choose(model, statistics, shape, criterion), statistics)

@@ -1,0 +1,87 @@
+"""A Hugging Face ``tokenizer.json`` behind the interface of a sentencepiece processor.
+
+In: the bytes of the file, whatever its name: beside shards and in checkpoints it is called
+``tokenizer.model`` like any other.  Here: the library ``tokenizers`` does the work; which specials begin and
+end a text is told by their names.  Next: :class:`dualroute.data.tokenizer.Tokenizer` uses it where
+sentencepiece does not apply (GPT-2, Qwen, Llama 3).
+
+The surprising fact: the file does not say which token ends a text; that stands in files beside it that
+differ from version to version.  The usual names do say it, and GPT-2's one special is both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from dualroute.errors import UserError
+
+BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
+EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+UNK = ("<unk>", "[UNK]")
+
+
+class JsonProcessor:
+    """The part of ``SentencePieceProcessor`` that `Tokenizer` uses, over a tokenizer.json.
+
+    Args:
+        data: The file.
+        place: Its path, for messages.
+
+    Raises:
+        UserError: The library is not installed, or the file is no tokenizer.
+    """
+
+    def __init__(self, data: bytes, place: str) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                f"tokenizer {place} is a tokenizer.json, which the library tokenizers reads: "
+                f"pip install 'dualroute[export]'"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # the library raises plain Exception
+            reason = str(error).splitlines()[0]
+            raise UserError(f"tokenizer {place}: not a tokenizer.json ({reason})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # the name of a special in a text stays text
+        self._pieces = {number: piece for piece, number in self._tokenizer.get_vocab().items()}
+        self._size = max(self._pieces) + 1
+        added: list[dict[str, Any]] = json.loads(data).get("added_tokens") or []
+        self._specials = {token["content"]: int(token["id"]) for token in added if token.get("special")}
+
+    def _special(self, names: Iterable[str]) -> int:
+        return next((self._specials[name] for name in names if name in self._specials), -1)
+
+    def get_piece_size(self) -> int:
+        """Ids from 0 to the largest."""
+        return self._size
+
+    def bos_id(self) -> int:
+        return self._special(BOS)
+
+    def eos_id(self) -> int:
+        return self._special(EOS)
+
+    def pad_id(self) -> int:
+        return self._special(PAD)
+
+    def unk_id(self) -> int:
+        return self._special(UNK)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without specials."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; specials vanish."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def id_to_piece(self, ids: list[int]) -> list[str]:
+        """How the vocabulary spells ids; "" where an id is not used."""
+        return [self._pieces.get(number, "") for number in ids]

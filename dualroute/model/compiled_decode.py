@@ -1,0 +1,167 @@
+"""Compiled decoding: one program for a whole step, from the token's id to its logits.
+
+In: a model, float or quantised, and the caches that its prompt was read into.  Here: the step of
+:mod:`dualroute.attention.static_decode`, layer by layer, and ``torch.compile`` with frozen weights, which
+packs them for the processor and fuses everything between two products.  Out: the next logits;
+:func:`dualroute.model.generate.generate` draws from them.
+
+The surprising fact: int8 weights gain nothing without it.  Run layer by layer they are widened to floats
+before each product, which costs more than it saves; inside the program they stay bytes until they are in a
+register, and a step of decoding, which reads every weight once, is as fast as memory.  The compiler knows
+that pattern in bfloat16 alone: in float32 it would widen the weights for good.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualroute.attention import DualRouting
+from dualroute.attention.cache import LayerCache
+from dualroute.attention.rope import rotary_table
+from dualroute.attention.static_decode import static_full, static_local, static_routed
+from dualroute.errors import UserError
+from dualroute.model.layers import TransformerBlock
+from dualroute.model.quantized import QuantizedLinear
+from dualroute.model.transformer import DualRoutingTransformer
+
+#: cached tokens that a program looks at; one more program is made for each size that a text grows into
+SIZES = (1024, 4096, 16384, 65536, 262144)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where there is nothing to compile with.
+
+    Raises:
+        UserError: There is no C++ compiler (CPU).
+    """
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile needs a C++ compiler on a CPU: install g++, or leave --compile out")
+
+
+class CompiledDecoder:
+    """Decodes token by token with one compiled program; reads prompts as the model itself does.
+
+    Args:
+        model: In evaluation mode; its weights must not change any more.
+        compile: False runs the same step without compiling (for tests).
+
+    Raises:
+        UserError: There is no compiler.
+    """
+
+    def __init__(self, model: DualRoutingTransformer, *, compile: bool = True) -> None:
+        self.model = model
+        self._step: Callable[..., Tensor] = DecodeStep(model)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack_for_cpu()
+        if compile:
+            check_compiler(model.norm.weight.device)
+            self._step = compiled(self._step)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, caches: list[LayerCache]) -> Tensor:
+        """Logits (B, V) after the last of tokens (B, n), which continue what the caches hold.
+
+        Raises:
+            ValueError: The caches are full.
+        """
+        length = caches[0].length
+        if tokens.shape[1] > 1 or length == 0:
+            return self.model.head(self.model.hidden_states(tokens, caches=caches)[:, -1])
+        if length >= caches[0].max_length:
+            raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
+        position = torch.tensor(length, device=tokens.device)
+        size = next((size for size in SIZES if size > length), max(caches[0].max_length, length + 1))
+        logits = self._step(tokens[:, 0], position, caches, size)
+        for cache in caches:
+            for part in (cache.global_cache, cache.local_cache):
+                if part is not None:
+                    part.length += 1
+        return logits
+
+
+def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` with frozen weights, choosing among kernels by trying them."""
+    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"freezing": True, "max_autotune": True}
+    if not torch.cuda.is_available():
+        options["max_autotune_gemm_backends"] = "CPP,ATEN"
+    return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+
+class DecodeStep(nn.Module):
+    """One step for tokens (B,): position, caches and their size in, logits (B, V) out."""
+
+    def __init__(self, model: DualRoutingTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int) -> Tensor:
+        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them."""
+        model = self.model
+        hidden = model.embedding(tokens)  # (B, dim)
+        head_dim, theta = model.config.head_dim, model.config.rope_theta
+        assert head_dim is not None
+        table = rotary_table(position.view(1), head_dim, theta, hidden.dtype)
+        for layer, cache in zip(model.layers, caches, strict=True):
+            assert isinstance(layer, TransformerBlock)
+            rows = layer.attention_norm(hidden)
+            hidden = hidden + attend(layer.attention, rows, table, position, cache, size)
+            hidden = hidden + layer.ffn(layer.ffn_norm(hidden))
+        return model.head(model.norm(hidden))
+
+
+def attend(
+    attention: DualRouting,
+    rows: Tensor,
+    table: tuple[Tensor, Tensor],
+    position: Tensor,
+    cache: LayerCache,
+    size: int,
+) -> Tensor:
+    """Both routes of a layer for rows (B, dim) → (B, dim)."""
+    outputs = []
+    if attention.global_qkv is not None and cache.global_cache is not None:
+        query, key, value = _heads(attention, attention.global_qkv, rows, table)
+        far = cache.global_cache
+        top_k, size = attention.routing.top_k, min(size, far.keys.shape[1])
+        if cache.exact or size // far.block <= top_k + 2:
+            # statistics are kept where a longer text will want them
+            keeps = not cache.exact
+            outputs.append(static_full(query, key, value, far, position, size, statistics=keeps))
+        else:
+            outputs.append(static_routed(query, key, value, far, position, size, top_k))
+    if attention.local_qkv is not None and cache.local_cache is not None:
+        query, key, value = _heads(attention, attention.local_qkv, rows, table)
+        outputs.append(static_local(query, key, value, cache.local_cache, position))
+    batch = len(rows)
+    heads = torch.cat([out.reshape(batch, 1, -1) for out in outputs], dim=-1)
+    return attention._combine(heads, rows[:, None])[:, 0]
+
+
+def _heads(
+    attention: DualRouting, projection: nn.Module, rows: Tensor, table: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B * H_kv, group, d), keys and values (B * H_kv, d), rotated."""
+    dim, group = attention.head_dim, attention.group
+    heads = projection(rows).unflatten(-1, (-1, dim))  # (B, H + 2 H_kv, d)
+    kv_heads = heads.shape[1] // (group + 2)
+    query, key, value = heads.split([kv_heads * group, kv_heads, kv_heads], dim=1)
+    if attention.query_norm is not None and attention.key_norm is not None:
+        query, key = attention.query_norm(query), attention.key_norm(key)
+    query, key = _rotated(query, table), _rotated(key, table)
+    return query.reshape(-1, group, dim), key.reshape(-1, dim), value.reshape(-1, dim)
+
+
+def _rotated(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate (B, heads, d) by the table (1, 1, d / 2) of one position, in float32 at least."""
+    cos, sin = table
+    first, second = rows.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(rows.dtype)

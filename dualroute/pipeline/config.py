@@ -1,0 +1,83 @@
+"""The configuration of a pipeline: one section of options for each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dualroute.errors import UserError
+
+Control = Literal["parent", "cross_entropy", "random"]
+
+
+@dataclass
+class PipelineConfig:
+    """All stages from text to a compressed model that ships, each done once: prepare → pretrain → distil →
+    prune → recover → quantise → evaluate → export.
+
+    A stage's section holds options of its command, and `config`, a file (or a list of files) of them; paths
+    in `config` start at this file's folder.  The inputs and the output of each stage are filled in.
+
+    Args:
+        output: Folder of the pipeline; each stage has its own in it.
+        data: Folder of prepared shards, where prepare is null.
+        parent: A checkpoint or run folder to compress, where pretrain is null.
+        prepare: Of dualroute prepare; null where data is given.
+        pretrain: Of dualroute pretrain; null where parent is given.
+        distill: Of dualroute distill, from a teacher into the pretrained model; null leaves the stage out.
+        prune: Of dualroute prune; null leaves out pruning and recovery.
+        recover: Of dualroute distill, from the unpruned model into the pruned one.
+        rounds: Prune and recover so many times; prune.keep is what all rounds keep together.
+        quantize: Of dualroute quantize; null leaves it out.
+        evaluate: Of dualroute evaluate, for every model on the way.
+        export: Of dualroute export; null leaves it out.
+        controls: What to compare the recovered model with: the parent trained the same further steps,
+            recovery by cross-entropy alone (cross_entropy), and recovery after random pruning.
+        prompts: Beginnings that every model continues in the report.
+        sample_tokens: Length of each continuation.
+        decode_tokens: Tokens generated to measure the speed of decoding.
+        compile: Also measure decoding compiled (needs a C++ compiler on a CPU).
+        launcher: Command that starts several processes for the training stages, as in
+            "torchrun --nproc_per_node 8 -m dualroute"; null trains in one.
+        from_stage: Do this stage and all after it again (--from).
+        only: Do these stages alone, divided by commas ("report" is the last); their inputs must be there.
+        dry_run: Show what would be done.
+    """
+
+    output: str = "runs/pipeline"
+    data: str | None = None
+    parent: str | None = None
+    prepare: dict[str, Any] | None = field(default_factory=dict)
+    pretrain: dict[str, Any] | None = field(default_factory=dict)
+    distill: dict[str, Any] | None = None
+    prune: dict[str, Any] | None = field(default_factory=dict)
+    recover: dict[str, Any] | None = field(default_factory=dict)
+    rounds: int = 1
+    quantize: dict[str, Any] | None = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] | None = field(default_factory=lambda: {"format": "hf"})
+    controls: list[Control] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=lambda: ["The"])
+    sample_tokens: int = 60
+    decode_tokens: int = 128
+    compile: bool = True
+    launcher: str | None = None
+    from_stage: str | None = None
+    only: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("data", "prepare"), ("parent", "pretrain")):
+            if (getattr(self, name) is None) == (getattr(self, value) is None):
+                raise UserError(f"give either {name} or the section {value}, and set the other to null")
+        for name in ("rounds", "sample_tokens", "decode_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if (self.prune is None) != (self.recover is None):
+            raise UserError("prune and recover belong together: give both sections, or set both to null")
+        if self.rounds > 1 and "keep" not in (self.prune or {}):
+            raise UserError(f"rounds is {self.rounds}: give prune.keep, which the rounds divide among them")
+        if self.controls and self.prune is None:
+            raise UserError("controls compare with the recovered model: there is none without prune")
+        if self.from_stage is not None and self.only is not None:
+            raise UserError("--from and --only are both given: keep one of them")

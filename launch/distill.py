@@ -1,0 +1,17 @@
+"""``dualroute distill`` for launchers that start a file: deepspeed, torchrun, srun, or python itself.
+
+deepspeed --num_accelerators 2 launch/distill.py --config configs/distill/books_5m.yaml
+torchrun --nproc_per_node 2    launch/distill.py --config configs/distill/books_5m.yaml
+srun python                    launch/distill.py --config configs/distill/books_5m.yaml
+"""
+
+import sys
+
+from dualroute.training import stop_signal
+
+if __name__ == "__main__":
+    stop_signal.install()  # before the imports, which take seconds
+    from dualroute.cli import main
+    from dualroute.training.environment import strip_local_rank
+
+    sys.exit(main(["distill", *strip_local_rank(sys.argv[1:])]))

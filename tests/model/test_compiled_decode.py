@@ -1,0 +1,131 @@
+"""The static step gives what ordinary decoding gives, for every kind of layer and at every length."""
+
+import shutil
+
+import pytest
+import torch
+
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate
+from dualroute.model.compiled_decode import CompiledDecoder
+
+SMALL = {
+    "vocab_size": 60,
+    "dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "window": 6,
+    "block": 8,
+    "sub_block": 4,
+}
+KINDS = {
+    "routed": {"global_mode": "routed", "top_k": 2},
+    "routed, nothing chosen": {"global_mode": "routed", "top_k": 0},
+    "moment, first order": {
+        "global_mode": "routed",
+        "top_k": 1,
+        "router": "moment",
+        "far_summary": "first_order",
+    },
+    "mean, no summary": {"global_mode": "routed", "top_k": 1, "router": "mean", "far_summary": "none"},
+    "grouped": {"global_mode": "routed", "top_k": 2, "num_heads": 8, "num_kv_heads": 4},
+    "full": {"global_mode": "full"},
+    "dense, grouped": {"attention": "dense", "num_kv_heads": 2},
+    "local": {"attention": "local"},
+    "interleaved": {"attention": "interleaved", "dense_every": 2},
+    "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
+}
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    model = DualRoutingTransformer(ModelConfig(**(SMALL | {"max_context": 128} | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("prompt", [1, 5, 37])
+def test_static_steps_equal_ordinary_ones(changes, prompt, monkeypatch):
+    monkeypatch.setattr(compiled_decode, "SIZES", (24, 64, 96))
+    model = build(**changes)
+    ids = torch.randint(60, (3, 90))
+    ours, theirs = model.new_caches(3, 90), model.new_caches(3, 90)
+    decoder = CompiledDecoder(model, compile=False)
+    with torch.no_grad():
+        for begin, end in [(0, prompt), *((at, at + 1) for at in range(prompt, 90))]:
+            expected = model.head(model.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
+            torch.testing.assert_close(decoder(ids[:, begin:end], ours), expected, rtol=1e-5, atol=1e-5)
+    assert [cache.length for cache in ours] == [90, 90]
+    with pytest.raises(ValueError, match="hold max_length=90"):
+        decoder(ids[:, :1], ours)
+
+
+def test_both_kinds_of_steps_may_take_turns_on_one_cache():
+    model = build(global_mode="routed", top_k=1)
+    ids = torch.randint(60, (1, 80))
+    caches, decoder = model.new_caches(1, 80), CompiledDecoder(model, compile=False)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        decoder(ids[:, :3], caches)
+        for at in range(3, 80):
+            token = ids[:, at : at + 1]
+            if at % 3:
+                logits = decoder(token, caches)[0]
+            else:
+                logits = model.head(model.hidden_states(token, caches=caches))[0, 0]
+            torch.testing.assert_close(logits, expected[at], rtol=1e-4, atol=1e-4)
+
+
+def test_equal_scores_choose_the_same_blocks():
+    """Blocks of equal keys: the first ones win, statically too."""
+    model = build(global_mode="routed", top_k=2, attention="dual", num_layers=1)
+    ids = torch.full((1, 90), 7)
+    caches, others = model.new_caches(1, 90), model.new_caches(1, 90)
+    decoder = CompiledDecoder(model, compile=False)
+    with torch.no_grad():
+        for at in range(90):
+            expected = model.head(model.hidden_states(ids[:, at : at + 1], caches=others))[:, 0]
+            torch.testing.assert_close(decoder(ids[:, at : at + 1], caches), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_generated_text_is_the_same():
+    model = build(global_mode="routed", top_k=1)
+    sampling = SamplingConfig(max_new_tokens=60, seed=2)
+    expected = list(generate(model, [1, 2, 3], sampling))
+    decoder = CompiledDecoder(model, compile=False)
+    assert list(generate(model, [1, 2, 3], sampling, decoder=decoder)) == expected
+
+
+@pytest.mark.parametrize("mode", ["routed", "full"])
+def test_int8_caches_are_read_alike(mode):
+    model = build(global_mode=mode, top_k=1)
+    ids = torch.randint(60, (2, 70))
+    ours, theirs = model.new_caches(2, 70, int8=True), model.new_caches(2, 70, int8=True)
+    decoder = CompiledDecoder(model, compile=False)
+    with torch.no_grad():
+        for begin, end in [(0, 9), *((at, at + 1) for at in range(9, 70))]:
+            expected = model.head(model.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
+            found = decoder(ids[:, begin:end], ours)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_a_compiled_step_gives_the_same_logits():
+    model = build(global_mode="routed", top_k=1, num_layers=1)
+    ids = torch.randint(60, (1, 50))
+    caches, decoder = model.new_caches(1, 50), CompiledDecoder(model)
+    with torch.no_grad():
+        expected = model(ids)[0]
+        decoder(ids[:, :30], caches)
+        for at in range(30, 50):
+            found = decoder(ids[:, at : at + 1], caches)[0]
+            torch.testing.assert_close(found, expected[at], rtol=1e-4, atol=1e-4)
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled_decode.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="install g"):
+        CompiledDecoder(build())
