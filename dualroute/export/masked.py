@@ -15,7 +15,6 @@ number computed from its length, which opens the mask; so one file behaves like 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +73,7 @@ def masked_attention(layer: DualRouting, hidden_states: Tensor, for_onnx: bool =
 
 def _rotary_table(layer: DualRouting, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each (n, d / 2)."""
-    options: dict[str, Any] = {}
-    if getattr(layer, "rope_scaling", None) is not None:
-        options["scaling"] = layer.rope_scaling
-    cosine, sine = rotary_table(positions, layer.head_dim, layer.rope_theta, dtype, **options)
+    cosine, sine = rotary_table(positions, layer.head_dim, layer.rope_theta, dtype, layer.rope_scaling)
     return cosine[:, 0], sine[:, 0]
 
 

@@ -61,7 +61,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]
     }
     fast = tokenizer_json(tokenizer)
     code: list[str] = []
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    if not is_json(tokenizer):
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     if fast is None:
         module = "dualroute.export.tokenization_dualroute"
         code = bundle([module], folder)
@@ -74,6 +75,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]
         json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8"
     )
     return "tokenizer.model" if fast is None else "tokenizer.json", code
+
+
+def is_json(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer's file holds a tokenizer.json, whatever its name."""
+    with tokenizer.path.open("rb") as stream:
+        return stream.read(64).lstrip().startswith(b"{")
 
 
 def _specials(tokenizer: Tokenizer) -> dict[str, str]:
@@ -90,10 +97,16 @@ def _specials(tokenizer: Tokenizer) -> dict[str, str]:
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The model in the format of the tokenizers library; null where that cannot give the same ids.
 
+    A file that is one already stays, but for what it puts around a text: <bos> in front, as in training.
+
     It can for a BPE model that takes text as it is (no normalization, no space put in front) and spells what
     it does not know in bytes.  Merges are sentencepiece's scores: of two pairs the one with the better score
     first.
     """
+    if is_json(tokenizer):
+        given: dict[str, Any] = json.loads(tokenizer.path.read_bytes())
+        around = _bos_first(tokenizer.pieces(), tokenizer.bos_id)
+        return {**given, "truncation": None, "padding": None, "post_processor": around}
     from sentencepiece import sentencepiece_model_pb2
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]

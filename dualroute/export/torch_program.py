@@ -30,6 +30,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
 from dualroute.export import parity
 from dualroute.export.masked import MaskedTransformer
+from dualroute.export.tokenizer_files import is_json
 from dualroute.model import DualRoutingTransformer
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def record(model: DualRoutingTransformer, for_onnx: bool = False) -> ExportedPro
 
 
 def write_beside(loaded: Loaded, folder: Path) -> None:
-    """config.json and tokenizer.model."""
+    """config.json and the tokenizer's file."""
     tokenizer = loaded.tokenizer
     specials = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     described = {
@@ -79,7 +80,8 @@ def write_beside(loaded: Loaded, folder: Path) -> None:
         **{f"{name}_token_id": number for name, number in specials.items() if number >= 0},
     }
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    name = "tokenizer.json" if is_json(tokenizer) else "tokenizer.model"
+    shutil.copyfile(tokenizer.path, folder / name)
 
 
 @torch.no_grad()

@@ -41,6 +41,15 @@ KINDS = {
     "full": {"global_mode": "full"},
     "auto": {"global_mode": "auto"},
     "no_top_k": {"top_k": 0},
+    "bias": {"qkv_bias": True, "rope_scaling": {"factor": 4.0}},
+    "llama3": {
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
 }
 
 

@@ -83,6 +83,25 @@ def test_a_unigram_model(exported, tmp_path):
     same_ids(ours, again, trial_texts(ours, []))
 
 
+def test_a_checkpoint_whose_tokenizer_is_a_json_file(exported, tmp_path):
+    """As converted models have: byte-level, here with a special in use and one out of use."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    fast.train_from_iterator([" ".join(WORDS) * 20, "naïve 漢字"], trainer)
+    fast.save(str(tmp_path / "tokenizer.model"))
+    ours, theirs, source = exported(tmp_path / "tokenizer.model")
+    assert source == "tokenizer.json"
+    assert theirs.bos_token == theirs.eos_token == "<|endoftext|>"
+    same_ids(ours, theirs, trial_texts(ours, ["<|endoftext|> is text"]))
+    assert not (tmp_path / "exported" / "tokenizer.model").exists()
+
+
 def test_a_model_with_habits_of_its_own(exported, real_data):
     """A space in front of every text, white space folded, no bytes for the unknown: the class keeps them."""
     path = real_data / "tokenizers" / "sp_test_model.model"
