@@ -56,7 +56,7 @@ def test_usage_lists_every_stage(capsys):
     assert "did you mean 'pretrain'" in refused(capsys, "pretrian")
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "evaluate", "generate", "report"])
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "evaluate", "generate", "report", "quantize"])
 def test_every_option_is_explained(stage):
     parser = stage_parser(stage)
     unexplained = [a.dest for a in parser._actions if not a.help]
