@@ -88,11 +88,16 @@ class CompiledDecoder:
 
 
 def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` with frozen weights, choosing among kernels by trying them."""
+    """``torch.compile`` with frozen weights.
+
+    On a CPU products are made of inductor's own templates, whose weights are packed once.  Torch's libraries
+    are no candidates: they would be tried against the templates with a stop-watch, on a machine that may be
+    busy, and for int8 they are half as fast.
+    """
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     if not torch.cuda.is_available():
-        options["max_autotune_gemm_backends"] = "CPP,ATEN"
+        options["max_autotune_gemm_backends"] = "CPP"
     return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
 
