@@ -51,12 +51,14 @@ def test_usage_lists_every_stage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for stage in ("prepare", "pretrain", "distill", "evaluate", "generate", "report"):
+    for stage in ("prepare", "pretrain", "distill", "cache-logits", "evaluate", "generate", "report"):
         assert stage in shown
     assert "did you mean 'pretrain'" in refused(capsys, "pretrian")
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "evaluate", "generate", "report"])
+@pytest.mark.parametrize(
+    "stage", ["prepare", "pretrain", "distill", "cache-logits", "evaluate", "generate", "report"]
+)
 def test_every_option_is_explained(stage):
     parser = stage_parser(stage)
     unexplained = [a.dest for a in parser._actions if not a.help]
