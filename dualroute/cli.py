@@ -43,6 +43,12 @@ STAGES = {
         "run_distillation",
         "shards and a teacher → trained student",
     ),
+    "cache-logits": (
+        "dualroute.training.cache_logits",
+        "CacheLogitsConfig",
+        "cache_logits",
+        "a teacher's likeliest tokens, written once for distill",
+    ),
     "estimate": (
         "dualroute.estimate",
         "EstimateConfig",
@@ -249,14 +255,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def usage() -> str:
     """Text of ``dualroute --help``."""
-    lines = [f"  {stage:<10} {summary}" for stage, (_, _, _, summary) in STAGES.items()]
-    lines.append(f"  {'checkpoint':<10} {CHECKPOINT_SUMMARY}")
+    lines = [f"  {stage:<12} {summary}" for stage, (_, _, _, summary) in STAGES.items()]
+    lines.append(f"  {'checkpoint':<12} {CHECKPOINT_SUMMARY}")
     return "\n".join(
         [
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
             "",
             *lines,
-            "  submit     pretraining, a sweep or a chain of stages as jobs of Slurm",
+            "  submit       pretraining, a sweep or a chain of stages as jobs of Slurm",
             "",
             "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
         ]

@@ -51,12 +51,12 @@ def test_usage_lists_every_stage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for stage in ("prepare", "pretrain", "evaluate", "generate", "report"):
+    for stage in ("prepare", "pretrain", "distill", "evaluate", "generate", "report"):
         assert stage in shown
     assert "did you mean 'pretrain'" in refused(capsys, "pretrian")
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "evaluate", "generate", "report"])
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "evaluate", "generate", "report"])
 def test_every_option_is_explained(stage):
     parser = stage_parser(stage)
     unexplained = [a.dest for a in parser._actions if not a.help]
@@ -78,6 +78,13 @@ def test_flags_win_over_files_and_files_over_defaults(tmp_path):
 def test_shipped_pretraining_configurations_are_valid(path):
     config = parse_stage("pretrain", ["--config", str(path)])
     assert config.data.context <= config.model.max_context
+    assert config.train.total_steps > config.optim.warmup_steps
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/distill").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_distillations_are_valid(path):
+    config = parse_stage("distill", ["--config", str(path)])
+    assert config.teacher
     assert config.train.total_steps > config.optim.warmup_steps
 
 

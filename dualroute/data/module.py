@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import (
@@ -134,6 +135,8 @@ class ShardDataModule(pl.LightningDataModule):
         self.verify = verify
         self.samples_consumed = 0
         self.left_out: list[Span] = []
+        #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
+        self.extend: Callable[[WindowDataset], Dataset[Any]] | None = None
 
     @property
     def samples_per_batch(self) -> int:
@@ -221,7 +224,8 @@ class ShardDataModule(pl.LightningDataModule):
             lambda: self.samples_consumed,
             lambda: self.left_out,
         )
-        return self._loader(WindowDataset(ShardReader(self.manifest, "train"), self.plan), sampler)
+        windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan)
+        return self._loader(windows if self.extend is None else self.extend(windows), sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once over all ranks, in order; as many batches on every rank.
@@ -289,7 +293,7 @@ class ShardDataModule(pl.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, dataset: WindowDataset, sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=sampler,

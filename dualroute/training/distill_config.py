@@ -34,6 +34,8 @@ class DistillationConfig:
             -1 for none; null spreads the teacher's layers evenly.
         top_k: Compare only the teacher's likeliest tokens, and the mass of all others as one; null compares
             all.
+        cached_logits: Folder that `dualroute cache-logits` wrote for this data, seed and context; no teacher
+            is then loaded, and its top_k and temperature are the cache's.
         on_policy_fraction: Share of the steps that train on the student's own continuations (GKD), with the
             divergence alone.
         on_policy_prefix: Tokens of data that such a text begins with.
@@ -55,6 +57,7 @@ class DistillationConfig:
     attention_weight: float = 0.0
     layer_map: list[int] | None = None
     top_k: int | None = None
+    cached_logits: str | None = None
     on_policy_fraction: float = 0.0
     on_policy_prefix: int = 64
     on_policy_tokens: int = 64
@@ -86,6 +89,12 @@ class DistillationConfig:
             raise UserError("distill.on_policy_fraction needs distill.kl_weight: own texts have no other")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"distill.top_k is {self.top_k}: it must be at least 1, or null")
+        for name in ("on_policy_fraction", "hidden_weight", "attention_weight"):
+            if self.cached_logits is not None and getattr(self, name):
+                raise UserError(
+                    f"distill.{name} needs the teacher itself, which distill.cached_logits does without: "
+                    f"set the one to 0 or leave out the other"
+                )
 
     @property
     def looks_inside(self) -> bool:
