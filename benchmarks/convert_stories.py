@@ -11,15 +11,16 @@ OUTPUT/VARIANT-sSEED, so an interrupted benchmark continues. Gaps are relative t
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from measure import show
 from sampled_corpus import sample_corpus
 
+from dualroute.cli import main as main_of_dualroute
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model.store import find_checkpoint, load_model
 
@@ -37,9 +38,11 @@ DISTILL = ["--distill.kl_weight", "1", "--distill.ce_weight", "0"]
 
 
 def command(stage: str, *options: object) -> None:
-    """Run one stage of dualroute."""
-    line = [sys.executable, "-m", "dualroute.cli", stage, *map(str, options)]
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    """Run one stage of dualroute, in this process: importing it all anew would cost more than a healing."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = main_of_dualroute([stage, *map(str, options)])
+    if status:
+        raise SystemExit(status)
 
 
 def convert(options: argparse.Namespace, source: Path, variant: str, seed: int) -> Path:
@@ -84,7 +87,11 @@ def loss(options: argparse.Namespace, model: Path) -> float:
     if not cached.exists():
         score = evaluate(
             EvaluateConfig(
-                str(model), data=str(options.output / "data"), context=options.context, device="cpu"
+                str(model),
+                data=str(options.output / "data"),
+                context=options.context,
+                max_tokens=options.val_tokens,
+                device="cpu",
             )
         )
         cached.write_text(json.dumps({"loss": score.loss, "targets": score.targets}))
@@ -118,10 +125,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--top_k", type=int, default=4)
-    parser.add_argument("--global_mode", default="routed")
-    parser.add_argument("--tokens", type=int, default=204_800, help="of each healing")
+    parser.add_argument("--global_mode", default="full")
+    parser.add_argument("--tokens", type=int, default=204_800, help="of each healing; 0 measures only")
     parser.add_argument("--tokens_per_batch", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     options = parser.parse_args()
 
     dense = options.output / "dense"
@@ -139,9 +146,13 @@ def main() -> None:
         for seed in options.seeds:
             student = convert(options, dense, variant, seed)
             before.append(loss(options, student))
-            after.append(loss(options, heal(options, dense, student, variant, seed)))
+            if options.tokens:
+                after.append(loss(options, heal(options, dense, student, variant, seed)))
         row = {"attention": variant, "keys read": f"{keys_read(student, options.context) / all_keys:.0%}"}
-        row |= {"converted": per_cent(before, original), "healed": per_cent(after, original)}
+        row |= {
+            "converted": per_cent(before, original),
+            "healed": per_cent(after, original) if after else "–",
+        }
         rows.append(row)
     title = f"{options.tokens:,} tokens of healing, {len(options.seeds)} seed(s), window {options.window}"
     show(title, rows, options.output, "convert_stories")

@@ -12,8 +12,8 @@ import pytest
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.reader import ShardReader
 
-TOY = "--context 128 --train_tokens 24576 --val_tokens 4096 --tokens 12288 --tokens_per_batch 512 --window 8 \
-    --block 8 --top_k 1 --calibration_tokens 1024 --seeds 1"
+TOY = "--context 128 --train_tokens 24576 --val_tokens 4096 --tokens 20480 --tokens_per_batch 512 --window 8 \
+    --block 8 --top_k 1 --calibration_tokens 1024 --seeds 1 --global_mode routed --lr 1e-3"
 
 
 def test_healing_closes_the_gap(real_data: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
