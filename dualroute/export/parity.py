@@ -20,8 +20,8 @@ from torch import Tensor
 from dualroute.attention import AUTO_BREAK_EVEN
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
-#: Positions of a text whose logits are compared: all of them would be length × vocabulary numbers.
-POSITIONS = 256
+#: Positions of a text whose logits are compared, and how many numbers these may be.
+POSITIONS, MAX_LOGITS = 256, 1 << 24
 
 
 def lengths(config: ModelConfig) -> list[int]:
@@ -43,9 +43,11 @@ def trial_ids(config: ModelConfig, length: int, batch: int = 2, seed: int = 0) -
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
 
-def positions(length: int) -> Tensor:
-    """At most POSITIONS places of a text, evenly spaced, the last one among them."""
-    return torch.linspace(0, length - 1, min(length, POSITIONS), dtype=torch.float64).round().long()
+def positions(config: ModelConfig, length: int) -> Tensor:
+    """Some places of a text, all where that is few numbers; evenly spaced, the last one among them."""
+    assert config.vocab_size is not None
+    count = min(length, POSITIONS, max(16, MAX_LOGITS // config.vocab_size))
+    return length - 1 - torch.linspace(0, length - 1, count, dtype=torch.float64).round().long().flip(0)
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def right_logits(model: DualRoutingTransformer, ids: Tensor, places: Tensor) -> 
 def trials(model: DualRoutingTransformer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(ids, positions, logits) of every length."""
     for length in lengths(model.config):
-        ids, places = trial_ids(model.config, length), positions(length)
+        ids, places = trial_ids(model.config, length), positions(model.config, length)
         yield ids, places, right_logits(model, ids, places)
 
 
