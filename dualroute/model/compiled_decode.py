@@ -13,6 +13,7 @@ that pattern in bfloat16 alone: in float32 it would widen the weights for good.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -63,7 +64,8 @@ class CompiledDecoder:
                 module.pack_for_cpu()
         if compile:
             check_compiler(model.norm.weight.device)
-            self._step = compiled(self._step)
+            self._step = torch.compile(self._step, fullgraph=True, dynamic=False)
+        self._made: set[tuple[int, ...]] = set()  # what there is a program for
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, caches: list[LayerCache]) -> Tensor:
@@ -79,7 +81,10 @@ class CompiledDecoder:
             raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
         position = torch.tensor(length, device=tokens.device)
         size = next((size for size in SIZES if size > length), max(caches[0].max_length, length + 1))
-        logits = self._step(tokens[:, 0], position, caches, size)
+        program = size, len(tokens), caches[0].max_length
+        with contextlib.nullcontext() if program in self._made else freezing():
+            logits = self._step(tokens[:, 0], position, caches, size)
+        self._made.add(program)
         for cache in caches:
             for part in (cache.global_cache, cache.local_cache):
                 if part is not None:
@@ -87,18 +92,19 @@ class CompiledDecoder:
         return logits
 
 
-def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` with frozen weights.
+def freezing() -> Any:
+    """A context in which the compiler takes weights for constants, packs them and tries out kernels.
 
-    On a CPU products are made of inductor's own templates, whose weights are packed once.  Torch's libraries
-    are no candidates: they would be tried against the templates with a stop-watch, on a machine that may be
-    busy, and for int8 they are half as fast.
+    Set around the call that compiles: torch reads it while it traces, where ``torch.compile``'s own options
+    have no effect yet.
     """
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
+    import torch._inductor.config as inductor
+
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     if not torch.cuda.is_available():
-        options["max_autotune_gemm_backends"] = "CPP"
-    return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        options["max_autotune_gemm_backends"] = "CPP,ATEN"
+    return inductor.patch(options)
 
 
 class DecodeStep(nn.Module):
