@@ -117,7 +117,9 @@ class Distill(Pretrain):
         """The batch, or in an on-policy step what the student makes of it."""
         if not self.on_policy:
             return batch
-        place = (self.trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+        # micro-batches are numbered through over the ranks, as the samples in them are
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        number = self._micro_steps * ranks["num_replicas"] + ranks["rank"]
         own = own_continuations(
             self.model,
             batch,
@@ -125,7 +127,7 @@ class Distill(Pretrain):
             new_tokens=self.config.on_policy_tokens,
             temperature=self.config.on_policy_temperature,
             eos_id=self.tokenizer.eos_id,
-            draw=(self.seed, self.trainer.global_step, self._micro_steps, place),
+            draw=(self.seed, self.trainer.global_step, number),
         )
         # every micro-batch counts alike: nobody knows yet how long the texts of the others will be
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size

@@ -49,7 +49,7 @@ def own_continuations(
         new_tokens: Tokens to draw.
         temperature: Divides the logits.
         eos_id: What ends a text; what was drawn after it does not count.
-        draw: Numbers that decide the draw: seed, step, place.
+        draw: Numbers that decide the draw: seed, step, number of the micro-batch.
 
     Returns:
         ``input_ids``, ``labels`` (`IGNORE_INDEX` in the prefix and past the end), ``segment_ids`` and

@@ -18,7 +18,7 @@ COMMANDS = {
     "decode": "decode.py --lengths 256 --heads 4 --head_dim 16 --block 16 --window 16 --repeats 1 "
     "--threads 1",
     "distillation_loss": "distillation_loss.py --tokens 64 --vocab 200 --dim 16 --teacher_dim 24 --repeats 1 "
-    "--threads 1",
+    "--losses reverse_kl --threads 1",
     "train_step": "train_step.py --preset tiny --contexts 64 --tokens 128 --vocab_size 64 --repeats 1 "
     "--precisions 32 bf16-mixed --threads 1",
     "recall-mqar": "recall.py --variants dense local routed --seeds 0 --length 256 --start 128 --evaluate 2 "

@@ -257,8 +257,7 @@ def test_killed_it_continues_as_if_nothing_had_happened(everything, tiny_dataset
 def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_dataset, teacher, tmp_path):
     pytest.importorskip("deepspeed")
     settings = ["--distill.hidden_weight", "0.1", "--optim.lr", "0.003"]
-    if sharing == "2":  # one group of ranks draws what one process draws
-        settings += ["--distill.on_policy_fraction", "0.5", *EVERYTHING[-4:]]
+    settings += ["--distill.on_policy_fraction", "0.5", *EVERYTHING[-4:]]  # drawn alike on any ranks
     parallel = ("--parallel.zero_stage", stage, "--parallel.sequence_parallel", sharing)
     output = tmp_path / "run"
     words = arguments(tiny_dataset, teacher, output, *settings, *parallel, steps=FEW)[1:]
