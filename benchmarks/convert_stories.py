@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--global_mode", default="full")
     parser.add_argument("--tokens", type=int, default=204_800, help="of each healing; 0 measures only")
     parser.add_argument("--tokens_per_batch", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     options = parser.parse_args()
 
     dense = options.output / "dense"

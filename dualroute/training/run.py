@@ -213,7 +213,11 @@ def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
         UserError: Naming both tokenizers.
     """
     theirs = folder / TOKENIZER
-    if not theirs.is_file() or not tokenizer.same_ids(Tokenizer(theirs)):
+    try:
+        same = tokenizer.same_ids(Tokenizer(theirs))
+    except UserError:  # missing or damaged
+        same = False
+    if not same:
         raise UserError(
             f"{theirs} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
             f"other text; prepare the data with it (dualroute prepare --tokenizer {theirs})"
