@@ -102,6 +102,7 @@ def freezing() -> Any:
     import torch._inductor.config as inductor
 
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
+    options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}  # quietly
     if not torch.cuda.is_available():
         options["max_autotune_gemm_backends"] = "CPP,ATEN"
     return inductor.patch(options)
