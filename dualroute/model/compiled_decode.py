@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,7 @@ def freezing() -> Any:
     have no effect yet.
     """
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it
     import torch._inductor.config as inductor
 
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
