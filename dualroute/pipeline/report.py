@@ -95,7 +95,7 @@ def _summary(models: dict[str, dict[str, Any]]) -> list[Row]:
             f"{first['weights_bytes'] / of['weights_bytes']:.2f}×", f"{of['loss']:.4f}",
             f"{of['perplexity']:.2f}", f"{change:+.2%}", f"{of['bits_per_byte']:.4f}",
             f"{of['eager_tokens_per_second']:,.0f}", f"{compiled:,.0f}{faster}" if compiled else "–",
-            f"{of['peak_memory_bytes'] / 1e6:,.0f}",
+            f"{of['peak_memory_bytes'] / 1e6:,.0f}" if of["peak_memory_bytes"] else "–",
         ])  # fmt: skip
     return rows
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ REPEATS = 3
 
 def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     """Figures of one checkpoint; lengths in tokens, sizes in bytes; memory above that of the libraries."""
-    before = _peak()
+    before = _memory("VmRSS")
     loaded = load(options.checkpoint)
     model = loaded.model
     figures: dict[str, Any] = {
@@ -43,7 +42,8 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     limit = model.config.max_context - len(prompt)
     sampling = SamplingConfig(max_new_tokens=min(options.tokens, limit), temperature=0)
     figures["eager_tokens_per_second"] = tokens_per_second(lambda: generate(model, prompt, sampling))
-    figures["peak_memory_bytes"] = _peak() - before
+    after = _memory("VmHWM")
+    figures["peak_memory_bytes"] = None if before is None or after is None else after - before
     if options.compile:
         decoder = CompiledDecoder(load(options.checkpoint, compiled=True).model)
         figures["compiled_tokens_per_second"] = tokens_per_second(
@@ -52,9 +52,15 @@ def measure_speed(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _peak() -> int:
-    """Most memory of this process so far; Linux counts in kibibytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _memory(field: str) -> int | None:
+    """VmRSS, what this process holds now, or VmHWM, its peak since VmRSS was asked for; null but on Linux."""
+    try:
+        if field == "VmRSS":
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def sample(loaded: Loaded, prompt: str, tokens: int) -> str:
