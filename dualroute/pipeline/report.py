@@ -52,7 +52,8 @@ def write_report(config: PipelineConfig, plan: Plan, records: dict[str, dict[str
     blocks += [("title", "Samples"), ("table", _samples(models))]
     exported = output / "export" / "export.json"
     if exported.is_file():
-        blocks += [("title", "Export"), ("code", json.dumps(_read(exported), indent=1))]
+        facts = {name: fact for name, fact in _read(exported).items() if name != "source_files"}
+        blocks += [("title", "Export"), ("code", json.dumps(facts, indent=1))]
     seconds = [(name, f"{record['seconds']:,.0f}") for name, record in records.items() if "seconds" in record]
     blocks += [("title", "Time"), ("table", [("stage", "seconds"), *seconds])]
     write_bytes_atomically(output / "report.md", _markdown(output, blocks).encode())
