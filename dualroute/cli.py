@@ -31,6 +31,14 @@ from dualroute.training import stop_signal
 STAGES = {
     "prepare": ("data_prep.prepare", "PrepareConfig", "prepare", "corpus → tokenizer → shards"),
     "pretrain": ("dualroute.training.run", "PretrainConfig", "run_pretraining", "shards → trained model"),
+    "evaluate": (
+        "dualroute.evaluate.perplexity",
+        "EvaluateConfig",
+        "evaluate_command",
+        "loss of a checkpoint",
+    ),
+    "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
+    "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
     "convert": (
         "dualroute.compress.convert",
         "ConvertConfig",
@@ -49,18 +57,6 @@ STAGES = {
         "cache_logits",
         "a teacher's likeliest tokens, written once for distill",
     ),
-    "estimate": (
-        "dualroute.estimate",
-        "EstimateConfig",
-        "estimate_command",
-        "memory, longest context and hours of a run",
-    ),
-    "evaluate": (
-        "dualroute.evaluate.perplexity",
-        "EvaluateConfig",
-        "evaluate_command",
-        "loss of a checkpoint",
-    ),
     "prune": ("dualroute.compress.prune", "PruneConfig", "prune", "trained model → smaller model"),
     "sparsify": (
         "dualroute.compress.sparsify",
@@ -68,27 +64,31 @@ STAGES = {
         "sparsify",
         "single weights to zero (research)",
     ),
-    "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
-    "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
-    "pipeline": (
-        "dualroute.pipeline.run",
-        "PipelineConfig",
-        "run_pipeline",
-        "all stages, from text to a model that ships",
-    ),
     "quantize": (
         "dualroute.compress.quantize",
         "QuantizeConfig",
         "quantize_command",
         "weights of a checkpoint in int8, int4 or float8",
     ),
-    "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
     "export": (
         "dualroute.export.command",
         "ExportConfig",
         "export_command",
         "a checkpoint for transformers, onnxruntime or torch.export",
     ),
+    "pipeline": (
+        "dualroute.pipeline.run",
+        "PipelineConfig",
+        "run_pipeline",
+        "all stages, from text to a model that ships",
+    ),
+    "estimate": (
+        "dualroute.estimate",
+        "EstimateConfig",
+        "estimate_command",
+        "memory, longest context and hours of a run",
+    ),
+    "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
 
