@@ -67,7 +67,7 @@ STAGES = {
     "quantize": (
         "dualroute.compress.quantize",
         "QuantizeConfig",
-        "quantize_command",
+        "quantize",
         "weights of a checkpoint in int8, int4 or float8",
     ),
     "export": (
@@ -303,7 +303,7 @@ def usage() -> str:
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
             "",
             *lines,
-            "  submit       pretraining, a sweep or a chain of stages as jobs of Slurm",
+            "  submit       a training, a sweep or a chain of stages as jobs of Slurm",
             "",
             "dualroute STAGE --help lists a stage's options; --print_config shows them after merging.",
         ]

@@ -28,6 +28,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
 from dualroute.evaluate.perplexity import score_batches
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.store import find_checkpoint, refuse_quantized
 
 Batch = dict[str, Tensor]
 _INHERITED = ("context", "data_fingerprint")
@@ -85,6 +86,9 @@ def calibrate(options: CalibrationOptions) -> tuple[Loaded, list[Batch], int]:
     """
     if Path(options.output).exists():
         raise UserError(f"--output {options.output} exists already: choose another folder")
+    refuse_quantized(
+        find_checkpoint(options.checkpoint), "only floats are pruned; give the checkpoint it was made from"
+    )
     loaded = load(options.checkpoint, options.device)
     limit = loaded.model.config.max_context
     context = options.context or int(loaded.checkpoint.metadata.get("context", limit))

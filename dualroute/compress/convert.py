@@ -167,11 +167,7 @@ def convert(config: ConvertConfig) -> Conversion:
                 converted = divide_heads(model, shape, groups)
         metadata = {**_carried(Path(config.source)), "conversion": note}
         checkpoint = save_model(converted, config.output, tokenizer.path, metadata)
-    return Conversion(checkpoint, groups, mass, _group(model))
-
-
-def _group(model: DualRoutingTransformer) -> int:
-    return model.config.num_heads // (model.config.num_kv_heads or model.config.num_heads)
+    return Conversion(checkpoint, groups, mass, model.config.heads_per_group)
 
 
 def _carried(source: Path) -> dict[str, Any]:
@@ -221,7 +217,7 @@ def _choose(
     config: ConvertConfig, model: DualRoutingTransformer, tokenizer: Tokenizer, window: int, local_heads: int
 ) -> tuple[list[list[int]], Tensor | None]:
     """KV groups that become local, and what was measured."""
-    group = _group(model)
+    group = model.config.heads_per_group
     count = local_heads // group
     if config.choose == "random":
         groups = model.config.num_kv_heads or model.config.num_heads

@@ -49,7 +49,7 @@ class Shape:
         assert config.ffn_dim is not None
         assert config.global_heads is not None
         assert config.local_heads is not None
-        group = heads_per_group(config)
+        group = config.heads_per_group
         return cls(
             config.num_layers,
             config.dim,
@@ -57,11 +57,6 @@ class Shape:
             config.global_heads // group,
             config.local_heads // group,
         )
-
-
-def heads_per_group(config: ModelConfig) -> int:
-    """Query heads that share a key/value head."""
-    return config.num_heads // (config.num_kv_heads or config.num_heads)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from dualroute import __version__
 from dualroute.compress.calibration import Batch, Statistics, calibrate, described, loss_on, measure
-from dualroute.compress.importance import Criterion, Shape, choose, heads_per_group
+from dualroute.compress.importance import Criterion, Shape, choose
 from dualroute.compress.routing_need import Need, fit_routing
-from dualroute.compress.shapes import Axis, Search, Sensitivity, Target, axis_sizes, share
+from dualroute.compress.shapes import FIELDS, Axis, Search, Sensitivity, Target, axis_sizes, share
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
-from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model import ModelConfig
 from dualroute.model.store import CONFIG, find_checkpoint, save_model
 
 REPORT = "prune.json"
@@ -180,7 +180,7 @@ def _shape(
 ) -> Shape:
     """The shape that is asked for: sizes that were given, the others by search."""
     parent = Shape.of(loaded.model.config)
-    given = config.sizes(parent, heads_per_group(loaded.model.config))
+    given = config.sizes(parent, loaded.model.config.heads_per_group)
     if loaded.model.config.attention == "interleaved" and (
         "layers" in config.axes or given.get("num_layers", parent.num_layers) != parent.num_layers
     ):
@@ -205,18 +205,9 @@ def _shape(
     search = Search(loaded.model.config, sensitivities, config.multiple, context, loaded.device)
     for axis, shapes in search.sizes.items():
         fixed = [one for one in shapes if all(getattr(one, name) == v for name, v in given.items())]
-        if fixed and any(name in given for name in _fields_of(axis)):
+        if fixed and any(name in given for name in FIELDS[axis]):
             search.sizes[axis] = fixed
     return dataclasses.replace(search.best(config.target, config.keep), **given)
-
-
-def _fields_of(axis: Axis) -> tuple[str, ...]:
-    return {
-        "layers": ("num_layers",),
-        "dim": ("dim",),
-        "ffn": ("ffn_dim",),
-        "heads": ("global_groups", "local_groups"),
-    }[axis]
 
 
 def _sensitivity(
@@ -276,10 +267,3 @@ def _show(account: dict[str, Any]) -> None:
     if "routing" in account:
         need = Need(**account["routing"])
         console.print(f"windows {need.windows}, top_k {need.top_k}; calibration loss {need.loss:.4f}")
-
-
-def pruned_model(
-    model: DualRoutingTransformer, statistics: Statistics, shape: Shape, criterion: Criterion = "activation"
-) -> DualRoutingTransformer:
-    """`choose` and `slice_model` in one, with correction: for use from Python."""
-    return slice_model(model, choose(model, statistics, shape, criterion), statistics)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
-from dualroute.files import appearing_folder
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.quantized import (
     GROUPED,
@@ -41,11 +40,9 @@ from dualroute.model.store import (
     Checkpoint,
     find_checkpoint,
     load_model,
-    read_checkpoint,
     refuse_quantized,
-    write_description,
+    save_model,
 )
-from dualroute.model.weights_file import write_weights
 
 INT4 = getattr(torch, "int4")  # noqa: B009 - which torch's stubs do not know
 
@@ -206,17 +203,13 @@ def save_quantized(
 
         plain = {name: value.detach() for name, value in tensors.items()}
         tensors, described["tensors"] = flatten_tensor_state_dict(plain)
-    layout = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     metadata: dict[str, Any] = {
         name: source.metadata[name]
         for name in ("step", "tokens", "context", "train_loss", "val_loss")
         if name in source.metadata
     }
     metadata |= {"quantization": described, "source": str(source.folder)}
-    with appearing_folder(output) as aside:
-        write_weights(aside / WEIGHTS, layout, tensors.items())
-        write_description(aside, model.config, source.folder / TOKENIZER, metadata)
-    return read_checkpoint(output)
+    return save_model(model, output, source.folder / TOKENIZER, metadata, tensors=tensors)
 
 
 def quantize(config: QuantizeConfig) -> Checkpoint:
@@ -244,8 +237,3 @@ def quantize(config: QuantizeConfig) -> Checkpoint:
         f"({before / after:.2f} times smaller)"
     )
     return written
-
-
-def quantize_command(config: QuantizeConfig) -> None:
-    """``dualroute quantize``; see :func:`quantize`."""
-    quantize(config)

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dualroute.compress.importance import Shape, heads_per_group
+from dualroute.compress.importance import Shape
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
@@ -30,11 +30,18 @@ Target = Literal["parameters", "flops", "latency"]
 #: A finer grid would only cost time: neighbours differ by less than the prediction's error.
 GRID = 48
 LATENCY_TRIES = 6
+#: fields of `Shape` that an axis changes
+FIELDS: dict[Axis, tuple[str, ...]] = {
+    "layers": ("num_layers",),
+    "dim": ("dim",),
+    "ffn": ("ffn_dim",),
+    "heads": ("global_groups", "local_groups"),
+}
 
 
 def shape_config(config: ModelConfig, shape: Shape) -> ModelConfig:
     """A configuration of that shape; only for counting (windows per layer are left out)."""
-    group = heads_per_group(config)
+    group = config.heads_per_group
     groups = shape.global_groups + shape.local_groups
     if config.attention == "interleaved":
         groups = shape.global_groups
@@ -91,7 +98,7 @@ class Sensitivity:
         return float(np.interp(share, self.sizes, self.losses))
 
 
-def axis_sizes(shape: Shape, axis: Axis, multiple: int, smallest: float = 0.0) -> list[Shape]:
+def axis_sizes(shape: Shape, axis: Axis, multiple: int) -> list[Shape]:
     """The parent's shape with one axis at each size that is allowed, largest (the parent's own) first.
 
     Heads leave in pairs, one key/value group from each route that has more than one.
@@ -114,7 +121,7 @@ def axis_sizes(shape: Shape, axis: Axis, multiple: int, smallest: float = 0.0) -
         full = getattr(shape, field)
         widths = [full, *(w for w in range((full - 1) // multiple * multiple, 0, -multiple))]
         shapes = [dataclasses.replace(shape, **{field: width}) for width in widths]
-    return [one for one in shapes if share(one, shape, axis) >= smallest]
+    return shapes
 
 
 def share(shape: Shape, parent: Shape, axis: Axis) -> float:
@@ -184,7 +191,7 @@ class Search:
         for combination in itertools.product(*self.sizes.values()):
             shape = self.parent
             for axis, one in zip(self.sizes, combination, strict=True):
-                shape = dataclasses.replace(shape, **{f: getattr(one, f) for f in _FIELDS[axis]})
+                shape = dataclasses.replace(shape, **{f: getattr(one, f) for f in FIELDS[axis]})
             yield shape
 
     def _counter(self, target: Literal["parameters", "flops"]) -> Callable[[Shape], float]:
@@ -233,14 +240,6 @@ class Search:
                 f"allow more axes, or keep more"
             )
         return found
-
-
-_FIELDS: dict[Axis, tuple[str, ...]] = {
-    "layers": ("num_layers",),
-    "dim": ("dim",),
-    "ffn": ("ffn_dim",),
-    "heads": ("global_groups", "local_groups"),
-}
 
 
 def _thinned(shapes: list[Shape]) -> list[Shape]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dualroute.compress.calibration import Statistics
-from dualroute.compress.importance import Kept, heads_per_group
+from dualroute.compress.importance import Kept
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
 RIDGE = 1e-3  # λ, as a share of the mean of G's diagonal
@@ -130,7 +130,7 @@ def _columns(weight: Tensor, kept: Tensor, gram: Tensor | None) -> Tensor:
 
 def _config(config: ModelConfig, kept: Kept) -> ModelConfig:
     """The smaller configuration, all widths written out."""
-    group = heads_per_group(config)
+    group = config.heads_per_group
     groups = [len(kept.global_groups[0]), len(kept.local_groups[0])]
     if config.attention == "interleaved":  # each layer has one route, with all of its heads
         counts = {len(g) + len(local) for g, local in zip(kept.global_groups, kept.local_groups, strict=True)}

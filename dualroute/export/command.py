@@ -52,8 +52,7 @@ class ExportConfig:
         output: Folder to make; it appears only when what is in it gives the model's own logits.
         dtype: Of the weights; auto keeps the checkpoint's (hf) or is float32 (onnx, torch-export).
         data: Folder of shards to measure the model on (its split val); the figures go into export.json and
-            the
-            model card.  Without data and text they are those of checkpoint.json.
+            the model card.  Without data and text they are those of checkpoint.json.
         text: A text file to measure on instead.
         context: Tokens the model sees at once when measured; null takes the context it was trained with.
         max_tokens: Measure on this many tokens at most.

@@ -31,7 +31,7 @@ from dualroute.export import check_folder, parity
 from dualroute.export.bundle import bundle
 from dualroute.export.tokenizer_files import trial_texts, write_tokenizer
 from dualroute.model import SamplingConfig, generate
-from dualroute.model.weights_file import write_weights
+from dualroute.model.weights_file import write_tensors
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 24
@@ -40,9 +40,8 @@ ROOTS = ["dualroute.export.configuration_dualroute", "dualroute.export.modeling_
 
 def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
     """Write everything but the model card; returns what is worth knowing of it."""
-    parameters = {f"model.{name}": value.detach() for name, value in loaded.model.named_parameters()}
-    layout = {name: (value.dtype, tuple(value.shape)) for name, value in parameters.items()}
-    write_weights(folder / "model.safetensors", layout, parameters.items())
+    parameters = {f"model.{name}": value for name, value in loaded.model.named_parameters()}
+    write_tensors(folder / "model.safetensors", parameters)
     source, code = write_tokenizer(loaded.tokenizer, folder)
     code += bundle(ROOTS, folder)
     config = config_of(loaded)

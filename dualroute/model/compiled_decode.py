@@ -121,9 +121,10 @@ class DecodeStep(nn.Module):
         """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them."""
         model = self.model
         hidden = model.embedding(tokens)  # (B, dim)
-        head_dim, theta = model.config.head_dim, model.config.rope_theta
-        assert head_dim is not None
-        table = rotary_table(position.view(1), head_dim, theta, hidden.dtype)
+        first: Any = model.layers[0].attention  # all layers rotate alike
+        table = rotary_table(
+            position.view(1), first.head_dim, first.rope_theta, hidden.dtype, first.rope_scaling
+        )
         for layer, cache in zip(model.layers, caches, strict=True):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)

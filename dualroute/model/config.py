@@ -90,6 +90,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self._derived()  # raises where the numbers contradict each other
 
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_heads // (self.num_kv_heads or self.num_heads)
+
     def resolved(self) -> ModelConfig:
         """The same model with every null but the vocabulary's replaced by the number it stands for."""
         derived: dict[str, Any] = dict(self._derived())

@@ -229,7 +229,7 @@ def dual_config(
     """
     dense = config.resolved()
     assert dense.num_kv_heads is not None
-    group = dense.num_heads // dense.num_kv_heads
+    group = dense.heads_per_group
     if both:
         heads = {"global_heads": dense.num_heads, "local_heads": dense.num_heads}
     else:

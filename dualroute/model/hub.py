@@ -28,7 +28,7 @@ from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.hf_config import LLAMA_LIKE, llama_like_config
 from dualroute.model.llama2c import read_llama2c
-from dualroute.model.store import METADATA, TOKENIZER, find_checkpoint, load_model
+from dualroute.model.store import METADATA, TOKENIZER, find_checkpoint, load_model, refuse_quantized
 from dualroute.model.transformer import DualRoutingTransformer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -86,6 +86,7 @@ def load_causal_lm(
     source = Path(source)
     if not is_foreign(source):
         checkpoint = find_checkpoint(source)
+        refuse_quantized(checkpoint, "floats are needed here; give the checkpoint it was made from")
         return load_model(checkpoint).to(dtype), checkpoint.folder / TOKENIZER
     if source.is_file() and source.suffix == ".bin":
         return filled(*read_llama2c(source), str(source), dtype), None

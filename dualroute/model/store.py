@@ -24,13 +24,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.files import appearing_folder, file_sha256
 from dualroute.model.config import ModelConfig
 from dualroute.model.quantized import assemble
 from dualroute.model.transformer import DualRoutingTransformer
-from dualroute.model.weights_file import write_weights
+from dualroute.model.weights_file import write_tensors
 
 CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA = (
     "model.json",
@@ -163,6 +164,7 @@ def save_model(
     tokenizer: str | Path,
     metadata: dict[str, Any],
     extra: Mapping[str, bytes] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint of weights alone: what conversion, pruning and quantisation leave behind.
 
@@ -175,14 +177,15 @@ def save_model(
         tokenizer: The tokenizer file that the ids come from.
         metadata: What else ``checkpoint.json`` should say; ``step`` and ``tokens`` are 0 unless given.
         extra: Other files to put beside the weights, by name.
+        tensors: What to write instead of the parameters, where weights are not floats.
 
     Raises:
         UserError: ``output`` exists already, or cannot be written.
     """
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    layout = {name: (value.dtype, tuple(value.shape)) for name, value in parameters.items()}
+    if tensors is None:
+        tensors = dict(model.named_parameters())
     with appearing_folder(output) as aside:
-        write_weights(aside / WEIGHTS, layout, parameters.items())
+        write_tensors(aside / WEIGHTS, tensors)
         for name, content in (extra or {}).items():
             (aside / name).write_bytes(content)
         write_description(aside, model.config, tokenizer, metadata)

@@ -32,6 +32,12 @@ _NAMES = {
 }
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """:func:`write_weights` for tensors that are all there."""
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    write_weights(path, layout, tensors.items())
+
+
 def write_weights(
     path: Path,
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],

@@ -1,7 +1,7 @@
 """What a model costs to run: bytes on the disk, memory, tokens per second, and what it writes.
 
 Run by the pipeline for each model, in a process of its own so that the peak of its memory is that model's
-alone: ``python -m dualroute.pipeline.speed --checkpoint C --data D --output F.json``.
+alone: ``python -m dualroute.pipeline.speed --checkpoint C --output F.json``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ def tokens_per_second(decode: Callable[[], Iterable[int]]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--sample_tokens", type=int, default=60)

@@ -39,7 +39,7 @@ class Stage:
 
     Attributes:
         name: As in ``--from``; also the folder of its output.
-        command: The command of ``dualroute``, or "speed" and "report", which are the pipeline's own.
+        command: The command of ``dualroute``, or "speed", which is the pipeline's own.
         arguments: All of them.
         output: File or folder that is there when it is done.
         data: Folder of shards that it reads.
@@ -59,9 +59,8 @@ class Stage:
 
     def program(self, launcher: list[str] | None = None) -> list[str]:
         """The command line."""
-        own = {"speed": "dualroute.pipeline.speed"}.get(self.command)
-        if own is not None:
-            return [sys.executable, "-m", own, *self.arguments]
+        if self.command == "speed":
+            return [sys.executable, "-m", "dualroute.pipeline.speed", *self.arguments]
         start = launcher if launcher and self.is_training else [sys.executable, "-m", "dualroute"]
         return [*start, self.command, *self.arguments]
 
@@ -177,12 +176,12 @@ class Planner:
         for label, model in plan.models.items():
             file = self.output / "speed" / f"{label}.json"
             arguments = [
-                f"--checkpoint={model}", f"--output={file}", f"--data={plan.data}",
+                f"--checkpoint={model}", f"--output={file}",
                 f"--tokens={self.config.decode_tokens}", f"--compile={int(self.config.compile)}",
                 f"--sample_tokens={self.config.sample_tokens}",
                 *(f"--prompt={prompt}" for prompt in self.config.prompts),
             ]  # fmt: skip
-            plan.stages.append(Stage(f"speed-{label}", "speed", arguments, file, plan.data, (model,)))
+            plan.stages.append(Stage(f"speed-{label}", "speed", arguments, file, checkpoints=(model,)))
 
     def add(
         self,

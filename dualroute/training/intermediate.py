@@ -8,7 +8,7 @@ teacher's layer), averaged over the pairs and summed over the tokens that have a
     attention   mean over the width of (o_s − o_t)², the outputs of the heads before the output projection,
                 for the global and the local route each
 
-Next: :mod:`~dualroute.training.distill` adds both to the objective.
+Next: :mod:`~dualroute.training.distill_module` adds both to the objective.
 
 The surprising fact: nothing in the model knows of it.  The outputs of a layer and the inputs of its output
 projection pass through hooks that are there for one forward pass only.

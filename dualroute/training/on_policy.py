@@ -5,8 +5,8 @@ student continues prefixes of the data by sampling, and the divergence from the 
 tokens; no gradient goes through the sampling.
 
 In: a batch of :mod:`dualroute.data.module`.  Here: of each window the first tokens of its longest document
-are kept and continued.  Next: :mod:`~dualroute.training.distill` trains on that batch with the divergence
-alone, for its labels are the student's.
+are kept and continued.  Next: :mod:`~dualroute.training.distill_module` trains on that batch with the
+divergence alone, for its labels are the student's.
 
 The surprising fact: which steps these are, and what is drawn in them, is a function of seed, step and place
 only.  So nothing is saved, and a resumed run draws the same.

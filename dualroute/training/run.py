@@ -185,7 +185,7 @@ def check(config: PretrainConfig) -> Prepared:
     leave_out(module, Path(config.output))
     tokenizer = _tokenizer(module)
     if config.init_from is not None:
-        check_same_tokenizer(find_checkpoint(config.init_from).folder, tokenizer, data.path)
+        check_same_tokenizer(find_checkpoint(config.init_from).folder / TOKENIZER, tokenizer, data.path)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
     output = _writable(Path(config.output))
     resume = choose_resume(
@@ -206,13 +206,12 @@ def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(initial, **given))
 
 
-def check_same_tokenizer(folder: Path, tokenizer: Tokenizer, data: str) -> None:
-    """Refuse a checkpoint whose ids mean other text than those of the data.
+def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
+    """Refuse a model whose ids mean other text than those of the data; ``theirs`` is its tokenizer's file.
 
     Raises:
         UserError: Naming both tokenizers.
     """
-    theirs = folder / TOKENIZER
     try:
         same = tokenizer.same_ids(Tokenizer(theirs))
     except UserError:  # missing or damaged

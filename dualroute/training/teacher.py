@@ -28,7 +28,7 @@ from dualroute.files import file_sha256
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.config import ModelConfig
 from dualroute.model.hub import is_foreign, load_causal_lm
-from dualroute.model.store import CONFIG, WEIGHTS, find_checkpoint, load_model
+from dualroute.model.store import CONFIG, TOKENIZER, WEIGHTS, find_checkpoint, load_model, refuse_quantized
 from dualroute.training.run import check_same_tokenizer
 
 
@@ -150,7 +150,8 @@ def load_teacher(
     if is_foreign(path):
         return _foreign_teacher(path, tokenizer, data, context, dtype=dtype, offload=offload)
     checkpoint = find_checkpoint(path)
-    check_same_tokenizer(checkpoint.folder, tokenizer, data)
+    refuse_quantized(checkpoint, "a teacher's head must be floats; give the checkpoint it was made from")
+    check_same_tokenizer(checkpoint.folder / TOKENIZER, tokenizer, data)
     config = ModelConfig.from_file(checkpoint.folder / CONFIG)
     if config.vocab_size != tokenizer.vocab_size:
         raise UserError(
@@ -177,11 +178,7 @@ def _foreign_teacher(
             f"the teacher {path} has no tokenizer beside it: make a checkpoint of both (dualroute convert "
             f"--attention dense --tokenizer FILE) and give that"
         )
-    if not tokenizer.same_ids(Tokenizer(file)):
-        raise UserError(
-            f"{file} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
-            f"other text; prepare the data with it (dualroute prepare --tokenizer {file})"
-        )
+    check_same_tokenizer(file, tokenizer, data)
     if offload and not isinstance(model, DualRoutingTransformer):
         raise UserError(f"distill.teacher_offload cannot be used with {path}, which another library runs")
     longest = model.config.max_context

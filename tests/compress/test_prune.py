@@ -92,7 +92,7 @@ def test_parts_that_do_nothing_can_be_cut_without_a_trace(options):
     ids = torch.randint(40, (2, 70))
     torch.testing.assert_close(small(ids), model(ids), atol=1e-5, rtol=1e-4)
     assert small.num_parameters() < model.num_parameters()
-    assert small.config.num_heads == 4 if config.attention == "dual" else 2
+    assert small.config.num_heads == (4 if config.attention == "dual" else 2)
 
 
 def test_residual_channels_that_are_always_zero_can_go(calibrated):

@@ -34,6 +34,7 @@ KINDS = {
     "local": {"attention": "local"},
     "interleaved": {"attention": "interleaved", "dense_every": 2},
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
+    "biases and scaled RoPE": {"global_mode": "full", "qkv_bias": True, "rope_scaling": {"factor": 4.0}},
 }
 
 
