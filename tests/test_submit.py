@@ -105,6 +105,17 @@ def test_a_chain_is_prepared_trained_and_evaluated(work, capsys):
     assert gpus == ["1", "4", "1"]
 
 
+def test_a_distillation_is_a_job_like_a_pretraining(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset, teacher="runs/teacher", distill={"temperature": 2.0})
+    (script,) = scripts(
+        capsys, "distill", "--config", config, "--nodes", 2, "--", "--init_from", "runs/pruned"
+    )
+    words = shlex.split(script.rstrip().splitlines()[-1])
+    assert words[1:] == ["distill", "--config", config, "--init_from", "runs/pruned"]
+    assert "#SBATCH --nodes=2" in script
+    assert "unknown key 'distill'" in refused(capsys, "pretrain", "--config", config)
+
+
 def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, tiny_dataset, capsys):
     training = {
         "data": {"context": 64},

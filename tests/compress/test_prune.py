@@ -13,7 +13,8 @@ from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.store import find_checkpoint, load_model
+from dualroute.model.hub import load_dense
+from dualroute.model.store import find_checkpoint, load_model, save_model
 
 CPU = torch.device("cpu")
 
@@ -277,6 +278,16 @@ def test_what_cannot_be_done_is_refused(trained, tiny_dataset, tmp_path, values,
             )
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_quantised_checkpoint_is_refused(trained, tiny_dataset, tmp_path):
+    model = load_model(find_checkpoint(trained))
+    said = {"quantization": {"scheme": "int8_weight_only"}}
+    save_model(model, tmp_path / "int8", tiny_dataset / "tokenizer.model", said)
+    with pytest.raises(UserError, match=r"int8 is quantized \(int8_weight_only\): only floats are pruned"):
+        prune(options(tmp_path / "int8", tiny_dataset, tmp_path / "x", ffn_dim=32))
+    with pytest.raises(UserError, match="floats are needed here"):
+        load_dense(tmp_path / "int8")
 
 
 def test_an_output_that_exists_is_left_alone(trained, tiny_dataset):

@@ -1,7 +1,5 @@
 """A student beside its teacher, as a user runs it: learning, resuming, refusing; alone and on two ranks."""
 
-import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +17,7 @@ from dualroute.training import teacher as teachers
 from dualroute.training.metrics_log import read_metrics
 from dualroute.training.on_policy import is_on_policy
 from tests.conftest import ROOT
-from tests.training.test_distributed import torchrun
+from tests.training.test_distributed import run_script, torchrun
 from tests.training.test_pretrain import curve, environment, wait_for_step
 
 COMMON = (
@@ -261,17 +259,7 @@ def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_datas
     parallel = ("--parallel.zero_stage", stage, "--parallel.sequence_parallel", sharing)
     output = tmp_path / "run"
     words = arguments(tiny_dataset, teacher, output, *settings, *parallel, steps=FEW)[1:]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun(), "launch/distill.py", *words],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        text, _ = process.communicate(timeout=200)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, whatever happened
-    assert process.returncode == 0, text[-3000:]
+    run_script(torchrun(), "launch/distill.py", words)
     alone = distil(*settings, steps=FEW)
     for event in ("train", "validation"):
         assert close(curve(output, event), curve(alone, event)) < 1e-5
@@ -323,3 +311,11 @@ def test_a_teacher_of_another_tokenizer_is_refused(tiny_dataset, tmp_path, capsy
     save_model(model, tmp_path / "teacher", other, {})
     assert main(arguments(tiny_dataset, tmp_path / "teacher", tmp_path / "run")) == 2
     assert "is not the tokenizer that" in capsys.readouterr().err
+
+
+def test_a_quantised_teacher_is_refused(tiny_dataset, tmp_path, capsys):
+    model = DualRoutingTransformer(ModelConfig(vocab_size=320, dim=16, num_layers=1, num_heads=2))
+    said = {"quantization": {"scheme": "int8_weight_only"}}
+    save_model(model, tmp_path / "teacher", tiny_dataset / "tokenizer.model", said)
+    assert main(arguments(tiny_dataset, tmp_path / "teacher", tmp_path / "run")) == 2
+    assert "is quantized (int8_weight_only): a teacher's head must be floats" in capsys.readouterr().err

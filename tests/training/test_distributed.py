@@ -36,12 +36,15 @@ def torchrun():
 
 
 def launch(launcher, dataset, output, steps, *more, expect=0):
-    command = [
-        *(sys.executable, *launcher, "launch/pretrain.py", *SMALL, *STABLE),
-        *("--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps), *more),
-    ]
+    run = ["--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps)]
+    return run_script(launcher, "launch/pretrain.py", [*SMALL, *STABLE, *run, *more], expect=expect)
+
+
+def run_script(launcher, script, words, *, expect=0):
+    """What a script prints that ``launcher`` starts on its ranks."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, *launcher, script, *words],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
