@@ -69,12 +69,33 @@ def stepper(
     return run, time.perf_counter() - begin
 
 
+def source_model(options: argparse.Namespace, ffn_dim: int | None = None) -> DualRoutingTransformer:
+    """The float model that variants are made from."""
+    if options.checkpoint:
+        return load_model(find_checkpoint(options.checkpoint)).float()
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        vocab_size=options.vocab_size,
+        dim=options.dim,
+        num_layers=options.layers,
+        num_heads=options.dim // 64,
+        ffn_dim=ffn_dim,
+        max_context=4096,
+        global_mode="routed",
+        top_k=4,
+    )
+    return DualRoutingTransformer(shape).eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="float weights; else random ones of --dim and --layers")
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument(
+        "--pruned_ffn_dim", type=int, help="with random weights: another fp32 and int8, of this ffn_dim"
+    )
     parser.add_argument("--filled", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=30)
@@ -85,28 +106,20 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="folder for the CSV")
     options = parser.parse_args()
+    if options.checkpoint and options.pruned_ffn_dim:
+        parser.error("--pruned_ffn_dim is for random weights: prune a checkpoint with `dualroute prune`")
     device = prepare(options.threads, "cpu")
     require_torchao("this benchmark")
-    if options.checkpoint:
-        source = load_model(find_checkpoint(options.checkpoint)).float()
-    else:
-        torch.manual_seed(0)
-        shape = ModelConfig(
-            vocab_size=options.vocab_size,
-            dim=options.dim,
-            num_layers=options.layers,
-            num_heads=options.dim // 64,
-            max_context=4096,
-            global_mode="routed",
-            top_k=4,
-        )
-        source = DualRoutingTransformer(shape).eval()
+    source = source_model(options)
+    sources = {name: (source, *VARIANTS[name]) for name in options.variants}
+    if options.pruned_ffn_dim:
+        pruned = source_model(options, options.pruned_ffn_dim)
+        sources |= {f"pruned {name}": (pruned, *VARIANTS[name]) for name in ("fp32", "int8")}
     works, took = {}, {}
     sizes = {}
     with torch.no_grad():
-        for name in options.variants:
-            quantization, dtype, compiled = VARIANTS[name]
-            model = copy.deepcopy(source)
+        for name, (original, quantization, dtype, compiled) in sources.items():
+            model = copy.deepcopy(original)
             if quantization is not None:
                 quantize_model(model, quantization)
             model = model.to(dtype).eval()
@@ -118,12 +131,12 @@ def main() -> None:
     base = times.get("fp32", next(iter(times.values())))
     rows = [
         {
-            "variant": name + (" (compiled)" if VARIANTS[name][2] else ""),
+            "variant": name + (" (compiled)" if sources[name][3] else ""),
             "ms per token": f"{seconds / options.steps * 1e3:.2f}",
             "tokens per second": f"{options.steps / seconds:,.0f}",
             "times compiled fp32": f"{base / seconds:.2f}",
             "MB of weights": f"{sizes[name] / 1e6:.1f}",
-            "s to compile": f"{took[name]:.0f}" if VARIANTS[name][2] else "",
+            "s to compile": f"{took[name]:.0f}" if sources[name][3] else "",
         }
         for name, seconds in times.items()
     ]

@@ -14,10 +14,11 @@ that pattern in bfloat16 alone: in float32 it would widen the weights for good.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +66,9 @@ class CompiledDecoder:
                 module.pack_for_cpu()
         if compile:
             check_compiler(model.norm.weight.device)
-            self._step = torch.compile(self._step, fullgraph=True, dynamic=False)
-        self._made: set[tuple[int, ...]] = set()  # what there is a program for
+            options: Any = {"guard_filter_fn": _only_program}
+            self._step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options)
+        self._programs: dict[tuple[Any, ...], int] = {}  # what there is a program for → its number
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, caches: list[LayerCache]) -> Tensor:
@@ -82,10 +84,12 @@ class CompiledDecoder:
             raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
         position = torch.tensor(length, device=tokens.device)
         size = next((size for size in SIZES if size > length), max(caches[0].max_length, length + 1))
-        program = size, len(tokens), caches[0].max_length
-        with contextlib.nullcontext() if program in self._made else freezing():
-            logits = self._step(tokens[:, 0], position, caches, size)
-        self._made.add(program)
+        shapes = size, len(tokens), *_shapes(caches[0])
+        made = shapes in self._programs
+        program = self._programs[shapes] if made else next(_NUMBERS)
+        with contextlib.nullcontext() if made else freezing():
+            logits = self._step(tokens[:, 0], position, caches, size, program)
+        self._programs[shapes] = program
         for cache in caches:
             for part in (cache.global_cache, cache.local_cache):
                 if part is not None:
@@ -93,7 +97,26 @@ class CompiledDecoder:
         return logits
 
 
-def freezing() -> Any:
+#: numbers of programs, of all decoders of the process
+_NUMBERS = itertools.count()
+
+
+def _shapes(cache: LayerCache) -> tuple[Any, ...]:
+    """What a program depends on in the caches, which are alike in all layers."""
+    parts = (cache.global_cache, cache.local_cache)
+    return cache.exact, *((part.keys.shape, part.keys.dtype) for part in parts if part is not None)
+
+
+def _only_program(guards: Sequence[Any]) -> list[bool]:
+    """Which conditions to check before each step: the program's number alone, which stands for all others.
+
+    There are hundreds, on every module of the model, and looking at them takes as long as an int8 layer.
+    """
+    return [guard.name == "program" for guard in guards]
+
+
+@contextlib.contextmanager
+def freezing() -> Iterator[None]:
     """A context in which the compiler takes weights for constants, packs them and tries out kernels.
 
     Set around the call that compiles: torch reads it while it traces, where ``torch.compile``'s own options
@@ -101,13 +124,16 @@ def freezing() -> Any:
     """
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}  # quietly
     if not torch.cuda.is_available():
         options["max_autotune_gemm_backends"] = "CPP,ATEN"
-    return inductor.patch(options)
+    # as many programs as there are lengths of caches: the usual limit of 8 is against surprises
+    with inductor.patch(options), dynamo.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
+        yield
 
 
 class DecodeStep(nn.Module):
@@ -117,8 +143,14 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int) -> Tensor:
-        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them."""
+    def forward(
+        self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int, program: int
+    ) -> Tensor:
+        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them.
+
+        ``program`` is the number of the compiled program that does it.
+        """
+        assert program >= 0  # read, so that the compiler makes it a condition
         model = self.model
         hidden = model.embedding(tokens)  # (B, dim)
         first: Any = model.layers[0].attention  # all layers rotate alike

@@ -68,6 +68,13 @@ def next_token_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor
     return probabilities
 
 
+def draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
+    """The next token for (V,) logits."""
+    if sampling.temperature == 0:
+        return int(logits.float().argmax())  # in half precision argmax is slow on a CPU
+    return int(next_token_probabilities(logits, sampling).multinomial(1, generator=generator))
+
+
 @torch.no_grad()
 def generate(
     model: DualRoutingTransformer,
@@ -104,7 +111,7 @@ def generate(
             else:
                 logits = decoder(fed, caches)[0]
             # drawn on the CPU: the same seed gives the same text on every device
-            token = int(next_token_probabilities(logits.cpu(), sampling).multinomial(1, generator=generator))
+            token = draw(logits.cpu(), sampling, generator)
             yield token
             if token == eos_id:
                 return

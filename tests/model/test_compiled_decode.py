@@ -38,8 +38,8 @@ KINDS = {
 }
 
 
-def build(**changes):
-    torch.manual_seed(0)
+def build(seed=0, **changes):
+    torch.manual_seed(seed)
     model = DualRoutingTransformer(ModelConfig(**(SMALL | {"max_context": 128} | changes))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -114,16 +114,23 @@ def test_int8_caches_are_read_alike(mode):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_a_compiled_step_gives_the_same_logits():
-    model = build(global_mode="routed", top_k=1, num_layers=1)
+def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
+    """Models of equal shapes, caches of several kinds, in turns: each has a program of its own."""
     ids = torch.randint(60, (1, 50))
-    caches, decoder = model.new_caches(1, 50), CompiledDecoder(model)
+    runs = []
+    for seed, length, int8 in [(0, 50, False), (1, 50, False), (1, 64, False), (1, 50, True)]:
+        model = build(seed, global_mode="routed", top_k=1, num_layers=1) if len(runs) < 2 else runs[-1][0]
+        decoder = CompiledDecoder(model) if len(runs) < 2 else runs[-1][1]
+        theirs = model.new_caches(1, length, int8=int8)
+        runs.append((model, decoder, model.new_caches(1, length, int8=int8), theirs))
     with torch.no_grad():
-        expected = model(ids)[0]
-        decoder(ids[:, :30], caches)
-        for at in range(30, 50):
-            found = decoder(ids[:, at : at + 1], caches)[0]
-            torch.testing.assert_close(found, expected[at], rtol=1e-4, atol=1e-4)
+        for begin, end in [(0, 30), *((at, at + 1) for at in range(30, 50))]:
+            for model, decoder, ours, theirs in runs:
+                expected = model.head(model.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
+                found = decoder(ids[:, begin:end], ours)
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    first, second = (run[1]._programs for run in runs[:2])
+    assert (len(first), len(second)) == (1, 3)
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
