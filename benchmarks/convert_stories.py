@@ -51,6 +51,7 @@ def convert(options: argparse.Namespace, source: Path, variant: str, seed: int) 
     if not output.exists():
         routing = ["--window", options.window, "--block", options.block, "--top_k", options.top_k]
         routing += ["--sub_block", min(16, options.block), "--global_mode", options.global_mode]
+        routing += ["--far_summary", options.far_summary]
         texts = ["--calibration_tokens", options.calibration_tokens, "--seed", seed, "--device", "cpu"]
         command("convert", "--source", source, "--output", output, *routing, *texts, *VARIANTS[variant][0])
     return output
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--top_k", type=int, default=4)
     parser.add_argument("--global_mode", default="full")
+    parser.add_argument("--far_summary", default="first_order")
     parser.add_argument("--tokens", type=int, default=204_800, help="of each healing; 0 measures only")
     parser.add_argument("--tokens_per_batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-4)

@@ -47,7 +47,7 @@ from dualroute.model.store import Checkpoint, find_checkpoint, save_model
 
 _ROWS = 32  # texts that are sampled together
 #: What belongs to dual attention alone; null keeps the source's.
-ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary")
+ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router")
 
 
 @dataclass
@@ -72,7 +72,8 @@ class ConvertConfig:
         top_k: Blocks that each token reads exactly; null keeps the source's.
         global_mode: full, routed or auto; null keeps the source's.
         router: minmax, moment or mean; null keeps the source's.
-        far_summary: second_order, first_order or none; null keeps the source's.
+        far_summary: second_order, first_order or none. A model that was not trained with it needs
+            first_order: where keys vary much within a block, the second order's variance outweighs all else.
         data: Folder of shards to measure the heads on; null lets the model write the text.
         calibration_tokens: Tokens to measure on.
         context: Tokens of one text to measure on; null means the model's, 2048 at most.
@@ -94,7 +95,7 @@ class ConvertConfig:
     top_k: int | None = None
     global_mode: Literal["auto", "full", "routed"] | None = None
     router: Literal["minmax", "moment", "mean"] | None = None
-    far_summary: Literal["second_order", "first_order", "none"] | None = None
+    far_summary: Literal["second_order", "first_order", "none"] = "first_order"
     data: str | None = None
     calibration_tokens: int = 16384
     context: int | None = None
@@ -116,7 +117,7 @@ class ConvertConfig:
     @property
     def routing(self) -> dict[str, Any]:
         """What was given of the options of dual attention."""
-        return {name: getattr(self, name) for name in ROUTING}
+        return {name: getattr(self, name) for name in (*ROUTING, "far_summary")}
 
 
 @dataclass(frozen=True)

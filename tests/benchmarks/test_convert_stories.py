@@ -14,7 +14,8 @@ from dualroute.data.reader import ShardReader
 
 TOY = (
     "--context 64 --train_tokens 8192 --val_tokens 2048 --tokens 10240 --tokens_per_batch 512 --lr 1e-3 "
-    "--window 8 --block 8 --top_k 1 --global_mode routed --calibration_tokens 512 --seeds 1"
+    "--window 8 --block 8 --top_k 1 --global_mode routed --far_summary second_order "
+    "--calibration_tokens 512 --seeds 1"
 )
 
 

@@ -60,6 +60,25 @@ def test_a_foreign_model_becomes_a_checkpoint(stories, tmp_path, capsys):
 
 
 @torch.no_grad()
+def test_a_routed_conversion_keeps_the_loss(stories, tmp_path):
+    """By default; the second order, which a model must have been trained with, loses many times as much."""
+    original, _ = load_causal_lm(stories["source"])
+    tokens = continue_batch(original, torch.ones(6, 1).long(), 511, torch.Generator().manual_seed(99))
+
+    def loss(model):
+        return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+
+    routing = {"window": 64, "global_mode": "routed", "block": 16, "sub_block": 16, "top_k": 4}
+    gaps = []
+    for changes in ({}, {"far_summary": "second_order"}):
+        output = str(tmp_path / f"{len(gaps)}")
+        done = convert(ConvertConfig(**stories, output=output, calibration_tokens=2048, **routing, **changes))
+        gaps.append(loss(load_model(done.checkpoint)) / loss(original) - 1)
+    assert gaps[0] < 0.03
+    assert gaps[1] > 5 * abs(gaps[0])
+
+
+@torch.no_grad()
 def test_heads_are_divided_by_distance(stories, tmp_path):
     """What was measured is noted, and heads that look near lose less than any heads."""
     original, _ = load_causal_lm(stories["source"])
