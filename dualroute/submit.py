@@ -35,6 +35,7 @@ ParseStage = Callable[[str, Sequence[str]], Any]
 
 EXAMPLES = """
   dualroute submit pretrain --config configs/pretrain/1b.yaml --nodes 4 --gpus_per_node 8 --time 24:00:00
+  dualroute submit finetune --config configs/pretrain/finetune.yaml --nodes 2 -- --init_from runs/1b
   dualroute submit sweep    --config lr-1.yaml lr-2.yaml lr-3.yaml --gpus_per_node 8 --max_parallel 2
   dualroute submit distill  --config configs/distill/books_5m.yaml --nodes 2 -- --init_from runs/pruned
   dualroute submit pipeline --prepare prepare.yaml --config pretrain.yaml --dry-run
@@ -134,20 +135,26 @@ Scripts = dict[Path, str]
 
 def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
     arguments = [*_configs(options.config), *overrides]
-    config = _checked(options, arguments, parse_stage, options.kind)
+    stage = "distill" if options.kind == "distill" else "pretrain"
+    config = _checked(options, arguments, parse_stage, stage)
+    if options.kind == "finetune" and config.init_from is None:
+        raise UserError(
+            "fine-tuning begins with a model: set init_from, or append `-- --init_from CHECKPOINT`"
+        )
     Manifest.load(config.data.path)
-    return _training_job(options, config, arguments, options.kind)
+    return _training_job(options, config, arguments, stage)
 
 
 def _training_job(
     options: argparse.Namespace, config: Any, arguments: list[str], stage: str = "pretrain"
 ) -> Scripts:
+    name = options.kind if options.kind in KINDS_OF_TRAINING else stage
     folder = Path(config.output).resolve()
     values = _common(options, folder.name, folder / "slurm", "%x-%j.out") | {
         "ARGUMENTS": shlex.join(arguments),
         "COMMAND": f'"${{launch[@]}}" {stage} {shlex.join(arguments)}',
     }
-    return {folder / "slurm" / f"{stage}.sbatch": render("pretrain.sbatch", values, options.template)}
+    return {folder / "slurm" / f"{name}.sbatch": render("pretrain.sbatch", values, options.template)}
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
@@ -239,7 +246,8 @@ def _stages_of_pipeline(
     return scripts
 
 
-KINDS = {"pretrain": _pretrain, "distill": _pretrain, "sweep": _sweep, "pipeline": _pipeline}
+KINDS_OF_TRAINING = ("pretrain", "finetune", "distill")
+KINDS = dict.fromkeys(KINDS_OF_TRAINING, _pretrain) | {"sweep": _sweep, "pipeline": _pipeline}
 
 
 def _configs(files: Sequence[str]) -> list[str]:

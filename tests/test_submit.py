@@ -116,6 +116,14 @@ def test_a_distillation_is_a_job_like_a_pretraining(work, tiny_dataset, capsys):
     assert "unknown key 'distill'" in refused(capsys, "pretrain", "--config", config)
 
 
+def test_a_finetuning_is_a_pretraining_that_begins_with_weights(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)
+    (script,) = scripts(capsys, "finetune", "--config", config, "--", "--init_from", "runs/base")
+    words = shlex.split(script.rstrip().splitlines()[-1])
+    assert words[1:] == ["pretrain", "--config", config, "--init_from", "runs/base"]
+    assert "init_from" in refused(capsys, "finetune", "--config", config)
+
+
 def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, tiny_dataset, capsys):
     training = {
         "data": {"context": 64},
