@@ -19,6 +19,8 @@ from dualroute.model.transformer import DualRoutingTransformer
 
 Decoder = Callable[[Tensor, list[Any]], Tensor]
 
+NUCLEUS = 1024  # tokens in which the nucleus of top_p is looked for first
+
 
 @dataclass
 class SamplingConfig:
@@ -49,30 +51,35 @@ class SamplingConfig:
             raise UserError(f"top_p is {self.top_p}: it must be in (0, 1]")
 
 
-def next_token_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Distribution of the next token, (V,) logits → (V,) probabilities in float32."""
+def next_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Tokens that may come next: (V,) logits → their ids and float32 probabilities, (m,), whose sum is 1."""
     logits = logits.float()
     if sampling.temperature == 0:
-        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
-    logits = logits / sampling.temperature
+        return logits.argmax().view(1), logits.new_ones(1)
+    ids = torch.arange(logits.numel(), device=logits.device)
     if 0 < sampling.top_k < logits.numel():
-        threshold = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    probabilities = torch.softmax(logits, -1)
+        logits, ids = logits.topk(sampling.top_k)
+    probabilities = torch.softmax(logits / sampling.temperature, -1)
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        # a token stays while the mass *before* it has not reached top_p: the most likely always stays
-        dropped = order[ordered.cumsum(0) - ordered >= sampling.top_p]
-        probabilities = probabilities.index_fill(0, dropped, 0.0)
-        probabilities = probabilities / probabilities.sum()
-    return probabilities
+        # sorting a large vocabulary takes longer than a small model's step: begin with the most likely ones
+        kept = count = 0
+        while kept == count < ids.numel():
+            count = min(8 * count or NUCLEUS, ids.numel())
+            ordered, order = probabilities.topk(count)
+            # a token stays while the mass *before* it has not reached top_p: the most likely always stays
+            kept = int((ordered.cumsum(0) - ordered < sampling.top_p).sum())
+        ids, probabilities = ids[order[:kept]], ordered[:kept]
+    return ids, probabilities / probabilities.sum()
 
 
 def draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """The next token for (V,) logits."""
-    if sampling.temperature == 0:
-        return int(logits.float().argmax())  # in half precision argmax is slow on a CPU
-    return int(next_token_probabilities(logits, sampling).multinomial(1, generator=generator))
+    """The next token for (V,) logits: where a uniform number falls among the summed probabilities."""
+    ids, probabilities = next_tokens(logits, sampling)
+    if ids.numel() == 1:
+        return int(ids)
+    summed = probabilities.double().cumsum(0)
+    place = summed[-1] * torch.rand(1, generator=generator, dtype=torch.double)
+    return int(ids[torch.searchsorted(summed, place, right=True).clamp_max(ids.numel() - 1)])
 
 
 @torch.no_grad()

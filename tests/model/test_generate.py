@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
-from dualroute.model.generate import continue_batch, next_token_probabilities
+from dualroute.model.generate import continue_batch, draw, next_tokens
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,42 @@ def test_training_mode_is_restored(model):
     assert model.training
 
 
+def distribution(logits, **sampling):
+    """(V,) probabilities of what may come next."""
+    ids, probabilities = next_tokens(logits, SamplingConfig(**({"top_p": 1, "temperature": 1} | sampling)))
+    assert len(ids.unique()) == len(ids)
+    return torch.zeros_like(logits).index_put((ids,), probabilities)
+
+
 def test_top_k_and_top_p_keep_the_most_likely_tokens():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    full = next_token_probabilities(logits, SamplingConfig(temperature=1, top_p=1))
-    torch.testing.assert_close(full, logits.softmax(-1))
-    two = next_token_probabilities(logits, SamplingConfig(temperature=1, top_k=2, top_p=1))
+    logits = torch.tensor([1.0, 2.0, 0.0, -1.0])
+    torch.testing.assert_close(distribution(logits), logits.softmax(-1))
+    torch.testing.assert_close(distribution(logits, temperature=2), (logits / 2).softmax(-1))
+    two = distribution(logits, top_k=2)
     torch.testing.assert_close(two[:2], logits[:2].softmax(-1))
     assert two[2:].sum() == 0
     # cumulative mass is .64, .88, .97: 0.7 is reached with the second token
-    nucleus = next_token_probabilities(logits, SamplingConfig(temperature=1, top_p=0.7))
-    torch.testing.assert_close(nucleus, two)
+    torch.testing.assert_close(distribution(logits, top_p=0.7), two)
+    torch.testing.assert_close(distribution(logits, top_k=3, top_p=0.7), two)
+    assert distribution(logits, temperature=0).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 0.9999])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_sorting_all(top_p):
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    ordered, order = logits.double().softmax(-1).sort(descending=True)
+    kept = order[ordered.cumsum(0) - ordered < top_p]
+    expected = torch.zeros_like(logits)
+    expected[kept] = logits[kept].softmax(-1)
+    torch.testing.assert_close(distribution(logits, top_p=top_p), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    logits = torch.tensor([1.0, 2.0, -1.0, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw(logits, SamplingConfig(temperature=1, top_p=1), generator) for _ in range(4000)]
+    found = torch.tensor(drawn).bincount(minlength=4) / 4000
+    torch.testing.assert_close(found, logits.softmax(-1), rtol=0, atol=0.025)  # three standard deviations
 
 
 @pytest.mark.parametrize(
