@@ -305,7 +305,14 @@ def _load(path: Path) -> dict[str, Any]:
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
+        def stage_named(stages: Any, name: str) -> ZeroStageEnum:
+            """For getattr, with which early releases of Python 3.11 pickle members of an enumeration."""
+            if stages is not ZeroStageEnum:
+                raise pickle.UnpicklingError(f"{stages!r} is no ZeRO stage")
+            return ZeroStageEnum[name]
+
         allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        allowed.append((stage_named, "builtins.getattr"))
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
