@@ -142,13 +142,16 @@ def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: Pa
             "fine-tuning begins with a model: set init_from, or append `-- --init_from CHECKPOINT`"
         )
     Manifest.load(config.data.path)
-    return _training_job(options, config, arguments, stage)
+    return _training_job(options, config, arguments, stage, options.kind)
 
 
 def _training_job(
-    options: argparse.Namespace, config: Any, arguments: list[str], stage: str = "pretrain"
+    options: argparse.Namespace,
+    config: Any,
+    arguments: list[str],
+    stage: str = "pretrain",
+    name: str = "pretrain",
 ) -> Scripts:
-    name = options.kind if options.kind in KINDS_OF_TRAINING else stage
     folder = Path(config.output).resolve()
     values = _common(options, folder.name, folder / "slurm", "%x-%j.out") | {
         "ARGUMENTS": shlex.join(arguments),
@@ -246,8 +249,11 @@ def _stages_of_pipeline(
     return scripts
 
 
-KINDS_OF_TRAINING = ("pretrain", "finetune", "distill")
-KINDS = dict.fromkeys(KINDS_OF_TRAINING, _pretrain) | {"sweep": _sweep, "pipeline": _pipeline}
+KINDS = {
+    **dict.fromkeys(("pretrain", "finetune", "distill"), _pretrain),
+    "sweep": _sweep,
+    "pipeline": _pipeline,
+}
 
 
 def _configs(files: Sequence[str]) -> list[str]:

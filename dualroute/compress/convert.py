@@ -46,8 +46,8 @@ from dualroute.model.hub import is_foreign, load_dense
 from dualroute.model.store import Checkpoint, find_checkpoint, save_model
 
 _ROWS = 32  # texts that are sampled together
-#: What belongs to dual attention alone; null keeps the source's.
-ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router")
+#: What belongs to dual attention alone.
+ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary")
 
 
 @dataclass
@@ -72,8 +72,8 @@ class ConvertConfig:
         top_k: Blocks that each token reads exactly; null keeps the source's.
         global_mode: full, routed or auto; null keeps the source's.
         router: minmax, moment or mean; null keeps the source's.
-        far_summary: second_order, first_order or none. A model that was not trained with it needs
-            first_order: where keys vary much within a block, the second order's variance outweighs all else.
+        far_summary: second_order, first_order or none; null means first_order, since the second order's
+            variance outweighs all else where a model not trained with it has keys that vary much in a block.
         data: Folder of shards to measure the heads on; null lets the model write the text.
         calibration_tokens: Tokens to measure on.
         context: Tokens of one text to measure on; null means the model's, 2048 at most.
@@ -95,7 +95,7 @@ class ConvertConfig:
     top_k: int | None = None
     global_mode: Literal["auto", "full", "routed"] | None = None
     router: Literal["minmax", "moment", "mean"] | None = None
-    far_summary: Literal["second_order", "first_order", "none"] = "first_order"
+    far_summary: Literal["second_order", "first_order", "none"] | None = None
     data: str | None = None
     calibration_tokens: int = 16384
     context: int | None = None
@@ -116,8 +116,9 @@ class ConvertConfig:
 
     @property
     def routing(self) -> dict[str, Any]:
-        """What was given of the options of dual attention."""
-        return {name: getattr(self, name) for name in (*ROUTING, "far_summary")}
+        """The options of dual attention; null keeps the source's."""
+        given = {name: getattr(self, name) for name in ROUTING}
+        return given | {"far_summary": self.far_summary or "first_order"}
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _shapes(cache: LayerCache) -> tuple[Any, ...]:
 def _only_program(guards: Sequence[Any]) -> list[bool]:
     """Which conditions to check before each step: the program's number alone, which stands for all others.
 
-    There are hundreds, on every module of the model, and looking at them takes as long as an int8 layer.
+    There are hundreds, on every module of the model, and Python looks at all of them before each step.
     """
     return [guard.name == "program" for guard in guards]
 

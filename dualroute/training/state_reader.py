@@ -312,7 +312,7 @@ def _load(path: Path) -> dict[str, Any]:
             return ZeroStageEnum[name]
 
         allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        allowed.append((stage_named, "builtins.getattr"))
+        allowed += [(stage_named, "builtins.getattr")]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

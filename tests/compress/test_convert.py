@@ -59,21 +59,23 @@ def test_a_foreign_model_becomes_a_checkpoint(stories, tmp_path, capsys):
     assert main(["generate", "--checkpoint", stories["source"]]) == 2
 
 
+def loss_on(model, tokens):
+    """Nats per token of texts (B, n + 1)."""
+    return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+
+
 @torch.no_grad()
 def test_a_routed_conversion_keeps_the_loss(stories, tmp_path):
     """By default; the second order, which a model must have been trained with, loses many times as much."""
     original, _ = load_causal_lm(stories["source"])
     tokens = continue_batch(original, torch.ones(6, 1).long(), 511, torch.Generator().manual_seed(99))
 
-    def loss(model):
-        return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
-
     routing = {"window": 64, "global_mode": "routed", "block": 16, "sub_block": 16, "top_k": 4}
     gaps = []
     for changes in ({}, {"far_summary": "second_order"}):
         output = str(tmp_path / f"{len(gaps)}")
         done = convert(ConvertConfig(**stories, output=output, calibration_tokens=2048, **routing, **changes))
-        gaps.append(loss(load_model(done.checkpoint)) / loss(original) - 1)
+        gaps.append(loss_on(load_model(done.checkpoint), tokens) / loss_on(original, tokens) - 1)
     assert gaps[0] < 0.03
     assert gaps[1] > 5 * abs(gaps[0])
 
@@ -83,9 +85,6 @@ def test_heads_are_divided_by_distance(stories, tmp_path):
     """What was measured is noted, and heads that look near lose less than any heads."""
     original, _ = load_causal_lm(stories["source"])
     tokens = continue_batch(original, torch.ones(8, 1).long(), 128, torch.Generator().manual_seed(99))
-
-    def loss(model):
-        return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
 
     losses = {}
     for choose in ("distance", "random"):
@@ -103,8 +102,8 @@ def test_heads_are_divided_by_distance(stories, tmp_path):
             assert done.mass.shape == (5, 8)
             noted = torch.tensor(note["mass_beyond_window"], dtype=torch.float64)
             torch.testing.assert_close(noted, done.mass, rtol=0, atol=1e-6)
-        losses[choose] = loss(model)
-    assert loss(original) < losses["distance"] < losses["random"]
+        losses[choose] = loss_on(model, tokens)
+    assert loss_on(original, tokens) < losses["distance"] < losses["random"]
 
 
 @torch.no_grad()
@@ -154,6 +153,7 @@ def test_a_vocabulary_with_padding_is_cut_to_the_tokenizer(dense, tiny_dataset, 
     ("options", "named"),
     [
         ({"attention": "dense", "window": 8}, "window works with --attention dual only"),
+        ({"attention": "dense", "far_summary": "none"}, "far_summary works with --attention dual only"),
         ({"heads": "both", "local_heads": 2}, "local_heads works with --heads divide only"),
         ({"calibration_tokens": 0}, "calibration_tokens is 0"),
         ({"context": 1}, "context is 1"),

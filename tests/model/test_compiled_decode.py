@@ -123,12 +123,13 @@ def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
         decoder = CompiledDecoder(model) if len(runs) < 2 else runs[-1][1]
         theirs = model.new_caches(1, length, int8=int8)
         runs.append((model, decoder, model.new_caches(1, length, int8=int8), theirs))
+    tolerances = [1e-4, 1e-4, 1e-4, 1e-3]  # the last cache rounds
     with torch.no_grad():
         for begin, end in [(0, 30), *((at, at + 1) for at in range(30, 50))]:
-            for model, decoder, ours, theirs in runs:
+            for (model, decoder, ours, theirs), tolerance in zip(runs, tolerances, strict=True):
                 expected = model.head(model.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
                 found = decoder(ids[:, begin:end], ours)
-                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     first, second = (run[1]._programs for run in runs[:2])
     assert (len(first), len(second)) == (1, 3)
 
