@@ -5,7 +5,8 @@
   night in the queue; a template of ``slurm/`` is filled in and kept as ``OUTPUT/slurm/*.sbatch``.
 - Next: ``sbatch``; on the nodes ``srun`` starts ``dualroute pretrain``, which finds its place in the world
   from Slurm's variables (``training/environment.py``) and stops when Slurm says so
-  (``training/preemption.py``).
+  (``training/preemption.py``); after a stall the script asks Slurm to run it again
+  (``training/requeue.py``).
 
 The surprising fact: the templates are plain bash to be read and edited.  Nothing is hidden here but the
 replacement of ``@NAME@``.
@@ -74,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="24:00:00",
         help="limit of one start; a requeued job gets it anew (default 24:00:00)",
     )
+    add("--stall_requeues", type=int, default=3, metavar="N",
+        help="run the job again after a stall or the death of a rank, at most N times without a newer "
+             "checkpoint since the last one (default 3, 0 never)")  # fmt: skip
     add("--partition")
     add("--account")
     add("--qos")
@@ -101,6 +105,8 @@ def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
     for name in ("nodes", "tasks_per_node", "cpus_per_task", "max_parallel"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}: it must be at least 1")
+    if options.stall_requeues < 0:
+        raise UserError(f"--stall_requeues is {options.stall_requeues}: it must be 0 (never) or more")
     _check_time(options.time)
     scripts = KINDS[options.kind](options, overrides, parse_stage)
     if options.dry_run:
@@ -156,6 +162,7 @@ def _training_job(
     values = _common(options, folder.name, folder / "slurm", "%x-%j.out") | {
         "ARGUMENTS": shlex.join(arguments),
         "COMMAND": f'"${{launch[@]}}" {stage} {shlex.join(arguments)}',
+        "OUTPUT": shlex.quote(str(folder)),
     }
     return {folder / "slurm" / f"{name}.sbatch": render("pretrain.sbatch", values, options.template)}
 
@@ -176,6 +183,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: Parse
     values = _common(options, "sweep", folder, "%x-%A_%a.out") | {
         "ARRAY": f"0-{len(of_output) - 1}{limit}",
         "CONFIGS": "\n".join(f"    {shlex.quote(str(Path(file).resolve()))}" for file in options.config),
+        "OUTPUTS": "\n".join(f"    {shlex.quote(str(output))}" for output in of_output),
         "ARGUMENTS": shlex.join(overrides),
     }
     return {folder / "sweep.sbatch": render("sweep.sbatch", values, options.template)}
@@ -220,14 +228,15 @@ def _stages_of_pipeline(
     scripts: Scripts = {}
     names: list[str] = []
 
-    def add(training: bool) -> None:
+    def add(run: Path | None = None) -> None:  # the folder of a training
         words = [*arguments, "--only", ",".join(names)]
         values = _common(
-            options, f"{folder.name}-{names[0]}", folder / "slurm", "%x-%j.out", training=training
+            options, f"{folder.name}-{names[0]}", folder / "slurm", "%x-%j.out", training=run is not None
         )
-        if training:
+        if run is not None:
             command = f"{values['PYTHON']} -m dualroute pipeline {shlex.join(words)}"
             values |= {"ARGUMENTS": "", "COMMAND": f'{command} --launcher "${{launch[*]}}"'}
+            values |= {"OUTPUT": shlex.quote(str(run.resolve()))}
             text = render("pretrain.sbatch", values, options.template)
         else:
             values |= {"STAGE": "pipeline", "ARGUMENTS": shlex.join(words)}
@@ -238,14 +247,14 @@ def _stages_of_pipeline(
     for stage in plan.stages:
         if stage.is_training:
             if names:
-                add(training=False)
+                add()
             _checked(options, stage.arguments, parse_stage, stage.command)
             names.append(stage.name)
-            add(training=True)
+            add(stage.output)
         else:
             names.append(stage.name)
     names.append("report")
-    add(training=False)
+    add()
     return scripts
 
 
@@ -333,7 +342,11 @@ def _common(
         "PYTHON": shlex.quote(sys.executable),
     }
     if training:
-        values |= {"NODES": str(options.nodes), "TASKS_PER_NODE": str(options.tasks_per_node)}
+        values |= {
+            "NODES": str(options.nodes),
+            "TASKS_PER_NODE": str(options.tasks_per_node),
+            "STALL_REQUEUES": str(options.stall_requeues),
+        }
     return values
 
 

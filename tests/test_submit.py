@@ -43,6 +43,14 @@ def scripts(capsys, *arguments):
     return ["#!/bin/bash" + script for script in text.split("#!/bin/bash")[1:]]
 
 
+def command(script):
+    """The line that trains, or that does the stage."""
+    lines = [
+        line for line in script.splitlines() if re.search(r" -m dualroute [a-z]|^.\$\{launch\[@\]\}", line)
+    ]
+    return lines[-1].removesuffix(" || status=$?")
+
+
 def refused(capsys, *arguments):
     assert main(["submit", *map(str, arguments)]) == 2
     return capsys.readouterr().err
@@ -60,11 +68,13 @@ def test_a_job_has_the_resources_that_were_asked_for(work, tiny_dataset, capsys)
         "--partition=gpu", "--constraint=a100", "--signal=USR1@120", "--requeue", "--open-mode=append",
         "--job-name=my_run", f"--output='{work}/runs/my run/slurm/%x-%j.out'",
     }  # fmt: skip
-    # the training is the last command: its exit status is the job's
-    launch, command = script.rstrip().splitlines()[-2:]
+    launch, status, train, *_, asked, end = script.rstrip().splitlines()[-6:]
     assert launch.startswith("launch=(srun --kill-on-bad-exit=1 ")
     assert launch.endswith(f"{sys.executable} -m dualroute)")
-    assert command == f'"${{launch[@]}}" pretrain --config {shlex.quote(config)}'
+    assert train == f'"${{launch[@]}}" pretrain --config {shlex.quote(config)} || status=$?'
+    # the training's exit status is the job's
+    assert (status, end) == ("status=0", 'exit "$status"')
+    assert asked.endswith(f"""--status "$status" --limit 3 --output '{work}/runs/my run'""")
     for time in ("5", "5:00", "0:05:00", "0-1", "1-00:00"):
         assert f"--time={time}\n" in scripts(capsys, "pretrain", "--config", config, "--time", time)[0]
     assert not (work / "runs").exists()
@@ -89,7 +99,7 @@ def test_on_cpus_a_node_has_one_process_and_options_of_the_stage_follow(work, ti
     )
     assert "--ntasks-per-node=1" in script
     assert "gpus" not in re.sub(r"^#  .*$", "", script, flags=re.M)
-    words = shlex.split(script.rstrip().splitlines()[-1])
+    words = shlex.split(command(script))
     assert words[-1] == f'["{prompt}"]'
 
 
@@ -97,9 +107,9 @@ def test_a_chain_is_prepared_trained_and_evaluated(work, capsys):
     config = configuration(work, "shards")
     (work / "prepare.yaml").write_text("output: shards")
     chain = scripts(capsys, "pipeline", "--prepare", "prepare.yaml", "--config", config, "--gpus_per_node", 4)
-    lines = [script.rstrip().splitlines()[-1] for script in chain]
+    lines = [command(script) for script in chain]
     commands = [re.split(r' -m dualroute |"\$\{launch\[@\]\}" ', line)[1] for line in lines]
-    assert [command.split()[0] for command in commands] == ["prepare", "pretrain", "evaluate"]
+    assert [line.split()[0] for line in commands] == ["prepare", "pretrain", "evaluate"]
     assert commands[2].startswith("evaluate --checkpoint runs/run --data shards")
     gpus = [re.search(r"^#SBATCH --gpus-per-node=(\d)", script, re.M)[1] for script in chain]
     assert gpus == ["1", "4", "1"]
@@ -110,7 +120,7 @@ def test_a_distillation_is_a_job_like_a_pretraining(work, tiny_dataset, capsys):
     (script,) = scripts(
         capsys, "distill", "--config", config, "--nodes", 2, "--", "--init_from", "runs/pruned"
     )
-    words = shlex.split(script.rstrip().splitlines()[-1])
+    words = shlex.split(command(script))
     assert words[1:] == ["distill", "--config", config, "--init_from", "runs/pruned"]
     assert "#SBATCH --nodes=2" in script
     assert "unknown key 'distill'" in refused(capsys, "pretrain", "--config", config)
@@ -119,7 +129,7 @@ def test_a_distillation_is_a_job_like_a_pretraining(work, tiny_dataset, capsys):
 def test_a_finetuning_is_a_pretraining_that_begins_with_weights(work, tiny_dataset, capsys):
     config = configuration(work, tiny_dataset)
     (script,) = scripts(capsys, "finetune", "--config", config, "--", "--init_from", "runs/base")
-    words = shlex.split(script.rstrip().splitlines()[-1])
+    words = shlex.split(command(script))
     assert words[1:] == ["pretrain", "--config", config, "--init_from", "runs/base"]
     assert "init_from" in refused(capsys, "finetune", "--config", config)
 
@@ -133,7 +143,7 @@ def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, ti
                 "recover": training, "prune": {"keep": 0.5, "multiple": 16}}  # fmt: skip
     (work / "pipeline.yaml").write_text(yaml.safe_dump(sections))
     chain = scripts(capsys, "pipeline", "--config", "pipeline.yaml", "--nodes", 2, "--", "--rounds", 2)
-    lines = [shlex.split(script.rstrip().splitlines()[-1]) for script in chain]
+    lines = [shlex.split(command(script)) for script in chain]
     assert [line[line.index("--only") + 1].split(",")[0] for line in lines] == [
         "pretrain", "prune-1", "recover-1", "prune-2", "recover-2", "quantize",
     ]  # fmt: skip
@@ -141,6 +151,9 @@ def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, ti
     for script, line in zip(chain, lines, strict=True):
         training_job = "--launcher" in line
         assert ("#SBATCH --nodes=2" in script) == training_job
+        if training_job:
+            run = work / "runs" / "small" / line[line.index("--only") + 1]
+            assert f"--limit 3 --output {run}\n" in script
         assert line[line.index("pipeline") + 1 :][:4] == [
             "--config",
             str(work / "pipeline.yaml"),
@@ -156,15 +169,19 @@ def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, ti
 
 def test_a_sweep_has_a_task_for_each_file(work, tiny_dataset, capsys):
     files = [configuration(work, tiny_dataset, name) for name in ("a", "b", "c")]
-    (script,) = scripts(capsys, "sweep", "--config", *files, "--max_parallel", 2)
+    (script,) = scripts(capsys, "sweep", "--config", *files, "--max_parallel", 2, "--stall_requeues", 0)
     assert "#SBATCH --array=0-2%2" in script
     assert re.findall(r"^    (\S+\.yaml)$", script, re.M) == files
+    runs = "\n".join(f"    {work}/runs/{name}" for name in ("a", "b", "c"))
+    assert f"outputs=(\n{runs}\n)\n" in script
+    assert "--limit 0 " in script
 
 
 def test_what_cannot_run_is_not_queued(work, tiny_dataset, capsys):
     config = configuration(work, tiny_dataset)
     assert "--config" in refused(capsys, "pretrain")
     assert "--nodes is 0" in refused(capsys, "pretrain", "--config", config, "--nodes", 0)
+    assert "--stall_requeues is -1" in refused(capsys, "pretrain", "--config", config, "--stall_requeues", -1)
     assert "--time soon" in refused(capsys, "pretrain", "--config", config, "--time", "soon")
     for time in ("4", "0-0:04", "00:04:59", "4:59"):
         assert "under 5 minutes" in refused(capsys, "pretrain", "--config", config, "--time", time)

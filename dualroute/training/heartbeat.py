@@ -19,6 +19,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,7 @@ class Beat:
         where: After an alarm: file, line and function of the main thread, outside libraries if possible.
         collectives: After an alarm: collectives that were started, by torch's flight recorder; -1 unknown.
         answers: The alarm that this answers, or "".
+        job_start: See :func:`this_start`.
     """
 
     rank: int
@@ -62,6 +64,7 @@ class Beat:
     where: str = ""
     collectives: int = -1
     answers: str = ""
+    job_start: str = ""
     time: float = 0.0
 
 
@@ -88,6 +91,13 @@ def this_place() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
+
+
+def this_start(environ: Mapping[str, str]) -> str:
+    """What tells the starts of a Slurm job apart, the same on its ranks and in its script; else ""."""
+    if "SLURM_JOB_ID" not in environ:
+        return ""
+    return f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def started_at(pid: int) -> float:
@@ -122,7 +132,14 @@ class Heart:
     def __init__(self, run: Path, rank: int) -> None:
         self.run = run
         self.path = beat_path(run, rank)
-        self._beat = Beat(rank, socket.gethostname(), this_place(), os.getpid(), started_at(os.getpid()))
+        self._beat = Beat(
+            rank,
+            socket.gethostname(),
+            this_place(),
+            os.getpid(),
+            started_at(os.getpid()),
+            job_start=this_start(os.environ),
+        )
         # one tuple, replaced as a whole: a thread that reads it never sees half of it
         self._position = (0, 0, "start", time.monotonic())
         self._writing = threading.Lock()  # the last words of the main thread must not be lost

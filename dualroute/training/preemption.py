@@ -3,7 +3,7 @@
 - In: the flag of ``training/stop_signal.py``, which each rank sees at a moment of its own.
 - Here: after each optimizer step, and after each validation, the ranks take the maximum of their flags, so
   that all of them stop after the same step; the checkpoint goes through the run's publisher.  Then rank zero
-  asks Slurm to queue the job again.
+  asks Slurm to queue the job again (``training/requeue.py``).
 - Next: the process ends with `PREEMPTED`; the requeued job runs the same command, which resumes.
 
 The surprising fact: the exit status is not 0 although all went well.  Where Slurm did requeue the job it does
@@ -13,11 +13,7 @@ job is COMPLETED, and the next stage of an ``afterok`` chain would start with ha
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import subprocess
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dualroute.errors import RUN_AGAIN
 from dualroute.training import stop_signal
 from dualroute.training.checkpoint import CheckpointPublisher
+from dualroute.training.requeue import requeue_job
 
 PREEMPTED = RUN_AGAIN
 """Exit status of a run that saved and stopped before its last step."""
@@ -104,39 +101,3 @@ def stop_for_requeue(trainer: Trainer, preemption: Preemption) -> int:
     # a rank that ends early would make srun --kill-on-bad-exit end rank zero before it has asked Slurm
     trainer.strategy.barrier("job requeued")
     return PREEMPTED
-
-
-def requeue_job(environ: Mapping[str, str] | None = None) -> str:
-    """Put this process's Slurm job back into the queue.
-
-    Only a batch job that is RUNNING and may be requeued: a cancelled one would be raised from the dead.
-
-    Returns:
-        Why it was not done; empty if it was.
-    """
-    environ = os.environ if environ is None else environ
-    if "SLURM_JOB_ID" not in environ:
-        return "not a Slurm job"
-    job = environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in environ:  # one task of an array has the array's own number as its job id
-        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        shown = _scontrol("--oneliner", "show", "job", job)
-        facts = dict(re.findall(r"\b(JobState|Requeue|BatchFlag)=(\S+)", shown.stdout))
-        if shown.returncode or not facts:
-            return f"scontrol show job {job}: {shown.stderr.strip() or 'no such job'}"
-        if facts.get("JobState") != "RUNNING":
-            return f"job {job} is {facts.get('JobState')}"
-        if facts.get("Requeue") != "1" or facts.get("BatchFlag") == "0":
-            return f"job {job} may not be requeued: submit it with sbatch --requeue"
-        done = _scontrol("requeue", job)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"job {job} was not requeued: {error}"
-    # Slurm obeys by ending the job, scontrol with it
-    if done.returncode not in (0, -signal.SIGTERM, -signal.SIGKILL):
-        return f"scontrol requeue {job}: {done.stderr.strip()}"
-    return ""
-
-
-def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60, check=False)

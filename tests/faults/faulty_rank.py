@@ -1,6 +1,6 @@
 """One rank of a real pretraining in which something goes wrong; started by tests/faults as a process.
 
-``faulty_rank.py FAULT RANK STEP dualroute-pretrain-arguments``: rank RANK does FAULT in optimizer step STEP.
+``faulty_rank.py FAULT RANK STEP pretrain --option …``: rank RANK does FAULT in optimizer step STEP.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def skip_a_reduction(step: int) -> None:
 if __name__ == "__main__":
     fault, rank, step, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    if int(rank) == int(os.environ.get("RANK", "0")):
+    if int(rank) == int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
         if fault == "skip":
             skip_a_reduction(int(step))
         elif fault in ("spoil", "spoil_all"):
@@ -108,4 +108,5 @@ if __name__ == "__main__":
             compute_wrongly_once(int(step))
         else:
             at_step(int(step), FAULTS[fault])
-    sys.exit(main(["pretrain", *arguments]))
+    sys.argv[1:] = arguments
+    sys.exit(main())

@@ -29,7 +29,7 @@ def start(
 ) -> list[subprocess.Popen[str]]:
     """``fault`` is (what, which rank, which step) of faulty_rank.py."""
     command = [
-        *(sys.executable, "-m", "tests.faults.faulty_rank", *map(str, fault), *SMALL, *WATCHED),
+        *(sys.executable, "-m", "tests.faults.faulty_rank", *map(str, fault), "pretrain", *SMALL, *WATCHED),
         *("--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps), *more),
     ]
     port = free_port()

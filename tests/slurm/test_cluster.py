@@ -7,7 +7,9 @@ import time
 import pytest
 import yaml
 
+from dualroute.submit import template_folder
 from tests.conftest import write_corpus
+from tests.faults.ranks import WATCHED
 from tests.training.test_pretrain import curve, train
 
 pytestmark = pytest.mark.slow
@@ -192,6 +194,59 @@ def test_a_stopped_job_that_slurm_does_not_run_again_is_no_success(
         assert cluster.wait(job, "CANCELLED")["Restarts"] == "0"
     for name in ("fixed", "cancelled"):
         assert (work / "runs" / name / "checkpoints" / "last" / "checkpoint.json").exists()
+
+
+def faulty(folder, name, *faults):
+    """A template whose rank does (what, which rank, which step) in the job's first start, the second, …"""
+    text = (template_folder() / "pretrain.sbatch").read_text()
+    told = " ".join(f"'{what} {rank} {step}'" for what, rank, step in faults)
+    wrong = (
+        f'faults=({told})\nfault="${{faults[${{SLURM_RESTART_COUNT:-0}}]:-none 0 0}}"\n'
+        'launch=(srun --kill-on-bad-exit=1 "${keep_signals[@]}" @PYTHON@ -m tests.faults.faulty_rank $fault)'
+    )
+    path = folder / f"{name}.sbatch"
+    path.write_text(re.sub(r"^launch=.*$", lambda _: wrong, text, flags=re.M))
+    return path
+
+
+def test_after_a_stall_and_after_a_death_slurm_runs_the_job_again(
+    cluster, two_nodes, tiny_dataset, work, capsys, monkeypatch
+):
+    """Each of them is the first since a newer checkpoint."""
+    template = faulty(work, "faulty", ("sleep", 1, 6), ("kill", 1, 10))
+    config = configuration(work, "stalls", tiny_dataset)
+    (job,) = cluster.submit(
+        capsys, monkeypatch, "pretrain", "--config", config, "--nodes", 2, "--time", 10,
+        "--stall_requeues", 1, "--template", template, "--", *WATCHED,
+    )  # fmt: skip
+    output = work / "runs" / "stalls"
+    log = output / "slurm" / f"stalls-{job}.out"
+    done = cluster.wait(job, "COMPLETED", log=log)
+    assert (done["ExitCode"], done["Restarts"]) == ("0:0", "2")
+    said = log.read_text()
+    assert "slow or stuck in forward of step 6" in said
+    assert re.findall(r"stall (\d) since the checkpoint of step (\d)", said) == [("1", "4"), ("1", "8")]
+    for event in ("train", "validation"):
+        assert curve(output, event) == curve(two_nodes, event)
+
+
+def test_a_job_that_dies_at_the_same_place_again_and_again_is_left_alone(
+    cluster, tiny_dataset, work, capsys, monkeypatch
+):
+    template = faulty(work, "deadly", ("kill", 0, 6), ("kill", 0, 6))
+    config = configuration(work, "dies", tiny_dataset, max_steps=9)
+    submit = ("pretrain", "--config", config, "--time", 10, "--stall_requeues", 1)
+    (job,) = cluster.submit(capsys, monkeypatch, *submit, "--template", template, "--", *WATCHED)
+    output = work / "runs" / "dies"
+    log = output / "slurm" / f"dies-{job}.out"
+    done = cluster.wait(job, "FAILED", log=log)
+    assert (done["ExitCode"], done["Restarts"]) == ("137:0", "1")
+    assert "not requeued: this is stall 2 since the checkpoint of step 4" in log.read_text()
+    # whoever submits it again has seen that
+    assert json.loads((output / "stalls" / "requeues.json").read_text())["job"] == job
+    (again,) = cluster.submit(capsys, monkeypatch, *submit)
+    assert cluster.wait(again, "COMPLETED")["Restarts"] == "0"
+    assert sorted(curve(output)) == list(range(1, 10))
 
 
 def test_behind_a_failed_stage_nothing_runs(cluster, work, capsys, monkeypatch):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dualroute.model.store import list_checkpoints
-from dualroute.training.preemption import PREEMPTED, requeue_job
+from dualroute.training.preemption import PREEMPTED
 from tests.conftest import ROOT
 from tests.training.test_pretrain import command, curve, environment, train, wait_for_step
 
@@ -132,9 +132,3 @@ def test_one_signalled_rank_of_two_stops_both_at_the_same_step(tiny_dataset, tmp
         ("validation", 0, None),  # the last one
     ]
     assert_same_curves(tmp_path / "run", tmp_path / "whole")
-
-
-def test_what_is_no_slurm_job_is_not_requeued(monkeypatch, tmp_path):
-    assert requeue_job({}) == "not a Slurm job"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert "scontrol" in requeue_job({"SLURM_JOB_ID": "7"})
