@@ -5,6 +5,8 @@ In: a model, float or quantised, and the caches that its prompt was read into.  
 packs them for the processor and fuses everything between two products.  Out: the next logits;
 :func:`dualroute.model.generate.generate` draws from them.
 
+Projections that read the same rows are joined (:mod:`dualroute.model.joined`).
+
 The surprising fact: int8 weights gain nothing without it.  Run layer by layer they are widened to floats
 before each product, which costs more than it saves; inside the program they stay bytes until they are in a
 register, and a step of decoding, which reads every weight once, is as fast as memory.  The compiler knows
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
@@ -29,6 +32,7 @@ from dualroute.attention.cache import LayerCache
 from dualroute.attention.rope import rotary_table
 from dualroute.attention.static_decode import static_full, static_local, static_routed
 from dualroute.errors import UserError
+from dualroute.model.joined import Joined
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.quantized import QuantizedLinear
 from dualroute.model.transformer import DualRoutingTransformer
@@ -51,7 +55,7 @@ class CompiledDecoder:
     """Decodes token by token with one compiled program; reads prompts as the model itself does.
 
     Args:
-        model: In evaluation mode; its weights must not change any more.
+        model: In evaluation mode; its weights must not change any more (some become views of joined ones).
         compile: False runs the same step without compiling (for tests).
 
     Raises:
@@ -60,10 +64,11 @@ class CompiledDecoder:
 
     def __init__(self, model: DualRoutingTransformer, *, compile: bool = True) -> None:
         self.model = model
-        self._step: Callable[..., Tensor] = DecodeStep(model)
-        for module in model.modules():
+        step = DecodeStep(model)
+        for module in step.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack_for_cpu()
+        self._step: Callable[..., Tensor] = step
         if compile:
             check_compiler(model.norm.weight.device)
             options: Any = {"guard_filter_fn": _only_program}
@@ -129,6 +134,7 @@ def freezing() -> Iterator[None]:
 
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}  # quietly
+    options["size_asserts"] = False  # a program is chosen by its shapes: see `_shapes`
     if not torch.cuda.is_available():
         options["max_autotune_gemm_backends"] = "CPP,ATEN"
     # as many programs as there are lengths of caches: the usual limit of 8 is against surprises
@@ -142,6 +148,12 @@ class DecodeStep(nn.Module):
     def __init__(self, model: DualRoutingTransformer) -> None:
         super().__init__()
         self.model = model
+        self.qkv, self.gate_up = nn.ModuleList(), nn.ModuleList()  # of each layer
+        for layer in model.layers:
+            assert isinstance(layer, TransformerBlock)
+            routes = layer.attention.global_qkv, layer.attention.local_qkv
+            self.qkv.append(Joined([route for route in routes if route is not None]))
+            self.gate_up.append(Joined([layer.ffn.gate, layer.ffn.up]))
 
     def forward(
         self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int, program: int
@@ -157,26 +169,29 @@ class DecodeStep(nn.Module):
         table = rotary_table(
             position.view(1), first.head_dim, first.rope_theta, hidden.dtype, first.rope_scaling
         )
-        for layer, cache in zip(model.layers, caches, strict=True):
+        for layer, qkv, gate_up, cache in zip(model.layers, self.qkv, self.gate_up, caches, strict=True):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
-            hidden = hidden + attend(layer.attention, rows, table, position, cache, size)
-            hidden = hidden + layer.ffn(layer.ffn_norm(hidden))
+            hidden = hidden + attend(layer.attention, rows, qkv(rows), table, position, cache, size)
+            gate, up = gate_up(layer.ffn_norm(hidden))
+            hidden = hidden + layer.ffn.down(F.silu(gate) * up)
         return model.head(model.norm(hidden))
 
 
 def attend(
     attention: DualRouting,
     rows: Tensor,
+    qkv: Sequence[Tensor],
     table: tuple[Tensor, Tensor],
     position: Tensor,
     cache: LayerCache,
     size: int,
 ) -> Tensor:
-    """Both routes of a layer for rows (B, dim) → (B, dim)."""
+    """Both routes of a layer for rows (B, dim) and their projections, the global route's first → (B, dim)."""
     outputs = []
+    projected = iter(qkv)
     if attention.global_qkv is not None and cache.global_cache is not None:
-        query, key, value = _heads(attention, attention.global_qkv, rows, table)
+        query, key, value = _heads(attention, next(projected), table)
         far = cache.global_cache
         top_k = attention.routing.top_k
         size = min(-(-size // far.block) * far.block, far.keys.shape[1])  # whole blocks
@@ -187,7 +202,7 @@ def attend(
         else:
             outputs.append(static_routed(query, key, value, far, position, size, top_k))
     if attention.local_qkv is not None and cache.local_cache is not None:
-        query, key, value = _heads(attention, attention.local_qkv, rows, table)
+        query, key, value = _heads(attention, next(projected), table)
         outputs.append(static_local(query, key, value, cache.local_cache, position))
     batch = len(rows)
     heads = torch.cat([out.reshape(batch, 1, -1) for out in outputs], dim=-1)
@@ -195,16 +210,17 @@ def attend(
 
 
 def _heads(
-    attention: DualRouting, projection: nn.Module, rows: Tensor, table: tuple[Tensor, Tensor]
+    attention: DualRouting, projected: Tensor, table: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B * H_kv, group, d), keys and values (B * H_kv, d), rotated."""
     dim, group = attention.head_dim, attention.group
-    heads = projection(rows).unflatten(-1, (-1, dim))  # (B, H + 2 H_kv, d)
+    heads = projected.unflatten(-1, (-1, dim))  # (B, H + 2 H_kv, d)
     kv_heads = heads.shape[1] // (group + 2)
-    query, key, value = heads.split([kv_heads * group, kv_heads, kv_heads], dim=1)
+    turned, value = heads.split([kv_heads * group + kv_heads, kv_heads], dim=1)
     if attention.query_norm is not None and attention.key_norm is not None:
-        query, key = attention.query_norm(query), attention.key_norm(key)
-    query, key = _rotated(query, table), _rotated(key, table)
+        query, key = turned.split([kv_heads * group, kv_heads], dim=1)
+        turned = torch.cat([attention.query_norm(query), attention.key_norm(key)], dim=1)
+    query, key = _rotated(turned, table).split([kv_heads * group, kv_heads], dim=1)
     return query.reshape(-1, group, dim), key.reshape(-1, dim), value.reshape(-1, dim)
 
 
@@ -212,4 +228,5 @@ def _rotated(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate (B, heads, d) by the table (1, 1, d / 2) of one position, in float32 at least."""
     cos, sin = table
     first, second = rows.to(cos.dtype).chunk(2, dim=-1)
+    # Put together by `cat`, which a compiler stores; else it would rotate anew for every key that is read.
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(rows.dtype)
