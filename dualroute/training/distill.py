@@ -103,6 +103,7 @@ def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]
         config.data.context,
         dtype=settings.teacher_dtype,
         offload=settings.teacher_offload,
+        sharded=settings.teacher_sharded,
     )
     student = prepared.config.model
     theirs = teacher.model.config if isinstance(teacher.model, DualRoutingTransformer) else None

@@ -43,6 +43,9 @@ class DistillationConfig:
         on_policy_temperature: Divides the logits that it draws from.
         teacher_dtype: Of the teacher's weights and arithmetic: float32 or bfloat16.
         teacher_offload: Keep the teacher's layers in the memory of the host, one at a time on the device.
+        teacher_sharded: Divide each of the teacher's layers among the ranks, as ZeRO-3 does, whatever the
+            student's strategy; with teacher_offload the pieces lie in the memory of the host.  One process
+            keeps the layers whole.
         backend: Of the loss: chunked is ours; liger needs liger-kernel and CUDA (not tested here on a GPU);
             auto is chunked.
     """
@@ -64,6 +67,7 @@ class DistillationConfig:
     on_policy_temperature: float = 1.0
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"
     teacher_offload: bool = False
+    teacher_sharded: bool = False
     backend: Literal["auto", "chunked", "liger"] = "auto"
 
     def __post_init__(self) -> None:

@@ -98,6 +98,7 @@ class Distill(Pretrain):
         super().setup(stage)
         if self.teacher is not None:
             self.teacher.to(self.trainer.strategy.root_device)
+            self.teacher.shard()
             self.teacher.share_sequences(self.model.sequence_group)
 
     # ------------------------------------------------------------------ loss

@@ -10,7 +10,8 @@ Any module will do that has ``hidden_states(input_ids, *, segment_ids, positions
 
 The surprising fact: :class:`Teacher` is not an ``nn.Module``.  As an attribute of the LightningModule it is
 therefore seen by nobody who walks over modules: it is in no checkpoint, no optimizer, no bucket of DDP, and
-ZeRO-3 does not cut it up.
+ZeRO-3 does not cut it up.  Where it is to be cut up it does that itself, with FSDP2, whatever trains the
+student.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
@@ -29,6 +37,8 @@ from dualroute.model import DualRoutingTransformer
 from dualroute.model.config import ModelConfig
 from dualroute.model.hub import is_foreign, load_causal_lm
 from dualroute.model.store import CONFIG, TOKENIZER, WEIGHTS, find_checkpoint, load_model, refuse_quantized
+from dualroute.training.allocator import give_back_freed_memory
+from dualroute.training.environment import detect_world
 from dualroute.training.run import check_same_tokenizer
 
 
@@ -39,22 +49,33 @@ class Teacher:
         model: See the module's docstring; it is frozen and put into evaluation mode.
         dtype: Of its weights and arithmetic, whatever the student's.
         offload: Keep its layers in the memory of the host, and bring one at a time to the device.
+        sharded: Divide its layers among the ranks of the run (see :meth:`shard`); one process keeps them.
         digest: sha256 of its weights, for caches of what it says.
 
     Raises:
-        UserError: ``offload`` of a model without ``layers``.
+        UserError: ``offload`` or ``sharded`` of a model without ``layers``.
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: str = "float32", offload: bool = False, digest: str = ""
+        self,
+        model: nn.Module,
+        *,
+        dtype: str = "float32",
+        offload: bool = False,
+        sharded: bool = False,
+        digest: str = "",
     ) -> None:
         if offload and not hasattr(model, "layers"):
             raise UserError("distill.teacher_offload moves layers, and this teacher has no list of them")
+        if sharded and not hasattr(model, "layers"):
+            raise UserError("distill.teacher_sharded divides layers, and this teacher has no list of them")
         frozen: Any = model.eval().requires_grad_(False).to(getattr(torch, dtype))
         self.model = frozen
         self.digest = digest
         self.offload = offload
-        if offload:
+        self.sharded = sharded and detect_world().world_size > 1
+        self._is_divided = False
+        if offload and not self.sharded:
             for layer in self.model.layers:
                 _visit_device(layer, self)
 
@@ -75,16 +96,41 @@ class Teacher:
         return int(self.weight.shape[1])
 
     def to(self, device: torch.device) -> None:
-        """Move it; with ``offload`` all but its layers."""
+        """Move it; with ``offload`` or ``sharded`` all but its layers."""
         if self.device == device:
             return
-        layers = set(self.model.layers.modules()) if self.offload else set()
+        layers = set(self.model.layers.modules()) if self.offload or self.sharded else set()
         for module in self.model.modules():
             if module not in layers:
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(device)
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(device)
+
+    def shard(self) -> None:
+        """Leave 1/N of each parameter of its layers on each of N ranks; does nothing unless ``sharded``.
+
+        To be called after :meth:`to`, once the process group of all ranks is there; a second call does
+        nothing.  Layers come from the host and are cut one by one, so a device never holds them all.  From
+        then on :meth:`hidden_states` is collective: every rank calls it equally often, on batches of any
+        shape.  A layer is gathered for its own forward pass and freed after it; embedding, last norm and head
+        stay whole, since losses read :attr:`weight`.  With ``offload`` the pieces lie in the memory of the
+        host.
+        """
+        if not self.sharded or self._is_divided:
+            return
+        device = self.device.type
+        mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+        home = CPUOffloadPolicy(pin_memory=device == "cuda") if self.offload else OffloadPolicy()
+        whole = set(self.model.parameters()) - set(self.model.layers.parameters())
+        for layer in self.model.layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=home)
+        # the root divides nothing, but through it the layers share streams, and so the memory they gather in
+        fully_shard(self.model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        register_fsdp_forward_method(self.model, "hidden_states")
+        if device == "cpu":  # or the holes that gathered layers leave behind outgrow what is saved
+            give_back_freed_memory()
+        self._is_divided = True
 
     def share_sequences(self, group: Any) -> None:
         """Divide texts among the ranks of ``group``, as the student does."""
@@ -133,6 +179,7 @@ def load_teacher(
     *,
     dtype: str = "float32",
     offload: bool = False,
+    sharded: bool = False,
 ) -> Teacher:
     """The teacher of a checkpoint, or one from elsewhere (see :mod:`dualroute.model.hub`).
 
@@ -143,12 +190,13 @@ def load_teacher(
         context: Tokens of a window; the teacher must be able to read them.
         dtype: See :class:`Teacher`.
         offload: See :class:`Teacher`.
+        sharded: See :class:`Teacher`.
 
     Raises:
         UserError: Nothing there, a damaged file, another tokenizer or vocabulary, or too short a range.
     """
     if is_foreign(path):
-        return _foreign_teacher(path, tokenizer, data, context, dtype=dtype, offload=offload)
+        return _foreign_teacher(path, tokenizer, data, context, dtype=dtype, offload=offload, sharded=sharded)
     checkpoint = find_checkpoint(path)
     refuse_quantized(checkpoint, "a teacher's head must be floats; give the checkpoint it was made from")
     check_same_tokenizer(checkpoint.folder / TOKENIZER, tokenizer, data)
@@ -164,11 +212,18 @@ def load_teacher(
             f"lower data.context {context}, or take another teacher"
         )
     model, digest = load_model(checkpoint), weights_digest(checkpoint.folder)
-    return Teacher(model, dtype=dtype, offload=offload, digest=digest)
+    return Teacher(model, dtype=dtype, offload=offload, sharded=sharded, digest=digest)
 
 
 def _foreign_teacher(
-    path: str, tokenizer: Tokenizer, data: str, context: int, *, dtype: str, offload: bool
+    path: str,
+    tokenizer: Tokenizer,
+    data: str,
+    context: int,
+    *,
+    dtype: str,
+    offload: bool,
+    sharded: bool,
 ) -> Teacher:
     """As :func:`load_teacher`."""
     model: Any
@@ -179,15 +234,16 @@ def _foreign_teacher(
             f"--attention dense --tokenizer FILE) and give that"
         )
     check_same_tokenizer(file, tokenizer, data)
-    if offload and not isinstance(model, DualRoutingTransformer):
-        raise UserError(f"distill.teacher_offload cannot be used with {path}, which another library runs")
+    for name, wanted in (("offload", offload), ("sharded", sharded)):
+        if wanted and not isinstance(model, DualRoutingTransformer):
+            raise UserError(f"distill.teacher_{name} cannot be used with {path}, which another library runs")
     longest = model.config.max_context
     if longest < context:
         raise UserError(f"the teacher {path} reads at most {longest} tokens: lower data.context {context}")
     rows = model.head.weight.shape[0]
     if rows > tokenizer.vocab_size:  # rows that pad the vocabulary: no text has their ids
         model.head.weight = nn.Parameter(model.head.weight.detach()[: tokenizer.vocab_size].clone())
-    return Teacher(model, dtype=dtype, offload=offload, digest=weights_digest(path))
+    return Teacher(model, dtype=dtype, offload=offload, sharded=sharded, digest=weights_digest(path))
 
 
 def weights_digest(path: str | Path) -> str:

@@ -74,6 +74,7 @@ def test_documents_do_not_see_each_other_nor_padding_rows(teachers, tiny_dataset
         ("gpt2", ["--distill.hidden_weight", "1"], "distill.hidden_weight cannot be used"),
         ("gpt2", ["--distill.attention_weight", "1"], "distill.attention_weight cannot be used"),
         ("gpt2", ["--distill.teacher_offload", "true"], "teacher_offload cannot be used"),
+        ("gpt2", ["--distill.teacher_sharded", "true"], "teacher_sharded cannot be used"),
         ("gpt2", ["--data.context", "128", "--model.max_context", "128"], "reads at most 64 tokens"),
         ("llama", ["--data.context", "128", "--model.max_context", "128"], "reads at most 64 tokens"),
         ("nowhere", [], "no checkpoint at"),
