@@ -16,7 +16,6 @@ that pattern in bfloat16 alone: in float32 it would widen the weights for good.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import shutil
 import warnings
@@ -68,12 +67,11 @@ class CompiledDecoder:
         for module in step.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack_for_cpu()
-        self._step: Callable[..., Tensor] = step
+        self._step = step
+        self._compile = compile
         if compile:
             check_compiler(model.norm.weight.device)
-            options: Any = {"guard_filter_fn": _only_program}
-            self._step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options)
-        self._programs: dict[tuple[Any, ...], int] = {}  # what there is a program for → its number
+        self._programs: dict[tuple[Any, ...], Program] = {}  # by what they were compiled for
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, caches: list[LayerCache]) -> Tensor:
@@ -89,21 +87,18 @@ class CompiledDecoder:
             raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
         position = torch.tensor(length, device=tokens.device)
         size = next((size for size in SIZES if size > length), max(caches[0].max_length, length + 1))
-        shapes = size, len(tokens), *_shapes(caches[0])
-        made = shapes in self._programs
-        program = self._programs[shapes] if made else next(_NUMBERS)
-        with contextlib.nullcontext() if made else freezing():
-            logits = self._step(tokens[:, 0], position, caches, size, program)
-        self._programs[shapes] = program
+        if not self._compile:
+            logits = self._step(tokens[:, 0], position, caches, size)
+        else:
+            shapes = size, len(tokens), *_shapes(caches[0])
+            if shapes not in self._programs:
+                self._programs[shapes] = Program(self._step)
+            logits = self._programs[shapes](tokens[:, 0], position, caches, size)
         for cache in caches:
             for part in (cache.global_cache, cache.local_cache):
                 if part is not None:
                     part.length += 1
         return logits
-
-
-#: numbers of programs, of all decoders of the process
-_NUMBERS = itertools.count()
 
 
 def _shapes(cache: LayerCache) -> tuple[Any, ...]:
@@ -112,12 +107,52 @@ def _shapes(cache: LayerCache) -> tuple[Any, ...]:
     return cache.exact, *((part.keys.shape, part.keys.dtype) for part in parts if part is not None)
 
 
-def _only_program(guards: Sequence[Any]) -> list[bool]:
-    """Which conditions to check before each step: the program's number alone, which stands for all others.
+class Program:
+    """A step, compiled for caches of one shape at its first call.
 
-    There are hundreds, on every module of the model, and Python looks at all of them before each step.
+    From then on it is called directly: what torch.compile checks before each call, on every module of the
+    model, cannot change here.
     """
-    return [guard.name == "program" for guard in guards]
+
+    def __init__(self, step: DecodeStep) -> None:
+        self._step: Any = torch.compile(step, backend=self._build, fullgraph=True, dynamic=False)
+        self._run: Callable[..., Sequence[Tensor]] | None = None
+        self._inputs: list[Any] = []  # of the first call: weights; None where a step brings something
+        self._places: list[tuple[int, int]] = []  # of those among the inputs, and among what a step brings
+
+    def __call__(self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int) -> Tensor:
+        """See :meth:`DecodeStep.forward`."""
+        brought = [tokens, position, *_tensors(caches)]
+        if self._run is None:
+            with freezing():
+                logits: Tensor = self._step(tokens, position, caches, size)
+            number = {id(tensor): place for place, tensor in enumerate(brought)}
+            for place, tensor in enumerate(self._inputs):
+                if id(tensor) in number:
+                    self._places.append((place, number[id(tensor)]))
+                    self._inputs[place] = None
+            self._run = self._built
+            return logits
+        inputs = list(self._inputs)
+        for place, here in self._places:
+            inputs[place] = brought[here]
+        return self._run(*inputs)[0]
+
+    def _build(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        """The compiler's back end: inductor, whose program is kept with the inputs of its first call."""
+        self._built: Any = torch._inductor.compile(graph, examples)
+
+        def first(*inputs: Any) -> Any:
+            self._inputs = list(inputs)
+            return self._built(*inputs)
+
+        return first
+
+
+def _tensors(caches: list[LayerCache]) -> list[Tensor]:
+    """All that the caches hold, in one order."""
+    parts = (part for cache in caches for part in (cache.global_cache, cache.local_cache) if part is not None)
+    return [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
 
 
 @contextlib.contextmanager
@@ -155,14 +190,8 @@ class DecodeStep(nn.Module):
             self.qkv.append(Joined([route for route in routes if route is not None]))
             self.gate_up.append(Joined([layer.ffn.gate, layer.ffn.up]))
 
-    def forward(
-        self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int, program: int
-    ) -> Tensor:
-        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them.
-
-        ``program`` is the number of the compiled program that does it.
-        """
-        assert program >= 0  # read, so that the compiler makes it a condition
+    def forward(self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int) -> Tensor:
+        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them."""
         model = self.model
         hidden = model.embedding(tokens)  # (B, dim)
         first: Any = model.layers[0].attention  # all layers rotate alike
