@@ -1,6 +1,6 @@
 """Kills a training with SIGKILL again and again, anywhere, and compares it with one that was left alone.
 
-    python -m tests.faults.kill_anywhere --times 50 [--ranks 2 --strategy deepspeed] [--folder F]
+    python -m tests.faults.kill_anywhere --times 50 [--ranks 2 --strategy ddp] [--asynchronous]
 
 Each life of the run is the same command.  It ends by ``kill -9`` of one rank, chosen at random, at one of
 three kinds of moments, in turn: some time after the start (imports, loading, the first validation), some
@@ -178,6 +178,7 @@ def campaign(
     strategy: str = "auto",
     seed: int = 0,
     more: tuple[str, ...] = (),
+    moments: tuple[str, ...] = MOMENTS,
 ) -> tuple[list[Kill], list[str]]:
     """Kill a run ``times`` times, let it finish, and compare; also prints a table."""
     draw = random.Random(seed)
@@ -194,7 +195,7 @@ def campaign(
     run = folder / "killed"
     print(HEADER, flush=True)
     while len(kills) < times:
-        moment = Moment(MOMENTS[len(kills) % len(MOMENTS)], run, draw, typical_start)
+        moment = Moment(moments[len(kills) % len(moments)], run, draw, typical_start)
         kill = kill_once(dataset, run, steps, moment, ranks, more)
         if kill is None:
             print(f"the run was finished after {len(kills)} kills: give it more --steps", flush=True)
@@ -213,6 +214,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of the run; default: 8 for each kill")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--asynchronous", action="store_true", help="write checkpoints in a thread")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="for data and runs; default: a new temporary one")
     given = parser.parse_args()
@@ -220,6 +222,7 @@ def main() -> int:
     kills, problems = campaign(
         prepared(folder), folder, given.times, given.steps or 8 * given.times,
         ranks=given.ranks, strategy=given.strategy, seed=given.seed,
+        more=("--checkpoint.asynchronous", str(given.asynchronous)),
     )  # fmt: skip
     in_saves = sum(kill.half_written for kill in kills)
     print(f"{len(kills)} kills, {in_saves} of them left a half-written checkpoint; runs are in {folder}")
