@@ -37,6 +37,18 @@ def test_losses_are_the_same_with_and_without_the_check(tiny_dataset: Path, tmp_
 
 
 @pytest.mark.slow
+def test_losses_are_the_same_under_zero_3(tiny_dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    runs = [tmp_path / "with", tmp_path / "without"]
+    zero3 = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", "3")
+    with_check = start(tiny_dataset, runs[0], 7, *zero3, *EVERY_SECOND_STEP)
+    without = start(tiny_dataset, runs[1], 7, *zero3)
+    assert [status for status, _ in finish([*with_check, *without])] == [0] * 4
+    assert curve(runs[0]) == curve(runs[1])
+    assert curve(runs[0], "validation") == curve(runs[1], "validation")
+
+
+@pytest.mark.slow
 def test_the_rank_that_computes_two_results_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     results = finish(start(tiny_dataset, run, 9, *DDP, *EVERY_SECOND_STEP, fault=("flip", 1, 6)))

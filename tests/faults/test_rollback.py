@@ -65,6 +65,25 @@ def test_a_bad_window_is_left_out_and_nothing_else_changes(tiny_dataset: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_under_zero_the_engine_is_made_anew_and_goes_on(tiny_dataset: Path, tmp_path: Path) -> None:
+    """The losses are those of a run that left the window out from the beginning, which never went back."""
+    pytest.importorskip("deepspeed")
+    run, again = tmp_path / "run", tmp_path / "again"
+    zero2 = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", "2")
+    fault = ("spoil", 1, 4 * SAMPLES)
+    assert [s for s, _ in finish(start(tiny_dataset, run, 9, *zero2, *GUARD, fault=fault))] == [0, 0]
+    (entry,) = read_rollbacks(run)
+    assert (entry["failed_in_step"], entry["resumed_from_step"]) == (7, 4)
+    again.mkdir()
+    (again / FILE).write_text((run / FILE).read_text())
+    assert [s for s, _ in finish(start(tiny_dataset, again, 9, *zero2, *GUARD, fault=fault))] == [0, 0]
+    assert sorted(curve(run)) == list(range(1, 10))
+    assert curve(run) == curve(again)
+    assert curve(run, "validation") == curve(again, "validation")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_does_not_go_back_for_ever(tiny_dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = (*GUARD, "--spike_guard.max_rollbacks", "2")
