@@ -13,6 +13,8 @@ export PATH="$PATH:/usr/sbin"
 packages=()
 command -v slurmctld >/dev/null || packages+=(slurm-wlm slurmctld slurmd slurm-client munge)
 command -v sshd >/dev/null && command -v pdsh >/dev/null || packages+=(openssh-server openssh-client pdsh)
+# DUALROUTE_NVME=1 also runs tests/training/test_nvme.py, for which DeepSpeed compiles an op (minutes, once)
+[ -z "${DUALROUTE_NVME:-}" ] || [ -f /usr/include/libaio.h ] || packages+=(libaio-dev)
 if [ ${#packages[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing ${packages[*]} ..."  # RUNLEVEL=1: without starting their services

@@ -81,12 +81,20 @@ def deepspeed_config(
     for name, enabled in (("bf16", precision.startswith("bf16")), ("fp16", precision.startswith("16"))):
         if isinstance(user.get(name), dict):
             _agree(where, user[name], f"{name}.enabled", f"with precision={precision}, {name}", enabled)
+    section = _zero_section(config, stage, zero, on_cpu)
+    _check_nvme(section, where)
+    if stage == 0 and precision.startswith("16"):
+        # FP16_UnfusedOptimizer is no ZeROOptimizer, and engine.backward scales the loss for those only
+        raise UserError(
+            f"train.precision {precision} needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed 0.19 divides "
+            "gradients by a loss scale that it has not multiplied the loss by"
+        )
     ours = {
         "zero_allow_untested_optimizer": True,
         # torch's own AdamW may run on the host: nothing has to be compiled (DeepSpeedCPUAdam is faster).
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "zero_optimization": _zero_section(config, stage, zero, on_cpu),
+        "zero_optimization": section,
     }
     return _merged(ours | _precision_sections(precision, stage), user)
 
@@ -113,6 +121,26 @@ def _zero_section(
     return _merged(ours, user)
 
 
+def uses_nvme(zero: Mapping[str, Any]) -> bool:
+    """Whether parameters lie in files (DeepSpeed's ``async_io``)."""
+    return (zero.get("offload_param") or {}).get("device") == "nvme"
+
+
+def _check_nvme(zero: Mapping[str, Any], where: str) -> None:
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        # engine.load_checkpoint leaves out _load_zero_checkpoint then, and copies files of large tensors only
+        raise UserError(
+            f"{where}: zero_optimization.offload_optimizer.device nvme cannot be used: DeepSpeed 0.19 does "
+            "not load such a state again, so a resumed run goes on from other weights; use cpu "
+            "(offload_param may be nvme)"
+        )
+    if uses_nvme(zero):
+        if zero["stage"] != 3:
+            raise UserError(f"{where}: offload_param.device nvme needs zero_stage 3, not {zero['stage']}")
+        if not zero["offload_param"].get("nvme_path"):
+            raise UserError(f"{where}: offload_param.device nvme needs a folder: offload_param.nvme_path")
+
+
 def _precision_sections(precision: str, stage: int) -> dict[str, Any]:
     if precision == "bf16-mixed" and stage == 0:
         # Stage 0 cannot add 16-bit gradients up in fp32: fp32 parameters under autocast, as in one process.
@@ -120,7 +148,10 @@ def _precision_sections(precision: str, stage: int) -> dict[str, Any]:
     if precision.startswith("bf16") and stage > 0:
         # 16-bit parameters over fp32 masters; sums in bf16 would lose the gradients of small micro-batches.
         return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return {}  # fp16 and bf16-true at stage 0: Lightning writes the section
+    if precision.startswith("16"):
+        # Lightning leaves alone a section that is there (a user's loss scale), and would train in float32
+        return {"fp16": {"enabled": True}}
+    return {}  # bf16-true at stage 0: Lightning writes the section
 
 
 # Keys of a DeepSpeed configuration that would break the run, each with the reason and the remedy.

@@ -49,7 +49,8 @@ class TrainConfig:
         micro_batch: Windows that one rank reads in one forward pass.
         max_steps: Optimizer steps of the whole run.  Give this or max_tokens.
         max_tokens: Tokens of the whole run, rounded up to whole steps.
-        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed on CUDA.
+        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed (fp16 with a loss
+            scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic).
         z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
         activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
             (whole layers), or feed_forward (which keeps most and is quickly done again).

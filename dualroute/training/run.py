@@ -161,7 +161,7 @@ def check(config: PretrainConfig) -> Prepared:
     groups = check_sequence_parallel(config.parallel.sequence_parallel, world, model)
     accumulation = derive_accumulation(train.tokens_per_batch, data.context, train.micro_batch, groups)
     if train.precision == "16-mixed" and not torch.cuda.is_available():
-        raise UserError("train.precision 16-mixed needs a CUDA device: use bf16-mixed or 32 here")
+        _check_fp16_on_cpu(config, world)
     if train.compile:
         _check_compile(config)
     if train.offload_activations and not torch.cuda.is_available():
@@ -220,6 +220,22 @@ def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
         raise UserError(
             f"{theirs} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
             f"other text; prepare the data with it (dualroute prepare --tokenizer {theirs})"
+        )
+
+
+def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
+    """DeepSpeed can, with the processor's help; autocast would take bfloat16 without a word."""
+    strategy = config.parallel.strategy
+    if strategy not in ("auto", "deepspeed") or (strategy == "auto" and world.world_size == 1):
+        raise UserError(
+            "train.precision 16-mixed needs a CUDA device, or parallel.strategy deepspeed: use bf16-mixed or "
+            "32 here"
+        )
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)  # not in every build of torch
+    if supported is None or not supported():
+        raise UserError(
+            "train.precision 16-mixed needs a CUDA device, or a processor with fp16 arithmetic "
+            "(avx512_fp16): use bf16-mixed or 32 here"
         )
 
 

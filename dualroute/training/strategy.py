@@ -27,7 +27,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
 from dualroute.errors import UserError
-from dualroute.training.deepspeed_config import ParallelConfig, deepspeed_config
+from dualroute.training.deepspeed_config import ParallelConfig, deepspeed_config, uses_nvme
 from dualroute.training.environment import DualRouteEnvironment, World
 from dualroute.training.sequence import SharedSequences
 
@@ -118,7 +118,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         timeout: of collectives.
 
     Raises:
-        UserError: DeepSpeed is not installed.
+        UserError: DeepSpeed is not installed, or libaio for parameters on NVMe.
     """
 
     def __init__(
@@ -143,6 +143,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         )
         if on_cpu:
             _do_not_compile_shared_memory_op()
+        if uses_nvme(config["zero_optimization"]):
+            _check_libaio()
 
     @property
     def root_device(self) -> torch.device:
@@ -227,6 +229,17 @@ def _do_not_compile_shared_memory_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_libaio() -> None:
+    """DeepSpeed's own message names neither the library nor the package."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "offload_param.device nvme needs libaio and its headers: apt-get install libaio-dev (elsewhere "
+            "libaio-devel)"
+        )
 
 
 def _refuse_zero_without_deepspeed(config: ParallelConfig, name: str) -> None:

@@ -70,6 +70,7 @@ class Module(LightningModule):
         self.step = first_step
         self.outcomes: list[tuple[float, float, bool]] = []
         self.rates: list[float] = []
+        self.scales: list[float] = []  # by which the gradients of each step were multiplied
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -94,6 +95,8 @@ class Module(LightningModule):
         if outcome is not None:
             self.outcomes.append(tuple(outcome))
             self.rates.append(self.lr_schedulers().get_last_lr()[0])
+            engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
+            self.scales.append(float(getattr(getattr(engine, "optimizer", None), "loss_scale", 1.0)))
             self.step += 1
 
     def configure_optimizers(self) -> Any:
@@ -163,6 +166,7 @@ def run(
         "norms": norms,
         "skipped": skipped,
         "rates": module.rates,
+        "scales": module.scales,
         "global_step": trainer.global_step,
         "world_size": trainer.world_size,
         "engine_steps": None if engine is None else engine.global_steps,

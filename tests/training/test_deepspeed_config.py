@@ -49,6 +49,12 @@ def test_same_value_twice_and_auto_are_no_contradiction(tmp_path: Path) -> None:
     assert "gradient_clipping" not in made
 
 
+def test_a_loss_scale_of_the_user_does_not_turn_fp16_off(tmp_path: Path) -> None:
+    path = written(tmp_path, {"fp16": {"initial_scale_power": 12}})
+    made = deepspeed_config(ParallelConfig(deepspeed_config=path), micro_batch=1, precision="16-mixed")
+    assert made["fp16"] == {"enabled": True, "initial_scale_power": 12}
+
+
 def test_stage_defaults_to_two() -> None:
     assert deepspeed_config(ParallelConfig(), micro_batch=1)["zero_optimization"]["stage"] == 2
 
@@ -67,6 +73,14 @@ def test_stage_defaults_to_two() -> None:
         ({"data_parallel_size": 2}, "data_parallel_size=2 cannot be used: .* trains wrongly"),
         ({"optimizer": {"type": "Adam"}}, "optimizer=.* cannot be used"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm=False cannot be used"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            "offload_optimizer.device nvme cannot be used: .* use cpu",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+            "nvme needs zero_stage 3, not 2",
+        ),
         ({"bf16": {"check_grad_overflow": False}}, "check_grad_overflow=False cannot be used"),
     ],
 )
@@ -91,12 +105,13 @@ def test_contradictions_name_the_file_and_both_sides(
             ParallelConfig(zero_stage=2, offload_parameters=True),
             "offload_parameters needs zero_stage 3, not 2",
         ),
+        (ParallelConfig(zero_stage=0), "16-mixed needs zero_stage 1, 2 or 3"),
         (ParallelConfig(deepspeed_config="nowhere.json"), "nowhere.json: no such file"),
     ],
 )
 def test_settings_that_cannot_be(config: ParallelConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        deepspeed_config(config, micro_batch=1)
+        deepspeed_config(config, micro_batch=1, precision="16-mixed")
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", "{,}"), ("a.yaml", "a: [1"), ("b.yaml", "- 1")])

@@ -142,6 +142,7 @@ def test_compiled_it_trains_as_ever(unbroken, tiny_dataset, tmp_path):
         (("--train.checkpoint_every_layers", "0"), "train.checkpoint_every_layers is 0"),
         (("--train.offload_activations", "true"), "from a CUDA device"),
         (("--parallel.sequence_parallel", "2"), "does not divide the 1 rank"),
+        (("--train.precision", "16-mixed"), "or parallel.strategy deepspeed: use bf16-mixed"),
     ],
 )
 def test_settings_that_cannot_work_here_are_refused_by_name(more, message, tiny_dataset, tmp_path, capsys):
