@@ -1,4 +1,4 @@
-"""A Slurm of two emulated nodes for the tests of this folder, made by slurm/local_cluster.sh."""
+"""A Slurm of four emulated nodes for the tests of this folder, made by slurm/local_cluster.sh."""
 
 import os
 import re
@@ -13,6 +13,7 @@ import pytest
 from dualroute.cli import main
 from tests.conftest import ROOT
 
+NODES = 4
 SCRIPT = ROOT / "slurm" / "local_cluster.sh"
 
 
@@ -71,7 +72,7 @@ class Cluster:
 def cluster():
     # not pytest's own temporary folder, which the user munge may not enter
     folder = Path(tempfile.mkdtemp(prefix="dualroute-slurm-"))
-    started = local_cluster("up", "--nodes", 2, "--dir", folder)
+    started = local_cluster("up", "--nodes", NODES, "--dir", folder)
     if shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None or os.geteuid() != 0:
         assert started.returncode == 2
         pytest.skip(started.stderr.strip())

@@ -1,4 +1,4 @@
-"""Training as Slurm's job: on two nodes, in a chain, in an array, pre-empted, cancelled, failed."""
+"""Training as Slurm's job: on two and four nodes, in a chain, in an array, pre-empted, cancelled, failed."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import yaml
 from dualroute.submit import template_folder
 from tests.conftest import write_corpus
 from tests.faults.ranks import WATCHED
+from tests.slurm.conftest import NODES
 from tests.training.test_pretrain import curve, train
 
 pytestmark = pytest.mark.slow
@@ -55,25 +56,29 @@ def wait_for_step(output, step, seconds=120):
     raise AssertionError(f"{output} did not come to step {step}\n{logs}")
 
 
-@pytest.fixture(scope="module")
-def two_nodes(cluster, tiny_dataset, tmp_path_factory):
-    """The output of an unbroken run on both nodes."""
+def run_on(nodes, cluster, dataset, folder):
+    """The output of an unbroken run on so many nodes, in ``folder``."""
     pytest.importorskip("deepspeed")
-    folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
         for name, value in cluster.environment.items():
             monkeypatch.setenv(name, value)
         from dualroute.cli import main
 
-        config = configuration(folder, "two", tiny_dataset)
-        assert main(["submit", "pretrain", "--config", str(config), "--nodes", "2", "--time", "10"]) == 0
+        config = configuration(folder, "unbroken", dataset)
+        arguments = ["--config", str(config), "--nodes", str(nodes), "--time", "10"]
+        assert main(["submit", "pretrain", *arguments]) == 0
     job = cluster.run("squeue", "--noheader", "--format=%A")
-    log = folder / "runs" / "two" / "slurm" / f"two-{job}.out"
-    done = cluster.wait(job, "COMPLETED", log=log)
-    assert (done["ExitCode"], done["NumNodes"], done["Restarts"]) == ("0:0", "2", "0")
-    assert "DeepSpeed ZeRO" in (folder / "runs/two/checkpoints/last/checkpoint.json").read_text()
-    return folder / "runs" / "two"
+    output = folder / "runs" / "unbroken"
+    done = cluster.wait(job, "COMPLETED", log=output / "slurm" / f"unbroken-{job}.out")
+    assert (done["ExitCode"], done["NumNodes"], done["Restarts"]) == ("0:0", str(nodes), "0")
+    assert "DeepSpeed ZeRO" in (output / "checkpoints" / "last" / "checkpoint.json").read_text()
+    return output
+
+
+@pytest.fixture(scope="module")
+def two_nodes(cluster, tiny_dataset, tmp_path_factory):
+    return run_on(2, cluster, tiny_dataset, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +89,19 @@ def alone(tiny_dataset, tmp_path_factory):
     return output
 
 
-def test_two_nodes_train_as_one_process_does(two_nodes, alone):
+def assert_near(output, reference):
     for event in ("train", "validation"):
-        ours, theirs = curve(two_nodes, event), curve(alone, event)
+        ours, theirs = curve(output, event), curve(reference, event)
         assert ours.keys() == theirs.keys()
         assert max(abs(ours[step] - theirs[step]) for step in ours) <= 1e-5
+
+
+def test_two_nodes_train_as_one_process_does(two_nodes, alone):
+    assert_near(two_nodes, alone)
+
+
+def test_four_nodes_train_as_one_process_does(cluster, alone, tiny_dataset, tmp_path):
+    assert_near(run_on(4, cluster, tiny_dataset, tmp_path), alone)
 
 
 def test_a_chain_waits_for_a_stage_that_is_preempted(cluster, two_nodes, work, capsys, monkeypatch):
@@ -154,7 +167,9 @@ def test_a_task_of_an_array_makes_room_for_a_more_urgent_job(
         capsys, monkeypatch, "sweep", "--config", *configs, "--time", 10, "--max_parallel", 1
     )
     wait_for_step(work / "runs" / "b", 3)
-    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "true")
+    urgent = cluster.run(
+        "sbatch", "--parsable", "-p", "urgent", f"-N{NODES}", "--exclusive", "--wrap", "true"
+    )
     cluster.wait(urgent, "COMPLETED")
     again = cluster.wait(f"{array}_1", "RUNNING")
     done = cluster.wait(f"{array}_0", "COMPLETED")
@@ -209,6 +224,7 @@ def faulty(folder, name, *faults):
     return path
 
 
+@pytest.mark.timeout(600)
 def test_after_a_stall_and_after_a_death_slurm_runs_the_job_again(
     cluster, two_nodes, tiny_dataset, work, capsys, monkeypatch
 ):
@@ -221,7 +237,7 @@ def test_after_a_stall_and_after_a_death_slurm_runs_the_job_again(
     )  # fmt: skip
     output = work / "runs" / "stalls"
     log = output / "slurm" / f"stalls-{job}.out"
-    done = cluster.wait(job, "COMPLETED", log=log)
+    done = cluster.wait(job, "COMPLETED", seconds=400, log=log)  # three starts
     assert (done["ExitCode"], done["Restarts"]) == ("0:0", "2")
     said = log.read_text()
     assert "slow or stuck in forward of step 6" in said
