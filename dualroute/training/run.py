@@ -11,6 +11,7 @@
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
     OUTPUT/rollbacks.json   data that were left out because training on them failed
     OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
+    OUTPUT/.lock            held while a training runs (:mod:`dualroute.training.claim`)
 
 The surprising fact: the same command starts, resumes and finishes a run.  Run again when all is done, it
 says so and does nothing.
@@ -58,6 +59,7 @@ from dualroute.training.checkpoint import (
     choose_resume,
     set_aside_newer,
 )
+from dualroute.training.claim import claimed
 from dualroute.training.corruption_check import CorruptionCheck
 from dualroute.training.environment import World, check_port, detect_world
 from dualroute.training.monitor import Monitor, MonitorConfig
@@ -352,14 +354,15 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
         return 0
-    while True:
-        result = _fit(prepared)
-        if isinstance(result, int):
-            return result
-        gc.collect()  # the model, the optimizer and the engine of the training that failed
-        limit = config.spike_guard.max_rollbacks
-        checkpoint = roll_back(result, prepared.output, prepared.data, world, limit)
-        prepared = dataclasses.replace(prepared, resume=checkpoint)
+    with claimed(prepared.output, world):
+        while True:
+            result = _fit(prepared)
+            if isinstance(result, int):
+                return result
+            gc.collect()  # the model, the optimizer and the engine of the training that failed
+            limit = config.spike_guard.max_rollbacks
+            checkpoint = roll_back(result, prepared.output, prepared.data, world, limit)
+            prepared = dataclasses.replace(prepared, resume=checkpoint)
 
 
 def _fit(prepared: Prepared) -> int | Divergence:
