@@ -115,7 +115,7 @@ class Program:
     """
 
     def __init__(self, step: DecodeStep) -> None:
-        self._step: Any = torch.compile(step, backend=self._build, fullgraph=True, dynamic=False)
+        self._step = step
         self._run: Callable[..., Sequence[Tensor]] | None = None
         self._inputs: list[Any] = []  # of the first call: weights; None where a step brings something
         self._places: list[tuple[int, int]] = []  # of those among the inputs, and among what a step brings
@@ -124,29 +124,43 @@ class Program:
         """See :meth:`DecodeStep.forward`."""
         brought = [tokens, position, *_tensors(caches)]
         if self._run is None:
-            with freezing():
-                logits: Tensor = self._step(tokens, position, caches, size)
+            logits, run, self._inputs = _compiled(self._step, tokens, position, caches, size)
             number = {id(tensor): place for place, tensor in enumerate(brought)}
             for place, tensor in enumerate(self._inputs):
                 if id(tensor) in number:
                     self._places.append((place, number[id(tensor)]))
                     self._inputs[place] = None
-            self._run = self._built
+            self._run = run
             return logits
         inputs = list(self._inputs)
         for place, here in self._places:
             inputs[place] = brought[here]
         return self._run(*inputs)[0]
 
-    def _build(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        """The compiler's back end: inductor, whose program is kept with the inputs of its first call."""
-        self._built: Any = torch._inductor.compile(graph, examples)
 
-        def first(*inputs: Any) -> Any:
-            self._inputs = list(inputs)
-            return self._built(*inputs)
+def _compiled(step: DecodeStep, *arguments: Any) -> tuple[Tensor, Callable[..., Any], list[Any]]:
+    """Compile a step by calling it: its logits, the program, and the inputs that the program had.
+
+    The compiler holds on to its back end for good: nothing that this one refers to is left in it.
+    """
+    program: list[Any] = []
+    inputs: list[Any] = []
+
+    def back_end(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        program.append(torch._inductor.compile(graph, examples))
+
+        def first(*given: Any) -> Any:
+            inputs.extend(given)
+            return program[0](*given)
 
         return first
+
+    with freezing():
+        logits = torch.compile(step, backend=back_end, fullgraph=True, dynamic=False)(*arguments)
+    found = program[0], list(inputs)
+    program.clear()
+    inputs.clear()
+    return logits, *found
 
 
 def _tensors(caches: list[LayerCache]) -> list[Tensor]:
