@@ -62,6 +62,17 @@ def unbroken(tiny_dataset, tmp_path_factory):
     return output
 
 
+GENTLE = ("--optim.lr", "0.003")  # at 0.01 a step of this run amplifies rounding, on some processors to 2e-4
+
+
+@pytest.fixture(scope="module")
+def gentle(tiny_dataset, tmp_path_factory):
+    """Losses of a run that another way of computing is compared with."""
+    output = tmp_path_factory.mktemp("gentle") / "run"
+    train(tiny_dataset, output, 24, *GENTLE)
+    return curve(output)
+
+
 @pytest.mark.slow
 def test_a_run_learns_and_leaves_what_it_promises(unbroken):
     losses = curve(unbroken)
@@ -116,19 +127,19 @@ def test_run_again_when_done_it_changes_nothing(unbroken, tiny_dataset):
 
 
 @pytest.mark.slow
-def test_how_a_batch_is_divided_does_not_change_the_losses(unbroken, tiny_dataset, tmp_path):
+def test_how_a_batch_is_divided_does_not_change_the_losses(gentle, tiny_dataset, tmp_path):
     other_way = ["--train.micro_batch", "8", "--train.activation_checkpointing", "full"]
-    train(tiny_dataset, tmp_path / "run", 24, *other_way)
-    other, reference = curve(tmp_path / "run"), curve(unbroken)
-    assert max(abs(other[s] - reference[s]) for s in reference) < 1e-4
+    train(tiny_dataset, tmp_path / "run", 24, *GENTLE, *other_way)
+    other = curve(tmp_path / "run")
+    assert max(abs(other[s] - gentle[s]) for s in gentle) < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-def test_compiled_it_trains_as_ever(unbroken, tiny_dataset, tmp_path):
-    train(tiny_dataset, tmp_path / "run", 24, "--train.compile", "true")
-    other, reference = curve(tmp_path / "run"), curve(unbroken)
-    assert max(abs(other[s] - reference[s]) for s in reference) < 1e-4
+def test_compiled_it_trains_as_ever(gentle, tiny_dataset, tmp_path):
+    train(tiny_dataset, tmp_path / "run", 24, *GENTLE, "--train.compile", "true")
+    other = curve(tmp_path / "run")
+    assert max(abs(other[s] - gentle[s]) for s in gentle) < 1e-4
 
 
 @pytest.mark.parametrize(
