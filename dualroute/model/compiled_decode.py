@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
@@ -62,15 +61,14 @@ class CompiledDecoder:
     """
 
     def __init__(self, model: DualRoutingTransformer, *, compile: bool = True) -> None:
-        self.model = model
-        step = DecodeStep(model)
-        for module in step.modules():
-            if isinstance(module, QuantizedLinear):
-                module.pack_for_cpu()
-        self._step = step
-        self._compile = compile
         if compile:
             check_compiler(model.norm.weight.device)
+        self.model = model
+        self._compile = compile
+        self._step = DecodeStep(model)
+        for module in self._step.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack_for_cpu()
         self._programs: dict[tuple[Any, ...], Program] = {}  # by what they were compiled for
 
     @torch.no_grad()
@@ -216,8 +214,7 @@ class DecodeStep(nn.Module):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
             hidden = hidden + attend(layer.attention, rows, qkv(rows), table, position, cache, size)
-            gate, up = gate_up(layer.ffn_norm(hidden))
-            hidden = hidden + layer.ffn.down(F.silu(gate) * up)
+            hidden = hidden + layer.ffn.narrow(*gate_up(layer.ffn_norm(hidden)))
         return model.head(model.norm(hidden))
 
 

@@ -53,14 +53,13 @@ def join(layers: Sequence[Any]) -> nn.Linear | QuantizedLinear | None:
         whole = nn.Linear(first.in_features, width, bias=first.bias is not None, device="meta")
     else:
         whole = QuantizedLinear(first.in_features, width, group_size=first.group_size, dynamic=first.dynamic)
-    for name in ("weight", "bias") if isinstance(first, nn.Linear) else ("qdata", "scale"):
+    is_float = isinstance(first, nn.Linear)
+    for name in ("weight", "bias") if is_float else ("qdata", "scale"):
         parts: list[Any] = [getattr(layer, name) for layer in layers]
         if parts[0] is None:
             continue
         rows = torch.cat([part.detach() for part in parts])
-        setattr(
-            whole, name, nn.Parameter(rows, requires_grad=False) if isinstance(first, nn.Linear) else rows
-        )
+        setattr(whole, name, nn.Parameter(rows, requires_grad=False) if is_float else rows)
         for part, view in zip(parts, rows.split([len(part) for part in parts]), strict=True):
             part.data = view
     return whole.eval()

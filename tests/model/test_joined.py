@@ -17,11 +17,11 @@ SCHEMES = [
 ]
 
 
-def pair(bias=False, scheme=None, widths=(48, 96)):
+def pair(bias=False, scheme=None):
     """Two layers that read rows of 64."""
     torch.manual_seed(0)
     if scheme is None:
-        return [nn.Linear(64, width, bias=bias) for width in widths]
+        return [nn.Linear(64, width, bias=bias) for width in (48, 96)]
     config = ModelConfig(vocab_size=128, dim=64, num_layers=1, num_heads=2, ffn_dim=64)
     layer = quantize_model(DualRoutingTransformer(config), scheme).layers[0]
     return [layer.attention.global_qkv, layer.attention.local_qkv]
@@ -41,7 +41,9 @@ def test_joined_layers_give_what_each_gives(scheme):
 
 def test_biases_are_joined():
     layers, rows = pair(bias=True), torch.randn(3, 64)
-    torch.testing.assert_close(torch.cat(Joined(layers)(rows), -1), torch.cat([x(rows) for x in layers], -1))
+    expected = torch.cat([layer(rows) for layer in layers], -1)
+    torch.testing.assert_close(torch.cat(Joined(layers)(rows), -1), expected)
+    torch.testing.assert_close(torch.cat([layer(rows) for layer in layers], -1), expected)
 
 
 def test_nothing_is_stored_twice():
