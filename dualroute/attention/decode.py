@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention.backend import triton_kernels
+from dualroute.attention.backend import fast_kernels
 from dualroute.attention.cache import GlobalCache, LocalCache
 from dualroute.attention.far_summary import far_query_features
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype
@@ -33,8 +33,8 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
         return _decode_full(query, cache)
     if count == 1:
         usable = not torch.is_grad_enabled() and not cache.is_int8  # the kernels read floats
-        kernels = triton_kernels(query, block=cache.block) if usable else None
-        return (kernels.decode_step if kernels is not None else _decode_step)(query, cache, top_k)
+        kernels = fast_kernels(query, block=cache.block) if usable else None
+        return getattr(kernels, "decode_step", _decode_step)(query, cache, top_k)
     begin = cache.length - count
     chunks = [
         _decode_chunk(query[:, :, first : first + QUERY_CHUNK], cache, top_k, begin + first)

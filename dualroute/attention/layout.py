@@ -69,6 +69,14 @@ class Stream:
         parts = [torch.arange(b.blocks, device=self.device).repeat(b.documents) for b in self.buckets]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=self.device)
 
+    def first_blocks(self) -> Tensor:
+        """(num_blocks,) int32: the first block of the document of each block."""
+        return self.cached("first_blocks", self._first_blocks)
+
+    def _first_blocks(self) -> Tensor:
+        number = torch.arange(self.num_blocks, device=self.device)
+        return (number - self.block_in_document()).to(torch.int32)
+
     def blocks_in_document(self) -> Tensor:
         """(num_blocks,) how many blocks the document of each block has."""
         sizes = [(b.blocks, b.documents * b.blocks) for b in self.buckets]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention.backend import triton_kernels
+from dualroute.attention.backend import fast_kernels
 from dualroute.attention.global_route import full_attention
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
 from dualroute.attention.layout import Stream, attend_by_length
@@ -39,7 +39,7 @@ def local_attention(
     Documents that fit into the window are attended to in full: there the two are the same thing. Up to twice
     that length, causal attention in full behind a mask is still the faster one.
     """
-    kernels = triton_kernels(query)
+    kernels = fast_kernels(query, causal=causal)
     if kernels is not None:
         return kernels.local_attention(query, key, value, stream, window=window, causal=causal)
     in_full = (2 * window if causal else window) // stream.block

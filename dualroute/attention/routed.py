@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.attention.backend import triton_kernels
+from dualroute.attention.backend import fast_kernels
 from dualroute.attention.dispatch import Plan
 from dualroute.attention.far_summary import (
     Summary,
@@ -67,7 +67,7 @@ def routed_attention(
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
     """
-    kernels = triton_kernels(query, block=stream.block, causal=causal)
+    kernels = fast_kernels(query, block=stream.block, causal=causal)
     if kernels is not None:
         return kernels.routed_attention(query, key, value, stream, routing, selected=selected)
     if selected is None:

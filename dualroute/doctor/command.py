@@ -48,6 +48,7 @@ def verdicts(config: DoctorConfig, world: World) -> Iterator[Verdict]:
         yield from guarded("devices", machine.devices)
         yield from guarded("memory", machine.memory)
         yield from guarded("disk", partial(machine.disk, output, config.disk_mib))
+        yield from guarded("attention", machine.attention_kernels)
         yield from guarded("ops", machine.deepspeed_ops)
     yield from guarded("network", partial(network.together, world, output, config.network_mib))
     if world.rank == 0 and config.smoke:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dualroute.attention.cpu_kernels import build
 from dualroute.doctor.verdict import Verdict, fail, ok, warn
 
 MIB = 2**20
@@ -183,6 +184,17 @@ def disk_speed(folder: Path, mebibytes: int) -> tuple[float, float]:
     finally:
         path.unlink(missing_ok=True)
     return mebibytes * MIB / max(written, 1e-9), mebibytes * MIB / max(taken, 1e-9)
+
+
+def attention_kernels() -> Iterator[Verdict]:
+    """Whether the C++ kernels of attention work here; compiles them where that was not done yet."""
+    started = time.monotonic()
+    try:
+        build.load()
+    except build.BuildError as error:
+        yield warn("attention", str(error), "on CPUs attention runs several times slower without them")
+    else:
+        yield ok("attention", f"C++ kernels for CPUs are ready ({time.monotonic() - started:.1f} s)")
 
 
 def deepspeed_ops() -> Iterator[Verdict]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from dualroute.attention import DualRouting, Layout, global_route, kernels, reference
 from tests.attention.helpers import ORDERS, ROUTERS
 
+pytestmark = pytest.mark.usefixtures("each_kernels")
+
 DIM, HEADS, BLOCK = 16, 4, 8
 
 

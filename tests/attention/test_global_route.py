@@ -9,6 +9,8 @@ from dualroute.attention import Layout, Routing, full_attention, global_attentio
 from dualroute.attention.global_route import exact_blocks
 from tests.attention.helpers import assert_same_with_gradients, batches, expected, heads, run
 
+pytestmark = pytest.mark.usefixtures("each_kernels")
+
 ROUTING = Routing(2, sub_block=4)
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from dualroute.attention import Layout, local_attention, local_route, reference
 from tests.attention.helpers import assert_same_with_gradients, batches, expected, heads, run
 
+pytestmark = pytest.mark.usefixtures("each_kernels")
+
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 5, 8, 17])

@@ -18,6 +18,8 @@ from tests.attention.helpers import (
     run,
 )
 
+pytestmark = pytest.mark.usefixtures("each_kernels")
+
 BLOCK, SUB_BLOCK = 8, 4
 
 

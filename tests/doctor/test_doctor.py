@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dualroute.attention.cpu_kernels import build
 from dualroute.cli import parse_stage
 from dualroute.doctor import machine, network
 from dualroute.doctor.smoke import run, smoke
@@ -110,6 +112,16 @@ def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     Memory = namedtuple("Memory", "available total")
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: Memory(machine.GIB, 8 * machine.GIB))
     assert levels(machine.memory())["memory"] == "warn"
+
+
+def test_kernels_that_cannot_be_compiled_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    (fine,) = machine.attention_kernels()
+    assert fine.level == "ok"
+    build.load.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (missing,) = machine.attention_kernels()
+    assert missing.level == "warn"
+    assert "there is no C++ compiler: install g++" in str(missing)
 
 
 def test_only_an_old_lock_is_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from dualroute.attention.backend import plain_torch  # noqa: E402
 from dualroute.errors import UserError  # noqa: E402
 from dualroute.export import check_folder, huggingface  # noqa: E402
 from dualroute.export.configuration_dualroute import DualRoutingConfig  # noqa: E402
@@ -36,6 +37,13 @@ def wrapped(**options):
 
 def ids_of(length, batch=1, seed=0):
     return torch.randint(4, 320, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels():
+    """The folder has no other kernels than torch's: what it must equal to the last bit uses them too."""
+    with plain_torch():
+        yield
 
 
 def greedy_of(ours, prompt, count):

@@ -22,7 +22,7 @@ from dualroute.attention.layout import Stream
 from dualroute.attention.triton_kernels import routed_backward as backward_kernels
 from dualroute.attention.triton_kernels import routed_forward as forward_kernels
 from dualroute.attention.triton_kernels.selection import select_blocks
-from dualroute.attention.triton_kernels.tiles import first_blocks, on_device
+from dualroute.attention.triton_kernels.tiles import on_device
 
 if TYPE_CHECKING:
     from dualroute.attention.routed import Routing
@@ -69,7 +69,7 @@ def routed_attention(
         far_keys,
         far_values,
         selected.to(torch.int32).contiguous(),
-        first_blocks(stream),
+        stream.first_blocks(),
     )
     return out
 

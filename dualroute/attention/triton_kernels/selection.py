@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dualroute.attention.layout import Stream
 from dualroute.attention.router import ROUTERS, block_features
-from dualroute.attention.triton_kernels.tiles import dot, first_blocks, load_rows, on_device, pad_dim
+from dualroute.attention.triton_kernels.tiles import dot, load_rows, on_device, pad_dim
 
 NONE = tl.constexpr(-(1 << 63))  # no candidate
 NO_SCORE = tl.constexpr(-(1 << 63) + (1 << 32))  # every packed score lies above
@@ -161,7 +161,7 @@ def select_blocks(
         raise ValueError(f"router={router} is unknown: valid are {', '.join(ROUTERS)}")
     # A part of a block that is not full may have wild bounds, but only complete blocks are candidates.
     features = block_features(key.unflatten(1, (-1, stream.block)), router, sub_block)  # (H_kv, nb, parts, f)
-    selected = select(query.contiguous(), features.contiguous(), first_blocks(stream), top_k, router)
+    selected = select(query.contiguous(), features.contiguous(), stream.first_blocks(), top_k, router)
     if stream.slot_valid is not None:
         selected.masked_fill_(~stream.slot_valid[:, None], -1)
     return selected

@@ -97,16 +97,6 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def first_blocks(stream: Stream) -> Tensor:
-    """(nb,) int32: the first block of the document of each block."""
-    return stream.cached("triton_first_block", lambda: _first_blocks(stream))
-
-
-def _first_blocks(stream: Stream) -> Tensor:
-    number = torch.arange(stream.num_blocks, device=stream.device)
-    return (number - stream.block_in_document()).to(torch.int32)
-
-
 def document_slots(stream: Stream, *, tokens_only: bool) -> tuple[Tensor, Tensor]:
     """(S,) int32 each: first and last + 1 slot of the document of each slot.
 
@@ -116,7 +106,7 @@ def document_slots(stream: Stream, *, tokens_only: bool) -> tuple[Tensor, Tensor
 
 
 def _document_slots(stream: Stream, tokens_only: bool) -> tuple[Tensor, Tensor]:
-    first, size = first_blocks(stream).long(), stream.blocks_in_document()  # (nb,)
+    first, size = stream.first_blocks().long(), stream.blocks_in_document()  # (nb,)
     end = (first + size) * stream.block
     if tokens_only:
         end = end - stream.block + stream.tokens_in_block()[first + size - 1]

@@ -52,15 +52,15 @@ def test_a_layer_gives_the_same_on_both(layer: DualRouting, monkeypatch: pytest.
 
 def test_what_they_cannot_take_runs_in_torch(layer: DualRouting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "triton")
-    assert backend.triton_kernels(torch.zeros(1, 1, 8, device=DEVICE)) is triton_kernels
-    assert backend.triton_kernels(torch.zeros(1, 1, 8, device=DEVICE, dtype=torch.float64)) is None
-    assert backend.triton_kernels(torch.zeros(1, 1, 8, device=DEVICE), causal=False) is None
+    assert backend.fast_kernels(torch.zeros(1, 1, 8, device=DEVICE)) is triton_kernels
+    assert backend.fast_kernels(torch.zeros(1, 1, 8, device=DEVICE, dtype=torch.float64)) is None
+    assert backend.fast_kernels(torch.zeros(1, 1, 8, device=DEVICE), causal=False, block=8) is None
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "cutlass")
     with pytest.raises(ValueError, match="DUALROUTE_KERNELS=cutlass is unknown"):
-        backend.triton_kernels(torch.zeros(1, 1, 8))
+        backend.fast_kernels(torch.zeros(1, 1, 8))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,4 +70,4 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="pip install triton"):
-        backend.triton_kernels(torch.zeros(1, 1, 8))
+        backend.fast_kernels(torch.zeros(1, 1, 8))

@@ -1,0 +1,37 @@
+"""The CPU path of DualRouting attention: C++ kernels behind the functions of the folder above.
+
+In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give, causal. `available`
+says whether the kernels can take a call; whoever gets a no uses the plain path.
+
+    build.py        compiles the sources for this machine, once, into the user's cache
+    operators.py    the C++ functions on tensors
+    routes.py       routed and local attention as differentiable functions
+    vectors.h       vectors, their exponential, the small matrix product
+    tiles.h         a tile of queries and a tile of keys: one step of the softmax, and its gradient
+    select.h        which blocks a token reads: scores and running top-k
+    routed.h        routed attention, both directions
+    local.h         the local route, both directions
+    kernels.cpp     what Python calls
+
+The surprising fact: no header of torch or Python is included. Functions get plain pointers, so that compiling
+takes seconds and no version of either matters.
+
+Shapes: H query heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dualroute.attention.cpu_kernels.routes import local_attention, routed_attention, select_blocks
+
+__all__ = ["available", "local_attention", "routed_attention", "select_blocks"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def available(query: Tensor, *, causal: bool = True) -> bool:
+    """Whether the kernels can take queries (..., d): causal floats in a CPU's memory, nothing that traces."""
+    real = type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return real and causal and query.device.type == "cpu" and query.dtype in DTYPES

@@ -1,0 +1,61 @@
+// What Python calls, in float32 and float64: see operators.py for the shapes.
+#include "local.h"
+#include "routed_backward.h"
+#include "routed_forward.h"
+#include "select.h"
+
+#define DUALROUTE_KERNELS(T, NAME)                                                                           \
+    extern "C" void local_forward_##NAME(const long* shape, const int32_t* first_block, long window,         \
+                                         double scale, const T* query, const T* key, const T* value, T* out, \
+                                         T* lse) {                                                           \
+        local_forward<T>(make_shape(shape, first_block), window, T(scale), query, key, value, out, lse);     \
+    }                                                                                                        \
+    extern "C" void local_backward_##NAME(const long* shape, const int32_t* first_block, long window,        \
+                                          double scale, const T* grad, const T* query, const T* key,         \
+                                          const T* value, const T* out, const T* lse, T* to_query,           \
+                                          T* to_key, T* to_value) {                                          \
+        local_backward<T>(make_shape(shape, first_block), window, T(scale), grad, query, key, value, out,    \
+                          lse, to_query, to_key, to_value);                                                  \
+    }                                                                                                        \
+    extern "C" void select_##NAME(const long* shape, const int32_t* first_block, int router, double scale,   \
+                                  const T* query, const T* features, int parts, int columns, int top_k,      \
+                                  int32_t* selected) {                                                       \
+        select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,   \
+                         columns, top_k, selected);                                                          \
+    }                                                                                                        \
+    extern "C" void routed_forward_##NAME(const long* shape, const int32_t* first_block, double scale,       \
+                                          const T* query, const T* key, const T* value, const T* far_keys,   \
+                                          const T* far_values, long far_width, const int32_t* selected,      \
+                                          int columns, T* out, T* lse) {                                     \
+        routed_forward<T>({make_shape(shape, first_block),                                                   \
+                           T(scale),                                                                         \
+                           query,                                                                            \
+                           key,                                                                              \
+                           value,                                                                            \
+                           {far_keys, far_values, far_width},                                                \
+                           selected,                                                                         \
+                           columns},                                                                         \
+                          out, lse);                                                                         \
+    }                                                                                                        \
+    extern "C" void routed_backward_##NAME(                                                                  \
+        const long* shape, const int32_t* first_block, double scale, const T* grad, const T* query,          \
+        const T* key, const T* value, const T* far_keys, const T* far_values, long far_width,                \
+        const int32_t* selected, int columns, const T* out, const T* lse, T* to_query, T* to_key,            \
+        T* to_value, T* to_far_keys, T* to_far_values) {                                                     \
+        routed_backward<T>({make_shape(shape, first_block),                                                  \
+                            T(scale),                                                                        \
+                            query,                                                                           \
+                            key,                                                                             \
+                            value,                                                                           \
+                            {far_keys, far_values, far_width},                                               \
+                            selected,                                                                        \
+                            columns},                                                                        \
+                           grad, out, lse, {to_query, to_key, to_value, to_far_keys, to_far_values});        \
+    }
+
+static Shape make_shape(const long* sizes, const int32_t* first_block) {
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], int(sizes[5]), first_block};
+}
+
+DUALROUTE_KERNELS(float, float32)
+DUALROUTE_KERNELS(double, float64)

@@ -1,0 +1,218 @@
+// What both directions of routed attention share: one softmax over a token's own block, the sink, its chosen
+// blocks and the far summary of all others.
+//
+// The chosen blocks are read block by block: the tokens that chose a block are gathered into tiles. Work is
+// cut into pieces of neighbouring slots of one key head, which own their queries; as in local.h, a piece
+// collects what it adds to keys before its own in a buffer, and the buffers are added up in order.
+//
+// The surprising fact: a block's turn comes once. First the later tokens that chose it read it, then its own
+// tokens read it, the sink and the summaries, and are done: they have already met all blocks before it.
+#pragma once
+
+#include "tiles.h"
+
+// Pseudo-keys of all blocks of a stream: (kv_heads, blocks, width) and (kv_heads, blocks, dim).
+template <class T>
+struct Far {
+    const T *keys, *values;
+    long width;  // 0: none
+};
+
+template <class T>
+struct RoutedProblem {
+    Shape shape;
+    T scale;                       // 1 / sqrt(d)
+    const T *query, *key, *value;  // (heads, slots, dim), (kv_heads, slots, dim)
+    Far<T> far;
+    const int32_t* selected;  // (kv_heads, slots, columns): the sink, then the chosen blocks, -1 = none
+    int columns;
+};
+
+// Pieces of whole blocks. More than one for each key head only where the heads do not keep all threads busy:
+// the fewer tokens a piece has, the fewer share a block's tile.
+struct Pieces {
+    long count, blocks;  // pieces of each key head; blocks of each piece
+    explicit Pieces(const Shape& shape) {
+        const long threads = shape.threads, least = std::max(1L, 1024 / shape.block);
+        const long wanted =
+            shape.kv_heads % threads == 0 ? 1 : (4 * threads + shape.kv_heads - 1) / shape.kv_heads;
+        blocks = std::max((shape.blocks() + wanted - 1) / wanted, least);
+        count = (shape.blocks() + blocks - 1) / blocks;
+    }
+};
+
+// Calls work(piece, key head, first block, last + 1 block) for all pieces in parallel, the longest ones
+// first.
+template <class Work>
+void for_pieces(const Shape& shape, Work work) {
+    const Pieces pieces(shape);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(shape.threads)
+    for (long order = 0; order < pieces.count; ++order)
+        for (long kv = 0; kv < shape.kv_heads; ++kv) {
+            const long piece = pieces.count - 1 - order, first = piece * pieces.blocks;
+            work(piece, kv, first, std::min(shape.blocks(), first + pieces.blocks));
+        }
+}
+
+// Which tokens of a piece chose each block: tokens[start[b - first] .. start[b + 1 - first]), ascending.
+struct Readers {
+    std::vector<int32_t> start, tokens;
+    Readers(const int32_t* selected, int columns, long begin, long end, long first, long last)
+        : start(last - first + 2) {
+        const auto for_choices = [&](auto step) {
+            for (long token = begin; token < end; ++token)
+                for (int c = 1; c < columns; ++c)
+                    if (selected[token * columns + c] >= 0)
+                        step(token, selected[token * columns + c] - first);
+        };
+        for_choices([&](long, long block) { ++start[block + 2]; });
+        for (size_t i = 2; i < start.size(); ++i) start[i] += start[i - 1];
+        tokens.resize(start.back());
+        for_choices([&](long token, long block) { tokens[start[block + 1]++] = token; });
+    }
+};
+
+// One piece of one key head.
+template <class T>
+struct Routed {
+    const Shape& shape;
+    const Far<T> far;  // of this head
+    const T scale;
+    const T *query, *key, *value;  // of the first head of the group
+    const int32_t* selected;
+    const int columns;
+    const long first, last, start;  // blocks of the piece; first block of the document where it begins
+    const bool backward;
+    const Readers readers;
+    const long key_row;
+    std::vector<T> block_turned, block_values, sink_turned, sink_values, far_turned, far_values;
+    long sink = -1;
+    Scratch<T> scratch;
+
+    Routed(const RoutedProblem<T>& p, long kv, long first, long last, bool backward)
+        : shape(p.shape),
+          far{p.far.keys + kv * shape.blocks() * p.far.width, p.far.values + kv * shape.blocks() * shape.dim,
+              p.far.width},
+          scale(p.scale),
+          query(p.query + kv * shape.group() * shape.slots * shape.dim),
+          key(p.key + kv * shape.slots * shape.dim),
+          value(p.value + kv * shape.slots * shape.dim),
+          selected(p.selected + kv * shape.slots * p.columns),
+          columns(p.columns),
+          first(first),
+          last(last),
+          start(shape.first_block[first]),
+          backward(backward),
+          readers(selected, columns, first * shape.block, last * shape.block, start, last),
+          key_row(round_up<T>(shape.block)),
+          block_turned(shape.dim * key_row),
+          block_values(backward ? shape.dim * key_row : 0),
+          sink_turned(shape.dim * key_row),
+          sink_values(backward ? shape.dim * key_row : 0),
+          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, key_row)) {
+        if (far.width) turn_summaries();
+    }
+
+    // Keys and values of a block, transposed into the given buffers.
+    Keys<T> turn(long block, std::vector<T>& turned, std::vector<T>& turned_values) {
+        const long place = block * shape.block * shape.dim;
+        transpose<T>(turned.data(), key_row, key + place, shape.dim, shape.block, shape.dim);
+        if (backward)
+            transpose<T>(turned_values.data(), key_row, value + place, shape.dim, shape.block, shape.dim);
+        return block_view(block, turned, turned_values);
+    }
+    Keys<T> block_view(long block, const std::vector<T>& turned, const std::vector<T>& turned_values) const {
+        const long place = block * shape.block * shape.dim;
+        return {key + place, turned.data(), value + place, turned_values.data(), key_row, int(shape.block)};
+    }
+    Keys<T> block_keys(long block) { return turn(block, block_turned, block_values); }
+    Keys<T> sink_keys(long block) {
+        if (sink != block) turn(sink = block, sink_turned, sink_values);
+        return block_view(block, sink_turned, sink_values);
+    }
+
+    void turn_summaries() {
+        const long tiles = (last - start + TILE - 1) / TILE;
+        far_turned.resize(tiles * far.width * TILE);
+        far_values.resize(backward ? tiles * shape.dim * TILE : 0);
+        for (long tile = 0; tile < tiles; ++tile) {
+            const long block = start + tile * TILE, count = std::min<long>(TILE, last - block);
+            transpose<T>(far_turned.data() + tile * far.width * TILE, TILE, far.keys + block * far.width,
+                         far.width, count, far.width);
+            if (backward)
+                transpose<T>(far_values.data() + tile * shape.dim * TILE, TILE,
+                             far.values + block * shape.dim, shape.dim, count, shape.dim);
+        }
+    }
+
+    // Calls step(summaries, their first block) for the tiles of summaries that block `own` may read.
+    template <class Step>
+    void for_far(long own, Step step) const {
+        if (!far.width) return;
+        for (long tile = (shape.first_block[own] + 1 - start) / TILE; start + tile * TILE < own; ++tile) {
+            const long block = start + tile * TILE;
+            step(Keys<T>{far.keys + block * far.width, far_turned.data() + tile * far.width * TILE,
+                         far.values + block * shape.dim, far_values.data() + tile * shape.dim * TILE, TILE,
+                         int(std::min<long>(TILE, own - block))},
+                 block);
+        }
+    }
+
+    // Adds log n to a tile of logits of summaries, and closes those that the tokens from `slot` on do not
+    // read: the sink, blocks of earlier documents and chosen ones.
+    auto close_far(long slot, long document, long tile_begin) const {
+        return [this, slot, document, tile_begin](T* logits, int, int rows, int from, int to) {
+            const T log_tokens = std::log(T(shape.block));
+            for (int r = 0; r < rows; ++r) {
+                T* line = logits + r * TILE;
+                for (int j = from; j < to; j += LANES<T>) store<T>(line + j, load<T>(line + j) + log_tokens);
+                close_outside<T>(line, from, to, int(std::max(0L, document + 1 - tile_begin)), to);
+                const int32_t* chosen = selected + (slot + r) * columns;
+                for (int c = 1; c < columns; ++c) {
+                    const long column = chosen[c] - tile_begin;
+                    if (column >= from && column < to) line[column] = NEG_INF<T>;
+                }
+            }
+        };
+    }
+
+    // Features of scaled queries: q, and q^2 / 2 where the width asks for it.
+    void far_features(const T* scaled, int rows, T* features) const {
+        for (int r = 0; r < rows; ++r)
+            for (long j = 0; j < shape.dim; j += LANES<T>) {
+                const Vector<T> q = load<T>(scaled + r * shape.dim + j);
+                store<T>(features + r * far.width + j, q);
+                if (far.width > shape.dim) store<T>(features + r * far.width + shape.dim + j, q * q * T(0.5));
+            }
+    }
+    // Adds the gradient of the features, (rows, width), to that of the queries.
+    void add_far_features(const T* gradient, const T* scaled, int rows, T* to_query) const {
+        for (int r = 0; r < rows; ++r)
+            for (long j = 0; j < shape.dim; j += LANES<T>) {
+                const T* line = gradient + r * far.width + j;
+                T* to = to_query + r * shape.dim + j;
+                Vector<T> sum = load<T>(line);
+                if (far.width > shape.dim)
+                    sum += load<T>(line + shape.dim) * load<T>(scaled + r * shape.dim + j);
+                store<T>(to, load<T>(to) + sum * scale);
+            }
+    }
+
+    // Calls read(member of the group, tokens, rows) for the tiles of a block's readers, and then, if the
+    // block is the piece's own, finish(member, slot, rows, offset inside the block) for its tokens; for all
+    // blocks.
+    template <class Read, class Finish>
+    void for_blocks(Read read, Finish finish) {
+        for (long block = start; block < last; ++block) {
+            const Keys<T> keys = block_keys(block);
+            const int begin = readers.start[block - start], end = readers.start[block - start + 1];
+            for (int at = begin; at < end; at += TILE)
+                for (long member = 0; member < shape.group(); ++member)
+                    read(keys, block, member, readers.tokens.data() + at, std::min(TILE, end - at));
+            if (block < first) continue;
+            for (long member = 0; member < shape.group(); ++member)
+                for (long offset = 0; offset < shape.block; offset += TILE)
+                    finish(keys, block, member, offset, int(std::min<long>(TILE, shape.block - offset)));
+        }
+    }
+};

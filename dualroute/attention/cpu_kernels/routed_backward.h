@@ -1,0 +1,151 @@
+// Routed attention, backward: gradients of queries, keys, values and of the summaries.
+#pragma once
+
+#include "routed.h"
+
+// Where gradients go; all (heads, ...) like what they are the gradients of.
+template <class T>
+struct RoutedGradients {
+    T *query, *key, *value, *far_keys, *far_values;
+};
+
+// Gradients that a piece cannot write to their place: of keys before it, and of summaries, which others read
+// too.
+template <class T>
+struct Sums {
+    std::vector<T> keys, values;
+    void clear(long keys_size, long values_size) {
+        keys.assign(keys_size, T(0));
+        values.assign(values_size, T(0));
+    }
+};
+
+template <class T>
+struct RoutedBackward : Routed<T> {
+    using Routed<T>::shape, Routed<T>::far, Routed<T>::scratch, Routed<T>::scale;
+    const T *grad, *lse;  // of the first head of the group, like to_query
+    T *to_query, *to_key, *to_value;
+    std::vector<T> deltas;
+    Sums<T>&before, &summaries;
+    long slots, begin;
+
+    RoutedBackward(const RoutedProblem<T>& problem, long kv, long first, long last, const T* grad,
+                   const T* out, const T* lse, const RoutedGradients<T>& to, Sums<T>& before,
+                   Sums<T>& summaries)
+        : Routed<T>(problem, kv, first, last, true),
+          grad(grad + kv * shape.group() * shape.slots * shape.dim),
+          lse(lse + kv * shape.group() * shape.slots),
+          to_query(to.query + kv * shape.group() * shape.slots * shape.dim),
+          to_key(to.key + kv * shape.slots * shape.dim),
+          to_value(to.value + kv * shape.slots * shape.dim),
+          deltas(shape.group() * (last - first) * shape.block),
+          before(before),
+          summaries(summaries),
+          slots((last - first) * shape.block),
+          begin(first * shape.block) {
+        const long dim = shape.dim, past = (first - this->start) * shape.block * dim,
+                   blocks = last - this->start;
+        before.clear(past, past);
+        summaries.clear(blocks * far.width, far.width ? blocks * dim : 0);
+        std::fill_n(to_key + begin * dim, slots * dim, T(0));
+        std::fill_n(to_value + begin * dim, slots * dim, T(0));
+        out += kv * shape.group() * shape.slots * dim;
+        for (long member = 0; member < shape.group(); ++member) {
+            const long place = (member * shape.slots + begin) * dim;
+            std::fill_n(to_query + place, slots * dim, T(0));
+            softmax_delta<T>(this->grad + place, out + place, slots, dim, deltas.data() + member * slots);
+        }
+    }
+
+    T* key_sums(long block) { return sums(to_key, before.keys, block); }
+    T* value_sums(long block) { return sums(to_value, before.values, block); }
+    T* sums(T* all, std::vector<T>& earlier, long block) const {
+        const long size = shape.block * shape.dim;
+        return block >= this->first ? all + block * size : earlier.data() + (block - this->start) * size;
+    }
+
+    void run() {
+        this->for_blocks([this](auto... part) { read(part...); }, [this](auto... part) { finish(part...); });
+    }
+
+    // Tokens that chose the block.
+    void read(const Keys<T>& keys, long block, long member, const int32_t* tokens, int rows) {
+        const long dim = shape.dim, head = member * shape.slots;
+        for (int i = 0; i < rows; ++i) {
+            scale_row<T>(scratch.query.data() + i * dim, this->query + (head + tokens[i]) * dim, scale, dim);
+            std::copy_n(grad + (head + tokens[i]) * dim, dim, scratch.grad.data() + i * dim);
+            scratch.lse[i] = lse[head + tokens[i]];
+            scratch.delta[i] = deltas[member * slots + tokens[i] - begin];
+        }
+        T* collected = scratch.to_query.data();
+        std::fill_n(collected, rows * dim, T(0));
+        attend_tile_backward<T>(scratch.query.data(), dim, scratch.grad.data(), rows, keys, dim, Band{},
+                                close_nothing<T>, scratch.lse, scratch.delta, collected, key_sums(block),
+                                value_sums(block), scratch);
+        for (int i = 0; i < rows; ++i)
+            add_row<T>(to_query + (head + tokens[i]) * dim, collected + i * dim, scale, dim);
+    }
+
+    // The block's own tokens: their block, the sink, the summaries.
+    void finish(const Keys<T>& keys, long block, long member, long offset, int rows) {
+        const long dim = shape.dim, slot = block * shape.block + offset, row = member * shape.slots + slot,
+                   document = shape.first_block[block];
+        const T *delta = deltas.data() + member * slots + slot - begin, *row_grad = grad + row * dim;
+        T *query = scratch.query.data(), *collected = scratch.to_query.data();
+        const auto attend = [&](const Keys<T>& tile, const Band& band, long from) {
+            attend_tile_backward<T>(query, dim, row_grad, rows, tile, dim, band, close_nothing<T>, lse + row,
+                                    delta, collected, key_sums(from), value_sums(from), scratch);
+        };
+        scale_row<T>(query, this->query + row * dim, scale, rows * dim);
+        std::fill_n(collected, rows * dim, T(0));
+        attend(keys, Band{true, offset, shape.block}, block);
+        if (block > document) attend(this->sink_keys(document), Band{}, document);
+        add_row<T>(to_query + row * dim, collected, scale, rows * dim);
+        if (!far.width) return;
+
+        T* scaled = scratch.output.data();
+        std::copy_n(query, rows * dim, scaled);
+        this->far_features(scaled, rows, query);
+        std::fill_n(collected, rows * far.width, T(0));
+        this->for_far(block, [&](const Keys<T>& tile, long tile_begin) {
+            const long column = tile_begin - this->start;
+            attend_tile_backward<T>(query, far.width, row_grad, rows, tile, dim, Band{},
+                                    this->close_far(slot, document, tile_begin), lse + row, delta, collected,
+                                    summaries.keys.data() + column * far.width,
+                                    summaries.values.data() + column * dim, scratch);
+        });
+        this->add_far_features(collected, scaled, rows, to_query + row * dim);
+    }
+};
+
+template <class T>
+void routed_backward(const RoutedProblem<T>& problem, const T* grad, const T* out, const T* lse,
+                     const RoutedGradients<T>& to) {
+    const Shape& shape = problem.shape;
+    const long dim = shape.dim, blocks = shape.blocks(), width = problem.far.width;
+    const Pieces pieces(shape);
+    std::vector<Sums<T>> before(shape.kv_heads * pieces.count), summaries(shape.kv_heads * pieces.count);
+    for_pieces(shape, [&](long piece, long kv, long first, long last) {
+        const long place = kv * pieces.count + piece;
+        RoutedBackward<T>(problem, kv, first, last, grad, out, lse, to, before[place], summaries[place])
+            .run();
+    });
+    if (width) {
+        std::fill_n(to.far_keys, shape.kv_heads * blocks * width, T(0));
+        std::fill_n(to.far_values, shape.kv_heads * blocks * dim, T(0));
+    }
+#pragma omp parallel for num_threads(shape.threads)
+    for (long kv = 0; kv < shape.kv_heads; ++kv)
+        for (long piece = 0; piece < pieces.count; ++piece) {
+            const long start = kv * blocks + shape.first_block[piece * pieces.blocks];
+            const auto add = [start](T* to, const std::vector<T>& sums, long size) {
+                if (!sums.empty()) add_row<T>(to + start * size, sums.data(), T(1), sums.size());
+            };
+            const Sums<T>&earlier = before[kv * pieces.count + piece],
+                  &far = summaries[kv * pieces.count + piece];
+            add(to.key, earlier.keys, shape.block * dim);
+            add(to.value, earlier.values, shape.block * dim);
+            add(to.far_keys, far.keys, width);
+            add(to.far_values, far.values, dim);
+        }
+}

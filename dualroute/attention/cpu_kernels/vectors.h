@@ -1,0 +1,224 @@
+// Vectors of numbers, their exponential, and the small matrix product that the kernels are made of.
+//
+// Written with the vector extensions of GCC and Clang: one source for AVX-512, AVX2 and 128-bit machines.
+// The surprising fact: no library is called. The matrices are 64 x 64, where the bookkeeping of a BLAS call
+// costs as much as its arithmetic, and every operand already lies in the first-level cache.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, PANEL = 4;  // PANEL: vectors of a row that one inner loop keeps in registers
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, PANEL = 2;
+#else
+constexpr int VECTOR_BYTES = 16, PANEL = 2;
+#endif
+constexpr int STRIP = 6;  // rows that one inner loop keeps in registers
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    typedef float Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+    static constexpr float LOWEST = -87.0f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+    static constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    static constexpr int TERMS = 7, BIAS = 127, MANTISSA = 23;
+};
+
+template <>
+struct Simd<double> {
+    typedef double Vector __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    typedef double Unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+    static constexpr double LOWEST = -708.0, LN2_HIGH = 0.693147180369123816490,
+                            LN2_LOW = 1.90821492927058770002e-10;
+    static constexpr double ROUND = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr int TERMS = 13, BIAS = 1023, MANTISSA = 52;
+};
+
+template <class T>
+using Vector = typename Simd<T>::Vector;
+template <class T>
+constexpr int LANES = VECTOR_BYTES / sizeof(T);
+template <class T>
+constexpr T NEG_INF = -INFINITY;
+
+template <class T>
+inline Vector<T> load(const T* p) {
+    return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+template <class T>
+inline void store(T* p, Vector<T> v) {
+    *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
+template <class T>
+inline Vector<T> splat(T x) {
+    return x - Vector<T>{};
+}
+
+// `count` as a multiple of the lanes.
+template <class T>
+inline int round_up(long count) {
+    return (count + LANES<T> - 1) / LANES<T> * LANES<T>;
+}
+
+// e^x for x <= 88, exactly 0 below LOWEST: 2^n times the Taylor series of the rest, |rest| <= ln 2 / 2.
+template <class T>
+inline Vector<T> exponential(Vector<T> x) {
+    using S = Simd<T>;
+    const Vector<T> low = splat<T>(S::LOWEST);
+    const auto closed = x < low;
+    x = closed ? low : x;
+    const Vector<T> shifted = x * splat<T>(T(1.4426950408889634)) + S::ROUND;
+    const Vector<T> n = shifted - S::ROUND;
+    const Vector<T> rest = (x - n * S::LN2_HIGH) - n * S::LN2_LOW;
+    Vector<T> sum = splat<T>(1);
+#pragma GCC unroll 16
+    for (int i = S::TERMS; i >= 1; --i) sum = sum * (rest * (T(1) / i)) + T(1);
+    typename S::Bits bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    // The integer n stands in the low bits of `shifted`; whatever is above them is shifted out.
+    bits = (bits + S::BIAS) << S::MANTISSA;
+    Vector<T> power;
+    std::memcpy(&power, &bits, sizeof bits);
+    return closed ? Vector<T>{} : sum * power;
+}
+
+// Largest and sum of the numbers in a vector, by halves.
+template <class T, int N>
+struct Reduce {
+    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+    template <class V>
+    static T largest(V v) {
+        Half a, b;
+        std::memcpy(&a, &v, sizeof a);
+        std::memcpy(&b, reinterpret_cast<char*>(&v) + sizeof a, sizeof b);
+        return Reduce<T, N / 2>::largest(a > b ? a : b);
+    }
+    template <class V>
+    static T sum(V v) {
+        Half a, b;
+        std::memcpy(&a, &v, sizeof a);
+        std::memcpy(&b, reinterpret_cast<char*>(&v) + sizeof a, sizeof b);
+        return Reduce<T, N / 2>::sum(a + b);
+    }
+};
+template <class T>
+struct Reduce<T, 2> {
+    template <class V>
+    static T largest(V v) {
+        return v[0] > v[1] ? v[0] : v[1];
+    }
+    template <class V>
+    static T sum(V v) {
+        return v[0] + v[1];
+    }
+};
+template <class T>
+inline T largest(Vector<T> v) {
+    return Reduce<T, LANES<T>>::largest(v);
+}
+template <class T>
+inline T total(Vector<T> v) {
+    return Reduce<T, LANES<T>>::sum(v);
+}
+
+// A matrix whose element (i, j) lies at data[i * row + j * column].
+template <class T>
+struct Strided {
+    const T* data;
+    long row, column;
+};
+
+template <class T, int M, int N>
+inline void multiply_panel(T* c, long c_row, Strided<T> a, const T* b, long b_row, int inner, bool add) {
+    Vector<T> sum[M][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; ++j) sum[i][j] = add ? load<T>(c + i * c_row + j * LANES<T>) : Vector<T>{};
+    for (int k = 0; k < inner; ++k) {
+        Vector<T> row[N];
+#pragma GCC unroll 16
+        for (int j = 0; j < N; ++j) row[j] = load<T>(b + k * b_row + j * LANES<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            const Vector<T> x = splat<T>(a.data[i * a.row + k * a.column]);
+#pragma GCC unroll 16
+            for (int j = 0; j < N; ++j) sum[i][j] += x * row[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < N; ++j) store<T>(c + i * c_row + j * LANES<T>, sum[i][j]);
+}
+
+template <class T, int N>
+inline void multiply_rows(T* c, long c_row, Strided<T> a, const T* b, long b_row, int rows, int inner,
+                          bool add) {
+    for (; rows >= STRIP; rows -= STRIP, c += STRIP * c_row, a.data += STRIP * a.row)
+        multiply_panel<T, STRIP, N>(c, c_row, a, b, b_row, inner, add);
+    switch (rows) {
+        case 5:
+            multiply_panel<T, 5, N>(c, c_row, a, b, b_row, inner, add);
+            break;
+        case 4:
+            multiply_panel<T, 4, N>(c, c_row, a, b, b_row, inner, add);
+            break;
+        case 3:
+            multiply_panel<T, 3, N>(c, c_row, a, b, b_row, inner, add);
+            break;
+        case 2:
+            multiply_panel<T, 2, N>(c, c_row, a, b, b_row, inner, add);
+            break;
+        case 1:
+            multiply_panel<T, 1, N>(c, c_row, a, b, b_row, inner, add);
+            break;
+    }
+}
+
+// c (rows, columns) = a (rows, inner) b (inner, columns), or += with `add`; columns a multiple of the lanes.
+// A row of c is the same sum in the same order however many rows are computed with it.
+template <class T>
+void multiply(T* c, long c_row, Strided<T> a, const T* b, long b_row, int rows, int columns, int inner,
+              bool add) {
+    int vectors = columns / LANES<T>;
+    for (; vectors >= PANEL; vectors -= PANEL, c += PANEL * LANES<T>, b += PANEL * LANES<T>)
+        multiply_rows<T, PANEL>(c, c_row, a, b, b_row, rows, inner, add);
+    switch (vectors) {
+        case 3:
+            multiply_rows<T, 3>(c, c_row, a, b, b_row, rows, inner, add);
+            break;
+        case 2:
+            multiply_rows<T, 2>(c, c_row, a, b, b_row, rows, inner, add);
+            break;
+        case 1:
+            multiply_rows<T, 1>(c, c_row, a, b, b_row, rows, inner, add);
+            break;
+    }
+}
+
+// to (columns, rows) = from (rows, columns) transposed; columns rows..to_row-1 of `to` become 0.
+template <class T>
+void transpose(T* to, long to_row, const T* from, long from_row, int rows, int columns) {
+    for (int j = 0; j < columns; ++j) {
+        for (int i = 0; i < rows; ++i) to[j * to_row + i] = from[i * from_row + j];
+        for (int i = rows; i < to_row; ++i) to[j * to_row + i] = 0;
+    }
+}
+
+template <class T>
+inline void scale_row(T* to, const T* from, T factor, int n) {
+    for (int i = 0; i < n; i += LANES<T>) store<T>(to + i, load<T>(from + i) * factor);
+}
+template <class T>
+inline void add_row(T* to, const T* from, T factor, int n) {
+    for (int i = 0; i < n; i += LANES<T>) store<T>(to + i, load<T>(to + i) + load<T>(from + i) * factor);
+}
