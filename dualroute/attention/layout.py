@@ -74,8 +74,11 @@ class Stream:
         return self.cached("first_blocks", self._first_blocks)
 
     def _first_blocks(self) -> Tensor:
-        number = torch.arange(self.num_blocks, device=self.device)
-        return (number - self.block_in_document()).to(torch.int32)
+        parts = []
+        for first, documents, blocks in self.buckets:
+            numbers = torch.arange(first, first + documents * blocks, dtype=torch.int32, device=self.device)
+            parts.append(numbers - (numbers - first) % blocks)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks_in_document(self) -> Tensor:
         """(num_blocks,) how many blocks the document of each block has."""

@@ -23,6 +23,7 @@ import math
 import torch
 from torch import Tensor
 
+from dualroute.attention.backend import fast_kernels
 from dualroute.attention.layout import Bucket, Stream, query_chunks
 
 ROUTERS = ("minmax", "moment", "mean")
@@ -147,6 +148,9 @@ def select_blocks(
     A token's own block is never among them, and slots without a token choose nothing. Not causal, the
     candidates are all other blocks of the document.
     """
+    kernels = fast_kernels(query, causal=causal, block=stream.block)
+    if kernels is not None:
+        return kernels.select_blocks(query, key, stream, top_k=top_k, router=router, sub_block=sub_block)
     kv_heads, slots, _ = key.shape
     selected = torch.full((kv_heads, slots, 1 + top_k), -1, dtype=torch.int32, device=key.device)
     grouped = query.unflatten(0, (kv_heads, -1))  # (H_kv, group, S, d)

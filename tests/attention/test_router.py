@@ -11,6 +11,8 @@ from dualroute.attention import Layout, reference, select_blocks
 from dualroute.attention.router import top_blocks
 from tests.attention.helpers import ROUTERS, batches, heads, to_stream
 
+pytestmark = pytest.mark.usefixtures("each_kernels")
+
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("router", ROUTERS)

@@ -29,7 +29,7 @@ template <class T>
 struct LocalKeys {
     long ring, dim;
     bool values_too;
-    std::vector<T> keys, values;
+    Buffer<T> keys, values;
     std::vector<long> held;
 
     LocalKeys(long window, long dim, bool values_too)

@@ -84,8 +84,8 @@ struct Routed {
     const long first, last, start;  // blocks of the piece; first block of the document where it begins
     const bool backward;
     const Readers readers;
-    const long key_row;
-    std::vector<T> block_turned, block_values, sink_turned, sink_values, far_turned, far_values;
+    const long key_row, tiles;  // of the transposed keys of a block; of summaries
+    Buffer<T> block_turned, block_values, sink_turned, sink_values, far_turned, far_values;
     long sink = -1;
     Scratch<T> scratch;
 
@@ -105,23 +105,26 @@ struct Routed {
           backward(backward),
           readers(selected, columns, first * shape.block, last * shape.block, start, last),
           key_row(round_up<T>(shape.block)),
+          tiles(far.width ? (last - start + TILE - 1) / TILE : 0),
           block_turned(shape.dim * key_row),
           block_values(backward ? shape.dim * key_row : 0),
           sink_turned(shape.dim * key_row),
           sink_values(backward ? shape.dim * key_row : 0),
+          far_turned(tiles * far.width * TILE),
+          far_values(backward ? tiles * shape.dim * TILE : 0),
           scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, key_row)) {
-        if (far.width) turn_summaries();
+        turn_summaries();
     }
 
     // Keys and values of a block, transposed into the given buffers.
-    Keys<T> turn(long block, std::vector<T>& turned, std::vector<T>& turned_values) {
+    Keys<T> turn(long block, Buffer<T>& turned, Buffer<T>& turned_values) {
         const long place = block * shape.block * shape.dim;
         transpose<T>(turned.data(), key_row, key + place, shape.dim, shape.block, shape.dim);
         if (backward)
             transpose<T>(turned_values.data(), key_row, value + place, shape.dim, shape.block, shape.dim);
         return block_view(block, turned, turned_values);
     }
-    Keys<T> block_view(long block, const std::vector<T>& turned, const std::vector<T>& turned_values) const {
+    Keys<T> block_view(long block, const Buffer<T>& turned, const Buffer<T>& turned_values) const {
         const long place = block * shape.block * shape.dim;
         return {key + place, turned.data(), value + place, turned_values.data(), key_row, int(shape.block)};
     }
@@ -132,9 +135,6 @@ struct Routed {
     }
 
     void turn_summaries() {
-        const long tiles = (last - start + TILE - 1) / TILE;
-        far_turned.resize(tiles * far.width * TILE);
-        far_values.resize(backward ? tiles * shape.dim * TILE : 0);
         for (long tile = 0; tile < tiles; ++tile) {
             const long block = start + tile * TILE, count = std::min<long>(TILE, last - block);
             transpose<T>(far_turned.data() + tile * far.width * TILE, TILE, far.keys + block * far.width,

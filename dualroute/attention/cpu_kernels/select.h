@@ -57,7 +57,7 @@ void select_blocks(const Shape& shape, Router router, T scale, const T* query, c
     const long tiles = (blocks + columns - 1) / columns, row = parts * columns;
 #pragma omp parallel num_threads(shape.threads)
     {
-        std::vector<T> rows_features(TILE * width), scores(TILE * row);
+        Buffer<T> rows_features(TILE * width), scores(TILE * row);
         std::vector<float> best(TILE * top_k), worst(TILE), compared(columns);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long order = 0; order < blocks; ++order)

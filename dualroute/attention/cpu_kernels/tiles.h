@@ -38,8 +38,8 @@ struct Keys {
 
 template <class T>
 struct Scratch {
-    std::vector<T> logits, gradients, query, grad, output, to_query;
-    T peak[TILE], norm[TILE], decay[TILE], lse[TILE], delta[TILE];
+    Buffer<T> logits, gradients, query, grad, output, to_query;
+    alignas(64) T peak[TILE], norm[TILE], decay[TILE], lse[TILE], delta[TILE];
     Scratch(long dim, long width, long keys)
         : logits(TILE * keys),
           gradients(TILE * keys),

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, PANEL = 4;  // PANEL: vectors of a row that one inner loop keeps in registers
@@ -48,6 +50,20 @@ template <class T>
 constexpr int LANES = VECTOR_BYTES / sizeof(T);
 template <class T>
 constexpr T NEG_INF = -INFINITY;
+
+// Uninitialised numbers. They begin at a cache line, so that no vector lies across two.
+template <class T>
+class Buffer {
+  public:
+    explicit Buffer(long size) : numbers_(new (std::align_val_t(64)) T[size]) {}
+    T* data() const { return numbers_.get(); }
+
+  private:
+    struct Free {
+        void operator()(T* numbers) const { operator delete[](numbers, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T[], Free> numbers_;
+};
 
 template <class T>
 inline Vector<T> load(const T* p) {

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dualroute.attention import Layout, Routing, cpu_kernels, local_attention, routed_attention
-from dualroute.attention import select_blocks as plain_select_blocks
-from dualroute.attention.backend import VARIABLE
+from dualroute.attention import select_blocks as any_select_blocks
+from dualroute.attention.backend import plain_torch
 from dualroute.attention.layout import Stream
 from tests.attention.helpers import ORDERS, ROUTERS, assert_same_with_gradients, heads, to_stream
 
-Attend = Callable[[Tensor, Tensor, Tensor, Stream], Tensor]
+
+def plain(function: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """What a function gives on plain torch."""
+    with plain_torch():
+        return function(*arguments, **options)
 
 
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Tensor]], Tensor]:
-    """Runs a function on plain torch."""
-
-    def run(function: Callable[[], Tensor]) -> Tensor:
-        with monkeypatch.context() as patch:
-            patch.setenv(VARIABLE, "torch")
-            return function()
-
-    return run
+def plain_select_blocks(*arguments: Any, **options: Any) -> Tensor:
+    return plain(any_select_blocks, *arguments, **options)
 
 
 @pytest.fixture(params=[1, 3])
@@ -56,9 +53,7 @@ def _documents(length: int, block: int) -> dict[str, Layout]:
 
 @pytest.mark.parametrize("documents", ["one", "packed"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_routed_pieces_meet(
-    order: str, documents: str, threads: int, plain: Callable[[Callable[[], Tensor]], Tensor]
-) -> None:
+def test_routed_pieces_meet(order: str, documents: str, threads: int) -> None:
     layout = _documents(2500, 32)[documents]
     inputs = _stream_inputs(layout, 4, 2, 8)
     stream, routing = layout.stream, Routing(2, far_summary=order)
@@ -72,9 +67,7 @@ def test_routed_pieces_meet(
 
 @pytest.mark.parametrize("documents", ["one", "packed"])
 @pytest.mark.parametrize("window", [1, 64, 65, 700, 5000])
-def test_local_pieces_meet(
-    window: int, documents: str, threads: int, plain: Callable[[Callable[[], Tensor]], Tensor]
-) -> None:
+def test_local_pieces_meet(window: int, documents: str, threads: int) -> None:
     layout = _documents(4500, 32)[documents]
     inputs = _stream_inputs(layout, 2, 1, 6)
     stream = layout.stream
@@ -102,9 +95,7 @@ def test_threads_change_no_local_number() -> None:
 
 @pytest.mark.parametrize("block", [1, 20, 64, 100, 192])
 @pytest.mark.parametrize("dim", [6, 16, 80])
-def test_any_size_of_heads_and_blocks(
-    dim: int, block: int, plain: Callable[[Callable[[], Tensor]], Tensor]
-) -> None:
+def test_any_size_of_heads_and_blocks(dim: int, block: int) -> None:
     layout = Layout.build(1, 5 * block + block // 3, block)
     inputs = _stream_inputs(layout, 2, 1, dim)
     stream, routing = layout.stream, Routing(1, "moment")
@@ -163,7 +154,7 @@ def test_other_types(dtype: torch.dtype, tolerance: float) -> None:
         assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
-def test_heads_that_lie_apart_in_memory(plain: Callable[[Callable[[], Tensor]], Tensor]) -> None:
+def test_heads_that_lie_apart_in_memory() -> None:
     """As projections give them: rows of all heads side by side."""
     layout = Layout.build(1, 300, 16)
     rows = [part.detach().transpose(0, 1).contiguous() for part in _stream_inputs(layout, 4, 2, 16)]
