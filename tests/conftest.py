@@ -46,6 +46,13 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+@pytest.fixture(params=["cpp", "torch"])
+def each_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs on both kinds of kernels that a CPU has: the C++ ones and plain torch."""
+    monkeypatch.setenv("DUALROUTE_KERNELS", request.param)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets, DUALROUTE_DATA or ../shared/data."""

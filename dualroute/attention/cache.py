@@ -133,8 +133,7 @@ class GlobalCache(KeysAndValues):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add (R, m, d) keys and values, and the statistics of every block they complete."""
         begin, end = self.length, self.length + keys.shape[1]
-        if end > self.keys.shape[1]:
-            self._grow(end)
+        self.reserve(end)
         self.write(slice(begin, end), keys, values)
         self.length = end
         first, last = begin // self.block, end // self.block  # blocks that became complete
@@ -149,7 +148,10 @@ class GlobalCache(KeysAndValues):
             self.far_keys[:, first:last] = far_keys(blocks, self.far_summary)
             self.far_values[:, first:last] = values.mean(2)
 
-    def _grow(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in all."""
+        if length <= self.keys.shape[1]:
+            return
         blocks = max(-(-length // self.block), 2 * self.features.shape[1])
         for names, count in ((self.OF_TOKENS, blocks * self.block), (self.OF_BLOCKS, blocks)):
             for name in names:

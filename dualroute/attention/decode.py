@@ -12,6 +12,7 @@ token would only copy.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,15 @@ from dualroute.attention.kernels import NEG_INF, accumulation_dtype
 from dualroute.attention.router import block_scores, top_blocks
 
 QUERY_CHUNK = 128  # tokens of a chunk that are masked at once
+
+
+def token_kernels(rows: Tensor) -> ModuleType | None:
+    """Kernels that take one new token of each text through both routes at once, or None.
+
+    They write the caches on the way, and have no gradients.
+    """
+    kernels = fast_kernels(rows)
+    return kernels if hasattr(kernels, "decode_layer") else None
 
 
 def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) -> Tensor:

@@ -12,11 +12,14 @@ code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
 from dualroute.attention.cache import GlobalCache, LayerCache, LocalCache
-from dualroute.attention.decode import decode_global, decode_local
+from dualroute.attention.decode import decode_global, decode_local, token_kernels
 from dualroute.attention.far_summary import FAR_SUMMARIES
 from dualroute.attention.global_route import GLOBAL_MODES, exact_blocks, global_attention
 from dualroute.attention.kernels import without_autocast
@@ -375,6 +378,10 @@ class DualRouting(nn.Module):
     def _decode(self, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
         """The next tokens, (B, m, dim), after those in the cache."""
         batch, count, _ = hidden_states.shape
+        if count == 1 and positions is None and not torch.is_grad_enabled():
+            token = self._decode_token(hidden_states[:, 0], cache)
+            if token is not None:
+                return self._combine(token[:, None], hidden_states)
         if positions is None:
             positions = cache.length + torch.arange(count, device=hidden_states.device)
         positions = positions.expand(batch, count).flatten()
@@ -390,6 +397,56 @@ class DualRouting(nn.Module):
             outputs.append(_decode_local(query, key, value, cache.local_cache))
         heads = [out.view(batch, -1, count, self.head_dim).transpose(1, 2).flatten(2) for out in outputs]
         return self._combine(torch.cat(heads, dim=-1), hidden_states)
+
+    def _decode_token(self, rows: Tensor, cache: LayerCache) -> Tensor | None:
+        """The heads of one new token of each text, (B, H * d), for rows (B, dim); None without kernels."""
+        kernels = token_kernels(rows)
+        if kernels is None:
+            return None
+        projected = [None if route is None else route(rows) for route in (self.global_qkv, self.local_qkv)]
+        if not kernels.can_decode(next(part for part in projected if part is not None), cache):
+            return None
+        position = torch.tensor(cache.length)
+        if cache.global_cache is not None:
+            cache.global_cache.reserve(cache.length + 1)
+        theta, scaling = self.rope_theta, self.rope_scaling
+        table = rotary_table(position.view(1), self.head_dim, theta, rows.dtype, scaling)
+        heads = self.token_heads(kernels, projected, table, cache, position)
+        for part in (cache.global_cache, cache.local_cache):
+            if part is not None:
+                part.length += 1
+        return heads
+
+    def token_heads(
+        self,
+        kernels: ModuleType,
+        projected: Sequence[Tensor | None],
+        table: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        position: Tensor,
+    ) -> Tensor:
+        """The heads of one new token of each text, (B, H * d), by `kernels` of `decode.token_kernels`.
+
+        Args:
+            projected: (B, (H + 2 H_kv) * d) of the global and the local projection, None where there is none.
+            table: `rope.rotary_table` of the position.
+            cache: written in place, except for its lengths; its room must suffice.
+            position: () int64, the number of tokens before this one.
+        """
+        group, head_dim = self.group, self.head_dim
+        rows = [None if part is None else self._normalised_heads(part) for part in projected]
+        top_k = self.routing.top_k
+        return kernels.decode_layer(rows, table, cache, position, head_dim=head_dim, group=group, top_k=top_k)
+
+    def _normalised_heads(self, rows: Tensor) -> Tensor:
+        """Projected rows (B, (H + 2 H_kv) * d) with queries and keys normalised, if the layer does that."""
+        if self.query_norm is None or self.key_norm is None:
+            return rows
+        heads = rows.unflatten(-1, (-1, self.head_dim))
+        kv_heads = heads.shape[1] // (self.group + 2)
+        query, key, value = heads.split([kv_heads * self.group, kv_heads, kv_heads], dim=1)
+        parts = _normalise(query, self.query_norm), _normalise(key, self.key_norm), value
+        return torch.cat(parts, dim=1).flatten(1)
 
     def _decode_heads(
         self, projection: nn.Linear, hidden_states: Tensor, table: tuple[Tensor, Tensor]

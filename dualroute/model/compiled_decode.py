@@ -20,13 +20,16 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
 from dualroute.attention.cache import LayerCache
+from dualroute.attention.decode import token_kernels
 from dualroute.attention.rope import rotary_table
 from dualroute.attention.static_decode import static_full, static_local, static_routed
 from dualroute.errors import UserError
@@ -70,6 +73,8 @@ class CompiledDecoder:
             if isinstance(module, QuantizedLinear):
                 module.pack_for_cpu()
         self._programs: dict[tuple[Any, ...], Program] = {}  # by what they were compiled for
+        self._held: WeakKeyDictionary[LayerCache, _Held] = WeakKeyDictionary()  # by the first layer's cache
+        self._position = torch.zeros((), dtype=torch.long, device=model.norm.weight.device)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, caches: list[LayerCache]) -> Tensor:
@@ -83,26 +88,51 @@ class CompiledDecoder:
             return self.model.head(self.model.hidden_states(tokens, caches=caches)[:, -1])
         if length >= caches[0].max_length:
             raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
-        position = torch.tensor(length, device=tokens.device)
-        size = next((size for size in SIZES if size > length), max(caches[0].max_length, length + 1))
+        held = self._held.get(caches[0])
+        if held is None or not held.still():
+            held = self._held[caches[0]] = _Held(caches)
+        position = self._position.fill_(length)
+        size = self._size(caches[0], held)
         if not self._compile:
             logits = self._step(tokens[:, 0], position, caches, size)
         else:
-            shapes = size, len(tokens), *_shapes(caches[0])
+            shapes = size, len(tokens), *held.shapes
             if shapes not in self._programs:
                 self._programs[shapes] = Program(self._step)
-            logits = self._programs[shapes](tokens[:, 0], position, caches, size)
-        for cache in caches:
-            for part in (cache.global_cache, cache.local_cache):
-                if part is not None:
-                    part.length += 1
+            logits = self._programs[shapes](tokens[:, 0], position, caches, held.tensors, size)
+        for part in held.parts:
+            part.length += 1
         return logits
 
+    def _size(self, cache: LayerCache, held: _Held) -> int:
+        """How many cached tokens the step looks at; kernels see the position: one program does for all."""
+        if held.by_kernels is None:
+            kernels, like = self._step.kernels, self.model.norm.weight
+            held.by_kernels = kernels is not None and kernels.can_decode(like, cache)
+        if held.by_kernels:
+            return cache.max_length
+        return next((size for size in SIZES if size > cache.length), max(cache.max_length, cache.length + 1))
 
-def _shapes(cache: LayerCache) -> tuple[Any, ...]:
-    """What a program depends on in the caches, which are alike in all layers."""
-    parts = (cache.global_cache, cache.local_cache)
-    return cache.exact, *((part.keys.shape, part.keys.dtype) for part in parts if part is not None)
+
+class _Held:
+    """What a text's caches consist of, found once and not at every token."""
+
+    def __init__(self, caches: list[LayerCache]) -> None:
+        pairs = ((cache.global_cache, cache.local_cache) for cache in caches)
+        self.parts = [part for pair in pairs for part in pair if part is not None]
+        self._keys = [part.keys for part in self.parts]
+        #: all that the caches hold, in one order
+        self.tensors = [
+            value for part in self.parts for value in vars(part).values() if isinstance(value, Tensor)
+        ]
+        first = [part for part in (caches[0].global_cache, caches[0].local_cache) if part is not None]
+        #: what a program depends on in the caches, which are alike in all layers
+        self.shapes = caches[0].exact, *((part.keys.shape, part.keys.dtype) for part in first)
+        self.by_kernels: bool | None = None
+
+    def still(self) -> bool:
+        """Whether the caches have neither grown nor been put in another order since."""
+        return all(part.keys is keys for part, keys in zip(self.parts, self._keys, strict=True))
 
 
 class Program:
@@ -118,9 +148,11 @@ class Program:
         self._inputs: list[Any] = []  # of the first call: weights; None where a step brings something
         self._places: list[tuple[int, int]] = []  # of those among the inputs, and among what a step brings
 
-    def __call__(self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int) -> Tensor:
-        """See :meth:`DecodeStep.forward`."""
-        brought = [tokens, position, *_tensors(caches)]
+    def __call__(
+        self, tokens: Tensor, position: Tensor, caches: list[LayerCache], held: list[Tensor], size: int
+    ) -> Tensor:
+        """See :meth:`DecodeStep.forward`; ``held`` are the tensors of the caches."""
+        brought = [tokens, position, *held]
         if self._run is None:
             logits, run, self._inputs = _compiled(self._step, tokens, position, caches, size)
             number = {id(tensor): place for place, tensor in enumerate(brought)}
@@ -161,12 +193,6 @@ def _compiled(step: DecodeStep, *arguments: Any) -> tuple[Tensor, Callable[..., 
     return logits, *found
 
 
-def _tensors(caches: list[LayerCache]) -> list[Tensor]:
-    """All that the caches hold, in one order."""
-    parts = (part for cache in caches for part in (cache.global_cache, cache.local_cache) if part is not None)
-    return [value for part in parts for value in vars(part).values() if isinstance(value, Tensor)]
-
-
 @contextlib.contextmanager
 def freezing() -> Iterator[None]:
     """A context in which the compiler takes weights for constants, packs them and tries out kernels.
@@ -195,6 +221,7 @@ class DecodeStep(nn.Module):
     def __init__(self, model: DualRoutingTransformer) -> None:
         super().__init__()
         self.model = model
+        self.kernels = token_kernels(model.norm.weight)
         self.qkv, self.gate_up = nn.ModuleList(), nn.ModuleList()  # of each layer
         for layer in model.layers:
             assert isinstance(layer, TransformerBlock)
@@ -213,7 +240,9 @@ class DecodeStep(nn.Module):
         for layer, qkv, gate_up, cache in zip(model.layers, self.qkv, self.gate_up, caches, strict=True):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
-            hidden = hidden + attend(layer.attention, rows, qkv(rows), table, position, cache, size)
+            hidden = hidden + attend(
+                layer.attention, rows, qkv(rows), table, position, cache, size, self.kernels
+            )
             hidden = hidden + layer.ffn.narrow(*gate_up(layer.ffn_norm(hidden)))
         return model.head(model.norm(hidden))
 
@@ -226,8 +255,16 @@ def attend(
     position: Tensor,
     cache: LayerCache,
     size: int,
+    kernels: ModuleType | None,
 ) -> Tensor:
     """Both routes of a layer for rows (B, dim) and their projections, the global route's first → (B, dim)."""
+    if kernels is not None and kernels.can_decode(qkv[0], cache):
+        routes = iter(qkv)
+        pair = [
+            None if route is None else next(routes) for route in (attention.global_qkv, attention.local_qkv)
+        ]
+        heads = attention.token_heads(kernels, pair, table, cache, position)
+        return attention._combine(heads[:, None], rows[:, None])[:, 0]
     outputs = []
     projected = iter(qkv)
     if attention.global_qkv is not None and cache.global_cache is not None:

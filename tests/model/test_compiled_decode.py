@@ -49,6 +49,7 @@ def build(seed=0, **changes):
     return model
 
 
+@pytest.mark.usefixtures("each_kernels")
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("prompt", [1, 5, 37])
 def test_static_steps_equal_ordinary_ones(changes, prompt, monkeypatch):
@@ -66,6 +67,7 @@ def test_static_steps_equal_ordinary_ones(changes, prompt, monkeypatch):
         decoder(ids[:, :1], ours)
 
 
+@pytest.mark.usefixtures("each_kernels")
 def test_both_kinds_of_steps_may_take_turns_on_one_cache():
     model = build(global_mode="routed", top_k=1)
     ids = torch.randint(60, (1, 80))
@@ -82,6 +84,7 @@ def test_both_kinds_of_steps_may_take_turns_on_one_cache():
             torch.testing.assert_close(logits, expected[at], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("each_kernels")
 def test_equal_scores_choose_the_same_blocks():
     """Blocks of equal keys: the first ones win, statically too."""
     model = build(global_mode="routed", top_k=2, attention="dual", num_layers=1)
@@ -102,6 +105,7 @@ def test_generated_text_is_the_same():
     assert list(generate(model, [1, 2, 3], sampling, decoder=decoder)) == expected
 
 
+@pytest.mark.usefixtures("each_kernels")
 @pytest.mark.parametrize("mode", ["routed", "full"])
 def test_int8_caches_are_read_alike(mode):
     model = build(global_mode=mode, top_k=1)

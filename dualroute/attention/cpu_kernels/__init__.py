@@ -1,16 +1,20 @@
 """The CPU path of DualRouting attention: C++ kernels behind the functions of the folder above.
 
-In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give, causal. `available`
-says whether the kernels can take a call; whoever gets a no uses the plain path.
+In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give, causal; and a step of
+decoding of both routes. `available` and `can_decode` say whether the kernels can take a call;
+whoever gets a no uses the plain path.
 
     build.py        compiles the sources for this machine, once, into the user's cache
     operators.py    the C++ functions on tensors
     routes.py       routed and local attention as differentiable functions
+    decode.py       one token of a text as an operator that torch.compile can call
     vectors.h       vectors, their exponential, the small matrix product
     tiles.h         a tile of queries and a tile of keys: one step of the softmax, and its gradient
     select.h        which blocks a token reads: scores and running top-k
-    routed.h        routed attention, both directions
+    routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
     local.h         the local route, both directions
+    stored.h        rows of a cache: floats, bfloat16, int8
+    decode.h        one token, both routes
     kernels.cpp     what Python calls
 
 The surprising fact: no header of torch or Python is included. Functions get plain pointers, so that compiling
@@ -24,9 +28,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dualroute.attention.cpu_kernels.decode import can_decode, decode_layer
 from dualroute.attention.cpu_kernels.routes import local_attention, routed_attention, select_blocks
 
-__all__ = ["available", "local_attention", "routed_attention", "select_blocks"]
+__all__ = [
+    "available",
+    "can_decode",
+    "decode_layer",
+    "local_attention",
+    "routed_attention",
+    "select_blocks",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
