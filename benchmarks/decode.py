@@ -3,15 +3,18 @@
     python benchmarks/decode.py --lengths 4096 16384 65536 131072
 
 Batch 1, random keys. Dense reads all keys of `--heads` heads with torch's scaled_dot_product_attention;
-DualRouting has half of them on each route. A figure is the median of steps that take turns, projections left
-out. Bytes are those of the keys, values and block statistics that one step reads.
+DualRouting has half of them on each route, and also rotates and stores the token. A figure is the median of
+steps that take turns, projections left out. Bytes are those of the keys, values and block statistics that one
+step reads.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,8 @@ from measure import medians, prepare, show
 
 from dualroute.attention import DualRouting
 from dualroute.attention.cache import GlobalCache, LayerCache
-from dualroute.attention.decode import decode_global, decode_local
+from dualroute.attention.decode import decode_global, decode_local, token_kernels
+from dualroute.attention.rope import rotary_table
 
 
 def filled_cache(layer: DualRouting, length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
@@ -54,6 +58,28 @@ def bytes_read(cache: GlobalCache, window: int, top_k: int) -> int:
     return statistics * blocks + token * (exact + window)
 
 
+def token_step(
+    layer: DualRouting, cache: LayerCache, device: torch.device, dtype: torch.dtype
+) -> Callable[[], Any]:
+    """One token through both routes, as `DualRouting` takes it there: by kernels, where there are some."""
+    length = cache.length
+    rows = torch.randn(1, 3 * layer.global_heads * layer.head_dim, device=device, dtype=dtype)
+    kernels = token_kernels(rows)
+    if kernels is not None:
+        table = rotary_table(torch.tensor([length]), layer.head_dim, 10000.0, dtype)
+        return partial(layer.token_heads, kernels, [rows, rows], table, cache, torch.tensor(length))
+    far, near = cache.global_cache, cache.local_cache
+    assert far is not None
+    assert near is not None
+    query = torch.randn(layer.global_heads, 1, 1, layer.head_dim, device=device, dtype=dtype)
+
+    def step() -> None:
+        decode_global(query, far, layer.routing.top_k, exact=False)
+        decode_local(query, query[:, 0], query[:, 0], near)
+
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
@@ -82,29 +108,19 @@ def main() -> None:
         far_summary=options.far_summary,
         global_mode="routed",
     )
-    half = options.heads // 2
     rows = []
     for length in options.lengths:
         cache = filled_cache(layer, length, device, dtype)
-        far, near = cache.global_cache, cache.local_cache
+        far = cache.global_cache
         assert far is not None
-        assert near is not None
-        query = torch.randn(half, 1, 1, options.head_dim, device=device, dtype=dtype)
-        new = torch.randn(half, 1, options.head_dim, device=device, dtype=dtype)
         wide = torch.randn(1, options.heads, 1, options.head_dim, device=device, dtype=dtype)
         keys = torch.randn(1, options.heads, length, options.head_dim, device=device, dtype=dtype)
         values = torch.randn_like(keys)
 
-        def step() -> None:
-            decode_global(query, far, options.top_k, exact=False)  # noqa: B023
-            decode_local(query, new, new, near)  # noqa: B023
-
+        dense = partial(F.scaled_dot_product_attention, wide, keys, values)
         with torch.inference_mode():
-            times = medians(
-                {"dense": partial(F.scaled_dot_product_attention, wide, keys, values), "dual": step},
-                options.repeats,
-                device,
-            )
+            dual = token_step(layer, cache, device, dtype)
+            times = medians({"dense": dense, "dual": dual}, options.repeats, device)
         dense_bytes = keys.nbytes + values.nbytes
         read = bytes_read(far, options.window, options.top_k)
         rows.append(

@@ -19,9 +19,9 @@ from torch import Tensor
 from dualroute.attention.layout import Bucket, Stream, attend_by_length
 from dualroute.attention.routed import Routing, routed_attention
 
-# global_mode="auto" routes documents longer than this many tokens. Measured as whole training steps of the 5m
-# preset on two CPU cores (benchmarks/train_step.py): routed and full are equal at 2048 tokens; at 4096 routed
-# is 1.2 times as fast in float32 and 1.1 times in bfloat16.
+# global_mode="auto" routes documents longer than this many tokens. In plain torch, which GPUs run, routed and
+# full are equally fast there (whole training steps of the 5m preset, benchmarks/train_step.py). The C++ kernels
+# of a CPU break even below 1024; but what a model reads must not depend on the kernels of a machine.
 AUTO_BREAK_EVEN = 2048
 
 GLOBAL_MODES = ("auto", "full", "routed")

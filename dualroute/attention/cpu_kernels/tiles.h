@@ -123,7 +123,7 @@ void attend_tile(const T* query, int width, int rows, const Keys<T>& keys, int d
     });
 }
 
-// Gradients of a tile: dK and dV are added to; dQ (rows, width) is added to, or written with `fresh`.
+// Adds the gradients of a tile to dQ (rows, width), dK and dV.
 template <class T, class Close>
 void attend_tile_backward(const T* query, int width, const T* grad, int rows, const Keys<T>& keys, int dim,
                           const Band& band, Close close, const T* lse, const T* delta, T* to_query, T* to_key,
