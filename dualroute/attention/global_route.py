@@ -20,8 +20,8 @@ from dualroute.attention.layout import Bucket, Stream, attend_by_length
 from dualroute.attention.routed import Routing, routed_attention
 
 # global_mode="auto" routes documents longer than this many tokens. In plain torch, which GPUs run, routed and
-# full are equally fast there (whole training steps of the 5m preset, benchmarks/train_step.py). The C++ kernels
-# of a CPU break even below 1024; but what a model reads must not depend on the kernels of a machine.
+# full are equally fast there (whole training steps of the 5m preset, benchmarks/train_step.py). The C++
+# kernels break even below 1024; but what a model reads must not depend on the kernels of a machine.
 AUTO_BREAK_EVEN = 2048
 
 GLOBAL_MODES = ("auto", "full", "routed")

@@ -59,8 +59,13 @@ def _compiler() -> str:
 
 
 def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE) or Path(base) / "dualroute")
+    for variable, inside in ((CACHE, "."), ("XDG_CACHE_HOME", "dualroute")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]) / inside
+    try:
+        return Path.home() / ".cache" / "dualroute"
+    except RuntimeError as error:
+        raise BuildError(f"this user has no home folder: name a folder in {CACHE}") from error
 
 
 def _sources() -> list[Path]:
@@ -106,6 +111,8 @@ def _run(command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
     except subprocess.CalledProcessError as error:
         raise BuildError(f"{' '.join(command)} failed:\n{error.stderr[-2000:]}") from error
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{' '.join(command)} did not end in {SECONDS} seconds") from error
     return done.stdout

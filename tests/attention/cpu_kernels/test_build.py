@@ -105,3 +105,22 @@ def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytes
     monkeypatch.setenv(build.CACHE, str(fresh / "file" / "cache"))
     with pytest.raises(build.BuildError, match=r"cannot be written .* name a folder in DUALROUTE_CACHE"):
         build.load()
+
+
+def test_no_home_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(build.CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    with pytest.raises(build.BuildError, match="no home folder: name a folder in DUALROUTE_CACHE"):
+        build.load()
+
+
+def test_a_compiler_that_cannot_be_run_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Path(_compiler(fresh, ""))
+    broken.write_bytes(b"\x7fELF no program")
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(build.BuildError, match="compiler cannot be run"):
+        build.load()
