@@ -12,7 +12,8 @@
     far_summary.py        the blocks that a token does not read, one pseudo-key each
     dispatch.py           (token, block) pairs sorted into tiles
     kernels.py            attention over tiles with its log-sum-exp; the only user of a private torch operator
-    backend.py            plain torch or the Triton kernels; triton_kernels/ the same routes as Triton kernels
+    backend.py            which kernels run: plain torch, or the same routes in cpu_kernels/ (C++) and
+                          triton_kernels/ (GPUs)
     cache.py, decode.py   token by token: what is kept, what a step reads
     statistics.py         what the router does, in numbers for a monitor
     rope.py, options.py   rotary position embedding; defaults and errors of the layer's options

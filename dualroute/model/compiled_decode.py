@@ -1,8 +1,9 @@
 """Compiled decoding: one program for a whole step, from the token's id to its logits.
 
-In: a model, float or quantised, and the caches that its prompt was read into.  Here: the step of
-:mod:`dualroute.attention.static_decode`, layer by layer, and ``torch.compile`` with frozen weights, which
-packs them for the processor and fuses everything between two products.  Out: the next logits;
+In: a model, float or quantised, and the caches that its prompt was read into.  Here: layer by layer one call
+of the CPU's kernels (:mod:`dualroute.attention.cpu_kernels`), or without them the step of
+:mod:`dualroute.attention.static_decode`, and ``torch.compile`` with frozen weights, which packs them for the
+processor and fuses everything between two products.  Out: the next logits;
 :func:`dualroute.model.generate.generate` draws from them.
 
 Projections that read the same rows are joined (:mod:`dualroute.model.joined`).
