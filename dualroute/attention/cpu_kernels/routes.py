@@ -6,8 +6,8 @@ In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: like the f
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row, the summaries of the blocks and
 the selected ones. Half precision is computed in float32.
 
-The surprising fact: there are no pieces and no sorted copies here as there are in plain torch. A tile of
-gathered rows, its weights and their gradients live and die in the first-level cache.
+The surprising fact: nothing is sorted or gathered in memory, as it must be in plain torch. A tile of gathered
+rows, its weights and their gradients live and die in the first-level cache.
 """
 
 from __future__ import annotations
