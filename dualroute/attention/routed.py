@@ -67,9 +67,6 @@ def routed_attention(
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
     """
-    kernels = fast_kernels(query, block=stream.block, causal=causal)
-    if kernels is not None:
-        return kernels.routed_attention(query, key, value, stream, routing, selected=selected)
     if selected is None:
         selected = select_blocks(
             query.detach(),
@@ -80,6 +77,9 @@ def routed_attention(
             sub_block=routing.sub_block,
             causal=causal,
         )
+    kernels = fast_kernels(query, block=stream.block, causal=causal)
+    if kernels is not None:
+        return kernels.routed_attention(query, key, value, stream, routing, selected=selected)
     grouped = query.unflatten(0, (key.shape[0], -1)).transpose(1, 2).contiguous()  # (H_kv, S, group, d)
     out = _Routed.apply(
         grouped, key.contiguous(), value.contiguous(), selected, stream, routing.far_summary, causal

@@ -1,7 +1,7 @@
 """The kernels' C++ compiled for this machine, once, into the user's cache.
 
-In: the sources beside this file and a C++ compiler ($CXX, or c++, g++, clang++). Out: `library`, the loaded
-functions, or None where they cannot be built; `failure` says why.
+In: the sources beside this file and a C++ compiler ($CXX, or c++, g++, clang++). Out: `load` gives the
+functions; where they cannot be built, its error says why.
 
 The surprising fact: the result carries the processor in its name. A home folder that is shared by different
 nodes holds one library for each kind, and none is ever loaded where its instructions do not exist.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -23,8 +22,6 @@ from pathlib import Path
 CACHE = "DUALROUTE_CACHE"  # folder of what is compiled; ~/.cache/dualroute by default
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-w")
 SECONDS = 600  # a compiler that takes longer hangs
-
-_log = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
@@ -74,14 +71,11 @@ def _sources() -> list[Path]:
 
 def _fingerprint(compiler: str) -> str:
     """Of the sources, the flags, the compiler and the processor."""
-    digest = hashlib.sha256(repr((FLAGS, _version(compiler), _processor())).encode())
+    version = _run([compiler, "--version"])
+    digest = hashlib.sha256(repr((FLAGS, version, _processor())).encode())
     for path in _sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"])
 
 
 def _processor() -> str:

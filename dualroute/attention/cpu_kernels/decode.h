@@ -103,7 +103,7 @@ struct Statistics {
     long width(long dim) const { return router == MEAN ? dim : 2 * dim; }
 };
 
-// Mean and variance (2 dim,) of `count` rows from `first` on.
+// Mean and variance, (dim,) each, of `count` rows from `first` on.
 template <class T, class S>
 void moments(const Rows<S>& rows, long first, long count, T* mean, T* variance) {
     std::vector<T> row(rows.dim);

@@ -5,6 +5,17 @@
 #include "routed_forward.h"
 #include "select.h"
 
+// The arguments of both directions of the routed route, and the problem that they make.
+#define DUALROUTE_PROBLEM(T)                                                                             \
+    const long *shape, const int32_t *first_block, double scale, const T *query, const T *key,           \
+        const T *value, const T *far_keys, const T *far_values, long far_width, const int32_t *selected, \
+        int columns
+#define DUALROUTE_AS_PROBLEM(T)                                                                         \
+    RoutedProblem<T> {                                                                                  \
+        make_shape(shape, first_block), T(scale), query, key, value, {far_keys, far_values, far_width}, \
+            selected, columns                                                                           \
+    }
+
 #define DUALROUTE_KERNELS(T, NAME)                                                                           \
     extern "C" void local_forward_##NAME(const long* shape, const int32_t* first_block, long window,         \
                                          double scale, const T* query, const T* key, const T* value, T* out, \
@@ -24,34 +35,14 @@
         select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,   \
                          columns, top_k, selected);                                                          \
     }                                                                                                        \
-    extern "C" void routed_forward_##NAME(const long* shape, const int32_t* first_block, double scale,       \
-                                          const T* query, const T* key, const T* value, const T* far_keys,   \
-                                          const T* far_values, long far_width, const int32_t* selected,      \
-                                          int columns, T* out, T* lse) {                                     \
-        routed_forward<T>({make_shape(shape, first_block),                                                   \
-                           T(scale),                                                                         \
-                           query,                                                                            \
-                           key,                                                                              \
-                           value,                                                                            \
-                           {far_keys, far_values, far_width},                                                \
-                           selected,                                                                         \
-                           columns},                                                                         \
-                          out, lse);                                                                         \
+    extern "C" void routed_forward_##NAME(DUALROUTE_PROBLEM(T), T* out, T* lse) {                            \
+        routed_forward<T>(DUALROUTE_AS_PROBLEM(T), out, lse);                                                \
     }                                                                                                        \
-    extern "C" void routed_backward_##NAME(                                                                  \
-        const long* shape, const int32_t* first_block, double scale, const T* grad, const T* query,          \
-        const T* key, const T* value, const T* far_keys, const T* far_values, long far_width,                \
-        const int32_t* selected, int columns, const T* out, const T* lse, T* to_query, T* to_key,            \
-        T* to_value, T* to_far_keys, T* to_far_values) {                                                     \
-        routed_backward<T>({make_shape(shape, first_block),                                                  \
-                            T(scale),                                                                        \
-                            query,                                                                           \
-                            key,                                                                             \
-                            value,                                                                           \
-                            {far_keys, far_values, far_width},                                               \
-                            selected,                                                                        \
-                            columns},                                                                        \
-                           grad, out, lse, {to_query, to_key, to_value, to_far_keys, to_far_values});        \
+    extern "C" void routed_backward_##NAME(DUALROUTE_PROBLEM(T), const T* grad, const T* out, const T* lse,  \
+                                           T* to_query, T* to_key, T* to_value, T* to_far_keys,              \
+                                           T* to_far_values) {                                               \
+        routed_backward<T>(DUALROUTE_AS_PROBLEM(T), grad, out, lse,                                          \
+                           {to_query, to_key, to_value, to_far_keys, to_far_values});                        \
     }
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {

@@ -54,7 +54,7 @@ struct LocalKeys {
     }
 };
 
-// Calls step(keys, band) for the tiles of keys that a tile of queries sees.
+// Calls step(keys, band, first slot) for the tiles of keys that a tile of queries sees.
 template <class T, class Step>
 void for_local_keys(const LocalTile& tile, long window, const T* key, const T* value, LocalKeys<T>& cache,
                     Step step) {

@@ -33,10 +33,10 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
 
 
 def select(
-    query: Tensor, features: Tensor, first_block: Tensor, *, parts: int, top_k: int, router: str, scale: float
+    query: Tensor, features: Tensor, first_block: Tensor, *, top_k: int, router: str, scale: float
 ) -> Tensor:
     """(H_kv, S, C) int32 for queries (H, S, d) and features (H_kv, tiles, f, parts, columns)."""
-    kv_heads, columns = features.shape[0], features.shape[-1]
+    kv_heads, _, _, parts, columns = features.shape
     selected = torch.full((kv_heads, query.shape[1], 1 + top_k), -1, dtype=torch.int32)
     _call(
         "select", query, kv_heads, first_block,
@@ -72,7 +72,7 @@ def routed_backward(
     to_far = None if far is None else Summary(*map(torch.empty_like, far))
     _call(
         "routed_backward", query, len(key), first_block,
-        scale, grad, query, key, value, *_far(far), selected, selected.shape[-1], out, lse,
+        scale, query, key, value, *_far(far), selected, selected.shape[-1], grad, out, lse,
         *to_rows, *(to_far or (None, None)),
     )  # fmt: skip
     return *to_rows, to_far

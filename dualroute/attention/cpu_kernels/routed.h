@@ -198,9 +198,9 @@ struct Routed {
             }
     }
 
-    // Calls read(member of the group, tokens, rows) for the tiles of a block's readers, and then, if the
-    // block is the piece's own, finish(member, slot, rows, offset inside the block) for its tokens; for all
-    // blocks.
+    // For all blocks: calls read(keys, block, member of the group, tokens, rows) for the tiles of its
+    // readers, and then, if the block is the piece's own, finish(keys, block, member, offset inside it, rows)
+    // for the tiles of its tokens.
     template <class Read, class Finish>
     void for_blocks(Read read, Finish finish) {
         for (long block = start; block < last; ++block) {

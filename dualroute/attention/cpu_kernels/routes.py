@@ -43,7 +43,7 @@ def select_blocks(
     padded = F.pad(features, (0, 0, 0, 0, 0, -blocks % columns))
     tiles = padded.view(kv_heads, -1, columns, parts, width).permute(0, 1, 4, 3, 2).contiguous()
     selected = operators.select(
-        pad_heads(query), tiles, stream.first_blocks(), parts=parts, top_k=top_k, router=router, scale=scale
+        pad_heads(query), tiles, stream.first_blocks(), top_k=top_k, router=router, scale=scale
     )
     if stream.slot_valid is not None:
         selected.masked_fill_(~stream.slot_valid[:, None], -1)
@@ -57,18 +57,9 @@ def routed_attention(
     stream: Stream,
     routing: Routing,
     *,
-    selected: Tensor | None = None,
+    selected: Tensor,
 ) -> Tensor:
     """Routed attention, (H, S, d), of a stream; see the function of the same name in `routed`."""
-    if selected is None:
-        selected = select_blocks(
-            query.detach(),
-            key.detach(),
-            stream,
-            top_k=routing.top_k,
-            router=routing.router,
-            sub_block=routing.sub_block,
-        )
     rows = (part.contiguous() for part in (query, key, value))
     return _Routed.apply(*rows, selected.to(torch.int32).contiguous(), stream, routing.far_summary)
 

@@ -12,22 +12,10 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-template <int BYTES>
-struct Integers;
-template <>
-struct Integers<1> {
-    typedef int8_t Type;
-};
-template <>
-struct Integers<2> {
-    typedef uint16_t Type;
-};
-
-// LANES<T> stored numbers of N bytes each.
-template <class T, int N>
+// LANES<T> narrower integers.
+template <class T, class Number>
 struct Narrow {
-    typedef typename Integers<N>::Type Number;
-    typedef Number Vector __attribute__((vector_size(LANES<T> * N)));
+    typedef Number Vector __attribute__((vector_size(LANES<T> * sizeof(Number))));
     static Vector load(const void* p) {
         Vector v;
         std::memcpy(&v, p, sizeof v);
@@ -41,12 +29,12 @@ inline Vector<T> load_stored(const T* p) {
 }
 template <class T>
 inline Vector<T> load_stored(const int8_t* p) {
-    return __builtin_convertvector(Narrow<T, 1>::load(p), Vector<T>);
+    return __builtin_convertvector(Narrow<T, int8_t>::load(p), Vector<T>);
 }
 template <class T>
 inline Vector<T> load_stored(const BFloat16* p) {
     typedef uint32_t Wide __attribute__((vector_size(VECTOR_BYTES)));
-    const Wide bits = __builtin_convertvector(Narrow<T, 2>::load(p), Wide) << 16;
+    const Wide bits = __builtin_convertvector(Narrow<T, uint16_t>::load(p), Wide) << 16;
     Vector<T> v;
     std::memcpy(&v, &bits, sizeof v);
     return v;

@@ -15,8 +15,8 @@
 
 constexpr int TILE = 64;   // query rows of a tile
 constexpr int GROUP = 16;  // rows that share a range of columns where a tile is masked
-constexpr float UNSEEN =
-    -1e30f;  // the peak of a row that has seen nothing: finite, so differences are numbers
+// The peak of a row that has seen nothing: finite, so that differences are numbers.
+constexpr float UNSEEN = -1e30f;
 
 // Row r of a tile sees columns r + offset - window + 1 .. r + offset; not `masked`, all of them.
 struct Band {
@@ -27,8 +27,8 @@ struct Band {
     bool cuts(int rows, int columns) const { return offset < columns - 1 || rows - 1 + offset >= window; }
 };
 
-// Keys (or pseudo-keys) of a tile. `transposed` is (width, row), row >= count a multiple of the lanes, 0
-// beyond.
+// Keys (or pseudo-keys) of a tile. `transposed` is (width, row), row >= count a multiple of the lanes; what
+// stands beyond `count` is closed.
 template <class T>
 struct Keys {
     const T *keys, *transposed, *values, *values_transposed;
@@ -55,7 +55,7 @@ void close_outside(T* row, int begin, int end, int first, int last) {
     for (int j = std::max(last, begin); j < end; ++j) row[j] = NEG_INF<T>;
 }
 
-// logits of rows begin..end-1, columns from..to-1 -> weights; updates peak and norm, gives the decay of the
+// Logits of rows 0..rows-1, columns from..to-1 -> weights; updates peaks and norms, gives the decays of the
 // past.
 template <class T>
 void softmax_step(T* logits, long row, int rows, int from, int to, T* peak, T* norm, T* decay) {

@@ -176,28 +176,31 @@ inline void multiply_panel(T* c, long c_row, Strided<T> a, const T* b, long b_ro
         for (int j = 0; j < N; ++j) store<T>(c + i * c_row + j * LANES<T>, sum[i][j]);
 }
 
+// The rows (fewer than STRIP) and the vectors (fewer than PANEL) that are left over.
+template <class T, int N, int M = STRIP - 1>
+inline void multiply_last_rows(T* c, long c_row, Strided<T> a, const T* b, long b_row, int rows, int inner,
+                               bool add) {
+    if (rows == M)
+        multiply_panel<T, M, N>(c, c_row, a, b, b_row, inner, add);
+    else if constexpr (M > 1)
+        multiply_last_rows<T, N, M - 1>(c, c_row, a, b, b_row, rows, inner, add);
+}
+
 template <class T, int N>
 inline void multiply_rows(T* c, long c_row, Strided<T> a, const T* b, long b_row, int rows, int inner,
                           bool add) {
     for (; rows >= STRIP; rows -= STRIP, c += STRIP * c_row, a.data += STRIP * a.row)
         multiply_panel<T, STRIP, N>(c, c_row, a, b, b_row, inner, add);
-    switch (rows) {
-        case 5:
-            multiply_panel<T, 5, N>(c, c_row, a, b, b_row, inner, add);
-            break;
-        case 4:
-            multiply_panel<T, 4, N>(c, c_row, a, b, b_row, inner, add);
-            break;
-        case 3:
-            multiply_panel<T, 3, N>(c, c_row, a, b, b_row, inner, add);
-            break;
-        case 2:
-            multiply_panel<T, 2, N>(c, c_row, a, b, b_row, inner, add);
-            break;
-        case 1:
-            multiply_panel<T, 1, N>(c, c_row, a, b, b_row, inner, add);
-            break;
-    }
+    multiply_last_rows<T, N>(c, c_row, a, b, b_row, rows, inner, add);
+}
+
+template <class T, int N = PANEL - 1>
+inline void multiply_last_vectors(T* c, long c_row, Strided<T> a, const T* b, long b_row, int rows,
+                                  int vectors, int inner, bool add) {
+    if (vectors == N)
+        multiply_rows<T, N>(c, c_row, a, b, b_row, rows, inner, add);
+    else if constexpr (N > 1)
+        multiply_last_vectors<T, N - 1>(c, c_row, a, b, b_row, rows, vectors, inner, add);
 }
 
 // c (rows, columns) = a (rows, inner) b (inner, columns), or += with `add`; columns a multiple of the lanes.
@@ -208,17 +211,7 @@ void multiply(T* c, long c_row, Strided<T> a, const T* b, long b_row, int rows, 
     int vectors = columns / LANES<T>;
     for (; vectors >= PANEL; vectors -= PANEL, c += PANEL * LANES<T>, b += PANEL * LANES<T>)
         multiply_rows<T, PANEL>(c, c_row, a, b, b_row, rows, inner, add);
-    switch (vectors) {
-        case 3:
-            multiply_rows<T, 3>(c, c_row, a, b, b_row, rows, inner, add);
-            break;
-        case 2:
-            multiply_rows<T, 2>(c, c_row, a, b, b_row, rows, inner, add);
-            break;
-        case 1:
-            multiply_rows<T, 1>(c, c_row, a, b, b_row, rows, inner, add);
-            break;
-    }
+    multiply_last_vectors<T>(c, c_row, a, b, b_row, rows, vectors, inner, add);
 }
 
 // to (columns, rows) = from (rows, columns) transposed; columns rows..to_row-1 of `to` become 0.
