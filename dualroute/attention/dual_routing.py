@@ -297,12 +297,17 @@ class DualRouting(nn.Module):
         table = layout.rotary_table(positions, self.head_dim, theta, rows.dtype, scaling)
         return self._rotated_heads(rows, table)
 
-    def _rotated_heads(self, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _split_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (S, H, d), keys and values (S, H_kv, d) of projected rows, normalised if the layer does."""
         rows = rows.unflatten(-1, (-1, self.head_dim))  # (S, H + 2 H_kv, d)
         kv_heads = rows.shape[1] // (self.group + 2)
         query, key, value = rows.split([kv_heads * self.group, kv_heads, kv_heads], dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = _normalise(query, self.query_norm), _normalise(key, self.key_norm)
+        return query, key, value
+
+    def _rotated_heads(self, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self._split_heads(rows)
         return rotate(query, table), rotate(key, table), value.transpose(0, 1).contiguous()
 
     def _combine(self, heads: Tensor, hidden_states: Tensor) -> Tensor:
@@ -440,13 +445,9 @@ class DualRouting(nn.Module):
 
     def _normalised_heads(self, rows: Tensor) -> Tensor:
         """Projected rows (B, (H + 2 H_kv) * d) with queries and keys normalised, if the layer does that."""
-        if self.query_norm is None or self.key_norm is None:
+        if self.query_norm is None:
             return rows
-        heads = rows.unflatten(-1, (-1, self.head_dim))
-        kv_heads = heads.shape[1] // (self.group + 2)
-        query, key, value = heads.split([kv_heads * self.group, kv_heads, kv_heads], dim=1)
-        parts = _normalise(query, self.query_norm), _normalise(key, self.key_norm), value
-        return torch.cat(parts, dim=1).flatten(1)
+        return torch.cat(self._split_heads(rows), dim=1).flatten(1)
 
     def _decode_heads(
         self, projection: nn.Linear, hidden_states: Tensor, table: tuple[Tensor, Tensor]

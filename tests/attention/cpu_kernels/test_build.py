@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualroute.attention import Layout, backend, local_attention
+from dualroute.attention import Layout, Routing, backend, local_attention, routed_attention
 from dualroute.attention.cpu_kernels import build
 
 
@@ -105,6 +106,27 @@ def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytes
     monkeypatch.setenv(build.CACHE, str(fresh / "file" / "cache"))
     with pytest.raises(build.BuildError, match=r"cannot be written .* name a folder in DUALROUTE_CACHE"):
         build.load()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of processors are x86 ones")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128-bit vectors, and the 256-bit ones of AVX2."""
+    flags = tuple(flag.replace("native", processor) for flag in build.FLAGS)
+    monkeypatch.setattr(build, "FLAGS", flags)
+    rows = [torch.randn(2, 300, 24, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    stream = Layout.build(1, 300, 20).stream
+
+    def run() -> list[torch.Tensor]:
+        out = routed_attention(*rows, stream, Routing(2, "moment"))
+        out = out + local_attention(*rows, stream, window=37)
+        return [out, *torch.autograd.grad(out.square().sum(), rows)]
+
+    actual = run()
+    with backend.plain_torch():
+        expected = run()
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_no_home_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
