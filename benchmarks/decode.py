@@ -66,8 +66,10 @@ def token_step(
     rows = torch.randn(1, 3 * layer.global_heads * layer.head_dim, device=device, dtype=dtype)
     kernels = token_kernels(rows)
     if kernels is not None:
-        table = rotary_table(torch.tensor([length]), layer.head_dim, 10000.0, dtype)
-        return partial(layer.token_heads, kernels, [rows, rows], table, cache, torch.tensor(length))
+        cos, sin = rotary_table(torch.tensor([length]), layer.head_dim, 10000.0, dtype)
+        table = cos.flatten(), sin.flatten()
+        memory = kernels.cache_memory([cache])
+        return partial(layer.token_heads, kernels, [rows, rows], table, memory, 0, torch.tensor(length))
     far, near = cache.global_cache, cache.local_cache
     assert far is not None
     assert near is not None

@@ -415,8 +415,9 @@ class DualRouting(nn.Module):
         if cache.global_cache is not None:
             cache.global_cache.reserve(cache.length + 1)
         theta, scaling = self.rope_theta, self.rope_scaling
-        table = rotary_table(position.view(1), self.head_dim, theta, rows.dtype, scaling)
-        heads = self.token_heads(kernels, projected, table, cache, position)
+        cos, sin = rotary_table(position.view(1), self.head_dim, theta, rows.dtype, scaling)
+        table, memory = (cos.flatten(), sin.flatten()), kernels.cache_memory([cache])
+        heads = self.token_heads(kernels, projected, table, memory, 0, position)
         for part in (cache.global_cache, cache.local_cache):
             if part is not None:
                 part.length += 1
@@ -427,21 +428,30 @@ class DualRouting(nn.Module):
         kernels: ModuleType,
         projected: Sequence[Tensor | None],
         table: tuple[Tensor, Tensor],
-        cache: LayerCache,
+        memory: Tensor,
+        layer: int,
         position: Tensor,
     ) -> Tensor:
         """The heads of one new token of each text, (B, H * d), by `kernels` of `decode.token_kernels`.
 
         Args:
             projected: (B, (H + 2 H_kv) * d) of the global and the local projection, None where there is none.
-            table: `rope.rotary_table` of the position.
-            cache: written in place, except for its lengths; its room must suffice.
+            table: `rope.rotary_table` of the position, flat.
+            memory, layer: the kernels' `cache_memory`, and the row of it that is this layer's; the cache is
+                written in place, except for its lengths; its room must suffice.
             position: () int64, the number of tokens before this one.
         """
-        group, head_dim = self.group, self.head_dim
         rows = [None if part is None else self._normalised_heads(part) for part in projected]
-        top_k = self.routing.top_k
-        return kernels.decode_layer(rows, table, cache, position, head_dim=head_dim, group=group, top_k=top_k)
+        return kernels.decode_layer(
+            rows,
+            table,
+            memory,
+            layer,
+            position,
+            head_dim=self.head_dim,
+            group=self.group,
+            top_k=self.routing.top_k,
+        )
 
     def _normalised_heads(self, rows: Tensor) -> Tensor:
         """Projected rows (B, (H + 2 H_kv) * d) with queries and keys normalised, if the layer does that."""

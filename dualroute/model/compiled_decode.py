@@ -76,64 +76,81 @@ class CompiledDecoder:
         self._programs: dict[tuple[Any, ...], Program] = {}  # by what they were compiled for
         self._held: WeakKeyDictionary[LayerCache, _Held] = WeakKeyDictionary()  # by the first layer's cache
         self._position = torch.zeros((), dtype=torch.long, device=model.norm.weight.device)
+        #: the same memory, to write to without the detour of an operator
+        self._place: Any = self._position.numpy() if self._position.device.type == "cpu" else self._position
 
-    @torch.no_grad()
     def __call__(self, tokens: Tensor, caches: list[LayerCache]) -> Tensor:
         """Logits (B, V) after the last of tokens (B, n), which continue what the caches hold.
 
         Raises:
             ValueError: The caches are full.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(tokens, caches)
+        batch, count = tokens.shape
         length = caches[0].length
-        if tokens.shape[1] > 1 or length == 0:
+        if count > 1 or length == 0:
             return self.model.head(self.model.hidden_states(tokens, caches=caches)[:, -1])
         if length >= caches[0].max_length:
             raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
         held = self._held.get(caches[0])
-        if held is None or not held.still():
-            held = self._held[caches[0]] = _Held(caches)
-        position = self._position.fill_(length)
-        size = self._size(caches[0], held)
+        if held is None or length >= held.room or not held.still():
+            for cache in caches:
+                if cache.global_cache is not None:
+                    cache.global_cache.reserve(length + 1)
+            kernels, like = self._step.kernels, self.model.norm.weight
+            usable = kernels is not None and kernels.can_decode(like, caches[0])
+            held = self._held[caches[0]] = _Held(caches, kernels if usable else None)
+        self._place[()] = length
+        position = self._position
+        size = 0 if held.memory is not None else _size(caches[0])
         if not self._compile:
-            logits = self._step(tokens[:, 0], position, caches, size)
+            logits = self._step(tokens, position, caches, held.memory, size)
         else:
-            shapes = size, len(tokens), *held.shapes
+            shapes = size, batch, *held.shapes
             if shapes not in self._programs:
                 self._programs[shapes] = Program(self._step)
-            logits = self._programs[shapes](tokens[:, 0], position, caches, held.tensors, size)
+            logits = self._programs[shapes](tokens, position, caches, held, size)
         for part in held.parts:
             part.length += 1
         return logits
 
-    def _size(self, cache: LayerCache, held: _Held) -> int:
-        """How many cached tokens the step looks at; kernels see the position: one program does for all."""
-        if held.by_kernels is None:
-            kernels, like = self._step.kernels, self.model.norm.weight
-            held.by_kernels = kernels is not None and kernels.can_decode(like, cache)
-        if held.by_kernels:
-            return cache.max_length
-        return next((size for size in SIZES if size > cache.length), max(cache.max_length, cache.length + 1))
+
+def _size(cache: LayerCache) -> int:
+    """How many cached tokens a step without kernels looks at."""
+    return next((size for size in SIZES if size > cache.length), max(cache.max_length, cache.length + 1))
 
 
 class _Held:
     """What a text's caches consist of, found once and not at every token."""
 
-    def __init__(self, caches: list[LayerCache]) -> None:
+    def __init__(self, caches: list[LayerCache], kernels: ModuleType | None) -> None:
         pairs = ((cache.global_cache, cache.local_cache) for cache in caches)
         self.parts = [part for pair in pairs for part in pair if part is not None]
-        self._keys = [part.keys for part in self.parts]
-        #: all that the caches hold, in one order
+        self._keys = [(part, part.keys) for part in self.parts]
+        far = [cache.global_cache.keys.shape[1] for cache in caches if cache.global_cache is not None]
+        #: tokens that fit until they grow
+        self.room = min(far, default=caches[0].max_length)
+        #: where the caches lie, for kernels that look there by themselves
+        self.memory: Tensor | None = None
+        #: what a step reads and writes: the tensors of the caches in one order, or only their memory
+        self.tensors: list[Tensor] = []
+        #: what a program depends on in the caches, which are alike in all layers
+        self.shapes: tuple[Any, ...] = ()
+        if kernels is not None:
+            self.memory = kernels.cache_memory(caches)
+            self.tensors = [self.memory]
+            return
         self.tensors = [
             value for part in self.parts for value in vars(part).values() if isinstance(value, Tensor)
         ]
         first = [part for part in (caches[0].global_cache, caches[0].local_cache) if part is not None]
-        #: what a program depends on in the caches, which are alike in all layers
         self.shapes = caches[0].exact, *((part.keys.shape, part.keys.dtype) for part in first)
-        self.by_kernels: bool | None = None
 
     def still(self) -> bool:
         """Whether the caches have neither grown nor been put in another order since."""
-        return all(part.keys is keys for part, keys in zip(self.parts, self._keys, strict=True))
+        return all(part.keys is keys for part, keys in self._keys)
 
 
 class Program:
@@ -150,12 +167,12 @@ class Program:
         self._places: list[tuple[int, int]] = []  # of those among the inputs, and among what a step brings
 
     def __call__(
-        self, tokens: Tensor, position: Tensor, caches: list[LayerCache], held: list[Tensor], size: int
+        self, tokens: Tensor, position: Tensor, caches: list[LayerCache], held: _Held, size: int
     ) -> Tensor:
-        """See :meth:`DecodeStep.forward`; ``held`` are the tensors of the caches."""
-        brought = [tokens, position, *held]
+        """See :meth:`DecodeStep.forward`."""
+        brought = [tokens, position, *held.tensors]
         if self._run is None:
-            logits, run, self._inputs = _compiled(self._step, tokens, position, caches, size)
+            logits, run, self._inputs = _compiled(self._step, tokens, position, caches, held.memory, size)
             number = {id(tensor): place for place, tensor in enumerate(brought)}
             for place, tensor in enumerate(self._inputs):
                 if id(tensor) in number:
@@ -166,7 +183,7 @@ class Program:
         inputs = list(self._inputs)
         for place, here in self._places:
             inputs[place] = brought[here]
-        return self._run(*inputs)[0]
+        return self._run(inputs)[0]
 
 
 def _compiled(step: DecodeStep, *arguments: Any) -> tuple[Tensor, Callable[..., Any], list[Any]]:
@@ -177,14 +194,19 @@ def _compiled(step: DecodeStep, *arguments: Any) -> tuple[Tensor, Callable[..., 
     program: list[Any] = []
     inputs: list[Any] = []
 
-    def back_end(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        program.append(torch._inductor.compile(graph, examples))
+    def innermost(graph: torch.fx.GraphModule, examples: Sequence[Any], **options: Any) -> Any:
+        program.append(compile_fx.compile_fx_inner(graph, examples, **options))
 
-        def first(*given: Any) -> Any:
+        def first(given: list[Any]) -> Any:
             inputs.extend(given)
-            return program[0](*given)
+            return program[0](given)
 
         return first
+
+    def back_end(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
+        return compile_fx.compile_fx(graph, examples, inner_compile=innermost)
+
+    from torch._inductor import compile_fx
 
     with freezing():
         logits = torch.compile(step, backend=back_end, fullgraph=True, dynamic=False)(*arguments)
@@ -208,16 +230,17 @@ def freezing() -> Iterator[None]:
 
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}  # quietly
-    options["size_asserts"] = False  # a program is chosen by its shapes: see `_shapes`
+    options["size_asserts"] = False  # a program is chosen by its shapes: see `CompiledDecoder`
     if not torch.cuda.is_available():
         options["max_autotune_gemm_backends"] = "CPP,ATEN"
+        options["cpp_wrapper"] = True  # what calls the kernels is C++ as well, and not Python
     # as many programs as there are lengths of caches: the usual limit of 8 is against surprises
     with inductor.patch(options), dynamo.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
         yield
 
 
 class DecodeStep(nn.Module):
-    """One step for tokens (B,): position, caches and their size in, logits (B, V) out."""
+    """One step for tokens (B, 1): position, caches and their size in, logits (B, V) out."""
 
     def __init__(self, model: DualRoutingTransformer) -> None:
         super().__init__()
@@ -230,46 +253,49 @@ class DecodeStep(nn.Module):
             self.qkv.append(Joined([route for route in routes if route is not None]))
             self.gate_up.append(Joined([layer.ffn.gate, layer.ffn.up]))
 
-    def forward(self, tokens: Tensor, position: Tensor, caches: list[LayerCache], size: int) -> Tensor:
-        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them."""
+    def forward(
+        self, tokens: Tensor, position: Tensor, caches: list[LayerCache], memory: Tensor | None, size: int
+    ) -> Tensor:
+        """Write the tokens at ``position`` of the caches and look at up to ``size`` > position of them.
+
+        With ``memory`` the kernels find the caches there, and look at what they need.
+        """
         model = self.model
-        hidden = model.embedding(tokens)  # (B, dim)
+        hidden = model.embedding(tokens[:, 0])  # (B, dim)
         first: Any = model.layers[0].attention  # all layers rotate alike
-        table = rotary_table(
+        cos, sin = rotary_table(
             position.view(1), first.head_dim, first.rope_theta, hidden.dtype, first.rope_scaling
         )
-        for layer, qkv, gate_up, cache in zip(model.layers, self.qkv, self.gate_up, caches, strict=True):
+        table = cos.flatten(), sin.flatten()
+        for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
-            hidden = hidden + attend(
-                layer.attention, rows, qkv(rows), table, position, cache, size, self.kernels
-            )
+            projected = self.qkv[number](rows)
+            if memory is None:
+                heads = attend(layer.attention, projected, table, position, cache, size)
+            else:
+                assert self.kernels is not None
+                pair = _by_route(layer.attention, projected)
+                heads = layer.attention.token_heads(self.kernels, pair, table, memory, number, position)
+            hidden = hidden + layer.attention._combine(heads[:, None], rows[:, None])[:, 0]
+            gate_up = self.gate_up[number]
             hidden = hidden + layer.ffn.narrow(*gate_up(layer.ffn_norm(hidden)))
         return model.head(model.norm(hidden))
 
 
 def attend(
     attention: DualRouting,
-    rows: Tensor,
-    qkv: Sequence[Tensor],
+    projected: Sequence[Tensor],
     table: tuple[Tensor, Tensor],
     position: Tensor,
     cache: LayerCache,
     size: int,
-    kernels: ModuleType | None,
 ) -> Tensor:
-    """Both routes of a layer for rows (B, dim) and their projections, the global route's first → (B, dim)."""
-    if kernels is not None and kernels.can_decode(qkv[0], cache):
-        routes = iter(qkv)
-        pair = [
-            None if route is None else next(routes) for route in (attention.global_qkv, attention.local_qkv)
-        ]
-        heads = attention.token_heads(kernels, pair, table, cache, position)
-        return attention._combine(heads[:, None], rows[:, None])[:, 0]
+    """The heads (B, H * d) of both routes of a layer for their projections, the global route's first."""
     outputs = []
-    projected = iter(qkv)
-    if attention.global_qkv is not None and cache.global_cache is not None:
-        query, key, value = _heads(attention, next(projected), table)
+    far_rows, near_rows = _by_route(attention, projected)
+    if far_rows is not None and cache.global_cache is not None:
+        query, key, value = _heads(attention, far_rows, table)
         far = cache.global_cache
         top_k = attention.routing.top_k
         size = min(-(-size // far.block) * far.block, far.keys.shape[1])  # whole blocks
@@ -279,12 +305,17 @@ def attend(
             outputs.append(static_full(query, key, value, far, position, size, statistics=keeps))
         else:
             outputs.append(static_routed(query, key, value, far, position, size, top_k))
-    if attention.local_qkv is not None and cache.local_cache is not None:
-        query, key, value = _heads(attention, next(projected), table)
+    if near_rows is not None and cache.local_cache is not None:
+        query, key, value = _heads(attention, near_rows, table)
         outputs.append(static_local(query, key, value, cache.local_cache, position))
-    batch = len(rows)
-    heads = torch.cat([out.reshape(batch, 1, -1) for out in outputs], dim=-1)
-    return attention._combine(heads, rows[:, None])[:, 0]
+    return torch.cat([out.reshape(len(projected[0]), -1) for out in outputs], dim=-1)
+
+
+def _by_route(attention: DualRouting, projected: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """What belongs to the global and to the local route of the projections, the global route's first."""
+    rest = iter(projected)
+    far = None if attention.global_qkv is None else next(rest)
+    return far, None if attention.local_qkv is None else next(rest)
 
 
 def _heads(
@@ -303,7 +334,7 @@ def _heads(
 
 
 def _rotated(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate (B, heads, d) by the table (1, 1, d / 2) of one position, in float32 at least."""
+    """Rotate (B, heads, d) by the table (d / 2,) of one position, in float32 at least."""
     cos, sin = table
     first, second = rows.to(cos.dtype).chunk(2, dim=-1)
     # Put together by `cat`, which a compiler stores; else it would rotate anew for every key that is read.

@@ -14,11 +14,11 @@ whoever gets a no uses the plain path.
     routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
     local.h         the local route, both directions
     stored.h        rows of a cache: floats, bfloat16, int8
-    decode.h        one token, both routes
+    decode.h        one token, both routes; decode_operator.h makes it an operator of torch
     kernels.cpp     what Python calls
 
-The surprising fact: no header of torch or Python is included. Functions get plain pointers, so that compiling
-takes seconds and no version of either matters.
+The surprising fact: functions get plain pointers, and what is included of torch is its stable interface
+alone: compiling takes seconds and works with any torch from 2.10 on.
 
 Shapes: H query heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks.
 """
@@ -28,11 +28,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualroute.attention.cpu_kernels.decode import can_decode, decode_layer
+from dualroute.attention.cpu_kernels.decode import cache_memory, can_decode, decode_layer
 from dualroute.attention.cpu_kernels.routes import local_attention, routed_attention, select_blocks
 
 __all__ = [
     "available",
+    "cache_memory",
     "can_decode",
     "decode_layer",
     "local_attention",

@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 CACHE = "DUALROUTE_CACHE"  # folder of what is compiled; ~/.cache/dualroute by default
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-w")
 SECONDS = 600  # a compiler that takes longer hangs
@@ -70,12 +72,18 @@ def _sources() -> list[Path]:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of the sources, the flags, the compiler and the processor."""
+    """Of the sources, the flags, the compiler, torch and the processor."""
     version = _run([compiler, "--version"])
-    digest = hashlib.sha256(repr((FLAGS, version, _processor())).encode())
+    digest = hashlib.sha256(repr((FLAGS, version, torch.__version__, _torch(), _processor())).encode())
     for path in _sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _torch() -> list[str]:
+    """The flags that find the headers of torch's stable interface, and its library at run time as well."""
+    folder = Path(torch.__file__).parent
+    return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-ltorch_cpu"]
 
 
 def _processor() -> str:
@@ -94,7 +102,7 @@ def _compile(compiler: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            _run([compiler, *FLAGS, str(source), "-o", str(made)])
+            _run([compiler, *FLAGS, str(source), *_torch(), "-o", str(made)])
             os.replace(made, target)
     except OSError as error:
         raise BuildError(f"{target.parent} cannot be written ({error}): name a folder in {CACHE}") from error

@@ -19,21 +19,23 @@ struct Step {
     bool worth_threads(long read) const { return rows > 1 && rows * group * read * dim > 1 << 18; }
 };
 
-// Logits become weights of sum 1.
+// `count` logits become weights of sum 1; there is room for round_up(count).
 template <class T>
-void soften(std::vector<T>& logits) {
-    const size_t count = logits.size();
-    const T peak = *std::max_element(logits.begin(), logits.end());
-    logits.resize(round_up<T>(count), NEG_INF<T>);
-    Vector<T> sum{};
-    for (size_t i = 0; i < logits.size(); i += LANES<T>) {
-        const Vector<T> weights = exponential<T>(load<T>(&logits[i]) - peak);
-        store<T>(&logits[i], weights);
+void soften(T* logits, long count) {
+    const long padded = round_up<T>(count);
+    std::fill(logits + count, logits + padded, NEG_INF<T>);
+    Vector<T> most = load<T>(logits), sum{};
+    for (long i = LANES<T>; i < padded; i += LANES<T>) {
+        const Vector<T> other = load<T>(logits + i);
+        most = most > other ? most : other;
+    }
+    const T peak = largest<T>(most);
+    for (long i = 0; i < padded; i += LANES<T>) {
+        const Vector<T> weights = exponential<T>(load<T>(logits + i) - peak);
+        store<T>(logits + i, weights);
         sum += weights;
     }
-    const T norm = 1 / total<T>(sum);
-    for (size_t i = 0; i < logits.size(); i += LANES<T>) store<T>(&logits[i], load<T>(&logits[i]) * norm);
-    logits.resize(count);
+    scale_row<T>(logits, logits, 1 / total<T>(sum), padded);
 }
 
 // The tensors of a cache: (rows, tokens, dim), and scales (rows, tokens) of int8.
@@ -56,15 +58,11 @@ struct Stored {
         put_row<T>(keys, token, key);
         put_row<T>(values, token, value);
     }
-    // The logits of a token; what is needed next is on its way from memory meanwhile.
-    T logit(const T* scaled, long token) const {
-        fetch(keys, token + 16);
-        fetch(values, token);
-        return dot<T>(scaled, keys.numbers + token * keys.dim, keys.dim) * scale_of<T>(keys, token);
-    }
-    static void fetch(const Rows<S>& rows, long token) {
-        const char* row = reinterpret_cast<const char*>(rows.numbers + token * rows.dim);
-        for (long byte = 0; byte < long(rows.dim * sizeof(S)); byte += 64) __builtin_prefetch(row + byte);
+    // The logits of tokens begin .. end-1.
+    void logits(const T* scaled, long begin, long end, T* out) const {
+        dot_rows<T>(scaled, keys.numbers + begin * keys.dim, end - begin, keys.dim, out);
+        if (keys.scales)
+            for (long token = begin; token < end; ++token) out[token - begin] *= T(keys.scales[token]);
     }
     // out (dim,) += the values of tokens begin .. end-1, times weights[0 ..], which take on the scales.
     void add(T* out, T* weights, long begin, long end) const {
@@ -82,12 +80,11 @@ void decode_local(const Step& step, const T* query, const T* key, const T* value
     for (long row = 0; row < step.rows; ++row) {
         const Stored<T, S> stored(step, row, cache);
         stored.put(step.position % step.tokens, key + row * dim, value + row * dim);
-        std::vector<T> scaled(dim), logits;
+        std::vector<T> scaled(dim), logits(round_up<T>(filled));
         for (long head = row * step.group; head < (row + 1) * step.group; ++head) {
             for (long j = 0; j < dim; ++j) scaled[j] = query[head * dim + j] * T(step.scale);
-            logits.resize(filled);
-            for (long token = 0; token < filled; ++token) logits[token] = stored.logit(scaled.data(), token);
-            soften<T>(logits);
+            stored.logits(scaled.data(), 0, filled, logits.data());
+            soften<T>(logits.data(), filled);
             std::fill_n(out + head * dim, dim, T(0));
             stored.add(out + head * dim, logits.data(), 0, filled);
         }
@@ -176,11 +173,13 @@ void choose(const Step& step, const T* query, const Statistics<A>& statistics, l
     std::vector<float> scores(chosen.size(), -INFINITY);
     Best best{scores.data(), chosen.data(), int(chosen.size())};
     float worst = -INFINITY;
+    const long parts = statistics.parts;
+    std::vector<T> of_parts(own * parts);
+    dot_rows<T>(features.data(), statistics.features + row_blocks * parts * width, own * parts, width,
+                of_parts.data());
     for (long b = 1; b < own; ++b) {
-        const A* of_block = statistics.features + (row_blocks + b) * statistics.parts * width;
-        T score = NEG_INF<T>;
-        for (long part = 0; part < statistics.parts; ++part)
-            score = std::max(score, dot<T>(features.data(), of_block + part * width, width));
+        const T* first = of_parts.data() + b * parts;
+        const T score = *std::max_element(first, first + parts);
         if (float(score) > worst) {
             best.put(float(score), b);
             worst = best.worst();
@@ -221,25 +220,24 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
         const long summaries =
             everything || !statistics.far_width ? 0 : own;  // 0 stands for the sink: closed
 
-        std::vector<T> features(2 * dim), logits;
+        std::vector<T> features(2 * dim), logits(round_up<T>(exactly + summaries));
         for (long head = row * step.group; head < (row + 1) * step.group; ++head) {
             for (long j = 0; j < dim; ++j) {
                 features[j] = query[head * dim + j] * T(step.scale);
                 features[dim + j] = features[j] * features[j] / 2;
             }
-            logits.clear();
-            for (const auto& [begin, end] : ranges)
-                for (long token = begin; token < end; ++token)
-                    logits.push_back(stored.logit(features.data(), token));
-            for (long b = 0; b < summaries; ++b)
-                logits.push_back(dot<T>(features.data(),
-                                        statistics.far_keys + (row_blocks + b) * statistics.far_width,
-                                        statistics.far_width) +
-                                 std::log(T(block)));
+            T* next = logits.data();
+            for (const auto& [begin, end] : ranges) {
+                stored.logits(features.data(), begin, end, next);
+                next += end - begin;
+            }
+            dot_rows<T>(features.data(), statistics.far_keys + row_blocks * statistics.far_width, summaries,
+                        statistics.far_width, next);
+            for (long b = 0; b < summaries; ++b) next[b] += std::log(T(block));
             if (summaries) logits[exactly] = NEG_INF<T>;
             for (const int32_t b : chosen)
                 if (summaries && b >= 0) logits[exactly + b] = NEG_INF<T>;
-            soften<T>(logits);
+            soften<T>(logits.data(), exactly + summaries);
             T *sums = out + head * dim, *weights = logits.data();
             std::fill_n(sums, dim, T(0));
             for (const auto& [begin, end] : ranges) {
@@ -254,7 +252,7 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
 // Queries, keys and values of one route, as its projection gives them: (batch, (heads + 2 kv_heads) * dim).
 template <class T>
 struct Projected {
-    Buffer<T> query, key, value;  // (rows, group, dim), (rows, dim), rotated
+    std::vector<T> query, key, value;  // (rows, group, dim), (rows, dim), rotated
     template <class A>
     Projected(const A* from, long batch, long kv_heads, long group, long dim, const T* cos, const T* sin)
         : query(batch * kv_heads * group * dim), key(batch * kv_heads * dim), value(batch * kv_heads * dim) {
@@ -293,7 +291,7 @@ template <class T, class A, class S>
 void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* global, const A* local,
                   const Cache<S>& far, const Statistics<A>& statistics, const Cache<S>& near, A* out) {
     const long width = (layer.global_kv_heads + layer.local_kv_heads) * layer.group * layer.dim;
-    const auto write = [&](const Buffer<T>& heads, long kv_heads, long offset) {
+    const auto write = [&](const std::vector<T>& heads, long kv_heads, long offset) {
         const long size = kv_heads * layer.group * layer.dim;
         for (long b = 0; b < layer.batch; ++b)
             for (long i = 0; i < size; ++i)
@@ -305,7 +303,7 @@ void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* globa
     };
     if (global) {
         const Projected<T> p(global, layer.batch, layer.global_kv_heads, layer.group, layer.dim, cos, sin);
-        const Buffer<T> heads(layer.batch * layer.global_kv_heads * layer.group * layer.dim);
+        std::vector<T> heads(layer.batch * layer.global_kv_heads * layer.group * layer.dim);
         decode_global<T, S, A>(step_of(layer.global_kv_heads, layer.global_tokens), layer.block, layer.top_k,
                                layer.exact, p.query.data(), p.key.data(), p.value.data(), far, statistics,
                                heads.data());
@@ -313,7 +311,7 @@ void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* globa
     }
     if (local) {
         const Projected<T> p(local, layer.batch, layer.local_kv_heads, layer.group, layer.dim, cos, sin);
-        const Buffer<T> heads(layer.batch * layer.local_kv_heads * layer.group * layer.dim);
+        std::vector<T> heads(layer.batch * layer.local_kv_heads * layer.group * layer.dim);
         decode_local<T, S>(step_of(layer.local_kv_heads, layer.window), p.query.data(), p.key.data(),
                            p.value.data(), near, heads.data());
         write(heads, layer.local_kv_heads, layer.global_kv_heads * layer.group * layer.dim);

@@ -1,5 +1,5 @@
-// What Python calls, in float32 and float64: see operators.py for the shapes.
-#include "decode.h"
+// What Python calls by ctypes, in float32 and float64: see operators.py for the shapes.
+#include "decode_operator.h"
 #include "local.h"
 #include "routed_backward.h"
 #include "routed_forward.h"
@@ -51,27 +51,3 @@ static Shape make_shape(const long* sizes, const int32_t* first_block) {
 
 DUALROUTE_KERNELS(float, float32)
 DUALROUTE_KERNELS(double, float64)
-
-// One array instead of two dozen arguments, which would take as long to hand over as a short text takes to
-// read: the sizes of `Layer`, parts, far_width, router, and then the pointers.
-template <class T, class A, class S>
-static void decode_layer(const int64_t* a) {
-    const auto pointer = [a](int i) { return reinterpret_cast<void*>(a[14 + i]); };
-    const auto cache = [&](int i) {
-        return Cache<S>{(S*)pointer(i), (S*)pointer(i + 1), (float*)pointer(i + 2), (float*)pointer(i + 3)};
-    };
-    const Layer layer{a[0], a[1],      a[2],       int(a[3]), a[4],  a[5],
-                      a[6], int(a[7]), bool(a[8]), a[9],      a[10], *(const int64_t*)pointer(0)};
-    const Statistics<A> statistics{(A*)pointer(9), (A*)pointer(10), (A*)pointer(11),
-                                   a[11],          a[12],           Router(a[13])};
-    decode_layer<T, A, S>(layer, (const T*)pointer(1), (const T*)pointer(2), (const A*)pointer(3),
-                          (const A*)pointer(4), cache(5), statistics, cache(12), (A*)pointer(16));
-}
-
-extern "C" {
-void decode_layer_float32_float32(const int64_t* a) { decode_layer<float, float, float>(a); }
-void decode_layer_float32_int8(const int64_t* a) { decode_layer<float, float, int8_t>(a); }
-void decode_layer_bfloat16_bfloat16(const int64_t* a) { decode_layer<float, BFloat16, BFloat16>(a); }
-void decode_layer_bfloat16_int8(const int64_t* a) { decode_layer<float, BFloat16, int8_t>(a); }
-void decode_layer_float64_float64(const int64_t* a) { decode_layer<double, double, double>(a); }
-}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualroute.attention import DualRouting, LayerCache
+from dualroute.attention import DualRouting, LayerCache, cpu_kernels
 from dualroute.attention.backend import plain_torch
 from dualroute.attention.cpu_kernels import decode
 from tests.attention.helpers import ORDERS, ROUTERS
@@ -136,19 +136,32 @@ def test_numbers_that_are_none_stay_so() -> None:
     assert out[0, 60].isnan().all()
 
 
-def test_the_operator_tells_what_it_changes() -> None:
+def test_the_operator_is_one_that_compilers_may_call() -> None:
     layer = _layer(torch.float32)
     cache = layer.new_cache(2, LENGTH)
-    far, near = cache.global_cache, cache.local_cache
-    assert far is not None
-    assert near is not None
+    memory = decode.cache_memory([cache])
     rows = torch.randn(2, 6 * 12)
-    table = torch.randn(6), torch.randn(6)
-    stored = (far.keys, far.values, None, None, far.features, far.far_keys, far.far_values)
-    ring = (near.keys, near.values, None, None)
-    arguments = (torch.tensor(7), *table, rows, rows, *stored, *ring, [12, 1, 8, 0, 2, 0])
+    arguments = (torch.tensor(7), torch.randn(6), torch.randn(6), rows, rows, memory, 0, 12, 1, 2)
     torch.library.opcheck(
         torch.ops.dualroute.cpu_decode_layer.default,
         arguments,
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_the_memory_of_layers_is_told_apart() -> None:
+    """Layers with caches of different kinds in one table."""
+    layers = [_layer(torch.float32), _layer(torch.float32, local_heads=0, global_heads=4, far_summary="none")]
+    caches = [
+        layer.new_cache(1, LENGTH, int8=int8) for layer, int8 in zip(layers, (True, False), strict=True)
+    ]
+    memory = decode.cache_memory(caches)
+    table = torch.ones(6), torch.zeros(6)
+    for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        rows = torch.randn(1, 3 * layer.global_heads * 12)
+        near = rows if layer.local_heads else None
+        layer.token_heads(cpu_kernels, [rows, near], table, memory, number, torch.tensor(0))
+        assert cache.global_cache is not None
+        keys, _ = cache.global_cache.read(lambda tokens: tokens[:, 0], torch.float32)
+        expected = rows.view(3, layer.global_heads, 12)[1]
+        torch.testing.assert_close(keys, expected, rtol=0, atol=2e-2)
