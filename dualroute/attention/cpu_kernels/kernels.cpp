@@ -1,4 +1,4 @@
-// What Python calls by ctypes, in float32 and float64: see operators.py for the shapes.
+// What Python calls by ctypes: see operators.py for the shapes. T is computed in, S how rows are stored.
 #include "decode_operator.h"
 #include "local.h"
 #include "routed_backward.h"
@@ -6,48 +6,49 @@
 #include "select.h"
 
 // The arguments of both directions of the routed route, and the problem that they make.
-#define DUALROUTE_PROBLEM(T)                                                                             \
-    const long *shape, const int32_t *first_block, double scale, const T *query, const T *key,           \
-        const T *value, const T *far_keys, const T *far_values, long far_width, const int32_t *selected, \
+#define DUALROUTE_PROBLEM(T, S)                                                                          \
+    const long *shape, const int32_t *first_block, double scale, const S *query, const S *key,           \
+        const S *value, const T *far_keys, const T *far_values, long far_width, const int32_t *selected, \
         int columns
-#define DUALROUTE_AS_PROBLEM(T)                                                                         \
-    RoutedProblem<T> {                                                                                  \
+#define DUALROUTE_AS_PROBLEM(T, S)                                                                      \
+    RoutedProblem<T, S> {                                                                               \
         make_shape(shape, first_block), T(scale), query, key, value, {far_keys, far_values, far_width}, \
             selected, columns                                                                           \
     }
 
-#define DUALROUTE_KERNELS(T, NAME)                                                                           \
+#define DUALROUTE_KERNELS(T, S, NAME)                                                                        \
     extern "C" void local_forward_##NAME(const long* shape, const int32_t* first_block, long window,         \
-                                         double scale, const T* query, const T* key, const T* value, T* out, \
+                                         double scale, const S* query, const S* key, const S* value, S* out, \
                                          T* lse) {                                                           \
         local_forward<T>(make_shape(shape, first_block), window, T(scale), query, key, value, out, lse);     \
     }                                                                                                        \
     extern "C" void local_backward_##NAME(const long* shape, const int32_t* first_block, long window,        \
-                                          double scale, const T* grad, const T* query, const T* key,         \
-                                          const T* value, const T* out, const T* lse, T* to_query,           \
+                                          double scale, const S* grad, const S* query, const S* key,         \
+                                          const S* value, const S* out, const T* lse, S* to_query,           \
                                           T* to_key, T* to_value) {                                          \
         local_backward<T>(make_shape(shape, first_block), window, T(scale), grad, query, key, value, out,    \
                           lse, to_query, to_key, to_value);                                                  \
     }                                                                                                        \
     extern "C" void select_##NAME(const long* shape, const int32_t* first_block, int router, double scale,   \
-                                  const T* query, const T* features, int parts, int columns, int top_k,      \
+                                  const S* query, const T* features, int parts, int columns, int top_k,      \
                                   int32_t* selected) {                                                       \
         select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,   \
                          columns, top_k, selected);                                                          \
     }                                                                                                        \
-    extern "C" void routed_forward_##NAME(DUALROUTE_PROBLEM(T), T* out, T* lse) {                            \
-        routed_forward<T>(DUALROUTE_AS_PROBLEM(T), out, lse);                                                \
+    extern "C" void routed_forward_##NAME(DUALROUTE_PROBLEM(T, S), S* out, T* lse) {                         \
+        routed_forward(DUALROUTE_AS_PROBLEM(T, S), out, lse);                                                \
     }                                                                                                        \
-    extern "C" void routed_backward_##NAME(DUALROUTE_PROBLEM(T), const T* grad, const T* out, const T* lse,  \
-                                           T* to_query, T* to_key, T* to_value, T* to_far_keys,              \
-                                           T* to_far_values) {                                               \
-        routed_backward<T>(DUALROUTE_AS_PROBLEM(T), grad, out, lse,                                          \
-                           {to_query, to_key, to_value, to_far_keys, to_far_values});                        \
+    extern "C" void routed_backward_##NAME(DUALROUTE_PROBLEM(T, S), const S* grad, const S* out,             \
+                                           const T* lse, S* to_query, T* to_key, T* to_value,                \
+                                           T* to_far_keys, T* to_far_values) {                               \
+        routed_backward(DUALROUTE_AS_PROBLEM(T, S), grad, out, lse,                                          \
+                        {to_query, to_key, to_value, to_far_keys, to_far_values});                           \
     }
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {
     return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], int(sizes[5]), first_block};
 }
 
-DUALROUTE_KERNELS(float, float32)
-DUALROUTE_KERNELS(double, float64)
+DUALROUTE_KERNELS(float, float, float32)
+DUALROUTE_KERNELS(float, BFloat16, bfloat16)
+DUALROUTE_KERNELS(double, double, float64)

@@ -24,39 +24,29 @@ inline std::vector<LocalTile> local_tiles(const Shape& shape) {
     return tiles;
 }
 
-// Transposed tiles of keys and values, kept while the window moves over them.
-template <class T>
+// Turned tiles of keys and values, kept while the window moves over them.
+template <class T, class S>
 struct LocalKeys {
-    long ring, dim;
-    bool values_too;
-    Buffer<T> keys, values;
+    long dim;
+    std::vector<TurnedKeys<T, S>> ring;
     std::vector<long> held;
 
-    LocalKeys(long window, long dim, bool values_too)
-        : ring((window + TILE - 2) / TILE + 2),
-          dim(dim),
-          values_too(values_too),
-          keys(ring * dim * TILE),
-          values(values_too ? ring * dim * TILE : 0),
-          held(ring, -1) {}
+    LocalKeys(long window, long dim, bool values_too) : dim(dim), held((window + TILE - 2) / TILE + 2, -1) {
+        for (size_t i = 0; i < held.size(); ++i) ring.emplace_back(dim, TILE, values_too);
+    }
 
     // The tile of `count` keys from slot `begin` on, of a head whose rows begin at `key` and `value`.
-    Keys<T> get(const T* key, const T* value, long begin, long document, int count) {
-        const long place = (begin - document) / TILE % ring;
-        T* turned = keys.data() + place * dim * TILE;
-        T* turned_values = values_too ? values.data() + place * dim * TILE : nullptr;
-        if (held[place] != begin) {
-            held[place] = begin;
-            transpose<T>(turned, TILE, key + begin * dim, dim, count, dim);
-            if (values_too) transpose<T>(turned_values, TILE, value + begin * dim, dim, count, dim);
-        }
-        return {key + begin * dim, turned, value + begin * dim, turned_values, TILE, count};
+    const Keys<T>& get(const S* key, const S* value, long begin, long document, int count) {
+        const long place = (begin - document) / TILE % held.size();
+        if (held[place] == begin) return ring[place].view;
+        held[place] = begin;
+        return ring[place].turn(key + begin * dim, value + begin * dim, count);
     }
 };
 
 // Calls step(keys, band, first slot) for the tiles of keys that a tile of queries sees.
-template <class T, class Step>
-void for_local_keys(const LocalTile& tile, long window, const T* key, const T* value, LocalKeys<T>& cache,
+template <class T, class S, class Step>
+void for_local_keys(const LocalTile& tile, long window, const S* key, const S* value, LocalKeys<T, S>& cache,
                     Step step) {
     const long oldest = std::max(tile.document, tile.begin - window + 1);
     const long first = tile.document + (oldest - tile.document) / TILE * TILE;
@@ -78,9 +68,9 @@ struct LocalPieces {
     long last(long piece) const { return std::min<long>(tiles.size(), (piece + 1) * size); }
 };
 
-template <class T>
-void local_forward(const Shape& shape, long window, T scale, const T* query, const T* key, const T* value,
-                   T* out, T* lse) {
+template <class T, class S>
+void local_forward(const Shape& shape, long window, T scale, const S* query, const S* key, const S* value,
+                   S* out, T* lse) {
     const LocalPieces pieces(shape, window);
     const long dim = shape.dim, row = shape.slots * dim;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(shape.threads)
@@ -88,31 +78,33 @@ void local_forward(const Shape& shape, long window, T scale, const T* query, con
         for (long piece = 0; piece < pieces.count; ++piece) {
             const long kv = head / shape.group();
             Scratch<T> scratch(dim, dim, TILE);
-            LocalKeys<T> cache(window, dim, false);
+            LocalKeys<T, S> cache(window, dim, false);
             for (long i = pieces.first(piece); i < pieces.last(piece); ++i) {
                 const LocalTile& tile = pieces.tiles[i];
-                T* sums = out + head * row + tile.begin * dim;
+                S* rows_out = out + head * row + tile.begin * dim;
+                T* sums = in_place(rows_out, scratch.output.data());
                 scale_row<T>(scratch.query.data(), query + head * row + tile.begin * dim, scale,
                              tile.rows * dim);
                 std::fill_n(sums, tile.rows * dim, T(0));
                 std::fill_n(scratch.peak, TILE, T(UNSEEN));
                 std::fill_n(scratch.norm, TILE, T(0));
-                for_local_keys<T>(tile, window, key + kv * row, value + kv * row, cache,
-                                  [&](const Keys<T>& keys, const Band& band, long) {
-                                      attend_tile<T>(scratch.query.data(), dim, tile.rows, keys, dim, band,
-                                                     close_nothing<T>, sums, scratch);
-                                  });
+                for_local_keys(tile, window, key + kv * row, value + kv * row, cache,
+                               [&](const Keys<T>& keys, const Band& band, long) {
+                                   attend_tile<T>(scratch.query.data(), dim, tile.rows, keys, dim, band,
+                                                  close_nothing<T>, sums, scratch);
+                               });
                 for (int r = 0; r < tile.rows; ++r) {
                     scale_row<T>(sums + r * dim, sums + r * dim, 1 / scratch.norm[r], dim);
                     lse[head * shape.slots + tile.begin + r] = scratch.peak[r] + std::log(scratch.norm[r]);
                 }
+                put_numbers(rows_out, sums, tile.rows * dim);
             }
         }
 }
 
-template <class T>
-void local_backward(const Shape& shape, long window, T scale, const T* grad, const T* query, const T* key,
-                    const T* value, const T* out, const T* lse, T* to_query, T* to_key, T* to_value) {
+template <class T, class S>
+void local_backward(const Shape& shape, long window, T scale, const S* grad, const S* query, const S* key,
+                    const S* value, const S* out, const T* lse, S* to_query, T* to_key, T* to_value) {
     const LocalPieces pieces(shape, window);
     const long dim = shape.dim, row = shape.slots * dim, reach = (window + TILE - 2) / TILE * TILE;
     // Gradients of the keys and values that lie before a piece: 2 * reach * dim numbers each.
@@ -121,7 +113,7 @@ void local_backward(const Shape& shape, long window, T scale, const T* grad, con
     for (long kv = 0; kv < shape.kv_heads; ++kv)
         for (long piece = 0; piece < pieces.count; ++piece) {
             Scratch<T> scratch(dim, dim, TILE);
-            LocalKeys<T> cache(window, dim, true);
+            LocalKeys<T, S> cache(window, dim, true);
             const LocalTile& first = pieces.tiles[pieces.first(piece)];
             const LocalTile& last = pieces.tiles[pieces.last(piece) - 1];
             const long start = first.begin, past = std::min(reach, start - first.document);
@@ -136,21 +128,23 @@ void local_backward(const Shape& shape, long window, T scale, const T* grad, con
                     const long place = head * row + tile.begin * dim;
                     scale_row<T>(scratch.query.data(), query + place, scale, tile.rows * dim);
                     softmax_delta<T>(grad + place, out + place, tile.rows, dim, scratch.delta);
+                    const T* rows_grad = widened<T>(grad + place, tile.rows * dim, scratch.grad.data());
                     T* sums = scratch.to_query.data();
                     std::fill_n(sums, tile.rows * dim, T(0));
-                    for_local_keys<T>(tile, window, key + kv * row, value + kv * row, cache,
-                                      [&](const Keys<T>& keys, const Band& band, long begin) {
-                                          T* key_sums = begin >= start
-                                                            ? to_key + kv * row + begin * dim
-                                                            : earlier.data() + (begin - start + past) * dim;
-                                          T* value_sums = begin >= start ? to_value + kv * row + begin * dim
-                                                                         : key_sums + past * dim;
-                                          attend_tile_backward<T>(
-                                              scratch.query.data(), dim, grad + place, tile.rows, keys, dim,
-                                              band, close_nothing<T>, lse + head * shape.slots + tile.begin,
-                                              scratch.delta, sums, key_sums, value_sums, scratch);
-                                      });
-                    scale_row<T>(to_query + place, sums, scale, tile.rows * dim);
+                    for_local_keys(tile, window, key + kv * row, value + kv * row, cache,
+                                   [&](const Keys<T>& keys, const Band& band, long begin) {
+                                       T* key_sums = begin >= start
+                                                         ? to_key + kv * row + begin * dim
+                                                         : earlier.data() + (begin - start + past) * dim;
+                                       T* value_sums = begin >= start ? to_value + kv * row + begin * dim
+                                                                      : key_sums + past * dim;
+                                       attend_tile_backward<T>(
+                                           scratch.query.data(), dim, rows_grad, tile.rows, keys, dim, band,
+                                           close_nothing<T>, lse + head * shape.slots + tile.begin,
+                                           scratch.delta, sums, key_sums, value_sums, scratch);
+                                   });
+                    scale_row<T>(sums, sums, scale, tile.rows * dim);
+                    put_numbers(to_query + place, sums, tile.rows * dim);
                 }
         }
 #pragma omp parallel for num_threads(shape.threads)

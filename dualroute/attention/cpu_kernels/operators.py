@@ -1,12 +1,15 @@
 """The C++ functions as operations on tensors: shapes, padding, types.
 
-In and out: contiguous tensors of one type, float32 or float64, on the CPU; heads of any size d, which are
-padded with zeros to a multiple of LANES. H query heads, H_kv key heads, S slots, nb blocks, C = 1 + top_k.
+In and out: contiguous tensors on the CPU; heads of any size d, which are padded with zeros to a multiple of
+LANES. Queries, keys, values, outputs and their gradients are stored as float32, float64 or bfloat16; what is
+summed up over many of them (log-sum-exps, summaries, gradients of keys and values) is in `compute_dtype`.
+H query heads, H_kv key heads, S slots, nb blocks, C = 1 + top_k.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +24,9 @@ ROUTERS = {"minmax": 0, "moment": 1, "mean": 2}
 
 
 def pad_heads(rows: Tensor) -> Tensor:
-    """(..., d) in `compute_dtype`, contiguous, d padded with zeros to a multiple of LANES."""
-    rows = rows.to(compute_dtype(rows))
+    """(..., d) contiguous, float16 widened, d padded with zeros to a multiple of LANES."""
+    if rows.dtype == torch.float16:
+        rows = rows.float()
     missing = -rows.shape[-1] % LANES
     return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
@@ -55,7 +59,7 @@ def routed_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+    out, lse = torch.empty_like(query), _computed(query, query.shape[:2])
     _call(
         "routed_forward", query, len(key), first_block,
         scale, query, key, value, *_far(far), selected, selected.shape[-1], out, lse,
@@ -68,7 +72,7 @@ def routed_backward(
     out: Tensor, lse: Tensor, first_block: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Summary | None]:  # fmt: skip
     """Gradients of query, key, value and the summary."""
-    to_rows = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    to_rows = torch.empty_like(query), _computed(key, key.shape), _computed(value, value.shape)
     to_far = None if far is None else Summary(*map(torch.empty_like, far))
     _call(
         "routed_backward", query, len(key), first_block,
@@ -82,7 +86,7 @@ def local_forward(
     query: Tensor, key: Tensor, value: Tensor, first_block: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
-    out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
+    out, lse = torch.empty_like(query), _computed(query, query.shape[:2])
     _call("local_forward", query, len(key), first_block, _Long(window), scale, query, key, value, out, lse)
     return out, lse
 
@@ -92,12 +96,16 @@ def local_backward(
     first_block: Tensor, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value."""
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    grads = torch.empty_like(query), _computed(key, key.shape), _computed(value, value.shape)
     _call(
         "local_backward", query, len(key), first_block,
         _Long(window), scale, grad, query, key, value, out, lse, *grads,
     )  # fmt: skip
     return grads
+
+
+def _computed(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    return rows.new_empty(shape, dtype=compute_dtype(rows))
 
 
 _Long = ctypes.c_long

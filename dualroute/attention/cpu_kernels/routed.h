@@ -18,11 +18,11 @@ struct Far {
     long width;  // 0: none
 };
 
-template <class T>
+template <class T, class S>
 struct RoutedProblem {
     Shape shape;
     T scale;                       // 1 / sqrt(d)
-    const T *query, *key, *value;  // (heads, slots, dim), (kv_heads, slots, dim)
+    const S *query, *key, *value;  // (heads, slots, dim), (kv_heads, slots, dim)
     Far<T> far;
     const int32_t* selected;  // (kv_heads, slots, columns): the sink, then the chosen blocks, -1 = none
     int columns;
@@ -72,24 +72,26 @@ struct Readers {
     }
 };
 
-// One piece of one key head.
-template <class T>
+// One piece of one key head. T is computed in, S how queries, keys and values are stored.
+template <class T, class S>
 struct Routed {
     const Shape& shape;
     const Far<T> far;  // of this head
     const T scale;
-    const T *query, *key, *value;  // of the first head of the group
+    const S *query, *key, *value;  // of the first head of the group
     const int32_t* selected;
     const int columns;
     const long first, last, start;  // blocks of the piece; first block of the document where it begins
+    const long begin, slots;        // the same in slots: the first one, and how many
     const bool backward;
     const Readers readers;
-    const long key_row, tiles;  // of the transposed keys of a block; of summaries
-    Buffer<T> block_turned, block_values, sink_turned, sink_values, far_turned, far_values;
+    const long tiles;  // of summaries
+    TurnedKeys<T, S> block_turned, sink_turned;
+    Buffer<T> far_turned, far_values;
     long sink = -1;
     Scratch<T> scratch;
 
-    Routed(const RoutedProblem<T>& p, long kv, long first, long last, bool backward)
+    Routed(const RoutedProblem<T, S>& p, long kv, long first, long last, bool backward)
         : shape(p.shape),
           far{p.far.keys + kv * shape.blocks() * p.far.width, p.far.values + kv * shape.blocks() * shape.dim,
               p.far.width},
@@ -102,36 +104,27 @@ struct Routed {
           first(first),
           last(last),
           start(shape.first_block[first]),
+          begin(first * shape.block),
+          slots((last - first) * shape.block),
           backward(backward),
           readers(selected, columns, first * shape.block, last * shape.block, start, last),
-          key_row(round_up<T>(shape.block)),
           tiles(far.width ? (last - start + TILE - 1) / TILE : 0),
-          block_turned(shape.dim * key_row),
-          block_values(backward ? shape.dim * key_row : 0),
-          sink_turned(shape.dim * key_row),
-          sink_values(backward ? shape.dim * key_row : 0),
+          block_turned(shape.dim, shape.block, backward),
+          sink_turned(shape.dim, shape.block, backward),
           far_turned(tiles * far.width * TILE),
           far_values(backward ? tiles * shape.dim * TILE : 0),
-          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, key_row)) {
+          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row)) {
         turn_summaries();
     }
 
-    // Keys and values of a block, transposed into the given buffers.
-    Keys<T> turn(long block, Buffer<T>& turned, Buffer<T>& turned_values) {
+    const Keys<T>& turn(long block, TurnedKeys<T, S>& turned) const {
         const long place = block * shape.block * shape.dim;
-        transpose<T>(turned.data(), key_row, key + place, shape.dim, shape.block, shape.dim);
-        if (backward)
-            transpose<T>(turned_values.data(), key_row, value + place, shape.dim, shape.block, shape.dim);
-        return block_view(block, turned, turned_values);
+        return turned.turn(key + place, value + place, shape.block);
     }
-    Keys<T> block_view(long block, const Buffer<T>& turned, const Buffer<T>& turned_values) const {
-        const long place = block * shape.block * shape.dim;
-        return {key + place, turned.data(), value + place, turned_values.data(), key_row, int(shape.block)};
-    }
-    Keys<T> block_keys(long block) { return turn(block, block_turned, block_values); }
-    Keys<T> sink_keys(long block) {
-        if (sink != block) turn(sink = block, sink_turned, sink_values);
-        return block_view(block, sink_turned, sink_values);
+    const Keys<T>& sink_keys(long block) {
+        if (sink == block) return sink_turned.view;
+        sink = block;
+        return turn(block, sink_turned);
     }
 
     void turn_summaries() {
@@ -204,7 +197,7 @@ struct Routed {
     template <class Read, class Finish>
     void for_blocks(Read read, Finish finish) {
         for (long block = start; block < last; ++block) {
-            const Keys<T> keys = block_keys(block);
+            const Keys<T> keys = turn(block, block_turned);
             const int begin = readers.start[block - start], end = readers.start[block - start + 1];
             for (int at = begin; at < end; at += TILE)
                 for (long member = 0; member < shape.group(); ++member)

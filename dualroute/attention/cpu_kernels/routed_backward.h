@@ -3,10 +3,12 @@
 
 #include "routed.h"
 
-// Where gradients go; all (heads, ...) like what they are the gradients of.
-template <class T>
+// Where gradients go; all (heads, ...) like what they are the gradients of. Those to which several pieces add
+// are T.
+template <class T, class S>
 struct RoutedGradients {
-    T *query, *key, *value, *far_keys, *far_values;
+    S* query;
+    T *key, *value, *far_keys, *far_values;
 };
 
 // Gradients that a piece cannot write to their place: of keys before it, and of summaries, which others read
@@ -20,29 +22,31 @@ struct Sums {
     }
 };
 
-template <class T>
-struct RoutedBackward : Routed<T> {
-    using Routed<T>::shape, Routed<T>::far, Routed<T>::scratch, Routed<T>::scale;
-    const T *grad, *lse;  // of the first head of the group, like to_query
-    T *to_query, *to_key, *to_value;
+template <class T, class S>
+struct RoutedBackward : Routed<T, S> {
+    using Base = Routed<T, S>;
+    using Base::shape, Base::far, Base::scratch, Base::scale, Base::begin, Base::slots;
+    const S* grad;  // of the first head of the group, like to_query
+    const T* lse;
+    S* to_query;
+    T *to_key, *to_value;
     std::vector<T> deltas;
+    Buffer<T> query_sums;
     Sums<T>&before, &summaries;
-    long slots, begin;
 
-    RoutedBackward(const RoutedProblem<T>& problem, long kv, long first, long last, const T* grad,
-                   const T* out, const T* lse, const RoutedGradients<T>& to, Sums<T>& before,
+    RoutedBackward(const RoutedProblem<T, S>& problem, long kv, long first, long last, const S* grad,
+                   const S* out, const T* lse, const RoutedGradients<T, S>& to, Sums<T>& before,
                    Sums<T>& summaries)
-        : Routed<T>(problem, kv, first, last, true),
+        : Base(problem, kv, first, last, true),
           grad(grad + kv * shape.group() * shape.slots * shape.dim),
           lse(lse + kv * shape.group() * shape.slots),
           to_query(to.query + kv * shape.group() * shape.slots * shape.dim),
           to_key(to.key + kv * shape.slots * shape.dim),
           to_value(to.value + kv * shape.slots * shape.dim),
-          deltas(shape.group() * (last - first) * shape.block),
+          deltas(shape.group() * slots),
+          query_sums(std::is_same_v<T, S> ? 0 : deltas.size() * shape.dim),
           before(before),
-          summaries(summaries),
-          slots((last - first) * shape.block),
-          begin(first * shape.block) {
+          summaries(summaries) {
         const long dim = shape.dim, past = (first - this->start) * shape.block * dim,
                    blocks = last - this->start;
         before.clear(past, past);
@@ -52,9 +56,15 @@ struct RoutedBackward : Routed<T> {
         out += kv * shape.group() * shape.slots * dim;
         for (long member = 0; member < shape.group(); ++member) {
             const long place = (member * shape.slots + begin) * dim;
-            std::fill_n(to_query + place, slots * dim, T(0));
+            std::fill_n(sums_of(member, begin), slots * dim, T(0));
             softmax_delta<T>(this->grad + place, out + place, slots, dim, deltas.data() + member * slots);
         }
+    }
+
+    // The sums of a query's gradient.
+    T* sums_of(long member, long token) {
+        return in_place(to_query + (member * shape.slots + token) * shape.dim,
+                        query_sums.data() + (member * slots + token - begin) * shape.dim);
     }
 
     T* key_sums(long block) { return sums(to_key, before.keys, block); }
@@ -73,7 +83,7 @@ struct RoutedBackward : Routed<T> {
         const long dim = shape.dim, head = member * shape.slots;
         for (int i = 0; i < rows; ++i) {
             scale_row<T>(scratch.query.data() + i * dim, this->query + (head + tokens[i]) * dim, scale, dim);
-            std::copy_n(grad + (head + tokens[i]) * dim, dim, scratch.grad.data() + i * dim);
+            scale_row<T>(scratch.grad.data() + i * dim, grad + (head + tokens[i]) * dim, T(1), dim);
             scratch.lse[i] = lse[head + tokens[i]];
             scratch.delta[i] = deltas[member * slots + tokens[i] - begin];
         }
@@ -83,15 +93,16 @@ struct RoutedBackward : Routed<T> {
                                 close_nothing<T>, scratch.lse, scratch.delta, collected, key_sums(block),
                                 value_sums(block), scratch);
         for (int i = 0; i < rows; ++i)
-            add_row<T>(to_query + (head + tokens[i]) * dim, collected + i * dim, scale, dim);
+            add_row<T>(sums_of(member, tokens[i]), collected + i * dim, scale, dim);
     }
 
     // The block's own tokens: their block, the sink, the summaries.
     void finish(const Keys<T>& keys, long block, long member, long offset, int rows) {
         const long dim = shape.dim, slot = block * shape.block + offset, row = member * shape.slots + slot,
                    document = shape.first_block[block];
-        const T *delta = deltas.data() + member * slots + slot - begin, *row_grad = grad + row * dim;
-        T *query = scratch.query.data(), *collected = scratch.to_query.data();
+        const T* delta = deltas.data() + member * slots + slot - begin;
+        const T* row_grad = widened<T>(grad + row * dim, rows * dim, scratch.grad.data());
+        T *query = scratch.query.data(), *collected = scratch.to_query.data(), *sums = sums_of(member, slot);
         const auto attend = [&](const Keys<T>& tile, const Band& band, long from) {
             attend_tile_backward<T>(query, dim, row_grad, rows, tile, dim, band, close_nothing<T>, lse + row,
                                     delta, collected, key_sums(from), value_sums(from), scratch);
@@ -100,9 +111,16 @@ struct RoutedBackward : Routed<T> {
         std::fill_n(collected, rows * dim, T(0));
         attend(keys, Band{true, offset, shape.block}, block);
         if (block > document) attend(this->sink_keys(document), Band{}, document);
-        add_row<T>(to_query + row * dim, collected, scale, rows * dim);
-        if (!far.width) return;
+        add_row<T>(sums, collected, scale, rows * dim);
+        if (far.width) read_far(block, member, offset, rows, row_grad, sums);
+        put_numbers(to_query + row * dim, sums, rows * dim);
+    }
 
+    // The summaries; the scaled queries are in the scratch.
+    void read_far(long block, long member, long offset, int rows, const T* row_grad, T* sums) {
+        const long dim = shape.dim, slot = block * shape.block + offset, row = member * shape.slots + slot;
+        const T* delta = deltas.data() + member * slots + slot - begin;
+        T *query = scratch.query.data(), *collected = scratch.to_query.data();
         T* scaled = scratch.output.data();
         std::copy_n(query, rows * dim, scaled);
         this->far_features(scaled, rows, query);
@@ -110,24 +128,24 @@ struct RoutedBackward : Routed<T> {
         this->for_far(block, [&](const Keys<T>& tile, long tile_begin) {
             const long column = tile_begin - this->start;
             attend_tile_backward<T>(query, far.width, row_grad, rows, tile, dim, Band{},
-                                    this->close_far(slot, document, tile_begin), lse + row, delta, collected,
-                                    summaries.keys.data() + column * far.width,
+                                    this->close_far(slot, shape.first_block[block], tile_begin), lse + row,
+                                    delta, collected, summaries.keys.data() + column * far.width,
                                     summaries.values.data() + column * dim, scratch);
         });
-        this->add_far_features(collected, scaled, rows, to_query + row * dim);
+        this->add_far_features(collected, scaled, rows, sums);
     }
 };
 
-template <class T>
-void routed_backward(const RoutedProblem<T>& problem, const T* grad, const T* out, const T* lse,
-                     const RoutedGradients<T>& to) {
+template <class T, class S>
+void routed_backward(const RoutedProblem<T, S>& problem, const S* grad, const S* out, const T* lse,
+                     const RoutedGradients<T, S>& to) {
     const Shape& shape = problem.shape;
     const long dim = shape.dim, blocks = shape.blocks(), width = problem.far.width;
     const Pieces pieces(shape);
     std::vector<Sums<T>> before(shape.kv_heads * pieces.count), summaries(shape.kv_heads * pieces.count);
     for_pieces(shape, [&](long piece, long kv, long first, long last) {
         const long place = kv * pieces.count + piece;
-        RoutedBackward<T>(problem, kv, first, last, grad, out, lse, to, before[place], summaries[place])
+        RoutedBackward<T, S>(problem, kv, first, last, grad, out, lse, to, before[place], summaries[place])
             .run();
     });
     if (width) {

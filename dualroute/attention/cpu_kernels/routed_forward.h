@@ -3,26 +3,31 @@
 
 #include "routed.h"
 
-// While a piece is worked on, `out` holds sums of exp(logit - peak) * value and `lse` the peaks.
-template <class T>
-struct RoutedForward : Routed<T> {
-    using Routed<T>::shape, Routed<T>::far, Routed<T>::scratch, Routed<T>::scale;
-    T *out, *peaks;  // of the first head of the group
+// While a piece is worked on, `sums` holds sums of exp(logit - peak) * value and `lse` the peaks.
+template <class T, class S>
+struct RoutedForward : Routed<T, S> {
+    using Base = Routed<T, S>;
+    using Base::shape, Base::far, Base::scratch, Base::scale, Base::begin, Base::slots;
+    S* out;    // of the first head of the group
+    T* peaks;  // likewise
     std::vector<T> norms;
-    long slots, begin;
+    Buffer<T> sums;
 
-    RoutedForward(const RoutedProblem<T>& problem, long kv, long first, long last, T* out, T* lse)
-        : Routed<T>(problem, kv, first, last, false),
+    RoutedForward(const RoutedProblem<T, S>& problem, long kv, long first, long last, S* out, T* lse)
+        : Base(problem, kv, first, last, false),
           out(out + kv * shape.group() * shape.slots * shape.dim),
           peaks(lse + kv * shape.group() * shape.slots),
-          norms(shape.group() * (last - first) * shape.block, T(0)),
-          slots((last - first) * shape.block),
-          begin(first * shape.block) {
+          norms(shape.group() * slots, T(0)),
+          sums(std::is_same_v<T, S> ? 0 : norms.size() * shape.dim) {
         for (long member = 0; member < shape.group(); ++member) {
-            const long row = member * shape.slots + begin;
-            std::fill_n(this->out + row * shape.dim, slots * shape.dim, T(0));
-            std::fill_n(peaks + row, slots, T(UNSEEN));
+            std::fill_n(sums_of(member, begin), slots * shape.dim, T(0));
+            std::fill_n(peaks + member * shape.slots + begin, slots, T(UNSEEN));
         }
+    }
+
+    T* sums_of(long member, long token) {
+        return in_place(out + (member * shape.slots + token) * shape.dim,
+                        sums.data() + (member * slots + token - begin) * shape.dim);
     }
 
     void run() {
@@ -32,20 +37,20 @@ struct RoutedForward : Routed<T> {
     // Tokens that chose the block read it.
     void read(const Keys<T>& keys, long, long member, const int32_t* tokens, int rows) {
         const long dim = shape.dim;
-        const T* query = this->query + member * shape.slots * dim;
-        T *sums = out + member * shape.slots * dim, *peak = peaks + member * shape.slots;
+        const S* query = this->query + member * shape.slots * dim;
+        T* peak = peaks + member * shape.slots;
         T* norm = norms.data() + member * slots - begin;
         std::fill_n(scratch.peak, TILE, T(UNSEEN));
         for (int i = 0; i < rows; ++i) {
             scale_row<T>(scratch.query.data() + i * dim, query + tokens[i] * dim, scale, dim);
-            std::copy_n(sums + tokens[i] * dim, dim, scratch.output.data() + i * dim);
+            std::copy_n(sums_of(member, tokens[i]), dim, scratch.output.data() + i * dim);
             scratch.peak[i] = peak[tokens[i]];
             scratch.norm[i] = norm[tokens[i]];
         }
         attend_tile<T>(scratch.query.data(), dim, rows, keys, dim, Band{}, close_nothing<T>,
                        scratch.output.data(), scratch);
         for (int i = 0; i < rows; ++i) {
-            std::copy_n(scratch.output.data() + i * dim, dim, sums + tokens[i] * dim);
+            std::copy_n(scratch.output.data() + i * dim, dim, sums_of(member, tokens[i]));
             peak[tokens[i]] = scratch.peak[i];
             norm[tokens[i]] = scratch.norm[i];
         }
@@ -55,7 +60,8 @@ struct RoutedForward : Routed<T> {
     void finish(const Keys<T>& keys, long block, long member, long offset, int rows) {
         const long dim = shape.dim, slot = block * shape.block + offset, document = shape.first_block[block],
                    row = member * shape.slots + slot;
-        T *sums = out + row * dim, *peak = peaks + row, *norm = norms.data() + member * slots + slot - begin;
+        T *sums = sums_of(member, slot), *peak = peaks + row,
+          *norm = norms.data() + member * slots + slot - begin;
         std::fill_n(scratch.peak, TILE, T(UNSEEN));
         std::copy_n(peak, rows, scratch.peak);
         std::copy_n(norm, rows, scratch.norm);
@@ -75,12 +81,13 @@ struct RoutedForward : Routed<T> {
             scale_row<T>(sums + i * dim, sums + i * dim, 1 / scratch.norm[i], dim);
             peak[i] = scratch.peak[i] + std::log(scratch.norm[i]);
         }
+        put_numbers(out + row * dim, sums, rows * dim);
     }
 };
 
-template <class T>
-void routed_forward(const RoutedProblem<T>& problem, T* out, T* lse) {
+template <class T, class S>
+void routed_forward(const RoutedProblem<T, S>& problem, S* out, T* lse) {
     for_pieces(problem.shape, [&](long, long kv, long first, long last) {
-        RoutedForward<T>(problem, kv, first, last, out, lse).run();
+        RoutedForward<T, S>(problem, kv, first, last, out, lse).run();
     });
 }

@@ -4,7 +4,7 @@ In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: like the f
 `router`, `routed` and `local_route`, whose docstrings hold the formulas. Causal only.
 
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row, the summaries of the blocks and
-the selected ones. Half precision is computed in float32.
+the selected ones. Half precision is computed in float32, tile by tile.
 
 The surprising fact: nothing is sorted or gathered in memory, as it must be in plain torch. A tile of gathered
 rows, its weights and their gradients live and die in the first-level cache.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.cpu_kernels import operators
-from dualroute.attention.cpu_kernels.operators import pad_heads
+from dualroute.attention.cpu_kernels.operators import compute_dtype, pad_heads
 from dualroute.attention.far_summary import Summary, summarise, summarise_backward
 from dualroute.attention.layout import Stream
 from dualroute.attention.router import block_features
@@ -37,7 +37,10 @@ def select_blocks(
     """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none."""
     scale = 1 / math.sqrt(query.shape[-1])
     # A part of a block that is not full may have wild bounds, but only complete blocks are candidates.
-    features = block_features(pad_heads(key).unflatten(1, (-1, stream.block)), router, sub_block)
+    rows = pad_heads(key)
+    if router != "minmax":  # sums, other than bounds, are not exact in half precision
+        rows = _computed(rows)
+    features = _computed(block_features(rows.unflatten(1, (-1, stream.block)), router, sub_block))
     kv_heads, blocks, parts, width = features.shape
     columns = 16 * max(1, 4 // parts)  # blocks that are scored at once
     padded = F.pad(features, (0, 0, 0, 0, 0, -blocks % columns))
@@ -82,6 +85,10 @@ def _padded(*rows: Tensor) -> Iterator[Tensor]:
     return map(pad_heads, rows)
 
 
+def _computed(rows: Tensor) -> Tensor:
+    return rows.to(compute_dtype(rows))
+
+
 def _unpadded(gradients: Iterable[Tensor], query: Tensor) -> Iterator[Tensor]:
     return (rows[..., : query.shape[-1]].to(query.dtype) for rows in gradients)
 
@@ -101,7 +108,7 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:
         dim = query.shape[-1]
         q, k, v = _padded(query, key, value)
-        far = summarise(k, v, stream, far_summary)
+        far = summarise(_computed(k), _computed(v), stream, far_summary) if far_summary != "none" else None
         far = None if far is None else Summary(*(part.contiguous() for part in far))
         out, lse = operators.routed_forward(q, k, v, far, selected, stream.first_blocks(), 1 / math.sqrt(dim))
         out = out[..., :dim].to(query.dtype)
@@ -120,7 +127,7 @@ class _Routed(torch.autograd.Function):
             grad, q, k, v, far, selected, o, lse, first_blocks, scale
         )
         if far is not None and to_far is not None:
-            summarise_backward(to_far, far, k, ctx.stream, True, to_key, to_value)
+            summarise_backward(to_far, far, _computed(k), ctx.stream, True, to_key, to_value)
         return *_unpadded((to_query, to_key, to_value), query), None, None, None
 
 

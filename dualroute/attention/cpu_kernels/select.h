@@ -9,8 +9,8 @@
 enum Router { MINMAX, MOMENT, MEAN };
 
 // Features of a tile of queries, summed over the heads that share keys; (rows, width).
-template <class T>
-void query_features(const Shape& shape, Router router, T scale, const T* query, int rows, T* features,
+template <class T, class S>
+void query_features(const Shape& shape, Router router, T scale, const S* query, int rows, T* features,
                     long width) {
     const long dim = shape.dim;
     std::fill_n(features, rows * width, T(0));
@@ -18,7 +18,7 @@ void query_features(const Shape& shape, Router router, T scale, const T* query, 
         for (int r = 0; r < rows; ++r)
             for (long j = 0; j < dim; j += LANES<T>) {
                 T* to = features + r * width + j;
-                const Vector<T> q = load<T>(query + r * dim + j), zero{};
+                const Vector<T> q = load_stored<T>(query + r * dim + j), zero{};
                 if (router == MEAN) {
                     store<T>(to, load<T>(to) + q);
                 } else if (router == MINMAX) {
@@ -50,8 +50,8 @@ struct Best {
 
 // features: (kv_heads, tiles, width, parts, columns), block `tile * columns + column` of the stream.
 // selected: (kv_heads, slots, 1 + top_k), all -1 at first.
-template <class T>
-void select_blocks(const Shape& shape, Router router, T scale, const T* query, const T* features, int parts,
+template <class T, class S>
+void select_blocks(const Shape& shape, Router router, T scale, const S* query, const T* features, int parts,
                    int columns, int top_k, int32_t* selected) {
     const long dim = shape.dim, width = router == MEAN ? dim : 2 * dim, blocks = shape.blocks();
     const long tiles = (blocks + columns - 1) / columns, row = parts * columns;

@@ -1,4 +1,4 @@
-// Rows of a cache as they are stored: floats, doubles, bfloat16, or int8 with a scale for each row.
+// Rows as they are stored: floats, doubles, bfloat16, or in a cache int8 with a scale for each row.
 //
 // The number of elements need not be a multiple of the lanes here. A cache's rows are as wide as a head; what
 // is left over is read one by one.
@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -88,6 +89,43 @@ inline void narrow(T x, BFloat16& to) {  // to the nearest, of two the even one
     uint32_t bits;
     std::memcpy(&bits, &wide, sizeof bits);
     to.bits = uint16_t(wide == wide ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 64);
+}
+
+// to (n,) = stored numbers times a factor; n a multiple of the lanes, as in the two that follow.
+template <class T, class S>
+inline void scale_row(T* to, const S* from, T factor, long n) {
+    for (long i = 0; i < n; i += LANES<T>) store<T>(to + i, load_stored<T>(from + i) * factor);
+}
+// to (n,) += numbers times a factor.
+template <class T>
+inline void add_row(T* to, const T* from, T factor, long n) {
+    for (long i = 0; i < n; i += LANES<T>) store<T>(to + i, load<T>(to + i) + load<T>(from + i) * factor);
+}
+// Stored numbers as T: where they are, or in `room`.
+template <class T, class S>
+inline const T* widened(const S* from, long n, T* room) {
+    if constexpr (std::is_same_v<T, S>)
+        return from;
+    else {
+        scale_row<T>(room, from, T(1), n);
+        return room;
+    }
+}
+// Where sums are collected: in their own place if they are stored as T, else in `room`.
+template <class T, class S>
+inline T* in_place(S* place, T* room) {
+    if constexpr (std::is_same_v<T, S>)
+        return place;
+    else
+        return room;
+}
+template <class T, class S>
+inline void put_numbers(S* to, const T* from, long n) {
+    if constexpr (std::is_same_v<T, S>) {
+        if (to != from) std::copy_n(from, n, to);
+    } else {
+        for (long i = 0; i < n; ++i) narrow<T>(from[i], to[i]);
+    }
 }
 
 // Rows (rows, dim); `scales` (rows,) where they are int8.

@@ -8,10 +8,9 @@
 // Queries come multiplied by 1 / sqrt(d). Rows are d numbers wide, d a multiple of the lanes.
 #pragma once
 
-#include <algorithm>
 #include <vector>
 
-#include "vectors.h"
+#include "stored.h"
 
 constexpr int TILE = 64;   // query rows of a tile
 constexpr int GROUP = 16;  // rows that share a range of columns where a tile is masked
@@ -34,6 +33,36 @@ struct Keys {
     const T *keys, *transposed, *values, *values_transposed;
     long row;
     int count;
+};
+
+// Keys and values of up to `most` tokens, widened and transposed.
+template <class T, class S>
+struct TurnedKeys {
+    long dim, row;
+    bool values_too;
+    Buffer<T> keys, values, keys_turned, values_turned;
+    Keys<T> view{};
+
+    TurnedKeys(long dim, long most, bool values_too)
+        : dim(dim),
+          row(round_up<T>(most)),
+          values_too(values_too),
+          keys(std::is_same_v<T, S> ? 0 : most * dim),
+          values(std::is_same_v<T, S> ? 0 : most * dim),
+          keys_turned(dim * row),
+          values_turned(values_too ? dim * row : 0) {}
+
+    const Keys<T>& turn(const S* key, const S* value, int count) {
+        view = {widened<T>(key, count * dim, keys.data()),
+                keys_turned.data(),
+                widened<T>(value, count * dim, values.data()),
+                values_turned.data(),
+                row,
+                count};
+        transpose<T>(keys_turned.data(), row, view.keys, dim, count, dim);
+        if (values_too) transpose<T>(values_turned.data(), row, view.values, dim, count, dim);
+        return view;
+    }
 };
 
 template <class T>
@@ -160,12 +189,12 @@ void attend_tile_backward(const T* query, int width, const T* grad, int rows, co
 }
 
 // delta = sum(dO * O) of `rows` neighbouring rows.
-template <class T>
-void softmax_delta(const T* grad, const T* out, int rows, long dim, T* delta) {
+template <class T, class S>
+void softmax_delta(const S* grad, const S* out, int rows, long dim, T* delta) {
     for (int r = 0; r < rows; ++r) {
         Vector<T> sum{};
         for (long j = 0; j < dim; j += LANES<T>)
-            sum += load<T>(grad + r * dim + j) * load<T>(out + r * dim + j);
+            sum += load_stored<T>(grad + r * dim + j) * load_stored<T>(out + r * dim + j);
         delta[r] = total<T>(sum);
     }
 }

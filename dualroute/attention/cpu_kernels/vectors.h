@@ -222,12 +222,3 @@ void transpose(T* to, long to_row, const T* from, long from_row, int rows, int c
         for (int i = rows; i < to_row; ++i) to[j * to_row + i] = 0;
     }
 }
-
-template <class T>
-inline void scale_row(T* to, const T* from, T factor, int n) {
-    for (int i = 0; i < n; i += LANES<T>) store<T>(to + i, load<T>(from + i) * factor);
-}
-template <class T>
-inline void add_row(T* to, const T* from, T factor, int n) {
-    for (int i = 0; i < n; i += LANES<T>) store<T>(to + i, load<T>(to + i) + load<T>(from + i) * factor);
-}

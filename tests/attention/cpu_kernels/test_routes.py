@@ -154,6 +154,24 @@ def test_other_types(dtype: torch.dtype, tolerance: float) -> None:
         assert (got.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
+@pytest.mark.parametrize("documents", ["one", "packed"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_bfloat16_is_float32_rounded_at_the_end(router: str, documents: str, threads: int) -> None:
+    """The same blocks, and the same sums: rows are stored in half precision, nothing is computed in it."""
+    layout = _documents(2500, 32)[documents]
+    low = _stream_inputs(layout, 4, 2, 40, torch.bfloat16)
+    wide = tuple(part.detach().float() for part in low)
+    stream, routing = layout.stream, Routing(2, router)
+    options = {"top_k": 2, "router": router}
+    chosen = [cpu_kernels.select_blocks(*rows[:2], stream, **options) for rows in (low, wide)]
+    assert torch.equal(*chosen)
+    for attend in (
+        lambda rows: cpu_kernels.routed_attention(*rows, stream, routing, selected=chosen[0]),
+        lambda rows: cpu_kernels.local_attention(*rows, stream, window=90),
+    ):
+        assert torch.equal(_only_tokens(attend(low), stream), _only_tokens(attend(wide), stream).bfloat16())
+
+
 def test_heads_that_lie_apart_in_memory() -> None:
     """As projections give them: rows of all heads side by side."""
     layout = Layout.build(1, 300, 16)
