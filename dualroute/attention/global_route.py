@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.backend import fast_kernels
 from dualroute.attention.layout import Bucket, Stream, attend_by_length
 from dualroute.attention.routed import Routing, routed_attention
 
@@ -79,7 +80,14 @@ def full_attention(
 
     Costs what the documents cost, and needs no mask when causal: what fills up a document lies after its
     tokens. `window` (causal only) hides older keys, at the full cost.
+
+    On a CPU the kernels of the local route do it in float32 and float64, with a window that hides nothing:
+    there they are faster than SDPA.
     """
+    kernels = fast_kernels(query, causal=causal) if window is None else None
+    if kernels is not None and hasattr(kernels, "faster_in_full") and kernels.faster_in_full(query):
+        longest = max(bucket.blocks for bucket in stream.buckets) * stream.block
+        return kernels.local_attention(query, key, value, stream, window=longest)
     if len(stream.buckets) == 1:
         return _bucket_attention(query, key, value, stream, stream.buckets[0], causal, window)
     sizes = [bucket.documents * bucket.blocks * stream.block for bucket in stream.buckets]

@@ -76,8 +76,9 @@ class Stream:
     def _first_blocks(self) -> Tensor:
         parts = []
         for first, documents, blocks in self.buckets:
-            numbers = torch.arange(first, first + documents * blocks, dtype=torch.int32, device=self.device)
-            parts.append(numbers - (numbers - first) % blocks)
+            end = first + documents * blocks
+            starts = torch.arange(first, end, blocks, dtype=torch.int32, device=self.device)
+            parts.append(starts[:, None].expand(-1, blocks).contiguous().view(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks_in_document(self) -> Tensor:

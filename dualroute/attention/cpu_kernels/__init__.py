@@ -36,12 +36,21 @@ __all__ = [
     "cache_memory",
     "can_decode",
     "decode_layer",
+    "faster_in_full",
     "local_attention",
     "routed_attention",
     "select_blocks",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def faster_in_full(query: Tensor) -> bool:
+    """Whether `local_attention` with a window that hides nothing is faster than torch's own attention.
+
+    Not in half precision, for which torch uses the processor's matrix unit, where there is one.
+    """
+    return query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
 
 def available(query: Tensor, *, causal: bool = True) -> bool:

@@ -60,10 +60,13 @@ void for_local_keys(const LocalTile& tile, long window, const S* key, const S* v
 struct LocalPieces {
     std::vector<LocalTile> tiles;
     long size, count;
-    explicit LocalPieces(const Shape& shape, long window)
-        : tiles(local_tiles(shape)),
-          size(std::max<long>(32, (window + TILE - 1) / TILE * 4)),
-          count((long(tiles.size()) + size - 1) / size) {}
+    // At least four times as long as the window, to turn few keys twice; but in quarters at least, so that
+    // one head keeps some threads busy even where the window hides nothing.
+    explicit LocalPieces(const Shape& shape, long window) : tiles(local_tiles(shape)) {
+        const long all = tiles.size();
+        size = std::max(32L, std::min((window + TILE - 1) / TILE * 4, (all + 3) / 4));
+        count = (all + size - 1) / size;
+    }
     long first(long piece) const { return piece * size; }
     long last(long piece) const { return std::min<long>(tiles.size(), (piece + 1) * size); }
 };
