@@ -100,7 +100,7 @@ class CompiledDecoder:
                 if cache.global_cache is not None:
                     cache.global_cache.reserve(length + 1)
             kernels, like = self._step.kernels, self.model.norm.weight
-            usable = kernels is not None and kernels.can_decode(like, caches[0])
+            usable = kernels is not None and all(kernels.can_decode(like, cache) for cache in caches)
             held = self._held[caches[0]] = _Held(caches, kernels if usable else None)
         self._place[()] = length
         position = self._position
