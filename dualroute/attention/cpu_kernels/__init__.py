@@ -18,7 +18,7 @@ whoever gets a no uses the plain path.
     kernels.cpp     what Python calls
 
 The surprising fact: functions get plain pointers, and what is included of torch is its stable interface
-alone: compiling takes seconds and works with any torch from 2.10 on.
+alone, which torch has from 2.10 on: compiling takes seconds.
 
 Shapes: H query heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks.
 """

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <stdexcept>
+
 #include "decode.h"
 
 // A row of `cache_memory` in decode.py: pointers, 0 where there is nothing, and sizes.
@@ -42,9 +44,9 @@ inline Tensor new_rows(const Tensor& like, int64_t count, int64_t width) {
     const int64_t sizes[] = {count, width}, strides[] = {width, 1};
     int32_t type;
     AtenTensorHandle made;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(2, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &made));
+    if (aoti_torch_get_dtype(like.get(), &type) ||
+        aoti_torch_empty_strided(2, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &made))
+        throw std::runtime_error("the heads of a token cannot be allocated");
     return Tensor(made);
 }
 
