@@ -24,7 +24,7 @@ from dualroute import __version__
 from dualroute.compress.calibration import Batch, Statistics, calibrate, described, loss_on, measure
 from dualroute.compress.importance import Criterion, Shape, choose
 from dualroute.compress.routing_need import Need, fit_routing
-from dualroute.compress.shapes import FIELDS, Axis, Search, Sensitivity, Target, axis_sizes, share
+from dualroute.compress.shapes import FIELDS, Axis, Search, Sensitivity, Target, axis_sizes, latency, share
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
@@ -161,6 +161,11 @@ def prune(config: PruneConfig) -> None:
     account["flops_per_token"] = {
         "parent": parent.flops_per_token(context), "pruned": small.flops_per_token(context)
     }  # fmt: skip
+    if config.keep is not None and config.target == "latency":
+        account["forward_ms"] = {
+            name: 1e3 * latency(parent.config, one, context, loaded.device)
+            for name, one in (("parent", Shape.of(parent.config)), ("pruned", shape))
+        }
     _show(account)
     metadata = described(loaded, pruned_from=str(loaded.checkpoint.folder), context=context)
     extra = {REPORT: json.dumps(account, indent=1).encode()}
@@ -254,11 +259,11 @@ def _show(account: dict[str, Any]) -> None:
                 table.add_row(axis, f"{row['share']:.0%}", f"{row['activation']:.4f}", f"{row['random']:.4f}")
         console.print(table)
     table = Table("", "parent", "pruned", "ratio")
-    for name in ("parameters", "flops_per_token"):
-        of_parent, pruned = account[name]["parent"], account[name]["pruned"]
-        table.add_row(
-            name.replace("_", " "), f"{of_parent:,.0f}", f"{pruned:,.0f}", f"{pruned / of_parent:.3f}"
-        )
+    for name, digits in (("parameters", 0), ("flops_per_token", 0), ("forward_ms", 1)):
+        if name in account:
+            of_parent, pruned = account[name]["parent"], account[name]["pruned"]
+            figures = f"{of_parent:,.{digits}f}", f"{pruned:,.{digits}f}", f"{pruned / of_parent:.3f}"
+            table.add_row(name.replace("_", " "), *figures)
     losses = account["loss"]
     table.add_row("calibration loss", f"{losses['parent']:.4f}", f"{losses['pruned']:.4f}", "")
     for name, size in account["shape"]["pruned"].items():

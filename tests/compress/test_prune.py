@@ -234,6 +234,18 @@ def test_a_pruned_checkpoint_is_an_ordinary_one(trained, tiny_dataset, tmp_path,
     assert "calibration loss" in capsys.readouterr().out
 
 
+def test_what_was_measured_for_a_latency_is_told(trained, tiny_dataset, tmp_path, capsys, monkeypatch):
+    """A clock that counts FLOPs: nanoseconds of a tiny model say little."""
+    for module in ("prune", "shapes"):
+        name = f"dualroute.compress.{module}.latency"
+        monkeypatch.setattr(name, lambda config, shape, *_: count(config, shape, "flops", 64))
+    target = {"target": "latency", "keep": 0.7, "axis_report": False}
+    prune(options(trained, tiny_dataset, tmp_path / "small", **target))
+    account = json.loads((tmp_path / "small" / "prune.json").read_text())
+    assert account["forward_ms"]["pruned"] <= 0.7 * account["forward_ms"]["parent"]
+    assert "forward ms" in capsys.readouterr().out
+
+
 def test_given_sizes_are_taken_and_the_rest_is_searched(trained, tiny_dataset, tmp_path):
     prune(options(trained, tiny_dataset, tmp_path / "a", num_layers=2, global_heads=2))
     config = load_model(find_checkpoint(tmp_path / "a")).config
