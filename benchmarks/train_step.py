@@ -5,13 +5,15 @@
         --activations none full full/2 feed_forward
 
 Equal parameters, equal tokens per step, interleaved in one run, medians; the ratio is dense / variant, above
-1 where the variant is faster. Dense attention is torch's scaled_dot_product_attention(is_causal=True).
+1 where the variant is faster. Dense attention is torch's scaled_dot_product_attention(is_causal=True), even
+where the project has kernels that are faster.
 `--activations` adds activation checkpointing (full/2: every second layer) and the peak memory of a step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,7 @@ import torch
 import yaml
 from measure import medians, peak_mebibytes, prepare, show
 
+from dualroute.attention.backend import plain_torch
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.training.activations import keep_fewer_activations
 from dualroute.training.losses import chunked_cross_entropy
@@ -43,7 +46,8 @@ def build(preset: str, vocab_size: int, context: int, **changes: str) -> DualRou
 
 def step(model: DualRoutingTransformer, ids: torch.Tensor, bf16: bool) -> None:
     """Forward, loss and backward of ids (B, n + 1); with `bf16` under autocast, as `bf16-mixed` trains."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+    kernels = plain_torch() if model.config.attention == "dense" else contextlib.nullcontext()
+    with kernels, torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model.hidden_states(ids[:, :-1]).flatten(0, 1)
         loss = partial(chunked_cross_entropy, labels=ids[:, 1:].flatten())
         total = model.head(hidden, loss).total / hidden.shape[0]
