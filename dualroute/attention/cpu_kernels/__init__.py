@@ -13,7 +13,7 @@ whoever gets a no uses the plain path.
     select.h        which blocks a token reads: scores and running top-k
     routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
     local.h         the local route, both directions
-    stored.h        rows of a cache: floats, bfloat16, int8
+    stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
     decode.h        one token, both routes; decode_operator.h makes it an operator of torch
     kernels.cpp     what Python calls
 

@@ -1,4 +1,5 @@
-// The operator dualroute::cpu_decode_layer: the tensors of a layer -> `decode_layer` on their memory.
+// The operator dualroute::cpu_decode_layer: tensors, and the addresses of caches, -> `decode_layer` on
+// memory.
 //
 // Registered with torch's stable interface, in C++, because a compiled step calls it once a layer: by way of
 // Python a call would take as long as the attention of a short text.

@@ -59,7 +59,7 @@ def routed_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
-    out, lse = torch.empty_like(query), _computed(query, query.shape[:2])
+    out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
     _call(
         "routed_forward", query, len(key), first_block,
         scale, query, key, value, *_far(far), selected, selected.shape[-1], out, lse,
@@ -72,7 +72,7 @@ def routed_backward(
     out: Tensor, lse: Tensor, first_block: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Summary | None]:  # fmt: skip
     """Gradients of query, key, value and the summary."""
-    to_rows = torch.empty_like(query), _computed(key, key.shape), _computed(value, value.shape)
+    to_rows = torch.empty_like(query), _empty(key, key.shape), _empty(value, value.shape)
     to_far = None if far is None else Summary(*map(torch.empty_like, far))
     _call(
         "routed_backward", query, len(key), first_block,
@@ -86,7 +86,7 @@ def local_forward(
     query: Tensor, key: Tensor, value: Tensor, first_block: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
-    out, lse = torch.empty_like(query), _computed(query, query.shape[:2])
+    out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
     _call("local_forward", query, len(key), first_block, _Long(window), scale, query, key, value, out, lse)
     return out, lse
 
@@ -96,7 +96,7 @@ def local_backward(
     first_block: Tensor, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value."""
-    grads = torch.empty_like(query), _computed(key, key.shape), _computed(value, value.shape)
+    grads = torch.empty_like(query), _empty(key, key.shape), _empty(value, value.shape)
     _call(
         "local_backward", query, len(key), first_block,
         _Long(window), scale, grad, query, key, value, out, lse, *grads,
@@ -104,7 +104,7 @@ def local_backward(
     return grads
 
 
-def _computed(rows: Tensor, shape: Sequence[int]) -> Tensor:
+def _empty(rows: Tensor, shape: Sequence[int]) -> Tensor:
     return rows.new_empty(shape, dtype=compute_dtype(rows))
 
 
