@@ -10,8 +10,9 @@ Projections that read the same rows are joined (:mod:`dualroute.model.joined`).
 
 The surprising fact: int8 weights gain nothing without it.  Run layer by layer they are widened to floats
 before each product, which costs more than it saves; inside the program they stay bytes until they are in a
-register, and a step of decoding, which reads every weight once, is as fast as memory.  The compiler knows
-that pattern in bfloat16 alone: in float32 it would widen the weights for good.
+register, and a step of decoding, which reads every weight once, is as fast as memory.  For one text the CPU's
+kernels multiply, for several the compiler's, which knows that pattern in bfloat16 alone: in float32 it would
+widen the weights for good.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
 from dualroute.attention.cache import LayerCache
+from dualroute.attention.cpu_kernels import C_FUNCTIONS
 from dualroute.attention.decode import token_kernels
 from dualroute.attention.rope import rotary_table
 from dualroute.attention.static_decode import static_full, static_local, static_routed
 from dualroute.errors import UserError
 from dualroute.model.joined import Joined
 from dualroute.model.layers import TransformerBlock
-from dualroute.model.quantized import QuantizedLinear
+from dualroute.model.quantized import QuantizedHead, QuantizedLinear
 from dualroute.model.transformer import DualRoutingTransformer
 
 #: cached tokens that a program looks at; one more program is made for each size that a text grows into
@@ -70,9 +72,12 @@ class CompiledDecoder:
         self.model = model
         self._compile = compile
         self._step = DecodeStep(model)
+        in_steps = set(self._step.projections())
         for module in self._step.modules():
-            if isinstance(module, QuantizedLinear):
-                module.pack_for_cpu()
+            if isinstance(module, QuantizedLinear | QuantizedHead):
+                grouped = isinstance(module, QuantizedLinear) and module.group_size is not None
+                if grouped or module in in_steps:  # kernels for int4 read prompts as well
+                    module.pack_for_cpu()
         self._programs: dict[tuple[Any, ...], Program] = {}  # by what they were compiled for
         self._held: WeakKeyDictionary[LayerCache, _Held] = WeakKeyDictionary()  # by the first layer's cache
         self._position = torch.zeros((), dtype=torch.long, device=model.norm.weight.device)
@@ -234,6 +239,7 @@ def freezing() -> Iterator[None]:
     if not torch.cuda.is_available():
         options["max_autotune_gemm_backends"] = "CPP,ATEN"
         options["cpp_wrapper"] = True  # what calls the kernels is C++ as well, and not Python
+        options["aot_inductor.custom_ops_to_c_shims"] = C_FUNCTIONS  # and calls ours without a dispatcher
     # as many programs as there are lengths of caches: the usual limit of 8 is against surprises
     with inductor.patch(options), dynamo.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
         yield
@@ -252,6 +258,17 @@ class DecodeStep(nn.Module):
             routes = layer.attention.global_qkv, layer.attention.local_qkv
             self.qkv.append(Joined([route for route in routes if route is not None]))
             self.gate_up.append(Joined([layer.ffn.gate, layer.ffn.up]))
+
+    def projections(self) -> Iterator[nn.Module]:
+        """Every product with a weight that a step makes."""
+        for joined in (*self.qkv, *self.gate_up):
+            assert isinstance(joined, Joined)
+            yield from joined.layers
+        for layer in self.model.layers:
+            assert isinstance(layer, TransformerBlock)
+            yield layer.attention.out_proj
+            yield layer.ffn.down
+        yield self.model.head
 
     def forward(
         self, tokens: Tensor, position: Tensor, caches: list[LayerCache], memory: Tensor | None, size: int

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualroute.attention.cpu_kernels import int8_product
+from dualroute.attention.decode import token_kernels
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.heads import NextTokenHead
@@ -124,16 +126,20 @@ class QuantizedLinear(nn.Module):
         )
 
     def pack_for_cpu(self) -> None:
-        """Lay int4 weights out for torch's CPU kernel, which reads four bits a weight; nothing is rounded.
+        """Lay the weight out for a kernel of the CPU that reads it as it is stored; nothing is rounded.
 
-        Without effect on int8, on other devices and where the kernel has no room for the shape.
+        int4 for torch's own, any number of rows; int8 for that of :mod:`dualroute.attention.cpu_kernels`, a
+        single row.  Without effect on other devices and where there is no kernel for the shape.
         """
-        if self.group_size is None or self.qdata.device.type != "cpu" or self.out_features % 16:
+        if self.qdata.device.type != "cpu" or self.dynamic:
             return
-        values = unpack_int4(self.qdata).to(torch.int32) + 8
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-        scale = self.scale.t()  # (groups, N); the kernel computes (q - 8) * scale + zero
-        self.steps = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
+        if self.group_size is None:
+            self.packed = panels_for_cpu(self.qdata, self.scale)
+        elif self.out_features % 16 == 0:
+            values = unpack_int4(self.qdata).to(torch.int32) + 8
+            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+            scale = self.scale.t()  # (groups, N); the kernel computes (q - 8) * scale + zero
+            self.steps = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K) as floats."""
@@ -156,18 +162,28 @@ class QuantizedLinear(nn.Module):
         if self.group_size is not None:
             return F.linear(hidden_states, self.dequantized(dtype))
         if not self.dynamic:
-            return scaled_product(hidden_states, self.qdata, self.scale)
+            return scaled_product(hidden_states, self.qdata, self.scale, self.packed)
         rounded, step = round_tokens(hidden_states)
         product = integer_product(rounded, self.qdata)
         return (product * step * self.scale[:, 0].to(torch.float32)).to(dtype)
 
 
-def scaled_product(rows: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+def panels_for_cpu(qdata: Tensor, scale: Tensor) -> Tensor | None:
+    """An int8 weight laid out for the CPU's kernels; None where there are none."""
+    kernels = token_kernels(scale)
+    return None if kernels is None else kernels.int8_panels(qdata, scale)
+
+
+def scaled_product(rows: Tensor, qdata: Tensor, scale: Tensor, panels: Tensor | None) -> Tensor:
     """(…, K) times int8 (N, K), transposed, times scale (N, 1) → (…, N) in the dtype of the rows.
 
-    Written as torch's compiler looks for it: transposed first, then widened.  The other way round it widens
-    the weights once for all and multiplies with floats.
+    A single row reads ``panels``, if there are any.  The rest is written as torch's compiler looks for it:
+    transposed first, then widened.  The other way round it widens the weights once for all and multiplies
+    with floats.
     """
+    one = rows.numel() == rows.shape[-1]
+    if panels is not None and one and rows.dtype in (torch.bfloat16, torch.float32):
+        return int8_product(rows.reshape(1, -1), panels, len(qdata)).reshape(*rows.shape[:-1], -1)
     product = torch.mm(rows.reshape(-1, rows.shape[-1]), qdata.t().to(rows.dtype))
     return (product * scale[:, 0].to(rows.dtype)).reshape(*rows.shape[:-1], -1)
 
@@ -219,6 +235,13 @@ class QuantizedHead(nn.Module):
     def __init__(self, table: QuantizedTable) -> None:
         super().__init__()
         self.table = table
+        self.register_buffer("packed", None, persistent=False)
+        self.packed: Tensor | None
+
+    def pack_for_cpu(self) -> None:
+        """See :meth:`QuantizedLinear.pack_for_cpu`."""
+        if self.table.qdata.device.type == "cpu":
+            self.packed = panels_for_cpu(self.table.qdata, self.table.scale)
 
     def forward(
         self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Result] | None = None
@@ -226,7 +249,7 @@ class QuantizedHead(nn.Module):
         """Logits (…, V), or ``project(hidden_states, weight)`` as in :class:`NextTokenHead`."""
         if project is not None:
             return project(hidden_states, self.table.dequantized(hidden_states.dtype))
-        return scaled_product(hidden_states, self.table.qdata, self.table.scale)
+        return scaled_product(hidden_states, self.table.qdata, self.table.scale, self.packed)
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

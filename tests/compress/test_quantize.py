@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dualroute.attention.backend import plain_torch
 from dualroute.cli import main
 from dualroute.compress import quantize as module
 from dualroute.compress.quantize import QuantizeConfig, check_possible, quantize, quantize_model
@@ -14,7 +15,7 @@ from dualroute.data.manifest import Manifest
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
-from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate, quantized
 from dualroute.model.quantized import (
     Quantization,
     QuantizedLinear,
@@ -141,6 +142,30 @@ def test_the_int4_kernel_of_the_cpu_gives_the_same_product():
         linear.pack_for_cpu()
         assert linear.packed is not None
         torch.testing.assert_close(linear(rows), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["layers.0.ffn.down", "head"])
+def test_the_int8_kernel_of_the_cpu_takes_one_row(name, monkeypatch):
+    projection = quantize_model(float_model(), Quantization("int8_weight_only")).get_submodule(name)
+    inner = getattr(projection, "in_features", 64)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float64, 1e-12)):
+        for shape in ((1, inner), (1, 1, inner), (inner,), (3, inner)):
+            rows = torch.randn(shape, dtype=dtype)
+            projection.packed = None
+            expected = projection(rows)
+            projection.pack_for_cpu()
+            assert projection.packed is not None
+            torch.testing.assert_close(projection(rows), expected, rtol=tolerance, atol=tolerance)
+    monkeypatch.setattr(quantized, "int8_product", lambda row, panels, columns: torch.zeros(1, columns))
+    assert not projection(torch.randn(1, inner)).any()
+    assert projection(torch.randn(2, inner)).any()
+
+
+def test_without_kernels_int8_is_torchs_own():
+    linear = quantize_model(float_model(), Quantization("int8_weight_only")).layers[0].ffn.down
+    with plain_torch():
+        linear.pack_for_cpu()
+    assert linear.packed is None
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -1,16 +1,20 @@
 """The static step gives what ordinary decoding gives, for every kind of layer and at every length."""
 
+import copy
 import gc
 import shutil
 import weakref
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from dualroute.attention.decode import token_kernels
+from dualroute.compress.quantize import quantize_model
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate
 from dualroute.model.compiled_decode import CompiledDecoder
+from dualroute.model.quantized import Quantization
 
 SMALL = {
     "vocab_size": 60,
@@ -158,6 +162,39 @@ def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
     del runs, model, decoder, ours, theirs
     gc.collect()
     assert [model() for model in models] == [None] * 4
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("tie", [True, False])
+def test_compiled_int8_weights_are_read_by_the_kernels(tie):
+    """Without torch's dispatcher between them, and from programs that the compiler keeps on disk."""
+    model = build(global_mode="routed", top_k=1, num_layers=1, tie_embeddings=tie, ffn_dim=80)
+    model = quantize_model(model, Quantization("int8_weight_only"))
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(60, (1, 50))
+    counters.clear()
+    decoder = CompiledDecoder(model.bfloat16())
+    ours, theirs = model.new_caches(1, 50), exact.new_caches(1, 50)
+    with torch.no_grad():
+        for begin, end in [(0, 30), *((at, at + 1) for at in range(30, 50))]:
+            expected = exact.head(exact.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
+            error = decoder(ids[:, begin:end], ours) - expected
+            assert error.norm() < 0.05 * expected.norm()  # bfloat16 costs 1 to 3 percent, compiled or not
+        assert not counters["inductor"]["fxgraph_cache_bypass"]
+        if token_kernels(ids.float()) is None:
+            return
+        assert _dispatched(decoder, ids) == set()
+        plain = CompiledDecoder(model, compile=False)
+        assert _dispatched(plain, ids) == {"dualroute::decode_layer", "dualroute::int8_product"}
+
+
+def _dispatched(decoder, ids):
+    """The project's operators that torch's dispatcher is asked for in a step."""
+    caches = decoder.model.new_caches(1, 50)
+    for begin in range(2):  # the first step compiles
+        with torch.profiler.profile() as profile:
+            decoder(ids[:, begin : begin + 1], caches)
+    return {event.name for event in profile.events() if event.name.startswith("dualroute::")}
 
 
 def test_compiling_needs_a_compiler(monkeypatch):

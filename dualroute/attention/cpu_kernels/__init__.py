@@ -1,20 +1,24 @@
 """The CPU path of DualRouting attention: C++ kernels behind the functions of the folder above.
 
-In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give, causal; and a step of
-decoding of both routes. `available` and `can_decode` say whether the kernels can take a call;
-whoever gets a no uses the plain path.
+In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give, causal; a step of
+decoding of both routes, and the product with an int8 weight that is most of such a step. `available` and
+`can_decode` say whether the kernels can take a call; whoever gets a no uses the plain path.
 
     build.py        compiles the sources for this machine, once, into the user's cache
     operators.py    the C++ functions on tensors
     routes.py       routed and local attention as differentiable functions
     decode.py       one token of a text as an operator that torch.compile can call
+    int8_product.py the int8 weights that surround it, likewise
+    c_functions.py  what torch.compile calls these two by
     vectors.h       vectors, their exponential, the small matrix product
     tiles.h         a tile of queries and a tile of keys: one step of the softmax, and its gradient
     select.h        which blocks a token reads: scores and running top-k
     routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
     local.h         the local route, both directions
     stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
-    decode.h        one token, both routes; decode_operator.h makes it an operator of torch
+    decode.h        one token, both routes
+    int8_product.h  one token's row times an int8 weight
+    operators.h     these two as operators of torch, and as functions that compiled programs call
     kernels.cpp     what Python calls
 
 The surprising fact: functions get plain pointers, and what is included of torch is its stable interface
@@ -28,15 +32,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dualroute.attention.cpu_kernels.c_functions import C_FUNCTIONS
 from dualroute.attention.cpu_kernels.decode import cache_memory, can_decode, decode_layer
+from dualroute.attention.cpu_kernels.int8_product import int8_panels, int8_product
 from dualroute.attention.cpu_kernels.routes import local_attention, routed_attention, select_blocks
 
 __all__ = [
+    "C_FUNCTIONS",
     "available",
     "cache_memory",
     "can_decode",
     "decode_layer",
     "faster_in_full",
+    "int8_panels",
+    "int8_product",
     "local_attention",
     "routed_attention",
     "select_blocks",

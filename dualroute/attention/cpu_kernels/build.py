@@ -22,7 +22,10 @@ from pathlib import Path
 import torch
 
 CACHE = "DUALROUTE_CACHE"  # folder of what is compiled; ~/.cache/dualroute by default
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-w")
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp",
+    "-fno-math-errno", "-w",
+)  # fmt: skip
 SECONDS = 600  # a compiler that takes longer hangs
 
 
@@ -42,7 +45,7 @@ def load() -> ctypes.CDLL:
     if not target.exists():
         _compile(compiler, target)
     try:
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(target), mode=ctypes.RTLD_GLOBAL)  # compiled programs call it by name
     except OSError as error:
         raise BuildError(
             f"{target} cannot be loaded ({error}): delete it, so that it is compiled anew"

@@ -85,19 +85,17 @@ def decode_layer(
         top_k: chosen blocks.
     """
     routes = [None if part is None else part.contiguous() for part in projected]
-    return torch.ops.dualroute.cpu_decode_layer(
-        position, *table, *routes, memory, layer, head_dim, group, top_k
-    )
+    return torch.ops.dualroute.decode_layer(position, *table, *routes, memory, layer, head_dim, group, top_k)
 
 
 torch.library.define(
-    "dualroute::cpu_decode_layer",
+    "dualroute::decode_layer",
     "(Tensor position, Tensor cos, Tensor sin, Tensor? global_rows, Tensor? local_rows, Tensor memory, "
     "int layer, int head_dim, int group, int top_k) -> Tensor",
-)  # implemented in decode_operator.h
+)  # implemented in operators.h
 
 
-@torch.library.register_fake("dualroute::cpu_decode_layer")
+@torch.library.register_fake("dualroute::decode_layer")
 def _(
     position: Tensor, cos: Tensor, sin: Tensor, global_rows: Tensor | None, local_rows: Tensor | None,
     memory: Tensor, layer: int, head_dim: int, group: int, top_k: int,

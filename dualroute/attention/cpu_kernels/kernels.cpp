@@ -1,6 +1,6 @@
 // What Python calls by ctypes: see operators.py for the shapes. T is computed in, S how rows are stored.
-#include "decode_operator.h"
 #include "local.h"
+#include "operators.h"
 #include "routed_backward.h"
 #include "routed_forward.h"
 #include "select.h"
@@ -16,33 +16,33 @@
             selected, columns                                                                           \
     }
 
-#define DUALROUTE_KERNELS(T, S, NAME)                                                                        \
-    extern "C" void local_forward_##NAME(const long* shape, const int32_t* first_block, long window,         \
-                                         double scale, const S* query, const S* key, const S* value, S* out, \
-                                         T* lse) {                                                           \
-        local_forward<T>(make_shape(shape, first_block), window, T(scale), query, key, value, out, lse);     \
-    }                                                                                                        \
-    extern "C" void local_backward_##NAME(const long* shape, const int32_t* first_block, long window,        \
-                                          double scale, const S* grad, const S* query, const S* key,         \
-                                          const S* value, const S* out, const T* lse, S* to_query,           \
-                                          T* to_key, T* to_value) {                                          \
-        local_backward<T>(make_shape(shape, first_block), window, T(scale), grad, query, key, value, out,    \
-                          lse, to_query, to_key, to_value);                                                  \
-    }                                                                                                        \
-    extern "C" void select_##NAME(const long* shape, const int32_t* first_block, int router, double scale,   \
-                                  const S* query, const T* features, int parts, int columns, int top_k,      \
-                                  int32_t* selected) {                                                       \
-        select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,   \
-                         columns, top_k, selected);                                                          \
-    }                                                                                                        \
-    extern "C" void routed_forward_##NAME(DUALROUTE_PROBLEM(T, S), S* out, T* lse) {                         \
-        routed_forward(DUALROUTE_AS_PROBLEM(T, S), out, lse);                                                \
-    }                                                                                                        \
-    extern "C" void routed_backward_##NAME(DUALROUTE_PROBLEM(T, S), const S* grad, const S* out,             \
-                                           const T* lse, S* to_query, T* to_key, T* to_value,                \
-                                           T* to_far_keys, T* to_far_values) {                               \
-        routed_backward(DUALROUTE_AS_PROBLEM(T, S), grad, out, lse,                                          \
-                        {to_query, to_key, to_value, to_far_keys, to_far_values});                           \
+#define DUALROUTE_KERNELS(T, S, NAME)                                                                       \
+    DUALROUTE_CALLED void local_forward_##NAME(const long* shape, const int32_t* first_block, long window,  \
+                                               double scale, const S* query, const S* key, const S* value,  \
+                                               S* out, T* lse) {                                            \
+        local_forward<T>(make_shape(shape, first_block), window, T(scale), query, key, value, out, lse);    \
+    }                                                                                                       \
+    DUALROUTE_CALLED void local_backward_##NAME(const long* shape, const int32_t* first_block, long window, \
+                                                double scale, const S* grad, const S* query, const S* key,  \
+                                                const S* value, const S* out, const T* lse, S* to_query,    \
+                                                T* to_key, T* to_value) {                                   \
+        local_backward<T>(make_shape(shape, first_block), window, T(scale), grad, query, key, value, out,   \
+                          lse, to_query, to_key, to_value);                                                 \
+    }                                                                                                       \
+    DUALROUTE_CALLED void select_##NAME(const long* shape, const int32_t* first_block, int router,          \
+                                        double scale, const S* query, const T* features, int parts,         \
+                                        int columns, int top_k, int32_t* selected) {                        \
+        select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,  \
+                         columns, top_k, selected);                                                         \
+    }                                                                                                       \
+    DUALROUTE_CALLED void routed_forward_##NAME(DUALROUTE_PROBLEM(T, S), S* out, T* lse) {                  \
+        routed_forward(DUALROUTE_AS_PROBLEM(T, S), out, lse);                                               \
+    }                                                                                                       \
+    DUALROUTE_CALLED void routed_backward_##NAME(DUALROUTE_PROBLEM(T, S), const S* grad, const S* out,      \
+                                                 const T* lse, S* to_query, T* to_key, T* to_value,         \
+                                                 T* to_far_keys, T* to_far_values) {                        \
+        routed_backward(DUALROUTE_AS_PROBLEM(T, S), grad, out, lse,                                         \
+                        {to_query, to_key, to_value, to_far_keys, to_far_values});                          \
     }
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {

@@ -11,6 +11,9 @@
 #include <memory>
 #include <new>
 
+// What is called from outside. The rest is hidden: two libraries in one process are two builds of it.
+#define DUALROUTE_CALLED extern "C" __attribute__((visibility("default")))
+
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64, PANEL = 4;  // PANEL: vectors of a row that one inner loop keeps in registers
 #elif defined(__AVX2__)

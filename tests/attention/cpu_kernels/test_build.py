@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dualroute.attention import Layout, Routing, backend, local_attention, routed_attention
-from dualroute.attention.cpu_kernels import build
+from dualroute.attention.cpu_kernels import build, int8_panels, int8_product
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +127,10 @@ def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.Monk
         expected = run()
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    weight, scale = torch.randint(-128, 128, (70, 33), dtype=torch.int8), torch.rand(70, 1)
+    row = torch.randn(1, 33)
+    out = int8_product(row, int8_panels(weight, scale), 70)  # of the library that was loaded last
+    torch.testing.assert_close(out, row @ (weight * scale).t(), rtol=1e-5, atol=1e-3)
 
 
 def test_no_home_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_the_operator_is_one_that_compilers_may_call() -> None:
     rows = torch.randn(2, 6 * 12)
     arguments = (torch.tensor(7), torch.randn(6), torch.randn(6), rows, rows, memory, 0, 12, 1, 2)
     torch.library.opcheck(
-        torch.ops.dualroute.cpu_decode_layer.default,
+        torch.ops.dualroute.decode_layer.default,
         arguments,
         test_utils=("test_schema", "test_faketensor"),
     )

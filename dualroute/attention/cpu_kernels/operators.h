@@ -1,0 +1,157 @@
+// The operators dualroute::decode_layer and dualroute::int8_product: tensors, and the addresses of caches, ->
+// `decode_layer` and `int8_product` on memory.
+//
+// They are C functions by the names that a compiled step calls them by, once or four times a layer: by way of
+// torch's dispatcher a call would take as long as the attention of a short text. The dispatcher, which anyone
+// else goes through, is given the same functions, by torch's stable interface.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdio>
+#include <stdexcept>
+
+#include "decode.h"
+#include "int8_product.h"
+
+// A row of `cache_memory` in decode.py: pointers, 0 where there is nothing, and sizes.
+struct CacheMemory {
+    int64_t far[4], near[4], features, summary_keys, summary_values;
+    int64_t far_rows, far_tokens, block, router, parts, far_width;
+    int64_t near_rows, window, exact, int8;
+};
+
+template <class N>
+N* numbers(int64_t address) {
+    return reinterpret_cast<N*>(address);
+}
+template <class S>
+Cache<S> cache_of(const int64_t (&a)[4]) {
+    return {numbers<S>(a[0]), numbers<S>(a[1]), numbers<float>(a[2]), numbers<float>(a[3])};
+}
+
+inline void check(AOTITorchError error) {
+    if (error) throw std::runtime_error("torch refused a call of dualroute's kernels");
+}
+
+template <class N>
+N* numbers(AtenTensorHandle tensor) {
+    void* data;
+    check(aoti_torch_get_data_ptr(tensor, &data));
+    return static_cast<N*>(data);
+}
+template <class N>
+N* numbers(const AtenTensorHandle* tensor) {
+    return tensor ? numbers<N>(*tensor) : nullptr;
+}
+inline long size(AtenTensorHandle tensor, int64_t dim) {
+    int64_t size;
+    check(aoti_torch_get_size(tensor, dim, &size));
+    return size;
+}
+inline int32_t type(AtenTensorHandle tensor) {
+    int32_t type;
+    check(aoti_torch_get_dtype(tensor, &type));
+    return type;
+}
+
+// An uninitialised (count, width) tensor of the type of `like`.
+inline AtenTensorHandle new_rows(AtenTensorHandle like, int64_t count, int64_t width) {
+    const int64_t sizes[] = {count, width}, strides[] = {width, 1};
+    AtenTensorHandle made;
+    check(aoti_torch_empty_strided(2, sizes, strides, type(like), aoti_torch_device_type_cpu(), 0, &made));
+    return made;
+}
+
+inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle cos, AtenTensorHandle sin,
+                                     const AtenTensorHandle* global_rows, const AtenTensorHandle* local_rows,
+                                     AtenTensorHandle memory, int64_t index, int64_t dim, int64_t group,
+                                     int64_t top_k) {
+    const CacheMemory& m = numbers<CacheMemory>(memory)[index];
+    const AtenTensorHandle rows = *(global_rows ? global_rows : local_rows);
+    const long batch = size(rows, 0), far_heads = m.far_rows / batch, near_heads = m.near_rows / batch;
+    const Layer layer{batch,        group,        dim,      int(torch::stable::get_num_threads()),
+                      far_heads,    m.far_tokens, m.block,  int(top_k),
+                      m.exact != 0, near_heads,   m.window, *numbers<int64_t>(position)};
+    const AtenTensorHandle out = new_rows(rows, batch, (far_heads + near_heads) * group * dim);
+    const auto run = [&](auto computed, auto model, auto stored) {
+        using T = decltype(computed);
+        using A = decltype(model);
+        using S = decltype(stored);
+        const Statistics<A> statistics{numbers<A>(m.features),
+                                       numbers<A>(m.summary_keys),
+                                       numbers<A>(m.summary_values),
+                                       m.parts,
+                                       m.far_width,
+                                       Router(m.router)};
+        decode_layer<T, A, S>(layer, numbers<T>(cos), numbers<T>(sin), numbers<A>(global_rows),
+                              numbers<A>(local_rows), cache_of<S>(m.far), statistics, cache_of<S>(m.near),
+                              numbers<A>(out));
+    };
+    const int32_t dtype = type(rows);
+    if (dtype == aoti_torch_dtype_float64())
+        run(double{}, double{}, double{});
+    else if (dtype == aoti_torch_dtype_bfloat16())
+        m.int8 ? run(float{}, BFloat16{}, int8_t{}) : run(float{}, BFloat16{}, BFloat16{});
+    else
+        m.int8 ? run(float{}, float{}, int8_t{}) : run(float{}, float{}, float{});
+    return out;
+}
+
+inline AtenTensorHandle int8_product(AtenTensorHandle row, AtenTensorHandle panels, int64_t columns) {
+    const AtenTensorHandle out = new_rows(row, 1, columns);
+    const auto run = [&](auto model) {
+        using A = decltype(model);
+        int8_product<float, A>(numbers<A>(row), numbers<int8_t>(panels), columns, size(row, 1),
+                               int(torch::stable::get_num_threads()), numbers<A>(out));
+    };
+    type(row) == aoti_torch_dtype_bfloat16() ? run(BFloat16{}) : run(float{});
+    return out;
+}
+
+// What a compiled step calls: c_functions.py.
+template <class F>
+AOTITorchError returned(AtenTensorHandle* out, F call) {
+    try {
+        *out = call();
+        return 0;
+    } catch (const std::exception& error) {  // whoever called says only that it failed
+        std::fprintf(stderr, "dualroute: %s\n", error.what());
+        return 1;
+    }
+}
+DUALROUTE_CALLED AOTITorchError aoti_torch_cpu_decode_layer(
+    AtenTensorHandle position, AtenTensorHandle cos, AtenTensorHandle sin, AtenTensorHandle* global_rows,
+    AtenTensorHandle* local_rows, AtenTensorHandle memory, int64_t layer, int64_t dim, int64_t group,
+    int64_t top_k, AtenTensorHandle* out) {
+    return returned(out, [&] {
+        return decode_layer(position, cos, sin, global_rows, local_rows, memory, layer, dim, group, top_k);
+    });
+}
+DUALROUTE_CALLED AOTITorchError aoti_torch_cpu_int8_product(AtenTensorHandle row, AtenTensorHandle panels,
+                                                            int64_t columns, AtenTensorHandle* out) {
+    return returned(out, [&] { return int8_product(row, panels, columns); });
+}
+
+// What the dispatcher calls: see `decode_layer` in decode.py and `int8_product` in int8_product.py.
+using torch::stable::Tensor;
+
+inline Tensor dispatched_decode_layer(const Tensor& position, const Tensor& cos, const Tensor& sin,
+                                      const std::optional<Tensor>& global_rows,
+                                      const std::optional<Tensor>& local_rows, const Tensor& memory,
+                                      int64_t layer, int64_t dim, int64_t group, int64_t top_k) {
+    const AtenTensorHandle far = global_rows ? global_rows->get() : nullptr;
+    const AtenTensorHandle near = local_rows ? local_rows->get() : nullptr;
+    return Tensor(decode_layer(position.get(), cos.get(), sin.get(), far ? &far : nullptr,
+                               near ? &near : nullptr, memory.get(), layer, dim, group, top_k));
+}
+inline Tensor dispatched_int8_product(const Tensor& row, const Tensor& panels, int64_t columns) {
+    return Tensor(int8_product(row.get(), panels.get(), columns));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dualroute, CPU, library) {
+    library.impl("decode_layer", TORCH_BOX(&dispatched_decode_layer));
+    library.impl("int8_product", TORCH_BOX(&dispatched_int8_product));
+}
