@@ -18,7 +18,7 @@ decoding of both routes, and the product with an int8 weight that is most of suc
     stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
     decode.h        one token, both routes
     int8_product.h  one token's row times an int8 weight
-    operators.h     these two as operators of torch, and as functions that compiled programs call
+    torch_ops.h     these two as operators of torch, and as functions that compiled programs call
     kernels.cpp     what Python calls
 
 The surprising fact: functions get plain pointers, and what is included of torch is its stable interface

@@ -1,6 +1,6 @@
 """The operators' functions in C, as torch's compiler wants to be told of them.
 
-In: operators.h. Out: `C_FUNCTIONS`, for the option `aot_inductor.custom_ops_to_c_shims`. A program compiled
+In: torch_ops.h. Out: `C_FUNCTIONS`, for the option `aot_inductor.custom_ops_to_c_shims`. A program compiled
 with it calls them without the dispatcher.
 
 The surprising fact: the compiler keeps its programs on disk by all of its options, and cannot write operators

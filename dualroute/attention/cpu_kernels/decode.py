@@ -92,7 +92,7 @@ torch.library.define(
     "dualroute::decode_layer",
     "(Tensor position, Tensor cos, Tensor sin, Tensor? global_rows, Tensor? local_rows, Tensor memory, "
     "int layer, int head_dim, int group, int top_k) -> Tensor",
-)  # implemented in operators.h
+)  # implemented in torch_ops.h
 
 
 @torch.library.register_fake("dualroute::decode_layer")

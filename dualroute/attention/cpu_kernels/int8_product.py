@@ -40,7 +40,7 @@ def int8_product(row: Tensor, panels: Tensor, columns: int) -> Tensor:
 
 torch.library.define(
     "dualroute::int8_product", "(Tensor row, Tensor panels, int columns) -> Tensor"
-)  # implemented in operators.h
+)  # implemented in torch_ops.h
 
 
 @torch.library.register_fake("dualroute::int8_product")

@@ -1,9 +1,9 @@
 // What Python calls by ctypes: see operators.py for the shapes. T is computed in, S how rows are stored.
 #include "local.h"
-#include "operators.h"
 #include "routed_backward.h"
 #include "routed_forward.h"
 #include "select.h"
+#include "torch_ops.h"
 
 // The arguments of both directions of the routed route, and the problem that they make.
 #define DUALROUTE_PROBLEM(T, S)                                                                          \
