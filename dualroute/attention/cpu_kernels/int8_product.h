@@ -12,8 +12,8 @@ constexpr int PANEL_COLUMNS = 64;  // COLUMNS in int8_product.py
 // sums (PANEL_COLUMNS,) = a (inner,) times a panel, scaled.
 template <class T>
 void int8_panel(const T* a, const int8_t* panel, long inner, T* sums) {
-    constexpr int VECTORS = PANEL_COLUMNS / LANES<T>,
-                  APART = VECTORS < 8 ? 2 : 1;  // rows with sums of their own
+    constexpr int VECTORS = PANEL_COLUMNS / LANES<T>;
+    constexpr int APART = VECTORS < 8 ? 2 : 1;  // rows with sums of their own
     constexpr int AHEAD = 64;                   // rows that are on their way from memory
     Vector<T> of[APART][VECTORS] = {};
     const auto row = [&](long k, Vector<T>* to) {
@@ -36,8 +36,7 @@ void int8_panel(const T* a, const int8_t* panel, long inner, T* sums) {
     }
 }
 
-// out (columns,) = row (inner,) times the matrix; the columns of the last panel that are too many are left
-// out.
+// out (columns,) = row (inner,) times the matrix; what the last panel has too much is left out.
 template <class T, class A>
 void int8_product(const A* row, const int8_t* panels, long columns, long inner, int threads, A* out) {
     const long size = (inner + sizeof(float)) * PANEL_COLUMNS, count = (columns - 1) / PANEL_COLUMNS + 1;

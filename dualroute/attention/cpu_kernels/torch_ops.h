@@ -12,6 +12,7 @@
 
 #include <cstdio>
 #include <stdexcept>
+#include <string>
 
 #include "decode.h"
 #include "int8_product.h"
@@ -101,10 +102,14 @@ inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle
 }
 
 inline AtenTensorHandle int8_product(AtenTensorHandle row, AtenTensorHandle panels, int64_t columns) {
+    const long inner = size(row, 1), room = size(panels, 0) * PANEL_COLUMNS;
+    if (size(panels, 1) != inner + long(sizeof(float)) || columns > room)
+        throw std::runtime_error("a row of " + std::to_string(inner) + " numbers or " +
+                                 std::to_string(columns) + " columns do not fit these panels");
     const AtenTensorHandle out = new_rows(row, 1, columns);
     const auto run = [&](auto model) {
         using A = decltype(model);
-        int8_product<float, A>(numbers<A>(row), numbers<int8_t>(panels), columns, size(row, 1),
+        int8_product<float, A>(numbers<A>(row), numbers<int8_t>(panels), columns, inner,
                                int(torch::stable::get_num_threads()), numbers<A>(out));
     };
     type(row) == aoti_torch_dtype_bfloat16() ? run(BFloat16{}) : run(float{});

@@ -58,6 +58,13 @@ def test_a_row_that_is_not_contiguous() -> None:
     )
 
 
+@pytest.mark.parametrize(("inner", "columns"), [(39, 70), (40, 129)])
+def test_panels_of_another_shape_are_refused(inner: int, columns: int) -> None:
+    weight, scale = _weight(70, 40)
+    with pytest.raises(RuntimeError, match=f"a row of {inner} numbers or {columns} columns do not fit"):
+        int8_product(torch.randn(1, inner), int8_panels(weight, scale), columns)
+
+
 def test_panels_hold_the_weight_and_its_scales() -> None:
     weight, scale = _weight(70, 5)
     panels = int8_panels(weight, scale)
