@@ -169,9 +169,11 @@ class QuantizedLinear(nn.Module):
 
 
 def panels_for_cpu(qdata: Tensor, scale: Tensor) -> Tensor | None:
-    """An int8 weight laid out for the CPU's kernels; None where there are none."""
+    """An int8 weight laid out for the CPU's kernels; None where there are none, or torch's is faster."""
     kernels = token_kernels(scale)
-    return None if kernels is None else kernels.int8_panels(qdata, scale)
+    if kernels is None or not kernels.fast_int8_product():
+        return None
+    return kernels.int8_panels(qdata, scale)
 
 
 def scaled_product(rows: Tensor, qdata: Tensor, scale: Tensor, panels: Tensor | None) -> Tensor:

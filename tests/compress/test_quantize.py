@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dualroute.attention import cpu_kernels
 from dualroute.attention.backend import plain_torch
+from dualroute.attention.decode import token_kernels
 from dualroute.cli import main
 from dualroute.compress import quantize as module
 from dualroute.compress.quantize import QuantizeConfig, check_possible, quantize, quantize_model
@@ -145,7 +147,9 @@ def test_the_int4_kernel_of_the_cpu_gives_the_same_product():
 
 
 @pytest.mark.parametrize("name", ["layers.0.ffn.down", "head"])
+@pytest.mark.skipif(token_kernels(torch.ones(1)) is None, reason="no C++ compiler")
 def test_the_int8_kernel_of_the_cpu_takes_one_row(name, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "fast_int8_product", lambda: True)
     projection = quantize_model(float_model(), Quantization("int8_weight_only")).get_submodule(name)
     inner = getattr(projection, "in_features", 64)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float64, 1e-12)):
@@ -161,10 +165,13 @@ def test_the_int8_kernel_of_the_cpu_takes_one_row(name, monkeypatch):
     assert projection(torch.randn(2, inner)).any()
 
 
-def test_without_kernels_int8_is_torchs_own():
+def test_without_fast_kernels_int8_is_torchs_own(monkeypatch):
     linear = quantize_model(float_model(), Quantization("int8_weight_only")).layers[0].ffn.down
     with plain_torch():
         linear.pack_for_cpu()
+    assert linear.packed is None
+    monkeypatch.setattr(cpu_kernels, "fast_int8_product", lambda: False)
+    linear.pack_for_cpu()
     assert linear.packed is None
 
 

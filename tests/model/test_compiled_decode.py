@@ -181,7 +181,8 @@ def test_compiled_int8_weights_are_read_by_the_kernels(tie):
             error = decoder(ids[:, begin:end], ours) - expected
             assert error.norm() < 0.05 * expected.norm()  # bfloat16 costs 1 to 3 percent, compiled or not
         assert not counters["inductor"]["fxgraph_cache_bypass"]
-        if token_kernels(ids.float()) is None:
+        kernels = token_kernels(ids.float())
+        if kernels is None or not kernels.fast_int8_product():
             return
         assert _dispatched(decoder, ids) == set()
         plain = CompiledDecoder(model, compile=False)

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.cpu_kernels.build import load
+
 COLUMNS = 64  # of a panel
+
+
+def is_fast() -> bool:
+    """Whether it is worth having: narrower vectors than AVX2's widen bytes one by one, slower than torch."""
+    return load().vector_bytes() >= 32
 
 
 def int8_panels(weight: Tensor, scale: Tensor) -> Tensor:

@@ -52,3 +52,5 @@ static Shape make_shape(const long* sizes, const int32_t* first_block) {
 DUALROUTE_KERNELS(float, float, float32)
 DUALROUTE_KERNELS(float, BFloat16, bfloat16)
 DUALROUTE_KERNELS(double, double, float64)
+
+DUALROUTE_CALLED int vector_bytes() { return VECTOR_BYTES; }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dualroute.attention import Layout, Routing, backend, local_attention, routed_attention
-from dualroute.attention.cpu_kernels import build, int8_panels, int8_product
+from dualroute.attention.cpu_kernels import build, fast_int8_product, int8_panels, int8_product
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,7 @@ def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.Monk
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
     weight, scale = torch.randint(-128, 128, (70, 33), dtype=torch.int8), torch.rand(70, 1)
     row = torch.randn(1, 33)
+    assert fast_int8_product() == (processor != "x86-64")
     out = int8_product(row, int8_panels(weight, scale), 70)  # of the library that was loaded last
     torch.testing.assert_close(out, row @ (weight * scale).t(), rtol=1e-5, atol=1e-3)
 
