@@ -38,6 +38,8 @@ class Products(nn.Module):
             layer.scale.uniform_(0.01, 0.02, generator=generator)
             if packed:
                 layer.pack_for_cpu()
+                if layer.packed is None:
+                    raise SystemExit("there is no kernel to compare: see `dualroute doctor`, or no AVX2 here")
 
     def forward(self, row: Tensor) -> list[Tensor]:
         return [layer(row) for layer in self.layers]

@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 from dualroute.attention.cpu_kernels.c_functions import C_FUNCTIONS
 from dualroute.attention.cpu_kernels.decode import cache_memory, can_decode, decode_layer
-from dualroute.attention.cpu_kernels.int8_product import int8_panels, int8_product
-from dualroute.attention.cpu_kernels.int8_product import is_fast as fast_int8_product
+from dualroute.attention.cpu_kernels.int8_product import fast_int8_product, int8_panels, int8_product
 from dualroute.attention.cpu_kernels.routes import local_attention, routed_attention, select_blocks
 
 __all__ = [

@@ -16,7 +16,7 @@ struct Step {
     long rows, group, dim, tokens, position;  // rows: batch * kv_heads; tokens: room of the cache
     double scale;
     int threads;
-    bool worth_threads(long read) const { return rows > 1 && rows * group * read * dim > 1 << 18; }
+    bool worth_threads(long read) const { return rows > 1 && rows * group * read * dim > WORTH_THREADS; }
 };
 
 // `count` logits become weights of sum 1; there is room for round_up(count).

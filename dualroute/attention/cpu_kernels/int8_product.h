@@ -42,7 +42,7 @@ void int8_product(const A* row, const int8_t* panels, long columns, long inner, 
     const long size = (inner + sizeof(float)) * PANEL_COLUMNS, count = (columns - 1) / PANEL_COLUMNS + 1;
     const Buffer<T> a(inner);
     for (long k = 0; k < inner; ++k) a.data()[k] = widen<T>(row[k]);
-#pragma omp parallel for num_threads(threads) if (columns * inner > 1 << 18)
+#pragma omp parallel for num_threads(threads) if (columns * inner > WORTH_THREADS)
     for (long panel = 0; panel < count; ++panel) {
         T sums[PANEL_COLUMNS];
         int8_panel<T>(a.data(), panels + panel * size, inner, sums);

@@ -3,8 +3,8 @@
 In: a row of float32 or bfloat16, and the weight as `int8_panels` lays it out. Out: the row of the product, in
 the type of the row; sums are float32.
 
-The surprising fact: this is no better than torch's compiled int8 product at anything but one row. For one row
-that one keeps two vectors of sums and waits for its additions; here there are eight.
+The surprising fact: it takes a single row and no more. For one row torch's compiled int8 product keeps two
+vectors of sums and waits for its additions, here there are eight; several rows have enough of them anyway.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dualroute.attention.cpu_kernels.build import load
 COLUMNS = 64  # of a panel
 
 
-def is_fast() -> bool:
-    """Whether it is worth having: narrower vectors than AVX2's widen bytes one by one, slower than torch."""
+def fast_int8_product() -> bool:
+    """Whether `int8_product` is worth having: vectors narrower than AVX2's widen bytes one by one, slowly."""
     return load().vector_bytes() >= 32
 
 

@@ -21,7 +21,8 @@ constexpr int VECTOR_BYTES = 32, PANEL = 2;
 #else
 constexpr int VECTOR_BYTES = 16, PANEL = 2;
 #endif
-constexpr int STRIP = 6;  // rows that one inner loop keeps in registers
+constexpr long WORTH_THREADS = 1 << 18;  // products of a token's step; fewer are done before threads wake
+constexpr int STRIP = 6;                 // rows that one inner loop keeps in registers
 
 template <class T>
 struct Simd;
