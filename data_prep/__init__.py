@@ -4,6 +4,6 @@ One document's way: `corpora` finds the files (and `download` fetches them) -> `
 tidies, drops and splits -> `train_tokenizer` learns the vocabulary -> `shards` writes tars -> `prepare` adds
 the manifest. Next is `dualroute.data.plan`, which reads nothing but that manifest and the index files.
 
-The surprising part: nothing here knows the model or the trainer. Only the format of the manifest and the
+Nothing here knows the model or the trainer. Only the format of the manifest and the
 tokenizer are shared, from `dualroute.data`.
 """

@@ -14,7 +14,7 @@ A document passes these steps, in this order:
 
 Comes from `formats`; goes to `train_tokenizer` (train side only) and to `shards`.
 
-The surprising part: every step depends on the document and the ones before it alone, so the whole pass can be
+Every step depends on the document and the ones before it alone, so the whole pass can be
 repeated - once to survey, once to write - with the same outcome and without storing decisions. Duplicates
 cost 16 bytes of digest each (about 100 in a Python set: 1 GB for ten million documents).
 """

@@ -3,7 +3,7 @@
 Comes in: what the user set. Goes out: `PrepareConfig` to `prepare`, and a plan (options and input files)
 that is written to the output folder, so that a later run can tell whether it is the same preparation.
 
-The surprising part: a plan never holds a path. A dataset folder may be handed on without telling where its
+A plan never holds a path. A dataset folder may be handed on without telling where its
 corpus lay, and a corpus may move without being prepared again.
 """
 

@@ -4,7 +4,7 @@ Comes in: URLs (mirrors of one file, tried in order) and, where it is known, the
 a path in the download folder, for `corpora` to open. A download that was cut off continues where it
 stopped (HTTP Range).
 
-The surprising part is what is trusted. Where the registry states a checksum, the file must match it.
+Where the registry states a checksum, the file must match it.
 Where it cannot (a publisher that states none), the checksum of the first complete download is recorded in
 ``checksums.json`` beside the files, and every later download of that URL must match the record: trust on
 first use. Delete the line to accept a new version.

@@ -4,7 +4,7 @@ Comes in: an open file and its name. The name's endings say what it is, from the
 (.gz .xz .bz2 .zst), archive (.tar .zip), then text (.txt .md .text .raw .tokens .py), .jsonl or .parquet.
 Goes out: `Document` (name, text), in the order of the file, to `clean`.
 
-The surprising part: a tar that was cut at a block boundary, or whose next header is damaged, simply stops and
+A tar that was cut at a block boundary, or whose next header is damaged, simply stops and
 Python's reader reports success; here both are errors, as is every other file that ends too early (`streams`).
 """
 

@@ -9,7 +9,7 @@
 An interrupted run continues: the survey, the tokenizer and each shard are kept once complete. A second
 run with the same options and inputs returns at once; with others it says what differs.
 
-The surprising part: the corpus is read twice. That costs little beside tokenising, bounds the memory,
+The corpus is read twice. That costs little beside tokenising, bounds the memory,
 gives a true percentage while the shards are written, and finds a bad byte at the end of the corpus before
 hours are spent.
 """

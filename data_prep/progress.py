@@ -1,6 +1,6 @@
 """What a person sees while the work goes on: a bar on a terminal, a line every few seconds elsewhere.
 
-The surprising part: everything goes to stderr, so that stdout stays free for results.
+Everything goes to stderr, so that stdout stays free for results.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ the tars and index files that `dualroute.data.manifest` describes.
 A shard appears by rename when it is complete, then a record of it in ``.prepare/``. A run that finds such
 a record does not tokenise that shard's documents again; it continues with the first shard that is missing.
 
-The surprising part: threads suffice. sentencepiece lets go of Python's lock while it encodes, and a pool
+Threads suffice. sentencepiece lets go of Python's lock while it encodes, and a pool
 of threads leaves no processes behind when the run is killed. The lock is held for about a tenth of the
 work (reading, cleaning, making arrays), so more than about ten workers bring nothing.
 """

@@ -2,7 +2,7 @@
 
 Comes in: an open file and the ending of its name. Goes out: the stream inside, to `formats`.
 
-The surprising part: the zstandard library's own reader takes a frame that ends too early for the end of the
+The zstandard library's own reader takes a frame that ends too early for the end of the
 file, so this module feeds the decoder itself.
 """
 

@@ -9,7 +9,7 @@ model, which `shards` encodes with. Memory is bounded by the sample, whatever th
 - ids 0 to 3 are <pad> <bos> <eos> <unk>, then the reserved ones (<reserved_0> ...), which no text can
   produce.
 
-The surprising part: two habits of sentencepiece are worked around. It silently skips training texts that
+Two habits of sentencepiece are worked around. It silently skips training texts that
 contain U+2585 (its mark for the unknown), so the sample is cut there; and a unigram model depends on the
 number of threads, so that number is fixed.
 """

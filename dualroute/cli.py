@@ -4,7 +4,7 @@ One command per stage.  Every option is a field of that stage's dataclass, so th
 the attribute names in the code are the same words.  Later sources win: defaults, then ``--config`` files in
 the order given, then flags.  ``--print_config`` shows the result and stops.
 
-The surprising fact: only the parser of the stage that was asked for is built, because importing them all
+Only the parser of the stage that was asked for is built, because importing them all
 takes seconds.
 """
 

@@ -5,7 +5,7 @@
   measured on one real layer, on the CPU; the longest context is what the rest of the memory has room for.
 - Next: ``dualroute pretrain`` with that configuration.
 
-The surprising fact: nothing in it grows faster than the context.  Routed attention keeps its inputs, its
+Nothing in it grows faster than the context.  Routed attention keeps its inputs, its
 output and a few numbers a token, so twice the memory means twice the context.  Left out: fragmentation, the
 buckets of DeepSpeed and NCCL, and the tiles in flight; ``headroom`` is kept free for them.
 """

@@ -4,7 +4,7 @@ Everything this project publishes (shards, manifests, checkpoints, reports) is f
 name in the same folder, flushed to the disk, and then renamed: a reader sees the old file, or the new one,
 never half of it - whatever kills the writer.
 
-The surprising part: the rename itself is only durable once the *folder* has been flushed, so that is done
+The rename itself is only durable once the *folder* has been flushed, so that is done
 too.  A process that is killed outright (SIGKILL, power) leaves its temporary file behind; `remove_leftovers`
 is for the next run in that folder.
 """

@@ -8,7 +8,7 @@
   (``training/preemption.py``); after a stall the script asks Slurm to run it again
   (``training/requeue.py``).
 
-The surprising fact: the templates are plain bash to be read and edited.  Nothing is hidden here but the
+The templates are plain bash to be read and edited.  Nothing is hidden here but the
 replacement of ``@NAME@``.
 """
 

@@ -8,7 +8,7 @@ In: the queries of a route, and DUALROUTE_KERNELS from the environment. Out: the
     cpp       the C++ kernels on a CPU; an error where they cannot be compiled
     triton    the Triton kernels on a GPU
 
-The surprising fact: plain torch is the default on a GPU. The Triton kernels are tested in the interpreter and
+Plain torch is the default on a GPU. The Triton kernels are tested in the interpreter and
 compiled for GPUs, but have not been timed on one; whoever has one turns them on and compares.
 """
 

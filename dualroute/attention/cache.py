@@ -6,7 +6,7 @@ of the batch has the same length. Out: the tensors that `decode` reads.
 With `dtype=torch.int8` keys and values are stored as integers with one scale for each token and head, and
 widened where they are read; statistics of blocks stay floats, there is one of them for many tokens.
 
-The surprising fact: a block's statistics are written once, when its last token arrives, and never touched
+A block's statistics are written once, when its last token arrives, and never touched
 again. So a step costs what it reads, top_k + 2 blocks and one pseudo-key per past block, and not the length
 of the text.
 """

@@ -4,7 +4,7 @@ In: queries (R, group, m, d) of the m newest tokens, whose keys are already in t
 batch * kv_heads. Out: (R, group, m, d), equal to what the routes give for these tokens in a forward pass
 over the whole text.
 
-The surprising fact: one token gathers the few blocks it reads, but a chunk of tokens masks all of them.
+One token gathers the few blocks it reads, but a chunk of tokens masks all of them.
 Chunks come from prefills, which are short or start at 0 (where the routes themselves run); gathering per
 token would only copy.
 """

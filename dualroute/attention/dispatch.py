@@ -4,7 +4,7 @@ In: the blocks each token selected. Out: `plan` lists, for a piece of the stream
 read one block, the token behind each row, and the row behind each pair. `routed` runs attention
 over the tiles.
 
-The surprising fact: a filled-up tile repeats token 0 in its unused rows. Nobody looks at what they give, and
+A filled-up tile repeats token 0 in its unused rows. Nobody looks at what they give, and
 their log-sum-exp is set to +inf before the backward pass, which makes their gradients exactly 0.
 """
 

@@ -5,7 +5,7 @@ Out: (B, n, dim),
     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t),
 computed as one product of W_O = [W_O^g, W_O^l] with the heads of both routes side by side.
 
-The surprising fact: with half of the heads on each route (the default) this has exactly the parameters of a
+With half of the heads on each route (the default) this has exactly the parameters of a
 dense attention layer, and with `local_heads=0, global_mode="full"` it *is* one: the baseline is the same
 code.
 """

@@ -9,7 +9,7 @@ A block of n keys (mean mu, diagonal variance sigma^2, mean value v_bar) enters 
     second order   log n + q . mu / sqrt(d) + 1/2 (q^2) . sigma^2 / d
 the expansion of log sum_s exp(q . k_s / sqrt(d)) around mu: features(q) . [mu, sigma^2] + log n.
 
-The surprising fact: this is where the router learns. What is selected has no gradient, but an unselected
+This is where the router learns. What is selected has no gradient, but an unselected
 block's keys and values are pulled through their summary until the block deserves to be selected.
 """
 

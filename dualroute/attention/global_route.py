@@ -4,7 +4,7 @@ In: queries (H, S, d), keys and values (H_kv, S, d) of a stream (see `layout`). 
 `full_attention` is o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over the document; `global_attention` gives
 the short documents to it and the long ones to `routed_attention` (see there for the mathematics).
 
-The surprising fact: the choice is made for each *document*, by its own number of blocks, never for the
+The choice is made for each *document*, by its own number of blocks, never for the
 batch. So a document gives the same result packed with others as alone, in every mode.
 """
 

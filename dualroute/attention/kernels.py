@@ -4,7 +4,7 @@ In: queries (batch, heads, rows, d), keys and values (batch, kv_heads, keys, d);
 Out: `attend` gives the attention output and the log-sum-exp of its logits; `attend_backward` the three
 gradients.
 
-The surprising fact: `attend_backward` may be given the output and the log-sum-exp of a *larger* softmax, of
+`attend_backward` may be given the output and the log-sum-exp of a *larger* softmax, of
 which these keys are one part. With P = exp(logits - lse) and delta = sum(dO * O), both taken from the merged
 result, the formulas of flash attention (Dao et al., arXiv 2205.14135, algorithm 4) are the exact gradient of
 the joint softmax with respect to this part. So a token may read its keys in several pieces and nothing large

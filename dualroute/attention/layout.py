@@ -8,7 +8,7 @@ streams only.
 A stream is every document of the batch, padding dropped, each padded at its end to a multiple of `block` and
 laid one after the other. No block ever crosses a document, so packing and padding cannot change a result.
 
-The surprising fact: the documents are sorted by their number of blocks. Documents of equal size then form a
+The documents are sorted by their number of blocks. Documents of equal size then form a
 `Bucket`, a plain (documents, blocks * block) rectangle, which attention can treat as an ordinary batch: no
 mask of documents is ever built, and a batch of short documents costs what its documents cost.
 """

@@ -8,7 +8,7 @@ Each block of queries sees one strided view of the keys, the window before it ro
 blocks, with an exact mask on top. The backward pass adds the overlapping views up again, one strided sum per
 query block of span.
 
-The surprising fact: the window counts the token itself, so window = 1 returns the values. Libraries differ
+The window counts the token itself, so window = 1 returns the values. Libraries differ
 by one.
 """
 

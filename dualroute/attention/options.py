@@ -1,7 +1,7 @@
 """The options of `DualRouting`: defaults that depend on each other, and one line for each mistake.
 
 In: numbers and names as a configuration gives them. Out: the complete numbers, or a `ValueError` that names
-the key, its value and the remedy. The surprising fact: one of global_heads and local_heads is enough, the
+the key, its value and the remedy. One of global_heads and local_heads is enough, the
 other is the rest.
 """
 

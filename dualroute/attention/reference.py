@@ -13,7 +13,7 @@ For one head, with scale 1/sqrt(d):
                log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]      other past blocks b: vbar_b
     dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
 
-The surprising fact: nothing here is shared with the fast code, not even the mean of a block. Keep it slow.
+Nothing here is shared with the fast code, not even the mean of a block. Keep it slow.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ In: queries or keys as the projection gives them, (S, heads, head_dim), and the 
 Out: the rotated rows, heads first, (heads, S, head_dim), contiguous: what the routes read.
 Source: Su et al., RoFormer (arXiv 2104.09864), in the "half-split" order of GPT-NeoX and Llama.
 
-The surprising fact: the angles are computed in float64. At position 100,000 a float32 angle is already off
+The angles are computed in float64. At position 100,000 a float32 angle is already off
 by 0.004.
 """
 

@@ -10,7 +10,7 @@ The parts are computed one after the other and merged by their log-sum-exps. The
 part's kernel the merged output and log-sum-exp, which is the exact gradient of the joint softmax (see
 `kernels`).
 
-The surprising fact: besides inputs and output, what is kept for the backward pass is one log-sum-exp per row
+Besides inputs and output, what is kept for the backward pass is one log-sum-exp per row
 and the list of chosen pairs. Nothing of size n x n, nor n x blocks, exists at any time.
 """
 

@@ -10,7 +10,7 @@ With k over the keys of a block, mu and sigma^2 their mean and diagonal variance
     minmax   max over sub-blocks, sum_i max(q_i min k_i, q_i max k_i)  bounds q . k (Quest: 2406.10774)
 Each is one GEMM of query features and block features; for minmax, max(q m, q M) = q^- m + q^+ M.
 
-The surprising fact: nothing about the query may be pooled. A block of queries that chose together would let
+Nothing about the query may be pooled. A block of queries that chose together would let
 later tokens decide what earlier ones read, and a causal model would see the future. (And: bounds and
 variances read single coordinates, which the rotary embedding turns; only the mean router is blind to a shift
 of all positions.)

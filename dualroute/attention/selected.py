@@ -7,7 +7,7 @@ plans; `selected_backward` gives the gradients from the same plans.
 The (token, block) pairs are sorted by block into tiles (`dispatch`), whose rows are gathered, attended to and
 summed back to their tokens.
 
-The surprising fact: what is gathered exists for a few tiles at a time. Besides inputs and output there is one
+What is gathered exists for a few tiles at a time. Besides inputs and output there is one
 row per pair, for one piece of the stream, however long the document is.
 """
 

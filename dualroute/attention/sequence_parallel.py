@@ -6,7 +6,7 @@ outside the attention works on n/P tokens.
 
 Both are one all-to-all, forward and backward, of n/P rows per rank: what is sent does not grow with P.
 
-The surprising fact: the ranks of a group see the same text, yet to ZeRO and to DDP they are ranks like any
+The ranks of a group see the same text, yet to ZeRO and to DDP they are ranks like any
 other. The gradient of a rank holds what its tokens and its heads contributed; the mean over all ranks is what
 plain data parallelism takes anyway.
 """

@@ -3,7 +3,7 @@
 In: queries (H_kv, S, group, d), keys and values (H_kv, S, d) of a stream. Out: `merge_sink` adds the sink's
 keys to a running (output, log-sum-exp); `sink_backward` gives their gradients.
 
-The surprising fact: nothing is gathered. All tokens behind the first block read the same keys, so each
+Nothing is gathered. All tokens behind the first block read the same keys, so each
 document is one ordinary rectangle of attention, its rows x one block; and since there is a second block, the
 first one is full and needs no mask.
 """

@@ -7,7 +7,7 @@ a tensor, and the caches of `cache`, whose tensors are written in place. Out: (R
 What those slice by the length of the text is read whole here, up to a fixed size, and masked: keys behind the
 position, blocks from the own one on, slots of the ring that hold nothing yet.
 
-The surprising fact: the statistics of the own block are written at every step and are wrong until its last
+The statistics of the own block are written at every step and are wrong until its last
 token. Nobody sees them before: candidates are the blocks *before* the own one.
 """
 

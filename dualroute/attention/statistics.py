@@ -5,7 +5,7 @@ In: queries and keys of a global route on a stream. Out: a dict of 0-dim tensors
 and the shares of softmax mass on the token's `mass_own` block, on the sink, on the selected blocks and on
 what is far.
 
-The surprising fact: in full mode they exist as well. They tell what the router would choose, and so how much
+In full mode they exist as well. They tell what the router would choose, and so how much
 mass routing would still read exactly, before one turns it on.
 """
 

@@ -4,7 +4,7 @@ In: a model and windows of its training shards.  Here: hooks listen while the wi
 changed.  Out: :class:`Statistics`, which :mod:`~dualroute.compress.importance` turns into scores and
 :mod:`~dualroute.compress.slicing` into corrected weights.
 
-The surprising fact: the inputs of a projection are kept as their Gram matrix E[a aᵀ], not as a list of
+The inputs of a projection are kept as their Gram matrix E[a aᵀ], not as a list of
 activations.  It holds the energy of each channel on its diagonal, and beside it all that is needed to let the
 channels that stay make up for those that go, in a size that does not grow with the text.
 """

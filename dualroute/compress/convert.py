@@ -5,7 +5,7 @@ folder of shards) shows which of them look no further than the window; the weigh
 (:mod:`dualroute.model.conversion`).  Out: a checkpoint of weights alone, which every command takes; training
 goes on with ``dualroute distill`` or ``pretrain --init_from``.
 
-The surprising fact: no text is needed.  A language model writes the text that it was trained on, closely
+No text is needed.  A language model writes the text that it was trained on, closely
 enough to see where its heads look.
 """
 

@@ -9,7 +9,7 @@ the indices of what stays, sorted.  The scores of channels and heads are root me
                                                             https://arxiv.org/abs/2407.14679)
     layer                 1 - cos(input, output)           (block influence)
 
-The surprising fact: ``random`` is a criterion like any other.  A pruning method that does not beat it has
+``random`` is a criterion like any other.  A pruning method that does not beat it has
 shown nothing.
 """
 

@@ -6,7 +6,7 @@ its closed-form corrections; on request the windows and top_k that each layer ne
 checkpoint of weights, with ``prune.json``, the whole account.  Next: ``dualroute distill``, which wins
 back what was lost.
 
-The surprising fact: at most about a third of the parameters should go at once; prune, distil and prune again
+At most about a third of the parameters should go at once; prune, distil and prune again
 (Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679, §4.3).
 """
 

@@ -5,7 +5,7 @@ integers for every linear layer, for the embedding and for the head; what it fin
 :mod:`dualroute.model.quantized`.  Out: a checkpoint folder that ``evaluate`` and ``generate`` take like any
 other.
 
-The surprising fact: the embedding counts.  In a small model it is a third of all weights, and left in float
+The embedding counts.  In a small model it is a third of all weights, and left in float
 it alone keeps the file above a quarter of its size, whatever happens to the layers.
 """
 

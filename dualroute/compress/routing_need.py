@@ -4,7 +4,7 @@ In: a model and calibration windows of text.  Here: layer after layer, its windo
 halved as long as the loss on these windows allows it.  Out: the same weights with ``layer_windows`` and
 ``layer_top_k``.
 
-The surprising fact: no attention weights are looked at.  A head may look far and find nothing that matters;
+No attention weights are looked at.  A head may look far and find nothing that matters;
 the loss says what is missed.
 """
 

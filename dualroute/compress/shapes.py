@@ -4,7 +4,7 @@ In: the parent's shape, the axes that may shrink, and how much loss each axis wa
 sizes (:class:`Sensitivity`).  Out: the :class:`~dualroute.compress.importance.Shape` that meets the target
 with the least predicted loss, widths in multiples of 64 or whatever is asked for.
 
-The surprising fact: the prediction just adds up the axes' losses.  It only has to rank shapes; what was
+The prediction just adds up the axes' losses.  It only has to rank shapes; what was
 chosen is measured afterwards.
 """
 

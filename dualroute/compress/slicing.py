@@ -11,7 +11,7 @@ Two corrections make up for what is cut, both closed forms, no training:
     weight of an RMSNorm:  w' = w_S · √(mean E[x_S²] / mean E[x²])
         so that its outputs keep their size though the mean now runs over fewer channels
 
-The surprising fact: the pruned model is an ordinary one.  Nothing that loads, trains or serves it knows.
+The pruned model is an ordinary one.  Nothing that loads, trains or serves it knows.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ weights of its layers; embedding and head are left alone.
     wanda        the smallest |W_ij| · √E[x_j²] of each output row (Sun et al. 2024, eq. 1,
                  https://arxiv.org/abs/2306.11695)
 
-The surprising fact: this makes nothing faster or smaller.  Kernels that skip zeros are gone from torchao and
+This makes nothing faster or smaller.  Kernels that skip zeros are gone from torchao and
 vLLM; structured pruning (``dualroute prune``) and quantisation are what ships.
 """
 

@@ -4,7 +4,7 @@ In: ``tokNNN.bin``: the longest piece's length, then (score, length, bytes) of e
 ids.  Out: the bytes of a ``tokenizer.model`` that `Tokenizer` reads, with the same id for the same piece.
 Layout: https://github.com/karpathy/llama2.c, ``tokenizer.py`` (export).
 
-The surprising fact: these files come from sentencepiece in the first place; what was lost on the way (which
+These files come from sentencepiece in the first place; what was lost on the way (which
 pieces are specials and which are bytes) is fixed by Llama's ids: <unk> <s> </s>, then 256 bytes.
 """
 

@@ -12,7 +12,7 @@
 Next comes `plan`, which needs only the index and the fingerprint to say which tokens make a batch, and
 `reader`, which maps the tars into memory.
 
-The surprising part: nobody parses a tar while training.  The index points at the ids *inside* the tar, so a
+Nobody parses a tar while training.  The index points at the ids *inside* the tar, so a
 window of tokens is one slice of a memory map; the tars stay readable by any WebDataset loader all the same.
 """
 

@@ -10,7 +10,7 @@ Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_b
 all ranks and micro batches. A loss summed over its own labels and divided by ``num_targets`` adds up to the
 global mean without communication.
 
-The surprising fact: the position is the number of samples trained on, not the number that the loader has
+The position is the number of samples trained on, not the number that the loader has
 fetched. Lightning does not fast-forward a loader on resume, and need not: the loader starts where
 ``samples_consumed`` says.
 """

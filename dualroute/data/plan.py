@@ -13,7 +13,7 @@ into tensors.
 4. Sample number s of the run, counted over all ranks from its first step, is in epoch s // W. A global batch
    is the next ``samples_per_batch`` of them; at the end of an epoch it goes on into the next one.
 
-The surprising fact: nothing is shuffled. The permutation is a small cipher computed at the indices asked
+Nothing is shuffled. The permutation is a small cipher computed at the indices asked
 for, so order costs O(1) memory whatever the corpus, and resuming at sample 10^12 is as quick as starting.
 What is held is 8 bytes per document: the cumulative lengths.
 """

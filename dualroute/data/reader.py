@@ -9,7 +9,7 @@ segments and positions are made of them. Out: batches, through a torch DataLoade
 2. `WindowDataset` (worker) answers one request with one window, reading through `ShardReader`.
 3. `collate` (worker) stacks windows into the batch.
 
-The surprising fact: workers hold no state. Which sample comes when is settled before a worker is asked, so
+Workers hold no state. Which sample comes when is settled before a worker is asked, so
 their number and speed cannot change the order, and there is nothing of theirs to save.
 """
 

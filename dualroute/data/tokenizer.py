@@ -3,7 +3,7 @@
 The model file comes from `data_prep` (or from elsewhere, by `prepare --tokenizer`); it lies beside the shards
 as ``tokenizer.model``.  `data_prep` turns documents into ids here; evaluation and sampling do so again later.
 
-The surprising part: sentencepiece writes a space as U+2581 internally, so a text that really contains U+2581
+Sentencepiece writes a space as U+2581 internally, so a text that really contains U+2581
 would come back with a space instead.  `Tokenizer` spells that one character in byte-fallback pieces; with a
 model trained by `data_prep`, ``decode(encode(text)) == text`` holds for every text, indentation included.
 """

@@ -5,7 +5,7 @@ In: the bytes of the file, whatever its name: beside shards and in checkpoints i
 end a text is told by their names.  Next: :class:`dualroute.data.tokenizer.Tokenizer` uses it where
 sentencepiece does not apply (GPT-2, Qwen, Llama 3).
 
-The surprising fact: the file does not say which token ends a text; that stands in files beside it that
+The file does not say which token ends a text; that stands in files beside it that
 differ from version to version.  The usual names do say it, and GPT-2's one special is both.
 """
 

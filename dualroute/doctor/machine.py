@@ -1,6 +1,6 @@
 """What one machine has: versions, devices, memory, disk, DeepSpeed's compiled ops.
 
-The surprising fact: reading a file back measures memory, not the disk, unless the kernel is told to forget
+Reading a file back measures memory, not the disk, unless the kernel is told to forget
 its copy first (`posix_fadvise`); network file systems may remember it all the same.
 """
 

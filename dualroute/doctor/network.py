@@ -4,7 +4,7 @@
 - Here: :func:`examine` runs on every rank, in the same order, and answers on rank 0.
 - Next: ``dualroute/doctor/command.py`` prints the verdicts.
 
-The surprising fact: pairs are measured one after the other while everybody else waits.  All at once would be
+Pairs are measured one after the other while everybody else waits.  All at once would be
 quicker and would measure the switch instead of finding the one bad cable.
 """
 

@@ -3,7 +3,7 @@
 In: a checkpoint and either a folder of shards or a text file.  Every next-token target is scored exactly
 once.  Out: a table on the terminal, JSON on request.
 
-The surprising fact: perplexity depends on the tokenizer and says nothing across models with different ones;
+Perplexity depends on the tokenizer and says nothing across models with different ones;
 bits per byte do not.  They are the loss of all targets divided by the bytes of the text they spell.
 """
 

@@ -5,7 +5,7 @@ In: the names of a few modules of this package.  Here: all modules of it that th
     changed but the lines that import.  Next: transformers copies what it can reach by ``from .name import``
     and runs it.
 
-The surprising fact: nobody writes the model a second time.  What runs elsewhere is the code that was trained
+Nobody writes the model a second time.  What runs elsewhere is the code that was trained
 and tested here, so a folder cannot drift from it.
 """
 

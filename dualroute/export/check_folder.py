@@ -3,7 +3,7 @@
 Run as a script, in a process of its own: ``python -I check_folder.py FOLDER EXPECTED RESULT``.  In: a Hugging
 Face folder, and the inputs and answers that `huggingface.py` saved.  Out: the differences as JSON.
 
-The surprising fact: ``import dualroute`` fails in that process, by order.  A folder that needs the package it
+``import dualroute`` fails in that process, by order.  A folder that needs the package it
 was exported from is no export.
 """
 

@@ -4,7 +4,7 @@ In: a checkpoint.  Here: what it is worth is measured (or read from its metadata
     fills a folder, loads what it wrote and compares it with the model.  Out: the folder with ``export.json``,
     which holds all figures; a folder that differs is never seen.
 
-The surprising fact: the comparison is part of the export and cannot be turned off.  An export is believed by
+The comparison is part of the export and cannot be turned off.  An export is believed by
 people who cannot check it.
 """
 

@@ -3,7 +3,7 @@
 In: the fields of `ModelConfig`, under the key ``dualroute`` of config.json.  Out: `DualRoutingConfig`, with
     the names that other software looks for (``hidden_size``, ``num_hidden_layers``, …) derived from them.
 
-The surprising fact: our fields are kept in a drawer of their own, because transformers takes a ``top_k`` in a
+Our fields are kept in a drawer of their own, because transformers takes a ``top_k`` in a
 model's configuration for a setting of `generate` and drops it.
 """
 

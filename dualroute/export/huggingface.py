@@ -9,7 +9,7 @@ In: a loaded checkpoint and a folder that is not published yet.  Here: all of th
     folder is loaded in another process that cannot import this package, and its logits, token ids and greedy
     texts are compared with ours.
 
-The surprising fact: weights are written under the names of this package with "model." in front.  Nothing is
+Weights are written under the names of this package with "model." in front.  Nothing is
 renamed, transposed or split, so going back is as easy.
 """
 

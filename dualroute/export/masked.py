@@ -8,7 +8,7 @@ graph of fixed operators can hold that.  Here nothing but masks depends on numbe
 summary's gain: every pair of tokens is scored, n² in time and memory for each head, as dense attention
 without a fused kernel.
 
-The surprising fact: "auto" is in the graph as well.  Whether a text is short enough to be read in full is a
+"auto" is in the graph as well.  Whether a text is short enough to be read in full is a
 number computed from its length, which opens the mask; so one file behaves like the model at every length.
 """
 

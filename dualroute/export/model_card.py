@@ -1,7 +1,7 @@
 """README.md of an exported folder: what the model is, how it is used, what was measured.
 
 In: the configuration and the figures of an export.  Out: a model card in the form that model hubs read, YAML
-    first.  The surprising fact: every number on it was computed by the command that wrote it, or is in
+    first.  Every number on it was computed by the command that wrote it, or is in
     checkpoint.json; what was not measured is not mentioned.
 """
 

@@ -3,7 +3,7 @@
 In: token ids, with an attention mask where a batch is padded.  Out: logits.  The model itself is
 :mod:`dualroute.model.transformer`, unchanged; here is only what transformers wants to call.
 
-The surprising fact: rows of a padded batch have caches of their own.  The model's caches hold rows of equal
+Rows of a padded batch have caches of their own.  The model's caches hold rows of equal
 length and no padding, so the rows are sorted into groups of equal length, each group reads only its tokens,
 and a padded row gives the same text as alone.
 """

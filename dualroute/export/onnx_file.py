@@ -8,7 +8,7 @@ In: a loaded checkpoint and a folder that is not published yet.  Here: the graph
     translated, run by onnxruntime at every length of `parity.lengths`, and compared.  The int8 file is not
     equal and does not have to be: what it costs is measured on the data given, and told.
 
-The surprising fact: there is no cache in it.  Each new token is a whole run over the text; for a service that
+There is no cache in it.  Each new token is a whole run over the text; for a service that
 writes long texts the Hugging Face folder is the better export.
 """
 

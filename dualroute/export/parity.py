@@ -3,7 +3,7 @@
 In: the model, before anything is published.  Out: inputs that reach every route, the logits that are right
     for them, and figures of how far another's are off.
 
-The surprising fact: a router chooses blocks by comparing sums, so two exact programs that add in another
+A router chooses blocks by comparing sums, so two exact programs that add in another
 order may choose differently where two blocks score alike to the last digit.  `Difference` therefore tells the
 largest error and how many positions are beyond the tolerance, and the tests of the routes use float64, where
 it does not happen.

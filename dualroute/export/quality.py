@@ -4,7 +4,7 @@ In: the options of the command and a loaded checkpoint.  Out: loss, perplexity a
     export.json and the model card; real text to compare tokenizers on; real windows to compare an int8 file
     on.
 
-The surprising fact: without data there is still a loss, the one that the training run wrote down.  It is
+Without data there is still a loss, the one that the training run wrote down.  It is
 labelled as such, since nothing here can check it.
 """
 

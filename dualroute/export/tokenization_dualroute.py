@@ -4,7 +4,7 @@ exactly.
 In: text.  Out: the ids that :class:`dualroute.data.tokenizer.Tokenizer` gives, since that class gives them,
     with <bos> in front as in the training data.
 
-The surprising fact: text that *spells* a special token, "<eos>", stays text, as in training; specials come
+Text that *spells* a special token, "<eos>", stays text, as in training; specials come
 from ids alone.
 """
 

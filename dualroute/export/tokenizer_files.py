@@ -5,7 +5,7 @@ In: a checkpoint's tokenizer.model.  Here: a BPE model such as `data_prep` train
     it (:mod:`dualroute.export.tokenization_dualroute`).  Next: :func:`trial_texts` are encoded by what was
     written and by ours, id by id, before the folder is published.
 
-The surprising fact: sentencepiece's mark for a space, U+2581, is turned back into a space in the vocabulary.
+Sentencepiece's mark for a space, U+2581, is turned back into a space in the vocabulary.
 A text that really holds U+2581 then finds no piece for it and falls back to bytes, exactly as `Tokenizer`
 does.
 """

@@ -8,7 +8,7 @@ In: a loaded checkpoint and a folder that is not published yet.  Here: :mod:`dua
     recorded for any batch and length, saved, loaded again and compared with the model at every length of
     `parity.lengths`.
 
-The surprising fact: one length is recorded and all are compared, because a tracer that saw 43 tokens may have
+One length is recorded and all are compared, because a tracer that saw 43 tokens may have
 noted something that is true of 43 only.
 """
 

@@ -8,7 +8,7 @@ processor and fuses everything between two products.  Out: the next logits;
 
 Projections that read the same rows are joined (:mod:`dualroute.model.joined`).
 
-The surprising fact: int8 weights gain nothing without it.  Run layer by layer they are widened to floats
+Int8 weights gain nothing without it.  Run layer by layer they are widened to floats
 before each product, which costs more than it saves; inside the program they stay bytes until they are in a
 register, and a step of decoding, which reads every weight once, is as fast as memory.  For one text the CPU's
 kernels multiply, for several the compiler's, which knows that pattern in bfloat16 alone: in float32 it would

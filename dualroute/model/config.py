@@ -2,7 +2,7 @@
 
 `ModelConfig` is written by people (``configs/model/*.yaml``), travels inside every checkpoint as
 ``model.json`` and is all that :class:`~dualroute.model.transformer.DualRoutingTransformer` needs.
-The surprising fact: ``attention: dense`` is not another model.  It is the same code with every head on
+``attention: dense`` is not another model.  It is the same code with every head on
 the full global route, so that a comparison with the dense baseline differs in nothing else.
 """
 
@@ -32,7 +32,7 @@ class ModelConfig:
         max_context: Longest sequence, in tokens, that the model is meant to read (its RoPE range).
         attention: dual sums a global and a local route; dense is the plain Transformer with the same
             parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
-        dense_every: With attention interleaved, every so-manieth layer is dense (6: five local ones, then a
+        dense_every: With attention interleaved, every n-th layer is dense (6: five local ones, then a
             dense one, as in Gemma 3, https://arxiv.org/abs/2503.19786).
         global_heads: Query heads of the global route; null means half of num_heads.
         local_heads: Query heads of the local route; null means the other half.

@@ -8,7 +8,7 @@ training goes on with distillation from the original ("healing").
   their number stay as they are; rows and columns change places.
 - ``both``: either route starts from all heads, y = (global + local) / 2 by halves of the output projection.
 
-The surprising fact: with a window as long as the text and exact global attention, both are the dense model
+With a window as long as the text and exact global attention, both are the dense model
 again, to the last rounding.  All that conversion loses, it loses through what a route does not read.
 """
 

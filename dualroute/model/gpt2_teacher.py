@@ -3,7 +3,7 @@
 In: a Hugging Face directory on this machine.  Here: the library's model, with a mask that keeps packed
 documents apart.  Out: hidden states and a head, as distillation asks for them.
 
-The surprising fact: its positions are a table, so a window longer than the table cannot be read at all;
+Its positions are a table, so a window longer than the table cannot be read at all;
 positions count from 0 in each document, which stretches it a little.
 """
 

@@ -1,6 +1,6 @@
 """What leaves the model: hidden states become logits over the vocabulary, or directly a loss.
 
-The surprising fact: the head *lends* its weight to a function instead of always making logits.  At a
+The head *lends* its weight to a function instead of always making logits.  At a
 vocabulary of 32k the matrix [tokens, vocab] is larger than the rest of the step; a trainer therefore
 passes a loss that walks over it in chunks.  It has to happen inside this module's forward because ZeRO-3
 gathers a parameter only while the module that owns it runs.

@@ -4,7 +4,7 @@ In: the parsed config.json of a Llama, Mistral, Qwen2 or Qwen3 model.  Here: eve
 computed is either mapped or refused by name; keys that steer training or caching are passed over.  Next:
 :mod:`dualroute.model.hub` fills the model with the weights.
 
-The surprising fact: a Mistral with a sliding window is exactly our ``attention: local``; the window counts
+A Mistral with a sliding window is exactly our ``attention: local``; the window counts
 the token itself in both.
 """
 

@@ -10,7 +10,7 @@ In: a path on this machine.  Here it is recognised and read:
 
 Out: something with ``hidden_states(input_ids, segment_ids=, positions=)`` and ``head.weight``.
 
-The surprising fact: nothing is ever downloaded, and no code of the directory is run.
+Nothing is ever downloaded, and no code of the directory is run.
 """
 
 from __future__ import annotations

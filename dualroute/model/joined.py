@@ -4,7 +4,7 @@ In: the query-key-value projections of both routes, or the gate and the widening
 layer with their outputs side by side.  Next: :mod:`dualroute.model.compiled_decode`, where a step of a small
 model is as much calls as arithmetic.
 
-The surprising fact: nothing is stored twice.  The layers' own weights become views of the joined ones.
+Nothing is stored twice.  The layers' own weights become views of the joined ones.
 """
 
 from __future__ import annotations

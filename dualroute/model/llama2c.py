@@ -4,7 +4,7 @@ In: ``NAME.bin``.  Here: the numbers of the header say where each matrix starts;
 order.  Out: a dense `DualRoutingTransformer`.  Layout: https://github.com/karpathy/llama2.c, ``export.py``
 (legacy_export) and ``run.c`` (memory_map_weights).
 
-The surprising fact: llama2.c turns neighbouring channels (2i, 2i+1) of a head together, we turn
+Llama2.c turns neighbouring channels (2i, 2i+1) of a head together, we turn
 (i, i + d/2).  The rows of the query and key matrices are therefore reordered; nothing else is.
 """
 

@@ -10,7 +10,7 @@ Here: Linear, embedding and head are replaced by modules of the same interface, 
 reads this one.  A tied embedding is one table that serves the look-up and the head.  Weights that only a
 GPU's kernels can read (``NATIVE``) stay tensors of torchao.
 
-The surprising fact: the scale is the only floating-point number here, so it says in which precision the
+The scale is the only floating-point number here, so it says in which precision the
 module computes.  ``model.to(torch.bfloat16)`` therefore does what it does for any other model.
 """
 

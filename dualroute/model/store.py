@@ -8,7 +8,7 @@
         checkpoint.json      step, tokens, losses; size and sha256 of every other file.  Written last
     checkpoints/last, best   symbolic links
 
-:mod:`dualroute.training.checkpoint` writes it, everything else reads it.  The surprising fact: a folder
+:mod:`dualroute.training.checkpoint` writes it, everything else reads it.  A folder
 named ``step-…`` is always whole.  It is written under a hidden name, made durable, then published by one
 rename, so readers need no lock and a crash leaves nothing to tidy by hand.
 """

@@ -4,7 +4,7 @@ In: names, dtypes and shapes of all tensors, then the tensors themselves, one af
 format's header (8 bytes of length, then JSON with every offset) can be written before any tensor is there,
 so only one of them has to be in memory.  Next: anything that reads safetensors.
 
-The surprising fact: the library's own ``save_file`` wants the whole model at once, which a rank that gathers
+The library's own ``save_file`` wants the whole model at once, which a rank that gathers
 a partitioned model may not have room for.
 """
 

@@ -4,7 +4,7 @@ In: the JSON files of the measurements, the account of the pruning, the runs' ow
 picture of size against loss, the curves of the recovery and its controls, and what every model writes after
 the same beginnings.  The HTML file holds its pictures; the Markdown one has them beside it.
 
-The surprising fact: nothing is measured here.  A figure that is not in a file is not in the report.
+Nothing is measured here.  A figure that is not in a file is not in the report.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ A stage whose record matches (same options, same data and checkpoints read, outp
 that was interrupted goes on where its command can; one whose inputs have changed begins anew, and what it had
 made is set aside as ``NAME.replaced-1``, not deleted.
 
-The surprising fact: the hash of a training's output is that of its newest weights.  Train the parent longer,
+The hash of a training's output is that of its newest weights.  Train the parent longer,
 and everything made from it is made again, and nothing else.
 """
 

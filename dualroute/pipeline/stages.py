@@ -4,7 +4,7 @@ In: a :class:`~dualroute.pipeline.config.PipelineConfig`.  Out: a list of :class
 ``dualroute`` with all its arguments.  Next: :mod:`~dualroute.pipeline.run` does them one after the other, and
 ``dualroute submit pipeline`` makes jobs of them.
 
-The surprising fact: the pipeline knows no stage from the inside.  What it fills in is paths; everything else
+The pipeline knows no stage from the inside.  What it fills in is paths; everything else
 is options of commands that can be run by hand, and ``--dry-run`` prints exactly those.
 """
 

@@ -5,7 +5,7 @@
   backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174), or moves what is kept to the host.
 - Next: ``training/run.py`` builds the model so; its losses and gradients are the plain model's, to the bit.
 
-The surprising fact: the attention is the cheap part to keep.  It holds its inputs, its output and one number
+The attention is the cheap part to keep.  It holds its inputs, its output and one number
 a row, at any length; the feed-forward holds three times its own width.  So ``feed_forward`` frees most of a
 layer's memory and never searches for blocks twice.
 """

@@ -3,7 +3,7 @@
 A training step frees and allocates the same large tensors again and again. By default glibc gives each one
 above 32 MiB back to the kernel, which hands the same pages out again, cleared, one page fault at a time.
 
-The surprising fact: on a virtual machine those faults can cost more than the arithmetic on the pages. The
+On a virtual machine those faults can cost more than the arithmetic on the pages. The
 price of keeping them is that a process never shrinks below its peak, and that holes between what lives add
 to the peak.
 """

@@ -4,7 +4,7 @@ In: the Trainer's state at a step boundary.  Here: :class:`StateCapture` takes i
 Lightning would write, as a copy in the memory of the host; :class:`BackgroundWriter` runs one job at a time
 in a thread.  Next: ``training/checkpoint.py`` gives it the job of writing and publishing that copy.
 
-The surprising fact: a failed job is raised in the training thread, at the next boundary or at the end, never
+A failed job is raised in the training thread, at the next boundary or at the end, never
 lost; and the thread is no daemon, so a process that ends, also by an exception, ends after its write.
 """
 

@@ -4,10 +4,10 @@ In: a teacher and the settings of the run to come (data, seed, context, length).
 run's plan go through the teacher in its order, and its top k with the mass of the rest are written shard by
 shard.  Next: ``dualroute distill --distill.cached_logits FOLDER`` needs no teacher in memory.
 
-Ranks (of torchrun, deepspeed, srun or the environment's RANK and WORLD_SIZE) take every so-manieth shard and
+Ranks (of torchrun, deepspeed, srun or the environment's RANK and WORLD_SIZE) take every n-th shard and
 never talk: the one that finds all shards there writes the manifest.
 
-The surprising fact: batch size, accumulation and the number of ranks of the training do not matter.  The
+Batch size, accumulation and the number of ranks of the training do not matter.  The
 order of the samples depends on data, seed and context alone, so one cache serves them all.
 """
 

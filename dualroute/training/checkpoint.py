@@ -8,7 +8,7 @@ old folders go.  The format is :mod:`dualroute.model.store`'s.
 With ``checkpoint.asynchronous`` one process and DDP only copy their state at the boundary; the rest
 happens in a thread (:mod:`~dualroute.training.background_writer`).
 
-The surprising fact: where a step is both validated and saved, the checkpoint is written after the
+Where a step is both validated and saved, the checkpoint is written after the
 validation, so that what it resumes into is the next training step and nothing is measured twice or never.
 """
 

@@ -5,7 +5,7 @@ In: a run folder or a checkpoint folder.  Here: what is there, whether it is who
 ``dualroute generate`` and ``evaluate`` take an exported folder as they take a checkpoint; so does anything
 that reads safetensors.
 
-The surprising fact: an export is read back and compared, with the optimizer's weights and with those in the
+An export is read back and compared, with the optimizer's weights and with those in the
 checkpoint, before its folder gets its name.  A folder that is there has passed.
 """
 

@@ -3,7 +3,7 @@
 In: the folder.  Here: rank 0 holds a lock on one of its files as long as it lives, however it dies.  A second
 command in the same folder is refused, and told who is there.
 
-The surprising fact: the lock is of the kind that belongs to a process and not to an open file (POSIX record
+The lock is of the kind that belongs to a process and not to an open file (POSIX record
 locks), since processes that read data are forked, would keep the other kind, and live a moment longer than a
 rank that is killed: too long for who starts it again at once.
 """

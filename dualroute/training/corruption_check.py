@@ -5,7 +5,7 @@
   summed up as integers (:func:`bits`) and compared (:class:`CorruptionCheck`).
 - Next: nothing, when they agree; else all ranks learn which rank it was, and the run stops.
 
-The surprising fact: nothing of it reaches the optimizer.  ``torch.autograd.grad`` hands gradients back and
+Nothing of it reaches the optimizer.  ``torch.autograd.grad`` hands gradients back and
 does not accumulate them, so no hook of DDP or DeepSpeed runs and no ``.grad`` changes.  Under ZeRO-3, where
 a rank holds pieces of the weights only, the loss alone is compared.
 """

@@ -5,7 +5,7 @@
 - Here: one dictionary; what contradicts, trains wrongly or is misspelt is refused with the reason.
 - Next: ``training/strategy.py`` hands it to Lightning's DeepSpeed strategy.
 
-The surprising fact: DeepSpeed says nothing about a top-level key it does not know, and two keys that it does
+DeepSpeed says nothing about a top-level key it does not know, and two keys that it does
 know (``sequence_parallel_size``, ``data_parallel_size``) run without an error and train to another loss.
 """
 

@@ -5,7 +5,7 @@ In: a configuration.  Here: everything that can be wrong with it is found before
 compared with the student and the data.  Next: :class:`~dualroute.training.distill_module.Distill` is trained
 as any model is, with the same run folder, checkpoints, signals and resuming.
 
-The surprising fact: where the teacher was asked before (``dualroute cache-logits``), it need not be there at
+Where the teacher was asked before (``dualroute cache-logits``), it need not be there at
 all: what it said comes out of the DataLoader together with the tokens.
 """
 

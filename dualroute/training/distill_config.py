@@ -3,7 +3,7 @@
 In: YAML and flags, through :mod:`dualroute.cli`.  Here: each group of fields is checked by itself.  Next:
 :mod:`~dualroute.training.distill` checks them against the data, the student and the teacher.
 
-The surprising fact: by default half of the objective is still plain cross-entropy.  Whether a teacher helps
+By default half of the objective is still plain cross-entropy.  Whether a teacher helps
 at all is measured against ``kl_weight 0`` (or ``dualroute pretrain --init_from``) at the same steps.
 """
 

@@ -8,7 +8,7 @@ is added (:mod:`~dualroute.training.intermediate`); some batches the student wri
 ``loss`` in the metrics is the student's plain cross-entropy, in training and in validation, so that its
 curves compare with those of pretraining; ``divergence`` is the distance from the teacher in nats.
 
-The surprising fact: next to nothing is new in a checkpoint.  The teacher is not in it, the projections of the
+Next to nothing is new in a checkpoint.  The teacher is not in it, the projections of the
 hidden-state loss are in the training's state but not in the model, and what is drawn on-policy follows from
 seed and step.
 """

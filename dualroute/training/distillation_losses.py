@@ -14,7 +14,7 @@ teacher only its ``k`` likeliest tokens (:class:`TopK`).  Here, per token with a
 T² makes the size of the divergence's gradient independent of T (Hinton et al., §2).  The divergences and
 their gradients are in :mod:`~dualroute.training.divergences`.
 
-The surprising fact: the truncated teacher costs no special formula.  The student's logits outside the top k
+The truncated teacher costs no special formula.  The student's logits outside the top k
 are replaced by one logit, their logsumexp: a softmax of k + 1 logits has exactly the summed probability as
 its last entry, and no 1 − Σ p ever cancels.  The gradient of that logit is spread by softmax over the rest.
 """

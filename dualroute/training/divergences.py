@@ -4,7 +4,7 @@ In: log p and log q, (C, B) for C tokens and B outcomes (the vocabulary, or a te
 Here: the sum of the divergence, and its gradient by the logits of p.  With g_j the derivative of the
 divergence by p_j, that is p_j (g_j − Σ p g).  Next: :mod:`~dualroute.training.distillation_losses`.
 
-The surprising fact: all three arguments are scratch paper.  At these sizes the time goes into memory, so
+All three arguments are scratch paper.  At these sizes the time goes into memory, so
 every function works in the place of what it was given, and leaves p itself where log p stood.
 """
 

@@ -6,7 +6,7 @@
   derives gradient accumulation from ``world_size``); :class:`DualRouteEnvironment` tells Lightning the same.
 - Next: ``training/strategy.py`` builds the strategy for that world.
 
-The surprising fact: Lightning would choose a different environment class for each launcher, and the one it
+Lightning would choose a different environment class for each launcher, and the one it
 picks under `deepspeed` reads NODE_RANK, which that launcher never sets.  One class for all of them is right
 on several nodes too.  A process that merely sits inside a Slurm allocation (the batch script itself, an
 interactive shell) was not started by `srun` and is therefore one process on its own.

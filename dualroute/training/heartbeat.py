@@ -5,7 +5,7 @@
   and how often this file was written (:class:`Beat`); :func:`process_is_gone` looks for a local process.
 - Next: ``training/watchdog.py`` reads the files of others and decides.
 
-The surprising fact: no two clocks are ever compared.  A reader counts the seconds of its own during which a
+No two clocks are ever compared.  A reader counts the seconds of its own during which a
 number in the file has not changed (:class:`Stillness`), and does not count those in which it was itself
 suspended, so neither skewed clocks nor a job that Slurm had stopped for an hour look like a stall.
 """

@@ -10,7 +10,7 @@ teacher's layer), averaged over the pairs and summed over the tokens that have a
 
 Next: :mod:`~dualroute.training.distill_module` adds both to the objective.
 
-The surprising fact: nothing in the model knows of it.  The outputs of a layer and the inputs of its output
+Nothing in the model knows of it.  The outputs of a layer and the inputs of its output
 projection pass through hooks that are there for one forward pass only.
 """
 

@@ -3,7 +3,7 @@
 In: a running Trainer, or the words that a checkpoint's metadata say.  Here: one comparable value.  Next:
 ``training/checkpoint.py`` writes it into the metadata and ``training/reshard.py`` compares both.
 
-The surprising fact: at stage 0 DeepSpeed writes one file as well, in a form of its own; it serves any number
+At stage 0 DeepSpeed writes one file as well, in a form of its own; it serves any number
 of ranks, as the plain one does.
 """
 

@@ -3,7 +3,7 @@
 In and out are those of :func:`~dualroute.training.distillation_losses.chunked_distillation`; here the rows
 with a label go to ``LigerFusedLinearJSDLoss``, which also works chunk by chunk and is compiled.
 
-The surprising fact: its β of 0 and 1 are forward and reverse KL, and at 1/2 it agrees with ours; in between,
+Its β of 0 and 1 are forward and reverse KL, and at 1/2 it agrees with ours; in between,
 versions of it have disagreed on which side β weighs, so that is refused.  On a CPU its losses and gradients
 have been compared with ours (liger-kernel 0.8.5, tests/training/test_liger.py); it has not been run on a GPU.
 """

@@ -10,7 +10,7 @@ In: :class:`~dualroute.training.distillation_losses.TopK` of one sample after th
 :mod:`~dualroute.training.cache_logits`.  Here: shards are written, and found when a run goes on.
 Next: :mod:`~dualroute.training.logit_reader`.
 
-The surprising fact: there is no index.  The order of a run is a function of (data, seed, context), so the
+There is no index.  The order of a run is a function of (data, seed, context), so the
 number of a sample says where it lies: all members of a cache have the same size, and so have all samples.
 """
 

@@ -5,7 +5,7 @@ In: a folder that :mod:`~dualroute.training.cache_logits` wrote, in the format o
 adds it to the windows that a DataLoader's worker reads.  Next: :func:`told` takes it out of a batch for
 :mod:`~dualroute.training.distill_module`.
 
-The surprising fact: no tar is parsed.  Where a sample lies follows from its number, and the name in front of
+No tar is parsed.  Where a sample lies follows from its number, and the name in front of
 it is compared, so a file that is not what it should be is found at the sample concerned.
 """
 

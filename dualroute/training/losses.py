@@ -8,7 +8,7 @@ of the whole global batch.  Per token, with logits s = W h and label y:
     z    = logsumexp(s)²                        keeps the normaliser near 1 (PaLM, Chowdhery et al. 2022, §5)
     dloss/ds = softmax(s) - onehot(y),  dz/ds = 2 · logsumexp(s) · softmax(s)
 
-The surprising fact: the gradient is computed in the *forward*.  A chunk's logits are made, turned into the
+The gradient is computed in the *forward*.  A chunk's logits are made, turned into the
 loss, then (in the same memory) into their own gradient, multiplied back into the gradients of hidden states
 and weight, and forgotten; the backward only scales those two by the incoming number.  So one chunk of logits
 is alive at any time, and nothing is computed twice.

@@ -5,7 +5,7 @@
 config, train, validation, router and samples.  Numbers stand in full precision; one that is not finite is
 null.
 
-The surprising fact: the file belongs to the *training*, not to the process.  Opened by a run that resumes at
+The file belongs to the *training*, not to the process.  Opened by a run that resumes at
 step s it loses every line past s, which that run is going to write again, and a last line that a killed
 process left half written; so however often a run was stopped, each step stands there once.
 """

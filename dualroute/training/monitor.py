@@ -4,7 +4,7 @@ Numbers come from the LightningModule, which leaves them in plain attributes (se
 :class:`~dualroute.training.throughput.StepClock` and from the attention layers; rank zero writes them to
 TensorBoard and, under the same tags, to :mod:`~dualroute.training.metrics_log`.
 
-The surprising fact: every rank runs this callback, although only one writes.  Generating a sample under
+Every rank runs this callback, although only one writes.  Generating a sample under
 ZeRO-3 gathers parameters, which needs all ranks; a monitor that lived on rank zero would hang.
 """
 

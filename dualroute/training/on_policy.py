@@ -8,7 +8,7 @@ In: a batch of :mod:`dualroute.data.module`.  Here: of each window the first tok
 are kept and continued.  Next: :mod:`~dualroute.training.distill_module` trains on that batch with the
 divergence alone, for its labels are the student's.
 
-The surprising fact: which steps these are, and what is drawn in them, is a function of seed, step and place
+Which steps these are, and what is drawn in them, is a function of seed, step and place
 only.  So nothing is saved, and a resumed run draws the same.
 """
 

@@ -4,7 +4,7 @@ The LightningModule's ``configure_optimizers`` calls :func:`build_optimizer`; be
 :func:`lr_at` into the optimizer and asks a :class:`SpikeGuard` whether the (all-reduced) loss of this step
 may be trusted.
 
-The surprising fact: under ZeRO-3 a parameter's own shape is empty, its real one stands in ``ds_shape``.
+Under ZeRO-3 a parameter's own shape is empty, its real one stands in ``ds_shape``.
 Whoever decides by ``param.ndim`` what is decayed would then decay nothing at all.
 """
 
@@ -152,7 +152,7 @@ class SpikeGuardConfig:
         enabled: Watch the loss at all; without it, only what is not a finite number is skipped.
         window: Recent good steps that define what is usual; no spike is seen before it is full.
         threshold: Robust standard deviations above the running median that make a spike.
-        patience: Skipped steps in a row after which the run does not go on in vain.
+        patience: Skipped steps in a row after which the run stops.
         max_rollbacks: How often a run may then go back to a checkpoint and leave out the data of those
             steps; past that, or at 0, it stops.
     """

@@ -6,7 +6,7 @@
   asks Slurm to queue the job again (``training/requeue.py``).
 - Next: the process ends with `PREEMPTED`; the requeued job runs the same command, which resumes.
 
-The surprising fact: the exit status is not 0 although all went well.  Where Slurm did requeue the job it does
+The exit status is not 0 although all went well.  Where Slurm did requeue the job it does
 not look at the status.  Where it did not (``--no-requeue``, no Slurm), a status of 0 would tell it that the
 job is COMPLETED, and the next stage of an ``afterok`` chain would start with half a model.
 """

@@ -5,7 +5,7 @@ divided by the number of targets of the *whole* global batch, so that the gradie
 batch was divided over ranks and micro-batches.  Out: gradients for the strategy to step with, and
 ``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitor`.
 
-The surprising fact: the learning rate has no scheduler object.  It is a pure function of the step, written
+The learning rate has no scheduler object.  It is a pure function of the step, written
 into the optimizer before each one, so there is no state to save and nothing to drift on resume.
 """
 

@@ -1,7 +1,7 @@
 """One line that says how far a run is: a moving bar in a terminal, a plain line now and then elsewhere.
 
 It reads the ``step_metrics`` and ``validation_metrics`` that :class:`dualroute.training.monitor.Monitor`
-describes, on rank zero.  The surprising fact: the time left counts everything, validation and checkpoints
+describes, on rank zero.  The time left counts everything, validation and checkpoints
 too, because that is what somebody who booked hours wants to know; ``speed/*`` of the monitor counts training
 only, and the two need not agree.
 """

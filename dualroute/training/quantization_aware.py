@@ -5,7 +5,7 @@ use it, exactly as ``dualroute quantize`` will; the gradient passes the rounding
 straight-through estimator: Bengio et al. 2013, arXiv 1308.3432; for whole networks Jacob et al. 2018, arXiv
 1712.05877).  Out: ordinary float weights under their ordinary names, in ordinary checkpoints.
 
-The surprising fact: nothing has to be converted afterwards.  Rounding is a function of the weight alone, so
+Nothing has to be converted afterwards.  Rounding is a function of the weight alone, so
 the loss of the last validation *is* the loss of the quantised model.
 """
 

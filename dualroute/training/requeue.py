@@ -8,7 +8,7 @@
 
     python -m dualroute.training.requeue --status $status --limit 3 --output RUN
 
-The surprising fact: what is counted are not requeues but stalls since the newest checkpoint.  A run of weeks
+What is counted are not requeues but stalls since the newest checkpoint.  A run of weeks
 may lose a node every day; one that always stops at the same place ends after ``--limit`` more attempts.
 
 Only small modules are imported: it must also work where torch cannot be loaded any more.

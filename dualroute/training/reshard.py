@@ -7,7 +7,7 @@ renamed; the other ranks wait for that folder.  Next: ``run.py`` gives its path 
 The folder is a cache: it stays until the resumed run has published a checkpoint of its own, so a run that is
 stopped before that does not convert twice.
 
-The surprising fact: the ranks do not meet to wait.  They look for the folder before any process group exists,
+The ranks do not meet to wait.  They look for the folder before any process group exists,
 so no collective can time out however long a conversion takes.
 """
 

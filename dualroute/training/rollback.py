@@ -6,7 +6,7 @@
   to those that the data module leaves out; ``RUN/rollbacks.json`` keeps what was done, and why.
 - Next: ``training/run.py`` trains on from that checkpoint, with a new Trainer in the same processes.
 
-The surprising fact: the steps between the checkpoint and the bad window are trained again on the same data
+The steps between the checkpoint and the bad window are trained again on the same data
 and give the same numbers.  Only then the order of the data jumps, so that nothing else of the run changes.
 """
 

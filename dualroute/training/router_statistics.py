@@ -5,7 +5,7 @@ For one micro-batch :mod:`dualroute.training.monitor` switches on every module t
 dictionary of 0-dim tensors; here they become ``router/<statistic>/layer_00``, … and
 ``router/<statistic>/mean``.
 
-The surprising fact: with activation checkpointing the layers run twice, the second time in the backward pass,
+With activation checkpointing the layers run twice, the second time in the backward pass,
 so the switch stays on until the micro-batch is completely done.
 """
 

@@ -13,7 +13,7 @@
     OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
     OUTPUT/.lock            held while a training runs (:mod:`dualroute.training.claim`)
 
-The surprising fact: the same command starts, resumes and finishes a run.  Run again when all is done, it
+The same command starts, resumes and finishes a run.  Run again when all is done, it
 says so and does nothing.
 """
 

@@ -5,7 +5,7 @@
   of a group the same samples; :func:`check_sequence_parallel` refuses what does not divide.
 - Next: ``DualRoutingTransformer.share_sequences`` divides each text inside the group.
 
-The surprising fact: the strategy needs nothing else.  Each rank's loss is the sum over its own tokens
+The strategy needs nothing else.  Each rank's loss is the sum over its own tokens
 divided by the targets of the whole batch, so the mean over *all* ranks, which ZeRO and DDP take, is the right
 gradient.
 DeepSpeed's own settings for this (``sequence_parallel_size``) are not used: they train to another loss.

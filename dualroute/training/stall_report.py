@@ -5,7 +5,7 @@
   of all threads; :func:`describe` tells those who wait from those who are waited for.
 - Next: ``training/watchdog.py`` prints the line and ends the process.
 
-The surprising fact: the rank that complains is hardly ever the one that is ill.  Every rank but one stands
+The rank that complains is hardly ever the one that is ill.  Every rank but one stands
 in a collective, and the one that does not is the cause; where all of them do, they stand in different ones.
 """
 

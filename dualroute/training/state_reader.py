@@ -5,7 +5,7 @@ partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's m
 by name, whole, one at a time, and the trainer's own state.  Next: ``universal.py`` writes them in another
 layout, ``export.py`` as plain weights.
 
-The surprising fact: no code of a checkpoint is run.  DeepSpeed reads its files with ``weights_only=False``;
+No code of a checkpoint is run.  DeepSpeed reads its files with ``weights_only=False``;
 four classes are all that they hold besides tensors, so here ``weights_only=True`` with those four is enough.
 """
 

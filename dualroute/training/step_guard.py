@@ -6,7 +6,7 @@
   skip; a skipped step leaves parameters, optimizer state and master weights untouched and clears gradients.
 - Next: Lightning counts the step either way, so data and learning-rate schedule go on.
 
-The surprising fact: nothing in DeepSpeed is patched to skip a step.  Its optimizers already leave out a step
+Nothing in DeepSpeed is patched to skip a step.  Its optimizers already leave out a step
 whose gradients overflowed (that is how fp16 works), so :func:`discard_step` makes the gradients non-finite
 and lets each of them take its own, well-trodden path.  A plain torch optimizer passes over a parameter
 without a gradient, so there (one process, DDP, ZeRO stage 0) the gradients are simply taken away.

@@ -6,7 +6,7 @@
   that finished just now into a failed one.
 - Next: ``training/preemption.py`` asks :func:`received` at step boundaries and acts on it.
 
-The surprising fact: a signal that came before this process could handle it is not lost.  The sbatch template
+A signal that came before this process could handle it is not lost.  The sbatch template
 starts Python with both signals blocked; what was sent meanwhile is delivered when :func:`install` unblocks
 them.
 

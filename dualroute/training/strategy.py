@@ -6,7 +6,7 @@
   :class:`DualRouteDeepSpeedStrategy` is Lightning's DeepSpeed strategy, also on a CPU.
 - Next: the Trainer gets the strategy; ``training/step_guard.py`` looks at each step before it is taken.
 
-The surprising fact: stock Lightning divides the loss by the accumulation and DeepSpeed divides it again, so
+Stock Lightning divides the loss by the accumulation and DeepSpeed divides it again, so
 with N micro-batches all gradients are N times too small.  Adam hides it; clipping, the gradient norm and SGD
 do not.  Here DeepSpeed is asked not to divide.
 

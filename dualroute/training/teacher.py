@@ -8,7 +8,7 @@ In: the path of a checkpoint.  Here: it is checked against the data and the stud
 Any module will do that has ``hidden_states(input_ids, *, segment_ids, positions)`` → (B, n, D) and
 ``head.weight`` (V, D); only what looks inside (layers, heads) asks for more.
 
-The surprising fact: :class:`Teacher` is not an ``nn.Module``.  As an attribute of the LightningModule it is
+:class:`Teacher` is not an ``nn.Module``.  As an attribute of the LightningModule it is
 therefore seen by nobody who walks over modules: it is in no checkpoint, no optimizer, no bucket of DDP, and
 ZeRO-3 does not cut it up.  Where it is to be cut up it does that itself, with FSDP2, whatever trains the
 student.

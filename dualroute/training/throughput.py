@@ -4,7 +4,7 @@
 tokens per second, and with the model's FLOPs per token and :func:`peak_tflops` the model FLOPs utilisation
 (MFU; PaLM, Chowdhery et al. 2022, appendix B).
 
-The surprising fact: vendors print tensor-core peaks twice, and the larger figure is for 2:4 sparse matrices
+Vendors print tensor-core peaks twice, and the larger figure is for 2:4 sparse matrices
 that no training uses.  All peaks here are *dense* bfloat16.
 """
 

@@ -5,7 +5,7 @@ In: a :class:`~dualroute.training.state_reader.TrainingState`.  Here: three form
 ranks can load at stages 1 to 3; :func:`write_one_file` the plain file of one process or DDP;
 :func:`write_stage_zero` DeepSpeed's file at stage 0.  Next: ``reshard.py`` resumes from them.
 
-The surprising fact: DeepSpeed's own converter writes stage 3 flat and stages 1 and 2 in shape, and the
+DeepSpeed's own converter writes stage 3 flat and stages 1 and 2 in shape, and the
 global state of one or the other, which is why it cannot go from 2 to 3 or back.  Written in shape, with the
 global state of both in one file, the same folder serves all of them.
 """

@@ -6,7 +6,7 @@
 - Next: on an alarm every rank writes its stacks to ``RUN/stalls/rank-00000.txt``, one of them prints a line
   (``training/stall_report.py``), and all end with :data:`EXIT_STALLED`, on which a job may be requeued.
 
-The surprising fact: a rank does not watch all others, which would be thousands of file reads a second on a
+A rank does not watch all others, which would be thousands of file reads a second on a
 large job.  It watches one, its neighbour, and looks whether somebody has raised the alarm.
 
 It works while the main thread is stuck in C code, as long as that code has released Python's interpreter

@@ -21,7 +21,7 @@ decoding of both routes, and the product with an int8 weight that is most of suc
     torch_ops.h     these two as operators of torch, and as functions that compiled programs call
     kernels.cpp     what Python calls
 
-The surprising fact: functions get plain pointers, and what is included of torch is its stable interface
+Functions get plain pointers, and what is included of torch is its stable interface
 alone, which torch has from 2.10 on: compiling takes seconds.
 
 Shapes: H query heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks.

@@ -3,7 +3,7 @@
 In: the sources beside this file and a C++ compiler ($CXX, or c++, g++, clang++). Out: `load` gives the
 functions; where they cannot be built, its error says why.
 
-The surprising fact: the result carries the processor in its name. A home folder that is shared by different
+The result carries the processor in its name. A home folder that is shared by different
 nodes holds one library for each kind, and none is ever loaded where its instructions do not exist.
 """
 

@@ -3,7 +3,7 @@
 In: torch_ops.h. Out: `C_FUNCTIONS`, for the option `aot_inductor.custom_ops_to_c_shims`. A program compiled
 with it calls them without the dispatcher.
 
-The surprising fact: the compiler keeps its programs on disk by all of its options, and cannot write operators
+The compiler keeps its programs on disk by all of its options, and cannot write operators
 down. So this dictionary is written as their names.
 """
 

@@ -3,7 +3,7 @@
 // T is what is computed in, A the type of the model (projections, output, statistics of blocks), S what keys
 // and values are stored as.
 //
-// The surprising fact: a row of the softmax is short, top_k + 2 blocks and a pseudo-key for each past block,
+// A row of the softmax is short, top_k + 2 blocks and a pseudo-key for each past block,
 // so all its logits are kept: no running softmax, two plain passes.
 #pragma once
 

@@ -4,7 +4,7 @@ In: what the projections of the two routes give for the newest token of each tex
 position; where the caches lie in memory, which are written except for their lengths. Out: the heads of both
 routes side by side.
 
-The surprising fact: this is an operator of torch that is given no cache, but the addresses of all. The
+This is an operator of torch that is given no cache, but the addresses of all. The
 program that `torch.compile` makes of a whole step then has three inputs instead of a dozen for each layer,
 which would take longer to hand over than a short text takes to read. One program does for every cache.
 """

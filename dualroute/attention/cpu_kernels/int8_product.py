@@ -3,7 +3,7 @@
 In: a row of float32 or bfloat16, and the weight as `int8_panels` lays it out. Out: the row of the product, in
 the type of the row; sums are float32.
 
-The surprising fact: it takes a single row and no more. For one row torch's compiled int8 product keeps two
+It takes a single row and no more. For one row torch's compiled int8 product keeps two
 vectors of sums and waits for its additions, here there are eight; several rows have enough of them anyway.
 """
 

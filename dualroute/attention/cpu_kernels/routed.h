@@ -5,7 +5,7 @@
 // cut into pieces of neighbouring slots of one key head, which own their queries; as in local.h, a piece
 // collects what it adds to keys before its own in a buffer, and the buffers are added up in order.
 //
-// The surprising fact: a block's turn comes once. First the later tokens that chose it read it, then its own
+// A block's turn comes once. First the later tokens that chose it read it, then its own
 // tokens read it, the sink and the summaries, and are done: they have already met all blocks before it.
 #pragma once
 

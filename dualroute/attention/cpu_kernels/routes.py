@@ -6,7 +6,7 @@ In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: like the f
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row, the summaries of the blocks and
 the selected ones. Half precision is computed in float32, tile by tile.
 
-The surprising fact: nothing is sorted or gathered in memory, as it must be in plain torch. A tile of gathered
+Nothing is sorted or gathered in memory, as it must be in plain torch. A tile of gathered
 rows, its weights and their gradients live and die in the first-level cache.
 """
 

@@ -20,7 +20,7 @@ the compiler reports.
     decode.py            one step of the global route from a cache
     tiles.py             loading rows, running softmax, sizes
 
-The surprising fact: nothing here needs a GPU to be imported, only the package `triton`. With
+Nothing here needs a GPU to be imported, only the package `triton`. With
 TRITON_INTERPRET=1 the same functions run, slowly, on tensors of the CPU.
 
 Shapes: H query heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks, C = 1 + top_k.

@@ -9,7 +9,7 @@ Out: (R, group, 1, d), equal to `decode._decode_step`.
                     tile of pseudo-keys
 and torch merges the parts by their log-sum-exps.
 
-The surprising fact: one token has no rows to fill a tile with, so the query heads that share keys are its
+One token has no rows to fill a tile with, so the query heads that share keys are its
 rows, padded to 16. The work is in reading memory, and it is spread over as many programs as there are parts.
 """
 

@@ -6,7 +6,7 @@ summaries.
 
 Causal, an incomplete block is never anybody's past: n in log n is the same for all pseudo-keys, the block.
 
-The surprising fact: a few pseudo-keys stand for a whole text, so one thread block per tile of them would
+A few pseudo-keys stand for a whole text, so one thread block per tile of them would
 leave most of a GPU idle. The tokens behind them are split between many, whose partial sums torch adds up.
 """
 

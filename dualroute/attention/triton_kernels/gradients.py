@@ -3,7 +3,7 @@
 In: a tile of queries and keys, and of the *whole* softmax its log-sum-exp and delta = sum(dO * O). Out: the
 weights of these keys and the gradients of their logits.
 
-The surprising fact: a tile needs nothing of the other tiles. With P = exp(q k^T / sqrt(d) - lse),
+A tile needs nothing of the other tiles. With P = exp(q k^T / sqrt(d) - lse),
     dV = P^T dO     dS = P * (dO V^T - delta)     dQ = dS K / sqrt(d)     dK = dS^T Q / sqrt(d)
 (Dao et al., arXiv 2205.14135, algorithm 4), whichever other keys, blocks or pseudo-keys share the softmax.
 """

@@ -5,7 +5,7 @@ name in `local_route`:
 o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over 0 <= t - s < window (causal) or |t - s| < window, in one
 document.
 
-The surprising fact: documents are two numbers per slot, where its document begins and ends. A batch of one
+Documents are two numbers per slot, where its document begins and ends. A batch of one
 long text and a batch of a thousand short ones run through the same loop.
 """
 

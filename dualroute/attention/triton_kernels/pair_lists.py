@@ -4,7 +4,7 @@ In: selected (H_kv, S, C) as `select_blocks` gives it, C = 1 + top_k, -1 = none.
 sorted pairs are cut into programs of at most CHUNK pairs that all read one block; a program is what one
 thread block of a kernel works on.
 
-The surprising fact: the host never learns how many programs there are, for asking would stop it until the
+The host never learns how many programs there are, for asking would stop it until the
 GPU is done. It launches as many as there could be, and the surplus ones see a block number that does not
 exist and leave.
 """

@@ -6,7 +6,7 @@ name in `routed`, whose docstring says what is in the softmax. Causal only.
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row and the selected blocks. The
 summaries of blocks are computed by torch, and their gradients flow on to keys and values by its autograd.
 
-The surprising fact: `torch.compile` sees two opaque operators with a known shape, however many pieces and
+`torch.compile` sees two opaque operators with a known shape, however many pieces and
 kernels one call consists of; nothing in them asks the GPU for a number.
 """
 

@@ -12,7 +12,7 @@ and once for the whole stream:
     far.far_kernel   gradients of the pseudo-keys, from all tokens behind them
     windowed.key_gradient_kernel   dK and dV of own blocks, and the sum with those of the pairs
 
-The surprising fact: there is no atomic addition, so two runs give the same bits. Every sum is taken by one
+There is no atomic addition, so two runs give the same bits. Every sum is taken by one
 thread block, or in two steps through partial sums that have places of their own.
 """
 

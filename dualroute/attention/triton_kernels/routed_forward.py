@@ -9,7 +9,7 @@ Two kernels for each piece of the stream (see `pair_lists`):
     tokens_kernel   query-major: own block, pseudo-keys of far blocks, and the partial results of the token's
                     own pairs go into one running softmax
 
-The surprising fact: gathering is done once and nothing is scattered. A pair owns the row that its result is
+Gathering is done once and nothing is scattered. A pair owns the row that its result is
 written to, so no two threads write to one place, and sums are taken in an order that never changes.
 """
 

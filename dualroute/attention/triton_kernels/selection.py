@@ -6,7 +6,7 @@ here too the chosen ones come in no order. Causal only.
 
 No (n, n / B) matrix exists: a program keeps the top_k of its tokens while it walks over the blocks.
 
-The surprising fact: score and block number are packed into one 64-bit integer, the score above and the
+Score and block number are packed into one 64-bit integer, the score above and the
 number, inverted, below. Comparing these integers compares scores as float32 and prefers the earlier of two
 equal blocks, so no two candidates are ever equal and a maximum also says where it is.
 """

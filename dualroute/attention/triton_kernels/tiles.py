@@ -2,7 +2,7 @@
 
 In: pointers to contiguous rows of `DIM` numbers. Out: tiles padded to `DIM_PAD`, a power of two, with zeros.
 
-The surprising fact: every kernel here works on plain ranges of slots, wherever documents and blocks begin.
+Every kernel here works on plain ranges of slots, wherever documents and blocks begin.
 What a row may see is a comparison of slot numbers inside the tile, so no tile has to be aligned to a block,
 and a block of 24 tokens needs no code of its own.
 """

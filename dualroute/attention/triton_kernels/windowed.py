@@ -7,7 +7,7 @@ Slot t sees slot s when |t - s| < window (causal: 0 <= t - s < window), begin_t 
 and always itself, so that no row is empty. The range is the document for the local route; for the own blocks
 of `routed` it is the block.
 
-The surprising fact: the loops run over slots, not over blocks of a mask. A tile begins at the first slot its
+The loops run over slots, not over blocks of a mask. A tile begins at the first slot its
 first row may see and ends at the last, so what lies outside of the window is not even looked at.
 """
 

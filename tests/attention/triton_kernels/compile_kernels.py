@@ -5,7 +5,7 @@
 
 prints a line per launch: the kernel and its bytes of shared memory. Runs without TRITON_INTERPRET.
 
-The surprising fact: the ordinary functions are called, on tensors of the CPU. So what is compiled is exactly
+The ordinary functions are called, on tensors of the CPU. So what is compiled is exactly
 what they would launch, with their types, constants and sizes of tiles.
 """
 
