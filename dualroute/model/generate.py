@@ -1,7 +1,8 @@
 """Sampling: a prompt's ids in, one new id at a time out.
 
 The prompt is read once into the caches, each further token costs one step of the model.  Temperature, then
-top-k, then top-p are applied in that order, as in Hugging Face's ``generate``.  Sampling has a random generator of its own, so drawing samples during training changes no training step.
+top-k, then top-p are applied in that order, as in Hugging Face's ``generate``.  Sampling
+has a random generator of its own, so drawing samples during training changes no training step.
 """
 
 from __future__ import annotations
