@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from measure import medians, peak_mebibytes, prepare, show
 
-from dualroute.training.distillation_losses import Logits, Objective, chunked_distillation, top_k_of
+from dualroute.distillation.losses import Logits, Objective, chunked_distillation, top_k_of
 
 
 def inputs(tokens: int, vocab: int, dim: int, teacher_dim: int, device: str) -> tuple[Any, ...]:

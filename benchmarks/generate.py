@@ -24,9 +24,9 @@ from measure import medians, prepare, show
 
 from dualroute.compress.quantize import quantize_model
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint_format import find_checkpoint, load_model
 from dualroute.model.compiled_decode import CompiledDecoder
 from dualroute.model.quantized import Quantization, require_torchao, stored_tensors
-from dualroute.model.store import find_checkpoint, load_model
 
 #: name → (what is done to the weights, arithmetic, compiled?)
 VARIANTS: dict[str, tuple[Quantization | None, torch.dtype, bool]] = {

@@ -18,7 +18,7 @@ from typing import Any
 from measure import show
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no package that is installed
-from tests.training.test_strategy import WAYS, deepspeed, launch, plain_torch
+from tests.training.parallel.test_strategy import WAYS, deepspeed, launch, plain_torch
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dualroute.training.allocator import keep_freed_memory
+from dualroute.training.step.allocator import keep_freed_memory
 
 
 def prepare(threads: int | None, device: str) -> torch.device:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 
-from dualroute.training.metrics_log import read_metrics
+from dualroute.training.monitoring.metrics_log import read_metrics
 
 
 def curve(run: Path) -> tuple[list[float], list[float]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from measure import show
 
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
-from dualroute.training.metrics_log import read_metrics
+from dualroute.training.monitoring.metrics_log import read_metrics
 
 VARIANTS = {
     "dense": ["--model.attention", "dense"],

@@ -25,8 +25,8 @@ from measure import medians, peak_mebibytes, prepare, show
 
 from dualroute.attention.backend import plain_torch
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.training.activations import keep_fewer_activations
-from dualroute.training.losses import chunked_cross_entropy
+from dualroute.training.step.activations import keep_fewer_activations
+from dualroute.training.step.losses import chunked_cross_entropy
 
 VARIANTS = {
     "dense": {"attention": "dense"},

@@ -9,7 +9,7 @@ import sys
 def main() -> int:
     """Entry point of the process; see :func:`dualroute.cli.main`."""
     if sys.argv[1:2] in (["pretrain"], ["distill"]):
-        from dualroute.training import stop_signal
+        from dualroute.training.resilience import stop_signal
 
         stop_signal.install()
     from dualroute.cli import main as run

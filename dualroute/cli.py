@@ -25,7 +25,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dualroute import __version__
 from dualroute.errors import UserError
-from dualroute.training import stop_signal
+from dualroute.training.resilience import stop_signal
 
 #: stage → (module that holds it, its configuration class, its function, one line of help)
 STAGES = {
@@ -38,7 +38,7 @@ STAGES = {
         "loss of a checkpoint",
     ),
     "generate": ("dualroute.evaluate.sample", "GenerateConfig", "generate_command", "text from a checkpoint"),
-    "report": ("dualroute.training.report", "ReportConfig", "report", "one page on a run"),
+    "report": ("dualroute.training.monitoring.report", "ReportConfig", "report", "one page on a run"),
     "convert": (
         "dualroute.compress.convert",
         "ConvertConfig",
@@ -46,13 +46,13 @@ STAGES = {
         "a model from elsewhere, or dense → dual attention",
     ),
     "distill": (
-        "dualroute.training.distill",
+        "dualroute.distillation.run",
         "DistillConfig",
         "run_distillation",
         "shards and a teacher → trained student",
     ),
     "cache-logits": (
-        "dualroute.training.cache_logits",
+        "dualroute.distillation.cache_logits",
         "CacheLogitsConfig",
         "cache_logits",
         "a teacher's likeliest tokens, written once for distill",
@@ -240,7 +240,7 @@ def checkpoint_command(arguments: Sequence[str]) -> int:
     Raises:
         UserError: A command or option that does not exist, or whatever the command finds.
     """
-    commands = importlib.import_module("dualroute.training.checkpoint_commands")
+    commands = importlib.import_module("dualroute.training.checkpointing.commands")
     parser = StageParser(prog="dualroute checkpoint", description=CHECKPOINT_SUMMARY)
     choices = parser.add_subcommands(dest="command")
     functions = {"list": commands.list_checkpoints, "verify": commands.verify,

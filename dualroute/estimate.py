@@ -24,10 +24,10 @@ from rich.table import Table
 from dualroute.attention import Layout
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.training.deepspeed_config import DEFAULT_ZERO_STAGE
-from dualroute.training.environment import World
-from dualroute.training.run import PretrainConfig
-from dualroute.training.sequence import check_sequence_parallel
+from dualroute.training.config import PretrainConfig
+from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE
+from dualroute.training.parallel.environment import World
+from dualroute.training.parallel.sequence import check_sequence_parallel
 
 GIB = 2**30
 SAMPLE_TOKENS = 1024  # of the layer that is measured
@@ -129,7 +129,7 @@ def _activation_bytes(config: EstimateConfig, model: ModelConfig) -> tuple[float
     dtype = torch.float32 if train.precision == "32" else torch.bfloat16
     layer, feed_forward = _measured_layer(model, dtype)
     size = torch.empty((), dtype=dtype).element_size()
-    recomputed = -(-model.num_layers // train.checkpoint_every_layers)
+    recomputed = -(-model.num_layers // train.recompute_every_layers)
     plain = model.num_layers - recomputed
     if train.activation_checkpointing == "full":
         kept, work = recomputed * model.dim * size + plain * layer, 2 * layer

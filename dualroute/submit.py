@@ -4,9 +4,9 @@
 - Here: the configuration is checked for that many processes, so that a mistake shows now and not after a
   night in the queue; a template of ``slurm/`` is filled in and kept as ``OUTPUT/slurm/*.sbatch``.
 - Next: ``sbatch``; on the nodes ``srun`` starts ``dualroute pretrain``, which finds its place in the world
-  from Slurm's variables (``training/environment.py``) and stops when Slurm says so
-  (``training/preemption.py``); after a stall the script asks Slurm to run it again
-  (``training/requeue.py``).
+  from Slurm's variables (``training/parallel/environment.py``) and stops when Slurm says so
+  (``training/resilience/preemption.py``); after a stall the script asks Slurm to run it again
+  (``training/resilience/requeue.py``).
 
 The templates are plain bash to be read and edited.  Nothing is hidden here but the
 replacement of ``@NAME@``.
@@ -28,8 +28,8 @@ from dualroute.data.manifest import Manifest
 from dualroute.data.plan import derive_accumulation
 from dualroute.errors import UserError
 from dualroute.pipeline.stages import Planner
-from dualroute.training.environment import World
-from dualroute.training.sequence import check_sequence_parallel
+from dualroute.training.parallel.environment import World
+from dualroute.training.parallel.sequence import check_sequence_parallel
 
 ParseStage = Callable[[str, Sequence[str]], Any]
 """``dualroute.cli.parse_stage``: (stage, arguments) → the stage's configuration."""

@@ -7,7 +7,7 @@ srun python                 launch/doctor.py --output /shared/runs
 import sys
 
 from dualroute.cli import main
-from dualroute.training.environment import strip_local_rank
+from dualroute.training.parallel.environment import strip_local_rank
 
 if __name__ == "__main__":
     sys.exit(main(["doctor", *strip_local_rank(sys.argv[1:])]))

@@ -7,11 +7,11 @@ srun python                    launch/pretrain.py --config configs/pretrain/book
 
 import sys
 
-from dualroute.training import stop_signal
+from dualroute.training.resilience import stop_signal
 
 if __name__ == "__main__":
     stop_signal.install()  # before the imports, which take seconds
     from dualroute.cli import main
-    from dualroute.training.environment import strip_local_rank
+    from dualroute.training.parallel.environment import strip_local_rank
 
     sys.exit(main(["pretrain", *strip_local_rank(sys.argv[1:])]))

@@ -7,13 +7,13 @@ bash launch/install.sh deepspeed,compress,export,dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 export DUALROUTE_DATA="${DUALROUTE_DATA:-$PWD/../shared/data}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-# A Slurm for tests/slurm, an sshd and pdsh for tests/training/test_hostfile.py; where they cannot be had, those
+# A Slurm for tests/slurm, an sshd and pdsh for tests/training/parallel/test_hostfile.py; where they cannot be had, those
 # tests are skipped and say why
 export PATH="$PATH:/usr/sbin"
 packages=()
 command -v slurmctld >/dev/null || packages+=(slurm-wlm slurmctld slurmd slurm-client munge)
 command -v sshd >/dev/null && command -v pdsh >/dev/null || packages+=(openssh-server openssh-client pdsh)
-# DUALROUTE_NVME=1 also runs tests/training/test_nvme.py, for which DeepSpeed compiles an op (minutes, once)
+# DUALROUTE_NVME=1 also runs tests/training/parallel/test_nvme.py, for which DeepSpeed compiles an op (minutes, once)
 [ -z "${DUALROUTE_NVME:-}" ] || [ -f /usr/include/libaio.h ] || packages+=(libaio-dev)
 if [ ${#packages[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

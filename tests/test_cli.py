@@ -12,7 +12,7 @@ import yaml
 
 from dualroute.cli import STAGES, main, parse_stage, stage_parser
 from dualroute.data.manifest import Manifest
-from dualroute.training.run import PretrainConfig
+from dualroute.training.config import PretrainConfig
 from tests.conftest import ROOT, write_corpus
 
 TINY = ["--model.dim", "32", "--model.num_layers", "1", "--model.num_heads", "2", "--model.block", "16"]
@@ -211,7 +211,7 @@ def test_an_output_folder_that_cannot_be_written(tiny_dataset, tmp_path, capsys)
 
 
 def test_several_ranks_without_deepspeed(tiny_dataset, pretrain, monkeypatch):
-    import dualroute.training.strategy as strategy
+    import dualroute.training.parallel.strategy as strategy
 
     monkeypatch.setattr(strategy, "find_spec", lambda name: None)
     line = pretrain(tiny_dataset, "--parallel.strategy", "deepspeed")

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from dualroute.cli import main
-from dualroute.training.metrics_log import read_metrics
+from dualroute.training.monitoring.metrics_log import read_metrics
 from tests.conftest import write_corpus
-from tests.training.test_pretrain import SMALL
+from tests.training.step.test_module import SMALL
 
 pytestmark = pytest.mark.slow
 

@@ -97,11 +97,11 @@ def _decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
     chosen = _selection(query, cache, top_k, cache.length - 1)[:, 0]  # (R, k)
     read = F.pad(chosen, (1, 0))  # and block 0, the sink
     rows = torch.arange(len(query), device=query.device)[:, None]
-    own_tokens = slice(own * cache.block, cache.length)
+    local_shard = slice(own * cache.block, cache.length)
 
     def gather(tokens: Tensor) -> Tensor:
         blocks = tokens.unflatten(1, (-1, cache.block))[rows, read].flatten(1, 2)
-        return torch.cat([blocks, tokens[:, own_tokens]], dim=1)[:, None]  # (R, 1, s, d)
+        return torch.cat([blocks, tokens[:, local_shard]], dim=1)[:, None]  # (R, 1, s, d)
 
     wide = query.to(accumulation_dtype(query.dtype))
     keys, values = cache.read(gather, wide.dtype)

@@ -28,7 +28,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
 from dualroute.evaluate.perplexity import score_batches
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.store import find_checkpoint, refuse_quantized
+from dualroute.model.checkpoint_format import find_checkpoint, refuse_quantized
 
 Batch = dict[str, Tensor]
 _INHERITED = ("context", "data_fingerprint")

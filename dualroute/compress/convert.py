@@ -32,6 +32,7 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.checkpoint_format import Checkpoint, find_checkpoint, save_model
 from dualroute.model.conversion import (
     check_dense,
     divide_heads,
@@ -41,9 +42,8 @@ from dualroute.model.conversion import (
     nearest_groups,
     random_groups,
 )
-from dualroute.model.generate import continue_batch
+from dualroute.model.generation import continue_batch
 from dualroute.model.hub import is_foreign, load_dense
-from dualroute.model.store import Checkpoint, find_checkpoint, save_model
 
 _ROWS = 32  # texts that are sampled together
 #: What belongs to dual attention alone.

@@ -21,6 +21,15 @@ from torch import Tensor, nn
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.checkpoint_format import (
+    TOKENIZER,
+    WEIGHTS,
+    Checkpoint,
+    find_checkpoint,
+    load_model,
+    refuse_quantized,
+    save_model,
+)
 from dualroute.model.quantized import (
     GROUPED,
     NATIVE,
@@ -33,15 +42,6 @@ from dualroute.model.quantized import (
     replace_modules,
     require_torchao,
     stored_tensors,
-)
-from dualroute.model.store import (
-    TOKENIZER,
-    WEIGHTS,
-    Checkpoint,
-    find_checkpoint,
-    load_model,
-    refuse_quantized,
-    save_model,
 )
 
 INT4 = getattr(torch, "int4")  # noqa: B009 - which torch's stubs do not know

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dualroute.compress.calibration import Statistics, calibrate, described, loss_on, measure
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.store import save_model
+from dualroute.model.checkpoint_format import save_model
 
 
 @dataclass

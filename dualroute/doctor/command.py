@@ -15,7 +15,7 @@ from dualroute.doctor import machine, network
 from dualroute.doctor.smoke import smoke
 from dualroute.doctor.verdict import Verdict, guarded
 from dualroute.errors import UserError
-from dualroute.training.environment import World, detect_world
+from dualroute.training.parallel.environment import World, detect_world
 
 
 @dataclass

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from dualroute.doctor.machine import MIB, installed
 from dualroute.doctor.verdict import Verdict, fail, ok, warn
-from dualroute.training.environment import DualRouteEnvironment, World
+from dualroute.training.parallel.environment import DualRouteEnvironment, World
 
 _MOST_PAIRS = 64
 _TIMEOUT = timedelta(minutes=5)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dualroute.doctor.verdict import Verdict, fail, ok
-from dualroute.training.metrics_log import read_metrics
+from dualroute.training.monitoring.metrics_log import read_metrics
 
 STEPS = 20
 _WORDS = "the old red small river stone bird house sees finds leaves under over with a green hill".split()

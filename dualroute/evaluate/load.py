@@ -10,8 +10,14 @@ import torch
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.checkpoint_format import (
+    TOKENIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_model,
+    verify_checkpoint,
+)
 from dualroute.model.quantized import NATIVE
-from dualroute.model.store import TOKENIZER, Checkpoint, find_checkpoint, load_model, verify_checkpoint
 
 
 @dataclass

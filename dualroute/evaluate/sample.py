@@ -12,7 +12,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device, load
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.model.compiled_decode import CompiledDecoder, check_compiler
-from dualroute.model.generate import Decoder
+from dualroute.model.generation import Decoder
 
 
 @dataclass
@@ -52,7 +52,7 @@ def generate_text(
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces of whole characters.
 
-    ``decoder`` and ``int8_cache`` are those of :func:`~dualroute.model.generate.generate`.
+    ``decoder`` and ``int8_cache`` are those of :func:`~dualroute.model.generation.generate`.
     A character outside the vocabulary is several byte tokens; a piece is held back until it is complete.
 
     Raises:

@@ -132,7 +132,7 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, DualRoutingTransformer):
-            module.initialise()
+            module.init_weights()
 
 
 class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):

@@ -4,9 +4,9 @@ In: a model, float or quantised, and the caches that its prompt was read into.  
 of the CPU's kernels (:mod:`dualroute.attention.cpu_kernels`), or without them the step of
 :mod:`dualroute.attention.static_decode`, and ``torch.compile`` with frozen weights, which packs them for the
 processor and fuses everything between two products.  Out: the next logits;
-:func:`dualroute.model.generate.generate` draws from them.
+:func:`dualroute.model.generation.generate` draws from them.
 
-Projections that read the same rows are joined (:mod:`dualroute.model.joined`).
+Projections that read the same rows are joined (:mod:`dualroute.model.fused_linear`).
 
 Int8 weights gain nothing without it.  Run layer by layer they are widened to floats
 before each product, which costs more than it saves; inside the program they stay bytes until they are in a
@@ -36,7 +36,7 @@ from dualroute.attention.decode import token_kernels
 from dualroute.attention.rope import rotary_table
 from dualroute.attention.static_decode import static_full, static_local, static_routed
 from dualroute.errors import UserError
-from dualroute.model.joined import Joined
+from dualroute.model.fused_linear import Joined
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.quantized import QuantizedHead, QuantizedLinear
 from dualroute.model.transformer import DualRoutingTransformer
@@ -296,7 +296,7 @@ class DecodeStep(nn.Module):
                 heads = layer.attention.token_heads(self.kernels, pair, table, memory, number, position)
             hidden = hidden + layer.attention._combine(heads[:, None], rows[:, None])[:, 0]
             gate_up = self.gate_up[number]
-            hidden = hidden + layer.ffn.narrow(*gate_up(layer.ffn_norm(hidden)))
+            hidden = hidden + layer.ffn.down_project(*gate_up(layer.ffn_norm(hidden)))
         return model.head(model.norm(hidden))
 
 

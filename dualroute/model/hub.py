@@ -25,10 +25,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
+from dualroute.model.checkpoint_format import (
+    METADATA,
+    TOKENIZER,
+    find_checkpoint,
+    load_model,
+    refuse_quantized,
+)
 from dualroute.model.config import ModelConfig
 from dualroute.model.hf_config import LLAMA_LIKE, llama_like_config
 from dualroute.model.llama2c import read_llama2c
-from dualroute.model.store import METADATA, TOKENIZER, find_checkpoint, load_model, refuse_quantized
 from dualroute.model.transformer import DualRoutingTransformer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

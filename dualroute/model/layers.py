@@ -27,9 +27,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, n, dim) → (B, n, dim)."""
-        return self.narrow(self.gate(hidden_states), self.up(hidden_states))
+        return self.down_project(self.gate(hidden_states), self.up(hidden_states))
 
-    def narrow(self, gate: Tensor, up: Tensor) -> Tensor:
+    def down_project(self, gate: Tensor, up: Tensor) -> Tensor:
         """What follows the two products, (…, ffn_dim) each → (…, dim)."""
         return self.down(F.silu(gate) * up)
 

@@ -30,7 +30,7 @@ from dualroute.attention.cpu_kernels import int8_product
 from dualroute.attention.decode import token_kernels
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.model.heads import NextTokenHead
+from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.transformer import DualRoutingTransformer
 
 Result = TypeVar("Result")

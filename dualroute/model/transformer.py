@@ -3,7 +3,7 @@
 ``DualRoutingTransformer(config)(input_ids)`` runs in a plain Python shell; nothing here knows of a
 trainer, a device or a rank.  Ids come from :mod:`dualroute.data.reader`, with ``segment_ids`` that say
 which document each token belongs to; the layout of documents and blocks is computed once here and shared
-by all layers; hidden states leave through :mod:`dualroute.model.heads`.
+by all layers; hidden states leave through :mod:`dualroute.model.lm_head`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dualroute.attention import Layout
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.model.heads import NextTokenHead
 from dualroute.model.layers import TransformerBlock
+from dualroute.model.lm_head import NextTokenHead
 
 INIT_STD = 0.02
 
@@ -42,7 +42,7 @@ class DualRoutingTransformer(nn.Module):
             raise UserError("model.vocab_size is null: give it, or a data set whose tokenizer says it")
         config = config.resolved()
         self.config = config
-        self.sequence_group: Group | None = None  # see share_sequences
+        self.sequence_group: Group | None = None  # see set_sequence_group
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -52,10 +52,10 @@ class DualRoutingTransformer(nn.Module):
         vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
         self._parameters_in_vocabulary = sum(vocabulary.values())
         self._parameters_in_layers = sum(p.numel() for p in self.parameters() if id(p) not in vocabulary)
-        self.initialise()
+        self.init_weights()
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def init_weights(self) -> None:
         """Normal(0, 0.02) everywhere; projections back into the residual stream divided by √(2·layers),
         so that its variance does not grow with depth (GPT-2, Radford et al. 2019, §2.3)."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
@@ -87,7 +87,7 @@ class DualRoutingTransformer(nn.Module):
             caches: One cache per layer from :meth:`new_caches`; the tokens continue what it holds.
 
         Returns:
-            (B, n, dim); with a sequence group those of this rank's tokens, as :meth:`own_tokens` cuts them.
+            (B, n, dim); with a sequence group those of this rank's tokens, as :meth:`local_shard` cuts them.
         """
         if attention_mask is None and segment_ids is not None:
             attention_mask = segment_ids != 0
@@ -123,7 +123,7 @@ class DualRoutingTransformer(nn.Module):
 
     # ------------------------------------------------------------------ sequence parallelism
 
-    def share_sequences(self, group: Group | None) -> None:
+    def set_sequence_group(self, group: Group | None) -> None:
         """Divide every text among the ranks of ``group`` from now on; null ends it.  Decoding stays whole.
 
         All ranks of the group must be given the same inputs, whole; each embeds and holds its own tokens.
@@ -132,7 +132,7 @@ class DualRoutingTransformer(nn.Module):
         for layer in self.layers:
             layer.attention.sequence_group = group  # type: ignore[union-attr]
 
-    def own_tokens(self, rows: Tensor, fill: float = 0) -> Tensor:
+    def local_shard(self, rows: Tensor, fill: float = 0) -> Tensor:
         """This rank's consecutive part, (B, ceil(n / P), ...), of (B, n, ...), filled up at the end."""
         if self.sequence_group is None:
             return rows
@@ -158,7 +158,7 @@ class DualRoutingTransformer(nn.Module):
             attention_mask = self._padded(attention_mask, 0)
             segment_ids = None if segment_ids is None else self._padded(segment_ids, 0)
             positions = None if positions is None else self._padded(positions, 0)
-        hidden = self.embedding(self.own_tokens(input_ids))
+        hidden = self.embedding(self.local_shard(input_ids))
         return self._through_layers(hidden, ids, segment_ids, positions, attention_mask)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:

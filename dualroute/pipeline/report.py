@@ -20,7 +20,7 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.stages import Plan
-from dualroute.training.metrics_log import read_metrics
+from dualroute.training.monitoring.metrics_log import read_metrics
 
 Row = Sequence[str]
 

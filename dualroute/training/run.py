@@ -3,15 +3,16 @@
 1. Everything that can be wrong is found before anything starts: data, batch arithmetic, heads, context,
    folder, checkpoint (`check`).
 2. Model, data module, callbacks and Trainer are put together for this process's place in the world.
-3. The Trainer runs, to the end or until Slurm wants the nodes back (:mod:`dualroute.training.preemption`).
+3. The Trainer runs, to the end or until Slurm wants the nodes back
+   (:mod:`dualroute.training.resilience.preemption`).
 
     OUTPUT/config.yaml      what was run, every value resolved
-    OUTPUT/checkpoints/     see dualroute.model.store
+    OUTPUT/checkpoints/     see dualroute.model.checkpoint_format
     OUTPUT/tensorboard/     event files
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
     OUTPUT/rollbacks.json   data that were left out because training on them failed
     OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
-    OUTPUT/.lock            held while a training runs (:mod:`dualroute.training.claim`)
+    OUTPUT/.lock            held while a training runs (:mod:`dualroute.training.resilience.run_lock`)
 
 The same command starts, resumes and finishes a run.  Run again when all is done, it
 says so and does nothing.
@@ -27,9 +28,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -43,7 +44,7 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.store import (
+from dualroute.model.checkpoint_format import (
     CONFIG,
     TOKENIZER,
     Checkpoint,
@@ -51,84 +52,27 @@ from dualroute.model.store import (
     load_model,
     refuse_quantized,
 )
-from dualroute.training.activations import keep_fewer_activations
-from dualroute.training.allocator import keep_freed_memory
-from dualroute.training.checkpoint import (
-    CheckpointConfig,
-    CheckpointPublisher,
-    choose_resume,
-    set_aside_newer,
+from dualroute.training.checkpointing.publisher import CheckpointPublisher
+from dualroute.training.checkpointing.reshard import resumable_state
+from dualroute.training.checkpointing.resume import choose_resume, set_aside_newer
+from dualroute.training.config import (
+    PretrainConfig,
 )
-from dualroute.training.claim import claimed
-from dualroute.training.corruption_check import CorruptionCheck
-from dualroute.training.environment import World, check_port, detect_world
-from dualroute.training.monitor import Monitor, MonitorConfig
-from dualroute.training.optim import OptimConfig, SpikeGuardConfig, TrainingDiverged
-from dualroute.training.preemption import Preemption, leave_signals_to_us, stop_for_requeue
-from dualroute.training.pretrain import Pretrain, StepBoundary, TrainConfig
-from dualroute.training.progress import Progress
-from dualroute.training.quantization_aware import round_weights_in_forward
-from dualroute.training.reshard import resumable_state
-from dualroute.training.rollback import Divergence, divergence, leave_out, roll_back
-from dualroute.training.sequence import check_sequence_parallel
-from dualroute.training.strategy import ParallelConfig, build_strategy
-from dualroute.training.watchdog import Watchdog, WatchdogConfig
-
-
-@dataclass
-class DataConfig:
-    """What is read.
-
-    Args:
-        path: Folder of shards made by ``dualroute prepare``.
-        context: Tokens of one window: the longest distance that training sees.
-        num_workers: Processes that read ahead; 0 reads in the training process.
-        val_tokens: Validate on the first so many tokens of the validation split; null means all.
-        verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
-    """
-
-    path: str = "data/stdlib"
-    context: int = 512
-    num_workers: int = 0
-    val_tokens: int | None = None
-    verify: Literal["size", "sha256"] = "sha256"
-
-
-@dataclass
-class PretrainConfig:
-    """Pretrain a model on prepared shards.
-
-    Args:
-        output: Run folder; everything the run writes lies there.
-        seed: Seed of the initial weights and of the data's order.
-        resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
-            (refused where that would overwrite checkpoints), a path continues from that checkpoint.
-        init_from: Checkpoint or run folder whose weights the run begins with, at step 0 and with a new
-            optimizer; model is then its model, but for what is given here (say, another window).
-        model: Shape of the model; also a file: --model configs/model/5m.yaml.
-        data: What is read.
-        train: How much is trained, and in what portions.
-        optim: Optimizer and learning rate.
-        spike_guard: When the step of a bad batch is left out.
-        checkpoint: When checkpoints are written and which ones stay.
-        monitor: What is logged.
-        parallel: How ranks share the work.
-        watchdog: When a training that stands still is ended.
-    """
-
-    output: str = "runs/pretrain"
-    seed: int = 0
-    resume: str = "auto"
-    init_from: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+from dualroute.training.monitoring.monitor import Monitor
+from dualroute.training.monitoring.progress import Progress
+from dualroute.training.parallel.environment import World, check_port, detect_world
+from dualroute.training.parallel.sequence import check_sequence_parallel
+from dualroute.training.parallel.strategy import build_strategy
+from dualroute.training.resilience.corruption_check import CorruptionCheck
+from dualroute.training.resilience.preemption import Preemption, leave_signals_to_us, stop_for_requeue
+from dualroute.training.resilience.rollback import Divergence, divergence, leave_out, roll_back
+from dualroute.training.resilience.run_lock import locked
+from dualroute.training.resilience.watchdog import Watchdog
+from dualroute.training.step.activations import keep_fewer_activations
+from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.module import Pretrain, StepBoundary
+from dualroute.training.step.quantization_aware import round_weights_in_forward
+from dualroute.training.step.spike_guard import TrainingDiverged
 
 
 @dataclass
@@ -299,7 +243,7 @@ def build_model(config: PretrainConfig) -> DualRoutingTransformer:
     keep_fewer_activations(
         model,
         train.activation_checkpointing,
-        every=train.checkpoint_every_layers,
+        every=train.recompute_every_layers,
         offload=train.offload_activations,
     )
     if train.compile:
@@ -354,7 +298,7 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
         return 0
-    with claimed(prepared.output, world):
+    with locked(prepared.output, world):
         while True:
             result = _fit(prepared)
             if isinstance(result, int):

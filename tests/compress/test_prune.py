@@ -13,8 +13,8 @@ from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_model
 from dualroute.model.hub import load_dense
-from dualroute.model.store import find_checkpoint, load_model, save_model
 
 CPU = torch.device("cpu")
 

@@ -18,6 +18,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate, quantized
+from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint, load_model, save_model
 from dualroute.model.quantized import (
     Quantization,
     QuantizedLinear,
@@ -27,7 +28,6 @@ from dualroute.model.quantized import (
     stored_tensors,
     unpack_int4,
 )
-from dualroute.model.store import WEIGHTS, find_checkpoint, load_model, save_model
 
 ANYWHERE = ["int8_weight_only", "int8_dynamic", "int4_weight_only"]
 SHAPE = ModelConfig(

@@ -20,8 +20,8 @@ from dualroute.doctor.smoke import run, smoke
 from dualroute.doctor.verdict import Verdict, guarded, ok
 from dualroute.errors import UserError
 from tests.conftest import ROOT
-from tests.training.test_distributed import free_port
-from tests.training.test_pretrain import environment
+from tests.training.parallel.test_distributed import free_port
+from tests.training.step.test_module import environment
 
 QUICK = ("--disk_mib", "8", "--network_mib", "1")
 

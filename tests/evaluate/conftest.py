@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from dualroute.data.manifest import Manifest
-from dualroute.model import DualRoutingTransformer, ModelConfig, store
+from dualroute.model import DualRoutingTransformer, ModelConfig, checkpoint_format
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tiny_dataset, tmp_path_factory):
     """A run folder with one checkpoint of an untrained model for the tiny data set."""
     run = tmp_path_factory.mktemp("run")
-    folder = run / "checkpoints" / store.step_folder(1)
+    folder = run / "checkpoints" / checkpoint_format.step_folder(1)
     folder.mkdir(parents=True)
     info = Manifest.load(tiny_dataset).tokenizer
     config = ModelConfig(
@@ -24,9 +24,9 @@ def checkpoint(tiny_dataset, tmp_path_factory):
     with torch.no_grad():  # far from uniform, so that every term of a score counts
         for parameter in model.parameters():
             parameter.mul_(4)
-    save_file(dict(model.named_parameters()), folder / store.WEIGHTS)
-    (folder / store.CONFIG).write_text(json.dumps(config.to_dict()))
-    shutil.copyfile(tiny_dataset / info.file, folder / store.TOKENIZER)
-    metadata = {"step": 1, "context": 64, "files": store.describe_files(folder)}
-    (folder / store.METADATA).write_text(json.dumps(metadata))
+    save_file(dict(model.named_parameters()), folder / checkpoint_format.WEIGHTS)
+    (folder / checkpoint_format.CONFIG).write_text(json.dumps(config.to_dict()))
+    shutil.copyfile(tiny_dataset / info.file, folder / checkpoint_format.TOKENIZER)
+    metadata = {"step": 1, "context": 64, "files": checkpoint_format.describe_files(folder)}
+    (folder / checkpoint_format.METADATA).write_text(json.dumps(metadata))
     return run

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint_format import save_model
 from dualroute.model.hub import load_causal_lm, load_dense
-from dualroute.model.store import save_model
 
 SHAPE = {
     "vocab_size": 97,

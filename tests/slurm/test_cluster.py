@@ -9,9 +9,9 @@ import yaml
 
 from dualroute.submit import template_folder
 from tests.conftest import write_corpus
-from tests.faults.ranks import WATCHED
 from tests.slurm.conftest import NODES
-from tests.training.test_pretrain import curve, train
+from tests.training.resilience.ranks import WATCHED
+from tests.training.step.test_module import curve, train
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +217,8 @@ def faulty(folder, name, *faults):
     told = " ".join(f"'{what} {rank} {step}'" for what, rank, step in faults)
     wrong = (
         f'faults=({told})\nfault="${{faults[${{SLURM_RESTART_COUNT:-0}}]:-none 0 0}}"\n'
-        'launch=(srun --kill-on-bad-exit=1 "${keep_signals[@]}" @PYTHON@ -m tests.faults.faulty_rank $fault)'
+        'launch=(srun --kill-on-bad-exit=1 "${keep_signals[@]}" '
+        "@PYTHON@ -m tests.training.resilience.faulty_rank $fault)"
     )
     path = folder / f"{name}.sbatch"
     path.write_text(re.sub(r"^launch=.*$", lambda _: wrong, text, flags=re.M))

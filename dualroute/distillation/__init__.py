@@ -1,0 +1,1 @@
+"""Distillation: a teacher's answers as targets, live or cached."""

@@ -1,0 +1,148 @@
+"""``dualroute cache-logits``: ask the teacher once, and train any number of students from what it said.
+
+In: a teacher and the settings of the run to come (data, seed, context, length).  Here: the samples of that
+run's plan go through the teacher in its order, and its top k with the mass of the rest are written shard by
+shard.  Next: ``dualroute distill --distill.cached_logits FOLDER`` needs no teacher in memory.
+
+Ranks (of torchrun, deepspeed, srun or the environment's RANK and WORLD_SIZE) take every n-th shard and
+never talk: the one that finds all shards there writes the manifest.
+
+Batch size, accumulation and the number of ranks of the training do not matter.  The
+order of the samples depends on data, seed and context alone, so one cache serves them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from dualroute.data.manifest import Manifest
+from dualroute.data.module import verify_once
+from dualroute.data.plan import BatchPlan
+from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, finish
+from dualroute.distillation.losses import Logits, TopK, top_k_of
+from dualroute.distillation.teacher import Teacher, load_teacher
+from dualroute.errors import UserError
+from dualroute.training.config import DataConfig
+from dualroute.training.parallel.environment import detect_world
+
+
+@dataclass
+class CacheLogitsConfig:
+    """Write a teacher's likeliest next tokens for the samples of a run.
+
+    Args:
+        teacher: Checkpoint or run folder of the teacher.
+        max_tokens: Length of the run to be served: its steps times train.tokens_per_batch.  A finished cache
+            is made longer by running again with more.
+        output: Folder of the cache; null puts it beside the shards, under a name that says what it is.
+        seed: That of the run to be served.
+        data: That of the run to be served (val_tokens has no meaning here).
+        top_k: Tokens kept of each distribution.
+        temperature: That of the run to be served; a truncated distribution cannot change it afterwards.
+        dtype: Of the stored logarithms.
+        teacher_dtype: Of the teacher's weights and arithmetic.
+        micro_batch: Samples in one forward pass.
+        shard_samples: Samples of one file.
+        device: auto, cpu or cuda; each rank of a host takes its own GPU.
+    """
+
+    teacher: str | None = None
+    max_tokens: int | None = None
+    output: str | None = None
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    top_k: int = 64
+    temperature: float = 1.0
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch: int = 8
+    shard_samples: int = 256
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "micro_batch", "shard_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"temperature is {self.temperature}: it must be above 0")
+
+
+def cache_logits(config: CacheLogitsConfig) -> int:
+    """Write, continue, lengthen or recognise as finished; see the module's docstring.
+
+    Raises:
+        UserError: Anything that the person who started it can mend.
+    """
+    if config.teacher is None:
+        raise UserError("teacher is not given: name its checkpoint or run folder (--teacher)")
+    if config.max_tokens is None:
+        raise UserError("max_tokens is not given: the tokens of the run, its steps × train.tokens_per_batch")
+    world = detect_world()
+    manifest = Manifest.load(config.data.path)
+    if world.local_rank == 0:
+        verify_once(manifest, config.data.verify)
+    context = config.data.context
+    plan = BatchPlan(open_stream(manifest, "train"), manifest.fingerprint, config.seed, context, 1)
+    tokenizer = Tokenizer(manifest.tokenizer_path)
+    teacher = load_teacher(config.teacher, tokenizer, config.data.path, context, dtype=config.teacher_dtype)
+    if config.top_k > tokenizer.vocab_size:
+        raise UserError(f"top_k {config.top_k} is above the vocabulary of {tokenizer.vocab_size} ids")
+    identity = Identity(
+        manifest.fingerprint, config.seed, context, tokenizer.vocab_size, tokenizer.sha256, teacher.digest,
+        config.top_k, config.temperature, config.dtype, config.shard_samples,
+    )  # fmt: skip
+    default = f"logits-{teacher.digest[:8]}-seed{config.seed}-context{context}-top{config.top_k}"
+    folder = Path(config.output) if config.output is not None else manifest.folder / default
+    samples = -(-config.max_tokens // context)
+    claim(folder, identity)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda cannot be used here: no CUDA device is there; use auto")
+    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    teacher.to(torch.device("cuda", world.local_rank) if on_cuda else torch.device("cpu"))
+    windows = WindowDataset(ShardReader(manifest, "train"), plan)
+    shards = -(-samples // config.shard_samples)
+    for number in range(world.rank, shards, world.world_size):
+        first = number * config.shard_samples
+        count = min(config.shard_samples, samples - first)
+        writer = ShardWriter(folder, identity, number)
+        if writer.is_whole(count):
+            continue
+        began = time.monotonic()
+        ids = plan.sample_ids(first, count).tolist()
+        writer.write(_asked(teacher, windows, ids, config))
+        speed = count * context / (time.monotonic() - began)
+        print(f"{writer.path} ({number + 1} of {shards})  {speed:,.0f} tokens/s", flush=True)
+    if finish(folder, identity, samples):
+        print(
+            f"{folder} holds {samples * context:,} tokens, {identity.bytes_per_token} bytes each: train with "
+            f"--distill.cached_logits {folder} --seed {config.seed} --data.context {context}"
+        )
+    return 0
+
+
+def _asked(
+    teacher: Teacher, windows: WindowDataset, ids: list[int], config: CacheLogitsConfig
+) -> Iterator[TopK]:
+    """What the teacher says of the samples ``ids``, one after the other."""
+    loader: DataLoader[Any] = DataLoader(
+        windows,
+        batch_size=config.micro_batch,
+        sampler=ids,
+        collate_fn=collate,
+        num_workers=config.data.num_workers,
+    )
+    for batch in loader:
+        hidden = teacher.hidden_states({name: tensor.to(teacher.device) for name, tensor in batch.items()})
+        whole = top_k_of(Logits(hidden.flatten(0, 1), teacher.weight), config.top_k, config.temperature)
+        for parts in zip(*(part.unflatten(0, hidden.shape[:2]) for part in whole), strict=True):
+            yield TopK(*parts)

@@ -1,0 +1,252 @@
+"""The checkpoint folder: what lies in it, how it is found, checked and turned into a model again.
+
+    checkpoints/step-00000400/
+        model.json           shape of the model
+        model.safetensors    weights, whole whatever the number of ranks that trained them
+        tokenizer.model      the sentencepiece model of the data
+        state.ckpt           the trainer's own state: one file, or DeepSpeed's folder of partitions
+        checkpoint.json      step, tokens, losses; size and sha256 of every other file.  Written last
+    checkpoints/last, best   symbolic links
+
+:mod:`dualroute.training.checkpointing.publisher` writes it, everything else reads it.  A folder
+named ``step-…`` is always whole.  It is written under a hidden name, made durable, then published by one
+rename, so readers need no lock and a crash leaves nothing to tidy by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dualroute.errors import UserError
+from dualroute.files import appearing_folder, file_sha256
+from dualroute.model.config import ModelConfig
+from dualroute.model.quantized import assemble
+from dualroute.model.transformer import DualRoutingTransformer
+from dualroute.model.weights_file import write_tensors
+
+CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA = (
+    "model.json",
+    "model.safetensors",
+    "tokenizer.model",
+    "state.ckpt",
+    "checkpoint.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One finished checkpoint: its folder and what ``checkpoint.json`` says of it."""
+
+    folder: Path
+    step: int
+    metadata: dict[str, Any] = field(repr=False)
+
+    @property
+    def state(self) -> Path:
+        """The trainer's state, for Lightning's ``ckpt_path``."""
+        return self.folder / STATE
+
+    @property
+    def val_loss(self) -> float | None:
+        """Validation loss at this step, if it was measured."""
+        return self.metadata.get("val_loss")
+
+
+def step_folder(step: int) -> str:
+    """Folder name of a step; sorts by step."""
+    return f"step-{step:08d}"
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read ``checkpoint.json`` of one checkpoint folder.
+
+    Raises:
+        UserError: The folder is not a finished checkpoint, or its metadata is damaged.
+    """
+    folder = Path(folder)
+    try:
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        return Checkpoint(folder, int(metadata["step"]), metadata)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a finished checkpoint: it has no {METADATA}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / METADATA} is damaged ({error}): use another checkpoint") from error
+
+
+def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
+    """Finished checkpoints in a ``checkpoints`` folder, oldest first; unfinished ones are not seen."""
+    found = [read_checkpoint(path.parent) for path in Path(folder).glob(f"step-*/{METADATA}")]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint that a person means by ``path``: a checkpoint folder, a ``checkpoints`` folder or a
+    run folder (the newest finished one of it).
+
+    Raises:
+        UserError: Nothing finished is found there.
+    """
+    path = Path(path)
+    if (path / METADATA).is_file():
+        return read_checkpoint(path)
+    for folder in (path, path / "checkpoints"):
+        found = list_checkpoints(folder)
+        if found:
+            return found[-1]
+    if not path.exists():
+        raise UserError(f"there is no checkpoint at {path}: no such folder")
+    raise UserError(f"there is no finished checkpoint in {path}: give a run folder or a step-… folder")
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """{relative path: {"size", "sha256"}} of every file below ``folder`` but the metadata itself."""
+    return {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != METADATA
+    }
+
+
+def damages(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, compared with its metadata: one line for each file.
+
+    Args:
+        checkpoint: The checkpoint to look at.
+        digests: Also compare sha256 (reads every byte), not only sizes.
+        only: Look at this one file.
+    """
+    for name, expected in checkpoint.metadata.get("files", {}).items():
+        if only is not None and name != only:
+            continue
+        path = checkpoint.folder / name
+        if not path.is_file():
+            yield f"{path} is missing from the checkpoint"
+        elif (size := path.stat().st_size) != expected["size"]:
+            yield f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,} (truncated)"
+        elif digests and file_sha256(path) != expected["sha256"]:
+            yield f"{path} does not match the sha256 in {METADATA} (changed or corrupted)"
+
+
+def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> None:
+    """Refuse a checkpoint with damaged files; for the arguments see :func:`damages`.
+
+    Raises:
+        UserError: A file is missing, truncated or changed; the message names it.
+    """
+    damage = next(damages(checkpoint, digests=digests, only=only), None)
+    if damage is not None:
+        raise UserError(f"{damage}; use an earlier checkpoint (see the step-… folders beside it)")
+
+
+def refuse_quantized(checkpoint: Checkpoint, consequence: str) -> None:
+    """Refuse a checkpoint whose weights are quantised where floats are needed.
+
+    Raises:
+        UserError: Naming the checkpoint, its scheme and what follows from it.
+    """
+    said = checkpoint.metadata.get("quantization")
+    if said is not None:
+        raise UserError(f"{checkpoint.folder} is quantized ({said.get('scheme')}): {consequence}")
+
+
+def save_model(
+    model: DualRoutingTransformer,
+    output: str | Path,
+    tokenizer: str | Path,
+    metadata: dict[str, Any],
+    extra: Mapping[str, bytes] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Checkpoint:
+    """Write a checkpoint of weights alone: what conversion, pruning and quantisation leave behind.
+
+    Everything that reads a checkpoint takes it; only a training cannot be resumed from it (it can begin with
+    its weights, ``init_from``).
+
+    Args:
+        model: Written parameter by parameter, tied ones once, in their dtype.
+        output: Folder to make; it appears whole or not at all.
+        tokenizer: The tokenizer file that the ids come from.
+        metadata: What else ``checkpoint.json`` should say; ``step`` and ``tokens`` are 0 unless given.
+        extra: Other files to put beside the weights, by name.
+        tensors: What to write instead of the parameters, where weights are not floats.
+
+    Raises:
+        UserError: ``output`` exists already, or cannot be written.
+    """
+    if tensors is None:
+        tensors = dict(model.named_parameters())
+    with appearing_folder(output) as aside:
+        write_tensors(aside / WEIGHTS, tensors)
+        for name, content in (extra or {}).items():
+            (aside / name).write_bytes(content)
+        write_description(aside, model.config, tokenizer, metadata)
+    return read_checkpoint(output)
+
+
+def write_description(
+    folder: Path, config: ModelConfig, tokenizer: str | Path, metadata: dict[str, Any]
+) -> None:
+    """Add to ``folder`` all that makes weights a checkpoint, its metadata last."""
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    standard = {"format": "dualroute-checkpoint", "version": 1, "step": 0, "tokens": 0}
+    described = {**standard, **metadata, "files": describe_files(folder)}
+    (folder / METADATA).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> DualRoutingTransformer:
+    """The model of a checkpoint, on the CPU, in the dtype it was saved in, in evaluation mode.
+
+    A quantised checkpoint gives a quantised model (see :mod:`dualroute.model.quantized`).
+
+    Args:
+        checkpoint: Whose weights.
+        config: The model to build; null means the checkpoint's.  May differ in what has no weights (window,
+            routing, context).
+
+    Raises:
+        UserError: The weights are missing, damaged or of another shape than ``model.json``.
+    """
+    verify_checkpoint(checkpoint, only=CONFIG)
+    verify_checkpoint(checkpoint, only=WEIGHTS)
+    config = config or ModelConfig.from_file(checkpoint.folder / CONFIG)
+    path = checkpoint.folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
+    if "quantization" in checkpoint.metadata:
+        return assemble(config, weights, checkpoint.metadata["quantization"], str(path))
+    model = DualRoutingTransformer(config)
+    check_weights(model, weights, str(path))
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def check_weights(model: DualRoutingTransformer, weights: dict[str, Any], source: str) -> None:
+    """Compare names and shapes of ``weights`` with the model's parameters.
+
+    Raises:
+        UserError: The first parameter that differs, with both shapes.
+    """
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(own.keys() | weights.keys()):
+        theirs = tuple(weights[name].shape) if name in weights else None
+        if own.get(name) != theirs:
+            raise UserError(
+                f"{source} holds a model of another shape: {name} is {theirs or 'absent'} there and "
+                f"{own.get(name) or 'absent'} in the configured model; use the model settings it was "
+                f"trained with, or another output folder"
+            )

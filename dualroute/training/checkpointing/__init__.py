@@ -1,0 +1,1 @@
+"""One format of checkpoints: published, read, re-sharded."""

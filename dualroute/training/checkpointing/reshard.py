@@ -1,0 +1,187 @@
+"""Going on with another number of ranks, another ZeRO stage, or with and without DeepSpeed.
+
+In: the checkpoint to resume and a Trainer whose layout differs from the checkpoint's.  Here: rank 0 writes
+the state once more in the form that the Trainer loads, into ``checkpoints/resharded-step-…``, aside and then
+renamed; the other ranks wait for that folder.  Next: ``run.py`` gives its path to the Trainer.
+
+The folder is a cache: it stays until the resumed run has published a checkpoint of its own, so a run that is
+stopped before that does not convert twice.
+
+The ranks do not meet to wait.  They look for the folder before any process group exists,
+so no collective can time out however long a conversion takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from dualroute.errors import UserError
+from dualroute.files import file_sha256, fsync_folder, make_durable
+from dualroute.model import checkpoint_format
+from dualroute.training.checkpointing.state_layout import StateLayout
+from dualroute.training.checkpointing.state_reader import TrainingState, open_state
+from dualroute.training.checkpointing.state_writer import write_one_file, write_stage_zero, write_universal
+from dualroute.training.parallel.strategy import DualRouteDeepSpeedStrategy
+
+PREFIX = "resharded-"
+_NOTE, _PROGRESS = "resharded.json", "progress"
+_FORMS = {None: "one file", 0: "DeepSpeed stage 0"}
+_UNIVERSAL = "DeepSpeed universal checkpoint"
+
+
+def resumable_state(
+    checkpoint: checkpoint_format.Checkpoint,
+    trainer: Trainer,
+    folder: Path,
+    *,
+    precision: str,
+    timeout_minutes: float,
+) -> Path:
+    """The state of ``checkpoint`` in the form that ``trainer`` loads: for ``ckpt_path``.
+
+    Every rank calls it, before ``fit``.
+
+    Args:
+        checkpoint: What is resumed.
+        trainer: Its strategy is told where it has to load a universal checkpoint.
+        folder: The run's ``checkpoints`` folder, where a converted state is kept.
+        precision: The run's ``train.precision``.
+        timeout_minutes: How long a rank waits without seeing progress of rank 0.
+
+    Raises:
+        UserError: The state cannot be converted without loss, cannot be read, or there is no room for it.
+    """
+    wrote = StateLayout.read(checkpoint)
+    needed = StateLayout.of(trainer)
+    if wrote.serves(needed):
+        return checkpoint.state
+    _refuse_loss(checkpoint, wrote, needed, precision)
+    if isinstance(trainer.strategy, DualRouteDeepSpeedStrategy) and needed.stage:
+        trainer.strategy.expect_universal_checkpoint()
+    target = folder / f"{PREFIX}{checkpoint.folder.name}"
+    note = {
+        "source": str(checkpoint.folder),
+        "sha256": file_sha256(checkpoint.folder / checkpoint_format.METADATA),
+        "form": _FORMS.get(needed.stage, _UNIVERSAL),
+    }
+    if _is_there(target, note):
+        return target / checkpoint_format.STATE
+    if trainer.is_global_zero:
+        print(f"converting {checkpoint.folder} from {wrote} for {needed}", flush=True)
+        _convert(checkpoint, target, note)
+    else:
+        _wait(target, note, timeout_minutes)
+    return target / checkpoint_format.STATE
+
+
+def remove_resharded(folder: Path) -> None:
+    """Remove converted states from a ``checkpoints`` folder: the run has a checkpoint of its own now."""
+    for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f".*{PREFIX}*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_loss(
+    checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, precision: str
+) -> None:
+    plain = needed.stage in (None, 0)
+    reason = ""
+    if precision == "bf16-true" and plain:
+        reason = (
+            f"with train.precision bf16-true {needed} has no float32 weights, so converting would round them"
+        )
+    if precision == "16-mixed" and plain != (wrote.stage in (None, 0)):
+        reason = "the loss scale of train.precision 16-mixed is kept in another way on either side"
+    if reason:
+        raise UserError(
+            f"{checkpoint.folder} holds {wrote}, this run needs {needed}, and {reason}; start it with the "
+            f"number of ranks, parallel.strategy and parallel.zero_stage of the run that wrote it"
+        )
+
+
+def _is_there(target: Path, note: dict[str, Any]) -> bool:
+    with suppress(OSError, ValueError):
+        return bool(json.loads((target / _NOTE).read_text(encoding="utf-8")) == note)
+    return False
+
+
+def _convert(checkpoint: checkpoint_format.Checkpoint, target: Path, note: dict[str, Any]) -> None:
+    aside = target.with_name(f".writing-{target.name}")
+    try:
+        for path in (aside, target):
+            shutil.rmtree(path, ignore_errors=True)
+        aside.mkdir(parents=True)
+        state = open_state(checkpoint)
+        check_room(state, target.parent)
+        report = Reporter(aside / _PROGRESS)
+        if note["form"] == _UNIVERSAL:
+            write_universal(state, aside / checkpoint_format.STATE, report)
+        elif note["form"] == _FORMS[0]:
+            write_stage_zero(state, aside / checkpoint_format.STATE, report)
+        else:
+            write_one_file(state, aside / checkpoint_format.STATE, report)
+        (aside / _PROGRESS).unlink(missing_ok=True)
+        (aside / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+        make_durable(aside)
+        os.rename(aside, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"{target} could not be written ({error}): make room, then run the same again"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_room(state: TrainingState, folder: Path) -> None:
+    """Raise UserError where ``folder`` has no room for weights and moments in float32."""
+    needed = 3 * 4 * sum(math.prod(shape) for shape in state.shapes.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"converting needs {needed / 2**20:,.0f} MiB in {folder}, {free / 2**20:,.0f} MiB are free: "
+            f"make room, then run the same again"
+        )
+
+
+class Reporter:
+    """Prints progress in tenths, and counts in a file that waiting ranks look at."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._written = -math.inf
+        self._tenth = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.path is not None and now - self._written > 1:
+            self.path.write_text(f"{done} of {total}")
+            self._written = now
+        tenth = 10 * done // total
+        if tenth > self._tenth:
+            self._tenth = tenth
+            print(f"  {done} of {total} parameters converted", flush=True)
+
+
+def _wait(target: Path, note: dict[str, Any], timeout_minutes: float) -> None:
+    progress = target.with_name(f".writing-{target.name}") / _PROGRESS
+    seen, since = "", time.monotonic()
+    while not _is_there(target, note):
+        with suppress(OSError):
+            text = progress.read_text()
+            if text != seen:
+                seen, since = text, time.monotonic()
+        if time.monotonic() - since > 60 * timeout_minutes:
+            raise UserError(
+                f"rank 0 has converted nothing into {target} for {timeout_minutes:g} minutes "
+                f"(parallel.timeout_minutes): see its own message"
+            )
+        time.sleep(0.2)

@@ -1,0 +1,347 @@
+"""What a training can be told: the fields of ``dualroute pretrain``, each group checked by itself.
+
+In: YAML and flags, through :mod:`dualroute.cli`.  Next: :mod:`dualroute.training.run` checks them against
+the data, the folder and the machine.  No torch is imported here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dualroute.errors import UserError
+from dualroute.model.config import ModelConfig
+
+
+@dataclass
+class DataConfig:
+    """What is read.
+
+    Args:
+        path: Folder of shards made by ``dualroute prepare``.
+        context: Tokens of one window: the longest distance that training sees.
+        num_workers: Processes that read ahead; 0 reads in the training process.
+        val_tokens: Validate on the first so many tokens of the validation split; null means all.
+        verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
+    """
+
+    path: str = "data/stdlib"
+    context: int = 512
+    num_workers: int = 0
+    val_tokens: int | None = None
+    verify: Literal["size", "sha256"] = "sha256"
+
+
+@dataclass
+class TrainConfig:
+    """How much is trained, and in what portions.
+
+    Args:
+        tokens_per_batch: Tokens of one optimizer step, over all ranks; a multiple of context ×
+            micro_batch × ranks.  Accumulation follows from it.
+        micro_batch: Windows that one rank reads in one forward pass.
+        max_steps: Optimizer steps of the whole run.  Give this or max_tokens.
+        max_tokens: Tokens of the whole run, rounded up to whole steps.
+        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed (fp16 with a loss
+            scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic).
+        z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
+        activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
+            (whole layers), or feed_forward (which keeps most and is quickly done again).
+        recompute_every_layers: Do so in every k-th layer only, the first included.
+        offload_activations: Keep what is kept in the memory of the host (CUDA only).
+        compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
+            of its own and stays as it is.  Needs a C++ compiler on a CPU.
+        quantization_aware: Train with weights rounded as this scheme of ``dualroute quantize`` will round
+            them, so that they are used to it; validation sees them rounded, checkpoints stay float.
+        quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
+        val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
+    """
+
+    tokens_per_batch: int = 16384
+    micro_batch: int = 8
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed"] = "32"
+    z_loss: float = 0.0
+    activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
+    recompute_every_layers: int = 1
+    offload_activations: bool = False
+    compile: bool = False
+    quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
+    quantization_group_size: int = 32
+    val_every_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.max_tokens is not None:
+            raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
+        for name in (
+            "tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps",
+            "recompute_every_layers",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}: it must be at least 1")
+        if self.z_loss < 0:
+            raise UserError(f"train.z_loss is {self.z_loss}: it must be 0 or more")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.max_tokens is not None:
+            return -(-self.max_tokens // self.tokens_per_batch)
+        raise UserError("give train.max_steps or train.max_tokens: how long to train")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) and its learning rate.
+
+    Args:
+        lr: Peak learning rate.
+        betas: Decay of the running means of the gradient and of its square.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices, times the learning rate.
+        decay_embeddings: Decay the token embedding too (and with it a tied output weight).
+        warmup_steps: Optimizer steps of linear warm-up to ``lr``.
+        schedule: cosine falls to the minimum over the whole run; wsd (warm-up, stable, decay) stays at
+            ``lr`` until the last ``decay_fraction`` of the steps; constant stays.
+        min_lr_ratio: Learning rate at the end of the schedule, as a share of ``lr``.
+        decay_fraction: Share of all steps that wsd spends falling.
+        grad_clip: Largest norm of the whole gradient; null never clips.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    min_lr_ratio: float = 0.1
+    decay_fraction: float = 0.2
+    grad_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UserError(f"optim.lr is {self.lr}: it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas is {self.betas}: give two numbers in [0, 1)")
+        for name in ("eps", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.schedule not in ("cosine", "wsd", "constant"):
+            raise UserError(f"optim.schedule is {self.schedule!r}: choose cosine, wsd or constant")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}: it must be in [0, 1]")
+        if not 0 < self.decay_fraction <= 1:
+            raise UserError(f"optim.decay_fraction is {self.decay_fraction}: it must be in (0, 1]")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise UserError(f"optim.grad_clip is {self.grad_clip}: it must be above 0, or null")
+
+
+@dataclass
+class SpikeGuardConfig:
+    """When the step of a bad batch is left out.
+
+    Args:
+        enabled: Watch the loss at all; without it, only what is not a finite number is skipped.
+        window: Recent good steps that define what is usual; no spike is seen before it is full.
+        threshold: Robust standard deviations above the running median that make a spike.
+        patience: Skipped steps in a row after which the run stops.
+        max_rollbacks: How often a run may then go back to a checkpoint and leave out the data of those
+            steps; past that, or at 0, it stops.
+    """
+
+    enabled: bool = True
+    window: int = 128
+    threshold: float = 6.0
+    patience: int = 20
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UserError(f"spike_guard.window is {self.window}: it must be at least 2")
+        if not self.threshold > 0:
+            raise UserError(f"spike_guard.threshold is {self.threshold}: it must be above 0")
+        if self.patience < 1:
+            raise UserError(f"spike_guard.patience is {self.patience}: it must be at least 1")
+        if self.max_rollbacks < 0:
+            raise UserError(f"spike_guard.max_rollbacks is {self.max_rollbacks}: it must be 0 or more")
+
+
+@dataclass
+class CheckpointConfig:
+    """When a checkpoint is written and which ones stay.
+
+    Args:
+        every_steps: Optimizer steps between two checkpoints.  The last step always gets one.
+        keep_last: Newest checkpoints to keep; the best one by validation loss stays besides.
+        verify: On resume, compare the sha256 of every file, not only its size.
+        asynchronous: Copy the state to the memory of the host and write it while training goes on; for one
+            process and DDP.  DeepSpeed writes its partitions itself, and training waits for it.
+    """
+
+    every_steps: int = 100
+    keep_last: int = 2
+    verify: bool = True
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise UserError(f"checkpoint.every_steps is {self.every_steps}: it must be at least 1")
+        if self.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last is {self.keep_last}: keep at least the newest one")
+
+
+@dataclass
+class MonitorConfig:
+    """What is written, and how often.
+
+    Args:
+        log_every_steps: Optimizer steps between two lines of training metrics; the first and the last step
+            always have one.
+        router_statistics_every: Optimizer steps between two readings of the attention's router; 0 never.
+        sample_every_steps: Optimizer steps between two samples of generated text; 0 never.
+        sample_prompts: Beginnings that the samples continue.
+        sample_tokens: New tokens per sample.
+        peak_tflops: Dense bfloat16 peak of one device for the model FLOPs utilisation; null takes it from a
+            table of NVIDIA GPUs and measures a matmul on any other device.
+    """
+
+    log_every_steps: int = 10
+    router_statistics_every: int = 100
+    sample_every_steps: int = 500
+    sample_prompts: list[str] = field(default_factory=lambda: ["Once upon a time", "The"])
+    sample_tokens: int = 100
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("log_every_steps", 1),
+            ("router_statistics_every", 0),
+            ("sample_every_steps", 0),
+            ("sample_tokens", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"monitor.{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise UserError(f"monitor.peak_tflops is {self.peak_tflops}: it must be above 0, or null")
+
+
+@dataclass
+class ParallelConfig:
+    """How the training is spread over processes.
+
+    Args:
+        strategy: ``auto`` (one process: plain; several: DeepSpeed), ``single``, ``ddp`` or ``deepspeed``.
+        zero_stage: what DeepSpeed shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
+            None: what ``deepspeed_config`` says, else 2.
+        offload_optimizer: keep optimizer state and its arithmetic in the memory of the host (ZeRO 1-3).
+        offload_parameters: keep parameters there too (ZeRO 3 only).
+        deepspeed_config: a DeepSpeed configuration, JSON or YAML, merged on top of ours.
+        sequence_parallel: ranks that share each text (Ulysses): the context per rank is data.context divided
+            by it; the heads of each route must be a multiple of it.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+    """
+
+    strategy: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    zero_stage: int | None = None
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    deepspeed_config: str | None = None
+    sequence_parallel: int = 1
+    timeout_minutes: float = 30.0
+
+
+@dataclass
+class WatchdogConfig:
+    """When a training counts as stalled.
+
+    Args:
+        enabled: Watch at all.
+        limit_minutes: Longest time in one phase of a step: reading a batch, forward, backward, the optimizer.
+        start_minutes: The same until the first step is done: rendezvous, loading, compiling.
+        validation_minutes: The same for one batch of a validation, and for what follows the last one.
+        save_minutes: The same while a checkpoint is written.
+        silence_seconds: A rank of another host that has not written its heartbeat for so long, while this
+            rank does not move either, is dead.  One of the same host is seen to be gone at once.
+        poll_seconds: Between two heartbeats.
+        sdc_check_every_steps: Optimizer steps between two checks for silent data corruption, each of which
+            runs a micro-batch twice; 0 never.
+        sdc_action: What a rank that computed two results does: stop the run, or warn.
+    """
+
+    enabled: bool = True
+    limit_minutes: float = 10.0
+    start_minutes: float = 30.0
+    validation_minutes: float = 30.0
+    save_minutes: float = 30.0
+    silence_seconds: float = 45.0
+    poll_seconds: float = 5.0
+    sdc_check_every_steps: int = 0
+    sdc_action: Literal["stop", "warn"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("limit_minutes", "start_minutes", "validation_minutes", "save_minutes"),
+            *("silence_seconds", "poll_seconds"),
+        ):
+            if not getattr(self, name) > 0:
+                raise UserError(
+                    f"watchdog.{name} is {getattr(self, name)}: it must be above 0 "
+                    f"(watchdog.enabled false turns all of it off)"
+                )
+        if self.sdc_check_every_steps < 0:
+            raise UserError(f"watchdog.sdc_check_every_steps is {self.sdc_check_every_steps}: 0 means never")
+        if self.silence_seconds < 3 * self.poll_seconds:
+            raise UserError(
+                f"watchdog.silence_seconds {self.silence_seconds:g} is less than three times "
+                f"watchdog.poll_seconds {self.poll_seconds:g}: a heartbeat that is late once would be a death"
+            )
+
+    def limit(self, phase: str, first_step_done: bool) -> float:
+        """Seconds that ``phase`` may last."""
+        minutes = {"validation": self.validation_minutes, "save": self.save_minutes}.get(
+            phase, self.limit_minutes
+        )
+        return 60 * (minutes if first_step_done else max(minutes, self.start_minutes))
+
+
+@dataclass
+class PretrainConfig:
+    """Pretrain a model on prepared shards.
+
+    Args:
+        output: Run folder; everything the run writes lies there.
+        seed: Seed of the initial weights and of the data's order.
+        resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
+            (refused where that would overwrite checkpoints), a path continues from that checkpoint.
+        init_from: Checkpoint or run folder whose weights the run begins with, at step 0 and with a new
+            optimizer; model is then its model, but for what is given here (say, another window).
+        model: Shape of the model; also a file: --model configs/model/5m.yaml.
+        data: What is read.
+        train: How much is trained, and in what portions.
+        optim: Optimizer and learning rate.
+        spike_guard: When the step of a bad batch is left out.
+        checkpoint: When checkpoints are written and which ones stay.
+        monitor: What is logged.
+        parallel: How ranks share the work.
+        watchdog: When a training that stands still is ended.
+    """
+
+    output: str = "runs/pretrain"
+    seed: int = 0
+    resume: str = "auto"
+    init_from: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

@@ -1,0 +1,1 @@
+"""What a run tells about itself: TensorBoard, metrics.jsonl, the terminal."""

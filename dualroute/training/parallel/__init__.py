@@ -1,0 +1,1 @@
+"""Who this rank is and how ranks share the work."""

@@ -1,0 +1,253 @@
+"""From "this many processes, this ZeRO stage" to the Lightning strategy that trains so.
+
+- In: a :class:`~dualroute.training.parallel.deepspeed_config.ParallelConfig` and the
+  :class:`~dualroute.training.parallel.environment.World` of this process.
+- Here: :func:`build_strategy` chooses one plain process, DDP or DeepSpeed;
+  :class:`DualRouteDeepSpeedStrategy` is Lightning's DeepSpeed strategy, also on a CPU.
+- Next: the Trainer gets the strategy; ``training/step/step_guard.py`` looks at each step before it is taken.
+
+Stock Lightning divides the loss by the accumulation and DeepSpeed divides it again, so
+with N micro-batches all gradients are N times too small.  Adam hides it; clipping, the gradient norm and SGD
+do not.  Here DeepSpeed is asked not to divide.
+
+DeepSpeed is imported when a strategy is built, not when this module is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+
+from dualroute.errors import UserError
+from dualroute.training.config import ParallelConfig
+from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
+from dualroute.training.parallel.environment import DualRouteEnvironment, World
+from dualroute.training.parallel.sequence import SharedSequences
+
+__all__ = ["DualRouteDeepSpeedStrategy", "OneProcessStrategy", "ParallelConfig", "build_strategy"]
+
+
+def build_strategy(
+    config: ParallelConfig,
+    world: World,
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+    gradient_clip: float | None = None,
+    precision: str = "32-true",
+    accelerator: str = "auto",
+) -> Strategy:
+    """The ``strategy`` argument of the Trainer, with the cluster environment inside (so give it no plugin).
+
+    Give the Trainer also ``devices=world.local_world_size, num_nodes=world.num_nodes`` and the same
+    ``accumulate_grad_batches``, ``gradient_clip_val``, ``precision`` and ``accelerator`` as here.  Raises
+    UserError for contradictions and for a missing DeepSpeed.
+    """
+    name = config.strategy
+    if name == "auto":
+        name = "single" if world.world_size == 1 else "deepspeed"
+    if name not in ("single", "ddp", "deepspeed"):
+        raise UserError(f"strategy={config.strategy!r} is unknown: use auto, single, ddp or deepspeed")
+    if name == "single" and world.world_size > 1:
+        raise UserError(
+            f"strategy=single, but {world.launcher} started {world.world_size} processes: "
+            "use strategy=auto, or start one process"
+        )
+    if name != "deepspeed":
+        _refuse_zero_without_deepspeed(config, name)
+        if name == "single":
+            return OneProcessStrategy(world, accelerator)
+        ddp = DualRouteDDPStrategy(
+            cluster_environment=DualRouteEnvironment(world), timeout=timedelta(minutes=config.timeout_minutes)
+        )
+        ddp.sequence_ranks = config.sequence_parallel
+        return ddp
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    deepspeed = DualRouteDeepSpeedStrategy(
+        deepspeed_config(
+            config,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            gradient_clip=gradient_clip,
+            precision=precision,
+            on_cpu=on_cpu,
+        ),
+        world,
+        on_cpu=on_cpu,
+        timeout=timedelta(minutes=config.timeout_minutes),
+    )
+    deepspeed.sequence_ranks = config.sequence_parallel
+    return deepspeed
+
+
+class OneProcessStrategy(SingleDeviceStrategy):
+    """Lightning's strategy for one device, with our environment instead of one that Lightning would guess.
+
+    Inside a Slurm allocation it would guess that `srun` was forgotten, and install a pre-emption handler.
+    """
+
+    def __init__(self, world: World, accelerator: str = "auto") -> None:
+        super().__init__(device=_one_device(accelerator))
+        self.cluster_environment = DualRouteEnvironment(world)
+
+
+def _one_device(accelerator: str) -> torch.device:
+    # Apple's GPUs are never chosen: they have no float64, in which losses are summed
+    on_cuda = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if on_cuda else torch.device("cpu")
+
+
+class DualRouteDDPStrategy(SharedSequences, DDPStrategy):
+    """Lightning's DDP; ranks may share texts."""
+
+
+class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy, as it is on CUDA and made possible on a CPU.
+
+    Args:
+        config: from :func:`deepspeed_config`.
+        world: from :func:`~dualroute.training.parallel.environment.detect_world`.
+        on_cpu: train on the CPU (backend gloo) even if a GPU is there.
+        timeout: of collectives.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or libaio for parameters on NVMe.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        world: World,
+        *,
+        on_cpu: bool,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        if find_spec("deepspeed") is None:
+            raise UserError("this needs DeepSpeed: pip install 'dualroute[deepspeed]'")
+        if on_cpu:
+            # DeepSpeed chooses its accelerator once, while it is imported.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            os.environ["LOCAL_SIZE"] = str(world.local_world_size)
+        super().__init__(
+            config=dict(config),
+            cluster_environment=DualRouteEnvironment(world),
+            process_group_backend="gloo" if on_cpu else None,
+            timeout=timeout,
+        )
+        if on_cpu:
+            _do_not_compile_shared_memory_op()
+        if uses_nvme(config["zero_optimization"]):
+            _check_libaio()
+
+    @property
+    def root_device(self) -> torch.device:
+        if self._on_cuda or self.parallel_devices is None:
+            return super().root_device
+        return torch.device("cpu", 0)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return isinstance(self.accelerator, CUDAAccelerator)
+
+    def setup_environment(self) -> None:
+        """Upstream on CUDA.  On a CPU: numbered devices, then the step of DDP, which asks for no CUDA."""
+        if self._on_cuda:
+            super().setup_environment()
+            return
+        # Three places upstream want a device index; every process sees one CPU.
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or [None]))]
+        DDPStrategy.setup_environment(self)
+
+    def expect_universal_checkpoint(self) -> None:
+        """What :meth:`load_checkpoint` will be given is a universal checkpoint; call it before ``fit``."""
+        assert isinstance(self.config, dict)
+        self.config["checkpoint"] = {**self.config.get("checkpoint", {}), "load_universal": True}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        assert isinstance(self.config, dict)
+        if self.config.get("checkpoint", {}).get("load_universal"):
+            folder = Path(checkpoint_path) / "checkpoint"
+            self._mend_universal_state(folder / "zero" / "optimizer_state.pt")
+        return state
+
+    def _mend_universal_state(self, path: Path) -> None:
+        """At stage 3 DeepSpeed gives all groups the settings of the first, so norms would decay too.
+
+        It also gives all of them one tensor as their count of steps, which each then raises by one.
+        """
+        saved = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+        optimizer = self.deepspeed_engine.optimizer.optimizer
+        for group, settings in zip(optimizer.param_groups, saved, strict=True):
+            group.update(settings)
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Lightning has divided the loss by the accumulation already; DeepSpeed must not do it again."""
+        return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})
+
+    def _setup_model_and_optimizer(
+        self, model: Any, optimizer: Any, lr_scheduler: Any = None
+    ) -> tuple[Any, Any]:
+        """At stage 0 with fp32 parameters we clip, just before the step.
+
+        DeepSpeed's own clipping fails there on a step that is skipped, which has no gradients (see
+        ``step_guard.py``).  All ranks hold the whole, reduced gradient, so clipping needs no communication.
+        """
+        assert isinstance(self.config, dict)
+        clip = float(self.config.get("gradient_clipping", 0.0))
+        plain = self.config["zero_optimization"]["stage"] == 0 and not any(
+            self.config.get(name, {}).get("enabled") for name in ("bf16", "fp16")
+        )
+        if plain:
+            self.config["gradient_clipping"] = 0.0
+        engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        if plain and clip > 0:
+
+            def clip_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+
+            wrapped.register_step_pre_hook(clip_gradients)
+        return engine, wrapped
+
+
+def _do_not_compile_shared_memory_op() -> None:
+    """Spares the first run on a CPU about 50 seconds of g++ for an op that only inference uses.
+
+    DeepSpeed builds ``deepspeed_shm_comm`` whenever its torch backend starts on a CPU, unless its own table
+    of compatible ops says no; the table is documented to keep edits.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_libaio() -> None:
+    """DeepSpeed's own message names neither the library nor the package."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "offload_param.device nvme needs libaio and its headers: apt-get install libaio-dev (elsewhere "
+            "libaio-devel)"
+        )
+
+
+def _refuse_zero_without_deepspeed(config: ParallelConfig, name: str) -> None:
+    for key in ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"):
+        value = getattr(config, key)
+        # With auto, a run file written for many ranks may be tried on one, which needs no sharding.
+        if value and config.strategy != "auto":
+            raise UserError(
+                f"{key}={value} has no meaning with strategy={name}: use strategy=deepspeed, or remove it"
+            )

@@ -1,0 +1,1 @@
+"""What happens between two optimizer steps: module, losses, optimizer, guards."""

@@ -1,0 +1,249 @@
+"""Pretraining: one LightningModule from a batch of windows to a step of the optimizer.
+
+In: batches of :mod:`dualroute.data.module`.  Here: the model's hidden states go through the chunked loss,
+divided by the number of targets of the *whole* global batch, so that the gradient is the same however the
+batch was divided over ranks and micro-batches.  Out: gradients for the strategy to step with, and
+``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitoring.monitor`.
+
+The learning rate has no scheduler object.  It is a pure function of the step, written
+into the optimizer before each one, so there is no state to save and nothing to drift on resume.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from dualroute.data.module import ShardDataModule
+from dualroute.data.reader import IGNORE_INDEX
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
+from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
+from dualroute.training.parallel.sequence import new_sequence_group
+from dualroute.training.step.losses import chunked_cross_entropy
+from dualroute.training.step.optim import build_optimizer, lr_at, parameter_groups
+from dualroute.training.step.spike_guard import SpikeGuard
+from dualroute.training.step.step_guard import StepGuard, StepOutcome
+
+
+class Pretrain(LightningModule):
+    """Next-token training of a :class:`DualRoutingTransformer`.
+
+    Args:
+        model: The model to train.
+        optim: Optimizer and learning-rate schedule.
+        train: Batch arithmetic and loss.
+        tokenizer: For samples during training.
+        targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.
+        spike_guard: When a step is skipped.
+
+    Attributes:
+        step_metrics: Figures of the step that was just finished, equal on all ranks.
+        validation_metrics: Figures of the last validation, equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        model: DualRoutingTransformer,
+        optim: OptimConfig,
+        train: TrainConfig,
+        tokenizer: Tokenizer,
+        targets_per_byte: dict[str, float],
+        spike_guard: SpikeGuardConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optim_config = optim
+        self.train_config = train
+        self.tokenizer = tokenizer
+        self.targets_per_byte = targets_per_byte
+        self.spike_guard = SpikeGuard(spike_guard)
+        self.step_metrics: dict[str, float] = {}
+        self.validation_metrics: dict[str, float] = {}
+        self.step_guard = StepGuard()
+        self._start_step()
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far, skipped ones included."""
+        return self.trainer.global_step
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far, over all ranks."""
+        return self.steps_done * self.train_config.tokens_per_batch
+
+    #: (number, position in the data) of the first step of those that were skipped without a good one since
+    skipped_since: tuple[int, int] | None = None
+
+    def _start_step(self) -> None:
+        self._micro_steps = 0
+        self._figures: dict[str, Tensor] = {}  # of this rank in this step
+        self._outcome: StepOutcome | None = None
+
+    def setup(self, stage: str) -> None:
+        self.model.set_sequence_group(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
+
+    @property
+    def trained(self) -> nn.Module:
+        """All that the optimizer steps; of it only ``model`` is published."""
+        return self.model
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.trained, self.optim_config)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the optimizer step number ``step`` (the first is 0)."""
+        return lr_at(step, self.train_config.total_steps, self.optim_config)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
+        if self.trainer.should_stop:
+            return -1  # Lightning's sign to leave the loop before this batch
+        if self._micro_steps == 0:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.learning_rate(self.trainer.global_step)
+        return None
+
+    def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Any:
+        hidden = self.model.hidden_states(
+            batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
+        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss)
+        return self.model.head(hidden.flatten(0, 1), loss)
+
+    @property
+    def at_first_micro_batch(self) -> bool:
+        """No micro-batch of the step that comes has been run yet."""
+        return self._micro_steps == 0
+
+    def micro_batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of one micro-batch; leaves no trace in what is recorded of the step."""
+        total: Tensor = self._loss_sums(batch, self.train_config.z_loss).total
+        return total
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        sums = self._loss_sums(batch, self.train_config.z_loss)
+        # trainer and strategy average over micro-batches and ranks; what is wanted is the sum over all of
+        # them divided by the targets of the whole global batch
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = parts / max(int(batch["num_targets"]), 1)
+        self.step_guard.record(sums.loss_sum * scale)
+        for name, value in self.figures(sums).items():
+            value = value * scale / self.trainer.accumulate_grad_batches
+            self._figures[name] = self._figures[name] + value if name in self._figures else value
+        self._micro_steps += 1
+        return sums.total * scale
+
+    def figures(self, sums: Any) -> dict[str, Tensor]:
+        """Sums over tokens whose means are reported beside the loss, by name."""
+        return {"z_loss": sums.z_sum} if self.train_config.z_loss else {}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        outcome = self.step_guard.check(self.trainer, self.spike_guard.should_skip)
+        if outcome is None:
+            return
+        self._outcome = outcome
+        if not outcome.skipped:
+            self.skipped_since = None
+        elif self.skipped_since is None:
+            position = self.trainer.datamodule.samples_consumed  # type: ignore[attr-defined]
+            self.skipped_since = self.trainer.global_step + 1, position
+        if outcome.skipped:
+            rank_zero_warn(f"step {self.trainer.global_step + 1} is skipped: {self.spike_guard.reason}")
+
+    def finish_step(self) -> None:
+        """Account for the optimizer step that was just taken (or skipped)."""
+        assert self._outcome is not None
+        self.trainer.datamodule.advance()  # type: ignore[attr-defined]
+        self.step_metrics = {
+            "loss": self._outcome.loss,
+            "grad_norm": self._outcome.grad_norm,
+            "lr": self.learning_rate(self.trainer.global_step - 1),
+            "bits_per_byte": self.bits_per_byte(self._outcome.loss, "train"),
+            "tokens": self.tokens_seen,
+            "tokens_in_step": self.train_config.tokens_per_batch,
+            "skipped_steps": self.spike_guard.skipped,
+            "skipped": float(self._outcome.skipped),
+        }
+        for name, value in self._figures.items():
+            self.step_metrics[name] = float(self.trainer.strategy.reduce(value, reduce_op="mean"))
+        self._start_step()
+
+    def bits_per_byte(self, loss: float, split: str) -> float:
+        """Nats per target → bits per byte of the text of that split."""
+        return loss * self.targets_per_byte[split] / math.log(2)
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        sums = self._loss_sums(batch)
+        self._val_sums += torch.stack([sums.loss_sum.double(), sums.count.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        nll, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
+        loss = nll / max(count, 1)
+        self.validation_metrics = {"loss": loss, "bits_per_byte": self.bits_per_byte(loss, "val")}
+
+    def generate_sample(self, prompt: str, max_new_tokens: int, seed: int) -> str:
+        """A continuation of ``prompt`` by the model as it stands."""
+        ids = self.tokenizer.encode(prompt, bos=True)
+        room = self.model.config.max_context - len(ids)
+        sampling = SamplingConfig(max_new_tokens=max(1, min(max_new_tokens, room)), seed=seed)
+        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_id))
+        return self.tokenizer.decode(ids + [token for token in new if token != self.tokenizer.eos_id])
+
+    # ------------------------------------------------------------------ state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spike_guard"] = self.spike_guard.state_dict()
+        config = self.optim_config
+        groups = parameter_groups(self.trained, config.weight_decay, decay_embeddings=config.decay_embeddings)
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        # by these names a state can be cut up otherwise (see training/checkpointing/state_reader.py)
+        checkpoint["parameter_names"] = [[names[id(p)] for p in group["params"]] for group in groups]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        missing = {"spike_guard", ShardDataModule.__qualname__} - checkpoint.keys()
+        if missing:  # Lightning would go on without, from the first sample
+            raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
+        self.spike_guard.load_state_dict(checkpoint["spike_guard"])
+        self._count_micro_batches(checkpoint)
+
+    def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:
+        """Put Lightning's count of micro-batches right; by it Lightning finds the end of a step.
+
+        With other ranks, or another micro-batch, the steps so far would have had another number of them.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        ready = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            unfinished = (
+                counts["ready"] - counts["completed"]
+            )  # 1 where it was saved inside a batch's last hook
+            counts.update(ready=ready, started=ready, processed=ready, completed=ready - unfinished)
+
+
+class StepBoundary(Callback):
+    """Finishes a step before any other callback looks at it; must stand first in the Trainer's list."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Pretrain)
+        if pl_module._micro_steps == trainer.accumulate_grad_batches:
+            pl_module.finish_step()
+            if trainer.global_step >= trainer.max_steps:
+                trainer.should_stop = (
+                    True  # makes Lightning validate after the last step, whatever its number
+                )

@@ -1,0 +1,94 @@
+"""What turns gradients into a step: parameter groups, AdamW, and the learning rate's course.
+
+The LightningModule's ``configure_optimizers`` calls :func:`build_optimizer`; before each step it writes
+:func:`lr_at` into the optimizer.
+
+Under ZeRO-3 a parameter's own shape is empty, its real one stands in ``ds_shape``.
+Whoever decides by ``param.ndim`` what is decayed would then decay nothing at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from dualroute.errors import UserError
+from dualroute.training.config import OptimConfig
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False
+) -> list[dict[str, Any]]:
+    """The trainable parameters of ``model``, those with and those without weight decay.
+
+    Matrices decay; norms and biases (anything with fewer than two axes) do not, nor do the attention's gates
+    (parameters named ``gate…``), nor embeddings unless asked.  A tied output weight is the embedding, and
+    counted once.
+
+    Returns:
+        One or two AdamW groups (an empty one is left out), in the order of ``model.parameters()``.
+
+    Raises:
+        ValueError: Nothing in ``model`` is trainable.
+    """
+    embeddings = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        axes = len(getattr(parameter, "ds_shape", parameter.shape))
+        is_gate = name.rpartition(".")[2].startswith("gate")  # not the weight of a layer called gate
+        decays = axes >= 2 and not is_gate and (decay_embeddings or id(parameter) not in embeddings)
+        (decayed if decays else kept).append(parameter)
+    if not decayed and not kept:
+        raise ValueError("the model has no trainable parameter: unfreeze some before building the optimizer")
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool = False) -> torch.optim.Optimizer:
+    """AdamW over :func:`parameter_groups`.
+
+    Args:
+        model: Already on its device, or partitioned by ZeRO-3.
+        config: Peak learning rate, betas, eps, weight decay.
+        offload: Use DeepSpeed's CPU Adam, for optimizer states that ZeRO keeps in the host's memory.
+
+    Raises:
+        UserError: ``offload`` without DeepSpeed installed.
+    """
+    groups = parameter_groups(model, config.weight_decay, decay_embeddings=config.decay_embeddings)
+    if not offload:
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    except ImportError as error:
+        raise UserError(
+            "optimizer offload needs DeepSpeed, which is not installed: pip install 'dualroute[deepspeed]'"
+        ) from error
+    return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
+
+
+def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of the optimizer step that follows ``step`` finished ones.
+
+    Linear warm-up reaches ``lr`` at its last step.  ``min_lr_ratio`` is reached when all ``total_steps``
+    are finished, so that the last step still moves even at a ratio of 0.  wsd falls by 1 − √progress
+    (Hägele et al. 2024, https://arxiv.org/abs/2405.18392).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    begin = config.warmup_steps
+    if config.schedule == "wsd":
+        begin = max(begin, total_steps - max(1, round(config.decay_fraction * total_steps)))
+    progress = min(max((step - begin) / max(total_steps - begin, 1), 0.0), 1.0)
+    shape = 1 - math.sqrt(progress) if config.schedule == "wsd" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -1,0 +1,101 @@
+"""A teacher whose layers are divided among ranks: by itself, and at work beside every kind of student."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dualroute.distillation.teacher import Teacher
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from tests.conftest import ROOT
+from tests.distillation.test_run import EVERYTHING, FEW, Plain, arguments, close, distil, figures, teacher
+from tests.training.parallel.test_distributed import free_port, run_script, torchrun
+from tests.training.step.test_module import curve, environment
+
+__all__ = ["distil", "teacher"]  # fixtures
+
+SHARDED = ("--distill.teacher_sharded", "true")
+STUDENTS = {
+    "ddp": "--parallel.strategy ddp",
+    "zero3": "--parallel.strategy deepspeed --parallel.zero_stage 3",
+    "shared_texts": "--parallel.strategy deepspeed --parallel.zero_stage 1 --parallel.sequence_parallel 2",
+}
+HALF = 3
+#: a student of the teacher's shape, for heads are compared too; some texts are its own
+INSIDE = (
+    *"--model.dim 32 --model.num_layers 2 --optim.lr 0.003 --optim.warmup_steps 2".split(),
+    *"--distill.hidden_weight 0.1 --distill.attention_weight 0.1".split(),
+    *EVERYTHING[-6:],
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_holds_its_share_and_says_what_a_whole_teacher_says(ranks):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += ["--master_port", free_port(), "tests/distillation/teacher_ranks.py"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_one_process_keeps_it_whole(distil):
+    whole, kept = distil(steps=FEW), distil(*SHARDED, "--distill.teacher_offload", "true", steps=FEW)
+    assert curve(kept) == curve(whole)
+    made = Teacher(
+        DualRoutingTransformer(ModelConfig(vocab_size=50, dim=16, num_layers=1, num_heads=2)), sharded=True
+    )
+    made.shard()
+    assert all(type(p) is torch.nn.Parameter for p in made.model.parameters())
+
+
+def test_a_teacher_without_layers_is_refused():
+    with pytest.raises(UserError, match=r"teacher_sharded divides layers, and this teacher has no list"):
+        Teacher(Plain(), sharded=True)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_dataset, teacher, tmp_path_factory):
+    """By student: the run with a whole teacher, that with a divided one, which stopped and went on."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("two ranks")
+    runs = {name: (folder / name / "whole", folder / name / "divided") for name in STUDENTS}
+    legs = []
+    for name, parallel in STUDENTS.items():
+        whole, divided = runs[name]
+        for output, more, steps in (
+            (whole, (), FEW),
+            (divided, SHARDED, HALF),
+            (divided, (*SHARDED, "--resume", divided / "checkpoints" / f"step-{HALF:08d}"), FEW),
+        ):
+            settings = (*INSIDE, *parallel.split(), *more)
+            legs.append(arguments(tiny_dataset, teacher, output, *settings, steps=steps)[1:])
+    (folder / "runs.json").write_text(json.dumps(legs))
+    printed = run_script(torchrun(), "tests/distillation/distil_runs.py", [str(folder / "runs.json")])
+    return runs, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", STUDENTS)
+def test_students_learn_the_same_from_it_and_resume(two_ranks, student):
+    whole, divided = two_ranks[0][student]
+    assert curve(divided).keys() == curve(whole).keys() == set(range(1, FEW + 1))
+    assert close(curve(divided), curve(whole)) <= 1e-6
+    for name in ("divergence", "hidden_loss", "attention_loss"):
+        theirs = figures(whole, f"train/{name}")
+        assert figures(divided, f"train/{name}") == pytest.approx(theirs, abs=1e-6)
+    for name in ("loss", "divergence"):
+        first, *_, last = figures(divided, f"val/{name}", "validation")
+        assert [first, last] == pytest.approx(figures(whole, f"val/{name}", "validation"), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_it_is_divided_in_these_runs_and_only_there(two_ranks):
+    told = re.findall(r"rank (\d) of run (\d+): (\d+) -> (\d+) bytes", two_ranks[1])
+    assert len(told) == 2 * 3 * len(STUDENTS)
+    for _, number, before, after in told:
+        ratio = int(after) / int(before)
+        assert ratio == 1 if int(number) % 3 == 0 else 0.5 <= ratio < 0.51

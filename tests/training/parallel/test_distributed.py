@@ -1,0 +1,113 @@
+"""The stage on two real ranks, under the launchers that people use, against one process."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from tests.conftest import ROOT
+from tests.training.step.test_module import SMALL, curve, environment, train
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+# A stable run: near the largest learning rate that works, one step can amplify rounding tenfold.
+STABLE = ("--monitor.sample_every_steps", "20", "--optim.lr", "0.003")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def deepspeed(ranks=2):
+    return ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", free_port()]
+
+
+def torchrun():
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+
+
+def launch(launcher, dataset, output, steps, *more, expect=0):
+    run = ["--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps)]
+    return run_script(launcher, "launch/pretrain.py", [*SMALL, *STABLE, *run, *more], expect=expect)
+
+
+def run_script(launcher, script, words, *, expect=0):
+    """What a script prints that ``launcher`` starts on its ranks."""
+    process = subprocess.Popen(
+        [sys.executable, *launcher, script, *words],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=280)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, whatever happened
+    assert process.returncode == expect, text[-3000:]
+    return text
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dataset, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train(tiny_dataset, output, STEPS, *STABLE)
+    return output
+
+
+def assert_same_losses(output, reference):
+    for event in ("train", "validation"):
+        theirs, ours = curve(output, event), curve(reference, event)
+        assert theirs.keys() == ours.keys()
+        assert max(abs(theirs[s] - ours[s]) for s in ours) <= 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_path, stage):
+    output = tmp_path / "run"
+    launch(deepspeed(), tiny_dataset, output, STEPS, "--parallel.zero_stage", str(stage))
+    assert_same_losses(output, alone)
+    # what was sharded is whole again in the published weights
+    ours, theirs = load_model(find_checkpoint(alone)), load_model(find_checkpoint(output))
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3), (4, 2)])
+def test_ranks_that_share_texts_train_as_one_process_does(alone, tiny_dataset, tmp_path, ranks, stage):
+    output = tmp_path / "run"
+    more = ("--parallel.zero_stage", str(stage), "--parallel.sequence_parallel", "2")
+    launch(deepspeed(ranks), tiny_dataset, output, STEPS, *more)
+    assert_same_losses(output, alone)
+
+
+def test_two_ranks_stop_and_resume_exactly(alone, tiny_dataset, tmp_path):
+    output = tmp_path / "run"
+    # the schedule is that of 40 steps; a kill cannot be placed exactly, so later checkpoints are taken away
+    launch(torchrun(), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
+    whole = curve(output)
+    for step in (20, 24, 28, 32, 36, 40):
+        subprocess.run(["rm", "-r", str(output / "checkpoints" / f"step-{step:08d}")], check=True)
+    text = launch(torchrun(), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
+    assert "step 16 of 40" in text
+    assert curve(output) == whole
+    assert_same_losses(output, alone)
+
+
+def test_a_taken_port_is_named(tiny_dataset, tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
+        text = launch(launcher, tiny_dataset, tmp_path / "run", 8, expect=2)
+    assert f"port {port}" in text
+    assert not (tmp_path / "run" / "checkpoints").exists()

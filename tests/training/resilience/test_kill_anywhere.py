@@ -1,0 +1,41 @@
+"""Deaths of a run, some of them aimed at a checkpoint in the making; the script does more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.resilience.kill_anywhere import MOMENTS, campaign, compare
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_anywhere_the_run_is_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
+    kills, problems = campaign(tiny_dataset, tmp_path, times=3, steps=40)
+    assert [kill.moment for kill in kills] == list(MOMENTS)
+    assert kills[MOMENTS.index("save")].half_written
+    assert problems == []
+    # the comparison sees a difference: a run whose losses and weights are others
+    (tmp_path / "killed" / "metrics.jsonl").write_text(
+        (tmp_path / "unbroken" / "metrics.jsonl").read_text().replace('"train/loss": ', '"train/loss": 1')
+    )
+    assert compare(tmp_path / "killed", tmp_path / "unbroken") != []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_killed_while_a_thread_writes_the_checkpoint(tiny_dataset: Path, tmp_path: Path) -> None:
+    """DDP on two ranks: the half-written one is passed over, and the run is the same to the last bit."""
+    kills, problems = campaign(
+        tiny_dataset,
+        tmp_path,
+        times=1,
+        steps=16,
+        ranks=2,
+        strategy="ddp",
+        more=("--checkpoint.asynchronous", "true"),
+        moments=("save",),
+    )
+    assert [kill.half_written for kill in kills] == [True]
+    assert problems == []

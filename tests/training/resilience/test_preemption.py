@@ -1,0 +1,135 @@
+"""A run that is signalled at any moment saves, says so by its exit status, and continues as if unbroken."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dualroute.model.checkpoint_format import list_checkpoints
+from dualroute.training.resilience.preemption import PREEMPTED
+from tests.conftest import ROOT
+from tests.training.step.test_module import command, curve, environment, train, wait_for_step
+
+STEPS = 24  # validated every 7 steps, saved every 4
+SCRIPT = str(Path(__file__).with_name("signalled_run.py"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_dataset, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    train(tiny_dataset, output, STEPS)
+    return output
+
+
+def start(line, **more):
+    return subprocess.Popen(
+        line, cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT), **more},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process, expect):
+    try:
+        text, _ = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a launcher's ranks too
+    assert process.returncode == expect, text[-3000:]
+    return text
+
+
+def newest(output):
+    return max((c.step for c in list_checkpoints(output / "checkpoints")), default=0)
+
+
+def assert_same_curves(output, reference):
+    assert curve(output) == curve(reference)
+    assert curve(output, "validation") == curve(reference, "validation")
+
+
+@pytest.mark.slow
+def test_stopped_again_and_again_it_continues_exactly(unbroken, tiny_dataset, tmp_path):
+    output = tmp_path / "run"
+    line = command(tiny_dataset, output, STEPS)
+    # as the sbatch template does it: what comes before Python can handle a signal is kept
+    blocked = ["env", "--block-signal=USR1,TERM", *line]
+
+    process = start(blocked)
+    wait_until_blocked(process)
+    process.send_signal(signal.SIGUSR1)
+    assert f"SIGUSR1: stopped after step 0 of {STEPS}" in finish(process, PREEMPTED)
+    assert newest(output) == 0
+
+    process = start(line)
+    wait_for_step(process, output / "metrics.jsonl", 2)
+    process.send_signal(signal.SIGTERM)
+    text = finish(process, PREEMPTED)
+    saved = newest(output)
+    assert f"SIGTERM: stopped after step {saved} of {STEPS}; the same command continues" in text
+    assert 2 <= saved < STEPS
+    assert max(curve(output)) == saved  # nothing was trained that was not saved
+
+    process = start(blocked)  # a resumed start that does not come to a step
+    wait_until_blocked(process)
+    process.send_signal(signal.SIGTERM)
+    assert f"SIGTERM: stopped after step {saved} of {STEPS}" in finish(process, PREEMPTED)
+    assert newest(output) == saved
+
+    finish(start(line), 0)
+    assert_same_curves(output, unbroken)
+
+
+def wait_until_blocked(process):
+    """Until the process has both signals blocked, which Python's main does not have any more."""
+    mask = 0
+    while not (mask >> (signal.SIGUSR1 - 1)) & (mask >> (signal.SIGTERM - 1)) & 1:
+        with open(f"/proc/{process.pid}/status") as status:
+            mask = int(re.search(r"SigBlk:\s*(\w+)", status.read())[1], 16)
+
+
+def signalled(dataset, output, signals, *launcher):
+    """Of each run: its place, exit status and the step after which it stopped, None where it did not."""
+    line = [sys.executable, *launcher, SCRIPT, *command(dataset, output, STEPS)[4:]]
+    text = finish(start(line, SIGNALS=",".join(signals)), 0)
+    outcome = []
+    for place, said, status in re.findall(r"^run ([\w-]+)$(.*?)^status (\d+)$", text, re.S | re.M):
+        stopped = re.search(rf"SIGUSR1: stopped after step (\d+) of {STEPS}", said)
+        outcome.append((place, int(status), int(stopped[1]) if stopped else None))
+    return outcome
+
+
+@pytest.mark.slow
+def test_every_moment_of_a_step_has_its_stop(unbroken, tiny_dataset, tmp_path):
+    signals = ["micro-batch:2:all", "optimizer:6:all", "save:12:all", "validation:14:all", "end:24:all"]
+    assert signalled(tiny_dataset, tmp_path / "run", signals) == [
+        ("micro-batch", PREEMPTED, 3),
+        ("optimizer", PREEMPTED, 7),  # a step that is validated: its validation is not left out
+        ("save", PREEMPTED, 12),  # a periodic save, and not a second one
+        ("validation", PREEMPTED, 14),
+        ("end", 0, None),  # all steps are done: nothing to stop
+    ]
+    assert_same_curves(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow
+def test_one_signalled_rank_of_two_stops_both_at_the_same_step(tiny_dataset, tmp_path):
+    pytest.importorskip("deepspeed")
+    from tests.training.parallel.test_distributed import free_port
+
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
+    whole = signalled(tiny_dataset, tmp_path / "whole", ["nowhere:0:0"], *torchrun)
+    assert whole == [("nowhere", 0, None)]
+    signals = ["micro-batch:2:1", "save:8:0", "validation:14:1", "validation:24:1"]
+    outcome = signalled(tiny_dataset, tmp_path / "run", signals, *torchrun)
+    assert outcome == [
+        ("micro-batch", PREEMPTED, 3),
+        ("save", PREEMPTED, 8),
+        ("validation", PREEMPTED, 14),
+        ("validation", 0, None),  # the last one
+    ]
+    assert_same_curves(tmp_path / "run", tmp_path / "whole")
