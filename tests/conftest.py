@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["tests.budget"]
+#: Folders whose files share something costly: with several workers, one of them runs all of it.
+ONE_WORKER = ("tests/training/checkpointing", "tests/slurm", "tests/attention/triton_kernels")
 WORDS = [
     "the", "old", "red", "small", "river", "stone", "bird", "house", "sees", "finds", "leaves", "under",
     "over", "with", "a", "green", "hill", "and", "then", "sleeps",
@@ -60,3 +63,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist (set DUALROUTE_DATA)")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (pytest -n 2 --dist loadgroup) a file's tests stay together, for its fixtures."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        group = next((folder for folder in ONE_WORKER if file.startswith(folder)), file)
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -18,7 +18,6 @@ widen the weights for good.
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dualroute import compat
 from dualroute.attention import DualRouting
 from dualroute.attention.cache import LayerCache
 from dualroute.attention.cpu_kernels import C_FUNCTIONS
@@ -197,6 +197,7 @@ def _compiled(step: DecodeStep, *arguments: Any) -> tuple[Tensor, Callable[..., 
     The compiler holds on to its back end for good: nothing that this one refers to is left in it.
     """
     program: list[Any] = []
+    compile_fx, _, _ = compat.inductor()
     inputs: list[Any] = []
 
     def innermost(graph: torch.fx.GraphModule, examples: Sequence[Any], **options: Any) -> Any:
@@ -210,8 +211,6 @@ def _compiled(step: DecodeStep, *arguments: Any) -> tuple[Tensor, Callable[..., 
 
     def back_end(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
         return compile_fx.compile_fx(graph, examples, inner_compile=innermost)
-
-    from torch._inductor import compile_fx
 
     with freezing():
         logits = torch.compile(step, backend=back_end, fullgraph=True, dynamic=False)(*arguments)
@@ -228,11 +227,8 @@ def freezing() -> Iterator[None]:
     Set around the call that compiles: torch reads it while it traces, where ``torch.compile``'s own options
     have no effect yet.
     """
-    logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own use of it
-    import torch._dynamo.config as dynamo
-    import torch._inductor.config as inductor
-
+    _, inductor, dynamo = compat.inductor()
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}  # quietly
     options["size_asserts"] = False  # a program is chosen by its shapes: see `CompiledDecoder`

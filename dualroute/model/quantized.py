@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualroute import compat
 from dualroute.attention.cpu_kernels import int8_product
 from dualroute.attention.decode import token_kernels
 from dualroute.errors import UserError
@@ -137,7 +138,7 @@ class QuantizedLinear(nn.Module):
             self.packed = panels_for_cpu(self.qdata, self.scale)
         elif self.out_features % 16 == 0:
             values = unpack_int4(self.qdata).to(torch.int32) + 8
-            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+            self.packed = compat.int4_packed_for_cpu(values)
             scale = self.scale.t()  # (groups, N); the kernel computes (q - 8) * scale + zero
             self.steps = torch.stack([scale, torch.zeros_like(scale)], dim=-1).contiguous()
 
@@ -152,7 +153,7 @@ class QuantizedLinear(nn.Module):
         """(…, K) → (…, N) in the dtype of the input."""
         dtype = hidden_states.dtype
         if self.packed is not None and self.steps is not None and self.group_size is not None:
-            rows = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows = compat.int4_product_on_cpu(
                 hidden_states.reshape(-1, self.in_features),
                 self.packed,
                 self.group_size,
@@ -205,7 +206,7 @@ def integer_product(rows: Tensor, weight: Tensor) -> Tensor:
     """
     flat = rows.reshape(-1, rows.shape[-1])
     if flat.is_cuda and len(flat) > 16 and not (weight.shape[0] % 8 or weight.shape[1] % 8):
-        product = torch._int_mm(flat, weight.t()).to(torch.float32)
+        product = compat.int8_product_on_cuda(flat, weight.t()).to(torch.float32)
     else:
         product = F.linear(flat.to(torch.float32), weight.to(torch.float32))
     return product.reshape(*rows.shape[:-1], -1)

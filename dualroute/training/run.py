@@ -38,6 +38,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from dualroute import compat
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
@@ -177,8 +178,7 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
             "train.precision 16-mixed needs a CUDA device, or parallel.strategy deepspeed: use bf16-mixed or "
             "32 here"
         )
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)  # not in every build of torch
-    if supported is None or not supported():
+    if not compat.fp16_on_cpu():
         raise UserError(
             "train.precision 16-mixed needs a CUDA device, or a processor with fp16 arithmetic "
             "(avx512_fp16): use bf16-mixed or 32 here"

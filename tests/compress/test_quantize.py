@@ -82,8 +82,9 @@ def test_a_quantized_checkpoint_is_read_back_bit_for_bit_and_used_like_any_other
         evaluate(EvaluateConfig(str(folder), data=str(tiny_dataset), device="cpu", dtype="float32")).loss
         for folder in (source, written.folder)
     ]
-    assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    rounded = (load_model(find_checkpoint(source)).eval()(ids) - read(ids)).abs().max()
+    assert rounded > 1e-4  # a weight is rounded by 1/254 of its row's largest
 
 
 def test_the_integers_are_those_of_torchao():

@@ -119,4 +119,7 @@ def test_a_file_for_onnxruntime(checkpoint, tmp_path):
     assert figures["bytes"]["model-int8.onnx"] < figures["bytes"]["model.onnx"]
     assert int8["tokens"] > 64
     assert abs(int8["loss"]["float32"] - figures["quality"]["loss"]) < 1e-3
-    assert int8["loss"]["int8"] != int8["loss"]["float32"]
+    run = runtime.InferenceSession(output / "model-int8.onnx", providers=["CPUExecutionProvider"])
+    rounded = torch.from_numpy(run.run(["logits"], {"input_ids": ids.numpy()})[0])
+    assert 1e-5 < (rounded - logits).abs().max() < 0.5
+    assert int8["loss"]["int8"] == pytest.approx(int8["loss"]["float32"], rel=0.1)

@@ -26,6 +26,7 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
+from dualroute import compat
 from dualroute.errors import UserError
 from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
@@ -143,7 +144,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
             timeout=timeout,
         )
         if on_cpu:
-            _do_not_compile_shared_memory_op()
+            compat.spare_shared_memory_op()
         if uses_nvme(config["zero_optimization"]):
             _check_libaio()
 
@@ -219,17 +220,6 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
 
             wrapped.register_step_pre_hook(clip_gradients)
         return engine, wrapped
-
-
-def _do_not_compile_shared_memory_op() -> None:
-    """Spares the first run on a CPU about 50 seconds of g++ for an op that only inference uses.
-
-    DeepSpeed builds ``deepspeed_shm_comm`` whenever its torch backend starts on a CPU, unless its own table
-    of compatible ops says no; the table is documented to keep edits.
-    """
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _check_libaio() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dualroute import compat
 from dualroute.errors import RUN_AGAIN
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.resilience import stop_signal
@@ -85,7 +86,7 @@ def leave_signals_to_us(trainer: Trainer) -> None:
     Ranks are signalled at different moments, so that broadcast meets another collective, and the run hangs.
     """
     if stop_signal.installed():
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        compat.take_no_signals(trainer)
 
 
 def stop_for_requeue(trainer: Trainer, preemption: Preemption) -> int:

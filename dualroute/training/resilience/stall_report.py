@@ -12,7 +12,6 @@ in a collective, and the one that does not is the cause; where all of them do, t
 from __future__ import annotations
 
 import faulthandler
-import json
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from dualroute import compat
 from dualroute.training.resilience.heartbeat import (
     CUT_OFF,
     FAILED,
@@ -90,10 +90,7 @@ def place_of(frame: FrameType | None) -> str:
 def started_collectives() -> int:
     """Collectives started by this rank on the default group, by torch's flight recorder; -1 where unknown."""
     try:
-        from torch._C import _distributed_c10d
-
-        trace = json.loads(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
-        return max(int(group["last_enqueued_collective"]) for group in trace["pg_status"].values())
+        return max(compat.last_collectives())
     except Exception:
         return -1  # a debugging aid of torch without a promise; it must never be what fails
 

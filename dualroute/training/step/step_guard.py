@@ -23,6 +23,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from dualroute import compat
+
 
 class StepOutcome(NamedTuple):
     """One accumulation cycle: mean loss over micro-batches and ranks, gradient norm unclipped, verdict."""
@@ -102,9 +104,7 @@ def gradient_norm(trainer: Trainer) -> Tensor:
     if kind == "zero12":
         norm = optimizer.scaled_global_norm() / optimizer.loss_scale
     elif kind == "zero3":
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-
-        norm = combine_grad_norm_groups(optimizer._get_norm_groups()) / optimizer.loss_scale
+        norm = compat.zero3_gradient_norm(optimizer) / optimizer.loss_scale
     elif kind == "bf16":
         norm = _norm(optimizer.get_grads_for_norm(for_clipping=True), device)
     else:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from dualroute import compat
 from tests.training.parallel.test_strategy import SPOILT, assert_same, launch, plain_torch, torchrun
 from tests.training.step.test_module import curve, train
 
@@ -18,7 +18,7 @@ pytest.importorskip("deepspeed")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", bool)(),
+        not compat.fp16_on_cpu(),
         reason="this processor has no fp16 arithmetic",
     ),
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),

@@ -7,8 +7,10 @@ import torch
 
 from dualroute.cli import main
 from dualroute.compress.quantize import QuantizeConfig, quantize, quantize_model
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint_format import save_model
 from dualroute.model.quantized import Quantization
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 
@@ -53,11 +55,20 @@ def test_the_gradient_passes_as_if_nothing_were_rounded():
 
 
 def test_a_run_validates_what_quantize_makes(tiny_dataset, tmp_path, capsys):
+    tokenizer = Tokenizer(tiny_dataset / "tokenizer.model")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, dim=64, num_layers=1, num_heads=2, ffn_dim=128, block=16
+    )
+    model = DualRoutingTransformer(config)
+    with torch.no_grad():  # sure of its wrong answers, so that rounding moves the loss far more than chance
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    save_model(model, tmp_path / "start", tokenizer.path, {"origin": "a test"})
     run = [
         "pretrain", "--data.path", tiny_dataset, "--output", tmp_path / "run", "--data.context", 64,
-        "--model.dim", 64, "--model.num_layers", 1, "--model.num_heads", 2, "--model.ffn_dim", 128,
-        "--model.block", 16, "--train.micro_batch", 2, "--train.tokens_per_batch", 256,
-        "--train.max_steps", 8, "--optim.warmup_steps", 2, "--optim.lr", "0.02",
+        "--init_from", tmp_path / "start", "--train.micro_batch", 2, "--train.tokens_per_batch", 256,
+        "--train.max_steps", 2, "--optim.warmup_steps", 1, "--optim.lr", "1e-6",
         "--monitor.peak_tflops", "0.1", "--train.quantization_aware", "int4_weight_only",
     ]  # fmt: skip
     assert main([str(word) for word in run]) == 0
@@ -69,8 +80,8 @@ def test_a_run_validates_what_quantize_makes(tiny_dataset, tmp_path, capsys):
         evaluate(EvaluateConfig(str(folder), data=str(tiny_dataset), device="cpu")).loss
         for folder in (small.folder, tmp_path / "run")
     ]
-    assert losses[0] == pytest.approx(said["val_loss"], abs=1e-5)
-    assert abs(losses[1] - said["val_loss"]) > 1e-4  # the float weights were never validated
+    assert losses[0] == pytest.approx(said["val_loss"], abs=1e-4)
+    assert abs(losses[1] - said["val_loss"]) > 0.01  # the float weights were never validated
 
 
 def test_a_group_that_does_not_fit_is_named():

@@ -1,0 +1,88 @@
+"""Each private name of a library, used once: a release that changes one fails here, and says what breaks."""
+
+import json
+
+import pytest
+import torch
+
+from dualroute import compat
+
+
+def test_lightning_leaves_signals_alone():
+    """Without: SIGTERM runs a collective on each rank at another moment, and the run hangs."""
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(logger=False, enable_checkpointing=False, barebones=True)
+    assert callable(trainer._signal_connector.register_signal_handlers)
+    compat.take_no_signals(trainer)
+    assert trainer._signal_connector.register_signal_handlers() is None
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_flight_recorder_can_be_read():
+    """Without: a stall report cannot say which rank is missing from a collective."""
+    from torch._C import _distributed_c10d
+
+    assert isinstance(json.loads(_distributed_c10d._dump_fr_trace_json()), dict)
+    assert compat.last_collectives() == []  # no group here
+
+
+def test_the_norm_of_zero3():
+    """Without: no gradient norm, and no guard against bad steps, under ZeRO-3."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert callable(DeepSpeedZeroOptimizer_Stage3._get_norm_groups)
+
+    class Optimizer:
+        def _get_norm_groups(self):
+            return [torch.tensor(3.0), torch.tensor(4.0)]
+
+    assert float(compat.zero3_gradient_norm(Optimizer())) == pytest.approx(5.0)
+
+
+def test_the_shared_memory_op_is_spared():
+    """Without: the first start on a CPU compiles for 50 seconds."""
+    pytest.importorskip("deepspeed")
+    import deepspeed.ops
+
+    compat.spare_shared_memory_op()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_the_compiler_has_what_decoding_sets():
+    """Without: compiled decoding packs no weights, or computes shapes that it must not trust."""
+    compile_fx, inductor, dynamo = compat.inductor()
+    assert callable(compile_fx.compile_fx)
+    assert callable(compile_fx.compile_fx_inner)
+    for name in ("freezing", "max_autotune", "size_asserts", "autotune_num_choices_displayed"):
+        assert hasattr(inductor, name)
+    assert hasattr(dynamo, "cache_size_limit") or hasattr(dynamo, "recompile_limit")
+
+
+def test_the_int4_product_of_a_cpu():
+    """Without: int4 models read their weights as floats on a CPU, several times slower."""
+    torch.manual_seed(0)
+    values = torch.randint(0, 16, (32, 64), dtype=torch.int32)
+    scales = torch.rand(2, 32) + 0.5
+    rows = torch.randn(3, 64)
+    steps = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
+    found = compat.int4_product_on_cpu(rows, compat.int4_packed_for_cpu(values), 32, steps)
+    weight = (values - 8).float() * scales.t().repeat_interleave(32, dim=1)
+    torch.testing.assert_close(found, rows @ weight.t(), rtol=1e-4, atol=1e-3)
+
+
+def test_the_int8_product_of_a_gpu():
+    """Without: int8_dynamic multiplies in float32 on a GPU.  On a CPU the same operator runs a slow loop."""
+    rows = torch.randint(-128, 128, (17, 16), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (16, 8), dtype=torch.int8)
+    assert torch.equal(compat.int8_product_on_cuda(rows, weight), rows.int() @ weight.int())
+
+
+def test_fp16_of_a_processor_is_known_or_denied():
+    """Without: 16-mixed on a CPU would be taken for supported, or refused where it is."""
+    assert compat.fp16_on_cpu() in (True, False)
