@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Installs dualroute with its development tools into .venv and runs every check: style, types, direction of
-# imports, tests.  Arguments go to pytest: bash tests/run.sh tests/attention -k causal
+# imports, tests.  Arguments go to pytest: bash tests/run.sh tests/attention -k causal.  Without the slow ones:
+# bash tests/run.sh -m "not slow".  The time stands at the end; the budget is in tests/budget.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh deepspeed,compress,export,dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 export DUALROUTE_DATA="${DUALROUTE_DATA:-$PWD/../shared/data}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+# Two tests at a time, one thread each: DUALROUTE_TEST_WORKERS=0 runs one after the other in this process
+workers="${DUALROUTE_TEST_WORKERS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$([ "$workers" -gt 1 ] && echo 1 || echo 2)}"
 # A Slurm for tests/slurm, an sshd and pdsh for tests/training/parallel/test_hostfile.py; where they cannot be had, those
 # tests are skipped and say why
 export PATH="$PATH:/usr/sbin"
@@ -32,4 +35,4 @@ ruff format --check .
 clang-format --dry-run --Werror dualroute/attention/cpu_kernels/*.{h,cpp}
 mypy
 lint-imports
-exec pytest "$@"
+exec pytest -n "$workers" --dist loadgroup "$@"
