@@ -15,6 +15,7 @@ import pytest
 from dualroute.cli import main
 from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.monitoring.metrics_log import read_metrics
+from tests import warm
 from tests.conftest import ROOT
 
 SMALL = (
@@ -39,10 +40,7 @@ def environment():
 
 
 def train(dataset, output, steps, *more):
-    result = subprocess.run(
-        command(dataset, output, steps, *more),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    result = warm.run(command(dataset, output, steps, *more)[3:], cwd=ROOT, env=environment())
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
