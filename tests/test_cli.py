@@ -248,6 +248,7 @@ def test_bad_corpora_are_refused_and_leave_nothing(tmp_path, capsys):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_print_config_shows_yaml_that_is_read_again(tmp_path):
     shown = subprocess.run(
         [sys.executable, "-m", "dualroute.cli", "pretrain", "--model.dim", "96", "--print_config"],

@@ -21,6 +21,7 @@ def of(*more):
     return estimate(parse_stage("estimate", [*SAME, *more]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("what", ["none", "full", "feed_forward"])
 def test_activations_are_what_a_step_really_uses(what):

@@ -39,6 +39,7 @@ def run(root: Path, command: str, output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_runs_and_writes_its_table(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     rows = run(pytestconfig.rootpath, COMMANDS[name], tmp_path)
@@ -47,6 +48,7 @@ def test_it_runs_and_writes_its_table(name: str, tmp_path: Path, pytestconfig: p
     assert all(value for row in rows for key, value in row.items() if key != "peak MiB")
 
 
+@pytest.mark.slow
 def test_the_ceiling_is_the_ratio_of_what_is_read(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     rows = run(pytestconfig.rootpath, COMMANDS["speed"], tmp_path)
     long = next(row for row in rows if row["tokens"] == "256" and row["attention"] == "16/16/2")
@@ -54,6 +56,7 @@ def test_the_ceiling_is_the_ratio_of_what_is_read(tmp_path: Path, pytestconfig: 
     assert float(long["ceiling"]) == pytest.approx(257 / (3.5 * 16 + 16 - 16 * 15 / 512), abs=0.06)
 
 
+@pytest.mark.slow
 def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     variants = ["dense", "interleaved 5:1", "dual, routed"]
     options = (
@@ -75,6 +78,7 @@ def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestc
     assert all(float(row["loss at 64"]) > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_checkpoint_times_both_ways(tiny_dataset: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     options = f"--data {tiny_dataset} --preset tiny --context 64 --checkpoints 3 --repeats 1 --threads 1"
     rows = run(pytestconfig.rootpath, f"checkpoint.py {options}", tmp_path)

@@ -19,6 +19,7 @@ TOY = (
 )
 
 
+@pytest.mark.slow
 def test_healing_closes_the_gap(real_data: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     folder = real_data / "tiny_lms"
     script = pytestconfig.rootpath / "benchmarks" / "convert_stories.py"

@@ -64,6 +64,7 @@ def loss_on(model, tokens):
     return float(F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_routed_conversion_keeps_the_loss(stories, tmp_path):
     """By default; the second order, which a model must have been trained with, loses many times as much."""

@@ -88,6 +88,7 @@ def close(one, other):
     return max(abs(one[step] - other[step]) for step in one)
 
 
+@pytest.mark.slow
 def test_the_student_comes_near_its_teacher_and_is_published_alone(plain, everything):
     losses, distances = (
         figures(plain, "val/loss", "validation"),

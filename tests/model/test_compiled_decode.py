@@ -138,6 +138,7 @@ def test_int8_caches_are_read_alike(mode):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
     """Models of equal shapes, caches of several kinds, in turns: kernels need one program for all of them."""
@@ -164,6 +165,7 @@ def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
     assert [model() for model in models] == [None] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("tie", [True, False])
 def test_compiled_int8_weights_are_read_by_the_kernels(tie):

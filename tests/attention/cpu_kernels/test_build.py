@@ -45,6 +45,7 @@ def _compiler(folder: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_compiled_once_and_nothing_else_is_left(fresh: Path) -> None:
     build.load()
     (made,) = (fresh / "cache").iterdir()
@@ -108,6 +109,7 @@ def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytes
         build.load()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of processors are x86 ones")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tests.training.parallel.test_distributed import free_port
 from tests.training.step.test_module import environment
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", free_port(), "tests/training/parallel/sequence_ranks.py"]

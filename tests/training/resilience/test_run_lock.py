@@ -43,6 +43,7 @@ def holder(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_second_training_is_refused_until_the_first_is_killed(holder, tmp_path):
     with (
         pytest.raises(UserError, match=rf"process {holder.pid} on .*another --output"),
@@ -55,6 +56,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(holder, tmp_path
         assert str(os.getpid()) in (tmp_path / run_lock.LOCK).read_text()
 
 
+@pytest.mark.slow
 def test_other_ranks_take_nothing(holder, tmp_path):
     with locked(tmp_path, World(rank=1, world_size=2)):
         pass

@@ -73,6 +73,7 @@ def peak(what, every):
     return int(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_peak_memory_really_falls():
     none, half, full, feed_forward = (

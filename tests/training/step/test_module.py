@@ -188,6 +188,7 @@ def test_the_resolved_configuration_runs_again_as_it_is(unbroken, tmp_path):
     assert {step: loss for step, loss in curve(tmp_path / "again").items() if step <= 4} == first
 
 
+@pytest.mark.slow
 def test_the_metadata_is_written_last_and_names_every_file(unbroken):
     checkpoint = find_checkpoint(unbroken)
     metadata = json.loads((checkpoint.folder / "checkpoint.json").read_text())
