@@ -8,13 +8,19 @@ alive when it does.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+from typing import Any
+
+from torch.distributed import TCPStore
 
 _IMPORTED = [
     "dualroute.cli",
@@ -43,18 +49,65 @@ def run(
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        process = _context.Process(target=_child, args=(words, str(cwd), dict(env), str(out), str(err)))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
+        (status,) = _to_the_end([(None, words, str(cwd), dict(env), str(out), str(err))], timeout)
+        return CompletedProcess(words, status, _text(out), _text(err))
+
+
+def ranks(
+    count: int, script: str, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 280
+) -> str:
+    """What ``count`` ranks that run ``script`` print, in the order of their ranks; each must end with 0.
+
+    They are started as torchrun would, with a store of this process where they meet; torchrun itself costs
+    seconds, and tests about launchers start theirs.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place |= {"TORCHELASTIC_RUN_ID": "warm", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with tempfile.TemporaryDirectory() as scratch:
+        printed = [Path(scratch, str(rank)) for rank in range(count)]
+        calls = []
+        for rank, path in enumerate(printed):
+            own = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            calls.append(
+                (script, [str(word) for word in words], str(cwd), {**env, **own}, str(path), str(path))
+            )
+        statuses = _to_the_end(calls, timeout)
+        text = "".join(map(_text, printed))
+    assert statuses == [0] * count, f"statuses {statuses}\n{text[-3000:]}"
+    return text
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _to_the_end(calls: list[tuple[Any, ...]], timeout: float) -> list[int]:
+    """Exit statuses of :func:`_child` called so; when one fails or time is over, the others are killed."""
+    processes = [_context.Process(target=_child, args=call) for call in calls]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        while any(process.exitcode is None for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes):
+                time.sleep(1)  # the others may have something to say
+                break
+            left = deadline - time.monotonic()
+            if left <= 0:
+                texts = "".join(_text(Path(call[-1])) for call in calls)
+                raise TimeoutExpired(str(calls[0][:2]), timeout, texts)
+            multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], left)
+    finally:
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
             process.join()
-            raise TimeoutExpired(words, timeout, out.read_text(), err.read_text())
-        printed = [path.read_text() if path.exists() else "" for path in (out, err)]
-        return CompletedProcess(words, process.exitcode, *printed)
+    return [int(process.exitcode or 0) for process in processes]
 
 
-def _child(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+def _child(script: str | None, words: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     for path, number in ((out, 1), (err, 2)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
@@ -63,14 +116,18 @@ def _child(words: list[str], cwd: str, env: dict[str, str], out: str, err: str) 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["dualroute", *words]
+    sys.argv = [script or "dualroute", *words]
     status = 1
     try:
-        from dualroute.__main__ import main
+        if script is None:
+            from dualroute.__main__ import main
 
-        status = main()
+            status = main()
+        else:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

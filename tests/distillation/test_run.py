@@ -16,8 +16,8 @@ from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_model
 from dualroute.training.monitoring.metrics_log import read_metrics
+from tests import warm
 from tests.conftest import ROOT
-from tests.training.parallel.test_distributed import run_script, torchrun
 from tests.training.step.test_module import curve, environment, wait_for_step
 
 COMMON = (
@@ -260,7 +260,7 @@ def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_datas
     parallel = ("--parallel.zero_stage", stage, "--parallel.sequence_parallel", sharing)
     output = tmp_path / "run"
     words = arguments(tiny_dataset, teacher, output, *settings, *parallel, steps=FEW)[1:]
-    run_script(torchrun(), "launch/distill.py", words)
+    warm.ranks(2, "launch/distill.py", words, cwd=ROOT, env=environment())
     alone = distil(*settings, steps=FEW)
     for event in ("train", "validation"):
         assert close(curve(output, event), curve(alone, event)) < 1e-5

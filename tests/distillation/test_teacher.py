@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,9 +9,9 @@ import torch
 from dualroute.distillation.teacher import Teacher
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from tests import warm
 from tests.conftest import ROOT
 from tests.distillation.test_run import EVERYTHING, FEW, Plain, arguments, close, distil, figures, teacher
-from tests.training.parallel.test_distributed import free_port, run_script, torchrun
 from tests.training.step.test_module import curve, environment
 
 __all__ = ["distil", "teacher"]  # fixtures
@@ -36,10 +34,7 @@ INSIDE = (
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_holds_its_share_and_says_what_a_whole_teacher_says(ranks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += ["--master_port", free_port(), "tests/distillation/teacher_ranks.py"]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    warm.ranks(ranks, "tests/distillation/teacher_ranks.py", [], cwd=ROOT, env=environment())
 
 
 def test_one_process_keeps_it_whole(distil):
@@ -74,7 +69,8 @@ def two_ranks(tiny_dataset, teacher, tmp_path_factory):
             settings = (*INSIDE, *parallel.split(), *more)
             legs.append(arguments(tiny_dataset, teacher, output, *settings, steps=steps)[1:])
     (folder / "runs.json").write_text(json.dumps(legs))
-    printed = run_script(torchrun(), "tests/distillation/distil_runs.py", [str(folder / "runs.json")])
+    words = [str(folder / "runs.json")]
+    printed = warm.ranks(2, "tests/distillation/distil_runs.py", words, cwd=ROOT, env=environment())
     return runs, printed
 
 

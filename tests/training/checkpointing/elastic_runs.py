@@ -1,18 +1,14 @@
 """Trainings that go on with other ranks and layouts, as test_elastic.py asks for them.
 
-:func:`launch` starts N ranks under torchrun (one: a plain process); they run this file, which trains one leg
+:func:`launch` starts N ranks (one: a plain process); they run this file, which trains one leg
 of every lane after the other, in the same processes.  A leg is the argument list of ``dualroute pretrain``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +16,7 @@ import torch
 
 from dualroute.cli import parse_stage
 from dualroute.training.parallel.environment import detect_world, strip_local_rank
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS_PER_LEG = 3
@@ -56,25 +53,7 @@ def launch(folder: Path, ranks: int, legs: list[list[str]]) -> str:
     cases.write_text(json.dumps(legs))
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
-    process = subprocess.Popen(
-        [sys.executable, *(launcher if ranks > 1 else []), __file__, str(cases)],
-        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=280)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return warm.ranks(ranks, __file__, [str(cases)], cwd=ROOT, env=environment)
 
 
 def main(argv: list[str]) -> None:

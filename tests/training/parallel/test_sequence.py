@@ -1,8 +1,5 @@
 """Texts divided among ranks: exact values and gradients; what does not divide is refused."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,17 +8,14 @@ from dualroute.errors import UserError
 from dualroute.model import ModelConfig
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.sequence import check_sequence_parallel
+from tests import warm
 from tests.conftest import ROOT
-from tests.training.parallel.test_distributed import free_port
 from tests.training.step.test_module import environment
 
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", free_port(), "tests/training/parallel/sequence_ranks.py"]
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
+    warm.ranks(2, "tests/training/parallel/sequence_ranks.py", [], cwd=ROOT, env=environment())
 
 
 def test_ranks_and_heads_that_do_not_divide_are_named():
