@@ -10,7 +10,8 @@ A document passes these steps, in this order:
 6. shorter than ``min_chars`` or longer than ``max_chars``: dropped (``too_short``, ``too_long``).
 7. the same text as an earlier document: dropped (``duplicate``).
 8. ``max_documents`` or ``max_bytes`` reached: the rest of the corpus is not read.
-9. train or val: by the hash of the text, or by name (``val_documents``).
+9. train or val: by the hash of the text, or by name (``val_documents``); of a lone document the end is val
+   (``val_tail``).
 
 Comes from `formats`; goes to `train_tokenizer` (train side only) and to `shards`.
 
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from data_prep.formats import Document
+from data_prep.documents import Document
 
 _NEWLINES = re.compile("\r\n?|\x85")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
@@ -45,6 +46,7 @@ class Selection:
         val_fraction: share of documents held out, by the hash of their text.
         val_documents: names or globs of documents held out; replaces ``val_fraction``.
         seed: changes which documents the fraction holds out.
+        val_tail: hold out the fraction at the end of each document, not whole documents.
     """
 
     min_chars: int = 1
@@ -54,6 +56,7 @@ class Selection:
     val_fraction: float = 0.02
     val_documents: tuple[str, ...] = ()
     seed: int = 0
+    val_tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,27 @@ def in_validation(digest: bytes, fraction: float, seed: int) -> bool:
     key = (seed % (1 << 64)).to_bytes(8, "little")
     draw = hashlib.blake2b(digest, digest_size=8, key=key).digest()
     return int.from_bytes(draw, "big") < fraction * (1 << 64)
+
+
+def tail_start(text: str, fraction: float) -> int | None:
+    """Where the last ``fraction`` of a text begins, at the nearest border of paragraphs, lines or words.
+
+    None when the text has no two parts. A border counts only if it leaves the tail between half and one and
+    a half of what was asked for.
+    """
+    wanted = len(text) * (1 - fraction)
+    slack = len(text) * min(fraction, 1 - fraction) / 2
+    for mark in ("\n\n", "\n", " "):
+        near = [
+            place + len(mark)
+            for place in (text.rfind(mark, 0, int(wanted) + len(mark)), text.find(mark, int(wanted)))
+            if place >= 0 and abs(place + len(mark) - wanted) <= slack
+        ]
+        for start in sorted(near, key=lambda place: abs(place - wanted)):
+            if not text[:start].isspace() and text[start:].strip():
+                return start
+    start = min(max(1, round(wanted)), len(text) - 1)
+    return start if text[:start].strip() and text[start:].strip() else None
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -120,14 +144,24 @@ def select(
             dropped["duplicate"] += 1
             continue
         seen.add(digest[:16])
-        split = _split(document.name, digest, selection, matched)
-        yield CleanDocument(document.name, text, len(data), digest, split)
+        start = tail_start(text, selection.val_fraction) if selection.val_tail else None
+        if start is None:
+            split = _split(document.name, digest, selection, matched)
+            yield CleanDocument(document.name, text, len(data), digest, split)
+        else:
+            yield _part(document.name, text[:start], "train")
+            yield _part(f"{document.name}#tail", text[start:], "val")
         kept += 1
         kept_bytes += len(data)
         if kept == selection.max_documents or (
             selection.max_bytes is not None and kept_bytes >= selection.max_bytes
         ):
             return
+
+
+def _part(name: str, text: str, split: str) -> CleanDocument:
+    data = text.encode()
+    return CleanDocument(name, text, len(data), hashlib.sha256(data).digest(), split)
 
 
 def _split(name: str, digest: bytes, selection: Selection, matched: set[str] | None) -> str:
