@@ -69,6 +69,7 @@ class _Walk:
             if name and any(entry.name == PREPARED for entry in entries):
                 self.tally.skip("folder that prepare made", name)
                 continue
+            folders = []
             for entry in entries:
                 below = f"{name}/{entry.name}" if name else entry.name
                 if reason := self._unwanted(entry.name, below):
@@ -76,9 +77,10 @@ class _Walk:
                 elif entry.is_symlink():
                     self.links.append((below, Path(entry.path)))
                 elif entry.is_dir():
-                    waiting.append((below, Path(entry.path)))
+                    folders.append((below, Path(entry.path)))
                 else:
                     self._file(below, Path(entry.path))
+            waiting.extend(reversed(folders))
 
     def _unwanted(self, last: str, name: str) -> str | None:
         if last.startswith("."):

@@ -29,7 +29,7 @@ from data_prep.documents import (
     too_long,
 )
 from data_prep.streams import COMPRESSION_ENDINGS, DAMAGE, Expansion, decompress, utf8
-from data_prep.tally import readable
+from data_prep.tally import UNKNOWN, readable
 from dualroute.errors import UserError
 from dualroute.files import require_regular
 
@@ -71,9 +71,9 @@ def unknown_kind(name: str, options: ReadOptions) -> str | None:
     if kind in (".txt", *RECORD_ENDINGS, *ARCHIVE_ENDINGS) or kind in _TEXT:
         return None
     if not kind:
-        return "name without an ending"
+        return f"{UNKNOWN}(no ending)"
     usual = len(kind) <= 12 and re.fullmatch(r"\.[a-z0-9_+-]*[a-z][a-z0-9_+-]*", kind)
-    return f"unknown kind {kind}" if usual else "unknown kind"
+    return UNKNOWN + (kind if usual else "(other)")
 
 
 def known_endings() -> str:

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_REASONS = 60
+MAX_REASONS = 150
 MAX_EXAMPLES = 5
 MAX_NAME = 200
 OTHER = "other reasons"
-_SHOWN_REASONS = 15
+UNKNOWN = "unknown kind "  # followed by the name's ending
+_SHOWN_KINDS = 12
+_SHOWN_REASONS = 12
 _SHOWN_EXAMPLES = 3
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -100,17 +102,30 @@ def describe(files: Mapping[str, Any]) -> list[str]:
     read, skipped = files.get("read", {}), files.get("skipped", {})
     lines = []
     if read:
-        kinds = sorted(read.items(), key=lambda item: (-item[1], item[0]))
-        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds[:_SHOWN_REASONS])
-        more = sum(count for _, count in kinds[_SHOWN_REASONS:])
-        lines.append(f"read: {listed}" + (f", {more:,} of other kinds" if more else ""))
-    if skipped:
-        total = sum(entry["count"] for entry in skipped.values())
-        lines.append(f"not read: {total:,} files, folders or members of archives")
-        for reason, entry in list(skipped.items())[:_SHOWN_REASONS]:
-            names = entry["examples"][:_SHOWN_EXAMPLES]
-            dots = ", …" if entry["count"] > len(names) else ""
-            lines.append(f"  {entry['count']:,} {reason}: {', '.join(names)}{dots}")
-        if len(skipped) > _SHOWN_REASONS:
-            lines.append(f"  and {len(skipped) - _SHOWN_REASONS} reasons more, in manifest.json")
+        lines.append(f"read: {_listed(read)}")
+    if not skipped:
+        return lines
+    total = sum(entry["count"] for entry in skipped.values())
+    lines.append(f"not read: {total:,} files, folders or members of archives")
+    kinds = {reason: entry for reason, entry in skipped.items() if reason.startswith(UNKNOWN)}
+    if kinds:
+        counts = {reason.removeprefix(UNKNOWN): entry["count"] for reason, entry in kinds.items()}
+        lines.append(
+            f"  {sum(counts.values()):,} of unknown kinds: {_listed(counts)} (text_endings makes them text)"
+        )
+    others = [(reason, entry) for reason, entry in skipped.items() if reason not in kinds]
+    for reason, entry in others[:_SHOWN_REASONS]:
+        names = entry["examples"][:_SHOWN_EXAMPLES]
+        dots = ", …" if entry["count"] > len(names) else ""
+        lines.append(f"  {entry['count']:,} {reason}: {', '.join(names)}{dots}")
+    if len(others) > _SHOWN_REASONS:
+        lines.append(f"  and {len(others) - _SHOWN_REASONS} reasons more, in manifest.json")
     return lines
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """The most frequent kinds, each with its number."""
+    kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    more = sum(count for _, count in kinds[_SHOWN_KINDS:])
+    listed = [f"{count:,} {kind}" for kind, count in kinds[:_SHOWN_KINDS]]
+    return ", ".join(listed + ([f"{more:,} of other kinds"] if more else []))
