@@ -10,6 +10,8 @@ archive; here both are errors. Several tars in one file are read one after anoth
 from __future__ import annotations
 
 import contextlib
+import io
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from data_prep.tally import readable
 from dualroute.errors import UserError
 
 _MAX_HEADERS = 1 << 20
+_END_RECORD = struct.Struct("<4s6xH10x")  # of a zip: its signature, and how many members there are
 _ENCRYPTED = 0x1  # among the flags of a zip's member
 
 #: Reads a member: its stream and its name in full.
@@ -51,10 +54,18 @@ def _damage_named() -> Iterator[None]:
     """Whatever the library stumbles over in a header is damage of the file."""
     try:
         yield
-    except (UserError, OSError, EOFError, NotImplementedError, tarfile.TarError, zipfile.BadZipFile):
+    except (UserError, OSError, EOFError, tarfile.TarError, zipfile.BadZipFile):
         raise
     except Exception as error:
         raise DamagedStream(readable(error)[:200] or type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def _supported(name: str) -> Iterator[None]:
+    try:
+        yield
+    except NotImplementedError as error:  # a method of compression, a version, strong encryption
+        raise UserError(f"{name}: {readable(error)}; pack the archive anew, by deflate") from error
 
 
 def read_tar(
@@ -126,11 +137,12 @@ def read_zip(
 ) -> Iterator[Document]:
     """Documents of the members, in the order of the archive's directory."""
     stream = random_access(stream)
-    with _damage_named():
+    with _damage_named(), _supported(name):
         archive = zipfile.ZipFile(stream)
     with archive:
+        _check_directory(archive, stream)
         for member in archive.infolist():
-            if member.is_dir() or not _wanted(member.filename, name, options, unknown):
+            if member.filename.endswith("/") or not _wanted(member.filename, name, options, unknown):
                 continue
             full_name = f"{name}!{readable(member.filename)}"
             if member.flag_bits & _ENCRYPTED:
@@ -138,10 +150,19 @@ def read_zip(
                     f"{full_name}: is encrypted; unpack the archive with its password first, or leave it out "
                     f"with exclude"
                 )
-            try:
-                with _damage_named():
-                    content = archive.open(member)
-            except NotImplementedError as error:
-                raise UserError(f"{full_name}: {error}; pack the archive anew, by deflate") from error
+            with _damage_named(), _supported(full_name):
+                content = archive.open(member)
             with content:
-                yield from read(counted(content, expansion), full_name)
+                yield from read(counted(content, expansion, member.file_size), full_name)
+
+
+def _check_directory(archive: zipfile.ZipFile, stream: IO[bytes]) -> None:
+    """Compare the number of members with what the archive's last record says.
+
+    The library does not, and goes from member to member by lengths that no checksum covers.
+    """
+    stream.seek(-(_END_RECORD.size + len(archive.comment)), io.SEEK_END)
+    signature, said = _END_RECORD.unpack(stream.read(_END_RECORD.size))
+    found = len(archive.infolist())
+    if signature != b"PK\5\6" or said not in (found, 0xFFFF):  # which stands for more than it can hold
+        raise zipfile.BadZipFile(f"its directory lists {found} members and should list {said}")

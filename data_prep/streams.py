@@ -89,14 +89,14 @@ def decompress(stream: IO[bytes], ending: str, expansion: Expansion) -> IO[bytes
     return counted(cast(IO[bytes], decoder), expansion)
 
 
-def counted(stream: IO[bytes], expansion: Expansion) -> IO[bytes]:
-    """The same bytes, counted as unpacked."""
-    return io.BufferedReader(_Counted(stream, expansion), _INPUT)
+def counted(stream: IO[bytes], expansion: Expansion, length: int | None = None) -> IO[bytes]:
+    """The same bytes, counted as unpacked; an error where they end after other than ``length`` bytes."""
+    return io.BufferedReader(_Counted(stream, expansion, length), _INPUT)
 
 
 class _Counted(io.RawIOBase):
-    def __init__(self, stream: Any, expansion: Expansion) -> None:
-        self._stream, self._expansion = stream, expansion
+    def __init__(self, stream: Any, expansion: Expansion, length: int | None) -> None:
+        self._stream, self._expansion, self._missing = stream, expansion, length
 
     def readable(self) -> bool:
         return True
@@ -104,6 +104,10 @@ class _Counted(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count: int = self._stream.readinto(buffer)
         self._expansion.add(count)
+        if self._missing is not None:
+            self._missing -= count
+            if not count and self._missing:
+                raise DamagedStream("a member's length is not what the archive says")
         return count
 
 
