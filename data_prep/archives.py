@@ -15,7 +15,6 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
 from typing import IO, cast
 
 from data_prep.clean import matches
@@ -34,7 +33,7 @@ ReadMember = Callable[[IO[bytes], str], Iterator[Document]]
 
 def hidden(name: str) -> bool:
     """Whether a part of a path starts with a dot."""
-    return any(part.startswith(".") and part not in (".", "..") for part in PurePosixPath(name).parts)
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _wanted(member: str, name: str, options: ReadOptions, unknown: Callable[[str], str | None]) -> bool:

@@ -19,7 +19,8 @@ _MAX_BATCH_ROWS = 1024
 _SLICE = 256
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _ARROW_MARK, _FEATHER_MARK = b"ARROW1", b"FEA1"
-_ENDS_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+_CONTINUES = b"\xff\xff\xff\xff"  # before every message of a stream, since Arrow 0.15
+_NO_MORE = b"\0\0\0\0"  # the length of the message after the last
 
 
 def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
@@ -64,13 +65,16 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[D
     def of_streams() -> Iterator[Any]:
         """One stream after another; the library takes a stream without its end mark for a whole one."""
         while True:
+            start = stream.tell()
+            mark = _CONTINUES + _NO_MORE if stream.read(4) == _CONTINUES else _NO_MORE
+            stream.seek(start)
             reader = pyarrow.ipc.open_stream(stream)
             column = _named(reader.schema.names, name, options)
             for batch in reader:
                 yield batch.column(column)
             end = stream.tell()
-            stream.seek(max(0, end - 8))
-            if not stream.read(end - stream.tell()).endswith(_ENDS_OF_STREAM):
+            stream.seek(max(start, end - len(mark)))
+            if stream.read(len(mark)) != mark:
                 raise DamagedStream("the mark of the stream's end is missing")
             if not stream.read(1):
                 return
@@ -138,4 +142,4 @@ def _document(value: Any, where: str, options: ReadOptions) -> Iterator[Document
         raise too_long(where, "a document", options)
     text = decode(data, where, 0, options, nul_is_text=True)
     if text is not None:
-        yield from document_of(text, where, options)
+        yield Document(where, text)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from posixpath import basename, splitext
 from typing import IO
 
 from data_prep import archives, columns, records
@@ -113,10 +114,10 @@ def _kind(name: str, options: ReadOptions) -> tuple[str, list[str]]:
         if name.endswith(short):
             name = name.removesuffix(short) + long
     compressions = []
-    while (ending := Path(name).suffix) in COMPRESSION_ENDINGS:
+    while (ending := splitext(name)[1]) in COMPRESSION_ENDINGS:
         compressions.append(ending)
         name = name.removesuffix(ending)
-    if ending in options.text_endings or (not ending and Path(name).name in PLAIN_NAMES):
+    if ending in options.text_endings or (not ending and basename(name) in PLAIN_NAMES):
         return ".txt", compressions
     return ending, compressions
 

@@ -75,7 +75,10 @@ def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Do
     for _, offset, line in chain([first], [] if second is None else [second], numbered):
         data += b"\n" * (offset - len(data)) + line  # blank lines were left out; a byte keeps its place
         if len(data) > options.max_document_bytes:
-            raise too_long(name, "a JSON value (JSON Lines has no limit)", options)
+            raise UserError(
+                f"{name}: a JSON value of more than {options.max_document_bytes / 1e6:g} MB; write JSON "
+                f"Lines, or raise max_document_mb"
+            )
     text = decode(bytes(data), name, 0, options)
     if text is not None:
         yield from _json_value(_parsed(text, name, _MEND), name, options)

@@ -32,7 +32,7 @@ _MAX_WINDOW = 1 << 31  # of zstd: `--long=31`, which is the most there is
 _XZ_MEMORY = 1 << 31  # its largest preset takes 65 MiB
 _BLOCK = 1 << 20
 _INPUT = 1 << 16
-_ZSTD_INPUT = 1 << 12  # one byte may stand for 32 KiB, and all that a call decodes comes out at once
+_ZSTD_INPUT = 1 << 9  # one byte may stand for 32 KiB, and all that a call decodes comes out at once
 
 
 class DamagedStream(EOFError):
