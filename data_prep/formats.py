@@ -104,7 +104,8 @@ def read_documents(path: Path, name: str, options: ReadOptions) -> Iterator[Docu
 
 
 def _damaged(name: str, error: BaseException) -> UserError:
-    return UserError(f"{name}: the file is damaged or cut off ({readable(error)}); fetch or make it again")
+    why = readable(error)[:200]
+    return UserError(f"{name}: the file is damaged or cut off ({why}); fetch or make it again")
 
 
 def _kind(name: str, options: ReadOptions) -> tuple[str, list[str]]:
@@ -179,7 +180,7 @@ class _Reader:
 
 def pass_over_table(error: NoTextKey, name: str, options: ReadOptions) -> None:
     """Count a JSON or CSV file that holds something other than texts."""
-    options.files.skip(f"without {options.text_key!r}", f"{name} (it has: {error.there})")
+    options.files.skip(f"without the text_key {options.text_key!r}", f"{name} (it has: {error.there})")
 
 
 def _read_text(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:

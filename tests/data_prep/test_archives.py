@@ -169,11 +169,11 @@ def test_a_zip_whose_method_is_unknown(tmp_path):
 
 
 def test_a_zip_directory_that_lost_a_member_is_damage(tmp_path):
-    """The length of an entry's name has no checksum: one that swallows the next entry hides a member."""
+    """The lengths in an entry have no checksum: a comment that swallows the next entry hides a member."""
     data = bytearray(zipped({f"{n}.txt": b"text %d" % n for n in range(3)}, zipfile.ZIP_STORED))
     entry = data.find(b"PK\x01\x02")
     length = data.find(b"PK\x01\x02", entry + 1) - entry
-    data[entry + 30] = length  # of the extra field, which ignores what it does not know
+    data[entry + 32] = length  # of the comment
     with pytest.raises(UserError, match="its directory lists 2 members and should list 3"):
         read(written(tmp_path, "a.zip", bytes(data)))
 

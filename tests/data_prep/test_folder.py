@@ -131,7 +131,7 @@ def test_a_table_of_something_else_is_counted_in_a_folder_and_an_error_alone(tmp
     written(tmp_path, "notes.tar", tar({"1.json": b'{"text": "inside"}', "2.json": b'{"caption": "x"}'}))
     options = ReadOptions()
     assert [d.text for d in documents(open_corpus(str(tmp_path)), options, tmp_path)] == ["good", "inside"]
-    entry = options.files.skipped["without 'text'"]
+    entry = options.files.skipped["without the text_key 'text'"]
     assert entry.count == 4
     assert entry.examples == [
         "list.json (it has: int)",
