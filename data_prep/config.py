@@ -171,6 +171,7 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
     }
     options["corpus"] = corpus.name
     options["separator"] = config.document_separator
+    options["text_endings"] = list(config.read_options().text_endings) or None
     if given is not None:
         options["tokenizer"] = f"sha256:{given.sha256}"
         for unused in ("tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb"):

@@ -83,8 +83,9 @@ class NoTextKey(UserError):
         names = [readable(name)[:40] for name in there]
         listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         self.there = listed
-        are = "there are" if what == "column" else "there is"
-        super().__init__(f"{where}: no {what} {key!r} ({are}: {listed}); set text_key")
+        table = what == "column"
+        are, remedy = ("there are", ", to its number if they have no names") if table else ("there is", "")
+        super().__init__(f"{where}: no {what} {key!r} ({are}: {listed}); set text_key{remedy}")
 
 
 def too_long(where: str, what: str, options: ReadOptions) -> UserError:

@@ -245,7 +245,6 @@ class _Preparation:
         if self._is_lone(survey):
             self.selection = replace(self.selection, val_tail=True)
             survey, sample = self._read_all()
-            self.report.note(_TAIL_NOTE)
         self._check_counts(survey)
         write_bytes_atomically(self.output / TOKENIZER_FILE, self._model(sample))
         write_bytes_atomically(path, json.dumps(survey).encode())
