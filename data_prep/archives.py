@@ -135,7 +135,7 @@ def read_zip(
     expansion: Expansion,
 ) -> Iterator[Document]:
     """Documents of the members, in the order of the archive's directory."""
-    stream = random_access(stream)
+    stream = random_access(stream, name)
     with _damage_named(), _supported(name):
         archive = zipfile.ZipFile(stream)
     with archive:

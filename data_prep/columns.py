@@ -17,6 +17,7 @@ from dualroute.errors import UserError
 _BATCH_BYTES = 1 << 25
 _MAX_BATCH_ROWS = 1024
 _SLICE = 256
+_REMEDY = "set text_key, or leave the file out with exclude"
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 _ARROW_MARK, _FEATHER_MARK = b"ARROW1", b"FEA1"
 _CONTINUES = b"\xff\xff\xff\xff"  # before every message of a stream, since Arrow 0.15
@@ -27,7 +28,7 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator
     """The column ``text_key``, row group after row group."""
     import pyarrow.parquet
 
-    stream = random_access(stream)
+    stream = random_access(stream, name)
 
     def batches() -> Iterator[Any]:
         table = pyarrow.parquet.ParquetFile(stream)
@@ -50,7 +51,7 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[D
     """The column ``text_key`` of an IPC file (Feather version 2 is one), or of an IPC stream."""
     import pyarrow.ipc
 
-    stream = random_access(stream)
+    stream = random_access(stream, name)
     head = stream.read(len(_ARROW_MARK))
     stream.seek(0)
     if head.startswith(_FEATHER_MARK):
@@ -87,7 +88,7 @@ def _named(names: list[str], name: str, options: ReadOptions) -> int:
     if options.text_key in names:
         return names.index(options.text_key)
     listed = ", ".join(readable(column)[:40] for column in names[:10]) + (", …" if len(names) > 10 else "")
-    raise UserError(f"{name}: no column {options.text_key!r} (there are: {listed}); set text_key")
+    raise UserError(f"{name}: no column {options.text_key!r} (there are: {listed}); {_REMEDY}")
 
 
 def _documents(columns: Iterator[Any], name: str, options: ReadOptions) -> Iterator[Document]:
@@ -122,7 +123,7 @@ def _as_bytes(column: Any, name: str, options: ReadOptions) -> Any:
     if pyarrow.types.is_null(kind):
         return column
     if str(kind) not in _TEXT_TYPES:
-        raise UserError(f"{name}: {options.text_key!r} is {kind}, not text; set text_key")
+        raise UserError(f"{name}: {options.text_key!r} is {kind}, not text; {_REMEDY}")
     if str(kind) == "string":
         column = column.cast(pyarrow.binary())
     elif str(kind) == "large_string":

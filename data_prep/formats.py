@@ -105,7 +105,9 @@ def read_documents(path: Path, name: str, options: ReadOptions) -> Iterator[Docu
 
 def _damaged(name: str, error: BaseException) -> UserError:
     why = readable(error)[:200]
-    return UserError(f"{name}: the file is damaged or cut off ({why}); fetch or make it again")
+    return UserError(
+        f"{name}: the file is damaged or cut off ({why}); fetch or make it again, or set on_bad_file to skip"
+    )
 
 
 def _kind(name: str, options: ReadOptions) -> tuple[str, list[str]]:

@@ -33,7 +33,7 @@ from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_be
 from data_prep.download import default_download_folder
 from data_prep.progress import Reporter
 from data_prep.shards import SPLITS, STATE_FOLDER, write_index, write_shards
-from data_prep.tally import Tally, describe, reasons_of
+from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
 from dualroute.data.manifest import (
     MANIFEST_FILE,
@@ -284,13 +284,13 @@ class _Preparation:
 
     def _check_counts(self, survey: dict[str, Any]) -> None:
         counts, matched, examples = survey["splits"], survey["matched"], survey["examples"]
-        total = _total(counts, "documents")
+        total, name = _total(counts, "documents"), readable(self.config.corpus)
         if not total:
             reasons = [f"{count:,} {reason}" for reason, count in sorted(survey["dropped"].items())]
             reasons += reasons_of(survey["files"])
             raise UserError(
-                f"corpus {self.config.corpus}: no document to use ({', '.join(reasons) or 'it has none'}); "
-                f"give another, or relax the limits"
+                f"corpus {name}: no document to use ({', '.join(reasons) or 'it has none'}); give another, or "
+                f"relax the limits"
             )
         for pattern in self.selection.val_documents:
             if pattern not in matched:
@@ -303,12 +303,12 @@ class _Preparation:
         )
         if not counts["val"]["documents"]:
             raise UserError(
-                f"corpus {self.config.corpus}: {held_out} holds out none of its {total:,} documents; raise "
+                f"corpus {name}: {held_out} holds out none of its {total:,} documents; raise "
                 f"--val_fraction, or name some with --val_documents"
             )
         if not counts["train"]["documents"]:
             raise UserError(
-                f"corpus {self.config.corpus}: {held_out} holds out all of its {total:,} documents; lower "
+                f"corpus {name}: {held_out} holds out all of its {total:,} documents; lower "
                 f"--val_fraction, name fewer with --val_documents, or cut files with --separator"
             )
 

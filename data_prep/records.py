@@ -52,7 +52,7 @@ def _record(record: Any, where: str, options: ReadOptions, first: bool) -> Itera
     if not isinstance(record, dict) or options.text_key not in record:
         there = sorted(record) if isinstance(record, dict) else [type(record).__name__]
         missing = NoTextKey(where, options.text_key, there)
-        raise missing if first else UserError(str(missing))
+        raise missing if first else UserError(f"{missing}, or leave the file out with exclude")
     yield from document_of(record[options.text_key], where, options)
 
 

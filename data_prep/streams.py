@@ -205,22 +205,36 @@ def _new_zstd() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
 
 
-def random_access(stream: IO[bytes]) -> IO[bytes]:
+def random_access(stream: IO[bytes], name: str) -> IO[bytes]:
     """A stream of the same bytes in which one may jump about: itself, or a copy in a temporary file.
 
     A member of a streamed tar says that it can, but cannot.
+
+    Raises:
+        UserError: there is no room for the copy.
     """
     if not isinstance(stream, tarfile.ExFileObject) and stream.seekable():
         return stream
     copy = cast(IO[bytes], tempfile.TemporaryFile(prefix="dualroute-"))  # noqa: SIM115
     try:
         while block := stream.read(_BLOCK):
-            copy.write(block)
+            _append(copy, block, name)
         copy.seek(0)
     except BaseException:
         copy.close()
         raise
     return copy
+
+
+def _append(copy: IO[bytes], block: bytes, name: str) -> None:
+    try:
+        copy.write(block)
+        copy.flush()
+    except OSError as error:
+        raise UserError(
+            f"{name}: its copy in {tempfile.gettempdir()} cannot be written ({error.strerror}); set TMPDIR "
+            f"to a folder with room, or unpack the file first"
+        ) from error
 
 
 _UNDECODABLE = "dualroute-undecodable"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
+import io
 import lzma
 import zlib
 
@@ -100,6 +102,22 @@ def test_a_small_read_unpacks_little(tmp_path, ending):
         assert tracemalloc.get_traced_memory()[1] < 40 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_copy_for_which_there_is_no_room_names_the_place(tmp_path, monkeypatch):
+    from tests.data_prep.samples import parquet, tar
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(streams.tempfile, "TemporaryFile", lambda **options: Full())
+    monkeypatch.setattr(streams.tempfile, "tempdir", "/scratch")
+    path = written(tmp_path, "a.tar", tar({"x.parquet": parquet()}))
+    with pytest.raises(
+        UserError, match=r"a\.tar!x\.parquet: its copy in /scratch .*No space left.*set TMPDIR"
+    ):
+        read(path)
 
 
 def test_compressions_around_one_another_have_an_end(tmp_path):
