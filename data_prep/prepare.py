@@ -287,11 +287,8 @@ class _Preparation:
         total, name = _total(counts, "documents"), readable(self.config.corpus)
         if not total:
             reasons = [f"{count:,} {reason}" for reason, count in sorted(survey["dropped"].items())]
-            reasons += reasons_of(survey["files"])
-            raise UserError(
-                f"corpus {name}: no document to use ({', '.join(reasons) or 'it has none'}); give another, or "
-                f"relax the limits"
-            )
+            why = ", ".join(reasons + reasons_of(survey["files"])) or "it has none"
+            raise UserError(f"corpus {name}: no document to use ({why}); give another, or relax the limits")
         for pattern in self.selection.val_documents:
             if pattern not in matched:
                 like = ", ".join(examples)

@@ -114,9 +114,7 @@ def test_a_copy_for_which_there_is_no_room_names_the_place(tmp_path, monkeypatch
     monkeypatch.setattr(streams.tempfile, "TemporaryFile", lambda **options: Full())
     monkeypatch.setattr(streams.tempfile, "tempdir", "/scratch")
     path = written(tmp_path, "a.tar", tar({"x.parquet": parquet()}))
-    with pytest.raises(
-        UserError, match=r"a\.tar!x\.parquet: its copy in /scratch .*No space left.*set TMPDIR"
-    ):
+    with pytest.raises(UserError, match=r"a\.tar!x\.parquet: its copy in /scratch .*space left.*TMPDIR"):
         read(path)
 
 
