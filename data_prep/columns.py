@@ -15,7 +15,7 @@ from data_prep.tally import readable
 from dualroute.errors import UserError
 
 _BATCH_BYTES = 1 << 25
-_MAX_BATCH_ROWS = 1024
+_MAX_BATCH_ROWS = 64  # a long text that stands in every row takes no room in the file
 _SLICE = 256
 _REMEDY = "set text_key, or leave the file out with exclude"
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")

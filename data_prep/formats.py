@@ -91,7 +91,10 @@ def read_documents(path: Path, name: str, options: ReadOptions) -> Iterator[Docu
             longer in one piece than ``max_document_bytes``, a decompression bomb, or lacks the text key
             (`NoTextKey` if it is of a kind that often is no corpus).
     """
-    size = require_regular(path).stat().st_size
+    try:
+        size = require_regular(path).stat().st_size
+    except UserError as error:
+        raise UserError(readable(error)) from error
     try:
         with open(path, "rb") as stream:
             yield from _Reader(options, Expansion(name, size)).read(stream, name, 0)

@@ -106,6 +106,18 @@ def test_long_rows_are_read_a_few_at_a_time(tmp_path):
     assert 30e6 < most < 50e6
 
 
+def test_a_long_text_in_every_row_is_unpacked_a_few_times_at_once(tmp_path):
+    """A dictionary makes 200 MB of 5 kB."""
+    from data_prep.formats import read_documents
+
+    path = written(tmp_path, "a.parquet", parquet(pyarrow.array(["x" * 100_000] * 2000)))
+    assert path.stat().st_size < 50_000
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for _ in read_documents(path, "a.parquet", ReadOptions()):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 30e6
+
+
 def test_columns_without_rows_and_of_nothing(tmp_path):
     options = ReadOptions()
     for name, data in (
