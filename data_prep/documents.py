@@ -82,7 +82,7 @@ class NoTextKey(UserError):
     def __init__(self, where: str, key: str, there: Iterable[object], what: str = "key") -> None:
         names = [readable(name)[:40] for name in there]
         listed = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        self.there = listed
+        self.there = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
         table = what == "column"
         are, remedy = ("there are", ", to its number if they have no names") if table else ("there is", "")
         super().__init__(f"{where}: no {what} {key!r} ({are}: {listed}); set text_key{remedy}")

@@ -22,6 +22,7 @@ from data_prep.tally import readable
 from dualroute.errors import UserError
 
 _MEND = "mend it, or leave it out with exclude"
+_MAX_VALUES = 20_000_000  # in one piece of JSON, of which only a text is wanted
 
 
 def read_jsonl(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
@@ -40,6 +41,8 @@ def _json_line(
 
 
 def _parsed(text: str, where: str, remedy: str) -> Any:
+    if len(text) > _MAX_VALUES and sum(map(text.count, "[{,")) > _MAX_VALUES:  # a byte or two may become 64
+        raise UserError(f"{where}: JSON of more than {_MAX_VALUES:,} lists, objects and values; {_MEND}")
     try:
         return json.loads(text)
     except RecursionError as error:

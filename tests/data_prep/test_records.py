@@ -96,6 +96,16 @@ def test_a_json_value_longer_than_the_limit_is_refused(tmp_path):
         read(path, max_document_bytes=1000)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_of_millions_of_values_is_refused_before_it_fills_the_memory(tmp_path, name, monkeypatch):
+    """``[],`` takes three bytes in the file and about 64 in memory."""
+    monkeypatch.setattr("data_prep.records._MAX_VALUES", 1000)
+    assert len(read(written(tmp_path, name, b'{"text": "' + b"many words " * 500 + b'"}'))) == 1
+    path = written(tmp_path, name, b'{"text": "x", "more": [' + b"[]," * 1000 + b"0]}")
+    with pytest.raises(UserError, match=rf"{name}.*: JSON of more than 1,000 lists, objects and values"):
+        read(path)
+
+
 def test_csv_with_quoted_line_breaks_and_long_fields(tmp_path):
     long = "word, " * 60_000  # the csv module's own limit is 131,072 characters
     texts = ['say "hi",\r\nthen\n\n go', "plain", long]
