@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from data_prep import corpora
 from data_prep.documents import BadFiles, DecodeErrors, ReadOptions
-from data_prep.tally import Tally
+from data_prep.tally import Tally, readable
 from data_prep.train_tokenizer import TokenizerType
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
@@ -124,6 +125,8 @@ class PrepareConfig:
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, it is {getattr(self, name)!r}")
+        for name in ("corpus", "output", "tokenizer", "downloads"):
+            _check_path(name, getattr(self, name))
         for name in ("text_key", "separator", "text_endings", "exclude", "val_documents"):
             value = getattr(self, name)
             for text in [value] if isinstance(value, str) else value or []:
@@ -152,6 +155,17 @@ class PrepareConfig:
             dropped=Counter(),
             files=Tally(),
         )
+
+
+def _check_path(name: str, value: str | None) -> None:
+    if value is None:
+        return
+    if not value or "\0" in value:
+        raise UserError(f"{name} is {value!r}, which is no path; give the path of a file or folder")
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name} {readable(value)}: {error}; write the path out in full") from error
 
 
 def _ending(text: str) -> str:

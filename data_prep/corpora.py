@@ -193,8 +193,13 @@ def open_corpus(corpus: str, options: ReadOptions | None = None) -> Corpus:
     if corpus in REGISTRY:
         return REGISTRY[corpus]
     path = Path(corpus).expanduser()
-    if path.exists():
-        return _local(path, options or ReadOptions())
+    try:
+        if path.exists():
+            return _local(path, options or ReadOptions())
+    except OSError as error:
+        raise UserError(
+            f"corpus {readable(corpus)}: cannot be read ({error.strerror or error}); check the path"
+        ) from error
     if path.is_symlink() or "/" in corpus or "\\" in corpus or "." in corpus:
         raise UserError(
             f"corpus {readable(corpus)}: no such file or folder; give an existing path or one of "

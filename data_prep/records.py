@@ -89,8 +89,8 @@ def read_json(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Do
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line.decode("utf-8", "replace")), dict)
-    except (ValueError, RecursionError):
+        return isinstance(_parsed(line.decode("utf-8", "replace"), "", ""), dict)
+    except UserError:
         return False
 
 

@@ -190,6 +190,11 @@ def test_an_option_that_an_earlier_version_did_not_know_is_no_difference(config)
     ("change", "message"),
     [
         ({"on_bad_file": "ignore"}, "on_bad_file must be one of error, skip, it is 'ignore'"),
+        ({"corpus": ""}, "corpus is '', which is no path"),
+        ({"output": ""}, "output is '', which is no path"),
+        ({"downloads": "a\0b"}, r"downloads is 'a\\x00b', which is no path"),
+        ({"tokenizer": "~nobody-of-this-name/x"}, "tokenizer ~nobody-of-this-name/x: .* in full"),
+        ({"corpus": "x" * 300 + ".txt"}, r"corpus x+\.txt: cannot be read \(File name too long\)"),
         ({"max_document_mb": 0}, "max_document_mb must be positive"),
         ({"max_document_mb": float("nan")}, "max_document_mb must be positive"),
         ({"text_key": "caf\udce9"}, r"text_key: 'caf\\udce9' is not UTF-8"),
