@@ -41,6 +41,26 @@ def test_clean_text_examples(text, cleaned):
     assert clean_text(text) == cleaned
 
 
+def test_a_long_run_of_accents_takes_no_hour():
+    """Sorting 200,000 of them takes Python's NFC ten minutes."""
+    hostile = "e\u0301 " + "a" + "\u0301\u0323" * 100_000 + "e\u0301"
+    once = clean_text(hostile)
+    assert clean_text(once) == once
+    assert once.startswith("\u00e9 a\u0301\u0323")
+    assert once.endswith("\u0323\u00e9")
+    assert len(once) == len(hostile) - 2
+    accents = "x" * 1000 + "o" + "\u0323\u0302" * 10 + "e\u0301"
+    assert clean_text(accents) == unicodedata.normalize("NFC", accents)
+
+
+@pytest.mark.parametrize("last", ["\u0958", "\u1e69", "\u0344", "\ufb2c"])
+def test_text_before_a_long_run_is_cleaned_once(last):
+    """Some letters are spelled with accents after NFC, which then join the run."""
+    text = "x" * 1000 + last + "\u0323" * 64 + "\u0301" + last
+    once = clean_text(text)
+    assert clean_text(once) == once
+
+
 def test_every_drop_is_counted_under_its_reason():
     kept, dropped = run(
         ["fine text", "", " \n\t", "abc", "x" * 50, "fine text", "fine\r text", "other text"],
