@@ -5,12 +5,13 @@ A document passes these steps, in this order:
 1. `formats.read_documents` gives (name, text); undecodable text has been dealt with there.
 2. newlines: CR LF, CR and NEL become LF.
 3. control characters go, all but newline and tab; so does the byte-order mark.
-4. Unicode NFC: one spelling for each accented letter.
+4. Unicode NFC: one spelling for each accented letter; more than 64 accents on one letter stay as they are.
 5. nothing but white space: dropped (``empty``).
 6. shorter than ``min_chars`` or longer than ``max_chars``: dropped (``too_short``, ``too_long``).
 7. the same text as an earlier document: dropped (``duplicate``).
 8. ``max_documents`` or ``max_bytes`` reached: the rest of the corpus is not read.
-9. train or val: by the hash of the text, or by name (``val_documents``).
+9. train or val: by the hash of the text, or by name (``val_documents``); of a lone document the end is val
+   (``val_tail``).
 
 Comes from `formats`; goes to `train_tokenizer` (train side only) and to `shards`.
 
@@ -22,15 +23,21 @@ cost 16 bytes of digest each (about 100 in a Python set: 1 GB for ten million do
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from data_prep.formats import Document
+import numpy as np
 
+from data_prep.documents import Document
+
+_MAX_MARKS = 64
+_BLOCK_CHARS = 1 << 18
 _NEWLINES = re.compile("\r\n?|\x85")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 
@@ -45,6 +52,7 @@ class Selection:
         val_fraction: share of documents held out, by the hash of their text.
         val_documents: names or globs of documents held out; replaces ``val_fraction``.
         seed: changes which documents the fraction holds out.
+        val_tail: hold out the fraction at the end of each document, not whole documents.
     """
 
     min_chars: int = 1
@@ -54,6 +62,7 @@ class Selection:
     val_fraction: float = 0.02
     val_documents: tuple[str, ...] = ()
     seed: int = 0
+    val_tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,40 @@ def clean_text(text: str) -> str:
     """Steps 2 to 4; idempotent."""
     text = _NEWLINES.sub("\n", text)
     text = _CONTROLS.sub("", text)
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+    return text if text.isascii() else _nfc(text)
+
+
+def _nfc(text: str) -> str:
+    """NFC, in a time that grows with the text: sorting a run of accents takes the square of its length.
+
+    Hours for a megabyte of them. The longest run of a language is far below 30, where Unicode's own
+    stream-safe format ends.
+    """
+    parts, start = [], 0
+    for first, end in _long_runs(text) if len(text) >= 1000 else ():
+        parts += [unicodedata.normalize("NFC", text[start:first]), text[first:end]]
+        start = end
+    parts.append(unicodedata.normalize("NFC", text[start:]))
+    return "".join(parts)
+
+
+def _long_runs(text: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of every run of more than `_MAX_MARKS` accents."""
+    is_mark = np.zeros(len(text) + 2, dtype=np.int8)  # one more at each end, which is none
+    for start in range(0, len(text), _BLOCK_CHARS):
+        codes = np.frombuffer(text[start : start + _BLOCK_CHARS].encode("utf-32-le", "surrogatepass"), "<u4")
+        is_mark[start + 1 : start + 1 + len(codes)] = _marks()[codes]
+    if np.count_nonzero(is_mark) > _MAX_MARKS:
+        edges = np.flatnonzero(np.diff(is_mark)).reshape(-1, 2)
+        yield from map(tuple, edges[edges[:, 1] - edges[:, 0] > _MAX_MARKS].tolist())
+
+
+@functools.cache
+def _marks() -> np.ndarray:
+    """For each code point, whether it is an accent, whose order NFC may change (1,114,112)."""
+    table = np.zeros(sys.maxunicode + 1, dtype=np.int8)
+    table[[code for code in range(0x300, 0x20000) if unicodedata.combining(chr(code))]] = 1
+    return table
 
 
 def in_validation(digest: bytes, fraction: float, seed: int) -> bool:
@@ -79,6 +121,27 @@ def in_validation(digest: bytes, fraction: float, seed: int) -> bool:
     key = (seed % (1 << 64)).to_bytes(8, "little")
     draw = hashlib.blake2b(digest, digest_size=8, key=key).digest()
     return int.from_bytes(draw, "big") < fraction * (1 << 64)
+
+
+def tail_start(text: str, fraction: float) -> int | None:
+    """Where the last ``fraction`` of a text begins, at the nearest border of paragraphs, lines or words.
+
+    None when the text has no two parts. A border counts only if it leaves the tail between half and one and
+    a half of what was asked for.
+    """
+    wanted = len(text) * (1 - fraction)
+    slack = len(text) * min(fraction, 1 - fraction) / 2
+    for mark in ("\n\n", "\n", " "):
+        near = [
+            place + len(mark)
+            for place in (text.rfind(mark, 0, int(wanted) + len(mark)), text.find(mark, int(wanted)))
+            if place >= 0 and abs(place + len(mark) - wanted) <= slack
+        ]
+        for start in sorted(near, key=lambda place: abs(place - wanted)):
+            if not text[:start].isspace() and text[start:].strip():
+                return start
+    start = min(max(1, round(wanted)), len(text) - 1)
+    return start if text[:start].strip() and text[start:].strip() else None
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -120,14 +183,24 @@ def select(
             dropped["duplicate"] += 1
             continue
         seen.add(digest[:16])
-        split = _split(document.name, digest, selection, matched)
-        yield CleanDocument(document.name, text, len(data), digest, split)
+        start = tail_start(text, selection.val_fraction) if selection.val_tail else None
+        if start is None:
+            split = _split(document.name, digest, selection, matched)
+            yield CleanDocument(document.name, text, len(data), digest, split)
+        else:
+            yield _part(document.name, text[:start], "train")
+            yield _part(f"{document.name}#tail", text[start:], "val")
         kept += 1
         kept_bytes += len(data)
         if kept == selection.max_documents or (
             selection.max_bytes is not None and kept_bytes >= selection.max_bytes
         ):
             return
+
+
+def _part(name: str, text: str, split: str) -> CleanDocument:
+    data = text.encode()
+    return CleanDocument(name, text, len(data), hashlib.sha256(data).digest(), split)
 
 
 def _split(name: str, digest: bytes, selection: Selection, matched: set[str] | None) -> str:

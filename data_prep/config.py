@@ -9,11 +9,15 @@ corpus lay, and a corpus may move without being prepared again.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from data_prep import corpora
-from data_prep.formats import DecodeErrors
+from data_prep.documents import BadFiles, DecodeErrors, ReadOptions
+from data_prep.tally import Tally, readable
 from data_prep.train_tokenizer import TokenizerType
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
@@ -28,12 +32,21 @@ class PrepareConfig:
     Args:
         corpus: ``stdlib`` (sources of the running Python, no download), ``tinyshakespeare``,
             ``wikitext-103``, ``tinystories``, ``fineweb-edu``, ``gutenberg``, or the path of a file or
-            folder (.txt .jsonl .parquet .tar .zip, also compressed with .gz .xz .bz2 .zst).
+            folder (text, source code, .jsonl .json .csv .tsv .parquet .arrow .tar .zip, also compressed
+            with .gz .xz .bz2 .zst).
         output: dataset folder to make; must be empty, or hold an earlier run of the same preparation.
-        text_key: key (jsonl) or column (parquet) that holds the text.
-        separator: cut text files into documents at this string; by default a file is one document.
+        text_key: key (JSON) or column (CSV, Parquet, Arrow) that holds the text; a number is the place of the
+            column, from 1, in a CSV or TSV file whose first line does not name them.
+        separator: cut text files into documents at this string; by default a file is one document. It may
+            be spelled with \\n, \\t, \\r and \\\\.
         on_decode_error: what to do with text that is not UTF-8: ``error``, ``replace`` the bytes, or
             ``skip`` the document.
+        on_bad_file: what to do with a file that is damaged or not what its name says: ``error``, or ``skip``
+            it (each file is then read twice) and count it.
+        text_endings: further endings of names that hold plain text, like .html; "" for names without one.
+        exclude: globs of files and members of archives to pass over.
+        follow_links: follow links that lead out of a corpus folder.
+        max_document_mb: longest document, line, record or JSON file that is read, in megabytes.
         min_chars: drop documents with fewer characters.
         max_chars: drop documents with more characters.
         max_documents: stop after this many documents.
@@ -60,6 +73,11 @@ class PrepareConfig:
     text_key: str = "text"
     separator: str | None = None
     on_decode_error: DecodeErrors = "error"
+    on_bad_file: BadFiles = "error"
+    text_endings: list[str] | None = None
+    exclude: list[str] | None = None
+    follow_links: bool = False
+    max_document_mb: float = 256.0
     min_chars: int = 1
     max_chars: int | None = None
     max_documents: int | None = None
@@ -84,7 +102,7 @@ class PrepareConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}")
         positive = ("max_chars", "max_documents", "max_bytes", "workers", "vocab_size", "shard_size_mb")
-        for name in (*positive, "tokenizer_sample_mb"):
+        for name in (*positive, "tokenizer_sample_mb", "max_document_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} must be positive, it is {value}")
@@ -102,10 +120,58 @@ class PrepareConfig:
             raise UserError("separator must not be empty; leave it out to make each file one document")
         for name, known in (
             ("on_decode_error", ("error", "replace", "skip")),
+            ("on_bad_file", ("error", "skip")),
             ("tokenizer_type", ("bpe", "unigram")),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, it is {getattr(self, name)!r}")
+        for name in ("corpus", "output", "tokenizer", "downloads"):
+            _check_path(name, getattr(self, name))
+        for name in ("text_key", "separator", "text_endings", "exclude", "val_documents"):
+            value = getattr(self, name)
+            for text in [value] if isinstance(value, str) else value or []:
+                if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                    raise UserError(f"{name}: {text!a} is not UTF-8; spell it so that it is")
+
+    @property
+    def document_separator(self) -> str | None:
+        r"""``separator`` with ``\n``, ``\t``, ``\r`` and ``\\`` decoded, as a shell hands them over."""
+        if self.separator is None:
+            return None
+        decoded = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+        return re.sub(r"\\([ntr\\])", lambda found: decoded[found[1]], self.separator)
+
+    def read_options(self) -> ReadOptions:
+        """How the corpus is read, with fresh counts."""
+        return ReadOptions(
+            text_key=self.text_key,
+            separator=self.document_separator,
+            on_decode_error=self.on_decode_error,
+            on_bad_file=self.on_bad_file,
+            max_document_bytes=max(1, int(min(self.max_document_mb, 2**40) * 1e6)),
+            text_endings=tuple(_ending(text) for text in self.text_endings or ()),
+            exclude=tuple(self.exclude or ()),
+            follow_links=self.follow_links,
+            dropped=Counter(),
+            files=Tally(),
+        )
+
+
+def _check_path(name: str, value: str | None) -> None:
+    if value is None:
+        return
+    if not value or "\0" in value:
+        raise UserError(f"{name} is {value!r}, which is no path; give the path of a file or folder")
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name} {readable(value)}: {error}; write the path out in full") from error
+
+
+def _ending(text: str) -> str:
+    """As `formats` compares it: lower case, with its dot; "" stays."""
+    text = text.lower()
+    return f".{text}" if text and not text.startswith(".") else text
 
 
 #: Fields that do not change the result.
@@ -118,6 +184,8 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
         field.name: getattr(config, field.name) for field in fields(config) if field.name not in INCIDENTAL
     }
     options["corpus"] = corpus.name
+    options["separator"] = config.document_separator
+    options["text_endings"] = list(config.read_options().text_endings) or None
     if given is not None:
         options["tokenizer"] = f"sha256:{given.sha256}"
         for unused in ("tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb"):
@@ -130,7 +198,9 @@ def differences_between(earlier: Any, now: dict[str, Any]) -> list[str]:
     if not isinstance(earlier, dict) or not isinstance(earlier.get("options"), dict):
         return ["options (its record is damaged)"]
     found = []
+    defaults = {field.name: field.default for field in fields(PrepareConfig)}
     before, after = earlier["options"], now["options"]
+    before = {key: defaults.get(key) for key in after} | before  # made when an option did not yet exist
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     if changed:
         listed = ", ".join(f"{key} {before.get(key)!r}, now {after.get(key)!r}" for key in changed[:4])

@@ -5,7 +5,7 @@ after the other through `formats`; a remote file is downloaded only when its tur
 of a large corpus downloads little.
 
 - ``stdlib``: the Python sources of the interpreter that runs this; no download.  The default.
-- a folder or file: every supported file below it, in the order of the path.
+- a folder or file: every supported file below it, in the order of the path (`folder`).
 - a public corpus: see `REGISTRY`. Each carries its licence; a checksum stands where one is known for
   certain, elsewhere `download` trusts the first use.
 """
@@ -16,14 +16,19 @@ import difflib
 import platform
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_prep import download
 from data_prep.clean import matches
-from data_prep.formats import Document, ReadOptions, known_endings, read_documents, supported
+from data_prep.documents import Document, NoTextKey, ReadOptions
+from data_prep.folder import scan
+from data_prep.formats import known_endings, pass_over_table, read_documents, supported
+from data_prep.tally import Tally, readable, reasons_of
 from dualroute.errors import UserError
+from dualroute.files import require_regular
 
 STDLIB = "stdlib"
 _STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -60,6 +65,8 @@ class Corpus:
         exclude: globs of documents that are left out.
         val_documents: globs of the documents that the publisher holds out.
         strip: takes the publisher's own text away from a document.
+        is_folder: of many files, some of which may hold no corpus; else a lone file.
+        passed_over: what of a folder is not read.
     """
 
     name: str
@@ -72,6 +79,8 @@ class Corpus:
     exclude: tuple[str, ...] = ()
     val_documents: tuple[str, ...] = ()
     strip: Callable[[str], str] | None = field(default=None, compare=False)
+    is_folder: bool = False
+    passed_over: Tally = field(default_factory=Tally, compare=False)
 
 
 def strip_gutenberg(text: str) -> str:
@@ -172,8 +181,8 @@ def names() -> list[str]:
     return [STDLIB, *REGISTRY]
 
 
-def open_corpus(corpus: str) -> Corpus:
-    """The corpus of that name or path.
+def open_corpus(corpus: str, options: ReadOptions | None = None) -> Corpus:
+    """The corpus of that name or path; ``options`` say which files of a folder are read.
 
     Raises:
         UserError: neither a known name (the nearest is named) nor an existing path, or a path without any
@@ -184,35 +193,39 @@ def open_corpus(corpus: str) -> Corpus:
     if corpus in REGISTRY:
         return REGISTRY[corpus]
     path = Path(corpus).expanduser()
-    if path.exists():
-        return _local(path)
-    if "/" in corpus or "\\" in corpus or "." in corpus:
+    try:
+        if path.exists():
+            return _local(path, options or ReadOptions())
+    except OSError as error:
         raise UserError(
-            f"corpus {corpus}: no such file or folder; give an existing path or one of {', '.join(names())}"
+            f"corpus {readable(corpus)}: cannot be read ({error.strerror or error}); check the path"
+        ) from error
+    if path.is_symlink() or "/" in corpus or "\\" in corpus or "." in corpus:
+        raise UserError(
+            f"corpus {readable(corpus)}: no such file or folder; give an existing path or one of "
+            f"{', '.join(names())}"
         )
     near = difflib.get_close_matches(corpus.lower(), names(), 1, cutoff=0.0)[0]
     known = ", ".join(names())
     raise UserError(f"corpus {corpus!r} is neither a known name nor a path; did you mean {near!r}? ({known})")
 
 
-def _local(path: Path) -> Corpus:
-    name = path.resolve().name
-    if path.is_file():
-        if not supported(path.name):
-            raise UserError(f"corpus {path}: unknown kind of file; known are {known_endings()}")
-        return Corpus(name, (SourceFile(path.name, path),))
-    found = sorted(
-        (file.relative_to(path).as_posix(), file)
-        for file in path.rglob("*")
-        if file.is_file() and supported(file.name) and not _hidden(file.relative_to(path))
-    )
-    if not found:
-        raise UserError(f"corpus {path}: the folder holds no supported file; known are {known_endings()}")
-    return Corpus(name, tuple(SourceFile(name, file) for name, file in found))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _local(path: Path, options: ReadOptions) -> Corpus:
+    name = readable(path.resolve().name)
+    if not path.is_dir():
+        require_regular(path, "corpus")
+        if not supported(path.name, options):
+            raise UserError(f"corpus {readable(path)}: unknown kind of file; known are {known_endings()}")
+        return Corpus(name, (SourceFile(readable(path.name), path),))
+    found = scan(path, options)
+    if not found.files:
+        reasons = reasons_of(found.tally.to_json())
+        there = f" ({', '.join(reasons)})" if reasons else ""
+        raise UserError(
+            f"corpus {readable(path)}: the folder holds no supported file{there}; known are {known_endings()}"
+        )
+    files = tuple(SourceFile(name, file) for name, file in found.files)
+    return Corpus(name, files, is_folder=True, passed_over=found.tally)
 
 
 def _stdlib() -> Corpus:
@@ -220,7 +233,7 @@ def _stdlib() -> Corpus:
     found = sorted(
         (file.relative_to(root).as_posix(), file)
         for file in root.rglob("*.py")
-        if not _STDLIB_SKIP.intersection(file.relative_to(root).parts)
+        if file.is_file() and not _STDLIB_SKIP.intersection(file.relative_to(root).parts)
     )
     if not found:
         raise UserError(f"corpus stdlib: no .py files in {root}; give a folder of texts instead")
@@ -261,7 +274,29 @@ def documents(
                 source.sha256,
                 report(source.name) if report is not None else None,
             )
-        for document in read_documents(path, source.name, options):
+        for document in _of_file(path, source.name, options, corpus.is_folder):
             if any(matches(document.name, pattern) for pattern in corpus.exclude):
                 continue
             yield document if corpus.strip is None else replace(document, text=corpus.strip(document.text))
+
+
+def _of_file(path: Path, name: str, options: ReadOptions, is_folder: bool) -> Iterator[Document]:
+    """Documents of one file; none of one that is passed over, which is counted.
+
+    With ``on_bad_file: skip`` a file is read twice: damage may show at its very end, in a checksum, and then
+    what was read before is not to be trusted.
+    """
+    try:
+        if options.on_bad_file == "skip":
+            unheard = replace(options, dropped=Counter(), files=Tally())
+            for _ in read_documents(path, name, unheard):
+                pass
+        yield from read_documents(path, name, options)
+    except NoTextKey as error:
+        if not is_folder and options.on_bad_file == "error":
+            raise
+        pass_over_table(error, name, options)
+    except UserError as error:
+        if options.on_bad_file == "error":
+            raise
+        options.files.skip("damaged, or not what its name says", error)

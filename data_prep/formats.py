@@ -1,195 +1,206 @@
 """Bytes of one file to documents, in bounded memory.
 
-Comes in: an open file and its name. The name's endings say what it is, from the outside in: compression
-(.gz .xz .bz2 .zst), archive (.tar .zip), then text (.txt .md .text .raw .tokens .py), .jsonl or .parquet.
-Goes out: `Document` (name, text), in the order of the file, to `clean`.
+Comes in: a path and its name. The name's endings say what it is, from the outside in: compression
+(.gz .xz .bz2 .zst), archive (.tar .zip), then text, records (.jsonl .json .csv .tsv) or columns (.parquet
+.arrow .feather). Goes out: `Document` (name, text), in the order of the file, to `clean`.
 
-A tar that was cut at a block boundary, or whose next header is damaged, simply stops and
-Python's reader reports success; here both are errors, as is every other file that ends too early (`streams`).
+A file that ends too early, or is not what its name says, is an error that names it: nothing is guessed.
+What does not belong to a corpus by its name is counted and passed over (`tally`).
 """
 
 from __future__ import annotations
 
-import json
 import re
-import tarfile
-import zipfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Literal, cast
+from posixpath import basename, splitext
+from typing import IO
 
-from data_prep.streams import COMPRESSION_ENDINGS, DAMAGE, WatchedStream, decompress
+from data_prep import archives, columns, records
+from data_prep.documents import (
+    UTF8_MARK,
+    DecodeErrors,
+    Document,
+    NoTextKey,
+    ReadOptions,
+    decode,
+    lines_of,
+    too_long,
+)
+from data_prep.streams import COMPRESSION_ENDINGS, DAMAGE, Expansion, decompress, utf8
+from data_prep.tally import UNKNOWN, readable
 from dualroute.errors import UserError
+from dualroute.files import require_regular
 
-TEXT_ENDINGS = (".txt", ".md", ".text", ".raw", ".tokens", ".py")
-RECORD_ENDINGS = (".jsonl", ".parquet")
+__all__ = ["DecodeErrors", "Document", "ReadOptions", "known_endings", "read_documents", "supported"]
+
+PROSE_ENDINGS = """
+    .txt .text .md .markdown .mdx .rst .adoc .asciidoc .org .tex .texi .textile .rmd .qmd .raw .tokens
+""".split()
+CODE_ENDINGS = """
+    .py .pyi .pyx .pxd .c .h .cc .cpp .cxx .hpp .hh .hxx .cu .cuh .java .kt .scala .groovy .js .mjs .cjs
+    .jsx .ts .tsx .go .rs .rb .pl .pm .php .cs .fs .swift .m .mm .r .jl .lua .sh .bash .zsh .fish .ps1
+    .sql .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .f .f90 .f95 .pas .adb .ads .vhd .v .sv .asm .s
+    .tcl .vim .nim .zig .dart .cmake .proto .awk .sed .bat
+""".split()
+#: Names without an ending that everywhere are text.
+PLAIN_NAMES = """
+    readme license licence copying copyright notice news changelog changes authors contributors
+    maintainers credits thanks todo install faq makefile dockerfile history
+""".split()
+_TEXT = frozenset(PROSE_ENDINGS + CODE_ENDINGS)
+RECORD_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 ARCHIVE_ENDINGS = (".tar", ".zip")
-_SHORTHANDS = {".tgz": ".tar.gz", ".txz": ".tar.xz", ".tbz2": ".tar.bz2"}
+_SHORTHANDS = {".tgz": ".tar.gz", ".txz": ".tar.xz", ".tbz2": ".tar.bz2", ".tzst": ".tar.zst"}
 _BLOCK = 1 << 20
-_MAX_DOCUMENT_BYTES = 1 << 30
-
-DecodeErrors = Literal["error", "replace", "skip"]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it came from (``file``, ``archive!member``, ``file:line``)."""
-
-    name: str
-    text: str
+_MAX_DEPTH = 4  # of archives in archives
+_MAX_COMPRESSIONS = 3  # one around another
 
 
-@dataclass
-class ReadOptions:
-    """How to read.
-
-    Attributes:
-        text_key: the key (jsonl) or column (parquet) that holds the text.
-        separator: cut text files into documents at this string; None: one file, one document.
-        heading: cut at lines that match, each line starting a document (WikiText); instead of ``separator``.
-        on_decode_error: what to do with bytes that are not UTF-8.
-        dropped: counts of documents dropped here, by reason.
-    """
-
-    text_key: str = "text"
-    separator: str | None = None
-    heading: re.Pattern[str] | None = None
-    on_decode_error: DecodeErrors = "error"
-    dropped: Counter[str] = field(default_factory=Counter)
-
-
-def supported(name: str) -> bool:
+def supported(name: str, options: ReadOptions | None = None) -> bool:
     """Whether `read_documents` knows what a file of this name holds."""
-    kind, _ = _kind(name)
-    return kind in (*TEXT_ENDINGS, *RECORD_ENDINGS, *ARCHIVE_ENDINGS)
+    return unknown_kind(name, options or ReadOptions()) is None
+
+
+def unknown_kind(name: str, options: ReadOptions) -> str | None:
+    """Why a file of this name is not read, as a reason to be counted; None if it is."""
+    kind, compressions = _kind(name, options)
+    if len(compressions) > _MAX_COMPRESSIONS:
+        return "compressed again and again"
+    if kind in (".txt", *RECORD_ENDINGS, *ARCHIVE_ENDINGS) or kind in _TEXT:
+        return None
+    if not kind:
+        return f"{UNKNOWN}(no ending)"
+    usual = len(kind) <= 12 and re.fullmatch(r"\.[a-z0-9_+-]*[a-z][a-z0-9_+-]*", kind)
+    return UNKNOWN + (kind if usual else "(other)")
 
 
 def known_endings() -> str:
     """For messages: what `supported` accepts."""
-    kinds = " ".join(TEXT_ENDINGS + RECORD_ENDINGS + ARCHIVE_ENDINGS)
-    return f"{kinds}, each also with {' '.join(COMPRESSION_ENDINGS)}"
+    kinds = " ".join([*PROSE_ENDINGS[:5], *RECORD_ENDINGS, *ARCHIVE_ENDINGS])
+    return f"{kinds}, source code, each also with {' '.join(COMPRESSION_ENDINGS)}; text_endings adds to them"
 
 
 def read_documents(path: Path, name: str, options: ReadOptions) -> Iterator[Document]:
     """Documents of the file ``path``, called ``name`` in messages and in the documents' names.
 
     Raises:
-        UserError: the file is missing, damaged, cut off, not UTF-8 (names the byte), or lacks the text key.
+        UserError: the file is missing or not a regular file, damaged, cut off, not UTF-8 (names the byte),
+            longer in one piece than ``max_document_bytes``, a decompression bomb, or lacks the text key
+            (`NoTextKey` if it is of a kind that often is no corpus).
     """
     try:
+        size = require_regular(path).stat().st_size
+    except UserError as error:
+        raise UserError(readable(error)) from error
+    try:
         with open(path, "rb") as stream:
-            yield from _read(stream, name, options)
+            yield from _Reader(options, Expansion(name, size)).read(stream, name, 0)
     except OSError as error:
-        if isinstance(error, DAMAGE):
+        if isinstance(error, DAMAGE) or error.errno is None:
             raise _damaged(name, error) from error
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{readable(path)}: cannot be read ({error.strerror or error})") from error
     except DAMAGE as error:
         raise _damaged(name, error) from error
 
 
 def _damaged(name: str, error: BaseException) -> UserError:
-    return UserError(f"{name}: the file is damaged or cut off ({error}); fetch or make it again")
+    why = readable(error)[:200]
+    return UserError(
+        f"{name}: the file is damaged or cut off ({why}); fetch or make it again, or set on_bad_file to skip"
+    )
 
 
-def _kind(name: str) -> tuple[str, list[str]]:
-    """The kind's ending, and the compressions around it from the outside in."""
+def _kind(name: str, options: ReadOptions) -> tuple[str, list[str]]:
+    """The kind's ending (.txt for a name that is known to be text), and compressions from the outside in."""
     name = name.lower()
     for short, long in _SHORTHANDS.items():
         if name.endswith(short):
             name = name.removesuffix(short) + long
     compressions = []
-    while (ending := Path(name).suffix) in COMPRESSION_ENDINGS:
+    while (ending := splitext(name)[1]) in COMPRESSION_ENDINGS:
         compressions.append(ending)
         name = name.removesuffix(ending)
+    if ending in options.text_endings or (not ending and basename(name) in PLAIN_NAMES):
+        return ".txt", compressions
     return ending, compressions
 
 
-def _read(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
-    kind, compressions = _kind(name)
-    for ending in compressions:
-        stream = decompress(stream, ending)
-    if kind == ".tar":
-        yield from _read_tar(stream, name, options)
-    elif kind == ".zip":
-        yield from _read_zip(stream, name, options)
-    elif kind == ".jsonl":
-        yield from _read_jsonl(stream, name, options)
-    elif kind == ".parquet":
-        yield from _read_parquet(stream, name, options)
-    elif kind in TEXT_ENDINGS:
-        yield from _read_text(stream, name, options)
-    else:
-        raise UserError(f"{name}: unknown kind of file; known are {known_endings()}")
+@dataclass
+class _Reader:
+    """What is the same for a file and all that is inside it."""
+
+    options: ReadOptions
+    expansion: Expansion
+
+    def read(self, stream: IO[bytes], name: str, depth: int) -> Iterator[Document]:
+        """Documents of a stream, which lies in ``depth`` archives."""
+        kind, compressions = _kind(name, self.options)
+        if unknown_kind(name, self.options) is not None:
+            raise UserError(f"{name}: unknown kind of file; known are {known_endings()}")
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{name}: archives in archives, more than {_MAX_DEPTH} deep; unpack them first")
+        for ending in compressions:
+            stream = decompress(stream, ending, self.expansion)
+        found = False
+        for document in self._documents(stream, name, kind, depth):
+            if not found:
+                found = True
+                self.options.files.read[kind] += 1
+            yield document
+        if not found:
+            self.options.files.skip("without a document", name)
+
+    def _documents(self, stream: IO[bytes], name: str, kind: str, depth: int) -> Iterator[Document]:
+        options = self.options
+        unknown = partial(unknown_kind, options=options)
+        if kind == ".tar":
+            yield from archives.read_tar(stream, name, options, partial(self._member, depth), unknown)
+        elif kind == ".zip":
+            member = partial(self._member, depth)
+            yield from archives.read_zip(stream, name, options, member, unknown, self.expansion)
+        elif kind == ".parquet":
+            yield from columns.read_parquet(stream, name, options)
+        elif kind in (".arrow", ".feather"):
+            yield from columns.read_arrow(stream, name, options)
+        else:
+            stream, _ = utf8(stream)
+            read = {
+                ".jsonl": records.read_jsonl,
+                ".ndjson": records.read_jsonl,
+                ".json": records.read_json,
+                ".csv": records.read_csv,
+                ".tsv": records.read_tsv,
+            }.get(kind, _read_text)
+            yield from read(stream, name, options)
+
+    def _member(self, depth: int, stream: IO[bytes], name: str) -> Iterator[Document]:
+        try:
+            yield from self.read(stream, name, depth + 1)
+        except NoTextKey as error:
+            pass_over_table(error, name, self.options)
 
 
-def _read_tar(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
-    watched = WatchedStream(stream)
-    with tarfile.open(fileobj=cast(IO[bytes], watched), mode="r|") as archive:
-        for member in archive:
-            if member.isfile() and supported(member.name) and not _hidden(member.name):
-                content = archive.extractfile(member)
-                if content is not None:
-                    yield from _read(content, f"{name}!{member.name}", options)
-        while watched.read(_BLOCK):
-            pass
-        # tarfile stops without a word at a header it cannot parse, and at the end of a file that was cut
-        if watched.content_end > archive.offset:
-            raise tarfile.ReadError(f"unreadable member header at byte {archive.offset}")
-        if watched.length <= archive.offset:
-            raise tarfile.ReadError("the mark of the archive's end is missing")
-
-
-def _read_zip(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
-    if not _random_access(stream):
-        raise UserError(f"{name}: a zip inside another archive cannot be read; unpack it first")
-    with zipfile.ZipFile(stream) as archive:
-        for member in archive.infolist():
-            if not member.is_dir() and supported(member.filename) and not _hidden(member.filename):
-                with archive.open(member) as content:
-                    yield from _read(content, f"{name}!{member.filename}", options)
-
-
-def _random_access(stream: IO[bytes]) -> bool:
-    """Whether one may jump about; a member of a streamed tar says so, but cannot."""
-    return not isinstance(stream, tarfile.ExFileObject) and stream.seekable()
-
-
-def _hidden(member: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in Path(member).parts)
-
-
-def _decode(data: bytes, name: str, offset: int, options: ReadOptions) -> str | None:
-    """Text of ``data``, which begins ``offset`` bytes into ``name``; None when it is to be skipped."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if options.on_decode_error == "replace":
-            options.dropped["repaired (kept)"] += 1
-            return data.decode("utf-8", "replace")
-        if options.on_decode_error == "skip":
-            options.dropped["undecodable"] += 1
-            return None
-        raise UserError(
-            f"{name}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the "
-            f"file, or set on_decode_error to 'replace' or 'skip'"
-        ) from error
+def pass_over_table(error: NoTextKey, name: str, options: ReadOptions) -> None:
+    """Count a JSON or CSV file that holds something other than texts."""
+    options.files.skip(f"without the text_key {options.text_key!r}", f"{name} (it has: {error.there})")
 
 
 def _read_text(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
     if options.heading is not None:
-        yield from group_by_heading(_lines(stream, name, options), name, options.heading)
+        yield from _by_heading(stream, name, options, options.heading)
         return
-    for number, (offset, data) in enumerate(_parts(stream, name, options.separator)):
-        text = _decode(data.removeprefix(b"\xef\xbb\xbf") if offset == 0 else data, name, offset, options)
+    for number, (offset, data) in enumerate(_parts(stream, name, options)):
+        text = decode(data.removeprefix(UTF8_MARK) if offset == 0 else data, name, offset, options)
         if text is not None:
             yield Document(name if options.separator is None else f"{name}:{number + 1}", text)
 
 
-def _parts(stream: IO[bytes], name: str, separator: str | None) -> Iterator[tuple[int, bytes]]:
+def _parts(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[tuple[int, bytes]]:
     """(byte offset, bytes) of the pieces between separators; no more than one piece is held."""
-    mark = separator.encode() if separator is not None else None
+    mark = options.separator.encode() if options.separator is not None else None
     held, offset, searched = bytearray(), 0, 0
     while block := stream.read(_BLOCK):
         held += block
@@ -200,94 +211,31 @@ def _parts(stream: IO[bytes], name: str, separator: str | None) -> Iterator[tupl
                 offset += found + len(mark)
                 searched = 0
             searched = max(0, len(held) - len(mark) + 1)
-        if len(held) > _MAX_DOCUMENT_BYTES:
+        if len(held) > options.max_document_bytes:
             raise UserError(
-                f"{name}: a single document of more than {_MAX_DOCUMENT_BYTES >> 20} MiB; set separator to "
-                f"the text that stands between documents"
+                f"{name}: a single document of more than {options.max_document_bytes / 1e6:g} MB; set "
+                f"separator to the text that stands between documents, or raise max_document_mb"
             )
     if held or mark is None:
         yield offset, bytes(held)
 
 
-def _lines(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[str]:
-    offset = 0
-    for line in stream:
-        text = _decode(line, name, offset, options)
-        offset += len(line)
-        if text is not None:
-            yield text
-
-
-def group_by_heading(lines: Iterator[str], name: str, heading: re.Pattern[str]) -> Iterator[Document]:
+def _by_heading(
+    stream: IO[bytes], name: str, options: ReadOptions, heading: re.Pattern[str]
+) -> Iterator[Document]:
     """Documents from lines, each beginning at a line that matches ``heading``."""
-    title, held = "", list[str]()
-    for line in lines:
-        if heading.fullmatch(line.rstrip("\n")):
+    title, held, size = "", list[str](), 0
+    for offset, line in lines_of(stream, name, options):
+        text = decode(line, name, offset, options)
+        if text is None:
+            continue
+        if heading.fullmatch(text.rstrip("\n")):
             if held:
                 yield Document(f"{name}:{title}" if title else name, "".join(held))
-            title, held = line.strip(" =\n"), []
-        held.append(line)
+            title, held, size = readable(text.strip(" =\n")), [], 0
+        held.append(text)
+        size += len(line)
+        if size > options.max_document_bytes:
+            raise too_long(f"{name}: byte {offset}", "a document", options)
     if held:
         yield Document(f"{name}:{title}" if title else name, "".join(held))
-
-
-def _read_jsonl(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        where = f"{name}:{number}"
-        data = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
-        text = _decode(data, name, offset, options)
-        offset += len(line)
-        if text is None or not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); each line must hold one JSON object") from error
-        if not isinstance(record, dict) or options.text_key not in record:
-            keys = ", ".join(sorted(record)[:10]) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{where}: no key {options.text_key!r} (there is: {keys}); set text_key")
-        yield from _record(record[options.text_key], where, options)
-
-
-def _read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    if not _random_access(stream):
-        raise UserError(f"{name}: a parquet file inside an archive cannot be read; unpack it first")
-    try:
-        table = pyarrow.parquet.ParquetFile(stream)
-        if options.text_key not in table.schema_arrow.names:
-            columns = ", ".join(table.schema_arrow.names[:10])
-            raise UserError(f"{name}: no column {options.text_key!r} (there are: {columns}); set text_key")
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[options.text_key]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield from _record(value, f"{name}:{number}", options)
-    except pyarrow.ArrowException as error:
-        raise _damaged(name, error) from error
-
-
-def _record(value: object, where: str, options: ReadOptions) -> Iterator[Document]:
-    """The document of one record; JSON can spell lone surrogates, which no UTF-8 file can hold."""
-    if value is None:
-        options.dropped["empty"] += 1
-        return
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {options.text_key!r} is {type(value).__name__}, not text; set text_key")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        if options.on_decode_error == "error":
-            raise UserError(
-                f"{where}: character {error.start} is a lone surrogate; mend the record, or set "
-                f"on_decode_error to 'replace' or 'skip'"
-            ) from error
-        if options.on_decode_error == "skip":
-            options.dropped["undecodable"] += 1
-            return
-        options.dropped["repaired (kept)"] += 1
-        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    yield Document(where, value)

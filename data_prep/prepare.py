@@ -23,6 +23,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from data_prep import corpora
 from data_prep.clean import CleanDocument, Selection, select
 from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
 from data_prep.download import default_download_folder
-from data_prep.formats import ReadOptions
 from data_prep.progress import Reporter
 from data_prep.shards import SPLITS, STATE_FOLDER, write_index, write_shards
+from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
 from dualroute.data.manifest import (
     MANIFEST_FILE,
@@ -49,6 +50,7 @@ from dualroute.files import remove_leftovers, write_bytes_atomically
 PREPARATION_FILE = "preparation.json"
 _LOCK_FILE = ".prepare.lock"
 _SURVEY_FILE = "survey.json"
+_TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -62,7 +64,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     config.check()
     output = Path(config.output).expanduser()
     try:
-        corpus = corpora.open_corpus(config.corpus)
+        corpus = corpora.open_corpus(config.corpus, config.read_options())
         given = Tokenizer(config.tokenizer) if config.tokenizer is not None else None
         plan = plan_of(config, corpus, given)
         with _claimed(output):
@@ -84,6 +86,9 @@ def summary(manifest: Manifest) -> str:
         lines.append(
             "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
         )
+    if manifest.preparation.get("val_tail"):
+        lines.append(_TAIL_NOTE)
+    lines += describe(manifest.preparation.get("files", {}))
     return "\n".join(lines)
 
 
@@ -221,13 +226,10 @@ class _Preparation:
 
     # Steps 2 and 3: count, and learn the vocabulary
 
-    def _documents(self, dropped: Counter[str], matched: set[str] | None = None) -> Iterator[CleanDocument]:
-        options = ReadOptions(
-            text_key=self.config.text_key,
-            separator=self.config.separator,
-            on_decode_error=self.config.on_decode_error,
-            dropped=dropped,
-        )
+    def _documents(
+        self, dropped: Counter[str], matched: set[str] | None = None, files: Tally | None = None
+    ) -> Iterator[CleanDocument]:
+        options = replace(self.config.read_options(), dropped=dropped, files=files or Tally())
         downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
         source = corpora.documents(self.corpus, options, downloads, self.report.download)
         return select(source, self.selection, dropped, matched)
@@ -237,14 +239,32 @@ class _Preparation:
         path = self.state / _SURVEY_FILE
         if path.exists() and (self.output / TOKENIZER_FILE).exists():
             survey: dict[str, Any] = json.loads(path.read_bytes())
+            self.selection = replace(self.selection, val_tail=survey.get("val_tail", False))
             return survey
+        survey, sample = self._read_all()
+        if self._is_lone(survey):
+            self.selection = replace(self.selection, val_tail=True)
+            survey, sample = self._read_all()
+        self._check_counts(survey)
+        write_bytes_atomically(self.output / TOKENIZER_FILE, self._model(sample))
+        write_bytes_atomically(path, json.dumps(survey).encode())
+        return survey
+
+    def _is_lone(self, survey: dict[str, Any]) -> bool:
+        """Whether there is but one document, of which no share can be held out whole."""
+        return not self.selection.val_documents and _total(survey["splits"], "documents") == 1
+
+    def _read_all(self) -> tuple[dict[str, Any], Sample]:
+        """One pass over the corpus: what it holds, and a sample of its training side."""
         dropped: Counter[str] = Counter()
+        files = Tally()
+        files.add(self.corpus.passed_over)
         matched: set[str] = set()
         counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
         sample = Sample(int(self.config.tokenizer_sample_mb * 1e6), self.config.seed)
         examples: list[str] = []
         with self.report.phase("reading") as phase:
-            for document in self._documents(dropped, matched):
+            for document in self._documents(dropped, matched, files):
                 counts[document.split]["documents"] += 1
                 counts[document.split]["bytes"] += document.num_bytes
                 if document.split == "train" and self.given is None:
@@ -252,24 +272,23 @@ class _Preparation:
                 if len(examples) < 3:
                     examples.append(document.name)
                 phase.update(_total(counts, "bytes"), documents=_total(counts, "documents"))
-        self._check_counts(counts, dropped, matched, examples)
-        model = self._model(sample)
-        write_bytes_atomically(self.output / TOKENIZER_FILE, model)
-        survey = {"splits": counts, "dropped": dict(dropped)}
-        write_bytes_atomically(path, json.dumps(survey).encode())
-        return survey
+        survey = {
+            "splits": counts,
+            "dropped": dict(dropped),
+            "files": files.to_json(),
+            "val_tail": self.selection.val_tail,
+            "matched": sorted(matched),
+            "examples": examples,
+        }
+        return survey, sample
 
-    def _check_counts(
-        self, counts: dict[str, dict[str, int]], dropped: Counter[str], matched: set[str], examples: list[str]
-    ) -> None:
-        total = _total(counts, "documents")
+    def _check_counts(self, survey: dict[str, Any]) -> None:
+        counts, matched, examples = survey["splits"], survey["matched"], survey["examples"]
+        total, name = _total(counts, "documents"), readable(self.config.corpus)
         if not total:
-            why = (
-                ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())) or "it has none"
-            )
-            raise UserError(
-                f"corpus {self.config.corpus}: no document to use ({why}); give another, or relax the limits"
-            )
+            reasons = [f"{count:,} {reason}" for reason, count in sorted(survey["dropped"].items())]
+            why = ", ".join(reasons + reasons_of(survey["files"])) or "it has none"
+            raise UserError(f"corpus {name}: no document to use ({why}); give another, or relax the limits")
         for pattern in self.selection.val_documents:
             if pattern not in matched:
                 like = ", ".join(examples)
@@ -281,12 +300,12 @@ class _Preparation:
         )
         if not counts["val"]["documents"]:
             raise UserError(
-                f"corpus {self.config.corpus}: {held_out} holds out none of its {total:,} documents; raise "
+                f"corpus {name}: {held_out} holds out none of its {total:,} documents; raise "
                 f"--val_fraction, or name some with --val_documents"
             )
         if not counts["train"]["documents"]:
             raise UserError(
-                f"corpus {self.config.corpus}: {held_out} holds out all of its {total:,} documents; lower "
+                f"corpus {name}: {held_out} holds out all of its {total:,} documents; lower "
                 f"--val_fraction, name fewer with --val_documents, or cut files with --separator"
             )
 
@@ -346,6 +365,8 @@ class _Preparation:
                 "licence": self.corpus.licence,
                 "input_files": len(self.plan["inputs"]),
                 "dropped": survey["dropped"],
+                "files": survey.get("files", {}),
+                "val_tail": survey.get("val_tail", False),
             },
         )
         manifest.save(self.output)

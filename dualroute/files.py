@@ -15,12 +15,47 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from dualroute.errors import UserError
 
 _MARK = ".partial-"  # .NAME.partial-PID
+
+
+def require_regular(path: str | os.PathLike[str], what: str = "") -> Path:
+    """``path``, if it names a regular file or a link to one: to open a FIFO would wait for ever.
+
+    Args:
+        path: of the file that is about to be read.
+        what: the key or option that named it, put before the path in the message.
+
+    Raises:
+        UserError: there is nothing, a folder, a FIFO, a socket or a device, or it cannot be looked at.
+    """
+    path = Path(path)
+    named = f"{what} {path}" if what else str(path)
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{what or 'path'} {str(path)!r}: not a possible file name ({error})") from error
+    except FileNotFoundError as error:
+        why = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{named}: {why}; give the path of an existing file") from error
+    except OSError as error:
+        raise UserError(f"{named}: cannot be read ({error.strerror or error}); check the path") from error
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_IFDIR: "folder",
+            stat.S_IFIFO: "named pipe",
+            stat.S_IFSOCK: "socket",
+            stat.S_IFCHR: "device",
+            stat.S_IFBLK: "device",
+        }
+        kind = kinds.get(stat.S_IFMT(mode), "special file")
+        raise UserError(f"{named}: is a {kind}, not a file; give the path of a regular file")
+    return path
 
 
 def fsync_folder(folder: str | os.PathLike[str]) -> None:

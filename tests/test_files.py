@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 
-from dualroute.files import atomic_path, remove_leftovers, write_bytes_atomically
+from dualroute.errors import UserError
+from dualroute.files import atomic_path, remove_leftovers, require_regular, write_bytes_atomically
 
 
 def test_write_replaces_the_old_contents_and_leaves_nothing_else(tmp_path):
@@ -56,3 +60,32 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     assert remove_leftovers(tmp_path) == [temporary]
     assert {path.name for path in tmp_path.iterdir()} == {"kept.txt", ".hidden"}
     context.gen.close()
+
+
+def test_what_is_opened_for_reading_is_a_regular_file(tmp_path, monkeypatch):
+    """To open a named pipe is to wait for a writer that may never come: each path is looked at first."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    file = tmp_path / "file.txt"
+    file.write_text("text")
+    os.symlink("file.txt", "link.txt")
+    for name in ("file.txt", "link.txt"):
+        assert require_regular(name).read_text() == "text"
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    os.symlink("nowhere", "dangling")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        for name, why in {
+            "pipe": "is a named pipe, not a file",
+            "folder": "is a folder, not a file",
+            "socket": "is a socket, not a file",
+            "/dev/null": "is a device, not a file",
+            "dangling": "a link to a file that is not there",
+            "nowhere": "no such file",
+            "file.txt/below": "cannot be read .Not a directory.",
+            "x" * 300: "cannot be read .File name too long.",
+            "a\0b": "not a possible file name",
+        }.items():
+            with pytest.raises(UserError, match=f"corpus .*{why}") as error:
+                require_regular(name, "corpus")
+            assert "\n" not in str(error.value)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.clean import Selection, clean_text, in_validation, matches, select
-from data_prep.formats import Document
+from data_prep.clean import Selection, clean_text, in_validation, matches, select, tail_start
+from data_prep.documents import Document
 
 
 def run(texts, **options):
@@ -39,6 +39,26 @@ def test_clean_text_is_idempotent_and_leaves_only_newline_and_tab_of_the_control
 )
 def test_clean_text_examples(text, cleaned):
     assert clean_text(text) == cleaned
+
+
+def test_a_long_run_of_accents_takes_no_hour():
+    """Sorting 200,000 of them takes Python's NFC ten minutes."""
+    hostile = "e\u0301 " + "a" + "\u0301\u0323" * 100_000 + "e\u0301"
+    once = clean_text(hostile)
+    assert clean_text(once) == once
+    assert once.startswith("\u00e9 a\u0301\u0323")
+    assert once.endswith("\u0323\u00e9")
+    assert len(once) == len(hostile) - 2
+    accents = "x" * 1000 + "o" + "\u0323\u0302" * 10 + "e\u0301"
+    assert clean_text(accents) == unicodedata.normalize("NFC", accents)
+
+
+@pytest.mark.parametrize("last", ["\u0958", "\u1e69", "\u0344", "\ufb2c"])
+def test_text_before_a_long_run_is_cleaned_once(last):
+    """Some letters are spelled with accents after NFC, which then join the run."""
+    text = "x" * 1000 + last + "\u0323" * 64 + "\u0301" + last
+    once = clean_text(text)
+    assert clean_text(once) == once
 
 
 def test_every_drop_is_counted_under_its_reason():
@@ -127,3 +147,42 @@ def test_held_out_by_name_replaces_the_fraction():
     kept = list(select(documents, selection, Counter(), matched))
     assert [d.name for d in kept if d.split == "val"] == ["d1", "d9"]
     assert matched == {"d1", "d9"}
+
+
+@given(st.text(alphabet="ab \n", min_size=0, max_size=300), st.floats(0.01, 0.9))
+def test_the_tail_of_a_text_is_near_the_share_and_both_parts_hold_text(text, fraction):
+    start = tail_start(text, fraction)
+    wanted = len(text) * (1 - fraction)
+    if start is None:
+        place = max(1, min(round(wanted), len(text) - 1))
+        assert not text[:place].strip() or not text[place:].strip()
+        return
+    assert text[:start].strip()
+    assert text[start:].strip()
+    assert abs(start - wanted) <= max(1.0, len(text) * min(fraction, 1 - fraction) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "tail"),
+    [
+        ("one\n\ntwo three\nfour\n\nfive", "five"),
+        ("one two three\nfour five six seven\neight", "eight"),
+        ("onetwothreefourfivesix seven", "seven"),
+        ("abcdefgh", "gh"),
+        ("x", None),
+        ("", None),
+        ("text" + " " * 30, None),
+    ],
+)
+def test_a_tail_starts_at_the_nearest_border(text, tail):
+    start = tail_start(text, 0.25)
+    assert (text[start:] if start is not None else None) == tail
+
+
+def test_the_end_of_each_document_can_be_held_out():
+    kept, _ = run(["first part\n\nsecond part"], val_tail=True, val_fraction=0.5)
+    assert [(d.name, d.text, d.split) for d in kept] == [
+        ("d0", "first part\n\n", "train"),
+        ("d0#tail", "second part", "val"),
+    ]
+    assert all(d.digest == hashlib.sha256(d.text.encode()).digest() for d in kept)
