@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from measure import medians, prepare, show
 
 from dualroute.attention import DualRouting
-from dualroute.attention.cache import GlobalCache, LayerCache
-from dualroute.attention.decode import decode_global, decode_local, token_kernels
-from dualroute.attention.rope import rotary_table
+from dualroute.attention.backends.torch.decode import decode_global, decode_local, token_kernels
+from dualroute.attention.core.cache import GlobalCache, LayerCache
+from dualroute.attention.core.rope import rotary_table
 
 
 def filled_cache(layer: DualRouting, length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:

@@ -1,7 +1,7 @@
 """Which kernels run: plain torch everywhere, or the C++ and Triton ones where they can.
 
-In: the queries of a route, and DUALROUTE_KERNELS from the environment. Out: the package `cpu_kernels` or
-`triton_kernels`, or None for the plain path.
+In: the queries of a route, and DUALROUTE_KERNELS from the environment. Out: the package `backends.cpp` or
+`backends.triton`, or None for the plain path.
 
     auto      cpp on a CPU where it can be compiled, else torch (the default)
     torch     plain torch
@@ -55,7 +55,7 @@ def fast_kernels(query: Tensor, *, causal: bool = True, block: int | None = None
         return _triton(query, causal, block)
     if wanted not in CHOICES:
         raise ValueError(f"{VARIABLE}={wanted} is unknown: set it to {', '.join(CHOICES)}")
-    kernels = importlib.import_module("dualroute.attention.cpu_kernels")
+    kernels = importlib.import_module("dualroute.attention.backends.cpp")
     if not kernels.available(query, causal=causal):
         return None
     reason = _why_not_compiled()
@@ -70,7 +70,7 @@ def fast_kernels(query: Tensor, *, causal: bool = True, block: int | None = None
 @functools.cache
 def _why_not_compiled() -> str | None:
     """None if the C++ kernels work, else the reason; tried once."""
-    build = importlib.import_module("dualroute.attention.cpu_kernels.build")
+    build = importlib.import_module("dualroute.attention.backends.cpp.build")
     try:
         build.load()
     except build.BuildError as error:
@@ -85,7 +85,7 @@ def _warn_once(reason: str) -> None:
 
 def _triton(query: Tensor, causal: bool, block: int | None) -> ModuleType | None:
     try:
-        kernels = importlib.import_module("dualroute.attention.triton_kernels")
+        kernels = importlib.import_module("dualroute.attention.backends.triton")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
-from dualroute.attention.far_summary import far_keys, far_query_features
-from dualroute.attention.rope import rotary_table
-from dualroute.attention.router import block_features, query_features
+from dualroute.attention.core.far_summary import far_keys, far_query_features
+from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.core.router import block_features, query_features
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.layers import TransformerBlock
 

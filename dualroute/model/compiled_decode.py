@@ -1,9 +1,9 @@
 """Compiled decoding: one program for a whole step, from the token's id to its logits.
 
 In: a model, float or quantised, and the caches that its prompt was read into.  Here: layer by layer one call
-of the CPU's kernels (:mod:`dualroute.attention.cpu_kernels`), or without them the step of
-:mod:`dualroute.attention.static_decode`, and ``torch.compile`` with frozen weights, which packs them for the
-processor and fuses everything between two products.  Out: the next logits;
+of the CPU's kernels (:mod:`dualroute.attention.backends.cpp`), or without them the step of
+:mod:`dualroute.attention.backends.torch.static_decode`, and ``torch.compile`` with frozen weights, which
+packs them for the processor and fuses everything between two products.  Out: the next logits;
 :func:`dualroute.model.generate.generate` draws from them.
 
 Projections that read the same rows are joined (:mod:`dualroute.model.joined`).
@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
-from dualroute.attention.cache import LayerCache
-from dualroute.attention.cpu_kernels import C_FUNCTIONS
-from dualroute.attention.decode import token_kernels
-from dualroute.attention.rope import rotary_table
-from dualroute.attention.static_decode import static_full, static_local, static_routed
+from dualroute.attention.backends.cpp import C_FUNCTIONS
+from dualroute.attention.backends.torch.decode import token_kernels
+from dualroute.attention.backends.torch.static_decode import static_full, static_local, static_routed
+from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.rope import rotary_table
 from dualroute.errors import UserError
 from dualroute.model.joined import Joined
 from dualroute.model.layers import TransformerBlock

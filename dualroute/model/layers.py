@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention import DualRouting
-from dualroute.attention.rope import RopeScaling
+from dualroute.attention.core.rope import RopeScaling
 from dualroute.model.config import ModelConfig
 
 

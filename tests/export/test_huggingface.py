@@ -133,7 +133,7 @@ def test_sampling_with_a_cache_is_the_one_without():
 
 def test_auto_is_decided_by_the_length_to_come(monkeypatch):
     """As in `dualroute generate`: the text that is asked for, and not the model's context, decides."""
-    monkeypatch.setattr("dualroute.attention.global_route.AUTO_BREAK_EVEN", 64)
+    monkeypatch.setattr("dualroute.attention.backends.torch.full.AUTO_BREAK_EVEN", 64)
     ours, model = wrapped(global_mode="auto")
     for new in (4, 40):  # read in full until 64 tokens, routed above
         out = model.generate(input_ids=ids_of(60), max_new_tokens=new, **GREEDY)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dualroute.attention import global_route
+from dualroute.attention.backends.torch import full as global_route
 from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.export import parity
