@@ -15,19 +15,47 @@ Shapes: B rows, n tokens, H heads, H_kv key heads, d head_dim, S slots of the st
 
 from __future__ import annotations
 
-from dualroute.attention.backends.torch.full import (
-    AUTO_BREAK_EVEN,
-    GLOBAL_MODES,
-    full_attention,
-    global_attention,
-)
-from dualroute.attention.backends.torch.local import local_attention
-from dualroute.attention.backends.torch.routed import Routing, routed_attention
-from dualroute.attention.core.cache import LayerCache
-from dualroute.attention.core.far_summary import FAR_SUMMARIES
-from dualroute.attention.core.layout import Layout, Stream
-from dualroute.attention.core.router import ROUTERS, select_blocks
-from dualroute.attention.layer import DualRouting
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualroute.attention.core.cache import LayerCache
+    from dualroute.attention.core.layout import Layout, Stream
+    from dualroute.attention.core.options import AUTO_BREAK_EVEN, FAR_SUMMARIES, GLOBAL_MODES, ROUTERS
+    from dualroute.attention.core.routing import Routing
+    from dualroute.attention.layer import DualRouting
+    from dualroute.attention.routes import (
+        full_attention,
+        global_attention,
+        local_attention,
+        routed_attention,
+        select_blocks,
+    )
+
+#: Imported when they are first used: `core.options` alone needs no torch.
+_HOMES = {
+    "AUTO_BREAK_EVEN": "core.options",
+    "FAR_SUMMARIES": "core.options",
+    "GLOBAL_MODES": "core.options",
+    "ROUTERS": "core.options",
+    "DualRouting": "layer",
+    "LayerCache": "core.cache",
+    "Layout": "core.layout",
+    "Routing": "core.routing",
+    "Stream": "core.layout",
+    "full_attention": "routes",
+    "global_attention": "routes",
+    "local_attention": "routes",
+    "routed_attention": "routes",
+    "select_blocks": "routes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
 
 __all__ = [
     "AUTO_BREAK_EVEN",

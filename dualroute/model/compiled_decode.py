@@ -29,12 +29,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dualroute.attention import DualRouting
+from dualroute.attention.backend import token_kernels
 from dualroute.attention.backends.cpp import C_FUNCTIONS
-from dualroute.attention.backends.torch.decode import token_kernels
 from dualroute.attention.backends.torch.static_decode import static_full, static_local, static_routed
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.decoding import token_heads
+from dualroute.attention.layer import DualRouting
 from dualroute.errors import UserError
 from dualroute.model.joined import Joined
 from dualroute.model.layers import TransformerBlock
@@ -293,8 +294,8 @@ class DecodeStep(nn.Module):
             else:
                 assert self.kernels is not None
                 pair = _by_route(layer.attention, projected)
-                heads = layer.attention.token_heads(self.kernels, pair, table, memory, number, position)
-            hidden = hidden + layer.attention._combine(heads[:, None], rows[:, None])[:, 0]
+                heads = token_heads(layer.attention, self.kernels, pair, table, memory, number, position)
+            hidden = hidden + layer.attention.combine(heads[:, None], rows[:, None])[:, 0]
             gate_up = self.gate_up[number]
             hidden = hidden + layer.ffn.narrow(*gate_up(layer.ffn_norm(hidden)))
         return model.head(model.norm(hidden))

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualroute.attention.backend import token_kernels
 from dualroute.attention.backends.cpp import int8_product
-from dualroute.attention.backends.torch.decode import token_kernels
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.heads import NextTokenHead

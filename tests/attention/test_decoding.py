@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from dualroute.attention.backends.torch import full as global_route
 from tests.attention.helpers import ORDERS, ROUTERS
 from tests.attention.test_layer import layer, states
 
@@ -51,9 +50,8 @@ def test_long_chunks_are_cut() -> None:
 
 
 @pytest.mark.parametrize("limit", [64, 72])
-def test_auto_decides_by_the_room_in_the_cache(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(global_route, "AUTO_BREAK_EVEN", limit)
-    auto, hidden = layer(global_mode="auto"), states(1, 67)
+def test_auto_decides_by_the_room_in_the_cache(limit: int) -> None:
+    auto, hidden = layer(global_mode="auto", auto_break_even=limit), states(1, 67)
     same = layer(global_mode="full" if limit == 72 else "routed")
     for chunks in ([1] * 67, [30, 37]):
         torch.testing.assert_close(_cached(auto, hidden, chunks), same(hidden).detach(), rtol=0, atol=1e-12)

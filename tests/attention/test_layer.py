@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention import DualRouting, Layout, reference
-from dualroute.attention.backends.torch import full as global_route
 from dualroute.attention.backends.torch import tile_attention as kernels
 from tests.attention.helpers import ORDERS, ROUTERS
 
@@ -98,17 +97,14 @@ def test_equals_the_sum_of_the_reference_routes(options: dict, causal: bool) -> 
 MODES = [
     {"global_mode": "full"},
     {},
-    {"global_mode": "auto"},
+    {"global_mode": "auto", "auto_break_even": 40},  # routes the longest document only
     {"qk_norm": True, "gate": True, "num_kv_heads": 2},
 ]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("options", MODES)
-def test_packed_and_padded_equal_separate(
-    options: dict, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(global_route, "AUTO_BREAK_EVEN", 40)  # "auto" routes the longest document only
+def test_packed_and_padded_equal_separate(options: dict, causal: bool) -> None:
     module = layer(causal=causal, **options)
     lengths = (61, 5, 33)
     documents = [states(1, length, seed=length) for length in lengths]
@@ -255,6 +251,8 @@ def test_a_layer_survives_saving_and_loading() -> None:
         ({"global_mode": "route"}, "global_mode=route is unknown: did you mean routed"),
         ({"window": 0}, "window=0"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"auto_break_even": 0}, "auto_break_even=0"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0"),
         ({"block": 12, "sub_block": 16}, "block=12 is not a multiple of sub_block=16.*use block=16"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"num_kv_heads": 2, "global_heads": 1}, "global_heads=1 is not a multiple of 2"),
@@ -271,8 +269,13 @@ def test_bad_options_name_the_key_and_the_remedy(options: dict, message: str) ->
 def test_heads_must_divide() -> None:
     with pytest.raises(ValueError, match="dim=10 is not a multiple of num_heads=4"):
         DualRouting(10, 4)
-    with pytest.raises(ValueError, match="num_heads=3 is odd"):
-        DualRouting(12, 3)
+    with pytest.raises(ValueError, match="num_heads=3 with num_kv_heads=1 cannot be halved"):
+        DualRouting(12, 3, num_kv_heads=1)
+
+
+def test_an_odd_number_of_key_heads_leaves_the_larger_part_to_the_local_route() -> None:
+    module = DualRouting(96, 6, num_kv_heads=3)
+    assert (module.global_heads, module.local_heads) == (2, 4)
 
 
 def test_forward_refuses_what_does_not_fit() -> None:

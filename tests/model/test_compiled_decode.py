@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dualroute.attention.backends.torch.decode import token_kernels
+from dualroute.attention.backend import token_kernels
 from dualroute.compress.quantize import quantize_model
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate

@@ -207,6 +207,33 @@ class Layout:
         return cls._general(batch, length, block, segment_ids, attention_mask, device)
 
     @classmethod
+    def of_batch(
+        cls,
+        given: Layout | None,
+        batch: int,
+        length: int,
+        block: int,
+        segment_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        device: torch.device,
+    ) -> Layout:
+        """The layout that was `given`, if it fits the batch; else a new one of the other arguments.
+
+        Raises:
+            ValueError: it is for another batch, or both were given.
+        """
+        if given is None:
+            return cls.build(batch, length, block, segment_ids, attention_mask, device=device)
+        if segment_ids is not None or attention_mask is not None:
+            raise ValueError("layout already holds segment_ids and attention_mask: give either it or them")
+        if (given.batch, given.length, given.block) != (batch, length, block):
+            raise ValueError(
+                f"layout is for batch {given.batch}, length {given.length}, block {given.block}; "
+                f"the layer got batch {batch}, length {length} and has block={block}: build it for these"
+            )
+        return given
+
+    @classmethod
     def _trivial(cls, batch: int, length: int, block: int, device: torch.device) -> Layout:
         stream = Stream(block, (Bucket(0, batch, length // block),), None, device)
         positions = torch.arange(length, device=device).expand(batch, length)
@@ -327,6 +354,11 @@ class Layout:
         if self.slot_token is not None and self.token_slot is not None:
             rows = _Rows.apply(rows, self.token_slot, self.slot_token)
         return rows.reshape(self.batch, self.length, -1)
+
+    def text_rows(self, rows: Tensor) -> Tensor:
+        """(H, S, d) of a stream whose documents are the B rows of the batch -> (B * H, n, d)."""
+        documents = rows.unflatten(1, (self.batch, -1))[:, :, : self.length]
+        return documents.transpose(0, 1).flatten(0, 1)
 
 
 def attend_by_length(

@@ -1,8 +1,8 @@
-"""The router: which blocks each token reads, chosen per token and only among complete past blocks.
+"""The router: the score of a block for a query, and the best blocks. Chosen per token, never for several.
 
-In: queries (H, S, d) and keys (H_kv, S, d) of a stream, detached. Out: `select_blocks` gives (H_kv, S, 1 +
-top_k) block numbers of the stream, -1 = none; column 0 is the sink, the first block of the document.
-`routed` reads them. Query heads that share keys share a choice: their scores are summed.
+In: queries, and keys in blocks. Out: `block_features` and `query_features`, whose product is the score;
+`block_scores`, and `top_blocks`, the best of them. Every back end's `select_blocks` is made of these or
+computes the same. Query heads that share keys share a choice: their scores are summed.
 
 With k over the keys of a block, mu and sigma^2 their mean and diagonal variance, the scores are
     mean     q . mu                                                (MoBA, NSA: arXiv 2502.13189, 2502.11089)
@@ -22,12 +22,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from dualroute.attention.backend import fast_kernels
-from dualroute.attention.core.layout import Bucket, Stream, query_chunks
-
-ROUTERS = ("minmax", "moment", "mean")
-MAX_SCORES = 1 << 22  # scores held at once: bounds the memory of the router
 
 
 def query_features(query: Tensor, router: str) -> Tensor:
@@ -130,75 +124,3 @@ def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if scores.device.type == "cpu" and 0 < missing < scores.shape[-1] * 2:
         scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
     return scores.topk(count, dim=-1)
-
-
-@torch.no_grad()
-def select_blocks(
-    query: Tensor,
-    key: Tensor,
-    stream: Stream,
-    *,
-    top_k: int,
-    router: str = "minmax",
-    sub_block: int = 16,
-    causal: bool = True,
-) -> Tensor:
-    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none.
-
-    A token's own block is never among them, and slots without a token choose nothing. Not causal, the
-    candidates are all other blocks of the document.
-    """
-    kernels = fast_kernels(query, causal=causal, block=stream.block)
-    if kernels is not None:
-        return kernels.select_blocks(query, key, stream, top_k=top_k, router=router, sub_block=sub_block)
-    kv_heads, slots, _ = key.shape
-    selected = torch.full((kv_heads, slots, 1 + top_k), -1, dtype=torch.int32, device=key.device)
-    grouped = query.unflatten(0, (kv_heads, -1))  # (H_kv, group, S, d)
-    valid = stream.slot_valid.view(-1, stream.block) if stream.slot_valid is not None and not causal else None
-    features = block_features(key.unflatten(1, (-1, stream.block)), router, sub_block, valid)
-    for bucket in stream.buckets:
-        _select_in_bucket(selected, grouped, features, bucket, stream.block, top_k, router, causal)
-    if stream.slot_valid is not None:
-        selected.masked_fill_(~stream.slot_valid[:, None], -1)
-    return selected
-
-
-def _select_in_bucket(
-    selected: Tensor,
-    query: Tensor,
-    features: Tensor,
-    bucket: Bucket,
-    block: int,
-    top_k: int,
-    router: str,
-    causal: bool,
-) -> None:
-    kv_heads, group, _, dim = query.shape
-    first, documents, blocks = bucket
-    part = slice(first * block, (first + documents * blocks) * block)
-    out = selected[:, part].view(kv_heads, documents, blocks, block, 1 + top_k)
-    query = query[:, :, part].view(kv_heads, group, documents, blocks, block, dim)
-    features = features[:, first : first + documents * blocks].unflatten(1, (documents, blocks))
-    base = first + blocks * torch.arange(documents, device=query.device).view(
-        -1, 1, 1, 1
-    )  # first block of each
-    out[:, :, 1:, :, 0] = base[..., 0].to(torch.int32)  # the sink: read by every token outside of it
-    if top_k == 0:
-        return
-    parts = features.shape[3]
-    cost = kv_heads * documents * block * blocks * parts
-    for begin, end in query_chunks(blocks, cost, MAX_SCORES):
-        candidates = slice(1, end - 1 if causal else blocks)  # the sink is read anyway
-        count = candidates.stop - 1
-        if count < 1:
-            continue
-        own = torch.arange(begin, end, device=query.device).repeat_interleave(block)[:, None]  # (rows, 1)
-        block_number = torch.arange(1, candidates.stop, device=query.device)
-        allowed = block_number < own if causal else block_number != own  # (rows, count)
-        if count <= top_k:
-            chosen = torch.where(allowed, block_number - 1, -1)
-        else:
-            scores = block_scores(query[:, :, :, begin:end].flatten(3, 4), features[:, :, candidates], router)
-            chosen = top_blocks(scores, allowed, top_k)
-        number = (chosen + 1 + base[..., 0]).masked_fill_(chosen < 0, -1).to(torch.int32)
-        out[:, :, begin:end, :, 1 : 1 + number.shape[-1]] = number.unflatten(-2, (end - begin, block))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dualroute.attention import DualRouting
-from dualroute.attention.backends.torch.decode import decode_global, decode_local
+from dualroute.attention.backends.torch.decode import decode_local
 from dualroute.attention.core.cache import to_int8
+from dualroute.attention.decoding import decode_global
 
 
 def test_rows_are_rounded_to_half_a_step():

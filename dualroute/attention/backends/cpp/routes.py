@@ -27,7 +27,7 @@ from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.router import block_features
 
 if TYPE_CHECKING:
-    from dualroute.attention.backends.torch.routed import Routing
+    from dualroute.attention.core.routing import Routing
 
 
 @torch.no_grad()

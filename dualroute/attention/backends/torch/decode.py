@@ -1,59 +1,30 @@
-"""Attention of new tokens to a cache: what one step, or one chunk of a prefill, reads.
+"""Attention of new tokens to a cache: what one step, or one chunk of a prompt, reads.
 
 In: queries (R, group, m, d) of the m newest tokens, whose keys are already in the global cache, with R =
 batch * kv_heads. Out: (R, group, m, d), equal to what the routes give for these tokens in a forward pass
 over the whole text.
 
 One token gathers the few blocks it reads, but a chunk of tokens masks all of them.
-Chunks come from prefills, which are short or start at 0 (where the routes themselves run); gathering per
+Chunks come from prompts, which are short or start at 0 (where the routes themselves run); gathering per
 token would only copy.
 """
 
 from __future__ import annotations
 
-import math
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention.backend import fast_kernels
-from dualroute.attention.backends.torch.tile_attention import NEG_INF, accumulation_dtype
 from dualroute.attention.core.cache import GlobalCache, LocalCache
-from dualroute.attention.core.far_summary import far_query_features
+from dualroute.attention.core.joint_softmax import Past, joint_softmax, routed_by_mask
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 from dualroute.attention.core.router import block_scores, top_blocks
 
 QUERY_CHUNK = 128  # tokens of a chunk that are masked at once
 
 
-def token_kernels(rows: Tensor) -> ModuleType | None:
-    """Kernels that take one new token of each text through both routes at once, or None.
-
-    They write the caches on the way, and have no gradients.
-    """
-    kernels = fast_kernels(rows)
-    return kernels if hasattr(kernels, "decode_layer") else None
-
-
-def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) -> Tensor:
-    """The global route of the newest m tokens, (R, group, m, d)."""
-    count = query.shape[2]
-    if exact or (cache.length - 1) // cache.block <= top_k + 1:  # every block is own, sink or selected
-        return _decode_full(query, cache)
-    if count == 1:
-        usable = not torch.is_grad_enabled() and not cache.is_int8  # the kernels read floats
-        kernels = fast_kernels(query, block=cache.block) if usable else None
-        return getattr(kernels, "decode_step", _decode_step)(query, cache, top_k)
-    begin = cache.length - count
-    chunks = [
-        _decode_chunk(query[:, :, first : first + QUERY_CHUNK], cache, top_k, begin + first)
-        for first in range(0, count, QUERY_CHUNK)
-    ]
-    return torch.cat(chunks, dim=2)
-
-
-def _decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
+def decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
+    """Every key of the text, for the newest m tokens: (R, group, m, d)."""
     count, total = query.shape[2], cache.length
     keys, values = cache.read(lambda rows: rows[:, None, :total], query.dtype)
     mask = None
@@ -64,81 +35,84 @@ def _decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
 
 
-def _selection(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> Tensor:
-    """(R, m, k) blocks chosen by the tokens at begin, begin + 1, ..., -1 = none; never block 0, the sink."""
+def decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
+    """The routed route of the newest token, (R, group, 1, d)."""
+    position = cache.length - 1
+    return routed_step(query, cache, top_k, position, position // cache.block + 1)
+
+
+def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | Tensor, blocks: int) -> Tensor:
+    """The routed route of one token, (R, group, 1, d), whose key is in the cache.
+
+    Args:
+        query: (R, group, 1, d).
+        position: its place in the text: a number, or a tensor () of which no operator's shape may depend.
+        blocks: how many blocks are looked at; more than position // block.
+    """
+    block, rows = cache.block, len(query)
+    own = position // block
+    number = torch.arange(1, blocks, device=query.device)  # candidates; block 0, the sink, is read anyway
+    scores = block_scores(query, cache.features[:, 1:blocks], cache.router)[:, 0]  # (R, blocks - 1)
+    best = _first_best if isinstance(position, Tensor) else top_blocks
+    chosen = best(scores, number < own, top_k)
+    chosen = torch.where(chosen < 0, -1, chosen + 1)  # (R, k)
+
+    last = own.expand(rows, 1) if isinstance(own, Tensor) else chosen.new_full((rows, 1), own)
+    read = torch.cat([torch.zeros_like(last), chosen.clamp_min(0), last], dim=1)  # (R, k + 2)
+    closed = torch.cat([last == 0, chosen < 0, torch.zeros_like(last, dtype=torch.bool)], dim=1)
+    token = read[..., None] * block + torch.arange(block, device=query.device)  # (R, k + 2, block)
+    hidden = (closed[..., None] | (token > position)).flatten(1)
+    row = torch.arange(rows, device=query.device)[:, None]
+    keys, values = cache.read(
+        lambda stored: stored.unflatten(1, (-1, block))[row, read].flatten(1, 2),
+        accumulation_dtype(query.dtype),
+    )
+    exact = (chosen[..., None] == number).any(1)  # (R, blocks - 1)
+    far_keys, far_values = (
+        None if part is None else part[:, 1:blocks] for part in (cache.far_keys, cache.far_values)
+    )
+    past = Past(keys, values, far_keys, far_values, block)
+    return joint_softmax(query, past, hidden[:, None], (exact | (number >= own))[:, None])
+
+
+def _first_best(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """What `top_blocks` gives, by a stable sort: it takes the first of equal ones, and asks for no number."""
+    best, order = torch.sort(
+        scores.to(torch.float32).masked_fill(~allowed, NEG_INF), dim=-1, descending=True, stable=True
+    )
+    return torch.where(best > NEG_INF, order, -1)[:, :top_k]
+
+
+def decode_chunk(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
+    """The routed route of the newest m tokens, (R, group, m, d): every past token is scored and masked."""
     count = query.shape[2]
-    own = (begin + torch.arange(count, device=query.device)) // cache.block
-    last = (begin + count - 1) // cache.block  # candidates are the blocks 1 .. last - 1
-    scores = block_scores(query, cache.features[:, 1:last], cache.router)
-    allowed = torch.arange(1, last, device=query.device) < own[:, None]
-    chosen = top_blocks(scores, allowed, top_k)
-    return torch.where(chosen < 0, -1, chosen + 1)
-
-
-def _far_logits(query: Tensor, cache: GlobalCache, last: int) -> Tensor | None:
-    """(R, group, m, last - 1) logits of the pseudo-keys of blocks 1 .. last - 1; None without summary."""
-    if cache.far_keys is None:
-        return None
-    features = far_query_features(query, cache.far_keys.shape[-1])
-    keys = cache.far_keys[:, None, 1:last].to(features.dtype)
-    return features @ keys.transpose(-1, -2) + math.log(cache.block)
-
-
-def _softmax_sum(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    """One softmax over the logits (R, group, m, s_i) of several parts, times their values (R, 1, s_i, d)."""
-    weights = torch.cat([logits for logits, _ in parts], dim=-1).softmax(-1)
-    pieces = weights.split([logits.shape[-1] for logits, _ in parts], dim=-1)
-    return sum(w @ values.to(w.dtype) for w, (_, values) in zip(pieces, parts, strict=True)).to(dtype)
-
-
-def _decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
-    """One token: gathers the sink and the chosen blocks. Past blocks are complete, so nothing is masked."""
-    own = (cache.length - 1) // cache.block
-    chosen = _selection(query, cache, top_k, cache.length - 1)[:, 0]  # (R, k)
-    read = F.pad(chosen, (1, 0))  # and block 0, the sink
-    rows = torch.arange(len(query), device=query.device)[:, None]
-    own_tokens = slice(own * cache.block, cache.length)
-
-    def gather(tokens: Tensor) -> Tensor:
-        blocks = tokens.unflatten(1, (-1, cache.block))[rows, read].flatten(1, 2)
-        return torch.cat([blocks, tokens[:, own_tokens]], dim=1)[:, None]  # (R, 1, s, d)
-
-    wide = query.to(accumulation_dtype(query.dtype))
-    keys, values = cache.read(gather, wide.dtype)
-    parts = [(wide @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1]), values)]
-    far = _far_logits(query, cache, own)
-    if far is not None and cache.far_values is not None:
-        far.scatter_(-1, (chosen - 1)[:, None, None].expand(-1, far.shape[1], 1, -1), NEG_INF)
-        parts.append((far, cache.far_values[:, None, 1:own]))
-    return _softmax_sum(parts, query.dtype)
+    begin = cache.length - count
+    chunks = [
+        _decode_chunk(query[:, :, first : first + QUERY_CHUNK], cache, top_k, begin + first)
+        for first in range(0, count, QUERY_CHUNK)
+    ]
+    return torch.cat(chunks, dim=2)
 
 
 def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> Tensor:
-    """Several tokens, the first at position `begin`: every past token is scored and masked."""
-    rows, _, count, dim = query.shape
+    """Several tokens, the first at position `begin`."""
+    rows, _, count, _ = query.shape
     end, block = begin + count, cache.block
-    position = begin + torch.arange(count, device=query.device)[:, None]
-    last = (end - 1) // block
-    # (R, m, blocks) whether a block is read exactly
-    read = torch.zeros(rows, count, last + 2, dtype=torch.bool, device=query.device)
-    chosen = _selection(query, cache, top_k, begin)
-    read.scatter_(-1, torch.where(chosen < 0, last + 1, chosen), True)
-    read = read[..., : last + 1]
-    read[..., 0] = True
-    read = read | (torch.arange(last + 1, device=query.device) == position // block)
-
-    wide = query.to(accumulation_dtype(query.dtype))
-    keys, values = cache.read(lambda rows: rows[:, None, :end], wide.dtype)
-    visible = read.repeat_interleave(block, dim=-1)[..., :end]
-    visible = visible & (torch.arange(end, device=query.device) <= position)
-    logits = wide @ keys.transpose(-1, -2) / math.sqrt(dim)
-    parts = [(logits.masked_fill_(~visible[:, None], NEG_INF), values)]
-    far = _far_logits(query, cache, last)
-    if far is not None and cache.far_values is not None:
-        past = torch.arange(1, last, device=query.device) < position // block
-        far.masked_fill_((read[..., 1:last] | ~past)[:, None], NEG_INF)
-        parts.append((far, cache.far_values[:, None, 1:last]))
-    return _softmax_sum(parts, query.dtype)
+    position = begin + torch.arange(count, device=query.device)
+    own = position[:, None] // block
+    blocks = (end - 1) // block + 1
+    number = torch.arange(blocks, device=query.device)
+    # (R, m, blocks + 1) whether a block is read exactly; the last column takes the "-1 = none" entries
+    read = torch.zeros(rows, count, blocks + 1, dtype=torch.bool, device=query.device)
+    scores = block_scores(query, cache.features[:, 1 : blocks - 1], cache.router)
+    chosen = top_blocks(scores, number[1:-1] < own, top_k)
+    read.scatter_(-1, torch.where(chosen < 0, blocks, chosen + 1), True)
+    read = read[..., :blocks] | (number == own) | (number == 0)
+    keys, values = cache.read(lambda stored: stored[:, :end], accumulation_dtype(query.dtype))
+    far_keys, far_values = (
+        None if part is None else part[:, :blocks] for part in (cache.far_keys, cache.far_values)
+    )
+    return routed_by_mask(query, Past(keys, values, far_keys, far_values, block), read, position)
 
 
 def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache) -> Tensor:

@@ -1,70 +1,16 @@
-"""The global route: every token reads its whole document, exactly or by routing.
+"""Full attention: every token reads its whole document.
 
-In: queries (H, S, d), keys and values (H_kv, S, d) of a stream (see `layout`). Out: (H, S, d).
-`full_attention` is o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over the document; `global_attention` gives
-the short documents to it and the long ones to `routed_attention` (see there for the mathematics).
-
-The choice is made for each *document*, by its own number of blocks, never for the
-batch. So a document gives the same result packed with others as alone, in every mode.
+In: queries (H, S, d), keys and values (H_kv, S, d) of a stream (see `layout`). Out: (H, S, d),
+o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over the document.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention.backend import fast_kernels
-from dualroute.attention.backends.torch.routed import Routing, routed_attention
-from dualroute.attention.core.layout import Bucket, Stream, attend_by_length
-
-# global_mode="auto" routes documents longer than this many tokens. In plain torch, which GPUs run, routed and
-# full are equally fast there (whole training steps of the 5m preset, benchmarks/train_step.py). The C++
-# kernels break even below 1024; but what a model reads must not depend on the kernels of a machine.
-AUTO_BREAK_EVEN = 2048
-
-GLOBAL_MODES = ("auto", "full", "routed")
-
-
-def exact_blocks(mode: str, block: int, top_k: int) -> int | None:
-    """Documents of at most this many blocks are attended to in full; None means all documents.
-
-    A document of top_k + 2 blocks is read completely by every token (own block, sink, top_k): there routed
-    attention *is* full attention, and the full kernel is faster. "auto" raises the limit to AUTO_BREAK_EVEN
-    tokens.
-    """
-    everything_read = top_k + 2
-    if mode == "full":
-        return None
-    if mode == "routed":
-        return everything_read
-    return max(everything_read, AUTO_BREAK_EVEN // block)
-
-
-def global_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    stream: Stream,
-    *,
-    routing: Routing,
-    max_exact_blocks: int | None,
-    causal: bool = True,
-) -> Tensor:
-    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d)."""
-    if max_exact_blocks is None:
-        return full_attention(query, key, value, stream, causal=causal)
-    return attend_by_length(
-        partial(full_attention, causal=causal),
-        partial(routed_attention, routing=routing, causal=causal),
-        query,
-        key,
-        value,
-        stream,
-        max_exact_blocks,
-    )
+from dualroute.attention.core.layout import Bucket, Stream
 
 
 def full_attention(
@@ -80,14 +26,7 @@ def full_attention(
 
     Costs what the documents cost, and needs no mask when causal: what fills up a document lies after its
     tokens. `window` (causal only) hides older keys, at the full cost.
-
-    On a CPU the kernels of the local route do it in float32 and float64, with a window that hides nothing:
-    there they are faster than SDPA.
     """
-    kernels = fast_kernels(query, causal=causal) if window is None else None
-    if kernels is not None and hasattr(kernels, "faster_in_full") and kernels.faster_in_full(query):
-        longest = max(bucket.blocks for bucket in stream.buckets) * stream.block
-        return kernels.local_attention(query, key, value, stream, window=longest)
     if len(stream.buckets) == 1:
         return _bucket_attention(query, key, value, stream, stream.buckets[0], causal, window)
     sizes = [bucket.documents * bucket.blocks * stream.block for bucket in stream.buckets]

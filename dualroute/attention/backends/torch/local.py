@@ -21,22 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualroute.attention.backend import fast_kernels
 from dualroute.attention.backends.torch.full import full_attention
-from dualroute.attention.backends.torch.tile_attention import (
-    NEG_INF,
-    accumulation_dtype,
-    attend,
-    attend_backward,
-    without_autocast,
-)
+from dualroute.attention.backends.torch.tile_attention import attend, attend_backward
 from dualroute.attention.core.layout import Stream, attend_by_length
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype, without_autocast
 
 QUERY_BLOCK = 64  # queries that share one view of the keys, at most; smaller wastes fewer masked keys
 MAX_CHUNK = 1 << 20  # elements of a chunk's keys: a chunk stays in the caches, and bounds the memory
 
 
-@without_autocast
 def local_attention(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
 ) -> Tensor:
@@ -45,9 +38,6 @@ def local_attention(
     Documents that fit into the window are attended to in full: there the two are the same thing. Up to twice
     that length, causal attention in full behind a mask is still the faster one.
     """
-    kernels = fast_kernels(query, causal=causal)
-    if kernels is not None:
-        return kernels.local_attention(query, key, value, stream, window=window, causal=causal)
     in_full = (2 * window if causal else window) // stream.block
     return attend_by_length(
         partial(full_attention, causal=causal, window=window if causal else None),
@@ -141,7 +131,7 @@ def _document_tokens(stream: Stream) -> Tensor:
     return (size - 1) * stream.block + stream.tokens_in_block()[final]
 
 
-def _windows(rows: Tensor, band: _Band, first: int, last: int) -> Tensor:
+def _key_views(rows: Tensor, band: _Band, first: int, last: int) -> Tensor:
     """(blocks, heads, span, d) view of padded rows (heads, left + S + right, d): blocks first..last-1."""
     heads, _, dim = rows.shape
     return rows.as_strided(
@@ -177,8 +167,8 @@ class _Banded(torch.autograd.Function):
         for first, last in _chunks(query, band):
             part, part_lse = attend(
                 _tiles(query, band, first, last),
-                _windows(padded_key, band, first, last),
-                _windows(padded_value, band, first, last),
+                _key_views(padded_key, band, first, last),
+                _key_views(padded_value, band, first, last),
                 mask=_band_mask(stream, band, first, last, accumulate),
             )
             _tiles(out, band, first, last).copy_(part)
@@ -203,8 +193,8 @@ class _Banded(torch.autograd.Function):
             to_query, to_key, to_value = attend_backward(
                 _tiles(grads[0], band, first, last),
                 _tiles(query, band, first, last),
-                _windows(padded_key, band, first, last),
-                _windows(padded_value, band, first, last),
+                _key_views(padded_key, band, first, last),
+                _key_views(padded_value, band, first, last),
                 _tiles(out, band, first, last),
                 _tiles(lse, band, first, last),
                 mask=_band_mask(stream, band, first, last, accumulate),

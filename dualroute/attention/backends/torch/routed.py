@@ -16,45 +16,22 @@ and the list of chosen pairs. Nothing of size n x n, nor n x blocks, exists at a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualroute.attention.backend import fast_kernels
 from dualroute.attention.backends.torch.dispatch import Plan
+from dualroute.attention.backends.torch.far import far_backward, merge_far
 from dualroute.attention.backends.torch.selected import merge_selected, selected_backward
 from dualroute.attention.backends.torch.sink import merge_sink, sink_backward
-from dualroute.attention.backends.torch.tile_attention import (
-    NEG_INF,
-    accumulation_dtype,
-    attend,
-    attend_backward,
-    without_autocast,
-)
-from dualroute.attention.core.far_summary import (
-    Summary,
-    far_backward,
-    merge_far,
-    summarise,
-    summarise_backward,
-)
+from dualroute.attention.backends.torch.tile_attention import attend, attend_backward
+from dualroute.attention.core.far_summary import Summary, summarise, summarise_backward
 from dualroute.attention.core.layout import Stream
-from dualroute.attention.core.router import select_blocks
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype, without_autocast
+from dualroute.attention.core.routing import Routing
 
 
-@dataclass(frozen=True)
-class Routing:
-    """How a token chooses what it reads: see `router` and `far_summary` for the names."""
-
-    top_k: int = 8
-    router: str = "minmax"
-    far_summary: str = "second_order"
-    sub_block: int = 16
-
-
-@without_autocast
 def routed_attention(
     query: Tensor,
     key: Tensor,
@@ -62,8 +39,8 @@ def routed_attention(
     stream: Stream,
     routing: Routing,
     *,
+    selected: Tensor,
     causal: bool = True,
-    selected: Tensor | None = None,
 ) -> Tensor:
     """Routed attention, (H, S, d), of a stream.
 
@@ -71,21 +48,8 @@ def routed_attention(
         query: (H, S, d).
         key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
-        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
+        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it.
     """
-    if selected is None:
-        selected = select_blocks(
-            query.detach(),
-            key.detach(),
-            stream,
-            top_k=routing.top_k,
-            router=routing.router,
-            sub_block=routing.sub_block,
-            causal=causal,
-        )
-    kernels = fast_kernels(query, block=stream.block, causal=causal)
-    if kernels is not None:
-        return kernels.routed_attention(query, key, value, stream, routing, selected=selected)
     grouped = query.unflatten(0, (key.shape[0], -1)).transpose(1, 2).contiguous()  # (H_kv, S, group, d)
     out = _Routed.apply(
         grouped, key.contiguous(), value.contiguous(), selected, stream, routing.far_summary, causal

@@ -28,7 +28,8 @@ from dualroute.attention.backends.torch.dispatch import (
     plan,
     sum_pairs,
 )
-from dualroute.attention.backends.torch.tile_attention import NEG_INF, attend, attend_backward
+from dualroute.attention.backends.torch.tile_attention import attend, attend_backward
+from dualroute.attention.core.precision import NEG_INF
 
 CHUNK_ROWS = 1 << 11  # gathered query rows at once: a chunk stays in the caches of a core
 

@@ -1,8 +1,8 @@
 """A decoding step whose shapes never change, so that a compiler can make one program of it.
 
 In: query, key and value of one new token, (R, group, d) and (R, d) with R = batch * kv_heads, its position as
-a tensor, and the caches of `cache`, whose tensors are written in place. Out: (R, group, d), what
-`decode.decode_global` and `decode.decode_local` give for that token.
+a tensor, and the caches of `cache`, whose tensors are written in place. Out: (R, group, d), what the
+functions of `decode` give for that token; the routed step is the same one.
 
 What those slice by the length of the text is read whole here, up to a fixed size, and masked: keys behind the
 position, blocks from the own one on, slots of the ring that hold nothing yet.
@@ -18,10 +18,11 @@ import math
 import torch
 from torch import Tensor
 
-from dualroute.attention.backends.torch.tile_attention import NEG_INF, accumulation_dtype
+from dualroute.attention.backends.torch.decode import routed_step
 from dualroute.attention.core.cache import GlobalCache, LocalCache
-from dualroute.attention.core.far_summary import far_keys, far_query_features
-from dualroute.attention.core.router import block_features, block_scores
+from dualroute.attention.core.far_summary import far_keys
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
+from dualroute.attention.core.router import block_features
 
 
 def static_local(query: Tensor, key: Tensor, value: Tensor, cache: LocalCache, position: Tensor) -> Tensor:
@@ -59,42 +60,7 @@ def static_routed(
     `size` > position, a multiple of the block, is how many tokens' statistics are looked at.
     """
     _append(cache, key, value, position, statistics=True)
-    block, device = cache.block, query.device
-    blocks = size // block
-    own = position // block
-    number = torch.arange(1, blocks, device=device)  # candidates; block 0, the sink, is read anyway
-    scores = block_scores(query[:, :, None], cache.features[:, 1:blocks], cache.router)[
-        :, 0
-    ]  # (R, blocks - 1)
-    scores = scores.to(torch.float32).masked_fill(number >= own, NEG_INF)
-    # a stable sort takes the first of equal ones, as `top_blocks` does
-    best, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-    best, order = best[:, :top_k], order[:, :top_k]
-    chosen = torch.where(best > NEG_INF, order + 1, -1)  # (R, k)
-
-    rows = len(query)
-    sink, last = chosen.new_zeros(rows, 1), own.expand(rows, 1)
-    read = torch.cat([sink, chosen.clamp_min(0), last], dim=1)  # (R, k + 2)
-    closed = torch.cat(
-        [(own == 0).expand(rows, 1), chosen < 0, torch.zeros_like(last, dtype=torch.bool)], dim=1
-    )
-    token = read[..., None] * block + torch.arange(block, device=device)  # (R, k + 2, block)
-    hidden = (closed[..., None] | (token > position)).flatten(1)[:, None]
-    token = token.flatten(1)[..., None]
-
-    def gather(stored: Tensor) -> Tensor:
-        return stored.gather(1, token.expand(-1, -1, stored.shape[-1]))
-
-    wide = accumulation_dtype(query.dtype)
-    keys, own_values = cache.read(gather, wide)
-    logits, values = [_logits(query, keys).masked_fill(hidden, NEG_INF)], [own_values]
-    if cache.far_keys is not None and cache.far_values is not None:
-        features = far_query_features(query, cache.far_keys.shape[-1])  # (R, group, f)
-        far = features @ cache.far_keys[:, 1:blocks].to(features.dtype).transpose(-1, -2) + math.log(block)
-        exact = (chosen[..., None] == number).any(1)  # (R, blocks - 1)
-        logits.append(far.masked_fill((exact | (number >= own))[:, None], NEG_INF))
-        values.append(cache.far_values[:, 1:blocks].to(wide))
-    return _weighted(torch.cat(logits, dim=-1), torch.cat(values, dim=1), query.dtype)
+    return routed_step(query[:, :, None], cache, top_k, position, size // cache.block)[:, :, 0]
 
 
 def _append(cache: GlobalCache, key: Tensor, value: Tensor, position: Tensor, *, statistics: bool) -> None:

@@ -16,40 +16,16 @@ torch take it away, plain matmuls do the same.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 
-NEG_INF = float("-inf")
 _HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") and hasattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"
 )
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: the type of log-sum-exps and of sums over tiles."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` with autocast off: the routes choose their own precision, tile by tile."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(kind):
-            return function(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
 
 
 def attend(

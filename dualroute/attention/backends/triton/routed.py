@@ -25,7 +25,7 @@ from dualroute.attention.core.far_summary import summarise
 from dualroute.attention.core.layout import Stream
 
 if TYPE_CHECKING:
-    from dualroute.attention.backends.torch.routed import Routing
+    from dualroute.attention.core.routing import Routing
 
 
 def routed_attention(

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dualroute.attention.backends.triton.tiles import dot, load_rows, on_device, pad_dim
 from dualroute.attention.core.layout import Stream
-from dualroute.attention.core.router import ROUTERS, block_features
+from dualroute.attention.core.options import ROUTERS
+from dualroute.attention.core.router import block_features
 
 NONE = tl.constexpr(-(1 << 63))  # no candidate
 NO_SCORE = tl.constexpr(-(1 << 63) + (1 << 32))  # every packed score lies above

@@ -12,6 +12,7 @@ from dualroute.attention import DualRouting, LayerCache
 from dualroute.attention.backend import plain_torch
 from dualroute.attention.backends import cpp as cpu_kernels
 from dualroute.attention.backends.cpp import decode
+from dualroute.attention.decoding import token_heads
 from tests.attention.helpers import ORDERS, ROUTERS
 
 LENGTH = 75
@@ -161,7 +162,7 @@ def test_the_memory_of_layers_is_told_apart() -> None:
     for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         rows = torch.randn(1, 3 * layer.global_heads * 12)
         near = rows if layer.local_heads else None
-        layer.token_heads(cpu_kernels, [rows, near], table, memory, number, torch.tensor(0))
+        token_heads(layer, cpu_kernels, [rows, near], table, memory, number, torch.tensor(0))
         assert cache.global_cache is not None
         keys, _ = cache.global_cache.read(lambda tokens: tokens[:, 0], torch.float32)
         expected = rows.view(3, layer.global_heads, 12)[1]

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from dualroute.attention import Layout, Routing, reference, routed_attention
-from dualroute.attention.backends.torch import dispatch
-from dualroute.attention.core import far_summary, router
+from dualroute.attention.backends.torch import dispatch, far, select
 from tests.attention.helpers import (
     ORDERS,
     ROUTERS,
@@ -179,8 +178,8 @@ def test_pieces_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     routing = Routing(2, sub_block=SUB_BLOCK)
     whole = _routed(layout, inputs, routing)
     monkeypatch.setattr(dispatch, "MAX_PAIRS", 3 * 37)
-    monkeypatch.setattr(router, "MAX_SCORES", 1)
-    monkeypatch.setattr(far_summary, "MAX_LOGITS", 1)
+    monkeypatch.setattr(select, "MAX_SCORES", 1)
+    monkeypatch.setattr(far, "MAX_LOGITS", 1)
     assert_same_with_gradients(_routed(layout, inputs, routing), whole, inputs)
 
 
@@ -216,7 +215,7 @@ def test_padding_is_exactly_zero_and_gets_no_gradient() -> None:
 def test_half_precision_stays_near() -> None:
     layout = Layout.build(1, 128, 16)
     inputs = heads(1, 128, 2, 1, 16, scale=1.0)
-    selected = router.select_blocks(*(rows[0].detach() for rows in inputs[:2]), layout.stream, top_k=2)
+    selected = select.select_blocks(*(rows[0].detach() for rows in inputs[:2]), layout.stream, top_k=2)
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         rows = tuple(part.detach().to(dtype).requires_grad_() for part in inputs)

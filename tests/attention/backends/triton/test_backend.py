@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dualroute.attention import DualRouting, backend
-from dualroute.attention.backends import triton as triton_kernels
+from dualroute.attention.backends.triton.backend import TRITON
 from tests.attention.backends.triton.helpers import DEVICE
 
 KERNELS = ("routed_attention", "local_attention", "decode_step")
@@ -37,13 +37,13 @@ def test_a_layer_gives_the_same_on_both(layer: DualRouting, monkeypatch: pytest.
     plain = run(layer)
     used = set()
     for name in KERNELS:
-        function = getattr(triton_kernels, name)
+        function = getattr(TRITON, name)
 
         def noted(*args: object, _name: str = name, _function: object = function, **kwargs: object) -> object:
             used.add(_name)
             return _function(*args, **kwargs)  # type: ignore[operator]
 
-        monkeypatch.setattr(triton_kernels, name, noted)
+        monkeypatch.setattr(TRITON, name, noted)
     assert not used
     monkeypatch.setenv(backend.VARIABLE, "triton")
     for got, wanted in zip(run(layer), plain, strict=True):
@@ -53,15 +53,17 @@ def test_a_layer_gives_the_same_on_both(layer: DualRouting, monkeypatch: pytest.
 
 def test_what_they_cannot_take_runs_in_torch(layer: DualRouting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "triton")
-    assert backend.fast_kernels(torch.zeros(1, 1, 8, device=DEVICE)) is triton_kernels
-    assert backend.fast_kernels(torch.zeros(1, 1, 8, device=DEVICE, dtype=torch.float64)) is None
-    assert backend.fast_kernels(torch.zeros(1, 1, 8, device=DEVICE), causal=False, block=8) is None
+    plain, rows = backend._TORCH, torch.zeros(1, 1, 8, device=DEVICE)
+    assert backend.choose(rows) is TRITON
+    assert backend.choose(rows.double()) is plain
+    assert backend.choose(rows, causal=False, block=8) is plain
+    assert backend.choose(rows, causal=False) is TRITON  # the local route
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "cutlass")
     with pytest.raises(ValueError, match="DUALROUTE_KERNELS=cutlass is unknown"):
-        backend.fast_kernels(torch.zeros(1, 1, 8))
+        backend.choose(torch.zeros(1, 1, 8))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,4 +73,4 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="pip install triton"):
-        backend.fast_kernels(torch.zeros(1, 1, 8))
+        backend.choose(torch.zeros(1, 1, 8))

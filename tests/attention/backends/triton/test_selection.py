@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention import Layout, reference
+from dualroute.attention.backends.torch import select
 from dualroute.attention.backends.triton import select_blocks
 from dualroute.attention.backends.triton.selection import pack
-from dualroute.attention.core import router
 from tests.attention.backends.triton.helpers import DEVICE, both, on_device, slots_of
 from tests.attention.helpers import ROUTERS, batches, to_stream
 
@@ -100,7 +100,7 @@ def test_half_precision_chooses_what_the_plain_path_does(chooser: str, dtype: to
     low, _ = both(2, layout.length, 2, 1, dtype=dtype)
     query, key, _ = (to_stream(layout, x.detach().cpu()) for x in low)
     options = {"top_k": 3, "router": chooser, "sub_block": SUB_BLOCK}
-    plain = router.select_blocks(query, key, layout.stream, **options)
+    plain = select.select_blocks(query, key, layout.stream, **options)
     selected = select_blocks(query.to(DEVICE), key.to(DEVICE), on_device(layout).stream, **options).cpu()
     same = (selected.sort(-1).values == plain.sort(-1).values).all(-1)
     assert same.float().mean() > 0.99  # sums in another order may settle a near tie differently
