@@ -22,11 +22,12 @@ from dualroute.attention.backends.torch.decode import (
 )
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import check_at_least
-from dualroute.attention.core.precision import without_autocast
+from dualroute.attention.core.precision import outside_inference_mode, without_autocast
 from dualroute.attention.core.rope import rotary_table
 from dualroute.attention.projections import Projections
 
 
+@outside_inference_mode
 def new_cache(
     layer: Projections,
     batch_size: int,

@@ -33,6 +33,7 @@ from dualroute.attention.backend import token_kernels
 from dualroute.attention.backends.cpp import C_FUNCTIONS
 from dualroute.attention.backends.torch.static_decode import static_full, static_local, static_routed
 from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.precision import outside_inference_mode
 from dualroute.attention.core.rope import rotary_table
 from dualroute.attention.decoding import token_heads
 from dualroute.attention.layer import DualRouting
@@ -67,6 +68,7 @@ class CompiledDecoder:
         UserError: There is no compiler.
     """
 
+    @outside_inference_mode
     def __init__(self, model: DualRoutingTransformer, *, compile: bool = True) -> None:
         if compile:
             check_compiler(model.norm.weight.device)

@@ -184,7 +184,7 @@ class ModelConfig:
         if self.attention == "dual" and not (heads.global_heads and heads.local_heads):
             raise UserError(
                 f"model.global_heads={heads.global_heads} and local_heads={heads.local_heads}: with "
-                "attention dual both must be at least 1; for one route alone set model.attention to dense or local"
+                "attention dual both must be at least 1; for one route alone set attention to dense or local"
             )
         return heads
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.far_summary import far_keys
+from dualroute.attention.core.precision import outside_inference_mode
 from dualroute.attention.core.router import block_features
 
 Place = slice | Tensor  # tokens: a slice, or their numbers
@@ -68,6 +69,7 @@ class KeysAndValues:
         )
         return keys, values
 
+    @outside_inference_mode
     def select(self, rows: Tensor) -> None:
         """Go on with the rows (R',) only, in that order; a row may come twice."""
         for name in (*self.OF_TOKENS, *self.OF_BLOCKS):
@@ -150,8 +152,11 @@ class GlobalCache(KeysAndValues):
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in all."""
-        if length <= self.keys.shape[1]:
-            return
+        if length > self.keys.shape[1]:
+            self._grow(length)
+
+    @outside_inference_mode
+    def _grow(self, length: int) -> None:
         blocks = max(-(-length // self.block), 2 * self.features.shape[1])
         for names, count in ((self.OF_TOKENS, blocks * self.block), (self.OF_BLOCKS, blocks)):
             for name in names:

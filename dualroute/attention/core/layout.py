@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualroute.attention.core.precision import outside_inference_mode
 from dualroute.attention.core.rope import RopeScaling, rotary_table
 
 
@@ -56,9 +57,12 @@ class Stream:
         return self.num_blocks * self.block
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute()` gives, computed once for all layers that ask under the same `key`."""
+        """What `compute()` gives, computed once for all layers that ask under the same `key`.
+
+        It may be computed in inference mode and used in training later, or the other way round.
+        """
         if key not in self._cache:
-            self._cache[key] = compute()
+            self._cache[key] = outside_inference_mode(compute)()
         return self._cache[key]
 
     def block_in_document(self) -> Tensor:
@@ -161,6 +165,7 @@ class Layout:
         return self.stream.block
 
     @classmethod
+    @outside_inference_mode
     def build(
         cls,
         batch: int,
@@ -327,9 +332,15 @@ class Layout:
         dtype: torch.dtype,
         scaling: RopeScaling | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers."""
+        """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers.
+
+        Positions that were made in inference mode count no versions: whether they have changed cannot be
+        told, so nothing is kept for them.
+        """
         if positions is None:
             positions = self.positions
+        if positions.is_inference():
+            return self._rotary_table(positions, head_dim, theta, dtype, scaling)
         # The tensor itself is kept beside its table: as long as it lives, no other one can have its id.
         key = ("rotary", id(positions), positions._version, head_dim, theta, dtype, scaling)
         return self.stream.cached(

@@ -1,7 +1,7 @@
-"""Types of numbers: what sums are taken in, and where autocast has no say.
+"""Types of numbers, and the modes of torch that change tensors behind one's back.
 
 In: a type, or a function of tensors. Out: the type that sums over many numbers are taken in; the function
-with autocast off.
+without autocast, or outside of inference mode.
 """
 
 from __future__ import annotations
@@ -33,6 +33,23 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
         if not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function`, which has no gradients, where `torch.inference_mode` is off.
+
+    For tensors that are kept: one that was made in inference mode can neither be saved for a backward pass
+    nor written to once that mode has ended.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 
     return wrapped
