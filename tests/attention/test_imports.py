@@ -20,7 +20,7 @@ FILES = {
 
 
 def imported(module: str) -> set[str]:
-    """Names of modules that a file imports, wherever in it: inside functions and for types only as well."""
+    """Names of modules that a file imports, wherever in it: in functions, for types only, or by a string."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -29,6 +29,8 @@ def imported(module: str) -> set[str]:
             assert node.level == 0, f"{module} imports relatively"
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {name if name in FILES else node.module or "." for name in inside}
+        elif isinstance(node, ast.Constant) and node.value in FILES:
+            names.add(str(node.value))
     return names
 
 
