@@ -27,7 +27,7 @@ from measure import medians, peak_mebibytes, prepare, show
 from torch import Tensor
 
 from dualroute.attention import Layout, Routing, global_attention, local_attention, select_blocks
-from dualroute.attention.global_route import exact_blocks
+from dualroute.attention.core.routing import exact_blocks
 
 
 class Shape(NamedTuple):

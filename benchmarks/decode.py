@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from measure import medians, prepare, show
 
 from dualroute.attention import DualRouting
-from dualroute.attention.cache import GlobalCache, LayerCache
-from dualroute.attention.decode import decode_global, decode_local, token_kernels
-from dualroute.attention.rope import rotary_table
+from dualroute.attention.backend import token_kernels
+from dualroute.attention.backends.torch.decode import decode_local
+from dualroute.attention.core.cache import GlobalCache, LayerCache
+from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.decoding import decode_global, token_heads
 
 
 def filled_cache(layer: DualRouting, length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
@@ -69,7 +71,7 @@ def token_step(
         cos, sin = rotary_table(torch.tensor([length]), layer.head_dim, 10000.0, dtype)
         table = cos.flatten(), sin.flatten()
         memory = kernels.cache_memory([cache])
-        return partial(layer.token_heads, kernels, [rows, rows], table, memory, 0, torch.tensor(length))
+        return partial(token_heads, layer, kernels, [rows, rows], table, memory, 0, torch.tensor(length))
     far, near = cache.global_cache, cache.local_cache
     assert far is not None
     assert near is not None

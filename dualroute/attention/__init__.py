@@ -1,36 +1,61 @@
 """DualRouting attention: the mathematics and its algorithm; torch and nothing else. Read in this order:
 
     reference.py          the formulas, literally and slowly: the specification of every fast path
-    dual_routing.py       DualRouting, the layer: projections, rotary embedding, both routes, gate, output
-    layout.py             Layout and Stream: documents and padding of a batch, computed once for all layers
-    local_route.py        sliding window, O(n * window)
-    global_route.py       full attention, and which documents are routed instead
-    routed.py             own block + sink + chosen blocks + far summary in one softmax, forward and backward
-    router.py             which blocks a token reads: minmax, moment, mean
-    selected.py           these blocks, exactly
-    sink.py               the first block of a document, exactly
-    far_summary.py        the blocks that a token does not read, one pseudo-key each
-    dispatch.py           (token, block) pairs sorted into tiles
-    kernels.py            attention over tiles with its log-sum-exp; the only user of a private torch operator
-    backend.py            which kernels run: plain torch, or the same routes in cpu_kernels/ (C++) and
-                          triton_kernels/ (GPUs)
-    cache.py, decode.py   token by token: what is kept, what a step reads
+    layer.py              DualRouting, the layer: projections, rotary embedding, both routes, gate, output
+    core/                 what every back end shares: layout, rotary embedding, caches, block statistics
+    backends/torch/       the routes in plain torch
+    backends/cpp/         the same routes in C++, for CPUs
+    backends/triton/      the same routes in Triton, for GPUs
+    backend.py            which of them runs
     statistics.py         what the router does, in numbers for a monitor
-    rope.py, options.py   rotary position embedding; defaults and errors of the layer's options
+    sequence_parallel.py  ranks that share one long text
 
 Shapes: B rows, n tokens, H heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks.
 """
 
 from __future__ import annotations
 
-from dualroute.attention.cache import LayerCache
-from dualroute.attention.dual_routing import DualRouting
-from dualroute.attention.far_summary import FAR_SUMMARIES
-from dualroute.attention.global_route import AUTO_BREAK_EVEN, GLOBAL_MODES, full_attention, global_attention
-from dualroute.attention.layout import Layout, Stream
-from dualroute.attention.local_route import local_attention
-from dualroute.attention.routed import Routing, routed_attention
-from dualroute.attention.router import ROUTERS, select_blocks
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dualroute.attention.core.cache import LayerCache
+    from dualroute.attention.core.layout import Layout, Stream
+    from dualroute.attention.core.options import AUTO_BREAK_EVEN, FAR_SUMMARIES, GLOBAL_MODES, ROUTERS
+    from dualroute.attention.core.routing import Routing
+    from dualroute.attention.layer import DualRouting
+    from dualroute.attention.routes import (
+        full_attention,
+        global_attention,
+        local_attention,
+        routed_attention,
+        select_blocks,
+    )
+
+#: Imported when they are first used: `core.options` alone needs no torch.
+_HOMES = {
+    "AUTO_BREAK_EVEN": "core.options",
+    "FAR_SUMMARIES": "core.options",
+    "GLOBAL_MODES": "core.options",
+    "ROUTERS": "core.options",
+    "DualRouting": "layer",
+    "LayerCache": "core.cache",
+    "Layout": "core.layout",
+    "Routing": "core.routing",
+    "Stream": "core.layout",
+    "full_attention": "routes",
+    "global_attention": "routes",
+    "local_attention": "routes",
+    "routed_attention": "routes",
+    "select_blocks": "routes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
 
 __all__ = [
     "AUTO_BREAK_EVEN",

@@ -1,12 +1,15 @@
-"""Which kernels run: plain torch everywhere, or the C++ and Triton ones where they can.
+"""Which back end computes the routes: plain torch, the C++ kernels of a CPU, or the Triton kernels of a GPU.
 
-In: the queries of a route, and DUALROUTE_KERNELS from the environment. Out: the package `cpu_kernels` or
-`triton_kernels`, or None for the plain path.
+In: the queries of a route; `set_backend`, as a configuration gives it, and DUALROUTE_KERNELS from the
+environment, which overrides it. Out: `choose` gives the `Backend` that takes the call.
 
     auto      cpp on a CPU where it can be compiled, else torch (the default)
     torch     plain torch
     cpp       the C++ kernels on a CPU; an error where they cannot be compiled
     triton    the Triton kernels on a GPU
+
+What the chosen back end cannot take (`supports`) runs in plain torch, which takes everything: the same
+numbers but for rounding.
 
 Plain torch is the default on a GPU. The Triton kernels are tested in the interpreter and
 compiled for GPUs, but have not been timed on one; whoever has one turns them on and compares.
@@ -15,19 +18,99 @@ compiled for GPUs, but have not been timed on one; whoever has one turns them on
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from dualroute.attention.backends.torch import TorchBackend
+from dualroute.attention.core.cache import GlobalCache
+from dualroute.attention.core.layout import Stream
+from dualroute.attention.core.options import check_name
+from dualroute.attention.core.routing import Routing
 
 VARIABLE = "DUALROUTE_KERNELS"
 CHOICES = ("auto", "torch", "cpp", "triton")
+_default = "auto"
 _only_torch = ContextVar("only_torch", default=False)
+
+
+class Backend(Protocol):
+    """One way to compute the routes on a stream.
+
+    H query heads, H_kv key heads, S slots, d head_dim; queries are (H, S, d), keys and values (H_kv, S, d)
+    and 0 in slots without a token, results (H, S, d). All but the choice of blocks is differentiable.
+    """
+
+    #: what one new token of a text goes through, see `token_kernels`; None where there is nothing of its own
+    tokens: ModuleType | None
+
+    def description(self) -> str:
+        """What it is, in a few words, for a log."""
+
+    def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
+        """Whether it can take queries (..., d). `block` is that of the global route; None: the local one."""
+
+    def select_blocks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        stream: Stream,
+        *,
+        top_k: int,
+        router: str = "minmax",
+        sub_block: int = 16,
+        causal: bool = True,
+    ) -> Tensor:
+        """(H_kv, S, 1 + top_k) int32 blocks that each token reads besides its own: the sink, then the chosen
+        ones in no order; -1 = none."""
+
+    def routed_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        stream: Stream,
+        routing: Routing,
+        *,
+        selected: Tensor,
+        causal: bool = True,
+    ) -> Tensor:
+        """Own block, selected blocks and the summaries of the others in one softmax."""
+
+    def local_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
+    ) -> Tensor:
+        """`window` keys, the token's own included."""
+
+    def full_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, causal: bool = True
+    ) -> Tensor:
+        """Every key of the document."""
+
+    def decode_step(self, query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
+        """The routed global route of the newest token, (R, group, 1, d) with R = batch * H_kv, whose key the
+        cache holds; no gradients."""
+
+
+_TORCH: Backend = TorchBackend()
+
+
+def set_backend(name: str) -> None:
+    """Choose the back end of this process: auto, torch, cpp or triton. DUALROUTE_KERNELS overrides it.
+
+    Raises:
+        ValueError: an unknown name. Whether what it names can be had is seen by `describe`, or in use.
+    """
+    global _default
+    check_name("attention back end", name, CHOICES)
+    _default = name
 
 
 @contextmanager
@@ -40,37 +123,109 @@ def plain_torch() -> Iterator[None]:
         _only_torch.reset(token)
 
 
-def fast_kernels(query: Tensor, *, causal: bool = True, block: int | None = None) -> ModuleType | None:
-    """The kernels that were asked for, if they can take these queries (..., d); else None.
+def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> Backend:
+    """The back end for these queries (..., d): the one that was asked for, if it can take them.
 
     `block` is that of the global route; None asks for the local one.
 
     Raises:
-        ValueError: DUALROUTE_KERNELS is no known name, or names kernels that cannot be had here.
+        ValueError: DUALROUTE_KERNELS is no known name, or a back end was named that cannot be had here.
     """
-    wanted = os.environ.get(VARIABLE, "auto")
-    if wanted == "torch" or _only_torch.get():
-        return None
-    if wanted == "triton":
-        return _triton(query, causal, block)
-    if wanted not in CHOICES:
-        raise ValueError(f"{VARIABLE}={wanted} is unknown: set it to {', '.join(CHOICES)}")
-    kernels = importlib.import_module("dualroute.attention.cpu_kernels")
-    if not kernels.available(query, causal=causal):
-        return None
+    name, _ = _wanted()
+    if name == "torch" or (name == "auto" and query.device.type != "cpu"):
+        return _TORCH
+    backend = _triton() if name == "triton" else _cpp()
+    if not backend.supports(query, causal=causal, block=block):
+        return _TORCH
+    if name != "triton" and _compiled() is not None:
+        return _TORCH
+    return backend
+
+
+def token_kernels(rows: Tensor) -> ModuleType | None:
+    """Kernels that take one new token of each text, like `rows` (B, ...), through both routes at once.
+
+    They write the caches on the way, and have no gradients. None: there are none here.
+    """
+    return choose(rows).tokens
+
+
+def describe(device: torch.device | str) -> str:
+    """The line to log: what the attention runs on, and why, on `device`.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    device = torch.device(device)
+    name, asker = _wanted()
+    if name == "torch":
+        return f"attention: plain torch, as {asker} asks for"
+    if device.type == "cpu" and name != "triton":
+        reason = _compiled()
+        return f"attention: plain torch, slower: {reason}" if reason else f"attention: {_cpp().description()}"
+    if name == "triton":
+        like = torch.empty(0, 16, dtype=torch.float32, device=device)
+        if _triton().supports(like, block=1):
+            return f"attention: {_triton().description()}"
+        return f"attention: plain torch: the Triton kernels that {asker} asks for do not run on {device}"
+    return f"attention: plain torch on {device.type}"
+
+
+def _wanted() -> tuple[str, str]:
+    """The name that was asked for, and who asks."""
+    if _only_torch.get():
+        return "torch", "plain_torch()"
+    given = os.environ.get(VARIABLE)
+    if not given:
+        return _default, "the configuration"
+    if given not in CHOICES:
+        raise ValueError(f"{VARIABLE}={given} is unknown: set it to {', '.join(CHOICES)}")
+    return given, VARIABLE
+
+
+def _cpp() -> Backend:
+    from dualroute.attention.backends.cpp.backend import CPP
+
+    return CPP
+
+
+def _triton() -> Backend:
+    try:
+        from dualroute.attention.backends.triton.backend import TRITON
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError(
+            f"{_asked('triton')}, but Triton is not installed: pip install triton, or ask for another one"
+        ) from error
+    return TRITON
+
+
+def _compiled() -> str | None:
+    """None if the C++ kernels work, else the reason why plain torch takes their place; it warns once.
+
+    Raises:
+        ValueError: they do not work and were asked for by name.
+    """
     reason = _why_not_compiled()
     if reason is None:
-        return kernels
-    if wanted == "cpp":
-        raise ValueError(f"{VARIABLE}=cpp, but the kernels cannot be compiled: {reason}")
+        return None
+    if _wanted()[0] == "cpp":
+        raise ValueError(f"{_asked('cpp')}, but the kernels cannot be compiled: {reason}")
     _warn_once(reason)
-    return None
+    return reason
+
+
+def _asked(name: str) -> str:
+    asker = _wanted()[1]
+    return f"{VARIABLE}={name}" if asker == VARIABLE else f"the attention back end is {name}"
 
 
 @functools.cache
 def _why_not_compiled() -> str | None:
     """None if the C++ kernels work, else the reason; tried once."""
-    build = importlib.import_module("dualroute.attention.cpu_kernels.build")
+    from dualroute.attention.backends.cpp import build
+
     try:
         build.load()
     except build.BuildError as error:
@@ -81,16 +236,3 @@ def _why_not_compiled() -> str | None:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(f"attention runs on plain torch, which is slower: {reason}", stacklevel=2)
-
-
-def _triton(query: Tensor, causal: bool, block: int | None) -> ModuleType | None:
-    try:
-        kernels = importlib.import_module("dualroute.attention.triton_kernels")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ValueError(f"{VARIABLE}=triton, but Triton is not installed: pip install triton") from error
-    usable = (
-        kernels.available(query) if block is None else kernels.available(query, block=block, causal=causal)
-    )
-    return kernels if usable else None

@@ -22,6 +22,20 @@ from torch import Tensor
 Group = torch.distributed.ProcessGroup
 
 
+def check_group(group: Group, shared: int, **heads: int) -> None:
+    """Whether the heads of each route, of which `shared` share a key head, can be divided among a group.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    for name, count in heads.items():
+        if count // shared % group.size():
+            raise ValueError(
+                f"{name}={count} with {shared} query heads per key head cannot be divided among the "
+                f"{group.size()} ranks of sequence_group: the key heads of each route must be a multiple"
+            )
+
+
 def scatter_heads(rows: Tensor, group: Group, heads: list[int]) -> Tensor:
     """(B, n/P, sum(heads), d) -> (B, n, sum(heads) / P, d).
 

@@ -16,11 +16,11 @@ import math
 import torch
 from torch import Tensor
 
-from dualroute.attention.far_summary import far_query_features, summarise
-from dualroute.attention.kernels import NEG_INF
-from dualroute.attention.layout import Stream
-from dualroute.attention.routed import Routing
-from dualroute.attention.router import block_features, block_scores, top_blocks
+from dualroute.attention.core.far_summary import far_query_features, summarise
+from dualroute.attention.core.layout import Stream
+from dualroute.attention.core.precision import NEG_INF
+from dualroute.attention.core.router import block_features, block_scores, top_blocks
+from dualroute.attention.core.routing import Routing
 
 MAX_ROWS = 256  # sampled tokens
 MAX_LOGITS = 1 << 24  # logits held at once; fewer tokens are sampled where a row of them is long

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dualroute.attention.cpu_kernels import build
+from dualroute.attention.backends.cpp import build
 from dualroute.doctor.verdict import Verdict, fail, ok, warn
 
 MIB = 2**20

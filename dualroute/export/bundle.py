@@ -1,7 +1,7 @@
 """The model's own source files, made ready to travel with an exported folder.
 
 In: the names of a few modules of this package.  Here: all modules of it that these import, each written as
-    one file beside the others, ``dualroute.attention.rope`` as ``dualroute_attention_rope.py``, with nothing
+    one file beside the others, ``dualroute.model.layers`` as ``dualroute_model_layers.py``, with nothing
     changed but the lines that import.  Next: transformers copies what it can reach by ``from .name import``
     and runs it.
 

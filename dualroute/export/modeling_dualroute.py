@@ -20,8 +20,8 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from dualroute.attention.cache import LayerCache
-from dualroute.attention.dual_routing import DualRouting
+from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.layer import DualRouting
 from dualroute.export.configuration_dualroute import DualRoutingConfig
 from dualroute.model.transformer import DualRoutingTransformer
 

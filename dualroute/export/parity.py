@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dualroute.attention import AUTO_BREAK_EVEN
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
 #: Positions of a text whose logits are compared, and how many numbers these may be.
@@ -30,7 +29,7 @@ def lengths(config: ModelConfig) -> list[int]:
     routed = (top_k + 3) * config.block + config.block // 2 + 1
     wanted = [1, 5, config.block, config.block + 1, routed]
     if config.global_mode == "auto" and config.attention != "local":
-        wanted.append(max(AUTO_BREAK_EVEN + config.block // 2 + 1, routed))
+        wanted.append(max(config.auto_break_even + config.block // 2 + 1, routed))
     else:
         wanted.append(2 * routed)
     return sorted({min(length, config.max_context) for length in wanted})

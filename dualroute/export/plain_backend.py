@@ -1,6 +1,6 @@
-"""Which kernels run: plain torch, everywhere.
+"""Which back end runs: plain torch, everywhere.
 
-Stands in for :mod:`dualroute.attention.backend` in an exported folder.  The other kernels stay behind: they
+Stands in for :mod:`dualroute.attention.backend` in an exported folder.  The other ones stay behind: they
 need a compiler or a package that who loads the folder may not have, and are not needed for the same numbers.
 """
 
@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dualroute.attention.backends.torch import TorchBackend
 
-def fast_kernels(query: Tensor, *, causal: bool = True, block: int | None = None) -> None:
-    """No kernels but torch's own."""
+_TORCH = TorchBackend()
+
+
+def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> TorchBackend:
+    """Plain torch."""
+    return _TORCH
+
+
+def token_kernels(rows: Tensor) -> None:
+    """No kernels for single tokens."""
     return None

@@ -1,9 +1,9 @@
 """Compiled decoding: one program for a whole step, from the token's id to its logits.
 
 In: a model, float or quantised, and the caches that its prompt was read into.  Here: layer by layer one call
-of the CPU's kernels (:mod:`dualroute.attention.cpu_kernels`), or without them the step of
-:mod:`dualroute.attention.static_decode`, and ``torch.compile`` with frozen weights, which packs them for the
-processor and fuses everything between two products.  Out: the next logits;
+of the CPU's kernels (:mod:`dualroute.attention.backends.cpp`), or without them the step of
+:mod:`dualroute.attention.backends.torch.static_decode`, and ``torch.compile`` with frozen weights, which
+packs them for the processor and fuses everything between two products.  Out: the next logits;
 :func:`dualroute.model.generation.generate` draws from them.
 
 Projections that read the same rows are joined (:mod:`dualroute.model.fused_linear`).
@@ -29,12 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from dualroute import compat
-from dualroute.attention import DualRouting
-from dualroute.attention.cache import LayerCache
-from dualroute.attention.cpu_kernels import C_FUNCTIONS
-from dualroute.attention.decode import token_kernels
-from dualroute.attention.rope import rotary_table
-from dualroute.attention.static_decode import static_full, static_local, static_routed
+from dualroute.attention.backend import token_kernels
+from dualroute.attention.backends.cpp import C_FUNCTIONS
+from dualroute.attention.backends.torch.static_decode import static_full, static_local, static_routed
+from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.precision import outside_inference_mode
+from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.decoding import token_heads
+from dualroute.attention.layer import DualRouting
 from dualroute.errors import UserError
 from dualroute.model.fused_linear import Joined
 from dualroute.model.layers import TransformerBlock
@@ -66,6 +68,7 @@ class CompiledDecoder:
         UserError: There is no compiler.
     """
 
+    @outside_inference_mode
     def __init__(self, model: DualRoutingTransformer, *, compile: bool = True) -> None:
         if compile:
             check_compiler(model.norm.weight.device)
@@ -289,8 +292,8 @@ class DecodeStep(nn.Module):
             else:
                 assert self.kernels is not None
                 pair = _by_route(layer.attention, projected)
-                heads = layer.attention.token_heads(self.kernels, pair, table, memory, number, position)
-            hidden = hidden + layer.attention._combine(heads[:, None], rows[:, None])[:, 0]
+                heads = token_heads(layer.attention, self.kernels, pair, table, memory, number, position)
+            hidden = hidden + layer.attention.combine(heads[:, None], rows[:, None])[:, 0]
             gate_up = self.gate_up[number]
             hidden = hidden + layer.ffn.down_project(*gate_up(layer.ffn_norm(hidden)))
         return model.head(model.norm(hidden))

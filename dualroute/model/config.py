@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dualroute.attention.core.options import AUTO_BREAK_EVEN, Heads, check_routes, resolve_heads
 from dualroute.errors import UserError
 
 
@@ -34,12 +35,14 @@ class ModelConfig:
             parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
         dense_every: With attention interleaved, every n-th layer is dense (6: five local ones, then a
             dense one, as in Gemma 3, https://arxiv.org/abs/2503.19786).
-        global_heads: Query heads of the global route; null means half of num_heads.
-        local_heads: Query heads of the local route; null means the other half.
+        global_heads: Query heads of the global route; null means those of half of the key/value heads,
+            rounded down.
+        local_heads: Query heads of the local route; null means the others.
         window: Keys that the local route sees, the token itself included.
         layer_windows: The window of each layer, where they differ; null means window for all.
-        global_mode: full reads every key; routed reads top_k blocks chosen per token; auto is full below
-            the break-even length and routed above it.
+        global_mode: full reads every key; routed reads top_k blocks chosen per token; auto is full in
+            documents of up to auto_break_even tokens and routed in longer ones.
+        auto_break_even: Tokens up to which global_mode auto reads a document in full.
         block: Keys per routed block.
         top_k: Blocks that each token reads exactly, besides its own and the document's first.
         layer_top_k: The top_k of each layer, where they differ; null means top_k for all.
@@ -73,6 +76,7 @@ class ModelConfig:
     window: int = 128
     layer_windows: list[int] | None = None
     global_mode: Literal["auto", "full", "routed"] = "auto"
+    auto_break_even: int = AUTO_BREAK_EVEN
     block: int = 64
     top_k: int = 8
     layer_top_k: list[int] | None = None
@@ -117,17 +121,7 @@ class ModelConfig:
         ).resolved()
 
     def _derived(self) -> dict[str, int]:
-        positive = (
-            "dim",
-            "num_layers",
-            "num_heads",
-            "max_context",
-            "dense_every",
-            "window",
-            "block",
-            "sub_block",
-        )
-        for name in positive:
+        for name in ("num_layers", "max_context", "dense_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
         if self.attention == "interleaved" and self.dense_every > self.num_layers:
@@ -135,8 +129,6 @@ class ModelConfig:
                 f"model.dense_every {self.dense_every} is above model.num_layers {self.num_layers}: no layer "
                 f"would be dense; lower it, or use attention local instead of interleaved"
             )
-        if self.top_k < 0:
-            raise UserError(f"model.top_k is {self.top_k}: it must be 0 or more")
         for name, least in (("layer_windows", 1), ("layer_top_k", 0)):
             values = getattr(self, name)
             if values is not None and (len(values) != self.num_layers or min(values) < least):
@@ -145,63 +137,56 @@ class ModelConfig:
                     f"each layer, or null"
                 )
         _check_rope_scaling(self.rope_scaling)
-        if self.router == "minmax" and self.block % self.sub_block:
-            raise UserError(
-                f"model.sub_block {self.sub_block} does not divide model.block {self.block}, as the minmax "
-                f"router needs: change one of them"
-            )
         if self.vocab_size is not None and self.vocab_size < 2:
             raise UserError(f"model.vocab_size is {self.vocab_size}: it must be at least 2, or null")
-        if self.head_dim is None and self.dim % self.num_heads:
-            raise UserError(
-                f"model.num_heads {self.num_heads} does not divide model.dim {self.dim}: "
-                f"change one of them, or give model.head_dim"
-            )
-        head_dim = self.dim // self.num_heads if self.head_dim is None else self.head_dim
-        if head_dim < 2 or head_dim % 2:
-            raise UserError(
-                f"model.head_dim is {head_dim} (dim / num_heads where null): RoPE turns pairs of channels, "
-                f"so it must be even"
-            )
-        num_kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        if num_kv_heads < 1 or self.num_heads % num_kv_heads:
-            raise UserError(
-                f"model.num_kv_heads {num_kv_heads} does not divide model.num_heads {self.num_heads}"
-            )
+        heads = self._heads()
         ffn_dim = -(-8 * self.dim // (3 * 64)) * 64 if self.ffn_dim is None else self.ffn_dim
         if ffn_dim < 1:
             raise UserError(f"model.ffn_dim is {ffn_dim}: it must be at least 1, or null")
-        global_heads, local_heads = self._divided_heads(num_kv_heads)
         return {
-            "head_dim": head_dim,
-            "num_kv_heads": num_kv_heads,
+            "head_dim": heads.head_dim,
+            "num_kv_heads": self.num_heads // heads.group,
             "ffn_dim": ffn_dim,
-            "global_heads": global_heads,
-            "local_heads": local_heads,
+            "global_heads": heads.global_heads,
+            "local_heads": heads.local_heads,
         }
 
-    def _divided_heads(self, num_kv_heads: int) -> tuple[int, int]:
-        if self.attention == "dense":
-            return self.num_heads, 0
-        if self.attention == "local":
-            return 0, self.num_heads
-        if self.attention == "interleaved":
-            return self.num_heads, self.num_heads  # a layer gives all of its heads to one of them
-        group = self.num_heads // num_kv_heads
-        global_heads, local_heads = self.global_heads, self.local_heads
-        if global_heads is None:
-            half = num_kv_heads // 2 * group
-            global_heads = half if local_heads is None else self.num_heads - local_heads
-        if local_heads is None:
-            local_heads = self.num_heads - global_heads
-        for name, heads in (("global_heads", global_heads), ("local_heads", local_heads)):
-            if heads < 1 or heads % group:
-                raise UserError(
-                    f"model.{name} is {heads} (half of num_heads {self.num_heads} where null): with "
-                    f"attention dual it must be a positive multiple of the {group} query heads that share a "
-                    f"key/value head; for one route alone set model.attention to dense or local"
-                )
-        return global_heads, local_heads
+    def _heads(self) -> Heads:
+        """The numbers of heads; the attention layer's own rules are asked for these and for all it reads."""
+        given = {
+            "dual": (self.global_heads, self.local_heads),
+            "dense": (self.num_heads, 0),
+            "local": (0, self.num_heads),
+            "interleaved": (self.num_heads, self.num_heads),  # a layer gives all of its heads to one of them
+        }[self.attention]
+        try:
+            check_routes(
+                window=self.window,
+                global_mode=self.global_mode,
+                auto_break_even=self.auto_break_even,
+                block=self.block,
+                top_k=self.top_k,
+                router=self.router,
+                sub_block=self.sub_block,
+                far_summary=self.far_summary,
+                rope_theta=self.rope_theta,
+            )
+            heads = resolve_heads(
+                dim=self.dim,
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                global_heads=given[0],
+                local_heads=given[1],
+            )
+        except ValueError as error:
+            raise UserError(f"model.{error}") from error
+        if self.attention == "dual" and not (heads.global_heads and heads.local_heads):
+            raise UserError(
+                f"model.global_heads={heads.global_heads} and local_heads={heads.local_heads}: with "
+                "attention dual both must be at least 1; for one route alone set attention to dense or local"
+            )
+        return heads
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as it was given, JSON-ready, in the order of the class."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualroute.attention import DualRouting
-from dualroute.attention.rope import RopeScaling
+from dualroute.attention.core.rope import RopeScaling
+from dualroute.attention.layer import DualRouting
 from dualroute.model.config import ModelConfig
 
 
@@ -50,6 +50,7 @@ class TransformerBlock(nn.Module):
             local_heads=config.local_heads,
             window=config.window,
             global_mode="full" if config.attention == "dense" else config.global_mode,
+            auto_break_even=config.auto_break_even,
             block=config.block,
             top_k=config.top_k,
             router=config.router,

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute import compat
-from dualroute.attention.cpu_kernels import int8_product
-from dualroute.attention.decode import token_kernels
+from dualroute.attention.backend import token_kernels
+from dualroute.attention.backends.cpp import int8_product
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.lm_head import NextTokenHead
@@ -129,7 +129,7 @@ class QuantizedLinear(nn.Module):
     def pack_for_cpu(self) -> None:
         """Lay the weight out for a kernel of the CPU that reads it as it is stored; nothing is rounded.
 
-        int4 for torch's own, any number of rows; int8 for that of :mod:`dualroute.attention.cpu_kernels`, a
+        int4 for torch's own, any number of rows; int8 for that of :mod:`dualroute.attention.backends.cpp`, a
         single row.  Without effect on other devices and where there is no kernel for the shape.
         """
         if self.qdata.device.type != "cpu" or self.dynamic:

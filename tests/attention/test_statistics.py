@@ -8,7 +8,7 @@ import torch
 from dualroute.attention import Layout, Routing, reference, statistics
 from dualroute.attention.statistics import routing_statistics
 from tests.attention.helpers import ORDERS, ROUTERS, batches, heads, to_stream
-from tests.attention.test_dual_routing import layer, states
+from tests.attention.test_layer import layer, states
 
 SHARES = ("mass_own", "mass_sink", "mass_selected", "mass_far")
 

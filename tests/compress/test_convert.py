@@ -160,7 +160,7 @@ def test_a_vocabulary_with_padding_is_cut_to_the_tokenizer(dense, tiny_dataset, 
         ({"context": 1}, "context is 1"),
         ({"local_heads": 1}, "local_heads is 1"),
         ({"source": "nowhere"}, "no checkpoint at nowhere"),
-        ({"context": 9, "window": 9, "block": 10}, "sub_block 16 does not divide model.block 10"),
+        ({"context": 9, "window": 9, "block": 10}, "model.block=10 is not a multiple of sub_block=16"),
     ],
 )
 def test_what_cannot_be_converted(dense, tmp_path, options, named):

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualroute.attention import cpu_kernels
-from dualroute.attention.backend import plain_torch
-from dualroute.attention.decode import token_kernels
+from dualroute.attention.backend import plain_torch, token_kernels
+from dualroute.attention.backends import cpp as cpu_kernels
 from dualroute.cli import main
 from dualroute.compress import quantize as module
 from dualroute.compress.quantize import QuantizeConfig, check_possible, quantize, quantize_model

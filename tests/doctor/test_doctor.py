@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dualroute.attention.cpu_kernels import build
+from dualroute.attention.backends.cpp import build
 from dualroute.cli import parse_stage
 from dualroute.doctor import machine, network
 from dualroute.doctor.smoke import run, smoke

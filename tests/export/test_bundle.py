@@ -15,7 +15,7 @@ def test_everything_that_is_imported_comes_along(tmp_path):
     files = bundle(ROOTS, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert "modeling_dualroute.py" in files
-    assert "dualroute_attention_router.py" in files
+    assert "dualroute_attention_core_router.py" in files
     assert not any(name in file for file in files for name in ("triton", "training", "evaluate"))
     for file in files:
         for node in ast.walk(ast.parse((tmp_path / file).read_text())):
@@ -28,8 +28,8 @@ def test_everything_that_is_imported_comes_along(tmp_path):
 
 def test_only_lines_that_import_differ(tmp_path):
     bundle(ROOTS, tmp_path)
-    ours = source_file("dualroute.attention.dual_routing").read_text().splitlines()
-    theirs = (tmp_path / "dualroute_attention_dual_routing.py").read_text().splitlines()
+    ours = source_file("dualroute.attention.layer").read_text().splitlines()
+    theirs = (tmp_path / "dualroute_attention_layer.py").read_text().splitlines()
     assert theirs[0] == "# SPDX-License-Identifier: Apache-2.0"
     changed = [line for line in difflib.ndiff(ours, theirs[2:]) if line[0] in "+-"]
     assert len(changed) > 10

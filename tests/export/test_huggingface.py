@@ -131,10 +131,9 @@ def test_sampling_with_a_cache_is_the_one_without():
     assert not torch.equal(texts[0][0], texts[0][1])
 
 
-def test_auto_is_decided_by_the_length_to_come(monkeypatch):
+def test_auto_is_decided_by_the_length_to_come():
     """As in `dualroute generate`: the text that is asked for, and not the model's context, decides."""
-    monkeypatch.setattr("dualroute.attention.global_route.AUTO_BREAK_EVEN", 64)
-    ours, model = wrapped(global_mode="auto")
+    ours, model = wrapped(global_mode="auto", auto_break_even=64)
     for new in (4, 40):  # read in full until 64 tokens, routed above
         out = model.generate(input_ids=ids_of(60), max_new_tokens=new, **GREEDY)
         assert out[0, 60:].tolist() == greedy_of(ours, ids_of(60)[0].tolist(), new)

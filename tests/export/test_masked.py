@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from dualroute.attention import global_route
 from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.export import parity
@@ -29,9 +28,10 @@ def test_the_same_numbers_in_float64(kind, for_onnx):
 
 
 @torch.no_grad()
-def test_auto_opens_the_mask_of_short_texts(monkeypatch):
-    monkeypatch.setattr(global_route, "AUTO_BREAK_EVEN", 64)
-    auto, full, routed = (tiny_model(global_mode=mode).double() for mode in ("auto", "full", "routed"))
+def test_auto_opens_the_mask_of_short_texts():
+    auto, full, routed = (
+        tiny_model(global_mode=mode, auto_break_even=64).double() for mode in ("auto", "full", "routed")
+    )
     masked = MaskedTransformer(auto)
     for length, same in ((64, full), (65, routed)):
         ids = parity.trial_ids(auto.config, length)

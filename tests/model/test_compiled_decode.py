@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dualroute.attention.decode import token_kernels
+from dualroute.attention.backend import token_kernels
 from dualroute.compress.quantize import quantize_model
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate
@@ -204,3 +204,22 @@ def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setattr(compiled_decode.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="install g"):
         CompiledDecoder(build())
+
+
+@pytest.mark.usefixtures("each_kernels")
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inference_mode_may_begin_and_end_between_steps_and_training_goes_on(compile):
+    model = build(global_mode="routed", top_k=1)
+    ids = torch.randint(60, (1, 50))
+    with torch.no_grad():
+        expected = model(ids)[0]
+    for inside in (True, False):
+        with torch.inference_mode(inside):
+            caches, decoder = model.new_caches(1, 50), CompiledDecoder(model, compile=compile)
+            decoder(ids[:, :20], caches)
+        for at in range(20, 50):
+            with torch.inference_mode((at < 35) == inside):
+                logits = decoder(ids[:, at : at + 1], caches)[0]
+            torch.testing.assert_close(logits, expected[at], rtol=1e-4, atol=1e-4)
+    model.train()(ids).square().sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())

@@ -1,7 +1,13 @@
-import pytest
+import itertools
+import json
 
+import pytest
+import torch
+
+from dualroute.attention import DualRouting
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
+from dualroute.model.layers import TransformerBlock
 
 
 def test_nulls_are_derived_from_the_numbers_that_are_given():
@@ -28,13 +34,17 @@ def test_the_literal_sum_gives_each_route_all_heads():
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"dim": 100, "num_heads": 8}, "num_heads 8 does not divide model.dim 100"),
-        ({"num_kv_heads": 3}, "num_kv_heads 3 does not divide model.num_heads 8"),
-        ({"head_dim": 7}, "head_dim is 7"),
+        ({"dim": 100, "num_heads": 8}, "model.dim=100 is not a multiple of num_heads=8"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads=3 does not divide num_heads=8"),
+        ({"head_dim": 7}, "model.head_dim=7 must be even"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"attention": "interleaved", "num_layers": 5}, "dense_every 6 is above model.num_layers 5"),
-        ({"num_kv_heads": 4, "global_heads": 3}, "global_heads is 3"),
-        ({"num_kv_heads": 1}, "global_heads is 0"),
+        ({"num_kv_heads": 4, "global_heads": 3}, "model.global_heads=3 is not a multiple of 2"),
+        ({"num_kv_heads": 1}, "num_kv_heads=1 cannot be halved"),
+        ({"global_heads": 0}, "model.global_heads=0 and local_heads=8: with attention dual both"),
+        ({"auto_break_even": 0}, "model.auto_break_even=0"),
+        ({"rope_theta": -1.0}, "model.rope_theta=-1.0"),
+        ({"rope_theta": float("nan")}, "model.rope_theta=nan"),
         ({"vocab_size": 1}, "vocab_size is 1"),
         ({"rope_scaling": {"factor": 2.0, "beta": 1.0}}, "rope_scaling is .*beta"),
         ({"rope_scaling": {"factor": 0.0}}, "rope_scaling is .*0.0"),
@@ -53,3 +63,62 @@ def test_a_file_of_another_version_is_refused(tmp_path):
     path.write_text('{"dim": ')
     with pytest.raises(UserError, match="not JSON"):
         ModelConfig.from_file(path)
+
+
+GRID = {
+    "dim": (96, 80),
+    "num_heads": (1, 2, 3, 6, 8),
+    "num_kv_heads": (None, 0, 1, 2, 3, 4),
+    "head_dim": (None, 8, 7),
+    "global_heads": (None, 1, 2, 3, 9),
+    "local_heads": (None, 1, 4),
+}
+READS = [
+    {"block": 12}, {"block": 12, "router": "moment"}, {"sub_block": 0}, {"top_k": -1}, {"window": 0},
+    {"rope_theta": 0.0}, {"router": "minmx"}, {"far_summary": "third"}, {"global_mode": "both"},
+    {"auto_break_even": 0}, {},
+]  # fmt: skip
+
+
+def _built(options: dict) -> DualRouting | None:
+    """The attention layer of what a block hands on, without the configuration's own check; None: refused."""
+    config = object.__new__(ModelConfig)
+    for name, value in {**ModelConfig(ffn_dim=8).to_dict(), **options}.items():
+        object.__setattr__(config, name, value)
+    try:
+        with torch.device("meta"):
+            return TransformerBlock(config).attention
+    except ValueError:
+        return None
+
+
+def test_it_accepts_exactly_what_the_attention_builds():
+    numbers = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    accepted = 0
+    for options in [*numbers, *READS]:
+        layer = _built(options)
+        dual = layer is not None and layer.global_heads > 0 and layer.local_heads > 0
+        try:
+            resolved = ModelConfig(ffn_dim=8, **options).resolved()
+        except UserError:
+            assert not dual, options
+            continue
+        assert dual, options
+        accepted += 1
+        for name in ("head_dim", "global_heads", "local_heads"):
+            assert getattr(resolved, name) == getattr(layer, name), options
+    assert 50 < accepted < len(numbers) / 2
+
+
+def test_what_auto_reads_is_in_the_file_and_2048_where_it_is_not(tmp_path):
+    config = ModelConfig(auto_break_even=512, block=64, top_k=2)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert ModelConfig.from_file(path) == config
+    assert TransformerBlock(config.resolved()).attention.max_exact_blocks == 8
+    older = config.to_dict()
+    del older["auto_break_even"]
+    path.write_text(json.dumps(older))
+    read = ModelConfig.from_file(path)
+    assert read.auto_break_even == 2048
+    assert TransformerBlock(read.resolved()).attention.max_exact_blocks == 32

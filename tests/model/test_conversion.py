@@ -153,7 +153,7 @@ def test_random_groups_are_seeded_and_differ_by_layer():
         ({}, {"local_heads": 3}, "multiple of the 2 query heads"),
         ({}, {"local_heads": 8}, "below 8"),
         ({"num_kv_heads": 1}, {"local_heads": None}, "use --heads both"),
-        ({}, {"local_heads": None, "block": 6}, "sub_block 4 does not divide model.block 6"),
+        ({}, {"local_heads": None, "block": 6}, "model.block=6 is not a multiple of sub_block=4"),
     ],
 )
 def test_divisions_that_cannot_be(changes, options, named):

@@ -1,0 +1,64 @@
+"""The C++ kernels as a back end: causal attention on a CPU; what they have not, plain torch does."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from dualroute.attention.backends import cpp
+from dualroute.attention.backends.cpp import build
+from dualroute.attention.backends.torch import TorchBackend
+from dualroute.attention.core.layout import Stream
+from dualroute.attention.core.routing import Routing
+
+VECTORS = {64: "AVX-512", 32: "AVX2"}  # by their bytes
+
+
+class CppBackend(TorchBackend):
+    """See `dualroute.attention.backend.Backend`."""
+
+    tokens: ModuleType | None = cpp
+
+    def description(self) -> str:
+        size = build.load().vector_bytes()
+        return f"C++ kernels, {VECTORS.get(size, f'vectors of {8 * size} bits')}"
+
+    def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
+        return cpp.available(query, causal=causal)
+
+    def select_blocks(
+        self, query: Tensor, key: Tensor, stream: Stream, *, causal: bool = True, **options: Any
+    ) -> Tensor:
+        return cpp.select_blocks(query, key, stream, **options)
+
+    def routed_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        stream: Stream,
+        routing: Routing,
+        *,
+        selected: Tensor,
+        causal: bool = True,
+    ) -> Tensor:
+        return cpp.routed_attention(query, key, value, stream, routing, selected=selected)
+
+    def local_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
+    ) -> Tensor:
+        return cpp.local_attention(query, key, value, stream, window=window, causal=causal)
+
+    def full_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, causal: bool = True
+    ) -> Tensor:
+        """With a window that hides nothing, where that is faster than torch's own attention."""
+        if not cpp.faster_in_full(query):
+            return super().full_attention(query, key, value, stream, causal=causal)
+        longest = max(bucket.blocks for bucket in stream.buckets) * stream.block
+        return cpp.local_attention(query, key, value, stream, window=longest)
+
+
+CPP = CppBackend()

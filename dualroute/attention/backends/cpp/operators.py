@@ -1,0 +1,129 @@
+"""The C++ functions as operations on tensors: shapes, padding, types.
+
+In and out: contiguous tensors on the CPU; heads of any size d, which are padded with zeros to a multiple of
+LANES. Queries, keys, values, outputs and their gradients are stored as float32, float64 or bfloat16; what is
+summed up over many of them (log-sum-exps, summaries, gradients of keys and values) is in `compute_dtype`.
+H query heads, H_kv key heads, S slots, nb blocks, C = 1 + top_k.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualroute.attention.backends.cpp.build import load
+from dualroute.attention.core.far_summary import Summary
+
+LANES = 16  # numbers of the widest vector
+ROUTERS = {"minmax": 0, "moment": 1, "mean": 2}
+
+
+def pad_heads(rows: Tensor) -> Tensor:
+    """(..., d) contiguous, float16 widened, d padded with zeros to a multiple of LANES."""
+    if rows.dtype == torch.float16:
+        rows = rows.float()
+    missing = -rows.shape[-1] % LANES
+    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def compute_dtype(rows: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def select(
+    query: Tensor, features: Tensor, first_block: Tensor, *, top_k: int, router: str, scale: float
+) -> Tensor:
+    """(H_kv, S, C) int32 for queries (H, S, d) and features (H_kv, tiles, f, parts, columns)."""
+    kv_heads, _, _, parts, columns = features.shape
+    selected = torch.full((kv_heads, query.shape[1], 1 + top_k), -1, dtype=torch.int32)
+    _call(
+        "select", query, kv_heads, first_block,
+        ROUTERS[router], scale, query, features, parts, columns, top_k, selected,
+    )  # fmt: skip
+    return selected
+
+
+def routed_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far: Summary | None,
+    selected: Tensor,
+    first_block: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (H, S, d) and log-sum-exp (H, S)."""
+    out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
+    _call(
+        "routed_forward", query, len(key), first_block,
+        scale, query, key, value, *_far(far), selected, selected.shape[-1], out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def routed_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, far: Summary | None, selected: Tensor,
+    out: Tensor, lse: Tensor, first_block: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Summary | None]:  # fmt: skip
+    """Gradients of query, key, value and the summary."""
+    to_rows = torch.empty_like(query), _empty(key, key.shape), _empty(value, value.shape)
+    to_far = None if far is None else Summary(*map(torch.empty_like, far))
+    _call(
+        "routed_backward", query, len(key), first_block,
+        scale, query, key, value, *_far(far), selected, selected.shape[-1], grad, out, lse,
+        *to_rows, *(to_far or (None, None)),
+    )  # fmt: skip
+    return *to_rows, to_far
+
+
+def local_forward(
+    query: Tensor, key: Tensor, value: Tensor, first_block: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (H, S, d) and log-sum-exp (H, S)."""
+    out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
+    _call("local_forward", query, len(key), first_block, _Long(window), scale, query, key, value, out, lse)
+    return out, lse
+
+
+def local_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    first_block: Tensor, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value."""
+    grads = torch.empty_like(query), _empty(key, key.shape), _empty(value, value.shape)
+    _call(
+        "local_backward", query, len(key), first_block,
+        _Long(window), scale, grad, query, key, value, out, lse, *grads,
+    )  # fmt: skip
+    return grads
+
+
+def _empty(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    return rows.new_empty(shape, dtype=compute_dtype(rows))
+
+
+_Long = ctypes.c_long
+
+
+def _far(far: Summary | None) -> tuple[Any, ...]:
+    return (None, None, _Long(0)) if far is None else (*far, _Long(far.keys.shape[-1]))
+
+
+def _call(name: str, query: Tensor, kv_heads: int, first_block: Tensor, *arguments: Any) -> None:
+    heads, slots, dim = query.shape
+    sizes = (heads, kv_heads, slots, slots // len(first_block), dim, torch.get_num_threads())
+    function = getattr(load(), f"{name}_{str(query.dtype).removeprefix('torch.')}")
+    function((_Long * len(sizes))(*sizes), _argument(first_block), *map(_argument, arguments))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else value

@@ -1,0 +1,67 @@
+"""The CUDA path of DualRouting attention: Triton kernels behind the functions of the folder above.
+
+In and out: what `routed_attention`, `select_blocks`, `local_attention` and a step of `decode_global` get and
+give. `available` says whether the kernels can take a call; whoever gets a no uses the plain path.
+
+**What is tested.** Values and gradients against `reference`, in Triton's interpreter on a CPU, at tiny sizes;
+and that every kernel compiles to machine code for the GPUs that the test names. They have never run on a GPU,
+and no speed was ever measured: the sizes of tiles are guesses from the registers and the shared memory that
+the compiler reports.
+
+    selection.py         which blocks a token reads: scores and running top-k in one kernel
+    pair_lists.py        (token, block) pairs sorted by block and cut into programs
+    routed.py            routed attention as a differentiable operator
+    routed_forward.py    its forward kernels
+    routed_backward.py   its backward kernels
+    far.py               logits and gradients of pseudo-keys
+    local.py             the local route as a differentiable operator
+    windowed.py          kernels of attention to a window
+    gradients.py         the gradient of a softmax, one tile at a time
+    decode.py            one step of the global route from a cache
+    tiles.py             loading rows, running softmax, sizes
+
+Nothing here needs a GPU to be imported, only the package `triton`. With
+TRITON_INTERPRET=1 the same functions run, slowly, on tensors of the CPU.
+
+Shapes: H query heads, H_kv key heads, d head_dim, S slots of the stream, nb blocks, C = 1 + top_k.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from dualroute.attention.backends.triton.decode import decode_step
+from dualroute.attention.backends.triton.local import local_attention
+from dualroute.attention.backends.triton.routed import routed_attention
+from dualroute.attention.backends.triton.selection import select_blocks
+from dualroute.attention.backends.triton.tiles import HALF, MAX_BLOCK, MAX_DIM, pad_dim
+
+__all__ = ["available", "decode_step", "local_attention", "routed_attention", "select_blocks"]
+
+MIN_CAPABILITY = (8, 0)  # Ampere: tensor cores for bfloat16
+LARGE_SHARED_MEMORY = 160 << 10  # bytes per SM that A100 and H100 have, and smaller cards have not
+BLOCK_BYTES = 32 << 10  # a block's keys on such a card; half of it where memory is smaller, or for float32
+
+
+def available(query: Tensor, *, block: int = 1, causal: bool = True) -> bool:
+    """Whether the kernels can take queries (..., d) of a route with blocks of `block` tokens.
+
+    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and keys of a
+    block that fit into its shared memory. The routed kernels are causal only; the local ones are not, and
+    know no blocks: leave `block` and `causal` out for them.
+    """
+    dim = query.shape[-1]
+    if query.dtype not in (*HALF, torch.float32) or not causal or block > MAX_BLOCK or dim > MAX_DIM:
+        return False
+    if triton.knobs.runtime.interpret:
+        return query.device.type == "cpu"
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    gpu = torch.cuda.get_device_properties(query.device)
+    limit = BLOCK_BYTES if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else BLOCK_BYTES // 2
+    if query.dtype == torch.float32:
+        limit //= 2
+    fits = pad_dim(block) * pad_dim(dim) * query.element_size() <= limit
+    return fits and (gpu.major, gpu.minor) >= MIN_CAPABILITY

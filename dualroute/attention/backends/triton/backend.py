@@ -1,0 +1,28 @@
+"""The Triton kernels as a back end: GPUs from Ampere on; what they have not, plain torch does."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dualroute.attention.backends import triton
+from dualroute.attention.backends.torch import TorchBackend
+
+
+class TritonBackend(TorchBackend):
+    """See `dualroute.attention.backend.Backend`."""
+
+    def description(self) -> str:
+        return "Triton kernels"
+
+    def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
+        if block is None:  # the local kernels are not causal only, and know no blocks
+            return triton.available(query)
+        return triton.available(query, block=block, causal=causal)
+
+    select_blocks = staticmethod(triton.select_blocks)
+    routed_attention = staticmethod(triton.routed_attention)
+    local_attention = staticmethod(triton.local_attention)
+    decode_step = staticmethod(triton.decode_step)
+
+
+TRITON = TritonBackend()

@@ -1,0 +1,272 @@
+"""The backward kernels of routed attention.
+
+In: the gradient of the output, what went into `routed_forward.forward` and what came out. Out: `backward`
+gives the gradients of queries, keys, values and summaries, by the formulas of `gradients`.
+
+For each piece of the stream (see `pair_lists`, sorted again rather than kept):
+    pairs_kernel     key-block-major: dK and dV of a block from the tokens that read it, summed over the
+                     pairs of a program; and each pair's share of dQ
+    blocks_kernel    sums dK and dV over the programs of a block
+    tokens_kernel    query-major: dQ from the own block, the far blocks and the shares of the token's pairs
+and once for the whole stream:
+    far.far_kernel   gradients of the pseudo-keys, from all tokens behind them
+    windowed.key_gradient_kernel   dK and dV of own blocks, and the sum with those of the pairs
+
+There is no atomic addition, so two runs give the same bits. Every sum is taken by one
+thread block, or in two steps through partial sums that have places of their own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualroute.attention.backends.triton import pair_lists, windowed
+from dualroute.attention.backends.triton.far import far_gradients, far_logits
+from dualroute.attention.backends.triton.gradients import load_softmax, logit_gradients, softmax_delta
+from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair_list, pieces
+from dualroute.attention.backends.triton.tiles import (
+    dot,
+    load_rows,
+    pad_dim,
+    store_rows,
+    tile_sizes,
+    token_tile,
+)
+
+
+@triton.jit
+def pairs_kernel(
+    grad_rows, query_rows, key_rows, value_rows,  # (H, S, DIM) twice, (H_kv, S, DIM) twice
+    lse_rows, delta_rows,  # (H, S)
+    pairs, pair_start, program_bucket, program_start,  # see PairList
+    pair_query, part_key, part_value,  # (GROUP, P, DIM), (programs, BLOCK, DIM) float32 twice, written
+    slots, num_blocks, buckets, num_pairs, first_head, first_slot, piece_slots, scale,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,). Of one block: dK and dV over the program's pairs, and each pair's dQ."""
+    program = tl.program_id(0)
+    bucket = tl.load(program_bucket + program)
+    if bucket >= buckets:
+        return
+    kv_head = (first_head + bucket // num_blocks).to(tl.int64)
+    begin = tl.load(pair_start + bucket) + (program - tl.load(program_start + bucket)) * CHUNK
+    end = tl.minimum(begin + CHUNK, tl.load(pair_start + bucket + 1))
+
+    lane = tl.arange(0, BLOCK_PAD)
+    key_mask = lane < BLOCK
+    key_slot = (bucket % num_blocks) * BLOCK + lane
+    keys = load_rows(key_rows + kv_head * slots * DIM, key_slot, key_mask, DIM, DIM_PAD, DIM)
+    values = load_rows(value_rows + kv_head * slots * DIM, key_slot, key_mask, DIM, DIM_PAD, DIM)
+    to_key = tl.zeros((BLOCK_PAD, DIM_PAD), tl.float32)
+    to_value = tl.zeros((BLOCK_PAD, DIM_PAD), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        shares = pair_query + (head - kv_head * GROUP) * num_pairs * DIM
+        for first in range(begin, end, ROWS):
+            entry = first + tl.arange(0, ROWS)
+            entry_mask = entry < end
+            pair = tl.load(pairs + entry, mask=entry_mask, other=0)
+            slot = first_slot + (pair // COLUMNS) % piece_slots
+            query = load_rows(query_rows + head * slots * DIM, slot, entry_mask, DIM, DIM_PAD, DIM)
+            grad = load_rows(grad_rows + head * slots * DIM, slot, entry_mask, DIM, DIM_PAD, DIM)
+            lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, slot, entry_mask)
+            seen = entry_mask[:, None] & key_mask[None, :]
+            weights, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale)
+            to_value += dot(tl.trans(weights.to(grad.dtype)), grad)
+            to_key += dot(tl.trans(grad_logits.to(query.dtype)), query)
+            share = dot(grad_logits.to(keys.dtype), keys) * scale
+            store_rows(shares, pair, entry_mask, share, DIM, DIM_PAD, DIM)
+    place = program.to(tl.int64) * BLOCK * DIM
+    store_rows(part_key + place, lane, key_mask, to_key * scale, DIM, DIM_PAD, DIM)
+    store_rows(part_value + place, lane, key_mask, to_value, DIM, DIM_PAD, DIM)
+
+
+@triton.jit
+def blocks_kernel(
+    part_key, part_value,  # (programs, BLOCK, DIM) float32
+    program_start,  # (buckets + 1,)
+    grad_key, grad_value,  # (heads of the piece, nb, BLOCK, DIM) float32, added to
+    SIZE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (buckets, parts of STEP numbers of a block's SIZE = BLOCK * DIM): sums over programs."""
+    bucket = tl.program_id(0)
+    first, last = tl.load(program_start + bucket), tl.load(program_start + bucket + 1)
+    if first == last:
+        return
+    place = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    mask = place < SIZE
+    target = bucket.to(tl.int64) * SIZE + place
+    to_key = tl.load(grad_key + target, mask=mask, other=0.0)
+    to_value = tl.load(grad_value + target, mask=mask, other=0.0)
+    source = first.to(tl.int64) * SIZE + place
+    for number in range(last - first):
+        to_key += tl.load(part_key + source + number * SIZE, mask=mask, other=0.0)
+        to_value += tl.load(part_value + source + number * SIZE, mask=mask, other=0.0)
+    tl.store(grad_key + target, to_key, mask=mask)
+    tl.store(grad_value + target, to_value, mask=mask)
+
+
+@triton.jit
+def tokens_kernel(
+    grad_rows, query_rows, key_rows, value_rows,  # (H, S, DIM) twice, (H_kv, S, DIM) twice
+    lse_rows, delta_rows,  # (H, S)
+    far_keys, far_values,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM)
+    selected, first_block,  # (H_kv, S, COLUMNS), (nb,)
+    pair_query,  # (GROUP, P, DIM)
+    grad_query,  # (H, S, DIM), written
+    slots, num_blocks, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS tokens of the piece, GROUP * heads of the piece): dQ."""
+    piece_head = tl.program_id(1) // GROUP
+    member = (tl.program_id(1) % GROUP).to(tl.int64)
+    kv_head = (first_head + piece_head).to(tl.int64)
+    head = kv_head * GROUP + member
+    begin = tl.program_id(0) * ROWS
+    local = begin + tl.arange(0, ROWS)  # slot inside the piece
+    row_mask = local < piece_slots
+    rows = first_slot + tl.minimum(local, piece_slots - 1)
+    last = tl.minimum(first_slot + begin + ROWS, first_slot + piece_slots)
+    own = rows // BLOCK
+    query = load_rows(query_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
+    grad = load_rows(grad_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
+    lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, rows, row_mask)
+    total = tl.zeros((ROWS, DIM_PAD), tl.float32)
+
+    key_rows += kv_head * slots * DIM
+    value_rows += kv_head * slots * DIM
+    for key_begin in range(tl.min(own) * BLOCK, last, KEYS):
+        slot = key_begin + tl.arange(0, KEYS)
+        keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        seen = (slot[None, :] <= rows[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
+        _, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale)
+        total += dot(grad_logits.to(keys.dtype), keys)
+
+    selected_row = selected + (kv_head * slots + rows) * COLUMNS
+    if ORDER > 0:
+        first = tl.load(first_block + own)
+        far_keys += kv_head * num_blocks * ORDER * DIM
+        far_values += kv_head * num_blocks * DIM
+        for column_begin in range(tl.min(first) + 1, tl.max(own), KEYS):
+            column = column_begin + tl.arange(0, KEYS)
+            inside = column < num_blocks
+            mean = load_rows(far_keys, column, inside, DIM, DIM_PAD, ORDER * DIM)
+            spread = mean
+            if ORDER == 2:
+                spread = load_rows(far_keys + DIM, column, inside, DIM, DIM_PAD, ORDER * DIM)
+            values = load_rows(far_values, column, inside, DIM, DIM_PAD, DIM)
+            logits = far_logits(
+                query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
+                COLUMNS, ORDER,
+            )  # fmt: skip
+            weights = tl.exp(logits - lse[:, None])
+            grad_logits = weights * (dot(grad, tl.trans(values)) - delta[:, None])
+            total += dot(grad_logits.to(mean.dtype), mean)
+            if ORDER == 2:  # d/dq of 1/2 (q^2) . sigma^2 / d; a factor 1 / sqrt(d) follows below
+                total += dot(grad_logits.to(spread.dtype), spread) * query.to(tl.float32) * scale
+    total *= scale
+
+    pair = (piece_head * piece_slots + local) * COLUMNS
+    pair_query += member * num_pairs * DIM
+    for place in range(COLUMNS):
+        reads = row_mask & (tl.load(selected_row + place, mask=row_mask, other=-1) >= 0)
+        total += load_rows(pair_query, pair + place, reads, DIM, DIM_PAD, DIM).to(tl.float32)
+    store_rows(grad_query + head * slots * DIM, rows, row_mask, total, DIM, DIM_PAD, DIM)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far_keys: Tensor | None,
+    far_values: Tensor | None,
+    selected: Tensor,
+    first_block: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, far_keys and far_values; contiguous, shapes as in the kernels."""
+    heads, slots, _ = query.shape
+    kv_heads, _, columns = selected.shape
+    num_blocks = len(first_block)
+    delta = softmax_delta(grad, out)
+    grad_query = torch.empty_like(query)
+    read_key, read_value = (torch.zeros_like(rows, dtype=torch.float32) for rows in (key, value))
+    for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
+        listed = pair_list(selected, piece, num_blocks)
+        pair_query = _backward_pairs(
+            grad, query, key, value, lse, delta, piece, listed, columns, read_key, read_value
+        )
+        _backward_tokens(
+            grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
+            pair_query, piece, grad_query,
+        )  # fmt: skip
+    far: tuple[Tensor | None, Tensor | None] = (None, None)
+    if far_keys is not None and far_values is not None:
+        far = far_gradients(grad, query, lse, delta, far_keys, far_values, selected, first_block)
+    block = slots // num_blocks
+    begin = torch.arange(slots, device=query.device, dtype=torch.int32) // block * block
+    to_key, to_value = windowed.key_gradients(
+        grad, query, key, value, lse, delta, begin, begin + block, block, True, (read_key, read_value)
+    )
+    return grad_query, to_key, to_value, *far
+
+
+def _backward_pairs(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
+    piece: Piece, listed: PairList, columns: int, grad_key: Tensor, grad_value: Tensor,
+) -> Tensor:  # fmt: skip
+    """Add to the float32 gradients of keys and values; shares (group, P, d) of the gradient of queries."""
+    heads, slots, dim = query.shape
+    group, num_pairs = heads // len(key), len(listed.pairs)
+    num_blocks = listed.buckets // piece.heads
+    block = slots // num_blocks
+    pair_query = torch.empty(group, num_pairs, dim, dtype=query.dtype, device=query.device)
+    part_key = torch.empty(listed.programs, block, dim, dtype=torch.float32, device=query.device)
+    part_value = torch.empty_like(part_key)
+    tile = tile_sizes(dim, query.dtype, backward=True)
+    pairs_kernel[(listed.programs,)](
+        grad, query, key, value, lse, delta, *listed, pair_query, part_key, part_value,
+        slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
+        1 / math.sqrt(dim),
+        GROUP=group, BLOCK=block, BLOCK_PAD=pad_dim(block), COLUMNS=columns,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.columns, CHUNK=pair_lists.CHUNK,
+        num_warps=4 if block * dim <= 64 * 64 else 8, num_stages=1,
+    )  # fmt: skip
+    step = 1024
+    blocks_kernel[(listed.buckets, triton.cdiv(block * dim, step))](
+        part_key, part_value, listed.program_start,
+        grad_key[piece.first_head :], grad_value[piece.first_head :],
+        SIZE=block * dim, STEP=step, num_warps=4,
+    )  # fmt: skip
+    return pair_query
+
+
+def _backward_tokens(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
+    far_keys: Tensor | None, far_values: Tensor | None, selected: Tensor, first_block: Tensor,
+    pair_query: Tensor, piece: Piece, grad_query: Tensor,
+) -> None:  # fmt: skip
+    heads, slots, dim = query.shape
+    group, num_blocks = heads // len(key), len(first_block)
+    block = slots // num_blocks
+    order = 0 if far_keys is None else far_keys.shape[2] // dim
+    tile = token_tile(dim, query.dtype)
+    tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
+        grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
+        pair_query, grad_query,
+        slots, num_blocks, pair_query.shape[1], piece.first_head, piece.first_slot, piece.slots,
+        1 / math.sqrt(dim), math.log(block),
+        GROUP=group, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
+        num_warps=tile.warps, num_stages=2,
+    )  # fmt: skip

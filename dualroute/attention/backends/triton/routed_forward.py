@@ -1,0 +1,220 @@
+"""The forward kernels of routed attention: a partial result per (token, block) pair, then one per token.
+
+In: queries (H, S, d), keys and values (H_kv, S, d) of a stream, the summaries of its blocks and the selected
+blocks. Out: `forward` gives the output (H, S, d) and the log-sum-exp (H, S) of the joint softmax of `routed`.
+
+Two kernels for each piece of the stream (see `pair_lists`):
+    pairs_kernel    key-block-major: the tokens that read a block, gathered into tiles, attend to that block;
+                    one partial output and log-sum-exp per pair and query head
+    tokens_kernel   query-major: own block, pseudo-keys of far blocks, and the partial results of the token's
+                    own pairs go into one running softmax
+
+Gathering is done once and nothing is scattered. A pair owns the row that its result is
+written to, so no two threads write to one place, and sums are taken in an order that never changes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualroute.attention.backends.triton import pair_lists
+from dualroute.attention.backends.triton.far import far_logits
+from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair_list, pieces
+from dualroute.attention.backends.triton.tiles import (
+    dot,
+    load_rows,
+    pad_dim,
+    softmax_step,
+    store_rows,
+    tile_sizes,
+    token_tile,
+)
+
+
+@triton.jit
+def pairs_kernel(
+    query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
+    pairs, pair_start, program_bucket, program_start,  # see PairList
+    pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P), written
+    slots, num_blocks, buckets, num_pairs, first_head, first_slot, piece_slots, scale,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs, GROUP). o = softmax(q k^T / sqrt(d)) v over the keys of one block."""
+    program, member = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    bucket = tl.load(program_bucket + program)
+    if bucket >= buckets:
+        return
+    kv_head = (first_head + bucket // num_blocks).to(tl.int64)
+    begin = tl.load(pair_start + bucket) + (program - tl.load(program_start + bucket)) * CHUNK
+    end = tl.minimum(begin + CHUNK, tl.load(pair_start + bucket + 1))
+
+    lane = tl.arange(0, BLOCK_PAD)
+    key_slot = (bucket % num_blocks) * BLOCK + lane
+    keys = load_rows(key_rows + kv_head * slots * DIM, key_slot, lane < BLOCK, DIM, DIM_PAD, DIM)
+    values = load_rows(value_rows + kv_head * slots * DIM, key_slot, lane < BLOCK, DIM, DIM_PAD, DIM)
+    query_rows += (kv_head * GROUP + member) * slots * DIM
+    pair_out += member * num_pairs * DIM
+    pair_lse += member * num_pairs
+    for first in range(begin, end, ROWS):
+        entry = first + tl.arange(0, ROWS)
+        entry_mask = entry < end
+        pair = tl.load(pairs + entry, mask=entry_mask, other=0)
+        slot = first_slot + (pair // COLUMNS) % piece_slots
+        query = load_rows(query_rows, slot, entry_mask, DIM, DIM_PAD, DIM)
+        logits = dot(query, tl.trans(keys)) * scale
+        logits = tl.where((lane < BLOCK)[None, :], logits, float("-inf"))
+        peak = tl.max(logits, 1)
+        weights = tl.exp(logits - peak[:, None])
+        norm = tl.sum(weights, 1)
+        out = dot(weights.to(values.dtype), values) / norm[:, None]
+        store_rows(pair_out, pair, entry_mask, out, DIM, DIM_PAD, DIM)
+        tl.store(pair_lse + pair, peak + tl.log(norm), mask=entry_mask)
+
+
+@triton.jit
+def tokens_kernel(
+    query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
+    far_keys, far_values,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM)
+    selected, first_block,  # (H_kv, S, COLUMNS), (nb,)
+    pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P)
+    out_rows, lse_rows,  # (H, S, DIM), (H, S), written
+    slots, num_blocks, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS tokens of the piece, GROUP * heads of the piece): the joint softmax."""
+    piece_head = tl.program_id(1) // GROUP
+    member = (tl.program_id(1) % GROUP).to(tl.int64)
+    kv_head = (first_head + piece_head).to(tl.int64)
+    head = kv_head * GROUP + member
+    begin = tl.program_id(0) * ROWS
+    local = begin + tl.arange(0, ROWS)  # slot inside the piece
+    row_mask = local < piece_slots
+    rows = first_slot + tl.minimum(local, piece_slots - 1)
+    last = tl.minimum(first_slot + begin + ROWS, first_slot + piece_slots)
+    own = rows // BLOCK
+    query = load_rows(query_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
+    total = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    norm = tl.zeros((ROWS,), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+
+    key_rows += kv_head * slots * DIM
+    value_rows += kv_head * slots * DIM
+    for key_begin in range(tl.min(own) * BLOCK, last, KEYS):
+        slot = key_begin + tl.arange(0, KEYS)
+        keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        seen = (slot[None, :] <= rows[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
+        logits = tl.where(seen, dot(query, tl.trans(keys)) * scale, float("-inf"))
+        total, peak, norm = softmax_step(total, peak, norm, logits, values)
+
+    selected_row = selected + (kv_head * slots + rows) * COLUMNS
+    if ORDER > 0:
+        first = tl.load(first_block + own)
+        far_keys += kv_head * num_blocks * ORDER * DIM
+        far_values += kv_head * num_blocks * DIM
+        for column_begin in range(tl.min(first) + 1, tl.max(own), KEYS):
+            column = column_begin + tl.arange(0, KEYS)
+            inside = column < num_blocks
+            mean = load_rows(far_keys, column, inside, DIM, DIM_PAD, ORDER * DIM)
+            spread = mean
+            if ORDER == 2:
+                spread = load_rows(far_keys + DIM, column, inside, DIM, DIM_PAD, ORDER * DIM)
+            values = load_rows(far_values, column, inside, DIM, DIM_PAD, DIM)
+            logits = far_logits(
+                query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
+                COLUMNS, ORDER,
+            )  # fmt: skip
+            total, peak, norm = softmax_step(total, peak, norm, logits, values)
+
+    pair = (piece_head * piece_slots + local) * COLUMNS
+    pair_out += member * num_pairs * DIM
+    pair_lse += member * num_pairs
+    for place in range(COLUMNS):
+        reads = row_mask & (tl.load(selected_row + place, mask=row_mask, other=-1) >= 0)
+        part_lse = tl.load(pair_lse + pair + place, mask=reads, other=float("-inf"))
+        part = load_rows(pair_out, pair + place, reads, DIM, DIM_PAD, DIM).to(tl.float32)
+        new_peak = tl.maximum(peak, part_lse)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        decay, weight = tl.exp(peak - shift), tl.exp(part_lse - shift)
+        total = total * decay[:, None] + part * weight[:, None]
+        norm = norm * decay + weight
+        peak = new_peak
+
+    norm = tl.where(row_mask, norm, 1.0)
+    store_rows(out_rows + head * slots * DIM, rows, row_mask, total / norm[:, None], DIM, DIM_PAD, DIM)
+    tl.store(lse_rows + head * slots + rows, peak + tl.log(norm), mask=row_mask)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far_keys: Tensor | None,
+    far_values: Tensor | None,
+    selected: Tensor,
+    first_block: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Output (H, S, d) and float32 log-sum-exp (H, S); contiguous inputs, shapes as in the kernels."""
+    heads, slots, _ = query.shape
+    kv_heads, _, columns = selected.shape
+    out = torch.empty_like(query)
+    lse = torch.empty(heads, slots, dtype=torch.float32, device=query.device)
+    for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
+        listed = pair_list(selected, piece, len(first_block))
+        pair_out, pair_lse = _forward_pairs(query, key, value, piece, listed, columns)
+        _forward_tokens(
+            query, key, value, far_keys, far_values, selected, first_block,
+            pair_out, pair_lse, piece, out, lse,
+        )  # fmt: skip
+    return out, lse
+
+
+def _forward_pairs(
+    query: Tensor, key: Tensor, value: Tensor, piece: Piece, listed: PairList, columns: int
+) -> tuple[Tensor, Tensor]:
+    """Partial outputs (group, P, d) in the type of the queries, log-sum-exps (group, P) in float32."""
+    heads, slots, dim = query.shape
+    group, num_pairs = heads // len(key), len(listed.pairs)
+    num_blocks = listed.buckets // piece.heads
+    block = slots // num_blocks
+    # Half precision, when that is what comes in: these rows are most of what the route reads and writes.
+    pair_out = torch.empty(group, num_pairs, dim, dtype=query.dtype, device=query.device)
+    pair_lse = torch.empty(group, num_pairs, dtype=torch.float32, device=query.device)
+    tile = tile_sizes(dim, query.dtype)
+    pairs_kernel[(listed.programs, group)](
+        query, key, value, *listed, pair_out, pair_lse,
+        slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
+        1 / math.sqrt(dim),
+        GROUP=group, BLOCK=block, BLOCK_PAD=pad_dim(block), COLUMNS=columns,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, CHUNK=pair_lists.CHUNK,
+        num_warps=4 if block <= 64 else 8, num_stages=2,
+    )  # fmt: skip
+    return pair_out, pair_lse
+
+
+def _forward_tokens(
+    query: Tensor, key: Tensor, value: Tensor, far_keys: Tensor | None, far_values: Tensor | None,
+    selected: Tensor, first_block: Tensor, pair_out: Tensor, pair_lse: Tensor,
+    piece: Piece, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Write the output and the log-sum-exp of the tokens of a piece."""
+    heads, slots, dim = query.shape
+    group, num_blocks = heads // len(key), len(first_block)
+    block = slots // num_blocks
+    order = 0 if far_keys is None else far_keys.shape[2] // dim
+    tile = token_tile(dim, query.dtype)
+    tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
+        query, key, value, far_keys, far_values, selected, first_block, pair_out, pair_lse, out, lse,
+        slots, num_blocks, pair_lse.shape[1], piece.first_head, piece.first_slot, piece.slots,
+        1 / math.sqrt(dim), math.log(block),
+        GROUP=group, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
+        num_warps=tile.warps, num_stages=2,
+    )  # fmt: skip

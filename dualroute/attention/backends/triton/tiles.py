@@ -1,0 +1,117 @@
+"""What all kernels share: loading rows, one step of a running softmax, sizes of tiles, places of documents.
+
+In: pointers to contiguous rows of `DIM` numbers. Out: tiles padded to `DIM_PAD`, a power of two, with zeros.
+
+Every kernel here works on plain ranges of slots, wherever documents and blocks begin.
+What a row may see is a comparison of slot numbers inside the tile, so no tile has to be aligned to a block,
+and a block of 24 tokens needs no code of its own.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualroute.attention.core.layout import Stream
+
+HALF = (torch.float16, torch.bfloat16)
+MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay on one SM
+MAX_DIM = 128
+
+
+@triton.jit
+def load_rows(base, rows, row_mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr, STRIDE: tl.constexpr):
+    """(rows, DIM_PAD) tile of the first DIM numbers of rows that are STRIDE apart; 0 where masked."""
+    columns = tl.arange(0, DIM_PAD)
+    return tl.load(
+        base + rows[:, None] * STRIDE + columns[None, :],
+        mask=row_mask[:, None] & (columns < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def store_rows(base, rows, row_mask, tile, DIM: tl.constexpr, DIM_PAD: tl.constexpr, STRIDE: tl.constexpr):
+    """The inverse of `load_rows`, in the type of the target."""
+    columns = tl.arange(0, DIM_PAD)
+    tl.store(
+        base + rows[:, None] * STRIDE + columns[None, :],
+        tile.to(base.dtype.element_ty),
+        mask=row_mask[:, None] & (columns < DIM)[None, :],
+    )
+
+
+@triton.jit
+def dot(a, b):
+    """a @ b summed in float32. Float32 factors are split into parts of tf32 that lose next to nothing."""
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def softmax_step(total, peak, norm, logits, values):
+    """Add keys with (rows, keys) logits, -inf = closed, and (keys, d) values to a running softmax.
+
+    `total` (rows, d) is the sum of exp(logit - peak) * value so far, `norm` (rows,) that of exp(logit - peak)
+    (Milakov and Gimelshein, arXiv 1805.02867; flash attention, arXiv 2205.14135).
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing open yet: exp(-inf - 0) = 0
+    weights = tl.exp(logits - shift[:, None])
+    decay = tl.exp(peak - shift)
+    total = total * decay[:, None] + dot(weights.to(values.dtype), values)
+    return total, new_peak, norm * decay + tl.sum(weights, 1)
+
+
+class Tile(NamedTuple):
+    """Sizes of a launch: query rows, key columns, warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def tile_sizes(dim: int, dtype: torch.dtype, *, backward: bool = False) -> Tile:
+    """Tiles that fit the shared memory and the registers of an SM: smaller for wide heads and float32."""
+    if dtype not in HALF:
+        return Tile(32, 32, 4)
+    return Tile(64, 32, 4) if backward and dim > 64 else Tile(64, 64, 4)
+
+
+def token_tile(dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of kernels that walk over keys and pseudo-keys: their registers hold both, so more warps."""
+    return Tile(64, 32, 8) if dtype in HALF else Tile(32, 32, 4)
+
+
+def pad_dim(dim: int) -> int:
+    """Width of the tile for rows of `dim` numbers: tl.dot wants at least 16, tl.arange a power of 2."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device of `tensor`: Triton takes the current one, which may be another."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def document_slots(stream: Stream, *, tokens_only: bool) -> tuple[Tensor, Tensor]:
+    """(S,) int32 each: first and last + 1 slot of the document of each slot.
+
+    The end counts the slots that fill up the last block, unless `tokens_only`.
+    """
+    return stream.cached(("triton_document_slots", tokens_only), lambda: _document_slots(stream, tokens_only))
+
+
+def _document_slots(stream: Stream, tokens_only: bool) -> tuple[Tensor, Tensor]:
+    first, size = stream.first_blocks().long(), stream.blocks_in_document()  # (nb,)
+    end = (first + size) * stream.block
+    if tokens_only:
+        end = end - stream.block + stream.tokens_in_block()[first + size - 1]
+    begin, end = (
+        part.to(torch.int32).repeat_interleave(stream.block, output_size=stream.num_slots)
+        for part in (first * stream.block, end)
+    )
+    return begin, end

@@ -1,0 +1,232 @@
+"""Kernels of attention to a window inside a range of slots: the local route, and the gradients of own blocks.
+
+In: queries (H, S, d), keys and values (H_kv, S, d), and for each slot the `begin` and `end` (S,) of the range
+that it may see. Out: output and log-sum-exp, or gradients given those of a softmax that may be larger.
+
+Slot t sees slot s when |t - s| < window (causal: 0 <= t - s < window), begin_t <= s < end_t and t < end_t;
+and always itself, so that no row is empty. The range is the document for the local route; for the own blocks
+of `routed` it is the block.
+
+The loops run over slots, not over blocks of a mask. A tile begins at the first slot its
+first row may see and ends at the last, so what lies outside of the window is not even looked at.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualroute.attention.backends.triton.gradients import load_softmax, logit_gradients
+from dualroute.attention.backends.triton.tiles import (
+    dot,
+    load_rows,
+    pad_dim,
+    softmax_step,
+    store_rows,
+    tile_sizes,
+)
+
+
+@triton.jit
+def seen_slots(row, slot, begin, end, window, CAUSAL: tl.constexpr):
+    """(rows, keys) which of the slots each row sees; begin, end (rows,) are its range."""
+    distance = row[:, None] - slot[None, :]
+    near = (distance < window) & (distance > -window)
+    if CAUSAL:
+        near = near & (distance >= 0)
+    inside = (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None]) & (row < end)[:, None]
+    return (near & inside) | (distance == 0)
+
+
+@triton.jit
+def keys_in_sight(first_row, last_row, begin, end, window, CAUSAL: tl.constexpr):
+    """First and last + 1 slot that any of the rows first_row..last_row-1 sees."""
+    first = tl.maximum(tl.min(begin), first_row - window + 1)
+    last = last_row
+    if not CAUSAL:
+        last = tl.maximum(last_row, tl.minimum(tl.max(end), last_row - 1 + window))
+    return first, last
+
+
+@triton.jit
+def forward_kernel(
+    query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
+    begin_slot, end_slot,  # (S,)
+    out_rows, lse_rows,  # (H, S, DIM), (H, S), written
+    slots, window, scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS queries, H). o = softmax(q k^T / sqrt(d)) v over what is seen."""
+    head = tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0) * ROWS
+    last_row = tl.minimum(first_row + ROWS, slots)
+    row = first_row + tl.arange(0, ROWS)
+    row_mask = row < slots
+    begin = tl.load(begin_slot + row, mask=row_mask, other=slots)
+    end = tl.load(end_slot + row, mask=row_mask, other=0)
+    query = load_rows(query_rows + head * slots * DIM, row, row_mask, DIM, DIM_PAD, DIM)
+    key_rows += (head // GROUP) * slots * DIM
+    value_rows += (head // GROUP) * slots * DIM
+
+    total = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    norm = tl.zeros((ROWS,), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    first, last = keys_in_sight(first_row, last_row, begin, end, window, CAUSAL)
+    for key_begin in range(first, last, KEYS):
+        slot = key_begin + tl.arange(0, KEYS)
+        keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        seen = seen_slots(row, slot, begin, end, window, CAUSAL) & (slot < last)[None, :]
+        logits = tl.where(seen, dot(query, tl.trans(keys)) * scale, float("-inf"))
+        total, peak, norm = softmax_step(total, peak, norm, logits, values)
+
+    norm = tl.where(row_mask, norm, 1.0)
+    store_rows(out_rows + head * slots * DIM, row, row_mask, total / norm[:, None], DIM, DIM_PAD, DIM)
+    tl.store(lse_rows + head * slots + row, peak + tl.log(norm), mask=row_mask)
+
+
+@triton.jit
+def query_gradient_kernel(
+    grad_rows, query_rows, key_rows, value_rows,  # (H, S, DIM) twice, (H_kv, S, DIM) twice
+    lse_rows, delta_rows,  # (H, S)
+    begin_slot, end_slot,  # (S,)
+    grad_query,  # (H, S, DIM), written
+    slots, window, scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS queries, H). dQ = dS K / sqrt(d)."""
+    head = tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0) * ROWS
+    last_row = tl.minimum(first_row + ROWS, slots)
+    row = first_row + tl.arange(0, ROWS)
+    row_mask = row < slots
+    begin = tl.load(begin_slot + row, mask=row_mask, other=slots)
+    end = tl.load(end_slot + row, mask=row_mask, other=0)
+    query = load_rows(query_rows + head * slots * DIM, row, row_mask, DIM, DIM_PAD, DIM)
+    grad = load_rows(grad_rows + head * slots * DIM, row, row_mask, DIM, DIM_PAD, DIM)
+    lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, row, row_mask)
+    key_rows += (head // GROUP) * slots * DIM
+    value_rows += (head // GROUP) * slots * DIM
+
+    total = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    first, last = keys_in_sight(first_row, last_row, begin, end, window, CAUSAL)
+    for key_begin in range(first, last, KEYS):
+        slot = key_begin + tl.arange(0, KEYS)
+        keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        seen = seen_slots(row, slot, begin, end, window, CAUSAL) & (slot < last)[None, :]
+        _, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale)
+        total += dot(grad_logits.to(keys.dtype), keys)
+    store_rows(grad_query + head * slots * DIM, row, row_mask, total * scale, DIM, DIM_PAD, DIM)
+
+
+@triton.jit
+def key_gradient_kernel(
+    grad_rows, query_rows, key_rows, value_rows,  # (H, S, DIM) twice, (H_kv, S, DIM) twice
+    lse_rows, delta_rows,  # (H, S)
+    begin_slot, end_slot,  # (S,)
+    more_key, more_value,  # (H_kv, S, DIM) float32, added when ADD
+    grad_key, grad_value,  # (H_kv, S, DIM), written
+    slots, window, scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, ADD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of KEYS keys, H_kv). dK = dS^T Q / sqrt(d), dV = P^T dO, summed over the query heads."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    first_key = tl.program_id(0) * KEYS
+    slot = first_key + tl.arange(0, KEYS)
+    key_mask = slot < slots
+    keys = load_rows(key_rows + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
+    values = load_rows(value_rows + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
+    to_key = tl.zeros((KEYS, DIM_PAD), tl.float32)
+    to_value = tl.zeros((KEYS, DIM_PAD), tl.float32)
+
+    # Rows that see any of these keys lie in the ranges of the keys themselves, at most a window away.
+    last_key = tl.minimum(first_key + KEYS, slots)
+    last = tl.max(tl.load(end_slot + slot, mask=key_mask, other=0))
+    last = tl.maximum(last_key, tl.minimum(last, last_key - 1 + window))
+    first = first_key
+    if not CAUSAL:
+        first = tl.min(tl.load(begin_slot + slot, mask=key_mask, other=slots))
+        first = tl.minimum(first_key, tl.maximum(first, first_key - window + 1))
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        for row_begin in range(first, last, ROWS):
+            row = row_begin + tl.arange(0, ROWS)
+            row_mask = row < last
+            begin = tl.load(begin_slot + row, mask=row_mask, other=slots)
+            end = tl.load(end_slot + row, mask=row_mask, other=0)
+            query = load_rows(query_rows + head * slots * DIM, row, row_mask, DIM, DIM_PAD, DIM)
+            grad = load_rows(grad_rows + head * slots * DIM, row, row_mask, DIM, DIM_PAD, DIM)
+            lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, row, row_mask)
+            seen = seen_slots(row, slot, begin, end, window, CAUSAL) & row_mask[:, None]
+            weights, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale)
+            to_value += dot(tl.trans(weights.to(grad.dtype)), grad)
+            to_key += dot(tl.trans(grad_logits.to(query.dtype)), query)
+
+    to_key *= scale
+    if ADD:
+        to_key += load_rows(more_key + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
+        to_value += load_rows(more_value + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
+    store_rows(grad_key + kv_head * slots * DIM, slot, key_mask, to_key, DIM, DIM_PAD, DIM)
+    store_rows(grad_value + kv_head * slots * DIM, slot, key_mask, to_value, DIM, DIM_PAD, DIM)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, window: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Output (H, S, d) and float32 log-sum-exp (H, S); contiguous inputs, shapes as in the kernels."""
+    heads, slots, dim = query.shape
+    out = torch.empty_like(query)
+    lse = torch.empty(heads, slots, dtype=torch.float32, device=query.device)
+    tile = tile_sizes(dim, query.dtype)
+    forward_kernel[(triton.cdiv(slots, tile.rows), heads)](
+        query, key, value, begin, end, out, lse, slots, min(window, slots), 1 / math.sqrt(dim),
+        GROUP=heads // len(key), CAUSAL=causal,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
+        num_warps=tile.warps, num_stages=2,
+    )  # fmt: skip
+    return out, lse
+
+
+def query_gradient(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
+    begin: Tensor, end: Tensor, window: int, causal: bool,
+) -> Tensor:  # fmt: skip
+    """(H, S, d) from grad = d loss / d output; `lse` and `delta` (H, S) are those of the whole softmax."""
+    heads, slots, dim = query.shape
+    grad_query = torch.empty_like(query)
+    tile = tile_sizes(dim, query.dtype, backward=True)
+    query_gradient_kernel[(triton.cdiv(slots, tile.rows), heads)](
+        grad, query, key, value, lse, delta, begin, end, grad_query,
+        slots, min(window, slots), 1 / math.sqrt(dim),
+        GROUP=heads // len(key), CAUSAL=causal,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
+        num_warps=tile.warps, num_stages=2,
+    )  # fmt: skip
+    return grad_query
+
+
+def key_gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
+    begin: Tensor, end: Tensor, window: int, causal: bool, more: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(H_kv, S, d) of keys and values, plus the float32 gradients `more` from other parts of the softmax."""
+    heads, slots, dim = query.shape
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    more_key, more_value = more if more is not None else (grad_key, grad_value)
+    tile = tile_sizes(dim, query.dtype, backward=True)
+    key_gradient_kernel[(triton.cdiv(slots, tile.columns), len(key))](
+        grad, query, key, value, lse, delta, begin, end, more_key, more_value, grad_key, grad_value,
+        slots, min(window, slots), 1 / math.sqrt(dim),
+        GROUP=heads // len(key), CAUSAL=causal, ADD=more is not None,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
+        num_warps=tile.warps, num_stages=2,
+    )  # fmt: skip
+    return grad_key, grad_value

@@ -1,0 +1,223 @@
+"""What decoding keeps: a ring of `window` keys for local heads, all keys and block statistics for global.
+
+In: keys and values of new tokens, (R, m, d) with R = batch * kv_heads, in the order of the text; every row
+of the batch has the same length. Out: the tensors that `decode` reads.
+
+With `dtype=torch.int8` keys and values are stored as integers with one scale for each token and head, and
+widened where they are read; statistics of blocks stay floats, there is one of them for many tokens.
+
+A block's statistics are written once, when its last token arrives, and never touched
+again. So a step costs what it reads, top_k + 2 blocks and one pseudo-key per past block, and not the length
+of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualroute.attention.core.far_summary import far_keys
+from dualroute.attention.core.precision import outside_inference_mode
+from dualroute.attention.core.router import block_features
+
+Place = slice | Tensor  # tokens: a slice, or their numbers
+
+
+class KeysAndValues:
+    """Storage of (R, n, d) keys and values, as floats or as int8 with scales (R, n, 1)."""
+
+    #: tensors with a row for each token
+    OF_TOKENS: tuple[str, ...] = ("keys", "values", "key_scales", "value_scales")
+    #: tensors with a row for each block
+    OF_BLOCKS: tuple[str, ...] = ()
+
+    def __init__(
+        self, rows: int, tokens: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        self.keys = torch.zeros(rows, tokens, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.key_scales = torch.zeros(rows, tokens, 1, device=device)
+            self.value_scales = torch.zeros_like(self.key_scales)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether keys and values are integers."""
+        return self.key_scales is not None
+
+    def write(self, place: Place, keys: Tensor, values: Tensor) -> None:
+        """Put (R, m, d) keys and values at m tokens."""
+        if self.key_scales is not None and self.value_scales is not None:
+            keys, key_scales = to_int8(keys)
+            values, value_scales = to_int8(values)
+            _put(self.key_scales, place, key_scales)
+            _put(self.value_scales, place, value_scales)
+        _put(self.keys, place, keys)
+        _put(self.values, place, values)
+
+    def read(self, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`pick` of keys and of values, in `dtype`; it must treat any width of the last dimension alike."""
+        parts = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        keys, values = (
+            pick(rows).to(dtype) if scales is None else (pick(rows) * pick(scales)).to(dtype)
+            for rows, scales in parts
+        )
+        return keys, values
+
+    @outside_inference_mode
+    def select(self, rows: Tensor) -> None:
+        """Go on with the rows (R',) only, in that order; a row may come twice."""
+        for name in (*self.OF_TOKENS, *self.OF_BLOCKS):
+            part = getattr(self, name)
+            if part is not None:
+                setattr(self, name, part.index_select(0, rows))
+
+
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., d) -> int8 (..., d) and float32 scales (..., 1), with rows = int8 * scale up to half a scale."""
+    wide = rows.to(torch.float32)
+    scales = (wide.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scales).round().to(torch.int8), scales
+
+
+def _put(rows: Tensor, place: Place, new: Tensor) -> None:
+    if isinstance(place, slice):
+        rows[:, place] = new
+    else:
+        rows.index_copy_(1, place, new.to(rows.dtype))
+
+
+class GlobalCache(KeysAndValues):
+    """Keys and values of a global route, and of each complete block the router's features and far summary.
+
+    There is room for `capacity` tokens at first; more is made when they come, twice as much each time.
+    """
+
+    OF_BLOCKS = ("features", "far_keys", "far_values")
+
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        head_dim: int,
+        block: int,
+        router: str,
+        sub_block: int,
+        far_summary: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        statistics_dtype: torch.dtype | None = None,
+    ) -> None:
+        blocks = -(-capacity // block)
+        super().__init__(rows, blocks * block, head_dim, device, dtype)
+        if statistics_dtype is None:
+            statistics_dtype = torch.float32 if dtype == torch.int8 else dtype
+        self.length, self.block = 0, block
+        self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(rows, *shape, device=device, dtype=statistics_dtype)
+
+        parts = block // sub_block if router == "minmax" else 1
+        width = head_dim if router == "mean" else 2 * head_dim
+        self.features = zeros(blocks, parts, width)
+        self.far_keys: Tensor | None = None
+        self.far_values: Tensor | None = None
+        if far_summary != "none":
+            self.far_keys = zeros(blocks, (2 if far_summary == "second_order" else 1) * head_dim)
+            self.far_values = zeros(blocks, head_dim)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add (R, m, d) keys and values, and the statistics of every block they complete."""
+        begin, end = self.length, self.length + keys.shape[1]
+        self.reserve(end)
+        self.write(slice(begin, end), keys, values)
+        self.length = end
+        first, last = begin // self.block, end // self.block  # blocks that became complete
+        if first == last:
+            return
+        tokens = slice(first * self.block, last * self.block)
+        blocks, values = self.read(
+            lambda rows: rows[:, tokens].unflatten(1, (-1, self.block)), self.features.dtype
+        )
+        self.features[:, first:last] = block_features(blocks, self.router, self.sub_block)
+        if self.far_keys is not None and self.far_values is not None:
+            self.far_keys[:, first:last] = far_keys(blocks, self.far_summary)
+            self.far_values[:, first:last] = values.mean(2)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in all."""
+        if length > self.keys.shape[1]:
+            self._grow(length)
+
+    @outside_inference_mode
+    def _grow(self, length: int) -> None:
+        blocks = max(-(-length // self.block), 2 * self.features.shape[1])
+        for names, count in ((self.OF_TOKENS, blocks * self.block), (self.OF_BLOCKS, blocks)):
+            for name in names:
+                rows = getattr(self, name)
+                if rows is not None:
+                    setattr(self, name, F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, count - rows.shape[1])))
+
+
+class LocalCache(KeysAndValues):
+    """The last `window` keys and values of a local route; the token at position p lies in slot p % window."""
+
+    def __init__(
+        self, rows: int, window: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(rows, window, head_dim, device, dtype)
+        self.length, self.window = 0, window
+
+    def last(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The last `count` keys and values in the order of the text; count <= min(length, window)."""
+        places = torch.arange(self.length - count, self.length, device=self.keys.device) % self.window
+        return self.read(lambda rows: rows.index_select(1, places), dtype)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add (R, m, d) keys and values, dropping what leaves the window."""
+        count = keys.shape[1]
+        kept = min(count, self.window)
+        places = (
+            torch.arange(self.length + count - kept, self.length + count, device=keys.device) % self.window
+        )
+        self.write(places, keys[:, count - kept :], values[:, count - kept :])
+        self.length += count
+
+
+class LayerCache:
+    """The cache of one DualRouting layer; `length` tokens are in it, `max_length` fit.
+
+    `exact` says that the global route reads everything: decided once, from max_length, so that a text does
+    not change its attention half-way when it grows past a limit (see DualRouting, global_mode="auto").
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_length: int,
+        exact: bool,
+        global_cache: GlobalCache | None,
+        local_cache: LocalCache | None,
+    ) -> None:
+        self.batch_size, self.max_length, self.exact = batch_size, max_length, exact
+        self.global_cache, self.local_cache = global_cache, local_cache
+
+    @property
+    def length(self) -> int:
+        either = self.global_cache or self.local_cache
+        return either.length if either is not None else 0
+
+    def select(self, texts: Tensor) -> None:
+        """Go on with the texts (B',) of the batch only, in that order, as a beam search does."""
+        for part in (self.global_cache, self.local_cache):
+            if part is not None:
+                heads = len(part.keys) // self.batch_size
+                rows = texts[:, None] * heads + torch.arange(heads, device=texts.device)
+                part.select(rows.flatten().to(part.keys.device))
+        self.batch_size = len(texts)

@@ -1,0 +1,198 @@
+"""The layer token by token: its caches, and what the next tokens of a text read from them.
+
+In: a layer's `Projections`, hidden states (B, m, dim) of the next tokens of B texts of equal length, and the
+`LayerCache` that holds what came before. Out: (B, m, dim), equal to what `layer` gives for these tokens in
+one pass over the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from dualroute.attention.backend import choose, token_kernels
+from dualroute.attention.backends.torch.decode import (
+    decode_chunk,
+    decode_full,
+    decode_local,
+    decode_step,
+)
+from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
+from dualroute.attention.core.options import check_at_least
+from dualroute.attention.core.precision import outside_inference_mode, without_autocast
+from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.projections import Projections
+
+
+@outside_inference_mode
+def new_cache(
+    layer: Projections,
+    batch_size: int,
+    max_length: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    capacity: int | None = None,
+    *,
+    int8: bool = False,
+) -> LayerCache:
+    """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
+
+    There is room for all of them at once, or for `capacity` at first and for more when they come. `int8`
+    stores keys and values as integers, with a scale for each token and head.
+
+    Raises:
+        ValueError: the layer is not causal, or a size is below 1.
+    """
+    if not layer.causal:
+        raise ValueError("causal=False: a layer that reads both directions cannot be run token by token")
+    check_at_least(1, batch_size=batch_size, max_length=max_length)
+    device = device or layer.out_proj.weight.device
+    dtype = dtype or layer.out_proj.weight.dtype
+    stored = torch.int8 if int8 else dtype
+    limit, routing = layer.max_exact_blocks, layer.routing
+    global_cache = local_cache = None
+    if layer.global_heads:
+        global_cache = GlobalCache(
+            batch_size * layer.global_heads // layer.group,
+            min(capacity or max_length, max_length),
+            layer.head_dim,
+            layer.block,
+            routing.router,
+            routing.sub_block,
+            routing.far_summary,
+            device,
+            stored,
+            dtype,
+        )
+    if layer.local_heads:
+        rows = batch_size * layer.local_heads // layer.group
+        local_cache = LocalCache(rows, layer.window, layer.head_dim, device, stored)
+    exact = limit is None or -(-max_length // layer.block) <= limit
+    return LayerCache(batch_size, max_length, exact, global_cache, local_cache)
+
+
+def check_cache(cache: LayerCache, batch: int, length: int) -> None:
+    """Whether `length` more tokens of `batch` texts fit.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if batch != cache.batch_size:
+        raise ValueError(f"the cache is for batch_size={cache.batch_size}, hidden_states have {batch} rows")
+    if cache.length + length > cache.max_length:
+        raise ValueError(
+            f"the cache holds {cache.length} of max_length={cache.max_length} tokens, "
+            f"{length} more do not fit: make a new one with a larger max_length"
+        )
+
+
+def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
+    """The next tokens, (B, m, dim), after those in the cache."""
+    batch, count, _ = hidden_states.shape
+    if count == 1 and positions is None and not torch.is_grad_enabled():
+        token = _decode_token(layer, hidden_states[:, 0], cache)
+        if token is not None:
+            return layer.combine(token[:, None], hidden_states)
+    if positions is None:
+        positions = cache.length + torch.arange(count, device=hidden_states.device)
+    positions = positions.expand(batch, count).flatten()
+    table = rotary_table(positions, layer.head_dim, layer.rope_theta, hidden_states.dtype, layer.rope_scaling)
+    outputs = []
+    if layer.global_qkv is not None and cache.global_cache is not None:
+        query, key, value = _heads(layer, layer.global_qkv, hidden_states, table)
+        cache.global_cache.append(key, value)
+        outputs.append(decode_global(query, cache.global_cache, layer.routing.top_k, cache.exact))
+    if layer.local_qkv is not None and cache.local_cache is not None:
+        query, key, value = _heads(layer, layer.local_qkv, hidden_states, table)
+        outputs.append(_decode_local(query, key, value, cache.local_cache))
+    heads = [out.view(batch, -1, count, layer.head_dim).transpose(1, 2).flatten(2) for out in outputs]
+    return layer.combine(torch.cat(heads, dim=-1), hidden_states)
+
+
+@without_autocast
+def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) -> Tensor:
+    """The global route of the newest m tokens, (R, group, m, d) with R = batch * H_kv, whose keys are in the
+    cache. `exact`: they read everything."""
+    if exact or (cache.length - 1) // cache.block <= top_k + 1:  # every block is own, sink or selected
+        return decode_full(query, cache)
+    if query.shape[2] > 1:
+        return decode_chunk(query, cache, top_k)
+    if torch.is_grad_enabled() or cache.is_int8:  # the kernels have no gradients, and read floats
+        return decode_step(query, cache, top_k)
+    return choose(query, block=cache.block).decode_step(query, cache, top_k)
+
+
+_decode_local = without_autocast(decode_local)
+
+
+def _decode_token(layer: Projections, rows: Tensor, cache: LayerCache) -> Tensor | None:
+    """The heads of one new token of each text, (B, H * d), for rows (B, dim); None without kernels."""
+    kernels = token_kernels(rows)
+    if kernels is None:
+        return None
+    projected = [None if route is None else route(rows) for route in (layer.global_qkv, layer.local_qkv)]
+    if not kernels.can_decode(next(part for part in projected if part is not None), cache):
+        return None
+    position = torch.tensor(cache.length)
+    if cache.global_cache is not None:
+        cache.global_cache.reserve(cache.length + 1)
+    cos, sin = rotary_table(
+        position.view(1), layer.head_dim, layer.rope_theta, rows.dtype, layer.rope_scaling
+    )
+    table, memory = (cos.flatten(), sin.flatten()), kernels.cache_memory([cache])
+    heads = token_heads(layer, kernels, projected, table, memory, 0, position)
+    for part in (cache.global_cache, cache.local_cache):
+        if part is not None:
+            part.length += 1
+    return heads
+
+
+def token_heads(
+    layer: Projections,
+    kernels: ModuleType,
+    projected: Sequence[Tensor | None],
+    table: tuple[Tensor, Tensor],
+    memory: Tensor,
+    number: int,
+    position: Tensor,
+) -> Tensor:
+    """The heads of one new token of each text, (B, H * d), by `kernels` of `backend.token_kernels`.
+
+    Args:
+        projected: (B, (H + 2 H_kv) * d) of the global and the local projection, None where there is none.
+        table: `rope.rotary_table` of the position, flat.
+        memory, number: the kernels' `cache_memory`, and the row of it that is this layer's; the cache is
+            written in place, except for its lengths; its room must suffice.
+        position: () int64, the number of tokens before this one.
+    """
+    rows = [None if part is None else _normalised_rows(layer, part) for part in projected]
+    return kernels.decode_layer(
+        rows,
+        table,
+        memory,
+        number,
+        position,
+        head_dim=layer.head_dim,
+        group=layer.group,
+        top_k=layer.routing.top_k,
+    )
+
+
+def _normalised_rows(layer: Projections, rows: Tensor) -> Tensor:
+    """Projected rows (B, (H + 2 H_kv) * d) with queries and keys normalised, if the layer does that."""
+    if layer.query_norm is None:
+        return rows
+    return torch.cat(layer.split_heads(rows), dim=1).flatten(1)
+
+
+def _heads(
+    layer: Projections, projection: nn.Linear, hidden_states: Tensor, table: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d)."""
+    batch, count, _ = hidden_states.shape
+    parts = layer.rotated_heads(projection(hidden_states).flatten(0, 1), table)  # (H, B * m, d)
+    query, key, value = (rows.unflatten(1, (batch, count)).transpose(0, 1) for rows in parts)  # (B, H, m, d)
+    return query.reshape(-1, layer.group, count, layer.head_dim), key.flatten(0, 1), value.flatten(0, 1)

@@ -1,0 +1,116 @@
+"""The routes, each computed by the back end that `backend.choose` gives.
+
+In: queries (H, S, d), keys and values (H_kv, S, d) of a stream (see `core.layout`). Out: (H, S, d).
+`global_attention` reads short documents in full and routes the long ones; `routed_attention` and
+`local_attention` are what their names say.
+
+Which documents are routed is decided for each *document*, by its own number of blocks, never for the batch.
+So a document gives the same result packed with others as alone, in every mode.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dualroute.attention.backend import choose
+from dualroute.attention.core.layout import Stream, attend_by_length
+from dualroute.attention.core.precision import without_autocast
+from dualroute.attention.core.routing import Routing
+
+
+def global_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stream: Stream,
+    *,
+    routing: Routing,
+    max_exact_blocks: int | None,
+    causal: bool = True,
+) -> Tensor:
+    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d)."""
+    if max_exact_blocks is None:
+        return full_attention(query, key, value, stream, causal=causal)
+    return attend_by_length(
+        partial(full_attention, causal=causal),
+        partial(routed_attention, routing=routing, causal=causal),
+        query,
+        key,
+        value,
+        stream,
+        max_exact_blocks,
+    )
+
+
+def full_attention(
+    query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, causal: bool = True
+) -> Tensor:
+    """Exact attention inside each document, (H, S, d)."""
+    return choose(query, causal=causal).full_attention(query, key, value, stream, causal=causal)
+
+
+@without_autocast
+def routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stream: Stream,
+    routing: Routing,
+    *,
+    causal: bool = True,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """Routed attention, (H, S, d), of a stream; `reference.routed` states what is in the softmax.
+
+    Args:
+        query: (H, S, d).
+        key, value: (H_kv, S, d), 0 in slots without a token.
+        stream, routing: where the documents lie; what is read.
+        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
+    """
+    if selected is None:
+        selected = select_blocks(
+            query.detach(),
+            key.detach(),
+            stream,
+            top_k=routing.top_k,
+            router=routing.router,
+            sub_block=routing.sub_block,
+            causal=causal,
+        )
+    backend = choose(query, causal=causal, block=stream.block)
+    return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
+
+
+@torch.no_grad()
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    stream: Stream,
+    *,
+    top_k: int,
+    router: str = "minmax",
+    sub_block: int = 16,
+    causal: bool = True,
+) -> Tensor:
+    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none.
+
+    A token's own block is never among them, and slots without a token choose nothing. Not causal, the
+    candidates are all other blocks of the document.
+    """
+    backend = choose(query, causal=causal, block=stream.block)
+    return backend.select_blocks(
+        query, key, stream, top_k=top_k, router=router, sub_block=sub_block, causal=causal
+    )
+
+
+@without_autocast
+def local_attention(
+    query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
+) -> Tensor:
+    """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own."""
+    backend = choose(query, causal=causal)
+    return backend.local_attention(query, key, value, stream, window=window, causal=causal)

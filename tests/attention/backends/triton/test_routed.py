@@ -1,0 +1,153 @@
+"""Routed attention of the kernels: values and gradients against the explicit mask of the specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dualroute.attention import Layout, Routing, reference
+from dualroute.attention.backends.triton import pair_lists, routed_attention, select_blocks
+from dualroute.attention.backends.triton.routed import routed_backward, routed_forward
+from tests.attention.backends.triton.helpers import (
+    DEVICE,
+    assert_close_with_gradients,
+    both,
+    on_device,
+    run_on_device,
+)
+from tests.attention.helpers import ORDERS, batches, expected, from_stream, to_stream
+
+LENGTH, BLOCK, SUB_BLOCK = 75, 8, 4
+
+
+def _routed(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing) -> Tensor:
+    return run_on_device(lambda q, k, v, s: routed_attention(q, k, v, s, routing), layout, inputs)
+
+
+def _reference(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing) -> Tensor:
+    options = {
+        "top_k": routing.top_k,
+        "router": routing.router,
+        "far_summary": routing.far_summary,
+        "sub_block": routing.sub_block,
+    }
+    return expected(lambda q, k, v: reference.routed(q, k, v, block=layout.block, **options), layout, inputs)
+
+
+def _compare(layout: Layout, inputs: tuple[tuple[Tensor, ...], ...], routing: Routing) -> None:
+    low, wide = inputs
+    assert_close_with_gradients(_routed(layout, low, routing), low, _reference(layout, wide, routing), wide)
+
+
+@pytest.mark.parametrize("name", batches())
+def test_equals_the_explicit_mask(name: str) -> None:
+    layout = batches(LENGTH, BLOCK)[name]
+    _compare(layout, both(2, layout.length, 2, 1), Routing(1, sub_block=SUB_BLOCK))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("chooser", ["moment", "mean"])
+def test_every_router_and_summary(chooser: str, order: str) -> None:
+    layout = Layout.build(1, 40, BLOCK)
+    _compare(layout, both(1, 40, 1, 1), Routing(1, chooser, order))
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_any_number_of_blocks_and_heads(kv_heads: int, top_k: int) -> None:
+    layout = Layout.build(1, 46, BLOCK)
+    _compare(layout, both(1, 46, 4, kv_heads), Routing(top_k, sub_block=SUB_BLOCK))
+
+
+@pytest.mark.parametrize(("dim", "block", "length"), [(64, 16, 80), (96, 16, 100), (10, 24, 100), (6, 1, 9)])
+def test_any_size_of_heads_and_blocks(dim: int, block: int, length: int) -> None:
+    layout = Layout.build(1, length, block)
+    _compare(layout, both(1, length, 3, 1, dim), Routing(1, sub_block=min(block, 8)))
+
+
+@pytest.mark.parametrize("order", ["second_order", "none"])
+def test_choosing_everything_is_full_attention(order: str) -> None:
+    layout = batches(LENGTH, BLOCK)["packed and padded"]
+    low, wide = both(2, LENGTH, 1, 1)
+    full = expected(reference.full, layout, wide)
+    actual = _routed(layout, low, Routing(20, "minmax", order, SUB_BLOCK))
+    assert_close_with_gradients(actual, low, full, wide)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(100, 4), (300, 2)])
+def test_pieces_and_chunks_change_nothing(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a head at a time, or single heads; and a block that many tokens read is shared by programs."""
+    monkeypatch.setattr(pair_lists, "MAX_PAIR_ROWS", rows)
+    monkeypatch.setattr(pair_lists, "CHUNK", 16)
+    layout = Layout.build(1, 46, BLOCK)
+    assert len(list(pair_lists.pieces(2, 2, layout.stream.num_slots, 2))) == count
+    _compare(layout, both(1, 46), Routing(1, sub_block=SUB_BLOCK))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    layout = Layout.build(1, 60, BLOCK)
+    low, wide = both(1, 60, 2, 1, 16, dtype)
+    moved = on_device(layout)
+    query, key = (to_stream(moved, x.detach()) for x in low[:2])
+    selected = select_blocks(query, key, moved.stream, top_k=2, sub_block=SUB_BLOCK)
+    actual = _routed(layout, low, Routing(2, sub_block=SUB_BLOCK))
+    assert actual.dtype == dtype
+    again = run_on_device(
+        lambda q, k, v, s: routed_attention(q, k, v, s, Routing(2), selected=selected), layout, low
+    )
+    assert torch.equal(actual, again)
+    reference_out = _reference(layout, wide, Routing(2, sub_block=SUB_BLOCK))
+    assert_close_with_gradients(actual, low, reference_out, wide, tolerance)
+
+
+def test_later_tokens_change_nothing() -> None:
+    layout = Layout.build(1, 64, BLOCK)
+    low, _ = both(1, 64, 2, 1)
+    before = _routed(layout, low, Routing(1, sub_block=SUB_BLOCK))
+    changed = [x.detach().clone() for x in low]
+    for rows in changed:
+        rows[:, :, 43:] = -3 * rows[:, :, 43:] + 1
+    after = _routed(layout, tuple(changed), Routing(1, sub_block=SUB_BLOCK))
+    assert torch.equal(before[:, :, :43], after[:, :, :43])
+    assert not torch.equal(before[:, :, 43:], after[:, :, 43:])
+
+
+def test_slots_without_a_token_change_nothing() -> None:
+    layout = on_device(Layout.build(1, 45, BLOCK))
+    low, _ = both(1, 45, 2, 1)
+    rows = [to_stream(layout, x.detach()) for x in low]
+    before = routed_attention(*rows, layout.stream, Routing(1, sub_block=SUB_BLOCK))
+    assert layout.stream.slot_valid is not None
+    empty = ~layout.stream.slot_valid
+    for part in rows:
+        part[:, empty] = 50.0
+    after = routed_attention(*rows, layout.stream, Routing(1, sub_block=SUB_BLOCK))
+    assert torch.equal(from_stream(layout, before), from_stream(layout, after))
+
+
+@pytest.mark.parametrize("order", ["first_order", "none"])
+def test_operators(order: str) -> None:
+    layout = on_device(Layout.build(1, 3, 1))
+    query, key, value = (torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(3))
+    far = [torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
+    selected = select_blocks(query.detach(), key.detach(), layout.stream, top_k=0, sub_block=1)
+    first_block = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    arguments = (query, key, value, *(far if order != "none" else [None, None]), selected, first_block)
+    torch.library.opcheck(torch.ops.dualroute.routed_forward.default, arguments)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    out, lse = routed_forward(*detached)
+    torch.library.opcheck(
+        torch.ops.dualroute.routed_backward.default,
+        (torch.ones_like(out), *detached, out, lse),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert len(routed_backward(torch.ones_like(out), *detached, out, lse)) == 5
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    layout = on_device(Layout.build(1, 16, BLOCK))
+    rows = torch.zeros(1, 16, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="causal=False"):
+        routed_attention(rows, rows, rows, layout.stream, Routing(1), causal=False)

@@ -1,0 +1,134 @@
+"""The choice of blocks equals the specification's, ties and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dualroute.attention import Layout, reference
+from dualroute.attention.backends.torch import select
+from dualroute.attention.backends.triton import select_blocks
+from dualroute.attention.backends.triton.selection import pack
+from tests.attention.backends.triton.helpers import DEVICE, both, on_device, slots_of
+from tests.attention.helpers import ROUTERS, batches, to_stream
+
+BLOCK, SUB_BLOCK = 8, 4
+
+
+def _select(layout: Layout, inputs: tuple[Tensor, ...], **options: object) -> Tensor:
+    moved = on_device(layout)
+    query, key = (to_stream(moved, x.detach()) for x in inputs[:2])
+    return select_blocks(query, key, moved.stream, **options).cpu()
+
+
+def _assert_equal_to_reference(layout: Layout, inputs: tuple[Tensor, ...], **options: object) -> None:
+    low, wide = inputs
+    selected = _select(layout, low, **options)
+    block, query, key = layout.block, wide[0].detach(), wide[1].detach()
+    for number in layout.documents.unique().tolist():
+        for row in range(layout.batch):
+            tokens = (layout.documents[row] == number).nonzero()[:, 0]
+            if number < 0 or not len(tokens):
+                continue
+            mask = reference.select(query[row][:, tokens], key[row][:, tokens], block=block, **options)
+            slots = slots_of(layout, row, tokens)
+            first = int(slots[0]) // block
+            chosen = torch.where(selected[:, slots] < 0, mask.shape[-1], selected[:, slots].long() - first)
+            found = torch.zeros(*mask.shape[:2], mask.shape[2] + 1, dtype=torch.bool)
+            found.scatter_(-1, chosen[..., 1:], True)
+            assert torch.equal(found[..., :-1], mask)
+            past = torch.arange(len(tokens)) // block > 0
+            assert torch.equal(selected[:, slots, 0] == first, past.expand(len(selected), -1))
+
+
+@pytest.mark.parametrize("chooser", ROUTERS)
+@pytest.mark.parametrize("name", ["any length", "packed and padded"])
+def test_equals_the_reference(name: str, chooser: str) -> None:
+    layout = batches(block=BLOCK)[name]
+    _assert_equal_to_reference(
+        layout, both(2, layout.length, 2, 1), top_k=3, router=chooser, sub_block=SUB_BLOCK
+    )
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 20])
+def test_any_number_of_blocks(top_k: int) -> None:
+    layout = batches(block=BLOCK)["packed"]
+    _assert_equal_to_reference(layout, both(2, layout.length), top_k=top_k, sub_block=SUB_BLOCK)
+
+
+@pytest.mark.parametrize(("dim", "block", "kv_heads"), [(64, 16, 1), (96, 24, 3)])
+def test_any_size_of_heads_blocks_and_groups(dim: int, block: int, kv_heads: int) -> None:
+    """24 / 8 = 3 parts of a block: no power of two."""
+    layout = Layout.build(1, 120, block)
+    _assert_equal_to_reference(layout, both(1, 120, 3, kv_heads, dim), top_k=2, sub_block=8)
+
+
+def test_more_blocks_than_a_tile_holds() -> None:
+    layout = Layout.build(1, 160, 2)  # 80 blocks
+    _assert_equal_to_reference(layout, both(1, 160, 1, 1), top_k=5, sub_block=2)
+
+
+def test_of_equal_blocks_the_earlier_wins() -> None:
+    layout = Layout.build(1, 96, BLOCK)
+    query = torch.ones(1, 96, 4, device=DEVICE)
+    stream = on_device(layout).stream
+    selected = select_blocks(query, torch.zeros_like(query), stream, top_k=3, sub_block=SUB_BLOCK).cpu()
+    assert selected[0, -1].sort().values.tolist() == [0, 1, 2, 3]
+
+
+@triton.jit
+def _pack_kernel(scores, packed, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    tl.store(packed + lane[None, :], pack(tl.load(scores + lane)[None, :], lane * 0 + 5))
+
+
+def test_packed_scores_sort_like_scores() -> None:
+    """And 0.0 and -0.0 are a tie."""
+    scores = torch.tensor([-torch.inf, -2, -1e-30, -0.0, 0.0, 1e-30, 3, torch.inf], device=DEVICE)
+    packed = torch.empty(8, dtype=torch.int64, device=DEVICE)
+    _pack_kernel[(1,)](scores, packed, 8)
+    assert packed.diff().sign().tolist() == [1, 1, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chooser", ROUTERS)
+def test_half_precision_chooses_what_the_plain_path_does(chooser: str, dtype: torch.dtype) -> None:
+    layout = batches(block=BLOCK)["padded"]
+    low, _ = both(2, layout.length, 2, 1, dtype=dtype)
+    query, key, _ = (to_stream(layout, x.detach().cpu()) for x in low)
+    options = {"top_k": 3, "router": chooser, "sub_block": SUB_BLOCK}
+    plain = select.select_blocks(query, key, layout.stream, **options)
+    selected = select_blocks(query.to(DEVICE), key.to(DEVICE), on_device(layout).stream, **options).cpu()
+    same = (selected.sort(-1).values == plain.sort(-1).values).all(-1)
+    assert same.float().mean() > 0.99  # sums in another order may settle a near tie differently
+
+
+def test_later_tokens_decide_nothing() -> None:
+    layout = Layout.build(1, 72, BLOCK)
+    (query, key, value), _ = both(1, 72)
+    before = _select(layout, (query, key, value), top_k=2, sub_block=SUB_BLOCK)
+    query, key = query.detach().clone(), key.detach().clone()
+    query[:, :, 50:], key[:, :, 50:] = -query[:, :, 50:], 9.0
+    after = _select(layout, (query, key, value), top_k=2, sub_block=SUB_BLOCK)
+    slots = slots_of(layout, 0, torch.arange(50))
+    assert torch.equal(before[:, slots], after[:, slots])
+
+
+def test_operator() -> None:
+    query, features = torch.randn(1, 8, 6, device=DEVICE), torch.randn(1, 2, 1, 12, device=DEVICE)
+    first_block = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.dualroute.select_blocks.default, (query, features, first_block, 2, "minmax")
+    )
+
+
+def test_refuses_what_it_cannot_do() -> None:
+    layout = on_device(Layout.build(1, 16, BLOCK))
+    rows = torch.zeros(1, 16, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="causal=False"):
+        select_blocks(rows, rows, layout.stream, top_k=1, causal=False)
+    with pytest.raises(ValueError, match="router=nearest"):
+        select_blocks(rows, rows, layout.stream, top_k=1, router="nearest")
