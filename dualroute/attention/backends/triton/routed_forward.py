@@ -1,7 +1,8 @@
 """The forward kernels of routed attention: a partial result per (token, block) pair, then one per token.
 
 In: queries (H, S, d), keys and values (H_kv, S, d) of a stream, the summaries of its blocks and the selected
-blocks. Out: the operator `routed_forward` gives the output (H, S, d) and the log-sum-exp (H, S) of the joint softmax of `routed`.
+blocks. Out: the operator `routed_forward` gives the output (H, S, d) and the log-sum-exp (H, S) of the joint
+softmax of `routed`.
 
 Two kernels for each piece of the stream (see `pair_lists`):
     pairs_kernel    key-block-major: the tokens that read a block, gathered into tiles, attend to that block;
