@@ -44,9 +44,7 @@ def local_forward(
 
 
 @local_forward.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, begin: Tensor, end: Tensor, window: int, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
@@ -62,10 +60,7 @@ def local_backward(
 
 
 @local_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    begin: Tensor, end: Tensor, window: int, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 

@@ -12,20 +12,17 @@ kernels one call consists of; nothing in them asks the GPU for a number.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dualroute.attention.backends.triton import routed_backward as backward_kernels
-from dualroute.attention.backends.triton import routed_forward as forward_kernels
+from dualroute.attention.backends.triton.routed_backward import routed_backward
+from dualroute.attention.backends.triton.routed_forward import routed_forward
 from dualroute.attention.backends.triton.selection import select_blocks
-from dualroute.attention.backends.triton.tiles import on_device
 from dualroute.attention.core.far_summary import summarise
 from dualroute.attention.core.layout import Stream
-
-if TYPE_CHECKING:
-    from dualroute.attention.core.routing import Routing
+from dualroute.attention.core.routing import Routing
 
 
 def routed_attention(
@@ -50,9 +47,7 @@ def routed_attention(
         ValueError: not causal.
     """
     if not causal:
-        raise ValueError(
-            "causal=False has no kernel: use dualroute.attention.backends.torch.routed.routed_attention"
-        )
+        raise ValueError("causal=False has no kernel: use dualroute.attention.routed_attention")
     if selected is None:
         selected = select_blocks(
             query.detach(),
@@ -74,74 +69,6 @@ def routed_attention(
         stream.first_blocks(),
     )
     return out
-
-
-@torch.library.custom_op("dualroute::routed_forward", mutates_args=())
-def routed_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far_keys: Tensor | None,
-    far_values: Tensor | None,
-    selected: Tensor,
-    first_block: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Output (H, S, d) and log-sum-exp (H, S)."""
-    with on_device(query):
-        return forward_kernels.forward(query, key, value, far_keys, far_values, selected, first_block)
-
-
-@routed_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far_keys: Tensor | None,
-    far_values: Tensor | None,
-    selected: Tensor,
-    first_block: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
-
-
-@torch.library.custom_op("dualroute::routed_backward", mutates_args=())
-def routed_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far_keys: Tensor | None,
-    far_values: Tensor | None,
-    selected: Tensor,
-    first_block: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, far_keys and far_values; the last two are empty without a summary."""
-    with on_device(query):
-        to_query, to_key, to_value, to_far_keys, to_far_values = backward_kernels.backward(
-            grad, query, key, value, far_keys, far_values, selected, first_block, out, lse
-        )
-    if to_far_keys is None or to_far_values is None:
-        to_far_keys, to_far_values = key.new_empty(0), key.new_empty(0)
-    return to_query, to_key, to_value, to_far_keys, to_far_values
-
-
-@routed_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far_keys: Tensor | None,
-    far_values: Tensor | None,
-    selected: Tensor,
-    first_block: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    far = [key.new_empty(0) if part is None else torch.empty_like(part) for part in (far_keys, far_values)]
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), far[0], far[1]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The backward kernels of routed attention.
 
-In: the gradient of the output, what went into `routed_forward.forward` and what came out. Out: `backward`
-gives the gradients of queries, keys, values and summaries, by the formulas of `gradients`.
+In: the gradient of the output, what went into `routed_forward` and what came out. Out: the operator
+`routed_backward` gives the gradients of queries, keys, values and summaries, by the formulas of `gradients`.
 
 For each piece of the stream (see `pair_lists`, sorted again rather than kept):
     pairs_kernel     key-block-major: dK and dV of a block from the tokens that read it, summed over the
@@ -19,6 +19,7 @@ thread block, or in two steps through partial sums that have places of their own
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +33,7 @@ from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair
 from dualroute.attention.backends.triton.tiles import (
     dot,
     load_rows,
+    on_device,
     pad_dim,
     store_rows,
     tile_sizes,
@@ -182,7 +184,8 @@ def tokens_kernel(
     store_rows(grad_query + head * slots * DIM, rows, row_mask, total, DIM, DIM_PAD, DIM)
 
 
-def backward(
+@torch.library.custom_op("dualroute::routed_backward", mutates_args=())
+def routed_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -193,32 +196,47 @@ def backward(
     first_block: Tensor,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, far_keys and far_values; contiguous, shapes as in the kernels."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, far_keys and far_values; the last two are empty without a summary.
+
+    Contiguous, shapes as in the kernels.
+    """
     heads, slots, _ = query.shape
     kv_heads, _, columns = selected.shape
     num_blocks = len(first_block)
     delta = softmax_delta(grad, out)
     grad_query = torch.empty_like(query)
     read_key, read_value = (torch.zeros_like(rows, dtype=torch.float32) for rows in (key, value))
-    for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
-        listed = pair_list(selected, piece, num_blocks)
-        pair_query = _backward_pairs(
-            grad, query, key, value, lse, delta, piece, listed, columns, read_key, read_value
+    to_far_keys, to_far_values = key.new_empty(0), key.new_empty(0)
+    with on_device(query):
+        for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
+            listed = pair_list(selected, piece, num_blocks)
+            pair_query = _backward_pairs(
+                grad, query, key, value, lse, delta, piece, listed, columns, read_key, read_value
+            )
+            _backward_tokens(
+                grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
+                pair_query, piece, grad_query,
+            )  # fmt: skip
+        if far_keys is not None and far_values is not None:
+            to_far_keys, to_far_values = far_gradients(
+                grad, query, lse, delta, far_keys, far_values, selected, first_block
+            )
+        block = slots // num_blocks
+        begin = torch.arange(slots, device=query.device, dtype=torch.int32) // block * block
+        to_key, to_value = windowed.key_gradients(
+            grad, query, key, value, lse, delta, begin, begin + block, block, True, (read_key, read_value)
         )
-        _backward_tokens(
-            grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
-            pair_query, piece, grad_query,
-        )  # fmt: skip
-    far: tuple[Tensor | None, Tensor | None] = (None, None)
-    if far_keys is not None and far_values is not None:
-        far = far_gradients(grad, query, lse, delta, far_keys, far_values, selected, first_block)
-    block = slots // num_blocks
-    begin = torch.arange(slots, device=query.device, dtype=torch.int32) // block * block
-    to_key, to_value = windowed.key_gradients(
-        grad, query, key, value, lse, delta, begin, begin + block, block, True, (read_key, read_value)
-    )
-    return grad_query, to_key, to_value, *far
+    return grad_query, to_key, to_value, to_far_keys, to_far_values
+
+
+@routed_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    far_keys: Tensor | None, far_values: Tensor | None, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = [key.new_empty(0) if part is None else torch.empty_like(part) for part in (far_keys, far_values)]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), rows[0], rows[1]
 
 
 def _backward_pairs(

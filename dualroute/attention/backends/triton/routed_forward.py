@@ -1,7 +1,8 @@
 """The forward kernels of routed attention: a partial result per (token, block) pair, then one per token.
 
 In: queries (H, S, d), keys and values (H_kv, S, d) of a stream, the summaries of its blocks and the selected
-blocks. Out: `forward` gives the output (H, S, d) and the log-sum-exp (H, S) of the joint softmax of `routed`.
+blocks. Out: the operator `routed_forward` gives the output (H, S, d) and the log-sum-exp (H, S) of the joint
+softmax of `routed`.
 
 Two kernels for each piece of the stream (see `pair_lists`):
     pairs_kernel    key-block-major: the tokens that read a block, gathered into tiles, attend to that block;
@@ -16,6 +17,7 @@ written to, so no two threads write to one place, and sums are taken in an order
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +30,7 @@ from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair
 from dualroute.attention.backends.triton.tiles import (
     dot,
     load_rows,
+    on_device,
     pad_dim,
     softmax_step,
     store_rows,
@@ -152,7 +155,8 @@ def tokens_kernel(
     tl.store(lse_rows + head * slots + rows, peak + tl.log(norm), mask=row_mask)
 
 
-def forward(
+@torch.library.custom_op("dualroute::routed_forward", mutates_args=())
+def routed_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -166,14 +170,20 @@ def forward(
     kv_heads, _, columns = selected.shape
     out = torch.empty_like(query)
     lse = torch.empty(heads, slots, dtype=torch.float32, device=query.device)
-    for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
-        listed = pair_list(selected, piece, len(first_block))
-        pair_out, pair_lse = _forward_pairs(query, key, value, piece, listed, columns)
-        _forward_tokens(
-            query, key, value, far_keys, far_values, selected, first_block,
-            pair_out, pair_lse, piece, out, lse,
-        )  # fmt: skip
+    with on_device(query):
+        for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
+            listed = pair_list(selected, piece, len(first_block))
+            pair_out, pair_lse = _forward_pairs(query, key, value, piece, listed, columns)
+            _forward_tokens(
+                query, key, value, far_keys, far_values, selected, first_block,
+                pair_out, pair_lse, piece, out, lse,
+            )  # fmt: skip
     return out, lse
+
+
+@routed_forward.register_fake
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 def _forward_pairs(

@@ -157,7 +157,7 @@ def select_blocks(
         ValueError: not causal, or an unknown router.
     """
     if not causal:
-        raise ValueError("causal=False has no kernel: use dualroute.attention.core.router.select_blocks")
+        raise ValueError("causal=False has no kernel: use dualroute.attention.select_blocks")
     if router not in ROUTERS:
         raise ValueError(f"router={router} is unknown: valid are {', '.join(ROUTERS)}")
     # A part of a block that is not full may have wild bounds, but only complete blocks are candidates.
