@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,44 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no regular file before it is opened: opening a FIFO waits for ever.
+
+    Links are followed.
+
+    Raises:
+        UserError: missing, not readable, a folder, a FIFO, a socket or a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{os.fspath(path)}: cannot be read ({reason}); give a file that exists") from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{os.fspath(path)}: is {kind}, not a file; give a regular file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{os.fspath(path)}: cannot be read (Permission denied); make it readable")
+
+
+def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UserError: no regular file (`require_regular`), longer, or not readable.
+    """
+    require_regular(path)
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror}); try again") from error
+    if len(data) > limit:
+        raise UserError(f"{os.fspath(path)}: longer than the {limit:,} bytes such a file may have; replace it")
+    return data
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -17,8 +17,6 @@ fetched. Lightning does not fast-forward a loader on resume, and need not: the l
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dualroute.data.manifest import Manifest, verify_shards
+from dualroute.data.manifest import Manifest
 from dualroute.data.plan import (
     BatchPlan,
     SequentialPlan,
@@ -39,49 +37,10 @@ from dualroute.data.plan import (
     sample_numbers,
 )
 from dualroute.data.reader import ShardReader, WalkPlan, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.verify import verify_once
 from dualroute.errors import UserError
-from dualroute.files import write_bytes_atomically
 
 Batch = dict[str, Tensor]
-VERIFIED_FILE = ".verified.json"
-
-
-def verify_once(manifest: Manifest, level: Literal["size", "sha256"]) -> None:
-    """`verify_shards` for every split, skipping contents that were hashed before and look untouched since.
-
-    After a successful ``sha256`` check the sizes and modification times are noted in `VERIFIED_FILE` beside
-    the manifest. Where the folder cannot be written, nothing is noted and the next start hashes again.
-
-    Raises:
-        UserError: naming the first bad file.
-    """
-    for split in manifest.splits:
-        verify_shards(manifest, split, "size")
-    if level == "size":
-        return
-    seen = _file_stamps(manifest)
-    path = manifest.folder / VERIFIED_FILE
-    try:
-        if json.loads(path.read_bytes()) == seen:
-            return
-    except (OSError, ValueError):
-        pass  # no note, or half of one: the same as never verified
-    for split in manifest.splits:
-        verify_shards(manifest, split, "sha256")
-    with contextlib.suppress(OSError):  # a read-only folder is a normal place for data
-        write_bytes_atomically(path, json.dumps(seen, indent=1).encode())
-
-
-def _file_stamps(manifest: Manifest) -> dict[str, Any]:
-    """What `VERIFIED_FILE` holds: the fingerprint, and [bytes, mtime in ns] of every file that it covers."""
-    files = [manifest.tokenizer.file]
-    for split in manifest.splits.values():
-        files += [split.index_file, *(shard.file for shard in split.shards)]
-    stats = {file: (manifest.folder / file).stat() for file in files}
-    return {
-        "fingerprint": manifest.fingerprint,
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-    }
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -183,8 +142,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def epoch(self) -> float:
-        """Passes over the training data so far."""
-        return self.samples_consumed / self.plan.windows_per_epoch
+        """Passes over the training data so far; see `BatchPlan.epochs`."""
+        return self.plan.epochs(self.samples_consumed)
 
     def targets_per_byte(self, split: str) -> float:
         """Targets per UTF-8 byte of text: nats per target times this is nats per byte."""

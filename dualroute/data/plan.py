@@ -236,6 +236,12 @@ class BatchPlan:
     def windows_per_epoch(self) -> int:
         return self.stream.tokens // self.context
 
+    def epochs(self, samples: int) -> float:
+        """Passes over the training data that the first ``samples`` samples of the run make: 2.0 once every
+        window has been read twice. `int(epochs(samples_consumed))` is the number of the present pass, from 0.
+        """
+        return samples / self.windows_per_epoch
+
     def sample_ids(self, first: int, count: int) -> Int64:
         """Ids (count,) of the samples numbered first, first + 1, ... of the run."""
         return self.ids(np.arange(first, first + count, dtype=np.int64))

@@ -38,6 +38,7 @@ from dualroute.data.plan import (
     sample_numbers,
 )
 from dualroute.errors import UserError
+from dualroute.files import require_regular
 
 #: Labels that no loss counts (torch's default ``ignore_index``).
 IGNORE_INDEX = -100
@@ -45,22 +46,12 @@ _REMEDY = "copy it again or prepare the data again"
 
 
 def open_stream(manifest: Manifest, split: str) -> DocumentStream:
-    """The document stream of a split, from its index.
+    """The document stream of a split, from its index, every row of which is checked first.
 
     Raises:
         UserError: the split or its index is missing, or the index contradicts the manifest.
     """
-    info = manifest.split(split)
-    path = manifest.folder / info.index_file
-    try:
-        stream = DocumentStream(manifest.open_index(split)[:, 2])
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {_REMEDY}") from error
-    if stream.tokens != info.tokens:
-        raise UserError(f"{path}: {stream.tokens} tokens, but the manifest says {info.tokens}; {_REMEDY}")
-    return stream
+    return DocumentStream(manifest.check_index(split)[:, 2])
 
 
 class ShardReader:
@@ -145,6 +136,7 @@ class ShardReader:
             )
         path, size = self._path(number), self.split.shards[number].size
         try:
+            require_regular(path)
             with open(path, "rb") as stream:
                 # checked before mapping: reading past the end of a mapped file kills the process (SIGBUS)
                 found = stream.seek(0, 2)

@@ -15,10 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dualroute.data import module as module_under_test
+from dualroute.data import verify as verify_under_test
 from dualroute.data.manifest import Manifest, verify_shards
-from dualroute.data.module import VERIFIED_FILE, ShardDataModule, verify_once
+from dualroute.data.module import ShardDataModule
 from dualroute.data.reader import IGNORE_INDEX
+from dualroute.data.verify import VERIFIED_FILE, verify_once
 from dualroute.errors import UserError
 from tests.data.shards import numbered, write_dataset
 
@@ -285,7 +286,7 @@ class TestVerify:
                 calls.append(split)
             verify_shards(manifest, split, level)
 
-        monkeypatch.setattr(module_under_test, "verify_shards", spy)
+        monkeypatch.setattr(verify_under_test, "verify_shards", spy)
         return calls
 
     @pytest.fixture
@@ -314,7 +315,7 @@ class TestVerify:
         def refuse(path: Path, data: bytes) -> None:
             raise PermissionError(path)
 
-        monkeypatch.setattr(module_under_test, "write_bytes_atomically", refuse)
+        monkeypatch.setattr(verify_under_test, "write_bytes_atomically", refuse)
         verify_once(manifest, "sha256")
         verify_once(manifest, "sha256")
         assert hashed == ["train", "val"] * 2

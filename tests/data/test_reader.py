@@ -203,7 +203,7 @@ class TestDamage:
     def test_missing_shard(self, manifest: Manifest) -> None:
         path = manifest.shard_paths("train")[2]
         path.unlink()
-        with pytest.raises(UserError, match=rf"^{path}: cannot open the shard \(No such file"):
+        with pytest.raises(UserError, match=rf"^{path}: cannot be read \(No such file"):
             ShardReader(manifest, "train").read(10, 0, 1)
 
     def test_id_outside_the_vocabulary(self, tmp_path: Path) -> None:
@@ -236,11 +236,24 @@ class TestDamage:
             ShardReader(manifest, "train").read(0, 0, 5)
 
     @pytest.mark.parametrize(
-        ("tokens", "message"), [(6, "95 tokens, but the manifest says 94"), (0, "document 0 has 0")]
+        ("column", "value", "message"),
+        [
+            (2, 6, r"shard 0 has 34 tokens by the index, 33 by its record"),
+            (2, 0, r"document 0 of shard 0 stands as \[0, 640, 0, 15\]"),
+            (2, 2000, "document 0 of shard 0 reaches beyond byte"),
+            (3, 14, "shard 0 has 98 bytes of text by the index, 99 by its record"),
+            (3, -1, "document 0 of shard 0 stands as"),
+            (0, 1, "document 0 of shard 0 stands as"),
+            (1, 1 << 62, "document 0 of shard 0 stands as"),
+            (1, -640, "document 0 of shard 0 stands as"),
+            (1, 6400, "document 0 of shard 0 reaches beyond byte"),
+        ],
     )
-    def test_index_that_contradicts_the_manifest(self, manifest: Manifest, tokens: int, message: str) -> None:
+    def test_index_that_contradicts_the_manifest(
+        self, manifest: Manifest, column: int, value: int, message: str
+    ) -> None:
         index = np.array(manifest.open_index("train"))
-        index[0, 2] = tokens
+        index[0, column] = value
         np.save(manifest.folder / "train.index.npy", index)
-        with pytest.raises(UserError, match=rf"train\.index\.npy: ({message})"):
+        with pytest.raises(UserError, match=rf"train\.index\.npy: contradicts the manifest \({message}"):
             open_stream(manifest, "train")
