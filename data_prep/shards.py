@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.clean import CleanDocument
-from dualroute.data.manifest import INDEX_COLUMNS, Shard, Split
+from dualroute.data.index import INDEX_COLUMNS
+from dualroute.data.manifest import Shard, Split
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import atomic_path, file_sha256, write_bytes_atomically
@@ -168,9 +169,7 @@ def write_shards(
                 yield document, state.number
 
     def encode(document: CleanDocument) -> np.ndarray:
-        return np.array(
-            tokenizer.encode(document.text, bos=True, eos=True), dtype=np.dtype(dtype).newbyteorder("<")
-        )
+        return tokenizer.encode_array(document.text, np.dtype(dtype).newbyteorder("<"), bos=True, eos=True)
 
     try:
         with closing(_in_order(assign(), lambda item: encode(item[0]), workers)) as encoded:

@@ -24,6 +24,40 @@ from dualroute.errors import UserError
 _MARK = ".partial-"  # .NAME.partial-PID
 
 
+def require_regular(path: str | os.PathLike[str], what: str = "") -> Path:
+    """``path``, if it names a regular file or a link to one: to open a FIFO would wait for ever.
+
+    Args:
+        path: of the file that is about to be read.
+        what: the key or option that named it, put before the path in the message.
+
+    Raises:
+        UserError: there is nothing, a folder, a FIFO, a socket or a device, or it cannot be looked at.
+    """
+    path = Path(path)
+    named = f"{what} {path}" if what else str(path)
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL in the name
+        raise UserError(f"{what or 'path'} {str(path)!r}: not a possible file name ({error})") from error
+    except FileNotFoundError as error:
+        why = "a link to a file that is not there" if path.is_symlink() else "no such file"
+        raise UserError(f"{named}: {why}; give the path of an existing file") from error
+    except OSError as error:
+        raise UserError(f"{named}: cannot be read ({error.strerror or error}); check the path") from error
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_IFDIR: "folder",
+            stat.S_IFIFO: "named pipe",
+            stat.S_IFSOCK: "socket",
+            stat.S_IFCHR: "device",
+            stat.S_IFBLK: "device",
+        }
+        kind = kinds.get(stat.S_IFMT(mode), "special file")
+        raise UserError(f"{named}: is a {kind}, not a file; give the path of a regular file")
+    return path
+
+
 def fsync_folder(folder: str | os.PathLike[str]) -> None:
     """Make the renames inside ``folder`` durable (a no-op where folders cannot be opened)."""
     try:
@@ -120,27 +154,6 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     return leftovers
 
 
-def require_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what is no regular file before it is opened: opening a FIFO waits for ever.
-
-    Links are followed.
-
-    Raises:
-        UserError: missing, not readable, a folder, a FIFO, a socket or a device.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{os.fspath(path)}: cannot be read ({reason}); give a file that exists") from error
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise UserError(f"{os.fspath(path)}: is {kind}, not a file; give a regular file")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{os.fspath(path)}: cannot be read (Permission denied); make it readable")
-
-
 def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 
@@ -154,7 +167,7 @@ def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror}); try again") from error
     if len(data) > limit:
-        raise UserError(f"{os.fspath(path)}: longer than the {limit:,} bytes such a file may have; replace it")
+        raise UserError(f"{os.fspath(path)}: longer than the {limit:,} bytes that it may have; replace it")
     return data
 
 

@@ -1,8 +1,8 @@
 """The index of a split: where each document lies inside the tars.
 
-In: rows that `data_prep.shards` collected while it wrote the tars. Here: their file, ``{split}.index.npy``, and
-the rules that they must keep. Out: a memory map, which `plan` takes the lengths of the documents from and
-`reader` the places of their ids.
+In: rows that `data_prep.shards` collected while it wrote the tars. Here: their file, ``{split}.index.npy``,
+and the rules that they must keep. Out: a memory map, which `plan` takes the lengths of the documents from
+and `reader` the places of their ids.
 
     int64 (documents, 4): shard number, byte offset of the first id inside the tar, number of tokens, UTF-8
     bytes of the text; in the order of the shards, and inside a shard in the order of the tar
@@ -18,16 +18,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.errors import UserError
+from dualroute.errors import UserError, other_remedy
 from dualroute.files import require_regular
 
 INDEX_COLUMNS = ("shard", "offset", "tokens", "bytes")
 ROW_BYTES = 8 * len(INDEX_COLUMNS)
-
-
-def other_remedy(error: UserError, remedy: str) -> UserError:
-    """The same problem with another way out: the last clause of the line is replaced."""
-    return UserError(f"{str(error).rpartition('; ')[0] or error}; {remedy}")
 
 
 def write_header(stream: IO[bytes], documents: int) -> None:

@@ -32,8 +32,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.data.index import INDEX_COLUMNS, check_rows, map_index, other_remedy
-from dualroute.errors import UserError
+from dualroute.data.index import check_rows, map_index
+from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, read_limited, require_regular, write_bytes_atomically
 
 FORMAT = "dualroute-shards"
@@ -159,7 +159,7 @@ class Manifest:
         return [self.folder / shard.file for shard in self.split(split).shards]
 
     def open_index(self, split: str) -> NDArray[np.int64]:
-        """Memory map of the index of ``split``: int64 (documents, 4), columns `INDEX_COLUMNS`, stream order.
+        """Memory map of the index of ``split``: int64 (documents, 4), columns `INDEX_COLUMNS`, in order.
 
         Raises:
             UserError: the file is missing, damaged, or does not fit the manifest.
@@ -187,7 +187,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it stands in manifest.json."""
-        return {
+        content = {
             "format": FORMAT,
             "version": VERSION,
             "dtype": self.dtype,
@@ -196,6 +196,7 @@ class Manifest:
             "preparation": dict(self.preparation),
             "fingerprint": self.fingerprint,
         }
+        return {**content, "checksum": _checksum(content)}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``folder/manifest.json`` by rename."""
@@ -214,7 +215,7 @@ class Manifest:
 
         Raises:
             UserError: missing, not JSON, another format or version, a key missing or of a wrong type, or a
-                fingerprint that does not match the contents (a manifest edited by hand).
+                fingerprint or checksum that does not match the contents (a manifest edited by hand).
         """
         path = Path(folder)
         if path.name != MANIFEST_FILE:
@@ -323,6 +324,9 @@ class _Reader:
             raise UserError(f"{self.path}: names the file {twice} twice; {_REMEDY}")
         if self.get(content, "fingerprint", str) != manifest.fingerprint:
             raise UserError(f"{self.path}: the fingerprint does not match the contents (edited?); {_REMEDY}")
+        # older manifests have none
+        if "checksum" in content and self.get(content, "checksum", str) != _checksum(content):
+            raise UserError(f"{self.path}: the checksum does not match the contents (edited?); {_REMEDY}")
         return manifest
 
     def tokenizer(self, info: dict[str, Any], most_ids: int) -> TokenizerInfo:
@@ -384,6 +388,12 @@ def shard_from_json(path: Path, info: Any, itemsize: int) -> Shard:
     return _Reader(path).shard(info, "shard", itemsize)
 
 
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest but for its key ``checksum``: what the fingerprint leaves out is covered too."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()
+
+
 def _shown(value: Any) -> str:
     """A value for a message: one line, not endless."""
     try:
@@ -439,7 +449,7 @@ def verify_shards(manifest: Manifest, split: str, level: Literal["size", "sha256
     """Check the files of ``split``: the index and the tokenizer whole, the shards by ``level``.
 
     Args:
-        level: ``size`` compares the shards' sizes (instant), ``sha256`` their contents too (reads everything).
+        level: ``size`` compares the shards' sizes (instant), ``sha256`` their contents too.
 
     Raises:
         UserError: names the first file that is missing, has another size or other contents, or is no index.

@@ -37,7 +37,7 @@ from dualroute.data.plan import (
     micro_batches,
     sample_numbers,
 )
-from dualroute.errors import UserError
+from dualroute.errors import UserError, other_remedy
 from dualroute.files import require_regular
 
 #: Labels that no loss counts (torch's default ``ignore_index``).
@@ -137,6 +137,9 @@ class ShardReader:
         path, size = self._path(number), self.split.shards[number].size
         try:
             require_regular(path)
+        except UserError as error:
+            raise other_remedy(error, _REMEDY) from error
+        try:
             with open(path, "rb") as stream:
                 # checked before mapping: reading past the end of a mapped file kills the process (SIGBUS)
                 found = stream.seek(0, 2)

@@ -1,6 +1,6 @@
 """Is a data set what its manifest says?  At every start of a training, and on request.
 
-In: a dataset folder. Here: its files are compared with `manifest`. Out: nothing, or one line for each bad file.
+In: a dataset folder. Here: its files are compared with `manifest`. Out: nothing, or a line for each bad file.
 
 - `verify_once`, which `module` calls at every start: index, tokenizer and the shards' sizes each time; the
   shards' contents once per copy of the data, remembered beside the manifest by size and modification time.
@@ -26,7 +26,7 @@ _MAX_NOTE_BYTES = 64 << 20
 
 
 def verify_once(manifest: Manifest, level: Literal["size", "sha256"]) -> None:
-    """`verify_shards` for every split, without hashing shards again that were hashed and look untouched since.
+    """`verify_shards` for every split; shards that were hashed and look untouched since are not hashed again.
 
     After a successful ``sha256`` check the sizes and modification times are noted in `VERIFIED_FILE` beside
     the manifest. Where the folder cannot be written, nothing is noted and the next start hashes again.
@@ -106,7 +106,7 @@ def verify_data(config: VerifyDataConfig) -> int:
     if damaged or stamps is None:
         with contextlib.suppress(OSError):
             (manifest.folder / VERIFIED_FILE).unlink()
-        print(f"{manifest.folder}: {len(damaged)} of {files} files are damaged; copy them again from a good copy")
+        print(f"{manifest.folder}: {len(damaged)} of {files} files are damaged; copy them again")
         return 1
     _note(manifest, stamps)
     print(f"good: {manifest.folder} ({files} files, {progress.hashed:,} bytes)")
@@ -171,5 +171,6 @@ def summary(manifest: Manifest) -> str:
         )
     dropped = manifest.preparation.get("dropped")  # for people: the fingerprint does not cover it
     if isinstance(dropped, dict) and all(isinstance(count, int) for count in dropped.values()) and dropped:
-        lines.append("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items())))
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
+        lines.append(f"dropped: {counts}")
     return "\n".join(lines)

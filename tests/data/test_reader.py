@@ -203,7 +203,7 @@ class TestDamage:
     def test_missing_shard(self, manifest: Manifest) -> None:
         path = manifest.shard_paths("train")[2]
         path.unlink()
-        with pytest.raises(UserError, match=rf"^{path}: cannot be read \(No such file"):
+        with pytest.raises(UserError, match=rf"^{path}: no such file; copy it again or prepare"):
             ShardReader(manifest, "train").read(10, 0, 1)
 
     def test_id_outside_the_vocabulary(self, tmp_path: Path) -> None:

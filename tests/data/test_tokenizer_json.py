@@ -119,6 +119,20 @@ def test_files_that_are_no_tokenizer(tmp_path, tokenizers, path, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer.json") as caught:
         Tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(caught.value)
+    content = json.loads(path.read_text())
+    for damage in (
+        {"model": {**content["model"], "vocab": {}, "merges": []}, "added_tokens": []},
+        {"added_tokens": 5},
+        {"model": None},
+        {"model": {**content["model"], "vocab": {"a": -1}}},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **damage}))
+        with pytest.raises(UserError, match=r"^tokenizer .*tokenizer.json: ") as caught:
+            Tokenizer(tmp_path / "tokenizer.json")
+        assert "\n" not in str(caught.value)
+    wrong_id = {**content, "added_tokens": [{**content["added_tokens"][0], "id": 1 << 31}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(wrong_id))
+    assert Tokenizer(tmp_path / "tokenizer.json").bos_id == Tokenizer(path).bos_id
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'dualroute\[export\]'"):
         Tokenizer(path)

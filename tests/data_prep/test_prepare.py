@@ -182,7 +182,7 @@ def test_force_leaves_foreign_files_alone(config):
 
 def test_a_finished_dataset_that_lost_a_shard(config):
     (prepare(config()).folder / "train-00001.tar").unlink()
-    refused(config(), r"train-00001\.tar: cannot be read .*; use --force true to prepare")
+    refused(config(), r"train-00001\.tar: no such file; use --force true to prepare")
     assert len(prepare(config(force=True)).split("train").shards) > 3
 
 
@@ -291,7 +291,7 @@ def test_a_vocabulary_that_is_too_large(config):
 def test_unknown_corpus_missing_path_and_missing_tokenizer(config, tmp_path):
     refused(config(corpus="gutenburg"), "did you mean 'gutenberg'")
     refused(config(corpus=str(tmp_path / "no.txt")), r"no\.txt: no such file or folder")
-    refused(config(tokenizer=str(tmp_path / "no.model")), r"no\.model: cannot be read")
+    refused(config(tokenizer=str(tmp_path / "no.model")), r"no\.model: no such file; give a sentencepiece")
 
 
 def test_a_truncated_input(config, corpus):
