@@ -12,10 +12,12 @@ is for the next run in that folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +143,50 @@ def appearing_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"--output {output} cannot be written ({error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[bool]:
+    """Hold a lock that ends with this process, however that ends; the file is removed afterwards.
+
+    Yields whether it is held: False if another process still has it after ``wait`` seconds. Where the file
+    system knows no locks it counts as held: the lock guards against accidents only.
+    """
+    path, until = Path(path), time.monotonic() + wait
+    while True:
+        # not to be emptied, whatever stands in its place, nor waited for, if that is a FIFO
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
+        try:
+            free = _lock(descriptor)
+            # the last holder may have removed the file after it was opened here: then it locks nobody out
+            same = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+            if free and same:
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+            if not free and time.monotonic() >= until:
+                yield False
+                return
+        finally:
+            os.close(descriptor)
+        time.sleep(0.0 if free else 0.1)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+    return True
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
