@@ -44,6 +44,7 @@ from dualroute.files import atomic_path, file_sha256
 __all__ = ["SPLITS", "STATE_FOLDER", "ShardWriter", "write_index", "write_shards"]
 
 _TASK_BYTES = 1 << 18  # text handed to a thread at once
+_HELD_BYTES = 1 << 26  # text that waits for its turn, beyond one document for each thread
 
 Item = tuple[CleanDocument, int]  # a document and the number of its shard
 
@@ -216,32 +217,35 @@ def _in_order(
         return [work(item) for item in task]
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-    pending: deque[tuple[list[Item], Future[list[np.ndarray]]]] = deque()
+    pending: deque[tuple[list[Item], int, Future[list[np.ndarray]]]] = deque()
+    held = 0
     try:
-        for task in _tasks(items):
-            pending.append((task, pool.submit(work_all, task)))
-            if len(pending) > 2 * workers:
-                finished, future = pending.popleft()
+        for task, size in _tasks(items):
+            pending.append((task, size, pool.submit(work_all, task)))
+            held += size
+            while len(pending) > 2 * workers or (len(pending) > workers and held > _HELD_BYTES):
+                finished, size, future = pending.popleft()
+                held -= size
                 yield from zip(finished, future.result(), strict=True)
         while pending:
-            finished, future = pending.popleft()
+            finished, _, future = pending.popleft()
             yield from zip(finished, future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tasks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Documents in lots that are worth handing to a thread."""
+def _tasks(items: Iterable[Item]) -> Iterator[tuple[list[Item], int]]:
+    """Documents in lots that are worth handing to a thread, with the bytes of their text."""
     task: list[Item] = []
     size = 0
     for item in items:
         task.append(item)
         size += item[0].num_bytes
         if size >= _TASK_BYTES:
-            yield task
+            yield task, size
             task, size = [], 0
     if task:
-        yield task
+        yield task, size
 
 
 def write_index(folder: Path, split: str, shards: list[Shard]) -> Split:

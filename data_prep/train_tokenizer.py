@@ -140,7 +140,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int, reserved_tokens: int) -> UserError:
-    message = str(error)
+    message = " ".join(str(error).split())
     if found := re.search(r"Please set it to a value <= (\d+)", message):
         return UserError(
             f"vocab_size {vocab_size} is larger than the corpus allows; the largest possible is "

@@ -51,7 +51,8 @@ class Tokenizer:
             remedy = "give a sentencepiece .model or a tokenizer.json"
             raise UserError(f"tokenizer {other_remedy(error, remedy)}") from error
         json_file = data.lstrip()[:1] == b"{"
-        self._processor: Any = JsonProcessor(data, str(self.path)) if json_file else self._sentencepiece(data)
+        processor: Any = JsonProcessor(data, str(self.path)) if json_file else self._sentencepiece(data)
+        self._processor = processor
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = int(self._processor.get_piece_size())
         self.bos_id = int(self._processor.bos_id())
@@ -63,10 +64,9 @@ class Tokenizer:
                 f"tokenizer {self.path}: ids go up to {self.vocab_size - 1}, more than "
                 f"{MAX_VOCABULARY:,} are not supported; give another model"
             )
-        self._parts: Callable[[str], Iterable[str]] = lambda text: (text,) if text else ()
         self._space_mark_ids: list[int] = []
-        if not json_file:
-            self._prepare_parts(data)
+        self._parts: Callable[[str], Iterator[str]]
+        self._parts = processor.parts if json_file else self._sentencepiece_parts(data)
 
     def _sentencepiece(self, data: bytes) -> sentencepiece.SentencePieceProcessor:
         processor = sentencepiece.SentencePieceProcessor()
@@ -83,14 +83,15 @@ class Tokenizer:
             )
         return processor
 
-    def _prepare_parts(self, data: bytes) -> None:
+    def _sentencepiece_parts(self, data: bytes) -> TextParts:
         try:
-            self._parts = parts = TextParts(data, self._processor)
+            parts = TextParts(data, self._processor)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"tokenizer {self.path}: damaged, one of its pieces is not UTF-8; copy the file again"
             ) from error
         self._space_mark_ids = self._byte_pieces(SPACE_MARK) if parts.keeps_spaces else []
+        return parts
 
     def pieces(self) -> list[str]:
         """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from dualroute.data.text_parts import JsonParts
 from dualroute.errors import UserError
 
 BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -25,6 +26,9 @@ UNK = ("<unk>", "[UNK]")
 
 class JsonProcessor:
     """The part of ``SentencePieceProcessor`` that `Tokenizer` uses, over a tokenizer.json.
+
+    Attributes:
+        parts: Cuts long texts; see `JsonParts`.
 
     Args:
         data: The file.
@@ -46,6 +50,7 @@ class JsonProcessor:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
             json_values: dict[str, Any] = json.loads(data)
             pieces = self._tokenizer.get_vocab()
+            self.parts = JsonParts(json_values)
             self._specials = {
                 token["content"]: int(pieces[token["content"]])  # the library's id, whatever the file says
                 for token in json_values.get("added_tokens") or []

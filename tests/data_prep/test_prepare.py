@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare, summary
+from dualroute import files
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import UserError
 from tests.data_prep.conftest import story
@@ -376,6 +377,44 @@ def test_a_full_disk_keeps_what_is_finished_and_the_next_run_continues(config, t
     assert not (output / MANIFEST_FILE).exists()
     prepare(config())
     assert contents(output) == contents(whole)
+
+
+def test_a_disk_that_is_full_at_any_write(config, tmp_path, monkeypatch):
+    """Plan, tokenizer, survey, each tar, its rows, its note, the indices, the manifest: whichever is refused."""
+    options = {"shard_size_mb": 0.02, "tokenizer_sample_mb": 0.01}
+    whole = contents(prepare(config(output=str(tmp_path / "whole"), **options)).folder)
+    original, written = files.publish, []
+    writes = 1
+
+    def full(temporary, path):
+        written.append(Path(path).name)
+        if len(written) == writes:
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+        original(temporary, path)
+
+    monkeypatch.setattr(files, "publish", full)
+    names = set()
+    for number in range(100):
+        output = tmp_path / f"out{number}"
+        written.clear()
+        writes = number + 1
+        lines = []
+        try:
+            prepare(config(output=str(output), **options))
+        except UserError as error:
+            lines.append(str(error))
+        if not lines:
+            break
+        assert "no space left; free some and run again" in lines[0]
+        assert "\n" not in lines[0]
+        names.add(written[-1])
+        assert not (output / MANIFEST_FILE).exists()
+        assert not list(output.rglob(".*partial*"))
+        writes = 0
+        prepare(config(output=str(output), **options))
+        assert contents(output) == whole
+    expected = {"preparation.json", "tokenizer.model", "survey.json", "train-00001.rows", "train-00001.json"}
+    assert names >= expected | {"train-00001.tar", "train.index.npy", MANIFEST_FILE}
 
 
 @pytest.fixture
