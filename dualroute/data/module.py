@@ -1,9 +1,9 @@
 """The data as Lightning sees it: loaders for training and validation, and a position that is saved and
 restored.
 
-In: the path of a dataset folder and the batch arithmetic. Here: the plan and the reader are put together
-for this rank. Out: batches for `training.pretrain`, which calls `ShardDataModule.advance` once per
-optimizer step.
+In: the path of a dataset folder and the batch arithmetic. Here: `plan` (which samples, in which order) and
+`reader` (their tensors) are put together for this rank. Out: batches for the training module's
+``training_step``, which calls `ShardDataModule.advance` once per optimizer step.
 
 Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
 `WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
@@ -32,11 +32,13 @@ from dualroute.data.plan import (
     BatchPlan,
     SequentialPlan,
     Span,
+    WalkPlan,
+    WalkSequence,
     derive_accumulation,
     merge_spans,
     sample_numbers,
 )
-from dualroute.data.reader import ShardReader, WalkPlan, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.verify import verify_once
 from dualroute.errors import UserError
 

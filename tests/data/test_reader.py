@@ -16,13 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualroute.data.manifest import Manifest
-from dualroute.data.plan import EMPTY, BatchPlan, DocumentStream, SequentialPlan
-from dualroute.data.reader import (
-    IGNORE_INDEX,
+from dualroute.data.plan import (
+    EMPTY,
+    BatchPlan,
+    DocumentStream,
     Request,
-    ShardReader,
+    SequentialPlan,
     WalkPlan,
     WalkSequence,
+)
+from dualroute.data.reader import (
+    IGNORE_INDEX,
+    ShardReader,
     WindowDataset,
     collate,
     open_stream,

@@ -380,7 +380,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_next_run_continues(config, t
 
 
 def test_a_disk_that_is_full_at_any_write(config, tmp_path, monkeypatch):
-    """Plan, tokenizer, survey, each tar, its rows, its note, the indices, the manifest: whichever is refused."""
+    """Plan, tokenizer, survey, a tar, its rows, its note, an index, the manifest: whichever is refused."""
     options = {"shard_size_mb": 0.02, "tokenizer_sample_mb": 0.01}
     whole = contents(prepare(config(output=str(tmp_path / "whole"), **options)).folder)
     original, written = files.publish, []
