@@ -43,6 +43,7 @@ from dualroute.data.verify import verify_once
 from dualroute.errors import UserError
 
 Batch = dict[str, Tensor]
+MAX_WORKERS = 1024
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -81,8 +82,8 @@ class ShardDataModule(pl.LightningDataModule):
         verify: Literal["size", "sha256"] = "size",
     ) -> None:
         super().__init__()
-        if num_workers < 0:
-            raise UserError(f"num_workers must be at least 0, not {num_workers}")
+        if not 0 <= num_workers <= MAX_WORKERS:
+            raise UserError(f"num_workers must be from 0 to {MAX_WORKERS}, not {num_workers}")
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
         derive_accumulation(tokens_per_batch, context, micro_batch, world_size=1)
@@ -227,7 +228,8 @@ class ShardDataModule(pl.LightningDataModule):
         counted one by one.
 
         Raises:
-            UserError: the saved run had other data, another seed or another context; or a key is missing.
+            UserError: the saved run had other data, another seed or another context; or a key is missing or
+                of a wrong type. Nothing has changed then.
         """
         mine = self.state_dict()
         for key in ("fingerprint", "seed", "context", "samples_consumed"):
@@ -241,9 +243,20 @@ class ShardDataModule(pl.LightningDataModule):
                     f"{self.path} is opened with {mine[key]!r}: resume with the same data, seed and context, "
                     "or start a new run"
                 )
-        self.samples_consumed = int(state_dict["samples_consumed"])
+        consumed, left_out = state_dict["samples_consumed"], state_dict.get("left_out", [])
+        if not _is_position(consumed):
+            raise UserError(
+                f"the checkpoint's data state has samples_consumed {consumed!r:.80}, which is no number of "
+                "samples: the checkpoint is damaged, resume from another"
+            )
+        if not isinstance(left_out, list | tuple) or not all(map(_is_span, left_out)):
+            raise UserError(
+                f"the checkpoint's data state has left_out {left_out!r:.80}, which are no spans of samples: "
+                "the checkpoint is damaged, resume from another"
+            )
+        self.samples_consumed = consumed
         # what this module was told to leave out stays: a roll-back knows more than the checkpoint it goes to
-        self.left_out = merge_spans([*self.left_out, *state_dict.get("left_out", ())])
+        self.left_out = merge_spans([*self.left_out, *left_out])
 
     def _place(self) -> tuple[int, int]:
         """(rank, size) of the data-parallel group; (0, 1) without a trainer.
@@ -263,3 +276,17 @@ class ShardDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _is_position(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_span(value: Any) -> bool:
+    """Whether a value from a checkpoint is a [start, stop) of sample numbers."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(map(_is_position, value))
+        and value[0] <= value[1]
+    )

@@ -40,6 +40,8 @@ Span = tuple[int, int]
 #: Stands for "no window" (a row of padding) where a sample id is expected.
 EMPTY = -1
 _ROUNDS = 8
+#: The numbers of a batch's samples are held in memory: 128 MiB of them.
+MAX_SAMPLES_PER_BATCH = 1 << 24
 
 
 class DocumentStream:
@@ -361,6 +363,11 @@ def derive_accumulation(tokens_per_batch: int, context: int, micro_batch: int, w
     for name, value in {**numbers, "world_size": world_size}.items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
+    if tokens_per_batch // context > MAX_SAMPLES_PER_BATCH:
+        raise UserError(
+            f"tokens_per_batch={tokens_per_batch} makes more than {MAX_SAMPLES_PER_BATCH:,} samples of "
+            f"{context} tokens: lower it, or raise context"
+        )
     unit = context * micro_batch * world_size
     accumulation, rest = divmod(tokens_per_batch, unit)
     if rest == 0:
