@@ -201,7 +201,7 @@ class Manifest:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``folder/manifest.json`` by rename."""
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")  # a name that is not UTF-8, as JSON escapes it
         if len(data) > MAX_MANIFEST_BYTES:
             raise UserError(
                 f"{Path(folder) / MANIFEST_FILE}: would have {len(data):,} bytes, more than "

@@ -75,6 +75,17 @@ def test_load_gives_back_what_was_saved(manifest):
     assert Manifest.load(manifest.folder / MANIFEST_FILE) == manifest
 
 
+def test_a_manifest_of_an_older_program_has_no_checksum(manifest):
+    rewrite(manifest, lambda content: content.pop("checksum"))
+    assert Manifest.load(manifest.folder) == manifest
+
+
+def test_what_the_fingerprint_leaves_out_is_covered_too(manifest):
+    rewrite(manifest, lambda content: content["tokenizer"].update(eos_id=3))
+    with pytest.raises(UserError, match="the checksum does not match the contents"):
+        Manifest.load(manifest.folder)
+
+
 def test_targets_leave_out_the_first_token_of_each_document(manifest):
     train = manifest.split("train")
     assert train.targets == 50 - 5

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -198,6 +200,23 @@ def test_a_corpus_that_changes_between_the_passes(config, corpus, monkeypatch):
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(config())
     assert not (Path(config().output) / MANIFEST_FILE).exists()
+
+
+def test_names_that_are_not_utf8(config, tmp_path):
+    """A name is any bytes; manifest and shards are UTF-8 all the same."""
+    folder = tmp_path / os.fsdecode(b"corpus-\xff")
+    for number in range(20):
+        path = folder / os.fsdecode(b"\xe9-%02d.txt" % number)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(story(number))
+    held_out = ["*-0*"]
+    manifest = prepare(config(corpus=str(folder), val_fraction=None, val_documents=held_out, progress=True))
+    assert manifest.split("val").documents == 10
+    assert Manifest.load(manifest.folder).preparation["options"]["corpus"].startswith("corpus-")
+    with tarfile.open(manifest.shard_paths("val")[0]) as archive:
+        about = json.load(archive.extractfile(archive.getmembers()[1]))
+    assert about["source"].endswith("-00.txt")
+    assert prepare(config(corpus=str(folder), val_fraction=None, val_documents=held_out)) == manifest
 
 
 # splits and limits
