@@ -11,6 +11,7 @@ model trained by `data_prep`, ``decode(encode(text)) == text`` holds for every t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -126,8 +127,9 @@ class Tokenizer:
     ) -> NDArray[Any]:
         """`encode` as an array of ``dtype``, which takes a tenth of the memory of a list."""
         begin, end = [self.bos_id] if bos else [], [self.eos_id] if eos else []
-        parts = [np.array(part, dtype=dtype) for part in (begin, *self._encode_parts(text), end)]
-        return np.concatenate(parts)
+        # one part at a time: as Python's integers the ids of a book would fill hundreds of megabytes
+        parts = itertools.chain([begin], self._encode_parts(text), [end])
+        return np.concatenate([np.array(part, dtype=dtype) for part in parts])
 
     def _encode_parts(self, text: str) -> Iterator[list[int]]:
         """The ids of ``text``, a page or so at a time."""

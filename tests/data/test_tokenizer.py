@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -83,6 +84,17 @@ def test_newlines_and_tabs_are_tokens_of_their_own(tokenizer):
         assert tokenizer.encode(f"{word}\n\t{word}") == [
             *tokenizer.encode(word), *newline, *tab, *tokenizer.encode(word),
         ]  # fmt: skip
+
+
+def test_ids_of_a_long_text_are_never_all_python_integers(tokenizer):
+    text = " ".join(TEXT * 20)
+    tokenizer.encode(text[:10_000])
+    tracemalloc.start()
+    ids = tokenizer.encode_array(text, "<u2", bos=True, eos=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * ids.size + 300_000  # two bytes an id, twice; a list would take 8 and more
+    assert ids.tolist() == tokenizer.encode(text, bos=True, eos=True)
 
 
 def test_threads_agree_with_one_thread(tokenizer):
