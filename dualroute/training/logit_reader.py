@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dualroute.data.manifest import canonical_json
-from dualroute.data.plan import BatchPlan, Request
+from dualroute.data.plan import BatchPlan
+from dualroute.data.reader import Request
 from dualroute.errors import UserError
 from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.training.distillation_losses import TopK
