@@ -192,12 +192,16 @@ class _Preparation:
             )
             return False
         differences = differences_between(earlier, json.loads(json.dumps(self.plan)))
+        complete = (self.output / MANIFEST_FILE).exists()
+        if differences and not complete and self._earlier_survey() is not None:
+            self.report.note(f"{path}: damaged; written again: the notes are of the same plan")
+            return False
         if differences:
             raise UserError(
                 f"output {self.output} was prepared with other {'; '.join(differences)}; use --force true to "
                 f"replace it, or choose another folder"
             )
-        return (self.output / MANIFEST_FILE).exists()
+        return complete
 
     def _check_files(self, manifest: Manifest, split: str) -> None:
         try:
