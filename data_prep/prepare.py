@@ -6,8 +6,9 @@
 4. read and clean again, tokenise, write shards (`shards`);
 5. index files, and last of all ``manifest.json``: a folder that has one is complete.
 
-An interrupted run continues: the survey, the tokenizer and each shard are kept once complete. A second
-run with the same options and inputs returns at once; with others it says what differs.
+An interrupted run continues: the survey, the tokenizer and each shard are kept once complete (`notes`), and
+looked at again before they are believed. A second run with the same options and inputs returns at once; with
+others it says what differs.
 
 The corpus is read twice. That costs little beside tokenising, bounds the memory,
 gives a true percentage while the shards are written, and finds a bad byte at the end of the corpus before
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -31,8 +33,9 @@ from data_prep import corpora
 from data_prep.clean import CleanDocument, Selection, select
 from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
 from data_prep.download import default_download_folder
+from data_prep.notes import SPLITS, STATE_FOLDER, SURVEY_FILE, Unusable, read_survey, write_note
 from data_prep.progress import Reporter
-from data_prep.shards import SPLITS, STATE_FOLDER, write_index, write_shards
+from data_prep.shards import write_index, write_shards
 from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
 from dualroute.data.manifest import (
@@ -40,17 +43,19 @@ from dualroute.data.manifest import (
     TOKENIZER_FILE,
     Manifest,
     TokenizerInfo,
+    canonical_json,
+    parse_json,
     token_dtype,
     verify_shards,
 )
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.errors import UserError
-from dualroute.files import remove_leftovers, write_bytes_atomically
+from dualroute.errors import UserError, other_remedy
+from dualroute.files import file_sha256, locked, read_limited, remove_leftovers, write_bytes_atomically
 
 PREPARATION_FILE = "preparation.json"
 _LOCK_FILE = ".prepare.lock"
-_SURVEY_FILE = "survey.json"
 _TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
+_MAX_PLAN_BYTES = 1 << 30  # 50 bytes an input file
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -93,12 +98,16 @@ def summary(manifest: Manifest) -> str:
 
 
 def _explain(error: OSError, output: Path) -> UserError:
-    where = error.filename or output
+    where = error.filename2 or error.filename or output  # of a rename, the target
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{where}: no space left; free some and run again (finished shards are kept)")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{where}: not writable ({error.strerror}); choose another output folder")
-    return UserError(f"{where}: {error.strerror or error}")
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP):
+        return UserError(
+            f"{where}: is in the way ({error.strerror}); remove it, or choose another output folder"
+        )
+    return UserError(f"{where}: {error.strerror or error}; mend that and run again (it continues)")
 
 
 @contextlib.contextmanager
@@ -108,23 +117,11 @@ def _claimed(output: Path) -> Iterator[None]:
     if not made and not output.is_dir():
         raise UserError(f"output {output}: exists and is not a folder; choose another")
     output.mkdir(parents=True, exist_ok=True)
-    lock = output / _LOCK_FILE
     try:
-        with open(lock, "w") as stream:
-            try:
-                import fcntl
-
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # not on this system; the lock guards against accidents only
-                pass
-            except BlockingIOError as error:
-                raise UserError(
-                    f"output {output}: another preparation is writing there; wait for it"
-                ) from error
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with locked(output / _LOCK_FILE) as mine:
+            if not mine:
+                raise UserError(f"output {output}: another preparation is writing there; wait for it")
+            yield
     finally:
         if made and not any(output.iterdir()):
             output.rmdir()
@@ -143,6 +140,7 @@ class _Preparation:
     ) -> None:
         self.config, self.corpus, self.given, self.output, self.plan = config, corpus, given, output, plan
         self.state = output / STATE_FOLDER
+        self.plan_sha256 = hashlib.sha256(canonical_json(plan)).hexdigest()
         self.report = Reporter(config.progress)
         held_out = corpus.val_documents if config.val_documents is None else tuple(config.val_documents)
         self.selection = Selection(
@@ -159,7 +157,7 @@ class _Preparation:
         cleared = self.config.force and self._discard()
         if not cleared and self._compare():
             manifest = Manifest.load(self.output)
-            for split in SPLITS:
+            for split in manifest.splits:
                 self._check_files(manifest, split)
             shutil.rmtree(self.state, ignore_errors=True)  # left by a run that was killed at the very end
             self.report.note(f"{self.output} is prepared already\n{summary(manifest)}")
@@ -182,36 +180,43 @@ class _Preparation:
     def _compare(self) -> bool:
         """Whether the folder is complete already; raises if it is in the way."""
         path = self.output / PREPARATION_FILE
-        try:
-            earlier = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             occupants = sorted(p.name for p in self.output.iterdir() if p.name != _LOCK_FILE)
             if occupants and not _only_ours(occupants):
                 raise UserError(
                     f"output {self.output}: not empty ({occupants[0]}); choose a folder that is empty or new"
-                ) from None
+                )
             return False
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); use --force true to start again") from error
+        try:
+            earlier = _read_plan(path)
+        except UserError as error:
+            if self._earlier_survey() is None:
+                raise
+            self.report.note(
+                f"{str(error).rpartition('; ')[0]}; written again: the notes are of the same plan"
+            )
+            return False
         differences = differences_between(earlier, json.loads(json.dumps(self.plan)))
+        complete = (self.output / MANIFEST_FILE).exists()
+        if differences and not complete and self._earlier_survey() is not None:
+            self.report.note(f"{path}: damaged; written again: the notes are of the same plan")
+            return False
         if differences:
             raise UserError(
                 f"output {self.output} was prepared with other {'; '.join(differences)}; use --force true to "
                 f"replace it, or choose another folder"
             )
-        return (self.output / MANIFEST_FILE).exists()
+        return complete
 
     def _check_files(self, manifest: Manifest, split: str) -> None:
         try:
             verify_shards(manifest, split, level="size")
         except UserError as error:
-            raise UserError(
-                f"{str(error).partition(';')[0]}; use --force true to prepare {self.output} again"
-            ) from error
+            raise other_remedy(error, f"use --force true to prepare {self.output} again") from error
 
     def _discard(self) -> bool:
         """Remove what a preparation may have written, and nothing else; False if there was none."""
-        if not (self.output / PREPARATION_FILE).exists():
+        if not os.path.lexists(self.output / PREPARATION_FILE):
             return False
         (self.output / MANIFEST_FILE).unlink(missing_ok=True)  # first: no complete-looking half
         for split in SPLITS:
@@ -234,20 +239,27 @@ class _Preparation:
         source = corpora.documents(self.corpus, options, downloads, self.report.download)
         return select(source, self.selection, dropped, matched)
 
+    def _earlier_survey(self) -> dict[str, Any] | None:
+        try:
+            return read_survey(self.output, self.output / TOKENIZER_FILE, self.plan_sha256)
+        except Unusable as error:
+            self.report.note(f"{self.output}: the corpus is surveyed again; {error}")
+            return None
+
     def _survey(self) -> dict[str, Any]:
         """Counts by split and by reason; leaves tokenizer.model behind."""
-        path = self.state / _SURVEY_FILE
-        if path.exists() and (self.output / TOKENIZER_FILE).exists():
-            survey: dict[str, Any] = json.loads(path.read_bytes())
-            self.selection = replace(self.selection, val_tail=survey.get("val_tail", False))
-            return survey
+        earlier = self._earlier_survey()
+        if earlier is not None:
+            self.selection = replace(self.selection, val_tail=earlier.get("val_tail") is True)
+            return earlier
         survey, sample = self._read_all()
         if self._is_lone(survey):
             self.selection = replace(self.selection, val_tail=True)
             survey, sample = self._read_all()
         self._check_counts(survey)
         write_bytes_atomically(self.output / TOKENIZER_FILE, self._model(sample))
-        write_bytes_atomically(path, json.dumps(survey).encode())
+        survey |= {"tokenizer_sha256": file_sha256(self.output / TOKENIZER_FILE), "plan": self.plan_sha256}
+        write_note(self.state / SURVEY_FILE, survey)
         return survey
 
     def _is_lone(self, survey: dict[str, Any]) -> bool:
@@ -340,6 +352,8 @@ class _Preparation:
                 max(1, int(self.config.shard_size_mb * 1e6)),
                 workers,
                 lambda documents, size, tokens: phase.update(size, documents=documents, tokens=tokens),
+                self.report.note,
+                self.plan_sha256,
             )
         splits = {split: write_index(self.output, split, shards[split]) for split in SPLITS}
         for name, split in splits.items():
@@ -369,9 +383,28 @@ class _Preparation:
                 "val_tail": survey.get("val_tail", False),
             },
         )
+        for name in SPLITS:
+            manifest.check_index(name)  # what is wrong now would be believed ever after
         manifest.save(self.output)
         shutil.rmtree(self.state, ignore_errors=True)
         return manifest
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """The plan of an earlier run, of the types that a comparison relies on."""
+    try:
+        plan = parse_json(read_limited(path, _MAX_PLAN_BYTES))
+    except UserError as error:
+        raise other_remedy(error, "use --force true to start again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); use --force true to start again") from error
+    inputs = plan.get("inputs") if isinstance(plan, dict) else None
+    sound = isinstance(inputs, list) and all(isinstance(entry, list) and entry for entry in inputs)
+    if not sound or not isinstance(plan.get("options"), dict):
+        raise UserError(f"{path}: no record of a preparation; use --force true to start again")
+    if not all(isinstance(entry[0], str) for entry in plan["inputs"]):
+        raise UserError(f"{path}: no record of a preparation; use --force true to start again")
+    return plan
 
 
 def _cpus() -> int:

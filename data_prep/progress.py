@@ -92,9 +92,10 @@ class Reporter:
         return report
 
     def note(self, text: str) -> None:
-        """One line for the log."""
+        """One line for the log. What a file name could do to a terminal is shown instead of done."""
         if self.enabled:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+            self.console.print(plain, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, title: str, total: int | None = None) -> Iterator[Phase]:

@@ -4,8 +4,8 @@ Comes in: the documents of `clean`, in order, and the tokenizer. Each is given t
 its text's size alone, tokenised in one of several threads, and written in the original order. Goes out:
 the tars and index files that `dualroute.data.manifest` describes.
 
-A shard appears by rename when it is complete, then a record of it in ``.prepare/``. A run that finds such
-a record does not tokenise that shard's documents again; it continues with the first shard that is missing.
+A shard appears by rename when it is complete, then a note of it (`notes`). A run that finds such a note, and
+that everything is as it says, does not tokenise that shard's documents again.
 
 Threads suffice. sentencepiece lets go of Python's lock while it encodes, and a pool
 of threads leaves no processes behind when the run is killed. The lock is held for about a tenth of the
@@ -15,47 +15,52 @@ work (reading, cleaning, making arrays), so more than about ten workers bring no
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_prep.clean import CleanDocument
-from dualroute.data.manifest import INDEX_COLUMNS, Shard, Split
+from data_prep.notes import (
+    SPLITS,
+    STATE_FOLDER,
+    Unusable,
+    finished_shard,
+    npy_bytes,
+    shard_rows,
+    write_shard_note,
+)
+from dualroute.data.index import write_header
+from dualroute.data.manifest import Shard, Split
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.errors import UserError
-from dualroute.files import atomic_path, file_sha256, write_bytes_atomically
+from dualroute.files import atomic_path, file_sha256
 
-STATE_FOLDER = ".prepare"
-SPLITS = ("train", "val")
+__all__ = ["SPLITS", "STATE_FOLDER", "ShardWriter", "write_index", "write_shards"]
+
 _TASK_BYTES = 1 << 18  # text handed to a thread at once
+_HELD_BYTES = 1 << 26  # text that waits for its turn, beyond one document for each thread
 
 Item = tuple[CleanDocument, int]  # a document and the number of its shard
 
 
-def npy_bytes(ids: np.ndarray) -> tuple[bytes, int]:
-    """A 1-D array as a .npy file, and the offset of its first element therein."""
-    stream = io.BytesIO()
-    header = {"descr": ids.dtype.str, "fortran_order": False, "shape": ids.shape}
-    np.lib.format.write_array_header_1_0(stream, header)
-    offset = stream.tell()
-    stream.write(ids.tobytes())
-    return stream.getvalue(), offset
-
-
 class ShardWriter:
-    """One tar, written to a temporary name; the bytes depend on the documents only (no times, no owners)."""
+    """One tar, written to a temporary name; the bytes depend on the documents only (no times, no owners).
 
-    def __init__(self, folder: Path, split: str, number: int) -> None:
+    Args:
+        folder: of the data set.
+        split, number: of the shard.
+        origin: what the ids are made from and with, for the note.
+    """
+
+    def __init__(self, folder: Path, split: str, number: int, origin: str = "") -> None:
         self._folder, self._split, self.number = folder, split, number
+        self._origin, self._dtype = origin, ""
         self.file = f"{split}-{number:05d}.tar"
         with ExitStack() as opening:
             temporary = opening.enter_context(atomic_path(folder / self.file))
@@ -69,10 +74,13 @@ class ShardWriter:
         """Append KEY.npy and KEY.json."""
         key = f"{self.number:05d}_{len(self._rows):07d}"
         array, header = npy_bytes(ids)
+        self._dtype = ids.dtype.str
         start = self._member(f"{key}.npy", array)
         self._rows.append((self.number, start + header, len(ids), document.num_bytes))
         about = {"source": document.name, "bytes": document.num_bytes, "sha256": document.digest.hex()}
-        self._member(f"{key}.json", json.dumps(about, ensure_ascii=False).encode())
+        # a name that is not UTF-8 becomes what JSON escapes it as
+        data = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace")
+        self._member(f"{key}.json", data)
 
     def _member(self, name: str, data: bytes) -> int:
         """Append a file to the tar; give back the offset of its first byte."""
@@ -90,32 +98,20 @@ class ShardWriter:
         self._size += len(data)
 
     def close(self) -> Shard:
-        """Finish the tar, give it its name, and record it as done."""
+        """Finish the tar, give it its name, and note it as finished."""
         self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
         self._write(b"\0" * (-self._size % tarfile.RECORDSIZE))
         self._cleanup.close()
         rows = np.array(self._rows, dtype=np.int64)
         _, _, tokens, size = rows.sum(axis=0).tolist()
         shard = Shard(self.file, len(rows), tokens, size, self._size, self._hash.hexdigest())
-        state = self._folder / STATE_FOLDER
-        write_bytes_atomically(state / f"{self._split}-{self.number:05d}.rows", rows.tobytes())
-        record = json.dumps(asdict(shard)).encode()
-        write_bytes_atomically(state / f"{self._split}-{self.number:05d}.json", record)
+        write_shard_note(self._folder, self._split, self.number, shard, rows, self._dtype, self._origin)
         return shard
 
     def abandon(self, error: BaseException) -> None:
         """Remove the unfinished tar."""
         with suppress(OSError):  # a full disk refuses the last buffer again
             self._cleanup.__exit__(type(error), error, error.__traceback__)
-
-
-def finished_shard(folder: Path, split: str, number: int) -> Shard | None:
-    """The shard, if an earlier run completed it and its file is still there in full."""
-    try:
-        shard = Shard(**json.loads((folder / STATE_FOLDER / f"{split}-{number:05d}.json").read_bytes()))
-        return shard if (folder / shard.file).stat().st_size == shard.size else None
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 @dataclass
@@ -137,6 +133,8 @@ def write_shards(
     shard_bytes: int,
     workers: int,
     progress: Callable[[int, int, int], None] = lambda documents, size, tokens: None,
+    note: Callable[[str], None] = lambda line: None,
+    plan: str = "",
 ) -> dict[str, list[Shard]]:
     """Write every document into a shard of its split; give back the shards, those of earlier runs included.
 
@@ -148,9 +146,20 @@ def write_shards(
         shard_bytes: a shard is closed by the document that brings its text to this size.
         workers: threads that tokenise; the result does not depend on them.
         progress: told (documents, text bytes, tokens) so far.
+        note: told a line about each shard of an earlier run that has to be made again.
+        plan: SHA-256 of options and inputs; a finished shard of another plan is made again.
     """
+    stored = np.dtype(dtype).newbyteorder("<")
+    origin = f"plan {plan}, tokenizer {tokenizer.sha256}"
     states = {split: _SplitState(shards=[]) for split in SPLITS}
     counts = np.zeros(3, dtype=np.int64)
+
+    def earlier(split: str, number: int) -> Shard | None:
+        try:
+            return finished_shard(folder, split, number, stored.str, origin)
+        except Unusable as error:
+            note(f"{folder / f'{split}-{number:05d}.tar'}: made again; {error}")
+            return None
 
     def assign() -> Iterator[Item]:
         """What has yet to be tokenised."""
@@ -158,7 +167,7 @@ def write_shards(
             state = states[document.split]
             if state.number < 0 or state.assigned >= shard_bytes:
                 state.number, state.assigned = state.number + 1, 0
-                state.done = finished_shard(folder, document.split, state.number)
+                state.done = earlier(document.split, state.number)
                 if state.done is not None:
                     state.shards.append(state.done)
                     counts[:] += (state.done.documents, state.done.bytes, state.done.tokens)
@@ -168,9 +177,7 @@ def write_shards(
                 yield document, state.number
 
     def encode(document: CleanDocument) -> np.ndarray:
-        return np.array(
-            tokenizer.encode(document.text, bos=True, eos=True), dtype=np.dtype(dtype).newbyteorder("<")
-        )
+        return tokenizer.encode_array(document.text, stored, bos=True, eos=True)
 
     try:
         with closing(_in_order(assign(), lambda item: encode(item[0]), workers)) as encoded:
@@ -180,7 +187,7 @@ def write_shards(
                     state.shards.append(state.writer.close())
                     state.writer = None
                 if state.writer is None:
-                    state.writer = ShardWriter(folder, document.split, number)
+                    state.writer = ShardWriter(folder, document.split, number, origin)
                 state.writer.add(document, ids)
                 counts += (1, document.num_bytes, len(ids))
                 progress(*counts.tolist())
@@ -212,49 +219,44 @@ def _in_order(
         return [work(item) for item in task]
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-    pending: deque[tuple[list[Item], Future[list[np.ndarray]]]] = deque()
+    pending: deque[tuple[list[Item], int, Future[list[np.ndarray]]]] = deque()
+    held = 0
     try:
-        for task in _tasks(items):
-            pending.append((task, pool.submit(work_all, task)))
-            if len(pending) > 2 * workers:
-                finished, future = pending.popleft()
+        for task, size in _tasks(items):
+            pending.append((task, size, pool.submit(work_all, task)))
+            held += size
+            while len(pending) > 2 * workers or (len(pending) > workers and held > _HELD_BYTES):
+                finished, size, future = pending.popleft()
+                held -= size
                 yield from zip(finished, future.result(), strict=True)
         while pending:
-            finished, future = pending.popleft()
+            finished, _, future = pending.popleft()
             yield from zip(finished, future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tasks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Documents in lots that are worth handing to a thread."""
+def _tasks(items: Iterable[Item]) -> Iterator[tuple[list[Item], int]]:
+    """Documents in lots that are worth handing to a thread, with the bytes of their text."""
     task: list[Item] = []
     size = 0
     for item in items:
         task.append(item)
         size += item[0].num_bytes
         if size >= _TASK_BYTES:
-            yield task
+            yield task, size
             task, size = [], 0
     if task:
-        yield task
+        yield task, size
 
 
 def write_index(folder: Path, split: str, shards: list[Shard]) -> Split:
     """Join the shards' rows into ``{split}.index.npy``, in constant memory."""
-    documents = sum(shard.documents for shard in shards)
     path = folder / f"{split}.index.npy"
-    width = len(INDEX_COLUMNS)
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        header: dict[str, Any] = {"descr": "<i8", "fortran_order": False, "shape": (documents, width)}
-        np.lib.format.write_array_header_1_0(stream, header)
+        write_header(stream, sum(shard.documents for shard in shards))
         for number, shard in enumerate(shards):
-            rows = (folder / STATE_FOLDER / f"{split}-{number:05d}.rows").read_bytes()
-            if len(rows) != 8 * width * shard.documents:
-                raise UserError(
-                    f"{folder / STATE_FOLDER}: the rows of {shard.file} are damaged; use --force true"
-                )
-            stream.write(rows)
+            stream.write(shard_rows(folder, split, number, shard).tobytes())
     totals = {key: sum(getattr(shard, key) for shard in shards) for key in ("documents", "tokens", "bytes")}
     return Split(
         name=split, **totals, index_file=path.name, index_sha256=file_sha256(path), shards=tuple(shards)

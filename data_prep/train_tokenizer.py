@@ -25,6 +25,7 @@ from typing import Literal
 
 import sentencepiece
 
+from dualroute.data.tokenizer import MAX_VOCABULARY
 from dualroute.errors import UserError
 
 TokenizerType = Literal["bpe", "unigram"]
@@ -101,6 +102,11 @@ def train_tokenizer(
     Raises:
         UserError: the vocabulary is too large or too small for the sample; the message names the limit.
     """
+    if not reserved_tokens < vocab_size <= MAX_VOCABULARY:
+        raise UserError(
+            f"vocab_size {vocab_size} must be more than reserved_tokens {reserved_tokens} and at most "
+            f"{MAX_VOCABULARY}; change vocab_size"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -140,7 +146,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int, reserved_tokens: int) -> UserError:
-    message = str(error)
+    message = " ".join(str(error).split())
     if found := re.search(r"Please set it to a value <= (\d+)", message):
         return UserError(
             f"vocab_size {vocab_size} is larger than the corpus allows; the largest possible is "

@@ -88,6 +88,13 @@ STAGES = {
         "estimate_command",
         "memory, longest context and hours of a run",
     ),
+    "data verify": (
+        "dualroute.data.verify",
+        "VerifyDataConfig",
+        "verify_data",
+        "every file of a data set against its sha256",
+    ),
+    "data show": ("dualroute.data.verify", "ShowDataConfig", "show_data", "what a data set holds"),
     "doctor": ("dualroute.doctor.command", "DoctorConfig", "doctor", "can this machine train?"),
 }
 CHECKPOINT_SUMMARY = "list, verify, export or convert checkpoints"
@@ -283,6 +290,8 @@ def run(arguments: Sequence[str]) -> int:
         return submit(rest, parse_stage)
     if stage == "checkpoint":
         return checkpoint_command(rest)
+    if stage == "data" and rest:
+        stage, rest = f"data {rest[0]}", rest[1:]
     if stage not in STAGES:
         near = _nearest(stage, [*STAGES, "submit", "checkpoint"])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"

@@ -20,3 +20,8 @@ class UserError(ValueError):
     """
 
     exit_status = 2
+
+
+def other_remedy(error: UserError, remedy: str) -> UserError:
+    """The same problem with another way out: what stands behind the line's last semicolon is replaced."""
+    return UserError(f"{str(error).rpartition('; ')[0] or error}; {remedy}")

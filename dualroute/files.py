@@ -12,10 +12,12 @@ is for the next run in that folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +145,50 @@ def appearing_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[bool]:
+    """Hold a lock that ends with this process, however that ends; the file is removed afterwards.
+
+    Yields whether it is held: False if another process still has it after ``wait`` seconds. Where the file
+    system knows no locks it counts as held: the lock guards against accidents only.
+    """
+    path, until = Path(path), time.monotonic() + wait
+    while True:
+        # not to be emptied, whatever stands in its place, nor waited for, if that is a FIFO
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
+        try:
+            free = _lock(descriptor)
+            # the last holder may have removed the file after it was opened here: then it locks nobody out
+            same = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+            if free and same:
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+            if not free and time.monotonic() >= until:
+                yield False
+                return
+        finally:
+            os.close(descriptor)
+        time.sleep(0.0 if free else 0.1)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+    return True
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove temporary files that a killed writer left in ``folder``; give back what was removed.
 
@@ -152,6 +198,23 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
+
+
+def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UserError: no regular file (`require_regular`), longer, or not readable.
+    """
+    require_regular(path)
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror}); try again") from error
+    if len(data) > limit:
+        raise UserError(f"{os.fspath(path)}: longer than the {limit:,} bytes that it may have; replace it")
+    return data
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

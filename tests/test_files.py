@@ -7,8 +7,14 @@ import socket
 
 import pytest
 
-from dualroute.errors import UserError
-from dualroute.files import atomic_path, remove_leftovers, require_regular, write_bytes_atomically
+from dualroute.errors import UserError, other_remedy
+from dualroute.files import (
+    atomic_path,
+    read_limited,
+    remove_leftovers,
+    require_regular,
+    write_bytes_atomically,
+)
 
 
 def test_write_replaces_the_old_contents_and_leaves_nothing_else(tmp_path):
@@ -89,3 +95,18 @@ def test_what_is_opened_for_reading_is_a_regular_file(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=f"corpus .*{why}") as error:
                 require_regular(name, "corpus")
             assert "\n" not in str(error.value)
+
+
+def test_a_file_of_limited_length(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_bytes(b"12345")
+    assert read_limited(path, 5) == b"12345"
+    with pytest.raises(UserError, match=r"file\.txt: longer than the 4 bytes that it may have; replace it"):
+        read_limited(path, 4)
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        read_limited(tmp_path, 4)
+
+
+def test_another_remedy():
+    assert str(other_remedy(UserError("a; b.txt: broken; mend it"), "buy it")) == "a; b.txt: broken; buy it"
+    assert str(other_remedy(UserError("broken"), "buy it")) == "broken; buy it"

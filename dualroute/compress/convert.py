@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
-from dualroute.data.plan import SequentialPlan
-from dualroute.data.reader import ShardReader, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.plan import SequentialPlan, WalkSequence
+from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.errors import UserError
+from dualroute.files import read_limited
 
+MAX_FILE_BYTES = 64 << 20  # a vocabulary of 32,000 has 0.5 MB
 _SPACE_MARK = "\u2581"
 _FIRST_PIECE = 3 + 256
 
@@ -61,9 +63,9 @@ def sentencepiece_model(path: str | Path) -> bytes:
 
 def _pieces(path: Path) -> Iterator[tuple[float, str]]:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"tokenizer {path}: cannot be read ({error.strerror})") from error
+        data = read_limited(path, MAX_FILE_BYTES)
+    except UserError as error:
+        raise UserError(f"tokenizer {error}") from error
     offset = 4
     try:
         while offset < len(data):

@@ -1,9 +1,9 @@
 """The data as Lightning sees it: loaders for training and validation, and a position that is saved and
 restored.
 
-In: the path of a dataset folder and the batch arithmetic. Here: the plan and the reader are put together
-for this rank. Out: batches for `training.pretrain`, which calls `ShardDataModule.advance` once per
-optimizer step.
+In: the path of a dataset folder and the batch arithmetic. Here: `plan` (which samples, in which order) and
+`reader` (their tensors) are put together for this rank. Out: batches for the training module's
+``training_step``, which calls `ShardDataModule.advance` once per optimizer step.
 
 Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
 `WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
@@ -17,8 +17,6 @@ fetched. Lightning does not fast-forward a loader on resume, and need not: the l
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -29,59 +27,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dualroute.data.manifest import Manifest, verify_shards
+from dualroute.data.manifest import Manifest
 from dualroute.data.plan import (
     BatchPlan,
     SequentialPlan,
     Span,
+    WalkPlan,
+    WalkSequence,
     derive_accumulation,
     merge_spans,
     sample_numbers,
 )
-from dualroute.data.reader import ShardReader, WalkPlan, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
+from dualroute.data.verify import verify_once
 from dualroute.errors import UserError
-from dualroute.files import write_bytes_atomically
 
 Batch = dict[str, Tensor]
-VERIFIED_FILE = ".verified.json"
-
-
-def verify_once(manifest: Manifest, level: Literal["size", "sha256"]) -> None:
-    """`verify_shards` for every split, skipping contents that were hashed before and look untouched since.
-
-    After a successful ``sha256`` check the sizes and modification times are noted in `VERIFIED_FILE` beside
-    the manifest. Where the folder cannot be written, nothing is noted and the next start hashes again.
-
-    Raises:
-        UserError: naming the first bad file.
-    """
-    for split in manifest.splits:
-        verify_shards(manifest, split, "size")
-    if level == "size":
-        return
-    seen = _file_stamps(manifest)
-    path = manifest.folder / VERIFIED_FILE
-    try:
-        if json.loads(path.read_bytes()) == seen:
-            return
-    except (OSError, ValueError):
-        pass  # no note, or half of one: the same as never verified
-    for split in manifest.splits:
-        verify_shards(manifest, split, "sha256")
-    with contextlib.suppress(OSError):  # a read-only folder is a normal place for data
-        write_bytes_atomically(path, json.dumps(seen, indent=1).encode())
-
-
-def _file_stamps(manifest: Manifest) -> dict[str, Any]:
-    """What `VERIFIED_FILE` holds: the fingerprint, and [bytes, mtime in ns] of every file that it covers."""
-    files = [manifest.tokenizer.file]
-    for split in manifest.splits.values():
-        files += [split.index_file, *(shard.file for shard in split.shards)]
-    stats = {file: (manifest.folder / file).stat() for file in files}
-    return {
-        "fingerprint": manifest.fingerprint,
-        "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-    }
+MAX_WORKERS = 1024
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -120,8 +82,8 @@ class ShardDataModule(pl.LightningDataModule):
         verify: Literal["size", "sha256"] = "size",
     ) -> None:
         super().__init__()
-        if num_workers < 0:
-            raise UserError(f"num_workers must be at least 0, not {num_workers}")
+        if not 0 <= num_workers <= MAX_WORKERS:
+            raise UserError(f"num_workers must be from 0 to {MAX_WORKERS}, not {num_workers}")
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
         derive_accumulation(tokens_per_batch, context, micro_batch, world_size=1)
@@ -183,8 +145,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def epoch(self) -> float:
-        """Passes over the training data so far."""
-        return self.samples_consumed / self.plan.windows_per_epoch
+        """Passes over the training data so far; see `BatchPlan.epochs`."""
+        return self.plan.epochs(self.samples_consumed)
 
     def targets_per_byte(self, split: str) -> float:
         """Targets per UTF-8 byte of text: nats per target times this is nats per byte."""
@@ -266,7 +228,8 @@ class ShardDataModule(pl.LightningDataModule):
         counted one by one.
 
         Raises:
-            UserError: the saved run had other data, another seed or another context; or a key is missing.
+            UserError: the saved run had other data, another seed or another context; or a key is missing or
+                of a wrong type. Nothing has changed then.
         """
         mine = self.state_dict()
         for key in ("fingerprint", "seed", "context", "samples_consumed"):
@@ -280,9 +243,20 @@ class ShardDataModule(pl.LightningDataModule):
                     f"{self.path} is opened with {mine[key]!r}: resume with the same data, seed and context, "
                     "or start a new run"
                 )
-        self.samples_consumed = int(state_dict["samples_consumed"])
+        consumed, left_out = state_dict["samples_consumed"], state_dict.get("left_out", [])
+        if not _is_position(consumed):
+            raise UserError(
+                f"the checkpoint's data state has samples_consumed {consumed!r:.80}, which is no number of "
+                "samples: the checkpoint is damaged, resume from another"
+            )
+        if not isinstance(left_out, list | tuple) or not all(map(_is_span, left_out)):
+            raise UserError(
+                f"the checkpoint's data state has left_out {left_out!r:.80}, which are no spans of samples: "
+                "the checkpoint is damaged, resume from another"
+            )
+        self.samples_consumed = consumed
         # what this module was told to leave out stays: a roll-back knows more than the checkpoint it goes to
-        self.left_out = merge_spans([*self.left_out, *state_dict.get("left_out", ())])
+        self.left_out = merge_spans([*self.left_out, *left_out])
 
     def _place(self) -> tuple[int, int]:
         """(rank, size) of the data-parallel group; (0, 1) without a trainer.
@@ -302,3 +276,17 @@ class ShardDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _is_position(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_span(value: Any) -> bool:
+    """Whether a value from a checkpoint is a [start, stop) of sample numbers."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(map(_is_position, value))
+        and value[0] <= value[1]
+    )

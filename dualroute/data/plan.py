@@ -1,17 +1,20 @@
 """Which tokens make the next batch: pure functions of (fingerprint, seed, context, samples consumed).
 
-In: the lengths of the documents (from the manifest's index) and the manifest's fingerprint. Out: sample ids,
-the spans of the token stream that they stand for, and the number of targets in them. `reader` turns spans
-into tensors.
+In: the lengths of the documents (from the manifest's index) and the manifest's fingerprint. Out: requests for
+samples, micro batch by micro batch for one rank, and the spans of the token stream that a sample stands for.
+`reader` turns them into tensors. The order of this file is the order of the list.
 
 1. The documents of a split, in manifest order, are one stream of T tokens (`DocumentStream`). Training
    closes it to a ring: the first document follows the last one, as a document boundary like any other.
 2. Epoch e cuts the ring into W = T // context windows, the first of them at a seeded offset in [0, context).
    Whatever the offset, an epoch has W windows, reads no token twice, and leaves out the T mod context
    tokens (less than one window) that lie just before the offset. Sample id = e * W + window.
-3. Within an epoch, the windows are visited in the order of a keyed permutation (`permute`) of [0, W).
+3. Within an epoch, the windows are visited in the order of a keyed permutation of [0, W) (`permutation`).
 4. Sample number s of the run, counted over all ranks from its first step, is in epoch s // W. A global batch
-   is the next ``samples_per_batch`` of them; at the end of an epoch it goes on into the next one.
+   is the next ``samples_per_batch`` of them; at the end of an epoch it goes on into the next one
+   (`BatchPlan`; validation reads each window once, in order: `SequentialPlan`).
+5. Each rank takes its part of every global batch (`micro_batches`), without end (`WalkPlan`) or to the end of
+   the split (`WalkSequence`).
 
 Nothing is shuffled. The permutation is a small cipher computed at the indices asked
 for, so order costs O(1) memory whatever the corpus, and resuming at sample 10^12 is as quick as starting.
@@ -20,15 +23,14 @@ What is held is 8 bytes per document: the cumulative lengths.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dualroute.data.permutation import permute, seeded_words
 from dualroute.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -38,105 +40,8 @@ Span = tuple[int, int]
 #: Stands for "no window" (a row of padding) where a sample id is expected.
 EMPTY = -1
 _ROUNDS = 8
-
-
-def seeded_words(*parts: object, count: int) -> NDArray[np.uint64]:
-    """``count`` 64-bit words from SHA-256 of ``parts``: independent of platform, Python and numpy version."""
-    prefix = "|".join(map(str, ("dualroute-plan-1", *parts)))
-    digests = (hashlib.sha256(f"{prefix}|{number}".encode()).digest() for number in range(-(-count // 4)))
-    return np.frombuffer(b"".join(digests), dtype="<u8")[:count].astype(np.uint64)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> Int64:
-    """Images of ``indices`` under a pseudo-random permutation of [0, size) given by the round ``keys``.
-
-    A Feistel network over Z_a x Z_b with a = ceil(sqrt(size)), b = ceil(size / a), and cycle walking: results
-    outside [0, size) are sent through again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-    Since a * b - size < a, hardly any are.
-
-    Raises:
-        ValueError: an index outside [0, size).
-    """
-    result = np.array(indices, dtype=np.int64, ndmin=1).astype(np.uint64)
-    if result.size and int(result.max()) >= size:  # negative indices are huge as uint64
-        raise ValueError(f"index outside [0, {size})")
-    rows = math.isqrt(max(size - 1, 0)) + 1
-    a, b = np.uint64(rows), np.uint64(-(-size // rows))
-    walking = np.arange(result.size)
-    while walking.size:
-        left, right = np.divmod(result[walking], b)
-        for number, key in enumerate(keys):
-            if number % 2 == 0:
-                left = (left + _mix(right + key) % a) % a
-            else:
-                right = (right + _mix(left + key) % b) % b
-        result[walking] = left * b + right
-        walking = walking[result[walking] >= np.uint64(size)]
-    return result.astype(np.int64)
-
-
-def merge_spans(spans: Iterable[Sequence[int]]) -> list[Span]:
-    """The same numbers as sorted, disjoint spans."""
-    merged: list[Span] = []
-    for start, stop in sorted((int(start), int(stop)) for start, stop in spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def sample_numbers(position: int, count: int, left_out: Sequence[Span] = ()) -> tuple[Int64, int]:
-    """The next ``count`` samples of the run from ``position`` on, and the position after them.
-
-    ``left_out``: spans of sample numbers that are passed over, sorted and disjoint.
-    """
-    pieces, missing = [], count
-    for start, stop in left_out:
-        if stop <= position or not missing:
-            continue
-        taken = min(max(start - position, 0), missing)
-        pieces.append(np.arange(position, position + taken, dtype=np.int64))
-        missing -= taken
-        position = position + taken if not missing else stop
-    pieces.append(np.arange(position, position + missing, dtype=np.int64))
-    return np.concatenate(pieces), position + missing
-
-
-def derive_accumulation(tokens_per_batch: int, context: int, micro_batch: int, world_size: int) -> int:
-    """Micro steps per optimizer step: tokens_per_batch / (context * micro_batch * world_size).
-
-    Needs nothing but the four numbers, so a contradiction is found before anything starts.
-
-    Raises:
-        UserError: a number below 1, or tokens_per_batch is no multiple of the product; the message names the
-            nearest batches that are and, where there is one, the micro_batch that keeps tokens_per_batch.
-    """
-    numbers = {"tokens_per_batch": tokens_per_batch, "context": context, "micro_batch": micro_batch}
-    for name, value in {**numbers, "world_size": world_size}.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    unit = context * micro_batch * world_size
-    accumulation, rest = divmod(tokens_per_batch, unit)
-    if rest == 0:
-        return accumulation
-    nearest = " or ".join(f"{n * unit} (accumulation {n})" for n in (accumulation, accumulation + 1) if n > 0)
-    message = (
-        f"tokens_per_batch={tokens_per_batch} is not a multiple of context * micro_batch * world_size = "
-        f"{context} * {micro_batch} * {world_size} = {unit}: the nearest valid values are {nearest}"
-    )
-    per_rank, uneven = divmod(tokens_per_batch, context * world_size)
-    if not uneven and per_rank:
-        fitting = max(n for n in range(1, min(micro_batch, per_rank) + 1) if per_rank % n == 0)
-        message += f"; or keep it and set micro_batch={fitting}"
-    raise UserError(message)
+#: The numbers of a batch's samples are held in memory: 128 MiB of them.
+MAX_SAMPLES_PER_BATCH = 1 << 24
 
 
 class DocumentStream:
@@ -236,6 +141,12 @@ class BatchPlan:
     def windows_per_epoch(self) -> int:
         return self.stream.tokens // self.context
 
+    def epochs(self, samples: int) -> float:
+        """Passes over the training data that the first ``samples`` samples of the run make: 2.0 once every
+        window has been read twice. `int(epochs(samples_consumed))` is the number of the present pass, from 0.
+        """
+        return samples / self.windows_per_epoch
+
     def sample_ids(self, first: int, count: int) -> Int64:
         """Ids (count,) of the samples numbered first, first + 1, ... of the run."""
         return self.ids(np.arange(first, first + count, dtype=np.int64))
@@ -325,6 +236,34 @@ class SequentialPlan:
         return int(np.sum(before(np.minimum(starts + self.context, self.tokens)) - before(starts)))
 
 
+def sample_numbers(position: int, count: int, left_out: Sequence[Span] = ()) -> tuple[Int64, int]:
+    """The next ``count`` samples of the run from ``position`` on, and the position after them.
+
+    ``left_out``: spans of sample numbers that are passed over, sorted and disjoint.
+    """
+    pieces, missing = [], count
+    for start, stop in left_out:
+        if stop <= position or not missing:
+            continue
+        taken = min(max(start - position, 0), missing)
+        pieces.append(np.arange(position, position + taken, dtype=np.int64))
+        missing -= taken
+        position = position + taken if not missing else stop
+    pieces.append(np.arange(position, position + missing, dtype=np.int64))
+    return np.concatenate(pieces), position + missing
+
+
+def merge_spans(spans: Iterable[Sequence[int]]) -> list[Span]:
+    """The same numbers as sorted, disjoint spans."""
+    merged: list[Span] = []
+    for start, stop in sorted((int(start), int(stop)) for start, stop in spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
 def micro_batches(samples: Sequence[int] | Int64, rank: int, world_size: int, micro_batch: int) -> Int64:
     """The part of a global batch that belongs to ``rank``: (accumulation, micro_batch) sample ids.
 
@@ -338,3 +277,108 @@ def micro_batches(samples: Sequence[int] | Int64, rank: int, world_size: int, mi
     if samples.size % (world_size * micro_batch):
         raise ValueError(f"{samples.size} samples do not divide into {world_size} ranks of {micro_batch}")
     return samples.reshape(-1, world_size, micro_batch)[:, rank]
+
+
+class Request(NamedTuple):
+    """One window asked of the dataset, and the number of targets in the whole global batch it belongs to."""
+
+    sample: int
+    num_targets: int
+
+
+class WalkPlan:
+    """Endless batch sampler of one rank: its micro batches, step after step, from the samples consumed on.
+
+    Args:
+        plan: the order.
+        rank, world_size: of the data-parallel group.
+        micro_batch: samples per micro batch and rank.
+        samples_consumed: asked each time iteration starts, so a sampler made before a checkpoint is loaded
+            will do.
+        left_out: spans of the run's sample numbers that are not read, asked likewise.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        samples_consumed: Callable[[], int],
+        left_out: Callable[[], Sequence[Span]] = tuple,
+    ) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = micro_batch  # the name under which Lightning and DeepSpeed look for it
+        self.samples_consumed = samples_consumed
+        self.left_out = left_out
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        consumed, left_out = self.samples_consumed(), self.left_out()
+        while True:
+            numbers, consumed = sample_numbers(consumed, self.plan.samples_per_batch, left_out)
+            batch = self.plan.ids(numbers)
+            num_targets = self.plan.num_targets(batch)
+            for samples in micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist():
+                yield [Request(sample, num_targets) for sample in samples]
+
+
+class WalkSequence:
+    """Batch sampler of one rank over all windows of a `SequentialPlan`, each read by exactly one rank.
+
+    Every rank has the same number of batches, all full: what is missing is made up with `EMPTY` windows.
+    ``num_targets`` counts a batch over all ranks.
+    """
+
+    def __init__(self, plan: SequentialPlan, rank: int, world_size: int, micro_batch: int) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = micro_batch
+
+    def __len__(self) -> int:
+        return -(-self.plan.windows // (self.world_size * self.batch_size))
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        together = self.world_size * self.batch_size
+        for first in range(0, self.plan.windows, together):
+            batch = np.arange(first, first + together)
+            batch[batch >= self.plan.windows] = EMPTY
+            num_targets = self.plan.num_targets(batch)
+            (samples,) = micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist()
+            yield [Request(sample, num_targets) for sample in samples]
+
+
+def derive_accumulation(tokens_per_batch: int, context: int, micro_batch: int, world_size: int) -> int:
+    """Micro steps per optimizer step: tokens_per_batch / (context * micro_batch * world_size).
+
+    Needs nothing but the four numbers, so a contradiction is found before anything starts.
+
+    Raises:
+        UserError: a number below 1, or tokens_per_batch is no multiple of the product; the message names the
+            nearest batches that are and, where there is one, the micro_batch that keeps tokens_per_batch.
+    """
+    numbers = {"tokens_per_batch": tokens_per_batch, "context": context, "micro_batch": micro_batch}
+    for name, value in {**numbers, "world_size": world_size}.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if tokens_per_batch // context > MAX_SAMPLES_PER_BATCH:
+        raise UserError(
+            f"tokens_per_batch={tokens_per_batch} makes more than {MAX_SAMPLES_PER_BATCH:,} samples of "
+            f"{context} tokens: lower it, or raise context"
+        )
+    unit = context * micro_batch * world_size
+    accumulation, rest = divmod(tokens_per_batch, unit)
+    if rest == 0:
+        return accumulation
+    nearest = " or ".join(f"{n * unit} (accumulation {n})" for n in (accumulation, accumulation + 1) if n > 0)
+    message = (
+        f"tokens_per_batch={tokens_per_batch} is not a multiple of context * micro_batch * world_size = "
+        f"{context} * {micro_batch} * {world_size} = {unit}: the nearest valid values are {nearest}"
+    )
+    per_rank, uneven = divmod(tokens_per_batch, context * world_size)
+    if not uneven and per_rank:
+        fitting = max(n for n in range(1, min(micro_batch, per_rank) + 1) if per_rank % n == 0)
+        message += f"; or keep it and set micro_batch={fitting}"
+    raise UserError(message)

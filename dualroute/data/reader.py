@@ -1,13 +1,13 @@
 """From sample ids to tensors: memory maps of the shards, cut into windows.
 
-In: sample ids from `plan`, and the dataset folder through its `Manifest`. Here: a span of the token stream
-is looked up in the index, its ids are copied out of the tars at (shard, offset), and inputs, labels,
-segments and positions are made of them. Out: batches, through a torch DataLoader that `module` builds.
+In: `Request`s from `plan` (sample ids with the number of targets in their whole global batch), and the
+dataset folder through its `Manifest`. Out: batches, through a torch DataLoader that `module` builds. In a
+worker:
 
-1. `WalkPlan` (main process) walks the plan from the samples consumed and yields, per micro batch, this rank's
-   `Request`s: sample ids with the number of targets in their whole global batch.
-2. `WindowDataset` (worker) answers one request with one window, reading through `ShardReader`.
-3. `collate` (worker) stacks windows into the batch.
+1. `WindowDataset` answers a request with a window: the plan says which pieces of which documents,
+2. `ShardReader` copies their ids out of the tars, at the places that the index gives, and inputs, labels,
+   segments and positions are made of them;
+3. `collate` stacks windows into the batch.
 
 Workers hold no state. Which sample comes when is settled before a worker is asked, so
 their number and speed cannot change the order, and there is nothing of theirs to save.
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dualroute.data.manifest import Manifest
-from dualroute.data.plan import (
-    EMPTY,
-    BatchPlan,
-    DocumentStream,
-    SequentialPlan,
-    Span,
-    WindowPlan,
-    micro_batches,
-    sample_numbers,
-)
-from dualroute.errors import UserError
+from dualroute.data.plan import DocumentStream, Request, WindowPlan
+from dualroute.errors import UserError, other_remedy
+from dualroute.files import require_regular
 
 #: Labels that no loss counts (torch's default ``ignore_index``).
 IGNORE_INDEX = -100
@@ -45,22 +37,12 @@ _REMEDY = "copy it again or prepare the data again"
 
 
 def open_stream(manifest: Manifest, split: str) -> DocumentStream:
-    """The document stream of a split, from its index.
+    """The document stream of a split, from its index, every row of which is checked first.
 
     Raises:
         UserError: the split or its index is missing, or the index contradicts the manifest.
     """
-    info = manifest.split(split)
-    path = manifest.folder / info.index_file
-    try:
-        stream = DocumentStream(manifest.open_index(split)[:, 2])
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {_REMEDY}") from error
-    if stream.tokens != info.tokens:
-        raise UserError(f"{path}: {stream.tokens} tokens, but the manifest says {info.tokens}; {_REMEDY}")
-    return stream
+    return DocumentStream(manifest.check_index(split)[:, 2])
 
 
 class ShardReader:
@@ -145,6 +127,10 @@ class ShardReader:
             )
         path, size = self._path(number), self.split.shards[number].size
         try:
+            require_regular(path)
+        except UserError as error:
+            raise other_remedy(error, _REMEDY) from error
+        try:
             with open(path, "rb") as stream:
                 # checked before mapping: reading past the end of a mapped file kills the process (SIGBUS)
                 found = stream.seek(0, 2)
@@ -157,13 +143,6 @@ class ShardReader:
             self._open.popitem(last=False)[1].close()
         self._open[number] = data
         return data
-
-
-class Request(NamedTuple):
-    """One window asked of the dataset, and the number of targets in the whole global batch it belongs to."""
-
-    sample: int
-    num_targets: int
 
 
 class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
@@ -217,67 +196,3 @@ def collate(windows: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor
         if key != "num_targets"
     }
     return {**batch, "num_targets": torch.tensor(int(windows[0]["num_targets"]))}
-
-
-class WalkPlan:
-    """Endless batch sampler of one rank: its micro batches, step after step, from the samples consumed on.
-
-    Args:
-        plan: the order.
-        rank, world_size: of the data-parallel group.
-        micro_batch: samples per micro batch and rank.
-        samples_consumed: asked each time iteration starts, so a sampler made before a checkpoint is loaded
-            will do.
-        left_out: spans of the run's sample numbers that are not read, asked likewise.
-    """
-
-    def __init__(
-        self,
-        plan: BatchPlan,
-        rank: int,
-        world_size: int,
-        micro_batch: int,
-        samples_consumed: Callable[[], int],
-        left_out: Callable[[], Sequence[Span]] = tuple,
-    ) -> None:
-        self.plan = plan
-        self.rank = rank
-        self.world_size = world_size
-        self.batch_size = micro_batch  # the name under which Lightning and DeepSpeed look for it
-        self.samples_consumed = samples_consumed
-        self.left_out = left_out
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        consumed, left_out = self.samples_consumed(), self.left_out()
-        while True:
-            numbers, consumed = sample_numbers(consumed, self.plan.samples_per_batch, left_out)
-            batch = self.plan.ids(numbers)
-            num_targets = self.plan.num_targets(batch)
-            for samples in micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist():
-                yield [Request(sample, num_targets) for sample in samples]
-
-
-class WalkSequence:
-    """Batch sampler of one rank over all windows of a `SequentialPlan`, each read by exactly one rank.
-
-    Every rank has the same number of batches, all full: what is missing is made up with `EMPTY` windows.
-    ``num_targets`` counts a batch over all ranks.
-    """
-
-    def __init__(self, plan: SequentialPlan, rank: int, world_size: int, micro_batch: int) -> None:
-        self.plan = plan
-        self.rank = rank
-        self.world_size = world_size
-        self.batch_size = micro_batch
-
-    def __len__(self) -> int:
-        return -(-self.plan.windows // (self.world_size * self.batch_size))
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        together = self.world_size * self.batch_size
-        for first in range(0, self.plan.windows, together):
-            batch = np.arange(first, first + together)
-            batch[batch >= self.plan.windows] = EMPTY
-            num_targets = self.plan.num_targets(batch)
-            (samples,) = micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist()
-            yield [Request(sample, num_targets) for sample in samples]

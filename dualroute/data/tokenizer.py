@@ -11,18 +11,24 @@ model trained by `data_prep`, ``decode(encode(text)) == text`` holds for every t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
+from numpy.typing import DTypeLike, NDArray
 
+from dualroute.data.text_parts import SPACE_MARK, TextParts
 from dualroute.data.tokenizer_json import JsonProcessor
-from dualroute.errors import UserError
+from dualroute.errors import UserError, other_remedy
+from dualroute.files import read_limited
 
-_SPACE_MARK = "\u2581"
-_PART_CHARS = 4000
+#: Of a model file; the largest in use (a vocabulary of 256,000 as tokenizer.json) has 35 MB.
+MAX_FILE_BYTES = 256 << 20
+MAX_VOCABULARY = 1 << 24
 
 
 class Tokenizer:
@@ -41,28 +47,35 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"tokenizer {self.path}: cannot be read ({error.strerror}); give a sentencepiece .model file"
-            ) from error
-        json_file = data.lstrip().startswith(b"{")
-        self._processor: Any = JsonProcessor(data, str(self.path)) if json_file else self._sentencepiece(data)
+            data = read_limited(self.path, MAX_FILE_BYTES)
+        except UserError as error:
+            remedy = "give a sentencepiece .model or a tokenizer.json"
+            raise UserError(f"tokenizer {other_remedy(error, remedy)}") from error
+        json_file = data.lstrip()[:1] == b"{"
+        processor: Any = JsonProcessor(data, str(self.path)) if json_file else self._sentencepiece(data)
+        self._processor = processor
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size = int(self._processor.get_piece_size())
         self.bos_id = int(self._processor.bos_id())
         self.eos_id = int(self._processor.eos_id())
         self.pad_id = int(self._processor.pad_id())
         self.unk_id = int(self._processor.unk_id())
-        piecewise = not json_file and self._keeps_spaces()
-        self._space_mark_ids = self._byte_pieces(_SPACE_MARK) if piecewise else []
-        self._cut_at_newlines = piecewise and not self._crosses_newlines()
+        if self.vocab_size > MAX_VOCABULARY:
+            raise UserError(
+                f"tokenizer {self.path}: ids go up to {self.vocab_size - 1}, more than "
+                f"{MAX_VOCABULARY:,} are not supported; give another model"
+            )
+        self._space_mark_ids: list[int] = []
+        self._parts: Callable[[str], Iterator[str]]
+        self._parts = processor.parts if json_file else self._sentencepiece_parts(data)
 
     def _sentencepiece(self, data: bytes) -> sentencepiece.SentencePieceProcessor:
         processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = processor.LoadFromSerializedProto(data)
-        except RuntimeError:
+            if loaded and processor.unk_id() >= 0:
+                processor.decode([processor.unk_id()])  # its spelling stands in the file too
+        except (RuntimeError, UnicodeDecodeError):  # the library quotes the file's bytes in its message
             loaded = False
         if not data or not loaded:
             raise UserError(
@@ -70,6 +83,16 @@ class Tokenizer:
                 f"tokenizer.json"
             )
         return processor
+
+    def _sentencepiece_parts(self, data: bytes) -> TextParts:
+        try:
+            parts = TextParts(data, self._processor)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"tokenizer {self.path}: damaged, one of its pieces is not UTF-8; copy the file again"
+            ) from error
+        self._space_mark_ids = self._byte_pieces(SPACE_MARK) if parts.keeps_spaces else []
+        return parts
 
     def pieces(self) -> list[str]:
         """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
@@ -79,37 +102,10 @@ class Tokenizer:
         """Whether an id means the same text to both: the same file, or the same piece for every id."""
         return self.sha256 == other.sha256 or self.pieces() == other.pieces()
 
-    def _keeps_spaces(self) -> bool:
-        """Whether white space goes in and out as it is, so that a text may be fed in parts.
-
-        Llama's model, for one, puts a space before every text, and T5's folds white space.
-        """
-        text = " x \n\n x "
-        same = self._processor.decode(self._processor.encode(text)) == text
-        return same and not self._processor.encode("x", out_type=str)[0].startswith(_SPACE_MARK)
-
     def _byte_pieces(self, character: str) -> list[int]:
         """Ids that spell ``character`` byte by byte; empty when this model has none."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
         return ids if all(self._processor.is_byte(i) for i in ids) else []
-
-    def _crosses_newlines(self) -> bool:
-        """Whether some piece holds a newline and something else."""
-        return any("\n" in piece and piece != "\n" for piece in self.pieces())
-
-    def _parts(self, text: str) -> Iterator[str]:
-        """``text`` in parts that end with a line; the pieces of the whole are those of the parts.
-
-        A document may be a book. sentencepiece is twice as fast on a page of it (the work fits the cache),
-        and a unigram model more exact: it adds up scores in single precision.
-        """
-        start = 0
-        while start < len(text):
-            end = len(text)
-            if self._cut_at_newlines:
-                end = text.find("\n", start + _PART_CHARS) + 1 or len(text)
-            yield text[start:end]
-            start = end
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
         return Tokenizer, (self.path,)
@@ -120,15 +116,31 @@ class Tokenizer:
         Safe to call from several threads at once; they run in parallel (the native code lets go of the GIL).
         """
         ids = [self.bos_id] if bos else []
-        for part in self._parts(text):
-            if self._space_mark_ids and _SPACE_MARK in part:
-                for number, words in enumerate(part.split(_SPACE_MARK)):
-                    ids += (self._space_mark_ids if number else []) + self._processor.encode(words)
-            else:
-                ids += self._processor.encode(part)
+        for part in self._encode_parts(text):
+            ids += part
         if eos:
             ids.append(self.eos_id)
         return ids
+
+    def encode_array(
+        self, text: str, dtype: DTypeLike = np.uint32, bos: bool = False, eos: bool = False
+    ) -> NDArray[Any]:
+        """`encode` as an array of ``dtype``, which takes a tenth of the memory of a list."""
+        begin, end = [self.bos_id] if bos else [], [self.eos_id] if eos else []
+        # one part at a time: as Python's integers the ids of a book would fill hundreds of megabytes
+        parts = itertools.chain([begin], self._encode_parts(text), [end])
+        return np.concatenate([np.array(part, dtype=dtype) for part in parts])
+
+    def _encode_parts(self, text: str) -> Iterator[list[int]]:
+        """The ids of ``text``, a page or so at a time."""
+        for part in self._parts(text):
+            if self._space_mark_ids and SPACE_MARK in part:
+                ids: list[int] = []
+                for number, words in enumerate(part.split(SPACE_MARK)):
+                    ids += (self._space_mark_ids if number else []) + self._processor.encode(words)
+                yield ids
+            else:
+                yield self._processor.encode(part)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; specials vanish, a UTF-8 sequence cut in the middle becomes U+FFFD.

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from dualroute.data.text_parts import JsonParts
 from dualroute.errors import UserError
 
 BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -25,6 +26,9 @@ UNK = ("<unk>", "[UNK]")
 
 class JsonProcessor:
     """The part of ``SentencePieceProcessor`` that `Tokenizer` uses, over a tokenizer.json.
+
+    Attributes:
+        parts: Cuts long texts; see `JsonParts`.
 
     Args:
         data: The file.
@@ -44,16 +48,28 @@ class JsonProcessor:
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises plain Exception
-            reason = str(error).splitlines()[0]
-            raise UserError(f"tokenizer {place}: not a tokenizer.json ({reason})") from error
+            json_values: dict[str, Any] = json.loads(data)
+            pieces = self._tokenizer.get_vocab()
+            self.parts = JsonParts(json_values)
+            self._specials = {
+                token["content"]: int(pieces[token["content"]])  # the library's id, whatever the file says
+                for token in json_values.get("added_tokens") or []
+                if token.get("special")
+            }
+        except BaseException as error:  # plain Exception, and BaseException for a panic in Rust
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"tokenizer {place}: not a tokenizer.json ({reason}); give another file, or copy it again"
+            ) from error
+        if not pieces:
+            raise UserError(f"tokenizer {place}: its vocabulary is empty; give another file")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # the name of a special in a text stays text
-        self._pieces = {number: piece for piece, number in self._tokenizer.get_vocab().items()}
+        self._pieces = {number: piece for piece, number in pieces.items()}
         self._size = max(self._pieces) + 1
-        added: list[dict[str, Any]] = json.loads(data).get("added_tokens") or []
-        self._specials = {token["content"]: int(token["id"]) for token in added if token.get("special")}
 
     def _special(self, names: Iterable[str]) -> int:
         return next((self._specials[name] for name in names if name in self._specials), -1)

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dualroute.data.manifest import Manifest, verify_shards
-from dualroute.data.plan import SequentialPlan
-from dualroute.data.reader import IGNORE_INDEX, ShardReader, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.plan import SequentialPlan, WalkSequence
+from dualroute.data.reader import IGNORE_INDEX, ShardReader, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically

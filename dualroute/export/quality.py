@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dualroute.data.manifest import Manifest
-from dualroute.data.plan import SequentialPlan
-from dualroute.data.reader import ShardReader, WalkSequence, WindowDataset, collate, open_stream
+from dualroute.data.plan import SequentialPlan, WalkSequence
+from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
 from dualroute.evaluate.perplexity import Score, evaluate_shards, evaluate_text, read_text, text_windows

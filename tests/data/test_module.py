@@ -15,10 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dualroute.data import module as module_under_test
+from dualroute.data import verify as verify_under_test
 from dualroute.data.manifest import Manifest, verify_shards
-from dualroute.data.module import VERIFIED_FILE, ShardDataModule, verify_once
+from dualroute.data.module import ShardDataModule
 from dualroute.data.reader import IGNORE_INDEX
+from dualroute.data.verify import VERIFIED_FILE, verify_once
 from dualroute.errors import UserError
 from tests.data.shards import numbered, write_dataset
 
@@ -214,6 +215,22 @@ class TestState:
         with pytest.raises(UserError, match="has no 'samples_consumed'"):
             data.load_state_dict(state)
 
+    @pytest.mark.parametrize("key", ["fingerprint", "seed", "context", "samples_consumed", "left_out"])
+    @pytest.mark.parametrize(
+        "value", [None, True, -1, 1.5, "12", 10**30, [], {}, [[1]], [[5, 2]], [[0, None]]]
+    )
+    def test_with_a_wrong_value_is_refused_and_changes_nothing(
+        self, folder: Path, key: str, value: Any
+    ) -> None:
+        data = datamodule(folder)
+        if (key, value) == ("left_out", []):
+            return
+        with pytest.raises(UserError) as error:
+            data.load_state_dict({**data.state_dict(), "samples_consumed": 24, key: value})
+        assert key in str(error.value)
+        assert "\n" not in str(error.value)
+        assert (data.samples_consumed, data.left_out) == (0, [])
+
 
 class TestValidation:
     @pytest.mark.parametrize("world", [1, 2, 3])
@@ -261,10 +278,17 @@ class TestRefusals:
         with pytest.raises(UserError, match="context=95 is longer than the training data of 94 tokens"):
             datamodule(folder, context=95, tokens_per_batch=95, micro_batch=1)
 
-    @pytest.mark.parametrize(("key", "value"), [("num_workers", -1), ("verify", "md5")])
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("num_workers", -1), ("num_workers", 10**6), ("verify", "md5")],
+    )
     def test_bad_option(self, folder: Path, key: str, value: Any) -> None:
         with pytest.raises(UserError, match=f"^{key} must be"):
             datamodule(folder, **{key: value})
+
+    def test_a_batch_beyond_memory(self, folder: Path) -> None:
+        with pytest.raises(UserError, match=r"makes more than 16,777,216 samples of 8 tokens: lower it"):
+            datamodule(folder, tokens_per_batch=1 << 60)
 
     def test_a_bad_shard_is_named_from_a_worker_too(self, tmp_path: Path) -> None:
         manifest = write_dataset(tmp_path, numbered(LENGTHS))
@@ -285,7 +309,7 @@ class TestVerify:
                 calls.append(split)
             verify_shards(manifest, split, level)
 
-        monkeypatch.setattr(module_under_test, "verify_shards", spy)
+        monkeypatch.setattr(verify_under_test, "verify_shards", spy)
         return calls
 
     @pytest.fixture
@@ -314,7 +338,7 @@ class TestVerify:
         def refuse(path: Path, data: bytes) -> None:
             raise PermissionError(path)
 
-        monkeypatch.setattr(module_under_test, "write_bytes_atomically", refuse)
+        monkeypatch.setattr(verify_under_test, "write_bytes_atomically", refuse)
         verify_once(manifest, "sha256")
         verify_once(manifest, "sha256")
         assert hashed == ["train", "val"] * 2

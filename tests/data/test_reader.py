@@ -16,13 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualroute.data.manifest import Manifest
-from dualroute.data.plan import EMPTY, BatchPlan, DocumentStream, SequentialPlan
-from dualroute.data.reader import (
-    IGNORE_INDEX,
+from dualroute.data.plan import (
+    EMPTY,
+    BatchPlan,
+    DocumentStream,
     Request,
-    ShardReader,
+    SequentialPlan,
     WalkPlan,
     WalkSequence,
+)
+from dualroute.data.reader import (
+    IGNORE_INDEX,
+    ShardReader,
     WindowDataset,
     collate,
     open_stream,
@@ -203,7 +208,7 @@ class TestDamage:
     def test_missing_shard(self, manifest: Manifest) -> None:
         path = manifest.shard_paths("train")[2]
         path.unlink()
-        with pytest.raises(UserError, match=rf"^{path}: cannot open the shard \(No such file"):
+        with pytest.raises(UserError, match=rf"^{path}: no such file; copy it again or prepare"):
             ShardReader(manifest, "train").read(10, 0, 1)
 
     def test_id_outside_the_vocabulary(self, tmp_path: Path) -> None:
@@ -236,11 +241,24 @@ class TestDamage:
             ShardReader(manifest, "train").read(0, 0, 5)
 
     @pytest.mark.parametrize(
-        ("tokens", "message"), [(6, "95 tokens, but the manifest says 94"), (0, "document 0 has 0")]
+        ("column", "value", "message"),
+        [
+            (2, 6, r"shard 0 has 34 tokens by the index, 33 by its record"),
+            (2, 0, r"document 0 of shard 0 stands as \[0, 640, 0, 15\]"),
+            (2, 2000, "document 0 of shard 0 reaches beyond byte"),
+            (3, 14, "shard 0 has 98 bytes of text by the index, 99 by its record"),
+            (3, -1, "document 0 of shard 0 stands as"),
+            (0, 1, "document 0 of shard 0 stands as"),
+            (1, 1 << 62, "document 0 of shard 0 stands as"),
+            (1, -640, "document 0 of shard 0 stands as"),
+            (1, 6400, "document 0 of shard 0 reaches beyond byte"),
+        ],
     )
-    def test_index_that_contradicts_the_manifest(self, manifest: Manifest, tokens: int, message: str) -> None:
+    def test_index_that_contradicts_the_manifest(
+        self, manifest: Manifest, column: int, value: int, message: str
+    ) -> None:
         index = np.array(manifest.open_index("train"))
-        index[0, 2] = tokens
+        index[0, column] = value
         np.save(manifest.folder / "train.index.npy", index)
-        with pytest.raises(UserError, match=rf"train\.index\.npy: ({message})"):
+        with pytest.raises(UserError, match=rf"train\.index\.npy: contradicts the manifest \({message}"):
             open_stream(manifest, "train")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,7 +66,7 @@ def test_a_long_text_is_its_lines(tokenizer):
     assert ids == [i for line in text.splitlines(keepends=True) for i in reference.encode(line)]
 
 
-def test_a_long_line_is_not_cut(tokenizer):
+def test_a_long_line_is_encoded_as_if_it_were_not_cut(tokenizer):
     text = TEXT[0].replace("\n", " ") * 500
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
     assert tokenizer.encode(text + "\n" + text) == reference.encode(text + "\n" + text)
@@ -82,6 +84,17 @@ def test_newlines_and_tabs_are_tokens_of_their_own(tokenizer):
         assert tokenizer.encode(f"{word}\n\t{word}") == [
             *tokenizer.encode(word), *newline, *tab, *tokenizer.encode(word),
         ]  # fmt: skip
+
+
+def test_ids_of_a_long_text_are_never_all_python_integers(tokenizer):
+    text = " ".join(TEXT * 20)
+    tokenizer.encode(text[:10_000])
+    tracemalloc.start()
+    ids = tokenizer.encode_array(text, "<u2", bos=True, eos=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 * ids.size + 300_000  # two bytes an id, twice; a list would take 8 and more
+    assert ids.tolist() == tokenizer.encode(text, bos=True, eos=True)
 
 
 def test_threads_agree_with_one_thread(tokenizer):
@@ -102,12 +115,37 @@ def test_an_id_outside_the_vocabulary(tokenizer, wrong):
 
 
 def test_missing_file_and_foreign_file(tmp_path):
-    with pytest.raises(UserError, match=r"no\.model: cannot be read"):
+    with pytest.raises(UserError, match=r"no\.model: no such file"):
         Tokenizer(tmp_path / "no.model")
     for name, data in (("empty.model", b""), ("text.model", b"this is not a model" * 10)):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: not a sentencepiece model"):
             Tokenizer(tmp_path / name)
+
+
+def test_damaged_models(tokenizer, tmp_path):
+    """A bit, or a piece of the file, is not what it was: refused in one line, or a model all the same."""
+    original, lines = tokenizer.path.read_bytes(), []
+    for seed in range(80):
+        draw, data = random.Random(seed), bytearray(original)
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path = tmp_path / "damaged.model"
+        path.write_bytes(data if seed % 2 else data[: draw.randrange(len(data))])
+        try:
+            damaged = Tokenizer(path)
+        except UserError as error:
+            lines.append(str(error))
+        else:
+            assert isinstance(damaged.decode(damaged.encode(TEXT[0])), str)
+    assert len(lines) > 40
+    assert all(line.startswith(f"tokenizer {path}: ") and "\n" not in line for line in lines)
+
+
+def test_a_model_that_is_too_large(tokenizer, monkeypatch):
+    monkeypatch.setattr("dualroute.data.tokenizer.MAX_FILE_BYTES", 1000)
+    with pytest.raises(UserError, match=r"longer than the 1,000 bytes .*; give a sentencepiece"):
+        Tokenizer(tokenizer.path)
 
 
 def test_a_model_with_a_dummy_space_is_not_fed_piecewise(tmp_path):

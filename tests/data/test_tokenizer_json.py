@@ -3,10 +3,12 @@
 import gzip
 import json
 import pickle
+import random
 import sys
 
 import pytest
 
+from dualroute.data import text_parts
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 
@@ -98,6 +100,81 @@ def test_gpt2(tokenizers, real_data, tmp_path):
     ]
 
 
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SCRAPS = [
+    "a",
+    "the",
+    "Bird",
+    "'s",
+    " ",
+    " ",
+    "  ",
+    "\n",
+    "\n",
+    "\r\n",
+    "\t",
+    ".",
+    "。",
+    "水",
+    "é",
+    "e\u0301",
+    "\u0301",
+]
+SCRAPS += [
+    "12",
+    "1234",
+    "\u00a0",
+    "\u2028",
+    "\u200b",
+    "\x1c",
+    "\x85",
+    "\u3000",
+    "<|endoftext|>",
+    "<tool>",
+    "²",
+]
+
+
+@pytest.fixture(params=["gpt2", "llama3", "qwen2", "other expression", "prefix", "lowercase", "wide token"])
+def kind(request, path, tmp_path):
+    content = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False}
+    bytes_only = {**content["pre_tokenizer"], "use_regex": False}
+    content["added_tokens"].append(
+        {**content["added_tokens"][0], "id": 300, "content": "<tool>", "special": False}
+    )
+    if request.param in ("llama3", "qwen2", "other expression"):
+        if request.param == "qwen2":
+            split["pattern"] = {"Regex": LLAMA_3.replace("{1,3}", "")}
+            content["normalizer"] = {"type": "NFC"}
+        if request.param == "other expression":
+            split["pattern"] = {"Regex": r"\w+ \w+|\s"}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_only]}
+    if request.param == "prefix":
+        content["pre_tokenizer"]["add_prefix_space"] = True
+    if request.param == "lowercase":
+        content["normalizer"] = {"type": "Lowercase"}
+    if request.param == "wide token":
+        content["added_tokens"][-1]["content"] = "Bird a"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer(tmp_path / "tokenizer.json"), request.param in ("gpt2", "llama3", "qwen2")
+
+
+def test_a_text_that_is_cut_has_the_ids_of_the_whole(kind, monkeypatch):
+    tokenizer, is_cut = kind
+    draw, cuts = random.Random(0), 0
+    for _ in range(1000):
+        monkeypatch.setattr(text_parts, "PART_CHARS", draw.choice([1, 3, 10]))
+        text = "".join(draw.choices(SCRAPS, k=draw.randrange(40)))
+        cuts += len(list(tokenizer._parts(text))) - bool(text)
+        whole = tokenizer._processor.encode(text)
+        assert tokenizer.encode(text) == whole, text
+    assert is_cut == (cuts > 200)
+
+
 def test_a_dataset_is_prepared_with_it(path, tmp_path):
     from data_prep.prepare import PrepareConfig, prepare
     from dualroute.data.manifest import Manifest
@@ -119,6 +196,20 @@ def test_files_that_are_no_tokenizer(tmp_path, tokenizers, path, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer.json") as caught:
         Tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(caught.value)
+    content = json.loads(path.read_text())
+    for damage in (
+        {"model": {**content["model"], "vocab": {}, "merges": []}, "added_tokens": []},
+        {"added_tokens": 5},
+        {"model": None},
+        {"model": {**content["model"], "vocab": {"a": -1}}},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **damage}))
+        with pytest.raises(UserError, match=r"^tokenizer .*tokenizer.json: ") as caught:
+            Tokenizer(tmp_path / "tokenizer.json")
+        assert "\n" not in str(caught.value)
+    wrong_id = {**content, "added_tokens": [{**content["added_tokens"][0], "id": 1 << 31}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(wrong_id))
+    assert Tokenizer(tmp_path / "tokenizer.json").bos_id == Tokenizer(path).bos_id
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'dualroute\[export\]'"):
         Tokenizer(path)

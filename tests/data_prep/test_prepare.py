@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare, summary
+from dualroute import files
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import UserError
 from tests.data_prep.conftest import story
@@ -182,7 +185,7 @@ def test_force_leaves_foreign_files_alone(config):
 
 def test_a_finished_dataset_that_lost_a_shard(config):
     (prepare(config()).folder / "train-00001.tar").unlink()
-    refused(config(), r"train-00001\.tar: cannot be read .*; use --force true to prepare")
+    refused(config(), r"train-00001\.tar: no such file; use --force true to prepare")
     assert len(prepare(config(force=True)).split("train").shards) > 3
 
 
@@ -197,6 +200,23 @@ def test_a_corpus_that_changes_between_the_passes(config, corpus, monkeypatch):
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(config())
     assert not (Path(config().output) / MANIFEST_FILE).exists()
+
+
+def test_names_that_are_not_utf8(config, tmp_path):
+    """A name is any bytes; manifest and shards are UTF-8 all the same."""
+    folder = tmp_path / os.fsdecode(b"corpus-\xff")
+    for number in range(20):
+        path = folder / os.fsdecode(b"\xe9-%02d.txt" % number)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(story(number))
+    held_out = ["*-0*"]
+    manifest = prepare(config(corpus=str(folder), val_fraction=None, val_documents=held_out, progress=True))
+    assert manifest.split("val").documents == 10
+    assert Manifest.load(manifest.folder).preparation["options"]["corpus"].startswith("corpus-")
+    with tarfile.open(manifest.shard_paths("val")[0]) as archive:
+        about = json.load(archive.extractfile(archive.getmembers()[1]))
+    assert about["source"].endswith("-00.txt")
+    assert prepare(config(corpus=str(folder), val_fraction=None, val_documents=held_out)) == manifest
 
 
 # splits and limits
@@ -291,7 +311,7 @@ def test_a_vocabulary_that_is_too_large(config):
 def test_unknown_corpus_missing_path_and_missing_tokenizer(config, tmp_path):
     refused(config(corpus="gutenburg"), "did you mean 'gutenberg'")
     refused(config(corpus=str(tmp_path / "no.txt")), r"no\.txt: no such file or folder")
-    refused(config(tokenizer=str(tmp_path / "no.model")), r"no\.model: cannot be read")
+    refused(config(tokenizer=str(tmp_path / "no.model")), r"no\.model: no such file; give a sentencepiece")
 
 
 def test_a_truncated_input(config, corpus):
@@ -376,6 +396,44 @@ def test_a_full_disk_keeps_what_is_finished_and_the_next_run_continues(config, t
     assert not (output / MANIFEST_FILE).exists()
     prepare(config())
     assert contents(output) == contents(whole)
+
+
+def test_a_disk_that_is_full_at_any_write(config, tmp_path, monkeypatch):
+    """Plan, tokenizer, survey, a tar, its rows, its note, an index, the manifest: whichever is refused."""
+    options = {"shard_size_mb": 0.02, "tokenizer_sample_mb": 0.01}
+    whole = contents(prepare(config(output=str(tmp_path / "whole"), **options)).folder)
+    original, written = files.publish, []
+    writes = 1
+
+    def full(temporary, path):
+        written.append(Path(path).name)
+        if len(written) == writes:
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+        original(temporary, path)
+
+    monkeypatch.setattr(files, "publish", full)
+    names = set()
+    for number in range(100):
+        output = tmp_path / f"out{number}"
+        written.clear()
+        writes = number + 1
+        lines = []
+        try:
+            prepare(config(output=str(output), **options))
+        except UserError as error:
+            lines.append(str(error))
+        if not lines:
+            break
+        assert "no space left; free some and run again" in lines[0]
+        assert "\n" not in lines[0]
+        names.add(written[-1])
+        assert not (output / MANIFEST_FILE).exists()
+        assert not list(output.rglob(".*partial*"))
+        writes = 0
+        prepare(config(output=str(output), **options))
+        assert contents(output) == whole
+    expected = {"preparation.json", "tokenizer.model", "survey.json", "train-00001.rows", "train-00001.json"}
+    assert names >= expected | {"train-00001.tar", "train.index.npy", MANIFEST_FILE}
 
 
 @pytest.fixture

@@ -51,3 +51,12 @@ def test_a_bar_on_a_terminal(at_once):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_silence(at_once, terminal):
     assert shown(terminal, enabled=False) == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_name_does_nothing_to_the_terminal(terminal):
+    stream = io.StringIO()
+    Reporter(True, Console(file=stream, force_terminal=terminal, width=160, _environ={})).note(
+        "a\x1b[31m\x07\r.tar: made again\nté\udcff水"
+    )
+    assert stream.getvalue() == "a\\x1b[31m\\x07\\r.tar: made again\nté\\udcff水\n"

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_prep import shards
+from data_prep.clean import CleanDocument
+from data_prep.notes import npy_bytes
 from data_prep.prepare import prepare
-from data_prep.shards import npy_bytes
 from dualroute.data.manifest import verify_shards
 from dualroute.data.tokenizer import Tokenizer
 
@@ -97,3 +99,23 @@ def test_npy_bytes_are_numpys_own_format(dtype, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), ids)
     assert offset % 64 == 0
     assert data[offset:] == ids.tobytes()
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_few_long_documents_wait_at_a_time(workers, monkeypatch):
+    """Text that waits for its turn is bounded in bytes, not only in documents."""
+    monkeypatch.setattr(shards, "_HELD_BYTES", 10_000_000)
+    taken = 0
+
+    def items():
+        nonlocal taken
+        for number in range(40):
+            taken += 1
+            yield CleanDocument(f"{number}", "", 6_000_000, b"", "train"), number
+
+    given_back = 0
+    for (_, number), ids in shards._in_order(items(), lambda item: np.array([item[1]]), workers):
+        assert number == ids[0] == given_back
+        given_back += 1
+        assert taken - given_back <= workers
+    assert given_back == 40

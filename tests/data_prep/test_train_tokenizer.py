@@ -109,3 +109,9 @@ def test_reserved_tokens_have_ids_of_their_own(tmp_path):
     tokenizer = Tokenizer(tmp_path / "t.model")
     assert tokenizer.decode(range(4, 11)) == ""
     assert len(tokenizer.encode("<reserved_0>")) > 1
+
+
+@pytest.mark.parametrize(("vocab_size", "reserved"), [(10**12, 16), (400, 10**9), (-1, 0)])
+def test_a_vocabulary_of_an_impossible_size(vocab_size, reserved):
+    with pytest.raises(UserError, match=r"^vocab_size -?\d+ must be more than .*; change vocab_size$"):
+        train_tokenizer(TEXTS, vocab_size, reserved_tokens=reserved)

@@ -1,0 +1,88 @@
+"""The index of a split: where each document lies inside the tars.
+
+In: rows that `data_prep.shards` collected while it wrote the tars. Here: their file, ``{split}.index.npy``,
+and the rules that they must keep. Out: a memory map, which `plan` takes the lengths of the documents from
+and `reader` the places of their ids.
+
+    int64 (documents, 4): shard number, byte offset of the first id inside the tar, number of tokens, UTF-8
+    bytes of the text; in the order of the shards, and inside a shard in the order of the tar
+
+The check reads 32 bytes a document, so it is made at every start, on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualroute.errors import UserError, other_remedy
+from dualroute.files import require_regular
+
+INDEX_COLUMNS = ("shard", "offset", "tokens", "bytes")
+ROW_BYTES = 8 * len(INDEX_COLUMNS)
+
+
+def write_header(stream: IO[bytes], documents: int) -> None:
+    """Begin an index file of ``documents`` rows, which follow as little-endian int64."""
+    shape = (documents, len(INDEX_COLUMNS))
+    header: dict[str, Any] = {"descr": "<i8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+
+
+def map_index(path: str | os.PathLike[str], documents: int, remedy: str) -> NDArray[np.int64]:
+    """Memory map of an index file of ``documents`` rows.
+
+    Raises:
+        UserError: missing, no .npy file, or of another type, shape or length; ``remedy`` ends the line.
+    """
+    try:
+        require_regular(path)
+    except UserError as error:
+        raise other_remedy(error, remedy) from error
+    try:
+        index = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy's parser of headers raises what it likes for damaged ones
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"{path}: the index cannot be read ({reason}); {remedy}") from error
+    shape = (documents, len(INDEX_COLUMNS))
+    if index.dtype != np.dtype("<i8") or index.shape != shape or not index.flags.c_contiguous:
+        raise UserError(
+            f"{path}: {index.dtype} {index.shape}, the manifest says int64 {shape} by rows; {remedy}"
+        )
+    if (found := os.stat(path).st_size) != index.offset + ROW_BYTES * documents:
+        raise UserError(f"{path}: {found} bytes, {documents} rows need another length; {remedy}")
+    return index
+
+
+def check_rows(
+    rows: NDArray[np.int64], number: int, tokens: int, text_bytes: int, size: int, itemsize: int
+) -> None:
+    """Check the rows of one shard against what is known of it.
+
+    Args:
+        rows: (documents, 4), at least one.
+        number: of the shard.
+        tokens, text_bytes: totals over its documents.
+        size: bytes of the tar.
+        itemsize: bytes of an id.
+
+    Raises:
+        ValueError: says which rule is broken and at which document of the shard.
+    """
+    shards, offsets, lengths, texts = rows.T
+    in_range = (shards == number) & (offsets > 0) & (offsets < size) & (lengths > 0) & (lengths <= size)
+    in_range &= (texts >= 0) & (texts <= text_bytes)
+    if not in_range.all():
+        first = int(np.argmin(in_range))
+        raise ValueError(f"document {first} of shard {number} stands as {rows[first].tolist()}")
+    ends = offsets + itemsize * lengths  # no overflow: both are at most the size of a file
+    overlapping = ends > np.append(offsets[1:], size)
+    if overlapping.any():
+        first = int(np.argmax(overlapping))
+        raise ValueError(f"document {first} of shard {number} reaches beyond byte {int(ends[first]) - 1}")
+    for word, column, total in (("tokens", lengths, tokens), ("bytes of text", texts, text_bytes)):
+        if (found := int(column.sum())) != total:
+            raise ValueError(f"shard {number} has {found} {word} by the index, {total} by its record")

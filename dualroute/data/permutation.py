@@ -1,0 +1,55 @@
+"""A permutation that is computed instead of stored: element by element, from keys, in constant memory.
+
+In: keys from a seed. Out: the image of any index, to `plan`, which visits the windows of an epoch in this
+order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def seeded_words(*parts: object, count: int) -> NDArray[np.uint64]:
+    """``count`` 64-bit words from SHA-256 of ``parts``: independent of platform, Python and numpy version."""
+    prefix = "|".join(map(str, ("dualroute-plan-1", *parts)))
+    digests = (hashlib.sha256(f"{prefix}|{number}".encode()).digest() for number in range(-(-count // 4)))
+    return np.frombuffer(b"".join(digests), dtype="<u8")[:count].astype(np.uint64)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Images of ``indices`` under a pseudo-random permutation of [0, size) given by the round ``keys``.
+
+    A Feistel network over Z_a x Z_b with a = ceil(sqrt(size)), b = ceil(size / a), and cycle walking: results
+    outside [0, size) are sent through again (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    Since a * b - size < a, hardly any are.
+
+    Raises:
+        ValueError: an index outside [0, size).
+    """
+    result = np.array(indices, dtype=np.int64, ndmin=1).astype(np.uint64)
+    if result.size and int(result.max()) >= size:  # negative indices are huge as uint64
+        raise ValueError(f"index outside [0, {size})")
+    rows = math.isqrt(max(size - 1, 0)) + 1
+    a, b = np.uint64(rows), np.uint64(-(-size // rows))
+    walking = np.arange(result.size)
+    while walking.size:
+        left, right = np.divmod(result[walking], b)
+        for number, key in enumerate(keys):
+            if number % 2 == 0:
+                left = (left + _mix(right + key) % a) % a
+            else:
+                right = (right + _mix(left + key) % b) % b
+        result[walking] = left * b + right
+        walking = walking[result[walking] >= np.uint64(size)]
+    return result.astype(np.int64)
