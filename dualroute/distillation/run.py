@@ -38,6 +38,8 @@ def check(config: DistillConfig) -> Prepared:
     """
     _check_settings(config)
     prepared = run.check(config)
+    if prepared.finished:  # whose teacher may be gone
+        return prepared
     pairs: Pairs = []
     teacher = None
     if config.distill.cached_logits is not None:
