@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from dualroute.training.checkpointing.first_write import FirstWrite
+from dualroute.training.checkpointing.first_write import FirstWrite, LateTensorBoardLogger
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
 from dualroute.training.monitoring.monitor import Monitor
@@ -88,7 +87,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the validation loss before the first step
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(output, name="tensorboard", version=""),
+        logger=LateTensorBoardLogger(output, name="tensorboard", version=""),
         callbacks=[
             first_write,  # before those that open files
             CorruptionCheck(config.watchdog.sdc_check_every_steps, config.watchdog.sdc_action),
@@ -102,7 +101,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_autolog_hparams=False,  # would open an event file before the state is loaded
+        enable_autolog_hparams=False,  # asks the logger before the state is loaded, and there are none
     )
     leave_signals_to_us(trainer)
     return Parts(trainer, first_write, publisher, preemption, watchdog)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from dualroute.errors import UserError
 from dualroute.files import remove_leftovers as remove_temporary_files
@@ -45,15 +47,19 @@ class FirstWrite(Callback):
         self.converted: Path | None = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._once()
+        self._once(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._once()
+        self._once(trainer)
 
-    def _once(self) -> None:
-        if not self.done:
-            decided_by_rank_zero(self._write)
-            self.done = True
+    def _once(self, trainer: Trainer) -> None:
+        if self.done:
+            return
+        decided_by_rank_zero(self._write)
+        self.done = True
+        for logger in trainer.loggers:
+            if isinstance(logger, LateTensorBoardLogger):
+                logger.may_write = True
 
     def _write(self) -> None:
         folder = self.output / "checkpoints"
@@ -71,4 +77,26 @@ class FirstWrite(Callback):
             raise UserError(
                 f"the run folder {self.output} cannot be written ({error.strerror or error}; "
                 f"{error.filename or self.output}): make room or give access, and run the same command again"
+            ) from error
+
+
+class LateTensorBoardLogger(TensorBoardLogger):
+    """Lightning's, but without an event file until :class:`FirstWrite` allows it.
+
+    Lightning asks every logger for its ``experiment`` before anything is loaded, if it has one.
+    """
+
+    may_write = False
+
+    @property
+    def experiment(self) -> Any:
+        """The ``SummaryWriter``."""
+        if not self.may_write:
+            raise AttributeError("experiment: the run folder may not be written yet")
+        try:
+            return super().experiment
+        except OSError as error:
+            raise UserError(
+                f"{self.log_dir} cannot be written ({error.strerror or error}): make room or move it away, "
+                f"and run the same command again"
             ) from error

@@ -82,6 +82,8 @@ def choose_start(output: Path, resume: str) -> Start:
         )
         return Start(start.checkpoint, start.lineage, "; ".join(filter(None, (note, start.note))))
     checkpoint = checkpoint_format.find_checkpoint(resume)
+    if checkpoint.folder.is_symlink():  # last or best, which will point elsewhere
+        checkpoint = checkpoint_format.read_checkpoint(checkpoint.folder.resolve())
     return Start(checkpoint, lineage.after(checkpoint, resume, folder))
 
 

@@ -58,13 +58,13 @@ def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 
 
 def point_links(folder: Path) -> None:
-    """Have ``last`` and ``best`` name what is there; without a checkpoint they are removed."""
+    """Have ``last`` and ``best`` name what is there; a link to what is not there goes."""
     finished = scan_checkpoints(folder).finished
     targets = (finished[-1] if finished else None, best_of(finished))
     for name, target in zip(LINKS, targets, strict=True):
         if target is not None:
             point(folder / name, target.folder.name)
-        elif (folder / name).is_symlink():
+        elif (folder / name).is_symlink() and not (folder / name).exists():
             (folder / name).unlink()
 
 
@@ -107,12 +107,11 @@ def remove_leftovers(folder: Path, *, keep: Path | None = None) -> None:
         folder: The run's ``checkpoints`` folder.
         keep: A converted state that is in use.
     """
-    links = [f".{name}.new" for name in LINKS]
-    for pattern in (f"{DELETING}*", f"{WRITING}*", "resharded-*", *links):
+    for name in LINKS:
+        (folder / f".{name}.new").unlink(missing_ok=True)
+    for pattern in (f"{DELETING}*", f"{WRITING}*", "resharded-*"):
         for path in folder.glob(pattern):
-            if path.is_symlink() or path.is_file():
-                path.unlink(missing_ok=True)
-            elif path != keep:
+            if path != keep:
                 shutil.rmtree(path, ignore_errors=True)
 
 
