@@ -39,8 +39,7 @@ def meet(strategy: Strategy, world: World, limit_minutes: float) -> None:
     alarm.daemon = True
     alarm.start()
     try:
-        strategy.setup_environment()
-        dist.barrier()
+        strategy.setup_environment()  # returns when all are there
     finally:
         alarm.cancel()
 
