@@ -92,18 +92,23 @@ def test_damaged_metadata_is_named(tmp_path):
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_damage(tmp_path, key, value):
-    write(tmp_path, 1, **{key: value})
-    with pytest.raises(
-        UserError, match=rf"{checkpoint_format.METADATA} is damaged \(.*: use another"
-    ) as error:
+    write(tmp_path, 1)
+    path = tmp_path / "step-00000001" / checkpoint_format.METADATA
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"{path} is damaged \(.*: use another") as error:
         find_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"step": 1', "folder", "pipe"]
-)
-@pytest.mark.parametrize("name", [checkpoint_format.METADATA, checkpoint_format.CONFIG])
+NOT_OURS = [b"", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"step": 1', "folder", "pipe"]
+READERS = {
+    checkpoint_format.METADATA: lambda path: checkpoint_format.read_checkpoint(path.parent),
+    checkpoint_format.CONFIG: ModelConfig.from_file,
+}
+
+
+@pytest.mark.parametrize("content", NOT_OURS, ids=lambda content: str(content[:8]))
+@pytest.mark.parametrize("name", READERS)
 def test_a_file_that_is_not_ours_is_named(tmp_path, name, content):
     """Nothing is waited for, and nothing else than a UserError comes out."""
     write(tmp_path, 1)
@@ -116,10 +121,7 @@ def test_a_file_that_is_not_ours_is_named(tmp_path, name, content):
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match="step-00000001") as error:
-        if name == checkpoint_format.METADATA:
-            checkpoint_format.read_checkpoint(path.parent)
-        else:
-            ModelConfig.from_file(path)
+        READERS[name](path)
     assert "\n" not in str(error.value)
 
 
