@@ -9,12 +9,12 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import METADATA, find_checkpoint, read_checkpoint
+from dualroute.model.checkpoint_format import METADATA, find_checkpoint, list_checkpoints, read_checkpoint
 from dualroute.training import run as run_module
 from dualroute.training.checkpointing.lineage import spelled
 from dualroute.training.checkpointing.resume import choose_start, seen_here
 from dualroute.training.checkpointing.upkeep import PUBLISHED
-from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
 from tests.conftest import ROOT, write_corpus
 from tests.training.checkpointing.runs import KEPT, killed_in, pretrain, snapshot, steps_in
 from tests.training.step.test_module import command, environment
@@ -359,13 +359,19 @@ def test_a_run_of_an_earlier_version_shows_by_its_metrics_that_it_had_some(run, 
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tiny_dataset, tmp_path):
+    """And what it had measured stays: in a file beside the metrics, and in TensorBoard's own."""
+    run = tmp_path / "run"
+    events, metrics = {}, b""
     for _ in range(2):
         with killed_in(3):
-            pretrain(tiny_dataset, tmp_path / "run", 8)
-    assert pretrain(tiny_dataset, tmp_path / "run", 8) == 0
-    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl", "train")] == list(
-        range(1, 9)
-    )
+            pretrain(tiny_dataset, run, 8)
+        events |= {path: path.read_bytes() for path in (run / "tensorboard").glob("events.*")}
+        metrics += (run / "metrics.jsonl").read_bytes()
+    assert pretrain(tiny_dataset, run, 8) == 0
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl", "train")] == list(range(1, 9))
+    assert len(events) == 2
+    assert all(path.read_bytes() == content for path, content in events.items())
+    assert set(metrics.splitlines()) <= set((run / ABANDONED).read_bytes().splitlines())
 
 
 def test_killed_before_its_first_checkpoint_it_goes_to_the_path_again(trained, tiny_dataset, tmp_path):
@@ -465,3 +471,25 @@ def test_stopped_by_a_signal_a_resumed_run_goes_on_with_the_same_command(run, ti
         assert f"(step {saved} of 400)" in text
         saved = find_checkpoint(run).step
         assert saved >= until
+
+
+@pytest.mark.slow
+def test_of_two_starts_in_the_same_second_one_trains(tiny_dataset, tmp_path):
+    """The other is refused, or comes when all is done; no step is trained twice and nothing set aside."""
+    run = tmp_path / "run"
+    both = [
+        subprocess.Popen(
+            command(tiny_dataset, run, 40, *KEPT, "--checkpoint.keep_last", "99"),
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240) for process in both]
+    lines = [out + error for out, error in said]
+    trained = [line for line in lines if "step 40/40" in line]
+    assert len(trained) == 1, lines
+    (other,) = [line for line in lines if line not in trained]
+    assert "is being trained in by process" in other or "nothing to do" in other
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl", "train")] == list(range(1, 41))
+    assert not (run / ABANDONED).exists()
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == list(range(4, 41, 4))
