@@ -192,13 +192,13 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         UserError: Nothing finished is found there.
     """
     path = Path(path)
-    if (path / METADATA).is_file():
+    if os.path.isfile(path / METADATA):
         return read_checkpoint(path)
     for folder in (path, path / "checkpoints"):
         found = list_checkpoints(folder)
         if found:
             return found[-1]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"there is no checkpoint at {path}: no such folder")
     raise UserError(f"there is no finished checkpoint in {path}: give a run folder or a step-… folder")
 

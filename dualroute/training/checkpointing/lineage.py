@@ -40,7 +40,8 @@ def spelled(given: str, folder: Path) -> str:
         folder: The run's ``checkpoints`` folder.
     """
     absolute = Path(os.path.abspath(given))
-    path, own = absolute.parent.resolve() / absolute.name, folder.resolve()
+    path = Path(os.path.realpath(absolute.parent)) / absolute.name
+    own = Path(os.path.realpath(folder))
     return f"checkpoints/{path.relative_to(own)}" if path.is_relative_to(own) else str(path)
 
 

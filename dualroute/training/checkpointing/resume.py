@@ -114,7 +114,7 @@ def _never(folder: Path, finished: list[Checkpoint]) -> Start:
 
 
 def _refuse_what_is_no_folder(folder: Path) -> None:
-    if folder.is_symlink() and not os.path.lexists(folder.resolve()):
+    if folder.is_symlink() and not os.path.exists(folder):
         raise UserError(
             f"{folder} is a link to {os.readlink(folder)}, which is not there: mount or make that folder, or "
             f"give another --output"

@@ -11,10 +11,12 @@ from data_prep.prepare import PrepareConfig, prepare
 from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import METADATA, find_checkpoint, list_checkpoints, read_checkpoint
 from dualroute.training import run as run_module
+from dualroute.training.checkpointing.first_write import FirstWrite
 from dualroute.training.checkpointing.lineage import spelled
 from dualroute.training.checkpointing.resume import choose_start, seen_here
 from dualroute.training.checkpointing.upkeep import PUBLISHED
 from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
+from dualroute.training.parallel.strategy import OneProcessStrategy
 from tests.conftest import ROOT, write_corpus
 from tests.training.checkpointing.runs import KEPT, killed_in, pretrain, snapshot, steps_in
 from tests.training.step.test_module import command, environment
@@ -224,6 +226,22 @@ def test_a_folder_that_is_full_is_named_and_changes_nothing(run, tiny_dataset, c
     assert "No space left on device" in capsys.readouterr().err
     after = snapshot(run)
     assert after == before
+
+
+def test_the_folder_is_changed_when_all_ranks_have_loaded(run, tiny_dataset, monkeypatch):
+    """Lightning lets ranks wait for each other at the end of loading, where a refused one never comes."""
+    seen = []
+    write = FirstWrite._write
+
+    def noted(self):
+        seen.append("first write")
+        write(self)
+
+    monkeypatch.setattr(OneProcessStrategy, "barrier", lambda self, name=None: seen.append(name))
+    monkeypatch.setattr(FirstWrite, "_write", noted)
+    assert pretrain(tiny_dataset, run, 16) == 0
+    assert seen.count("first write") == 1
+    assert seen.index("_CheckpointConnector.resume_end") < seen.index("first write")
 
 
 # -- claimed first, then chosen ------------------------------------------------------------------------------
