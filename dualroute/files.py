@@ -14,16 +14,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dualroute.errors import UserError
 
 _MARK = ".partial-"  # .NAME.partial-PID
+_LARGEST_NOTE = 256 * 2**20  # bytes; a checkpoint of 10,000 partitions is described in 2 MiB
 
 
 def require_regular(path: str | os.PathLike[str], what: str = "") -> Path:
@@ -221,3 +224,32 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hexadecimal, in constant memory."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: str | os.PathLike[str], *, limit: int = _LARGEST_NOTE) -> Any:
+    """Content of one of our own JSON files (metadata, notes).
+
+    Args:
+        path: The file; a pipe or a device is not opened, since reading it could last for ever.
+        limit: Largest size in bytes.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        UserError: It is no regular file, cannot be read, is too large, or is not JSON.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise UserError(f"{path} is {kind}, and a JSON file is expected there: restore it")
+        if status.st_size > limit:
+            raise UserError(f"{path} has {status.st_size:,} bytes (at most {limit:,}): this is not our file")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): restore it") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested without end
+        raise UserError(f"{path} is damaged ({error}): restore it") from error

@@ -12,6 +12,7 @@ all: what it said comes out of the DataLoader together with the tokens.
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 
 from dualroute.distillation.config import DistillConfig
@@ -38,6 +39,8 @@ def check(config: DistillConfig) -> Prepared:
     """
     _check_settings(config)
     prepared = run.check(config)
+    if prepared.finished:  # whose teacher may be gone
+        return prepared
     pairs: Pairs = []
     teacher = None
     if config.distill.cached_logits is not None:
@@ -96,6 +99,11 @@ def _use_cache(config: DistillConfig, prepared: Prepared) -> str:
 def _teacher(config: DistillConfig, prepared: Prepared) -> tuple[Teacher, Pairs]:
     settings = config.distill
     assert config.teacher is not None
+    if not os.path.lexists(config.teacher):
+        raise UserError(
+            f"teacher {config.teacher} is not there, and a distillation cannot go on without it, however far "
+            f"it has come: put it back, give its new place (--teacher), or distill.cached_logits"
+        )
     teacher = load_teacher(
         config.teacher,
         prepared.tokenizer,

@@ -16,6 +16,8 @@ rename, so readers need no lock and a crash leaves nothing to tidy by hand.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dualroute.errors import UserError
-from dualroute.files import appearing_folder, file_sha256
+from dualroute.files import appearing_folder, file_sha256, read_json
 from dualroute.model.config import ModelConfig
 from dualroute.model.quantized import assemble
 from dualroute.model.transformer import DualRoutingTransformer
@@ -66,26 +68,120 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that the name of a ``step-…`` folder says, or None for another name."""
+    match = re.fullmatch(r"step-(\d{1,18})", folder.name)
+    return int(match[1]) if match else None
+
+
+class NotFinishedError(UserError):
+    """A folder without ``checkpoint.json``: no checkpoint, or one that was copied in part."""
+
+
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Read ``checkpoint.json`` of one checkpoint folder.
 
     Raises:
-        UserError: The folder is not a finished checkpoint, or its metadata is damaged.
+        NotFinishedError: The folder has none.
+        UserError: It is damaged, or its values are of other types than ours.
     """
     folder = Path(folder)
     try:
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-        return Checkpoint(folder, int(metadata["step"]), metadata)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a finished checkpoint: it has no {METADATA}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / METADATA} is damaged ({error}): use another checkpoint") from error
+        metadata = read_json(folder / METADATA)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFinishedError(f"{folder} is not a finished checkpoint: it has no {METADATA}") from error
+    except UserError as error:
+        raise UserError(f"{str(error).removesuffix(': restore it')}: use another checkpoint") from error
+    problem = _wrong_value(metadata)
+    if problem:
+        raise UserError(f"{folder / METADATA} is damaged ({problem}): use another checkpoint")
+    return Checkpoint(folder, metadata["step"], metadata)
+
+
+def _wrong_value(metadata: Any) -> str:
+    """What is not as :func:`write_description` writes it, or ""."""
+    if not isinstance(metadata, dict):
+        return "it is not a table of keys and values"
+    if not _is_count(metadata.get("step")):
+        return f"step is {metadata.get('step')!r}"
+    if not _is_count(metadata.get("tokens", 0)):
+        return f"tokens is {metadata['tokens']!r}"
+    for name in ("train_loss", "val_loss"):
+        value = metadata.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return f"{name} is {value!r}"
+    if not isinstance(metadata.get("state_layout"), str | None):
+        return f"state_layout is {metadata['state_layout']!r}"
+    if not isinstance(metadata.get("quantization"), dict | None):
+        return f"quantization is {metadata['quantization']!r}"
+    files = metadata.get("files", {})
+    if not isinstance(files, dict):
+        return "files is not a table"
+    for name, said in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"files names {name}, which lies outside of the checkpoint"
+        if not (
+            isinstance(said, dict) and _is_count(said.get("size")) and isinstance(said.get("sha256"), str)
+        ):
+            return f"files says {said!r} of {name}"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The ``step-…`` folders of a ``checkpoints`` folder.
+
+    Attributes:
+        finished: Those that are whole, oldest first.
+        unfinished: Those without ``checkpoint.json``, by name.
+        damaged: Those whose ``checkpoint.json`` cannot be used, by name, each with the reason.
+    """
+
+    finished: list[Checkpoint]
+    unfinished: list[Path]
+    damaged: dict[Path, UserError]
+
+
+def scan_checkpoints(folder: str | Path) -> Scan:
+    """Look at every ``step-…`` folder in ``folder``; one that is not there holds none.
+
+    Raises:
+        UserError: The folder cannot be listed.
+    """
+    scan = Scan([], [], {})
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.startswith("step-"))
+    except (FileNotFoundError, NotADirectoryError):
+        return scan
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror or error}): mount it, or give access to it"
+        ) from error
+    for path in (Path(folder, name) for name in names):
+        try:
+            scan.finished.append(read_checkpoint(path))
+        except NotFinishedError:
+            scan.unfinished.append(path)
+        except UserError as error:
+            scan.damaged[path] = error
+    scan.finished.sort(key=lambda checkpoint: checkpoint.step)
+    return scan
 
 
 def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
-    """Finished checkpoints in a ``checkpoints`` folder, oldest first; unfinished ones are not seen."""
-    found = [read_checkpoint(path.parent) for path in Path(folder).glob(f"step-*/{METADATA}")]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """Finished checkpoints in a ``checkpoints`` folder, oldest first; unfinished ones are not seen.
+
+    Raises:
+        UserError: The folder cannot be listed, or a ``checkpoint.json`` in it is damaged.
+    """
+    scan = scan_checkpoints(folder)
+    for error in scan.damaged.values():
+        raise error
+    return scan.finished
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -96,13 +192,13 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         UserError: Nothing finished is found there.
     """
     path = Path(path)
-    if (path / METADATA).is_file():
+    if os.path.isfile(path / METADATA):
         return read_checkpoint(path)
     for folder in (path, path / "checkpoints"):
         found = list_checkpoints(folder)
         if found:
             return found[-1]
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"there is no checkpoint at {path}: no such folder")
     raise UserError(f"there is no finished checkpoint in {path}: give a run folder or a step-… folder")
 
@@ -128,12 +224,17 @@ def damages(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = 
         if only is not None and name != only:
             continue
         path = checkpoint.folder / name
-        if not path.is_file():
-            yield f"{path} is missing from the checkpoint"
-        elif (size := path.stat().st_size) != expected["size"]:
-            yield f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,} (truncated)"
-        elif digests and file_sha256(path) != expected["sha256"]:
-            yield f"{path} does not match the sha256 in {METADATA} (changed or corrupted)"
+        try:
+            if path.is_dir():
+                yield f"{path} is a folder, and {METADATA} says a file of {expected['size']:,} bytes"
+            elif not path.is_file():
+                yield f"{path} is missing from the checkpoint"
+            elif (size := path.stat().st_size) != expected["size"]:
+                yield f"{path} has {size:,} bytes, {METADATA} says {expected['size']:,} (truncated)"
+            elif digests and file_sha256(path) != expected["sha256"]:
+                yield f"{path} does not match the sha256 in {METADATA} (changed or corrupted)"
+        except OSError as error:
+            yield f"{path} cannot be read ({error.strerror or error})"
 
 
 def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> None:

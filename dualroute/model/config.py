@@ -9,13 +9,13 @@ the full global route, so that a comparison with the dense baseline differs in n
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, Heads, check_routes, resolve_heads
 from dualroute.errors import UserError
+from dualroute.files import read_json
 
 
 @dataclass
@@ -197,16 +197,24 @@ class ModelConfig:
         """Read a ``model.json`` that a checkpoint carries.
 
         Raises:
-            UserError: The file is not JSON, or holds a key that this version does not know.
+            UserError: The file is missing or not JSON, or holds a key that this version does not know or a
+                value of another type.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON ({error}): the checkpoint is damaged") from error
+            values = read_json(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: the checkpoint is damaged") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is no table of keys and values: the checkpoint is damaged")
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise UserError(f"{path} holds unknown keys {sorted(unknown)}: written by another version?")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} holds a value of another type ({error}): it is damaged") from error
 
 
 def _check_rope_scaling(scaling: dict[str, float] | None) -> None:

@@ -144,8 +144,21 @@ class Pipeline:
         if stage.data is not None:
             reads["data"] = Manifest.load(stage.data).fingerprint
         for folder in stage.checkpoints:
-            reads[f"checkpoint {folder}"] = fingerprint(folder)
+            key = f"checkpoint {folder}"
+            reads[key] = self._noted(stage, key) or fingerprint(folder)
         return reads
+
+    def _noted(self, stage: Stage, key: str) -> str:
+        """What was noted of a checkpoint that is gone and that the stage can do without, else "".
+
+        One that is done can, and a training that has a checkpoint of its own, which holds the weights that it
+        began with.  What else it cannot do without (a teacher), it asks for itself.
+        """
+        if os.path.lexists(key.removeprefix("checkpoint ")):
+            return ""
+        record = self.record(stage)
+        can_do_without = record.get("done") or (stage.is_training and _is_checkpoint(stage.output))
+        return str(record.get("reads", {}).get(key, "")) if can_do_without else ""
 
     def do(self, stage: Stage, child: _Child) -> int:
         """One stage, unless it was done; the exit status."""
@@ -203,6 +216,14 @@ def fingerprint(path: Path) -> str:
     if not weights.is_file() or weights.stat().st_size != described.get(WEIGHTS, {}).get("size"):
         raise UserError(f"{weights} is missing or truncated: do the stage again that makes it (--from)")
     return str(described[WEIGHTS]["sha256"])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        find_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def set_aside(path: Path) -> None:

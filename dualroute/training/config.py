@@ -318,9 +318,11 @@ class PretrainConfig:
         output: Run folder; everything the run writes lies there.
         seed: Seed of the initial weights and of the data's order.
         resume: auto continues from the newest finished checkpoint in the run folder, never starts afresh
-            (refused where that would overwrite checkpoints), a path continues from that checkpoint.
+            (refused where that would overwrite checkpoints), a path begins at that checkpoint, and once the
+            run has gone on from there continues as auto does.
         init_from: Checkpoint or run folder whose weights the run begins with, at step 0 and with a new
-            optimizer; model is then its model, but for what is given here (say, another window).
+            optimizer; model is then its model, but for what is given here (say, another window).  Once the
+            run has a checkpoint of its own, it is not read any more.
         model: Shape of the model; also a file: --model configs/model/5m.yaml.
         data: What is read.
         train: How much is trained, and in what portions.

@@ -1,9 +1,13 @@
 """``dualroute pretrain``: from a configuration to a trained model in a run folder.
 
-1. Everything that can be wrong is found before anything starts: data, batch arithmetic, heads, context,
-   folder, checkpoint (`check`).
-2. Model, data module, callbacks and Trainer are put together for this process's place in the world.
-3. The Trainer runs, to the end or until Slurm wants the nodes back
+1. What can be wrong with the configuration is found before anything starts: data, batch arithmetic, heads,
+   context (`check`).  It only reads.
+2. The ranks meet, and rank 0 claims the run folder.  Only then a checkpoint in it is chosen, the same for all
+   ranks, and compared with the configuration and with its own hashes.
+3. Model, data module and callbacks are put together, and the state is loaded.  Nothing in the folder has
+   changed so far, so a start that is refused leaves it as it was
+   (:mod:`dualroute.training.checkpointing.first_write`).
+4. The Trainer runs, to the end or until Slurm wants the nodes back
    (:mod:`dualroute.training.resilience.preemption`).
 
     OUTPUT/config.yaml      what was run, every value resolved
@@ -12,6 +16,7 @@
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
     OUTPUT/rollbacks.json   data that were left out because training on them failed
     OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
+    OUTPUT/published.json   there is a checkpoint, so a start that finds none asks where they are
     OUTPUT/.lock            held while a training runs (:mod:`dualroute.training.resilience.run_lock`)
 
 The same command starts, resumes and finishes a run.  Run again when all is done, it
@@ -20,11 +25,10 @@ says so and does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
-import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -33,9 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute import compat
@@ -43,7 +44,6 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint_format import (
     CONFIG,
@@ -53,32 +53,32 @@ from dualroute.model.checkpoint_format import (
     load_model,
     refuse_quantized,
 )
-from dualroute.training.checkpointing.publisher import CheckpointPublisher
-from dualroute.training.checkpointing.reshard import resumable_state
-from dualroute.training.checkpointing.resume import choose_resume, set_aside_newer
-from dualroute.training.config import (
-    PretrainConfig,
-)
-from dualroute.training.monitoring.monitor import Monitor
-from dualroute.training.monitoring.progress import Progress
+from dualroute.training.checkpointing.reshard import converted_states, remove_resharded, resumable_state
+from dualroute.training.checkpointing.resume import Start, check_start, choose_start, seen_here
+from dualroute.training.config import PretrainConfig
+from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.environment import World, check_port, detect_world
 from dualroute.training.parallel.sequence import check_sequence_parallel
-from dualroute.training.parallel.strategy import build_strategy
-from dualroute.training.resilience.corruption_check import CorruptionCheck
-from dualroute.training.resilience.preemption import Preemption, leave_signals_to_us, stop_for_requeue
-from dualroute.training.resilience.rollback import Divergence, divergence, leave_out, roll_back
+from dualroute.training.resilience.preemption import stop_for_requeue
+from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
-from dualroute.training.resilience.watchdog import Watchdog
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.allocator import keep_freed_memory
-from dualroute.training.step.module import Pretrain, StepBoundary
+from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
+from dualroute.training.trainer import Parts, build_trainer
 
 
 @dataclass
 class Prepared:
-    """A configuration that was found sound, and what was learnt on the way."""
+    """A configuration that was found sound, and what was learnt on the way.
+
+    Attributes:
+        start: Where the training begins: until the run folder is claimed what a glance has shown, after that
+            what was chosen.
+        roll_back: The roll-back that this attempt begins with, if any.
+    """
 
     config: PretrainConfig
     world: World
@@ -86,19 +86,29 @@ class Prepared:
     data: ShardDataModule
     tokenizer: Tokenizer
     accumulation: int
-    resume: Checkpoint | None
+    start: Start
     make_module: Callable[[Prepared], Pretrain]
+    roll_back: RollBack | None = None
+
+    @property
+    def finished(self) -> bool:
+        """The checkpoint to go on from has all steps."""
+        checkpoint = self.start.checkpoint
+        return checkpoint is not None and checkpoint.step >= self.config.train.total_steps
 
 
 def check(config: PretrainConfig) -> Prepared:
-    """Find what is wrong with a run before anything is started.
+    """Find what is wrong with a run before anything is started.  Reads only.
 
     Raises:
         UserError: Naming the key, file or folder, and the remedy.
     """
     world = detect_world()
     check_port(world)
-    config = _with_initial_model(config)
+    output = Path(config.output)
+    start = choose_start(output, config.resume)
+    initial = _initial_checkpoint(config, start)
+    config = _with_initial_model(config, initial)
     model, train, data = config.model, config.train, config.data
     if data.context > model.max_context:
         raise UserError(
@@ -129,23 +139,32 @@ def check(config: PretrainConfig) -> Prepared:
         verify=data.verify,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
-    leave_out(module, Path(config.output))
     tokenizer = _tokenizer(module)
-    if config.init_from is not None:
-        check_same_tokenizer(find_checkpoint(config.init_from).folder / TOKENIZER, tokenizer, data.path)
+    if initial is not None:
+        check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
-    output = _writable(Path(config.output))
-    resume = choose_resume(
-        output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
-    )
-    return Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
+    return Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
 
 
-def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
-    """With the model of ``init_from``, but for what was configured otherwise than by default."""
+def _initial_checkpoint(config: PretrainConfig, start: Start) -> Checkpoint | None:
+    """Whose model and tokenizer a run with ``init_from`` has: its own, once it has a checkpoint.
+
+    The folder that it began with may be gone by then.
+    """
     if config.init_from is None:
+        return None
+    if start.checkpoint is not None:
+        return start.checkpoint
+    try:
+        return find_checkpoint(config.init_from)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
+
+
+def _with_initial_model(config: PretrainConfig, source: Checkpoint | None) -> PretrainConfig:
+    """With the model of ``source``, but for what was configured otherwise than by default."""
+    if source is None:
         return config
-    source = find_checkpoint(config.init_from)
     refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
     default = ModelConfig().to_dict()
     given = {name: value for name, value in config.model.to_dict().items() if value != default[name]}
@@ -217,23 +236,13 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size).resolved()
 
 
-def _writable(output: Path) -> Path:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"output folder {output} cannot be written ({error.strerror}): choose another --output"
-        ) from error
-    return output
+def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRoutingTransformer:
+    """The model of a run, with its seeded initial weights, or those of ``init_from``.
 
-
-def build_model(config: PretrainConfig) -> DualRoutingTransformer:
-    """The model of a run, with its seeded initial weights, or those of ``init_from``."""
+    Where it is ``resumed`` its state replaces either, so that ``init_from`` need not be there any more.
+    """
     torch.manual_seed(config.seed)
-    if config.init_from is None:
+    if config.init_from is None or resumed:
         model = DualRoutingTransformer(config.model)
     else:
         model = load_model(find_checkpoint(config.init_from), config.model).float().train()
@@ -256,7 +265,7 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
     """What every kind of training makes its LightningModule of."""
     config, data = prepared.config, prepared.data
     return {
-        "model": build_model(config),
+        "model": build_model(config, resumed=prepared.start.checkpoint is not None),
         "optim": config.optim,
         "train": config.train,
         "tokenizer": prepared.tokenizer,
@@ -292,50 +301,83 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     if not torch.cuda.is_available():
         keep_freed_memory()
     prepared = check(config)
-    config, world = prepared.config, prepared.world
-    total_steps = config.train.total_steps
-    if prepared.resume is not None and prepared.resume.step >= total_steps:
-        if world.rank == 0:
-            print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
-        return 0
-    with locked(prepared.output, world):
+    config, world, output = prepared.config, prepared.world, prepared.output
+    if prepared.finished:
+        return _nothing_to_do(prepared)
+    parts = build_trainer(prepared)
+    meet(parts.trainer.strategy, world, config.watchdog.start_minutes)
+    with contextlib.ExitStack() as claimed:
+        decided_by_rank_zero(lambda: claimed.enter_context(locked(output, world)))
+        prepared = _with_start(prepared)
+        if prepared.finished:  # meanwhile, by another process
+            return _nothing_to_do(prepared)
         while True:
-            result = _fit(prepared)
+            result = _fit(prepared, parts)
             if isinstance(result, int):
                 return result
+            del parts
             gc.collect()  # the model, the optimizer and the engine of the training that failed
-            limit = config.spike_guard.max_rollbacks
-            checkpoint = roll_back(result, prepared.output, prepared.data, world, limit)
-            prepared = dataclasses.replace(prepared, resume=checkpoint)
+            decided = roll_back(result, output, prepared.data, config.spike_guard.max_rollbacks)
+            prepared = dataclasses.replace(prepared, start=decided.start, roll_back=decided)
+            parts = build_trainer(prepared)
 
 
-def _fit(prepared: Prepared) -> int | Divergence:
-    """Train from ``prepared.resume`` on: the exit status, or where the training became unusable."""
-    config, world = prepared.config, prepared.world
-    watchdog = Watchdog(
-        config.watchdog,
-        world,
-        prepared.output,
-        reduces_in_backward=config.parallel.strategy == "ddp",
-    )
-    trainer, module, preemption = build_trainer(prepared, watchdog)
-    state = None
-    if prepared.resume is not None:
-        state = resumable_state(
-            prepared.resume,
-            trainer,
-            prepared.output / "checkpoints",
-            precision=config.train.precision,
-            timeout_minutes=config.parallel.timeout_minutes,
-        )
-        if world.rank == 0:
-            set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
-            total = config.train.total_steps
-            print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total})")
-    if world.rank == 0:
-        write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
+def _nothing_to_do(prepared: Prepared) -> int:
+    checkpoint = prepared.start.checkpoint
+    if prepared.world.rank == 0 and checkpoint is not None:
+        _compare(checkpoint, prepared)
+        print(f"{checkpoint.folder} has all {prepared.config.train.total_steps} steps: nothing to do")
+    return 0
+
+
+def _with_start(prepared: Prepared) -> Prepared:
+    """With the checkpoint that rank 0 finds in the folder which is now its own, compared with all there is.
+
+    Raises:
+        UserError: On every rank, as :func:`choose_start` and :func:`check_start` do; or one rank does not see
+            the folder that the others see.
+    """
+    config, output = prepared.config, prepared.output
+    start = decided_by_rank_zero(lambda: choose_start(output, config.resume))
+    all_succeed(lambda: seen_here(output, start.checkpoint))
+    leave_out(prepared.data, output)
+    checkpoint = start.checkpoint
+    if checkpoint is not None:
+        decided_by_rank_zero(lambda: _compare(checkpoint, prepared))
+    if start.note and prepared.world.rank == 0:
+        print(start.note, flush=True)
+    return dataclasses.replace(prepared, start=start)
+
+
+def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
+    """Raise UserError where ``checkpoint`` is damaged, or of another model or other data."""
+    config, fingerprint = prepared.config, prepared.data.manifest.fingerprint
+    data = {"fingerprint": fingerprint, "seed": config.seed, "context": config.data.context}
+    check_start(checkpoint, config.model, data, digests=config.checkpoint.verify)
+
+
+def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
+    """Train from ``prepared.start`` on: the exit status, or where the training became unusable."""
+    config, world, trainer = prepared.config, prepared.world, parts.trainer
+    first_write, checkpoint = parts.first_write, prepared.start.checkpoint
+    first_write.resume, parts.publisher.lineage = checkpoint, prepared.start.lineage
+    module = prepared.make_module(prepared)
+    folder, state = prepared.output / "checkpoints", None
+    before = converted_states(folder)
     try:
-        with watchdog:
+        if checkpoint is not None:
+            state = resumable_state(
+                checkpoint,
+                trainer,
+                folder,
+                precision=config.train.precision,
+                timeout_minutes=config.parallel.timeout_minutes,
+            )
+            first_write.converted = state.parent
+            if world.rank == 0:
+                total = config.train.total_steps
+                print(f"resuming from {checkpoint.folder} (step {checkpoint.step} of {total})")
+        with parts.watchdog:
             trainer.fit(
                 module,
                 datamodule=prepared.data,
@@ -345,7 +387,11 @@ def _fit(prepared: Prepared) -> int | Divergence:
             )
     except TrainingDiverged as error:
         return divergence(error, module, prepared.data, trainer.global_step + 1)
-    return stop_for_requeue(trainer, preemption) if preemption.signal else 0
+    except UserError:
+        if world.rank == 0 and not first_write.done:  # refused: what was converted for it goes too
+            remove_resharded(folder, keep=before)
+        raise
+    return stop_for_requeue(trainer, parts.preemption) if parts.preemption.signal else 0
 
 
 def _quiet_lightning() -> None:
@@ -357,60 +403,3 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # where Slurm is installed, a run beside it is a normal thing
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-
-
-def resolved_yaml(config: PretrainConfig) -> str:
-    """Every value of a run as YAML that ``--config`` reads again."""
-    return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
-
-
-def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
-    """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
-    config, world, output = prepared.config, prepared.world, prepared.output
-    module = prepared.make_module(prepared)
-    train = config.train
-    precision: Any = "32-true" if train.precision == "32" else train.precision
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    strategy = build_strategy(
-        config.parallel,
-        world,
-        micro_batch=train.micro_batch,
-        accumulation=prepared.accumulation,
-        gradient_clip=config.optim.grad_clip,
-        precision=precision,
-        accelerator=accelerator,
-    )
-    publisher = CheckpointPublisher(
-        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
-    )
-    preemption = Preemption(publisher)
-    trainer = Trainer(
-        accelerator=accelerator,
-        strategy=strategy,
-        devices=world.local_world_size,
-        num_nodes=world.num_nodes,
-        precision=precision,
-        max_steps=train.total_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=prepared.accumulation,
-        gradient_clip_val=config.optim.grad_clip,
-        val_check_interval=train.val_every_steps * prepared.accumulation,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=-1,  # the validation loss before the first step
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(output, name="tensorboard", version=""),
-        callbacks=[
-            CorruptionCheck(config.watchdog.sdc_check_every_steps, config.watchdog.sdc_action),
-            StepBoundary(),  # before the others, which read what it writes
-            Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config)),
-            Progress(),
-            publisher,
-            preemption,
-            watchdog,  # last: what the others do belongs to the phase that it has marked before
-        ],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    leave_signals_to_us(trainer)
-    return trainer, module, preemption

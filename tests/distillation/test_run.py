@@ -18,6 +18,7 @@ from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests import warm
 from tests.conftest import ROOT
+from tests.training.checkpointing.runs import snapshot
 from tests.training.step.test_module import curve, environment, wait_for_step
 
 COMMON = (
@@ -50,6 +51,20 @@ def teacher(tiny_dataset, tmp_path_factory):
     more = ["--data.path", str(tiny_dataset), "--output", str(output), "--train.max_steps", "24"]
     assert main(["pretrain", *COMMON, *ATTENTION, *shape, *more]) == 0
     return output
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_gone_is_missed_by_a_run_that_goes_on(tiny_dataset, teacher, tmp_path, capsys):
+    """Not by one that is finished; and the run is left as it was."""
+    copy = shutil.copytree(teacher, tmp_path / "teacher", symlinks=True)
+    assert main(arguments(tiny_dataset, copy, tmp_path / "run", steps=FEW)) == 0
+    shutil.rmtree(copy)
+    before = snapshot(tmp_path / "run")
+    assert main(arguments(tiny_dataset, copy, tmp_path / "run", steps=FEW)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(arguments(tiny_dataset, copy, tmp_path / "run", steps=STEPS)) == 2
+    assert f"teacher {copy} is not there" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -78,6 +79,68 @@ def test_damaged_metadata_is_named(tmp_path):
     (tmp_path / "step-00000001" / checkpoint_format.METADATA).write_text('{"step"')
     with pytest.raises(UserError, match=checkpoint_format.METADATA):
         checkpoint_format.find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", None), ("step", "1"), ("step", -1), ("step", True), ("step", 1.5), ("tokens", "many"),
+        ("val_loss", "low"), ("train_loss", []), ("state_layout", 3), ("quantization", "int8"),
+        ("files", []), ("files", {"a": 3}), ("files", {"a": {"size": "1", "sha256": ""}}),
+        ("files", {"a": {"size": 1}}), ("files", {"../a": {"size": 1, "sha256": ""}}),
+        ("files", {"/etc/passwd": {"size": 1, "sha256": ""}}),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_damage(tmp_path, key, value):
+    write(tmp_path, 1)
+    path = tmp_path / "step-00000001" / checkpoint_format.METADATA
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"{path} is damaged \(.*: use another") as error:
+        find_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+NOT_OURS = [b"", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b'{"step": 1', "folder", "pipe"]
+READERS = {
+    checkpoint_format.METADATA: lambda path: checkpoint_format.read_checkpoint(path.parent),
+    checkpoint_format.CONFIG: ModelConfig.from_file,
+}
+
+
+@pytest.mark.parametrize("content", NOT_OURS, ids=lambda content: str(content[:8]))
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_is_not_ours_is_named(tmp_path, name, content):
+    """Nothing is waited for, and nothing else than a UserError comes out."""
+    write(tmp_path, 1)
+    path = tmp_path / "step-00000001" / name
+    path.unlink()
+    if content == "folder":
+        path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="step-00000001") as error:
+        READERS[name](path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [{"dim": "wide"}, {"dim": None}, {"num_heads": []}, {"layer_windows": 3}])
+def test_a_model_file_with_values_of_another_type_is_named(tmp_path, values):
+    (tmp_path / "model.json").write_text(json.dumps({**CONFIG.to_dict(), **values}))
+    with pytest.raises(UserError):
+        ModelConfig.from_file(tmp_path / "model.json")
+
+
+def test_one_damaged_checkpoint_hides_no_other(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "step-00000002" / checkpoint_format.METADATA).write_text("{")
+    (tmp_path / "step-00000003" / checkpoint_format.METADATA).unlink()
+    scan = checkpoint_format.scan_checkpoints(tmp_path)
+    assert [c.step for c in scan.finished] == [1]
+    assert [path.name for path in scan.damaged] == ["step-00000002"]
+    assert [path.name for path in scan.unfinished] == ["step-00000003"]
 
 
 def test_weights_alone_are_a_checkpoint(tmp_path):

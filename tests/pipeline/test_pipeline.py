@@ -122,6 +122,28 @@ def test_another_parent_redoes_everything_made_from_it(go, tiny_dataset, tmp_pat
         parent.rename(tmp_path / f"parent-{salt}")
 
 
+def test_what_a_stage_began_with_may_be_removed_once_it_can_do_without(go, tiny_dataset, tmp_path, stages):
+    parent, teacher = tmp_path / "parent", tmp_path / "teacher"
+    for folder in (parent, teacher):
+        stages(["train", f"--output={folder}"])
+    options = {"parent": str(parent), "pretrain": None, "distill": {"teacher": str(teacher)}}
+    stages.fails = {"distill": 75}
+    assert go(**options) == (75, ["distill"])
+    gone = parent.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="parent is not there"):  # nothing is left of what it would begin with
+        go(**options)
+    stages.fails = {}
+    stages(["train", f"--output={tmp_path / 'run' / 'distill'}"])  # a checkpoint, and no end yet
+    stages.fails = {"distill": 75}
+    assert go(**options) == (75, ["distill"])
+    gone.rename(parent)
+    (tmp_path / "run" / "distill").rename(tmp_path / "half")
+    stages.fails = {}
+    assert go(**options)[0] == 0
+    parent.rename(gone)
+    assert go(**options) == (0, [])
+
+
 def test_the_same_weights_made_again_change_nothing_behind_them(go):
     go()
     status, done = go(from_stage="export")

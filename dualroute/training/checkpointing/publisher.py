@@ -35,9 +35,11 @@ from dualroute.files import fsync_folder, make_durable
 from dualroute.model import checkpoint_format
 from dualroute.model.config import ModelConfig
 from dualroute.model.weights_file import write_weights
+from dualroute.training.checkpointing import lineage
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
 from dualroute.training.checkpointing.state_layout import StateLayout
+from dualroute.training.checkpointing.upkeep import best_of, note_published, point_links, remove, set_aside
 from dualroute.training.config import CheckpointConfig
 
 
@@ -49,6 +51,10 @@ class CheckpointPublisher(Callback):
         config: When to write and what to keep.
         tokenizer: Tokenizer file copied into every checkpoint.
         val_every_steps: Optimizer steps between validations (to save after, not before, one).
+
+    Attributes:
+        lineage: What the checkpoints of this training descend from
+            (:mod:`~dualroute.training.checkpointing.lineage`).
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, tokenizer: Path, val_every_steps: int) -> None:
@@ -56,6 +62,7 @@ class CheckpointPublisher(Callback):
         self.config = config
         self.tokenizer = tokenizer
         self.val_every_steps = val_every_steps
+        self.lineage: list[lineage.StartingPoint] = []
         self._writer = BackgroundWriter()
         self._published: int | None = None
         self._val_loss: tuple[int, float] | None = None
@@ -157,31 +164,31 @@ class CheckpointPublisher(Callback):
             "state_layout": str(StateLayout.of(trainer)),
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
+            "seed": trainer.datamodule.seed,  # type: ignore[attr-defined]
+            lineage.KEY: self.lineage,
         }
 
     def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
         checkpoint_format.write_description(folder, config, self.tokenizer, metadata)
         make_durable(folder)
-        os.rename(folder, self.folder / checkpoint_format.step_folder(metadata["step"]))
+        published = self.folder / checkpoint_format.step_folder(metadata["step"])
+        if os.path.lexists(published):  # copied in part, or not ours: a rename onto it would fail for ever
+            set_aside(published)
+        os.rename(folder, published)
         fsync_folder(self.folder)
+        note_published(self.folder.parent, metadata["step"])
         self._retain()
         remove_resharded(self.folder)
 
     def _retain(self) -> None:
-        checkpoints = checkpoint_format.list_checkpoints(self.folder)
-        measured = [c for c in checkpoints if c.val_loss is not None]
-        best = min(measured, key=lambda c: (c.val_loss, c.step), default=None)
-        _point(self.folder / "last", checkpoints[-1].folder.name)
-        if best is not None:
-            _point(self.folder / "best", best.folder.name)
+        point_links(self.folder)
+        checkpoints = checkpoint_format.scan_checkpoints(self.folder).finished
+        best = best_of(checkpoints)
         keep = {c.step for c in checkpoints[-self.config.keep_last :]} | ({best.step} if best else set())
         for checkpoint in checkpoints:
             if checkpoint.step not in keep:
-                # hidden first: a deletion that is cut short must not leave half a checkpoint behind
-                doomed = checkpoint.folder.with_name(f".deleting-{checkpoint.folder.name}")
-                os.rename(checkpoint.folder, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                remove(checkpoint.folder)
 
 
 def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -207,13 +214,6 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _point(link: Path, target: str) -> None:
-    aside = link.with_name(f".{link.name}.new")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    os.replace(aside, link)
 
 
 @contextmanager

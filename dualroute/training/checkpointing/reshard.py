@@ -83,10 +83,16 @@ def resumable_state(
     return target / checkpoint_format.STATE
 
 
-def remove_resharded(folder: Path) -> None:
+def converted_states(folder: Path) -> frozenset[Path]:
+    """The converted states that lie in a ``checkpoints`` folder."""
+    return frozenset(folder.glob(f"{PREFIX}*"))
+
+
+def remove_resharded(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
     """Remove converted states from a ``checkpoints`` folder: the run has a checkpoint of its own now."""
     for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f".*{PREFIX}*")):
-        shutil.rmtree(path, ignore_errors=True)
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_loss(

@@ -5,15 +5,18 @@ them.  A line is ``{"step": 12, "event": "train", "train/loss": 3.25, …}`` wit
 TensorBoard; events are config, train, validation, router and samples.  Numbers stand in full precision; one
 that is not finite is null.
 
-The file belongs to the *training*, not to the process.  Opened by a run that resumes at
-step s it loses every line past s, which that run is going to write again, and a last line that a killed
-process left half written; so however often a run was stopped, each step stands there once.
+The file belongs to the *training*, not to the process.  Opened by a run that resumes at step s, it gives up
+every line past s, which that run is going to write again, and a last line that a killed process left half
+written: they move to ``metrics.abandoned.jsonl`` beside it.  So however often a run was stopped, each step
+stands there once, and nothing that was measured is deleted.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,14 +24,18 @@ from typing import Any, TextIO
 from dualroute.errors import UserError
 from dualroute.files import atomic_path
 
+ABANDONED = "metrics.abandoned.jsonl"
+"""What was measured in steps that a run went back behind.  Each move begins with a line
+``{"event": "abandoned", "step": s, "time": …}``; what follows stood in ``metrics.jsonl`` as it is."""
+
 
 class MetricsLog:
     """Appends to ``metrics.jsonl``; every line is handed to the operating system at once.
 
     Args:
         path: The file; its folder is made where it is missing.
-        resume_step: Steps finished before; what the file knows of later steps is dropped, and everything
-            where this is 0: a new training.
+        resume_step: Steps finished before; what the file knows of later steps moves to `ABANDONED`, and
+            everything where this is 0: a new training.
 
     Raises:
         UserError: The file or its folder cannot be written.
@@ -49,14 +56,33 @@ class MetricsLog:
         self._resume_step = resume_step
 
     def _rewind(self, resume_step: int) -> None:
-        with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8") as kept:
-            for line in _lines(self.path) if resume_step else ():
-                # the configuration may be another one from here on
-                if line["step"] > resume_step or (line["step"] == resume_step and line["event"] == "config"):
-                    continue
-                kept.write(json.dumps(line) + "\n")
-                if line["step"] == resume_step:
-                    self._present.add(line["event"])
+        """Keep what the resumed run will not write again; byte by byte, since lines may be torn."""
+        past = any(self._is_past(text, resume_step) for text in _texts(self.path))
+        if past:
+            self._set_aside(resume_step)
+        if past or not all(text.endswith(b"\n") for text in _texts(self.path)):
+            with atomic_path(self.path) as temporary, temporary.open("wb") as kept:
+                kept.writelines(_ended(t) for t in _texts(self.path) if not self._is_past(t, resume_step))
+        self._present = set(self._events_of(resume_step))
+
+    def _set_aside(self, resume_step: int) -> None:
+        note = {"event": "abandoned", "step": resume_step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        with self.path.with_name(ABANDONED).open("ab") as aside:
+            aside.write(json.dumps(note).encode() + b"\n")
+            aside.writelines(_ended(t) for t in _texts(self.path) if self._is_past(t, resume_step))
+            aside.flush()
+            os.fsync(aside.fileno())  # before they go from where they stood
+
+    def _events_of(self, step: int) -> Iterator[str]:
+        return (line["event"] for line in _lines(self.path) if line["step"] == step)
+
+    @staticmethod
+    def _is_past(text: bytes, resume_step: int) -> bool:
+        line = _parsed(text)
+        if line is None or not resume_step:
+            return True
+        # the configuration may be another one from here on
+        return bool(line["step"] > resume_step or (line["step"] == resume_step and line["event"] == "config"))
 
     def write(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """Append one line; values are numbers, or anything that JSON can hold."""
@@ -84,14 +110,26 @@ def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, A
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for text in stream:
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # torn: the process was killed in the middle of it
-            if isinstance(line, dict) and isinstance(line.get("step"), int) and "event" in line:
-                yield line
+    return (line for text in _texts(path) if (line := _parsed(text)) is not None)
+
+
+def _texts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        yield from stream
+
+
+def _ended(text: bytes) -> bytes:
+    return text if text.endswith(b"\n") else text + b"\n"
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line of ours, or None: torn (the process was killed in the middle of it), or of somebody else."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("event"), str)
+    return line if ours else None
 
 
 def _finite(value: Any) -> Any:

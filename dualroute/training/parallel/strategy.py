@@ -31,6 +31,7 @@ from dualroute.errors import UserError
 from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
+from dualroute.training.parallel.loading import NamesTheState
 from dualroute.training.parallel.sequence import SharedSequences
 
 __all__ = ["DualRouteDeepSpeedStrategy", "OneProcessStrategy", "ParallelConfig", "build_strategy"]
@@ -89,7 +90,7 @@ def build_strategy(
     return deepspeed
 
 
-class OneProcessStrategy(SingleDeviceStrategy):
+class OneProcessStrategy(NamesTheState, SingleDeviceStrategy):
     """Lightning's strategy for one device, with our environment instead of one that Lightning would guess.
 
     Inside a Slurm allocation it would guess that `srun` was forgotten, and install a pre-emption handler.
@@ -106,7 +107,7 @@ def _one_device(accelerator: str) -> torch.device:
     return torch.device("cuda", 0) if on_cuda else torch.device("cpu")
 
 
-class DualRouteDDPStrategy(SharedSequences, DDPStrategy):
+class DualRouteDDPStrategy(NamesTheState, SharedSequences, DDPStrategy):
     """Lightning's DDP; ranks may share texts."""
 
 

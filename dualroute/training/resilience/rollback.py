@@ -2,9 +2,10 @@
 
 - In: :class:`~dualroute.training.step.optim.TrainingDiverged`, raised by all ranks in the same step, after
   ``spike_guard.patience`` skipped steps in a row.
-- Here: :func:`roll_back` chooses the newest checkpoint before the first of these steps and adds their samples
-  to those that the data module leaves out; ``RUN/rollbacks.json`` keeps what was done, and why.
-- Next: ``training/run.py`` trains on from that checkpoint, with a new Trainer in the same processes.
+- Here: :func:`roll_back` chooses the newest whole checkpoint before the first of these steps and adds their
+  samples to those that the data module leaves out.
+- Next: ``training/run.py`` trains on from that checkpoint, with a new Trainer in the same processes.  Once it
+  has loaded, :meth:`RollBack.write` keeps in ``RUN/rollbacks.json`` what was done, and why.
 
 The steps between the checkpoint and the bad window are trained again on the same data
 and give the same numbers.  Only then the order of the data jumps, so that nothing else of the run changes.
@@ -18,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import Span, merge_spans, sample_numbers
 from dualroute.errors import UserError
-from dualroute.files import write_bytes_atomically
+from dualroute.files import read_json, write_bytes_atomically
 from dualroute.model import checkpoint_format
-from dualroute.training.checkpointing.resume import set_aside_newer
-from dualroute.training.parallel.environment import World
+from dualroute.training.checkpointing.lineage import lineage_of
+from dualroute.training.checkpointing.resume import Start
+from dualroute.training.parallel.agreement import decided_by_rank_zero
 from dualroute.training.step.spike_guard import TrainingDiverged
 
 FILE = "rollbacks.json"
@@ -68,31 +68,58 @@ def read_rollbacks(output: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        found: list[dict[str, Any]] = read_json(path)
         _ = [span for entry in found for span in merge_spans([entry["left_out_samples"]])]
     except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).removesuffix(": restore it")
         raise UserError(
-            f"{path} cannot be read ({error}): restore it, or remove it to leave out no data"
+            f"{path} cannot be read ({reason}): restore it, or remove it to leave out no data"
         ) from None
     return found
 
 
 def leave_out(data: ShardDataModule, output: Path) -> None:
-    """Tell the data module of a starting run what earlier roll-backs have left out."""
-    spans = [entry["left_out_samples"] for entry in read_rollbacks(output)]
+    """Tell the data module of a starting run what earlier roll-backs have left out; every rank the same."""
+    rollbacks = decided_by_rank_zero(lambda: read_rollbacks(output))
+    spans = [entry["left_out_samples"] for entry in rollbacks]
     data.left_out = merge_spans([*data.left_out, *spans])
 
 
-def roll_back(
-    found: Divergence, output: Path, data: ShardDataModule, world: World, max_rollbacks: int
-) -> checkpoint_format.Checkpoint:
-    """Choose the checkpoint to go on from, leave the bad samples out, and write both down.
+@dataclass(frozen=True)
+class RollBack:
+    """What was decided: where to go on, and the whole content of ``rollbacks.json`` from then on."""
 
-    Every rank calls it and decides alike; rank 0 writes.
+    start: Start
+    entries: list[dict[str, Any]]
+
+    def write(self, output: Path, max_rollbacks: int) -> None:
+        """Write it down, and say it."""
+        write_bytes_atomically(output / FILE, json.dumps(self.entries, indent=1).encode())
+        entry = self.entries[-1]
+        first, stop = entry["left_out_samples"]
+        assert self.start.checkpoint is not None
+        print(
+            f"rolled back from step {entry['failed_in_step']} to {self.start.checkpoint.folder} (roll-back "
+            f"{len(self.entries)} of at most {max_rollbacks}): {entry['reason']}; samples {first} to "
+            f"{stop - 1} of the run are left out, see {output / FILE}",
+            flush=True,
+        )
+
+
+def roll_back(found: Divergence, output: Path, data: ShardDataModule, max_rollbacks: int) -> RollBack:
+    """Choose the checkpoint to go on from, and leave the bad samples out.
+
+    Every rank calls it; rank 0 looks, and writes nothing yet.
 
     Raises:
         TrainingDiverged: The run may not be rolled back any more, or has no checkpoint.
     """
+    decided = decided_by_rank_zero(lambda: _decide(found, output, data, max_rollbacks))
+    data.left_out = merge_spans([*data.left_out, found.samples])
+    return decided
+
+
+def _decide(found: Divergence, output: Path, data: ShardDataModule, max_rollbacks: int) -> RollBack:
     before = read_rollbacks(output)
     if len(before) >= max_rollbacks:
         times = (
@@ -101,34 +128,20 @@ def roll_back(
             else ""
         )
         raise TrainingDiverged(f"{times}{found.reason}")
-    folder = output / "checkpoints"
-    finished = checkpoint_format.list_checkpoints(folder) if folder.is_dir() else []
+    finished = checkpoint_format.scan_checkpoints(output / "checkpoints").finished
+    whole = [c for c in finished if not any(checkpoint_format.damages(c, digests=False))]
     # skipped steps leave the weights alone, so where retention kept no earlier one, any of them will do
-    target = next(
-        (c for c in reversed(finished) if c.step < found.first_step), finished[-1] if finished else None
-    )
+    target = next((c for c in reversed(whole) if c.step < found.first_step), whole[-1] if whole else None)
     if target is None:
         raise TrainingDiverged(f"there is no checkpoint to go back to yet: {found.reason}")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # all ranks have looked before anything changes
-    if world.rank == 0:
-        set_aside_newer(folder, target.step)
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "failed_in_step": found.step,
-            "first_skipped_step": found.first_step,
-            "reason": found.reason,
-            "resumed_from_step": target.step,
-            "left_out_samples": list(found.samples),
-            "left_out_tokens": (found.samples[1] - found.samples[0]) * data.context,
-            "data_fingerprint": data.manifest.fingerprint,
-        }
-        write_bytes_atomically(output / FILE, json.dumps([*before, entry], indent=1).encode())
-        print(
-            f"rolled back from step {found.step} to {target.folder} (roll-back {len(before) + 1} of at most "
-            f"{max_rollbacks}): {found.reason}; samples {found.samples[0]} to {found.samples[1] - 1} of "
-            f"the run are left out, see {output / FILE}",
-            flush=True,
-        )
-    data.left_out = merge_spans([*data.left_out, found.samples])
-    return target
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "failed_in_step": found.step,
+        "first_skipped_step": found.first_step,
+        "reason": found.reason,
+        "resumed_from_step": target.step,
+        "left_out_samples": list(found.samples),
+        "left_out_tokens": (found.samples[1] - found.samples[0]) * data.context,
+        "data_fingerprint": data.manifest.fingerprint,
+    }
+    return RollBack(Start(target, lineage_of(target)), [*before, entry])

@@ -70,6 +70,9 @@ class Watchdog(Callback):
     ) -> None:
         self.config, self.world, self.run = config, world, run
         self.reduces_in_backward = reduces_in_backward
+        if config.enabled:
+            # read by torch when a process group is made; costs a few strings per collective
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
         self.heart = Heart(run, world.rank)
         self._stalls = run / "stalls"
         self._alarm_file = self._stalls / "alarm.json"
@@ -87,8 +90,6 @@ class Watchdog(Callback):
 
     def __enter__(self) -> Watchdog:
         if self.config.enabled:
-            # read by torch when a process group is made; costs a few strings per collective
-            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
             self.heart.beat()
             with contextlib.suppress(OSError):
                 self._stacks = self.heart.path.with_suffix(".stacks").open("w")

@@ -8,9 +8,8 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from dualroute.errors import UserError
-from dualroute.model import ModelConfig
 from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints
-from dualroute.training.checkpointing.resume import choose_resume
+from dualroute.training.checkpointing.resume import choose_start
 from dualroute.training.config import CheckpointConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests.conftest import ROOT, write_corpus
@@ -137,10 +136,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_nothing_to_resume(tmp_path):
-    model = ModelConfig(vocab_size=32)
-    assert choose_resume(tmp_path / "none", "auto", model, digests=True) is None
+    assert choose_start(tmp_path / "none", "auto").checkpoint is None
     with pytest.raises(UserError, match="no such folder"):
-        choose_resume(tmp_path / "none", str(tmp_path / "else"), model, digests=True)
+        choose_start(tmp_path / "none", str(tmp_path / "else"))
 
 
 @pytest.mark.parametrize("values", [{"every_steps": 0}, {"keep_last": 0}])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualroute.errors import UserError
-from dualroute.training.monitoring.metrics_log import MetricsLog, read_metrics
+from dualroute.training.monitoring.metrics_log import ABANDONED, MetricsLog, read_metrics
 
 
 def write_steps(log: MetricsLog, first: int, last: int) -> None:
@@ -86,8 +86,39 @@ def test_a_run_from_the_beginning_starts_an_empty_file(tmp_path: Path) -> None:
     log = MetricsLog(path)
     log.write(0, "validation", {"val/loss": 9.0})
     write_steps(log, 1, 3)
+    before = path.read_bytes()
     MetricsLog(path, resume_step=0).close()
     assert path.read_bytes() == b""
+    assert (tmp_path / ABANDONED).read_bytes().endswith(before)
+
+
+def test_nothing_that_was_measured_is_deleted(tmp_path: Path) -> None:
+    """However often a run goes back: each line ever written stands in one of the two files."""
+    path = tmp_path / "metrics.jsonl"
+    written: list[bytes] = []
+    for number, step in enumerate((0, 5, 2, 2, 0)):
+        log = MetricsLog(path, resume_step=step)
+        log.write(step, "config", {"config": f"start {number}"})
+        write_steps(log, step + 1, 6)
+        with path.open("ab") as stream:
+            stream.write(b'{"step": 7, "event": "tra')  # killed here
+        written += path.read_bytes().splitlines()
+    kept, aside = path.read_bytes().splitlines(), (tmp_path / ABANDONED).read_bytes().splitlines()
+    assert set(written) <= {*kept, *aside}
+    steps = [line["step"] for line in read_metrics(path, "train")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    moves = [json.loads(line) for line in aside if b'"abandoned"' in line]
+    assert [move["step"] for move in moves] == [5, 2, 2, 0]
+
+
+def test_a_whole_line_whose_end_was_cut_off_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(MetricsLog(path), 1, 2)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    MetricsLog(path, resume_step=2).close()
+    assert path.read_bytes() == content
+    assert not (tmp_path / ABANDONED).exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

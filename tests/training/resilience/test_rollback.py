@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import merge_spans, sample_numbers
 from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import find_checkpoint
-from dualroute.training.resilience.rollback import FILE, read_rollbacks
+from dualroute.training.resilience.rollback import FILE, Divergence, read_rollbacks, roll_back
+from dualroute.training.step.spike_guard import TrainingDiverged
+from tests.training.checkpointing.runs import snapshot
 from tests.training.resilience.ranks import finish, start
 from tests.training.step.test_module import curve
 
@@ -37,6 +40,35 @@ def test_a_file_that_is_not_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('[{"left_out_samples": 3}]')
     with pytest.raises(UserError, match=r"rollbacks\.json cannot be read"):
         read_rollbacks(tmp_path)
+
+
+def whole(folder: Path, step: int) -> Path:
+    made = folder / f"step-{step:08d}"
+    made.mkdir(parents=True)
+    (made / "state.ckpt").write_bytes(b"state")
+    said = {"step": step, "files": {"state.ckpt": {"size": 5, "sha256": ""}}}
+    (made / "checkpoint.json").write_text(json.dumps(said))
+    return made
+
+
+def test_it_goes_to_a_whole_checkpoint_and_writes_nothing_before_that_has_loaded(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    data = ShardDataModule(tiny_dataset, context=64, micro_batch=2, tokens_per_batch=512)
+    for step in (4, 8, 12, 16):
+        whole(tmp_path / "checkpoints", step)
+    (tmp_path / "checkpoints" / "step-00000008" / "state.ckpt").write_bytes(b"cut")
+    (tmp_path / "checkpoints" / "step-00000012" / "checkpoint.json").write_text("{")
+    before = snapshot(tmp_path)
+    decided = roll_back(Divergence(14, 17, (104, 136), "the loss is nan"), tmp_path, data, 3)
+    assert decided.start.checkpoint is not None
+    assert decided.start.checkpoint.step == 4
+    assert data.left_out == [(104, 136)]
+    assert snapshot(tmp_path) == before
+    decided.write(tmp_path, 3)
+    assert [entry["resumed_from_step"] for entry in read_rollbacks(tmp_path)] == [4]
+    with pytest.raises(TrainingDiverged, match="after 1 roll-backs"):
+        roll_back(Divergence(14, 17, (104, 136), "the loss is nan"), tmp_path, data, 1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,59 @@
+"""Rank 0 looks, all ranks know; and where one fails, all fail."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dualroute.errors import RUN_AGAIN, UserError
+from dualroute.training.parallel import agreement
+from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
+from dualroute.training.parallel.environment import World
+from tests.conftest import ROOT
+from tests.training.checkpointing.elastic_runs import free_port
+from tests.training.step.test_module import environment
+
+
+def test_one_process_decides_for_itself():
+    def refuse():
+        raise UserError("no")
+
+    assert decided_by_rank_zero(lambda: 3) == 3
+    all_succeed(lambda: None)
+    for act in (decided_by_rank_zero, all_succeed):
+        with pytest.raises(UserError, match="no"):
+            act(refuse)
+
+
+def test_a_rank_that_waits_for_the_others_in_vain_ends(monkeypatch, capsys):
+    """Before anything is written that could tell who is missing, so with the status "run it again"."""
+    ended = []
+    monkeypatch.setattr(agreement.os, "_exit", ended.append)
+
+    class Alone:
+        def setup_environment(self):
+            while not ended:
+                pass
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        meet(Alone(), World(rank=1, world_size=2, main_port=29500), 1e-3)
+    assert ended == [RUN_AGAIN]
+    assert "rank 1 of 2 has waited 0.001 minutes for the others to start" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_come_to_the_same():
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.parallel.agreeing_ranks"],
+            cwd=ROOT, env={**environment(), **place, "RANK": str(rank), "PYTHONPATH": path},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
+    assert printed[0] == printed[1] == str(["zero", "UserError: refused", "UserError: seen by 1", None])
