@@ -20,3 +20,18 @@ class UserError(ValueError):
     """
 
     exit_status = 2
+
+
+class Interrupted(BaseException):
+    """A signal ended the command before it was done.
+
+    Like KeyboardInterrupt no Exception, so that nothing takes it for an error of its own; and not a
+    KeyboardInterrupt, which Lightning turns into a status of 1 without a word.
+
+    Attributes:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number

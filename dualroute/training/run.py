@@ -63,7 +63,9 @@ from dualroute.training.monitoring.progress import Progress
 from dualroute.training.parallel.environment import World, check_port, detect_world
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.parallel.strategy import build_strategy
+from dualroute.training.resilience import stop_signal
 from dualroute.training.resilience.corruption_check import CorruptionCheck
+from dualroute.training.resilience.launcher import watch_launcher
 from dualroute.training.resilience.preemption import Preemption, leave_signals_to_us, stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
@@ -288,6 +290,8 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     Raises:
         UserError: Anything that the person who started it can mend.
     """
+    watch_launcher()
+    stop_signal.check_start()
     _quiet_lightning()
     if not torch.cuda.is_available():
         keep_freed_memory()
