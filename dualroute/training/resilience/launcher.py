@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import shutil
@@ -73,8 +74,12 @@ def _is_launcher(words: Sequence[str]) -> bool:
     return False
 
 
+@functools.cache
 def command_line() -> str:
-    """What a person types to run this again: the launcher's command, or this process's own."""
+    """What a person types to run this again: the launcher's command, or this process's own.
+
+    As of the first call, because a launcher that is gone has no command line any more.
+    """
     above = launchers()
     words = _words(above[-1]) if above else list(sys.orig_argv)
     if len(words) > 1 and _is_installed(words[1]):
@@ -96,6 +101,7 @@ def watch_launcher(poll_seconds: float = _POLL_SECONDS) -> threading.Thread | No
     Call it early: a launcher that is gone already cannot be found any more.  Returns None where no launcher
     started this process.
     """
+    command_line()
     watched: list[tuple[int, float, str]] = []
     for process in launchers():
         with contextlib.suppress(psutil.Error):

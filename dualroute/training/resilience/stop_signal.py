@@ -109,7 +109,7 @@ def ask(number: int, why: str) -> None:
 
 
 def check_start() -> None:
-    """Raise Interrupted once more where the start was told to end and went on (a library took the exception)."""
+    """Raise Interrupted once more where the start was told to end, and a library has taken the exception."""
     if _interrupted and not _training:
         raise Interrupted(_interrupted)
 
