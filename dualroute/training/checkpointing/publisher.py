@@ -37,6 +37,7 @@ from dualroute.model.config import ModelConfig
 from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
+from dualroute.training.checkpointing.state_file import StateFile, saving_with
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.config import CheckpointConfig
 
@@ -102,7 +103,8 @@ class CheckpointPublisher(Callback):
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             trainer.strategy.barrier("checkpoint folder made")
-            trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
+            with saving_with(trainer, StateFile()):
+                trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
             weights = gather_weights(pl_module.model)
             if trainer.is_global_zero:
                 write_weights(aside / checkpoint_format.WEIGHTS, _weights_layout(pl_module.model), weights)
@@ -117,12 +119,9 @@ class CheckpointPublisher(Callback):
         """Copy the state; the writer's thread does the rest.  Plain files only: rank zero holds all of it."""
         self._writer.wait()  # one copy at a time
         aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
-        capture, own_io = StateCapture(), trainer.strategy.checkpoint_io
-        trainer.strategy.checkpoint_io = capture
-        try:
+        capture = StateCapture()
+        with saving_with(trainer, capture):
             trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
-        finally:
-            trainer.strategy.checkpoint_io = own_io
         if capture.state is not None:
             metadata, layout = self._metadata(trainer, pl_module, step), _weights_layout(pl_module.model)
             config = pl_module.model.config
