@@ -36,7 +36,6 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
@@ -344,8 +343,7 @@ def _fit(prepared: Prepared) -> int | Divergence:
                 module,
                 datamodule=prepared.data,
                 ckpt_path=state,
-                # tensors and plain values only: a checkpoint's code is not run.  DeepSpeed's needs pickle
-                weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
+                weights_only=True,  # tensors and plain values: a checkpoint's code is not run
             )
     except TrainingDiverged as error:
         return divergence(error, module, prepared.data, trainer.global_step + 1)

@@ -37,7 +37,7 @@ from dualroute.model.config import ModelConfig
 from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
-from dualroute.training.checkpointing.state_file import StateFile, saving_with
+from dualroute.training.checkpointing.state_file import saving_with
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.config import CheckpointConfig
 
@@ -103,8 +103,7 @@ class CheckpointPublisher(Callback):
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             trainer.strategy.barrier("checkpoint folder made")
-            with saving_with(trainer, StateFile()):
-                trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
+            trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
             weights = gather_weights(pl_module.model)
             if trainer.is_global_zero:
                 write_weights(aside / checkpoint_format.WEIGHTS, _weights_layout(pl_module.model), weights)

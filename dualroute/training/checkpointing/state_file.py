@@ -12,18 +12,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
+from dualroute.errors import UserError
+from dualroute.training.checkpointing.safe_load import load_file
+
+#: What Lightning takes from a state without asking whether it is there.
+_PARTS = {"state_dict": dict, "optimizer_states": list, "loops": dict, "global_step": int, "callbacks": dict}
+
 
 class StateFile(TorchCheckpointIO):
-    """Writes a state straight to its file, tensor by tensor."""
+    """Writes a state straight to its file, tensor by tensor, and reads it without running code in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         torch.save(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The state in the file ``path``, on the CPU.
+
+        Raises:
+            UserError: It cannot be read, or it is not the state of a training.
+        """
+        content = load_file(Path(path))
+        for key, kind in _PARTS.items():
+            if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+                raise UserError(f"{path} is not the state of a training (no {key}): use another checkpoint")
+        return dict(content)
 
 
 @contextmanager
