@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dualroute import __version__
-from dualroute.errors import Interrupted, UserError
+from dualroute.errors import Interrupted, UserError, exhaustion
 from dualroute.training.resilience import stop_signal
 
 #: stage → (module that holds it, its configuration class, its function, one line of help)
@@ -341,6 +341,12 @@ def run_or_explain(arguments: Sequence[str]) -> int:
         line, status = stop_signal.interruption(arguments[0], error)
         print(line, file=sys.stderr)
         return status
+    except Exception as error:
+        used_up = exhaustion(error, arguments[0])
+        if used_up is None:
+            raise
+        print(f"dualroute {arguments[0]}: error: {used_up}", file=sys.stderr)
+        return UserError.exit_status
 
 
 if __name__ == "__main__":

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from dualroute.files import atomic_path, remove_leftovers, write_bytes_atomically
+from dualroute.errors import UserError
+from dualroute.files import (
+    appearing_folder,
+    atomic_path,
+    remove_leftovers,
+    sole_writer,
+    write_bytes_atomically,
+)
 
 
 def test_write_replaces_the_old_contents_and_leaves_nothing_else(tmp_path):
@@ -56,3 +66,59 @@ def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     assert remove_leftovers(tmp_path) == [temporary]
     assert {path.name for path in tmp_path.iterdir()} == {"kept.txt", ".hidden"}
     context.gen.close()
+
+
+WRITER = """
+import os, sys
+from dualroute.files import appearing_folder, sole_writer
+from pathlib import Path
+with appearing_folder(sys.argv[1]) as aside, sole_writer(Path(sys.argv[2]), Path("the cache")):
+    if os.fork() == 0:  # as processes that read data are; it neither keeps nor drops the lock
+        os._exit(0)
+    os.wait()
+    (aside / "half").write_text("half")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_two_writers_of_one_output_the_second_is_refused_and_spoils_nothing(tmp_path):
+    output, lock = tmp_path / "exported", tmp_path / "cache.lock"
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(output), str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert first.stdout.readline() == "there\n"
+        who = rf"exported is being written by process {first.pid} on .*: wait for it, or choose another"
+        with pytest.raises(UserError, match=who), appearing_folder(output):
+            pass
+        with pytest.raises(UserError, match="the other is being written"), sole_writer(lock, "the other"):
+            pass
+        assert (tmp_path / ".writing-exported" / "half").exists()
+        first.stdin.close()  # it ends
+        assert first.wait(timeout=20) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {"exported"}
+    with sole_writer(lock, "the other"):
+        assert lock.exists()
+
+
+def test_a_killed_writer_keeps_nobody_out(tmp_path):
+    output, lock = tmp_path / "exported", tmp_path / "cache.lock"
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(output), str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout.readline() == "there\n"
+    first.kill()
+    first.wait()
+    with appearing_folder(output) as aside, sole_writer(lock, "the cache"):
+        assert not list(aside.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"exported"}

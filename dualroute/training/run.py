@@ -35,7 +35,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
@@ -59,6 +58,7 @@ from dualroute.training.config import (
 )
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
+from dualroute.training.monitoring.tensorboard import TensorBoard
 from dualroute.training.parallel.environment import World, check_port, detect_world
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.parallel.strategy import build_strategy
@@ -400,7 +400,7 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the validation loss before the first step
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(output, name="tensorboard", version=""),
+        logger=TensorBoard(output, name="tensorboard", version=""),
         callbacks=[
             CorruptionCheck(config.watchdog.sdc_check_every_steps, config.watchdog.sdc_action),
             StepBoundary(),  # before the others, which read what it writes

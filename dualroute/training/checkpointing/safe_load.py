@@ -53,7 +53,7 @@ def deepspeed_loads_safely() -> Iterator[None]:
     def load(path: Any, *args: Any, **options: Any) -> Any:
         return _load(original, path, classes, *args, **options)
 
-    torch.load = load
+    torch.load = load  # type: ignore[assignment]
     try:
         yield
     finally:
