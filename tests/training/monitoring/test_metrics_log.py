@@ -134,7 +134,7 @@ def test_lines_that_never_found_room_are_counted_and_bounded(tmp_path, monkeypat
     monkeypatch.setattr("dualroute.training.monitoring.metrics_log._MOST_WAITING", 400)
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log._stream.close()
-    log._stream = Path("/dev/full").open("ab", buffering=0)
+    log._stream = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.warns(UserWarning, match="training goes on"):
         log.write(0, "train", {"loss": 1.0})
     for step in range(1, 100):
