@@ -1,4 +1,4 @@
-"""What is said when memory or a disk is used up: one line and the remedy; anything else keeps its traceback."""
+"""What is said when memory or a disk is used up: one line and the remedy; other errors keep their traceback."""
 
 import errno
 
