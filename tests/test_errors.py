@@ -1,4 +1,4 @@
-"""What is said when memory or a disk is used up: one line and the remedy; other errors keep their traceback."""
+"""What is said when memory or a disk is used up: one line and the remedy; others keep a traceback."""
 
 import errno
 

@@ -102,7 +102,7 @@ def verify(path: str) -> int:
             print(f"damaged: {damage}")
             status = 1
         if not damages:
-            print(f"good: {folder} ({len(checkpoint.metadata.get('files', {}))} files)")
+            print(f"good: {folder} ({len(checkpoint.metadata['files'])} files)")
     return status
 
 
