@@ -220,13 +220,15 @@ def _explaining_failures(aside: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer; anything else is not ours to explain
-        is_write_error = isinstance(error, OSError) or "PytorchStreamWriter" in str(error)
+        signs = ("PytorchStreamWriter", "inline_container")  # the latter where it writes to a path
+        is_write_error = isinstance(error, OSError) or any(sign in str(error) for sign in signs)
         shutil.rmtree(aside, ignore_errors=True)
         if not is_write_error:
             raise
         free = shutil.disk_usage(aside.parent).free if aside.parent.exists() else 0
+        said = " ".join(str(error).split())[:200]
         raise UserError(
             f"the checkpoint {aside.parent / aside.name.removeprefix('.writing-')} could not be written "
-            f"({error}; {free / 2**20:,.0f} MiB are free there): make room and run the same command again, "
+            f"({said}; {free / 2**20:,.0f} MiB are free there): make room and run the same command again, "
             f"it continues from the newest finished checkpoint"
         ) from error
