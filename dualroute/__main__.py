@@ -8,11 +8,13 @@ import sys
 
 def main() -> int:
     """Entry point of the process; see :func:`dualroute.cli.main`."""
-    if sys.argv[1:2] in (["pretrain"], ["distill"]):
-        from dualroute.training.resilience import stop_signal
+    from dualroute.training.resilience import stop_signal
 
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("pretrain", "distill"):
         stop_signal.install()
-    from dualroute.cli import main as run
+    with stop_signal.one_line(command):
+        from dualroute.cli import main as run
 
     return run()
 

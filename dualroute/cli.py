@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dualroute import __version__
-from dualroute.errors import UserError
+from dualroute.errors import Interrupted, UserError, exhaustion
 from dualroute.training.resilience import stop_signal
 
 #: stage → (module that holds it, its configuration class, its function, one line of help)
@@ -325,6 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:]
         if arguments[:1] in (["pretrain"], ["distill"]):
             stop_signal.install()
+        else:
+            stop_signal.interrupt()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -344,9 +346,16 @@ def run_or_explain(arguments: Sequence[str]) -> int:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"dualroute {arguments[0]}: error{rank}: {line}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Interrupted) as error:
+        line, status = stop_signal.interruption(arguments[0], error)
+        print(line, file=sys.stderr)
+        return status
+    except Exception as error:
+        used_up = exhaustion(error, arguments[0])
+        if used_up is None:
+            raise
+        print(f"dualroute {arguments[0]}: error: {used_up}", file=sys.stderr)
+        return UserError.exit_status
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -125,16 +126,71 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def sole_writer(lock: Path, output: Path) -> Iterator[None]:
+    """Keep other processes from writing ``output`` meanwhile; ``lock`` is a file that is there as long.
+
+    The lock is one of a process (POSIX record lock): processes that are forked inside do not keep it, and it
+    goes with the process however that ends.  A file system without locks guards nothing, and says nothing.
+
+    Raises:
+        UserError: Another process writes it, or the lock's folder cannot be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            stream = open(lock, "a+", encoding="utf-8")  # noqa: SIM115
+            if not lock_of_process(stream.fileno()):
+                stream.seek(0)
+                who = stream.read(200).strip() or "another process"
+                stream.close()
+                raise UserError(
+                    f"--output {output} is being written by {who}: wait for it, or choose another"
+                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(stream.fileno()), os.stat(lock)):
+                    break
+            stream.close()  # the one before has removed it since we opened it
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error})") from error
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        stream.close()
+
+
+def lock_of_process(descriptor: int) -> bool:
+    """Take a POSIX record lock on an open file; whether it is ours, or there is no such thing here."""
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        return True
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+@contextlib.contextmanager
 def appearing_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a folder to write in, which becomes ``output`` when the body has succeeded and is gone otherwise.
 
     Raises:
-        UserError: ``output`` exists already, or cannot be written.
+        UserError: ``output`` exists already, cannot be written, or another process is writing it.
     """
     output = Path(output)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise UserError(f"--output {output} exists already: choose another folder")
     aside = output.with_name(f".writing-{output.name}")
+    with sole_writer(output.with_name(f".writing-{output.name}.lock"), output):
+        yield from _appearing(aside, output)
+
+
+def _appearing(aside: Path, output: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -160,7 +216,7 @@ def locked(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[bool]:
         # not to be emptied, whatever stands in its place, nor waited for, if that is a FIFO
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
         try:
-            free = _lock(descriptor)
+            free = _lock_open_file(descriptor)
             # the last holder may have removed the file after it was opened here: then it locks nobody out
             same = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
             if free and same:
@@ -177,7 +233,7 @@ def locked(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[bool]:
         time.sleep(0.0 if free else 0.1)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock_open_file(descriptor: int) -> bool:
     try:
         import fcntl
 

@@ -11,7 +11,8 @@ from dualroute.training.resilience import stop_signal
 
 if __name__ == "__main__":
     stop_signal.install()  # before the imports, which take seconds
-    from dualroute.cli import main
-    from dualroute.training.parallel.environment import strip_local_rank
+    with stop_signal.one_line("distill"):
+        from dualroute.cli import main
+        from dualroute.training.parallel.environment import strip_local_rank
 
     sys.exit(main(["distill", *strip_local_rank(sys.argv[1:])]))

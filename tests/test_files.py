@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import (
+    appearing_folder,
     atomic_path,
     read_limited,
     remove_leftovers,
     require_regular,
+    sole_writer,
     write_bytes_atomically,
 )
 
@@ -110,3 +114,59 @@ def test_a_file_of_limited_length(tmp_path):
 def test_another_remedy():
     assert str(other_remedy(UserError("a; b.txt: broken; mend it"), "buy it")) == "a; b.txt: broken; buy it"
     assert str(other_remedy(UserError("broken"), "buy it")) == "broken; buy it"
+
+
+WRITER = """
+import os, sys
+from dualroute.files import appearing_folder, sole_writer
+from pathlib import Path
+with appearing_folder(sys.argv[1]) as aside, sole_writer(Path(sys.argv[2]), Path("the cache")):
+    if os.fork() == 0:  # as processes that read data are; it neither keeps nor drops the lock
+        os._exit(0)
+    os.wait()
+    (aside / "half").write_text("half")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_two_writers_of_one_output_the_second_is_refused_and_spoils_nothing(tmp_path):
+    output, lock = tmp_path / "exported", tmp_path / "cache.lock"
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(output), str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert first.stdout.readline() == "there\n"
+        who = rf"exported is being written by process {first.pid} on .*: wait for it, or choose another"
+        with pytest.raises(UserError, match=who), appearing_folder(output):
+            pass
+        with pytest.raises(UserError, match="the other is being written"), sole_writer(lock, "the other"):
+            pass
+        assert (tmp_path / ".writing-exported" / "half").exists()
+        first.stdin.close()  # it ends
+        assert first.wait(timeout=20) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert {path.name for path in tmp_path.iterdir()} == {"exported"}
+    with sole_writer(lock, "the other"):
+        assert lock.exists()
+
+
+def test_a_killed_writer_keeps_nobody_out(tmp_path):
+    output, lock = tmp_path / "exported", tmp_path / "cache.lock"
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(output), str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout.readline() == "there\n"
+    first.kill()
+    first.wait()
+    with appearing_folder(output) as aside, sole_writer(lock, "the cache"):
+        assert not list(aside.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"exported"}

@@ -29,6 +29,7 @@ from dualroute.model.checkpoint_format import (
     load_model,
     refuse_quantized,
     save_model,
+    verify_checkpoint,
 )
 from dualroute.model.quantized import (
     GROUPED,
@@ -226,6 +227,7 @@ def quantize(config: QuantizeConfig) -> Checkpoint:
     refuse_quantized(source, "it cannot be quantized again; give the checkpoint it was made from")
     if Path(config.output).exists():
         raise UserError(f"--output {config.output} exists already: choose another folder")
+    verify_checkpoint(source, only=TOKENIZER)  # it is copied
     model = load_model(source).to(device, torch.float32)
     quantization = config.quantization
     quantize_model(model, quantization)

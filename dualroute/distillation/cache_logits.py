@@ -31,6 +31,7 @@ from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, fin
 from dualroute.distillation.losses import Logits, TopK, top_k_of
 from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
+from dualroute.files import sole_writer
 from dualroute.training.config import DataConfig
 from dualroute.training.parallel.environment import detect_world
 
@@ -104,29 +105,31 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     default = f"logits-{teacher.digest[:8]}-seed{config.seed}-context{context}-top{config.top_k}"
     folder = Path(config.output) if config.output is not None else manifest.folder / default
     samples = -(-config.max_tokens // context)
-    claim(folder, identity)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda cannot be used here: no CUDA device is there; use auto")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     teacher.to(torch.device("cuda", world.local_rank) if on_cuda else torch.device("cpu"))
-    windows = WindowDataset(ShardReader(manifest, "train"), plan)
-    shards = -(-samples // config.shard_samples)
-    for number in range(world.rank, shards, world.world_size):
-        first = number * config.shard_samples
-        count = min(config.shard_samples, samples - first)
-        writer = ShardWriter(folder, identity, number)
-        if writer.is_whole(count):
-            continue
-        began = time.monotonic()
-        ids = plan.sample_ids(first, count).tolist()
-        writer.write(_asked(teacher, windows, ids, config))
-        speed = count * context / (time.monotonic() - began)
-        print(f"{writer.path} ({number + 1} of {shards})  {speed:,.0f} tokens/s", flush=True)
-    if finish(folder, identity, samples):
-        print(
-            f"{folder} holds {samples * context:,} tokens, {identity.bytes_per_token} bytes each: train with "
-            f"--distill.cached_logits {folder} --seed {config.seed} --data.context {context}"
-        )
+    # each rank has a lock of its own: ranks share the folder, two commands do not
+    with sole_writer(folder / f".lock-rank-{world.rank}", folder):
+        claim(folder, identity)
+        windows = WindowDataset(ShardReader(manifest, "train"), plan)
+        shards = -(-samples // config.shard_samples)
+        for number in range(world.rank, shards, world.world_size):
+            first = number * config.shard_samples
+            count = min(config.shard_samples, samples - first)
+            writer = ShardWriter(folder, identity, number)
+            if writer.is_whole(count):
+                continue
+            began = time.monotonic()
+            ids = plan.sample_ids(first, count).tolist()
+            writer.write(_asked(teacher, windows, ids, config))
+            speed = count * context / (time.monotonic() - began)
+            print(f"{writer.path} ({number + 1} of {shards})  {speed:,.0f} tokens/s", flush=True)
+        if finish(folder, identity, samples):
+            print(
+                f"{folder} holds {samples * context:,} tokens, {identity.bytes_per_token} bytes each: train "
+                f"with --distill.cached_logits {folder} --seed {config.seed} --data.context {context}"
+            )
     return 0
 
 

@@ -28,7 +28,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
 from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
-from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint, find_checkpoint
+from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint, find_checkpoint, verify_checkpoint
 
 Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]]
 #: format → the module whose `write_export` fills the folder and returns its figures; the packages it needs.
@@ -148,9 +148,10 @@ def saved_dtype(checkpoint: Checkpoint) -> str:
     """Dtype of a checkpoint's weights.
 
     Raises:
-        UserError: They are quantised, or of a dtype that is not exported.
+        UserError: They are quantised, of a dtype that is not exported, missing or truncated.
     """
     path = checkpoint.folder / WEIGHTS
+    verify_checkpoint(checkpoint, digests=False, only=WEIGHTS)  # to open a pipe would wait for ever
     try:
         with safe_open(path, framework="pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118

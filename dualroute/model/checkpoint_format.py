@@ -220,7 +220,11 @@ def damages(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = 
         digests: Also compare sha256 (reads every byte), not only sizes.
         only: Look at this one file.
     """
-    for name, expected in checkpoint.metadata.get("files", {}).items():
+    described = checkpoint.metadata.get("files", {})
+    for name in _expected_files(checkpoint):
+        if name not in described and only in (None, name):
+            yield f"{checkpoint.folder / METADATA} says nothing of {name}: whether it is whole cannot be told"
+    for name, expected in described.items():
         if only is not None and name != only:
             continue
         path = checkpoint.folder / name
@@ -235,6 +239,14 @@ def damages(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = 
                 yield f"{path} does not match the sha256 in {METADATA} (changed or corrupted)"
         except OSError as error:
             yield f"{path} cannot be read ({error.strerror or error})"
+
+
+def _expected_files(checkpoint: Checkpoint) -> Iterator[str]:
+    """What every checkpoint has; a training's state is one file, or some below a folder of that name."""
+    yield from (CONFIG, WEIGHTS, TOKENIZER)
+    described = checkpoint.metadata.get("files", {})
+    if checkpoint.metadata.get("state_layout") and not any(n.startswith(f"{STATE}/") for n in described):
+        yield STATE
 
 
 def verify_checkpoint(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> None:

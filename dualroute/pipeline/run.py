@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
-from dualroute.errors import RUN_AGAIN, UserError
+from dualroute.errors import RUN_AGAIN, Interrupted, UserError
 from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint
 from dualroute.pipeline.config import PipelineConfig
@@ -251,16 +251,21 @@ class _Child:
         return 128 - status if status < 0 else status
 
     def forward(self, number: int, frame: object) -> None:
-        self.signal = number
+        """Pass a signal on to the training that runs; end another stage, which keeps nothing, where it is."""
+        again, self.signal = self.signal, number
         if self.process is not None:
             self.process.send_signal(number)
+        elif number in (signal.SIGINT, signal.SIGHUP) and not again:
+            raise Interrupted(number)
 
 
 @contextlib.contextmanager
 def _forwarding_signals() -> Iterator[_Child]:
     """A signal that asks for a stop goes to the stage, which saves and ends."""
     child = _Child()
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    # a training may also get these from the terminal itself, and takes both for one
+    numbers += [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, child.forward) for number in numbers}
     try:
         yield child

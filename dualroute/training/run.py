@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute import compat
 from dualroute.data.module import ShardDataModule
@@ -59,6 +58,8 @@ from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.environment import World, check_port, detect_world
 from dualroute.training.parallel.sequence import check_sequence_parallel
+from dualroute.training.resilience import stop_signal
+from dualroute.training.resilience.launcher import watch_launcher
 from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
@@ -297,6 +298,8 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     Raises:
         UserError: Anything that the person who started it can mend.
     """
+    watch_launcher()
+    stop_signal.check_start()
     _quiet_lightning()
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -382,8 +385,7 @@ def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
                 module,
                 datamodule=prepared.data,
                 ckpt_path=state,
-                # tensors and plain values only: a checkpoint's code is not run.  DeepSpeed's needs pickle
-                weights_only=not isinstance(trainer.strategy, DeepSpeedStrategy),
+                weights_only=True,  # tensors and plain values: a checkpoint's code is not run
             )
     except TrainingDiverged as error:
         return divergence(error, module, prepared.data, trainer.global_step + 1)

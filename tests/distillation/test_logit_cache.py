@@ -118,6 +118,17 @@ def test_an_interrupted_cache_is_continued_and_a_finished_shard_is_kept(
     assert not list(output.glob(".*partial*"))
 
 
+def test_two_commands_do_not_write_one_cache(cache, teacher, tiny_dataset, tmp_path, monkeypatch, capsys):
+    """Locks are of processes: another one holds this rank's while this one starts."""
+    monkeypatch.setattr("dualroute.files._lock", lambda descriptor: False)
+    output = tmp_path / "taken"
+    output.mkdir()
+    (output / ".lock-rank-0").write_text("process 4711 on n7\n")
+    assert main(cache_arguments(tiny_dataset, teacher, output)) == 2
+    assert f"--output {output} is being written by process 4711 on n7" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [".lock-rank-0"]
+
+
 def test_ranks_write_disjoint_shards_and_the_last_one_finishes(
     cache, teacher, tiny_dataset, tmp_path, monkeypatch
 ):

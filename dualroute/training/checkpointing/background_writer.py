@@ -1,7 +1,7 @@
 """Writing a checkpoint while training goes on.
 
 In: the Trainer's state at a step boundary.  Here: :class:`StateCapture` takes it in place of the file that
-Lightning would write, as a copy in the memory of the host; :class:`BackgroundWriter` runs one job at a time
+would be written, as a copy in the memory of the host; :class:`BackgroundWriter` runs one job at a time
 in a thread.  Next: ``training/checkpointing/publisher.py`` gives it the job of writing and publishing that
 copy.
 

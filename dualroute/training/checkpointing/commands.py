@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dualroute.errors import UserError
@@ -102,7 +102,7 @@ def verify(path: str) -> int:
             print(f"damaged: {damage}")
             status = 1
         if not damages:
-            print(f"good: {folder} ({len(checkpoint.metadata.get('files', {}))} files)")
+            print(f"good: {folder} ({len(checkpoint.metadata['files'])} files)")
     return status
 
 
@@ -130,9 +130,11 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
     }
     with appearing_folder(output) as aside:
         write_weights(aside / checkpoint_format.WEIGHTS, layout, _renamed(state, chosen))
-        compared = _compare(
-            state, chosen, aside / checkpoint_format.WEIGHTS, source.folder / checkpoint_format.WEIGHTS
-        )
+        published = source.folder / checkpoint_format.WEIGHTS
+        try:
+            compared = _compare(state, chosen, aside / checkpoint_format.WEIGHTS, published)
+        except SafetensorError as error:
+            raise UserError(f"{published} cannot be read ({error}): use another checkpoint") from error
         for name in (checkpoint_format.CONFIG, checkpoint_format.TOKENIZER):
             shutil.copyfile(source.folder / name, aside / name)
         metadata = source.metadata | {"state_layout": None, "files": checkpoint_format.describe_files(aside)}

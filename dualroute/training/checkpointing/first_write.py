@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dualroute.errors import UserError
 from dualroute.files import remove_leftovers as remove_temporary_files
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint_format import Checkpoint
 from dualroute.training.checkpointing.upkeep import remove_leftovers, set_aside_newer
+from dualroute.training.monitoring.tensorboard import TensorBoard
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 
 
@@ -80,8 +80,8 @@ class FirstWrite(Callback):
             ) from error
 
 
-class LateTensorBoardLogger(TensorBoardLogger):
-    """Lightning's, but without an event file until :class:`FirstWrite` allows it.
+class LateTensorBoardLogger(TensorBoard):
+    """Ours, but without an event file until :class:`FirstWrite` allows it.
 
     Lightning asks every logger for its ``experiment`` before anything is loaded, if it has one.
     """
@@ -90,13 +90,12 @@ class LateTensorBoardLogger(TensorBoardLogger):
 
     @property
     def experiment(self) -> Any:
-        """The ``SummaryWriter``."""
+        """The writer."""
         if not self.may_write:
             raise AttributeError("experiment: the run folder may not be written yet")
-        try:
-            return super().experiment
-        except OSError as error:
-            raise UserError(
-                f"{self.log_dir} cannot be written ({error.strerror or error}): make room or move it away, "
-                f"and run the same command again"
-            ) from error
+        return super().experiment
+
+    def save(self) -> None:
+        """Flush, if there is something."""
+        if self.may_write:
+            super().save()

@@ -38,6 +38,7 @@ from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing import lineage
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
+from dualroute.training.checkpointing.state_file import saving_with
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.checkpointing.upkeep import best_of, note_published, point_links, remove, set_aside
 from dualroute.training.config import CheckpointConfig
@@ -124,12 +125,9 @@ class CheckpointPublisher(Callback):
         """Copy the state; the writer's thread does the rest.  Plain files only: rank zero holds all of it."""
         self._writer.wait()  # one copy at a time
         aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
-        capture, own_io = StateCapture(), trainer.strategy.checkpoint_io
-        trainer.strategy.checkpoint_io = capture
-        try:
+        capture = StateCapture()
+        with saving_with(trainer, capture):
             trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
-        finally:
-            trainer.strategy.checkpoint_io = own_io
         if capture.state is not None:
             metadata, layout = self._metadata(trainer, pl_module, step), _weights_layout(pl_module.model)
             config = pl_module.model.config
@@ -222,13 +220,15 @@ def _explaining_failures(aside: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer; anything else is not ours to explain
-        is_write_error = isinstance(error, OSError) or "PytorchStreamWriter" in str(error)
+        signs = ("PytorchStreamWriter", "inline_container")  # the latter where it writes to a path
+        is_write_error = isinstance(error, OSError) or any(sign in str(error) for sign in signs)
         shutil.rmtree(aside, ignore_errors=True)
         if not is_write_error:
             raise
         free = shutil.disk_usage(aside.parent).free if aside.parent.exists() else 0
+        said = " ".join(str(error).split())[:200]
         raise UserError(
             f"the checkpoint {aside.parent / aside.name.removeprefix('.writing-')} could not be written "
-            f"({error}; {free / 2**20:,.0f} MiB are free there): make room and run the same command again, "
+            f"({said}; {free / 2**20:,.0f} MiB are free there): make room and run the same command again, "
             f"it continues from the newest finished checkpoint"
         ) from error

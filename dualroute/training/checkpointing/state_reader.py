@@ -5,15 +5,13 @@ partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's m
 by name, whole, one at a time, and the trainer's own state.  Next: ``universal.py`` writes them in another
 layout, ``export.py`` as plain weights.
 
-No code of a checkpoint is run.  DeepSpeed reads its files with ``weights_only=False``;
-four classes are all that they hold besides tensors, so here ``weights_only=True`` with those four is enough.
+No code of a checkpoint is run (``training/checkpointing/safe_load.py``).
 """
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.training.checkpointing.safe_load import load_deepspeed_file, load_file
 from dualroute.training.checkpointing.state_layout import StateLayout
 
 WEIGHT = "fp32"  #: key of the weight that the optimizer steps: float32 under ZeRO, else the parameter itself
@@ -298,23 +297,11 @@ def prepare_deepspeed() -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    allowed: list[Any] = []
     if path.suffix == ".pt":
         prepare_deepspeed()
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        def stage_named(stages: Any, name: str) -> ZeroStageEnum:
-            """For getattr, with which early releases of Python 3.11 pickle members of an enumeration."""
-            if stages is not ZeroStageEnum:
-                raise pickle.UnpicklingError(f"{stages!r} is no ZeRO stage")
-            return ZeroStageEnum[name]
-
-        allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        allowed += [(stage_named, "builtins.getattr")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        content = load_deepspeed_file(path, mmap=True)
+    else:
+        content = load_file(path, mmap=True)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no table of values: use another checkpoint")
+    return content

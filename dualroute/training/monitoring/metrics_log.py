@@ -9,6 +9,9 @@ The file belongs to the *training*, not to the process.  Opened by a run that re
 every line past s, which that run is going to write again, and a last line that a killed process left half
 written: they move to ``metrics.abandoned.jsonl`` beside it.  So however often a run was stopped, each step
 stands there once, and nothing that was measured is deleted.
+
+A disk that is full, or away, does not end a training: lines that cannot be written wait in memory, and one
+warning says so.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dualroute.errors import UserError
 from dualroute.files import atomic_path
@@ -28,9 +33,13 @@ ABANDONED = "metrics.abandoned.jsonl"
 """What was measured in steps that a run went back behind.  Each move begins with a line
 ``{"event": "abandoned", "step": s, "time": …}``; what follows stood in ``metrics.jsonl`` as it is."""
 
+_MOST_WAITING = 64 * 2**20  # bytes of lines that are kept for a disk that takes none
+
 
 class MetricsLog:
     """Appends to ``metrics.jsonl``; every line is handed to the operating system at once.
+
+    Where it takes none, lines wait and are tried again with each new one; past 64 MiB the oldest are dropped.
 
     Args:
         path: The file; its folder is made where it is missing.
@@ -49,10 +58,14 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._rewind(resume_step)
-            self._stream: TextIO = self.path.open("a", encoding="utf-8")
+            self._stream = self.path.open("ab", buffering=0)
         except OSError as error:
             problem = error.strerror or type(error).__name__
-            raise UserError(f"{self.path} cannot be written ({problem}): choose another folder") from error
+            raise UserError(
+                f"{self.path} cannot be written ({problem}): make room there, or choose another folder"
+            ) from error
+        self._waiting: list[bytes] = []
+        self._failed = False
         self._resume_step = resume_step
 
     def _rewind(self, resume_step: int) -> None:
@@ -89,12 +102,39 @@ class MetricsLog:
         if step == self._resume_step and event in self._present:
             return
         finite = {tag: _finite(value) for tag, value in values.items()}
-        self._stream.write(json.dumps({"step": step, "event": event, **finite}, allow_nan=False) + "\n")
-        self._stream.flush()
+        line = json.dumps({"step": step, "event": event, **finite}, allow_nan=False) + "\n"
+        self._waiting.append(line.encode())
+        while len(self._waiting) > 1 and sum(map(len, self._waiting)) > _MOST_WAITING:
+            del self._waiting[1]  # of the first the disk may have a part
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not self._failed:
+                problem = error.strerror or type(error).__name__
+                rank_zero_warn(
+                    f"{self.path} cannot be written ({problem}): make room there; training goes on, and what "
+                    f"it measures waits in memory"
+                )
+            self._failed = True
+        else:
+            self._failed = False
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            written = self._stream.write(self._waiting[0]) or 0
+            self._waiting[0] = self._waiting[0][written:]  # the disk may take a part of a line
+            if not self._waiting[0]:
+                del self._waiting[0]
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
-        self._stream.close()
+        try:
+            if not self._stream.closed:
+                self._write_waiting()
+            self._stream.close()
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+            rank_zero_warn(f"{len(self._waiting)} lines of {self.path} are lost ({problem})")
 
 
 def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, Any]]:

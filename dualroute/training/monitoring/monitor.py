@@ -243,4 +243,6 @@ def _rewind_tensorboard(writer: Any, step: int) -> None:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     restart = Event(session_log=SessionLog(status=SessionLog.START))
-    writer.file_writer.add_event(restart, step + 1 if step else 0)
+    # a TensorBoardLogger of a person's own Trainer has no such method
+    add = getattr(writer, "add_event", None) or writer.file_writer.add_event
+    add(restart, step + 1 if step else 0)

@@ -28,6 +28,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from dualroute import compat
 from dualroute.errors import UserError
+from dualroute.training.checkpointing.safe_load import deepspeed_loads_safely, load_deepspeed_file
+from dualroute.training.checkpointing.state_file import StateFile
 from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
@@ -68,7 +70,9 @@ def build_strategy(
         if name == "single":
             return OneProcessStrategy(world, accelerator)
         ddp = DualRouteDDPStrategy(
-            cluster_environment=DualRouteEnvironment(world), timeout=timedelta(minutes=config.timeout_minutes)
+            cluster_environment=DualRouteEnvironment(world),
+            checkpoint_io=StateFile(),
+            timeout=timedelta(minutes=config.timeout_minutes),
         )
         ddp.sequence_ranks = config.sequence_parallel
         return ddp
@@ -97,7 +101,7 @@ class OneProcessStrategy(NamesTheState, SingleDeviceStrategy):
     """
 
     def __init__(self, world: World, accelerator: str = "auto") -> None:
-        super().__init__(device=_one_device(accelerator))
+        super().__init__(device=_one_device(accelerator), checkpoint_io=StateFile())
         self.cluster_environment = DualRouteEnvironment(world)
 
 
@@ -174,7 +178,30 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         self.config["checkpoint"] = {**self.config.get("checkpoint", {}), "load_universal": True}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        state = super().load_checkpoint(checkpoint_path, weights_only)
+        """Upstream, without running code that a file of the checkpoint holds.
+
+        Raises:
+            UserError: A file cannot be read, holds such code, or is not what DeepSpeed wrote.
+        """
+        try:
+            with deepspeed_loads_safely():
+                state = super().load_checkpoint(checkpoint_path, weights_only)
+        except UserError:
+            raise
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            AssertionError,
+            OSError,
+        ) as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"{checkpoint_path} does not hold the training state that this run needs ({said}): use "
+                f"another checkpoint"
+            ) from error
         assert isinstance(self.config, dict)
         if self.config.get("checkpoint", {}).get("load_universal"):
             folder = Path(checkpoint_path) / "checkpoint"
@@ -186,7 +213,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
 
         It also gives all of them one tensor as their count of steps, which each then raises by one.
         """
-        saved = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+        saved = load_deepspeed_file(path)["param_groups"]
         optimizer = self.deepspeed_engine.optimizer.optimizer
         for group, settings in zip(optimizer.param_groups, saved, strict=True):
             group.update(settings)

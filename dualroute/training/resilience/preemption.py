@@ -1,10 +1,13 @@
-"""Stopping when Slurm asks for it: save at a step boundary, requeue the job, end.
+"""Stopping when somebody asks for it: save at a step boundary, requeue the job, end.
 
-- In: the flag of ``training/resilience/stop_signal.py``, which each rank sees at a moment of its own.
+- In: the flag of ``training/resilience/stop_signal.py``, which each rank sees at a moment of its own: Slurm's
+  signals, ``kill``, Ctrl-C, a terminal that is gone, or a launcher that is
+  (``training/resilience/launcher.py``).
 - Here: after each optimizer step, and after each validation, the ranks take the maximum of their flags, so
   that all of them stop after the same step; the checkpoint goes through the run's publisher.  Then rank zero
-  asks Slurm to queue the job again (``training/resilience/requeue.py``).
-- Next: the process ends with `PREEMPTED`; the requeued job runs the same command, which resumes.
+  asks Slurm to queue the job again (``training/resilience/requeue.py``), or prints the command that
+  continues.
+- Next: the process ends with `PREEMPTED`; the same command resumes.
 
 The exit status is not 0 although all went well.  Where Slurm did requeue the job it does
 not look at the status.  Where it did not (``--no-requeue``, no Slurm), a status of 0 would tell it that the
@@ -13,6 +16,7 @@ job is COMPLETED, and the next stage of an ``afterok`` chain would start with ha
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -23,7 +27,8 @@ from dualroute import compat
 from dualroute.errors import RUN_AGAIN
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.resilience import stop_signal
-from dualroute.training.resilience.requeue import requeue_job
+from dualroute.training.resilience.launcher import command_line
+from dualroute.training.resilience.requeue import NOT_IN_SLURM, requeue_job
 
 PREEMPTED = RUN_AGAIN
 """Exit status of a run that saved and stopped before its last step."""
@@ -34,7 +39,8 @@ class Preemption(Callback):
 
     A validation that has begun is finished, and one that is due is done, before the checkpoint, as in a run
     that nobody stopped: the resumed run's curves are the unbroken run's.  After the last step there is
-    nothing to stop.  Stands last in the Trainer's list, behind the publisher.
+    nothing to stop.  Before the first one Ctrl-C and SIGHUP end the start where it is.  Stands last in the
+    Trainer's list, behind the publisher.
 
     Args:
         publisher: Writes the checkpoint.
@@ -48,7 +54,14 @@ class Preemption(Callback):
         self.signal = 0
         self._last_step = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        stop_signal.check_start()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_signal.check_start()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_signal.training_begins()
         self._last_step = trainer.global_step
         # a resumed run has its checkpoint already, a fresh one nothing to save
         trainer.should_stop = self._asked(trainer)
@@ -85,20 +98,33 @@ def leave_signals_to_us(trainer: Trainer) -> None:
 
     Ranks are signalled at different moments, so that broadcast meets another collective, and the run hangs.
     """
+    stop_signal.check_start()
     if stop_signal.installed():
         compat.take_no_signals(trainer)
 
 
 def stop_for_requeue(trainer: Trainer, preemption: Preemption) -> int:
-    """The last act of a run that was asked to stop, on every rank: requeue its job.  Returns `PREEMPTED`."""
+    """The last act of a run that was asked to stop, on every rank: requeue its job.  Returns `PREEMPTED`.
+
+    Ctrl-C and SIGHUP come from a person, so they requeue nothing.
+    """
     if trainer.is_global_zero:
+        refused = NOT_IN_SLURM
+        if preemption.signal in stop_signal.SCHEDULER_SIGNALS:
+            refused = requeue_job()
         name = signal.Signals(preemption.signal).name
-        refused = requeue_job()
-        print(
-            f"{name}: stopped after step {trainer.global_step} of {trainer.max_steps}; "
-            + (f"the same command continues ({refused})" if refused else "Slurm runs the job again"),
-            flush=True,
-        )
+        why = stop_signal.reason() if preemption.signal == stop_signal.received() else name
+        stopped = f"{why}: stopped after step {trainer.global_step} of {trainer.max_steps}"
+        print(f"{stopped}; {_how_to_go_on(refused)}", flush=True)
     # a rank that ends early would make srun --kill-on-bad-exit end rank zero before it has asked Slurm
     trainer.strategy.barrier("job requeued")
     return PREEMPTED
+
+
+def _how_to_go_on(refused: str) -> str:
+    if not refused:
+        return "Slurm runs the job again"
+    because = "" if refused == NOT_IN_SLURM else f" ({refused})"
+    if "SLURM_JOB_ID" in os.environ:
+        return f"the same command continues{because}: submit the same job again"
+    return f"the same command continues{because}: {command_line()}"

@@ -33,6 +33,7 @@ from dualroute.errors import RUN_AGAIN
 from dualroute.files import write_bytes_atomically
 from dualroute.training.resilience.heartbeat import CUT_OFF, FAILED, RUNNING, Beat, read_beat, this_start
 
+NOT_IN_SLURM = "not a Slurm job"
 FILE = "requeues.json"
 """In ``RUN/stalls``: {"job": …, "step": newest checkpoint at the last stall, "stalls": since that one}."""
 
@@ -48,7 +49,7 @@ def requeue_job(environ: Mapping[str, str] | None = None) -> str:
     """
     environ = os.environ if environ is None else environ
     if "SLURM_JOB_ID" not in environ:
-        return "not a Slurm job"
+        return NOT_IN_SLURM
     job = environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in environ:  # one task of an array has the array's own number as its job id
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dualroute.errors import UserError
+from dualroute.files import lock_of_process
 from dualroute.training.parallel.environment import World
 
 LOCK = ".lock"
@@ -38,7 +39,7 @@ def locked(output: Path, world: World) -> Iterator[None]:
         yield
         return
     with _open(output) as stream:
-        if not _lock(stream.fileno()):
+        if not lock_of_process(stream.fileno()):
             stream.seek(0)
             who = stream.read(200).strip() or "another process"
             raise UserError(
@@ -80,16 +81,3 @@ def _unusable(output: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "make room there, or choose another --output" if full else "choose another --output"
     return UserError(f"output folder {output} cannot be written ({reason}): {remedy}")
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether the lock is ours, or there is no such thing here."""
-    try:
-        import fcntl
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return True
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True

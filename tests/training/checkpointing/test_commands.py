@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dualroute.cli import main
 from dualroute.errors import UserError
+from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.checkpointing import commands
 from dualroute.training.checkpointing.resume import check_start
@@ -107,7 +108,7 @@ def test_an_export_that_does_not_compare_equal_is_not_left(run, tmp_path):
     weights["norm.weight"][3] += 1e-3
     save_file(weights, path)
     metadata = json.loads((checkpoint.folder / "checkpoint.json").read_text())
-    del metadata["files"]["model.safetensors"]
+    metadata["files"]["model.safetensors"] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     (checkpoint.folder / "checkpoint.json").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match=r"norm\.weight is not the weight"):
         commands.export(str(run), str(tmp_path / "exported"))

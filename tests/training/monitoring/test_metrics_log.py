@@ -6,6 +6,7 @@ import json
 import math
 import random
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,45 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write(1, "train", {"loss": 1.0})
+    disk = log._stream
+
+    class Full:
+        room, closed = 10, False
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            part, self.room = data[: self.room], 0
+            return disk.write(part)
+
+    log._stream = Full()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be written \(No space left"):
+        log.write(2, "train", {"loss": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        log.write(3, "train", {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(path)] == [1]  # the torn line is passed over
+    log._stream = disk  # somebody has made room
+    log.write(4, "train", {"loss": 1.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_lines_that_never_found_room_are_counted_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("dualroute.training.monitoring.metrics_log._MOST_WAITING", 400)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log._stream.close()
+    log._stream = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.warns(UserWarning, match="training goes on"):
+        log.write(0, "train", {"loss": 1.0})
+    for step in range(1, 100):
+        log.write(step, "train", {"loss": 1.0})
+    assert sum(map(len, log._waiting)) <= 400
+    with pytest.warns(UserWarning, match=r"\d+ lines of .*metrics\.jsonl are lost \(No space"):
+        log.close()

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,14 @@ def start(line, **more):
     return subprocess.Popen(
         line, cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT), **more},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=in_the_foreground,
     )  # fmt: skip
+
+
+def in_the_foreground():
+    """As a terminal starts a command, also where the tests themselves run in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(process, expect):
@@ -82,6 +91,101 @@ def test_stopped_again_and_again_it_continues_exactly(unbroken, tiny_dataset, tm
 
     finish(start(line), 0)
     assert_same_curves(output, unbroken)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_prints_the_command_that_continues(unbroken, tiny_dataset, tmp_path):
+    output = tmp_path / "a run"
+    line = command(tiny_dataset, output, STEPS)
+    line[1:3] = ["-m", "dualroute"]
+
+    process = start(line)  # among the imports
+    wait_until_caught(process)
+    process.send_signal(signal.SIGINT)
+    text = finish(process, 130)
+    assert text.strip().splitlines() == [
+        "dualroute pretrain: interrupted by SIGINT: no step was taken in this start, checkpoints are as they "
+        "were; the same command starts it again"
+    ]
+    assert not output.exists()
+
+    process = start(line)
+    wait_for_step(process, output / "metrics.jsonl", 2)
+    process.send_signal(signal.SIGINT)
+    text = finish(process, PREEMPTED)
+    saved = newest(output)
+    assert f"SIGINT: stopped after step {saved} of {STEPS}; the same command continues: " in text
+    assert max(curve(output)) == saved >= 2
+    assert "Traceback" not in text
+    again = text.strip().rpartition("the same command continues: ")[2]
+    assert shlex.split(again)[1:] == line[1:]  # the interpreter by its bare name
+
+    process = start(["bash", "-c", f"exec {again}"])
+    wait_for_step(process, output / "metrics.jsonl", saved + 2)
+    process.send_signal(signal.SIGHUP)  # the terminal is closed
+    text = finish(process, PREEMPTED)
+    assert f"SIGHUP: stopped after step {newest(output)} of {STEPS}" in text
+
+    finish(start(line), 0)
+    assert_same_curves(output, unbroken)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_it_at_once_and_spoils_nothing(unbroken, tiny_dataset, tmp_path):
+    output = tmp_path / "run"
+    process = start(command(tiny_dataset, output, STEPS, "--checkpoint.every_steps", "1"))
+    wait_for_step(process, output / "metrics.jsonl", 3)
+    process.send_signal(signal.SIGSTOP)  # the second comes before the step is done
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    for _ in range(60):
+        time.sleep(0.6)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) in (130, PREEMPTED)  # on a fast machine the step was done by then
+    finish(process, process.returncode)
+    finish(start(command(tiny_dataset, output, STEPS)), 0)
+    assert_same_curves(output, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["killed", "ctrl-c"])
+def test_ranks_of_deepspeed_stop_with_their_launcher(tiny_dataset, tmp_path, kind):
+    """Of its two processes the outer one passes nothing on; of a terminal's Ctrl-C all get one, ranks two."""
+    pytest.importorskip("deepspeed")
+    from tests.training.parallel.test_distributed import free_port
+
+    output = tmp_path / "run"
+    options = ["--num_accelerators", "2", "--master_port", free_port()]
+    arguments = command(tiny_dataset, output, 400)[4:]
+    program = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+    line = [*program, str(ROOT / "launch" / "pretrain.py"), *arguments]
+    process = start(line, DS_ACCELERATOR="cpu")
+    wait_for_step(process, output / "metrics.jsonl", 2)
+    if kind == "killed":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=120)  # returns when the last rank has closed its output
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    reason = (
+        r"the launcher \(deepspeed\.launcher\.runner, process \d+\) is gone" if kind == "killed" else "SIGINT"
+    )
+    stopped = re.search(rf"^{reason}: stopped after step (\d+) of 400; .* continues: (.*)$", text, re.M)
+    assert stopped, text[-3000:]
+    assert int(stopped[1]) == newest(output) == max(curve(output))
+    assert shlex.split(stopped[2])[1:] == line[1:]
+    assert text.count("stopped after step") == 1
+
+
+def wait_until_caught(process):
+    """Until the process remembers SIGUSR1, which Python itself does not."""
+    mask = 0
+    while not (mask >> (signal.SIGUSR1 - 1)) & 1:
+        with open(f"/proc/{process.pid}/status") as status:
+            mask = int(re.search(r"SigCgt:\s*(\w+)", status.read())[1], 16)
 
 
 def wait_until_blocked(process):
