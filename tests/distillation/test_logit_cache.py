@@ -120,7 +120,7 @@ def test_an_interrupted_cache_is_continued_and_a_finished_shard_is_kept(
 
 def test_two_commands_do_not_write_one_cache(cache, teacher, tiny_dataset, tmp_path, monkeypatch, capsys):
     """Locks are of processes: another one holds this rank's while this one starts."""
-    monkeypatch.setattr("dualroute.files._lock", lambda descriptor: False)
+    monkeypatch.setattr("dualroute.files.lock_of_process", lambda descriptor: False)
     output = tmp_path / "taken"
     output.mkdir()
     (output / ".lock-rank-0").write_text("process 4711 on n7\n")

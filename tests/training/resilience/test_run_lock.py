@@ -136,7 +136,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, error, w
         monkeypatch.setattr(run_lock.Path, "mkdir", refuse)
     else:
         monkeypatch.setattr("builtins.open", refuse if when == "open" else lambda *_, **__: Full())
-        monkeypatch.setattr(run_lock, "_lock", lambda _: True)
+        monkeypatch.setattr(run_lock, "lock_of_process", lambda _: True)
     with pytest.raises(UserError) as refusal, locked(tmp_path, World()):
         pass
     monkeypatch.undo()
