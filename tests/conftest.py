@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dualroute import threads
+
+threads.prepare()  # before any test loads torch
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [
     "the", "old", "red", "small", "river", "stone", "bird", "house", "sees", "finds", "leaves", "under",
