@@ -95,7 +95,8 @@ def _decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
     """One token: gathers the sink and the chosen blocks. Past blocks are complete, so nothing is masked."""
     own = (cache.length - 1) // cache.block
     chosen = _selection(query, cache, top_k, cache.length - 1)[:, 0]  # (R, k)
-    read = F.pad(chosen, (1, 0))  # and block 0, the sink
+    none = chosen < 0  # where no score was a number
+    read = F.pad(chosen.clamp_min(0), (1, 0))  # and block 0, the sink
     rows = torch.arange(len(query), device=query.device)[:, None]
     own_tokens = slice(own * cache.block, cache.length)
 
@@ -105,10 +106,14 @@ def _decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
 
     wide = query.to(accumulation_dtype(query.dtype))
     keys, values = cache.read(gather, wide.dtype)
-    parts = [(wide @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1]), values)]
+    logits = wide @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (R, group, 1, s)
+    of_chosen = logits[..., cache.block : read.shape[1] * cache.block].unflatten(-1, (-1, cache.block))
+    of_chosen.masked_fill_(none[:, None, None, :, None], NEG_INF)
+    parts = [(logits, values)]
     far = _far_logits(query, cache, own)
     if far is not None and cache.far_values is not None:
-        far.scatter_(-1, (chosen - 1)[:, None, None].expand(-1, far.shape[1], 1, -1), NEG_INF)
+        column = torch.where(none, own - 1, chosen - 1)[:, None, None].expand(-1, far.shape[1], 1, -1)
+        far = F.pad(far, (0, 1)).scatter_(-1, column, NEG_INF)[..., :-1]  # one more for those that are none
         parts.append((far, cache.far_values[:, None, 1:own]))
     return _softmax_sum(parts, query.dtype)
 

@@ -104,25 +104,49 @@ def _inner_blocks(stream: Stream, band: _Band) -> list[bool]:
 def _compute_band_mask(stream: Stream, band: _Band, first: int, last: int, dtype: torch.dtype) -> Tensor:
     device = stream.device
     row = torch.arange(band.rows, device=device)[:, None]
-    column = (
-        torch.arange(band.span, device=device) - band.left
-    )  # key slot relative to the query block's first slot
-    distance = row - column
+    distance = row - _columns(band, device)
     near = distance < band.window
     near &= distance >= 0 if band.causal else distance > -band.window
+    allowed = near & _inside(stream, band, first, last)[:, None]
+    allowed |= distance == 0  # a slot without a token sees itself: no row is ever empty
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, NEG_INF)[:, None]
 
+
+def _columns(band: _Band, device: torch.device) -> Tensor:
+    """(span,) key slots in view, relative to the query block's first slot."""
+    return torch.arange(band.span, device=device) - band.left
+
+
+def _inside(stream: Stream, band: _Band, first: int, last: int) -> Tensor:
+    """(blocks, span) which keys in view of the query blocks first..last-1 are tokens of the same document."""
     per_block = stream.block // band.rows
-    number = torch.arange(first, last, device=device)
+    number = torch.arange(first, last, device=stream.device)
     owner = number // per_block
     begin = (
         stream.block_in_document()[owner] * stream.block + number % per_block * band.rows
     )  # place in document
-    place = begin[:, None] + column  # (blocks, span): position in the document of each key in view
-    inside = (place >= 0) & (place < _document_tokens(stream)[owner][:, None])
-    allowed = near & inside[:, None]
-    allowed |= distance == 0  # a slot without a token sees itself: no row is ever empty
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~allowed, NEG_INF)[:, None]
+    place = begin[:, None] + _columns(band, stream.device)  # position in the document of each key in view
+    return (place >= 0) & (place < _document_tokens(stream)[owner][:, None])
+
+
+def _other_documents(stream: Stream, band: _Band, first: int, last: int) -> Tensor | None:
+    """(blocks, 1, span, 1) keys in view of the query blocks first..last-1 that are not of their document.
+
+    None where all are.
+    """
+    inner = stream.cached(("inner blocks", band), lambda: _inner_blocks(stream, band))
+    if all(inner[first:last]):
+        return None
+    return ~_inside(stream, band, first, last)[:, None, :, None]
+
+
+def _only_own(rows: Tensor, hidden: Tensor | None) -> Tensor:
+    """Rows (blocks, heads, span, d) with 0 where they are hidden.
+
+    The mask gives these the weight 0, but 0 times a NaN of another document is NaN.
+    """
+    return rows if hidden is None else rows.masked_fill(hidden, 0)
 
 
 def _document_tokens(stream: Stream) -> Tensor:
@@ -169,10 +193,11 @@ class _Banded(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=accumulate, device=query.device)
         for first, last in _chunks(query, band):
+            hidden = _other_documents(stream, band, first, last)
             part, part_lse = attend(
                 _tiles(query, band, first, last),
-                _windows(padded_key, band, first, last),
-                _windows(padded_value, band, first, last),
+                _only_own(_windows(padded_key, band, first, last), hidden),
+                _only_own(_windows(padded_value, band, first, last), hidden),
                 mask=_band_mask(stream, band, first, last, accumulate),
             )
             _tiles(out, band, first, last).copy_(part)
@@ -194,18 +219,19 @@ class _Banded(torch.autograd.Function):
             torch.zeros_like(rows, dtype=accumulate) for rows in (padded_key, padded_value)
         )
         for first, last in _chunks(query, band):
+            hidden = _other_documents(stream, band, first, last)
             to_query, to_key, to_value = attend_backward(
                 _tiles(grads[0], band, first, last),
                 _tiles(query, band, first, last),
-                _windows(padded_key, band, first, last),
-                _windows(padded_value, band, first, last),
+                _only_own(_windows(padded_key, band, first, last), hidden),
+                _only_own(_windows(padded_value, band, first, last), hidden),
                 _tiles(out, band, first, last),
                 _tiles(lse, band, first, last),
                 mask=_band_mask(stream, band, first, last, accumulate),
             )
             _tiles(grad_query, band, first, last).copy_(to_query)
-            _overlap_add(grad_key, to_key, band, first)
-            _overlap_add(grad_value, to_value, band, first)
+            _overlap_add(grad_key, _only_own(to_key, hidden), band, first)
+            _overlap_add(grad_value, _only_own(to_value, hidden), band, first)
         unpadded = slice(band.left, band.left + key.shape[1])
         grad_key, grad_value = grad_key[:, unpadded].to(key.dtype), grad_value[:, unpadded].to(value.dtype)
         return grad_query, grad_key, grad_value, None, None

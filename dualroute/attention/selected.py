@@ -18,7 +18,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dualroute.attention.dispatch import TILE, Piece, Plan, gather_lse, gather_rows, pieces, plan, sum_pairs
+from dualroute.attention.dispatch import (
+    TILE,
+    Piece,
+    Plan,
+    gather_lse,
+    gather_rows,
+    new_part,
+    pieces,
+    plan,
+    sum_pairs,
+)
 from dualroute.attention.kernels import NEG_INF, attend, attend_backward
 
 CHUNK_ROWS = 1 << 11  # gathered query rows at once: a chunk stays in the caches of a core
@@ -47,7 +57,7 @@ def merge_selected(
         if tiles is None:
             continue
         planned.append((piece, tiles))
-        part = out.new_empty(len(tiles.row), group, dim)
+        part = new_part(out, tiles)
         part_lse = lse.new_empty(len(tiles.row), group)
         for rows, chunk in _chunks(tiles, group):
             result, result_lse = attend(
@@ -90,7 +100,7 @@ def selected_backward(
     """
     group, dim = query.shape[2:]
     for ((head, last_head), (begin, end)), tiles in planned:
-        part = grad_query.new_empty(len(tiles.row), group, dim)
+        part = new_part(grad_query, tiles)
         for rows, chunk in _chunks(tiles, group):
             to_query, to_key, to_value = attend_backward(
                 _tile_queries(grad, chunk),
