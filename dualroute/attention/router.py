@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dualroute.attention.backend import fast_kernels
+from dualroute.attention.kernels import accumulation_dtype
 from dualroute.attention.layout import Bucket, Stream, query_chunks
 
 ROUTERS = ("minmax", "moment", "mean")
@@ -52,7 +53,7 @@ def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | 
     """Keys in blocks (..., nb, block, d) -> features (..., nb, parts, f).
 
     There are block / sub_block parts for minmax, else one. `valid` (nb, block) marks the slots that hold a
-    token, the first of each block always does; None = all.
+    token, the first of each block always does; None = all. Bounds are of the keys' type, moments see below.
     """
     if router == "minmax":
         if valid is not None:  # repeat a real key where there is none: no bound changes
@@ -65,7 +66,8 @@ def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | 
 
 
 def token_mean(blocks: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean (..., nb, d) over the tokens of each block (..., nb, block, d)."""
+    """Mean (..., nb, d) over the tokens of each block (..., nb, block, d), in `accumulation_dtype`."""
+    blocks = blocks.to(accumulation_dtype(blocks.dtype))
     if valid is None:
         return blocks.mean(-2)
     weight = valid.to(blocks.dtype)[..., None]  # (nb, block, 1)
@@ -73,7 +75,12 @@ def token_mean(blocks: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def key_moments(blocks: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and diagonal variance, (..., nb, d), of the keys (..., nb, block, d) of each block."""
+    """Mean and diagonal variance, (..., nb, d), of the keys (..., nb, block, d) of each block.
+
+    In `accumulation_dtype`: in float16 the square of 300 is infinite already, and in bfloat16 blocks would be
+    told apart by how their means are rounded.
+    """
+    blocks = blocks.to(accumulation_dtype(blocks.dtype))
     mean = token_mean(blocks, valid)
     return mean, token_mean((blocks - mean[..., None, :]).square(), valid)
 
