@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.arguments import check_rows, check_whole
 from dualroute.attention.backend import fast_kernels
 from dualroute.attention.layout import Bucket, Stream, attend_by_length
 from dualroute.attention.routed import Routing, routed_attention
@@ -53,7 +54,14 @@ def global_attention(
     max_exact_blocks: int | None,
     causal: bool = True,
 ) -> Tensor:
-    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d)."""
+    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
+    """
+    check_rows(stream, query, key, value)
+    if max_exact_blocks is not None:
+        check_whole(0, max_exact_blocks=max_exact_blocks)
     if max_exact_blocks is None:
         return full_attention(query, key, value, stream, causal=causal)
     return attend_by_length(
@@ -83,7 +91,13 @@ def full_attention(
 
     On a CPU the kernels of the local route do it in float32 and float64, with a window that hides nothing:
     there they are faster than SDPA.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
+    check_rows(stream, query, key, value)
+    if window is not None:
+        check_whole(1, window=window)
     kernels = fast_kernels(query, causal=causal) if window is None else None
     if kernels is not None and hasattr(kernels, "faster_in_full") and kernels.faster_in_full(query):
         longest = max(bucket.blocks for bucket in stream.buckets) * stream.block

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.arguments import check_rows, check_whole
 from dualroute.attention.backend import fast_kernels
 from dualroute.attention.global_route import full_attention
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
@@ -38,7 +39,12 @@ def local_attention(
 
     Documents that fit into the window are attended to in full: there the two are the same thing. Up to twice
     that length, causal attention in full behind a mask is still the faster one.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
+    check_rows(stream, query, key, value)
+    check_whole(1, window=window)
     kernels = fast_kernels(query, causal=causal)
     if kernels is not None:
         return kernels.local_attention(query, key, value, stream, window=window, causal=causal)

@@ -18,7 +18,7 @@ def check_at_least(least: int, **values: int) -> None:
 
 def check_name(key: str, value: str, names: tuple[str, ...]) -> None:
     if value not in names:
-        nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)[0]
         raise ValueError(f"{key}={value} is unknown: did you mean {nearest}? Valid are {', '.join(names)}")
 
 

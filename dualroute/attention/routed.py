@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualroute.attention.arguments import check_rows, check_selected, check_whole
 from dualroute.attention.backend import fast_kernels
 from dualroute.attention.dispatch import Plan
 from dualroute.attention.far_summary import (
+    FAR_SUMMARIES,
     Summary,
     far_backward,
     merge_far,
@@ -33,19 +35,30 @@ from dualroute.attention.far_summary import (
 )
 from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, attend_backward, without_autocast
 from dualroute.attention.layout import Stream
-from dualroute.attention.router import select_blocks
+from dualroute.attention.options import check_name
+from dualroute.attention.router import ROUTERS, select_blocks
 from dualroute.attention.selected import merge_selected, selected_backward
 from dualroute.attention.sink import merge_sink, sink_backward
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a token chooses what it reads: see `router` and `far_summary` for the names."""
+    """How a token chooses what it reads: see `router` and `far_summary` for the names.
+
+    Raises:
+        TypeError, ValueError: a number is none or too small, or a name is unknown.
+    """
 
     top_k: int = 8
     router: str = "minmax"
     far_summary: str = "second_order"
     sub_block: int = 16
+
+    def __post_init__(self) -> None:
+        check_whole(0, top_k=self.top_k)
+        check_whole(1, sub_block=self.sub_block)
+        check_name("router", self.router, ROUTERS)
+        check_name("far_summary", self.far_summary, FAR_SUMMARIES)
 
 
 @without_autocast
@@ -66,8 +79,14 @@ def routed_attention(
         key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
-    if selected is None:
+    check_rows(stream, query, key, value)
+    if selected is not None:
+        check_selected(selected, key, stream, causal)
+    else:
         selected = select_blocks(
             query.detach(),
             key.detach(),

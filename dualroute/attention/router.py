@@ -23,9 +23,11 @@ import math
 import torch
 from torch import Tensor
 
+from dualroute.attention.arguments import check_parts, check_rows, check_whole
 from dualroute.attention.backend import fast_kernels
 from dualroute.attention.kernels import accumulation_dtype
 from dualroute.attention.layout import Bucket, Stream, query_chunks
+from dualroute.attention.options import check_name
 
 ROUTERS = ("minmax", "moment", "mean")
 MAX_SCORES = 1 << 22  # scores held at once: bounds the memory of the router
@@ -155,6 +157,11 @@ def select_blocks(
     A token's own block is never among them, and slots without a token choose nothing. Not causal, the
     candidates are all other blocks of the document.
     """
+    check_rows(stream, query, key)
+    check_whole(0, top_k=top_k)
+    check_whole(1, sub_block=sub_block)
+    check_name("router", router, ROUTERS)
+    check_parts(router, stream.block, sub_block)
     kernels = fast_kernels(query, causal=causal, block=stream.block)
     if kernels is not None:
         return kernels.select_blocks(query, key, stream, top_k=top_k, router=router, sub_block=sub_block)

@@ -110,12 +110,12 @@ def _caches(reasons: list[str]) -> Iterator[Path]:
 
 def _private_folder() -> Path:
     """A folder for temporary files into which nobody else can write what this user then runs."""
-    folder = Path(tempfile.gettempdir()) / f"dualroute-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"dualroute-{os.geteuid()}"
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise PermissionError(f"{folder} belongs to somebody else") from None
     return folder
 

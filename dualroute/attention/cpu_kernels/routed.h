@@ -54,6 +54,21 @@ void for_pieces(const Shape& shape, Work work) {
         }
 }
 
+// Whether all chosen blocks are -1 or past blocks of the token's document.
+inline bool readable(const Shape& shape, const int32_t* selected, int columns) {
+    bool all = true;
+#pragma omp parallel for reduction(&& : all) num_threads(shape.threads)
+    for (long row = 0; row < shape.kv_heads * shape.slots; ++row) {
+        const long own = row % shape.slots / shape.block;
+        const int32_t first = shape.first_block[own];
+        for (int c = 1; c < columns; ++c) {
+            const int32_t block = selected[row * columns + c];
+            all = all && (block < 0 || (block >= first && block < own));
+        }
+    }
+    return all;
+}
+
 // Which tokens of a piece chose each block: tokens[start[b - first] .. start[b + 1 - first]), ascending.
 struct Readers {
     std::vector<int32_t> start, tokens;

@@ -221,7 +221,7 @@ def test_where_the_cache_cannot_be_used_a_private_folder_is(
         monkeypatch.setattr(Path, "mkdir", refuse)
     else:
         monkeypatch.setattr(Path, "home", _no_home)
-    private = quick / f"dualroute-{os.getuid()}"
+    private = quick / f"dualroute-{os.geteuid()}"
     with pytest.warns(UserWarning, match=f"kernels are kept in {private}: .*DUALROUTE_CACHE"):
         build.load()
     (made,) = private.iterdir()
@@ -240,7 +240,7 @@ def test_a_private_folder_that_others_may_write_to_is_not_trusted(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(quick))
     monkeypatch.setattr(Path, "home", _no_home)
-    private = quick / f"dualroute-{os.getuid()}"
+    private = quick / f"dualroute-{os.geteuid()}"
     private.mkdir()
     private.chmod(0o777)
     with pytest.raises(build.BuildError, match=r"no home folder: .* belongs to somebody else"):
