@@ -16,6 +16,10 @@ template <class T>
 struct Far {
     const T *keys, *values;
     long width;  // 0: none
+    Far of_head(long kv, const Shape& shape) const {
+        if (!width) return *this;
+        return {keys + kv * shape.blocks() * width, values + kv * shape.blocks() * shape.dim, width};
+    }
 };
 
 template <class T, class S>
@@ -107,8 +111,7 @@ struct Routed {
 
     Routed(const RoutedProblem<T, S>& p, long kv, long first, long last, bool backward)
         : shape(p.shape),
-          far{p.far.keys + kv * shape.blocks() * p.far.width, p.far.values + kv * shape.blocks() * shape.dim,
-              p.far.width},
+          far(p.far.of_head(kv, shape)),
           scale(p.scale),
           query(p.query + kv * shape.group() * shape.slots * shape.dim),
           key(p.key + kv * shape.slots * shape.dim),
