@@ -14,6 +14,7 @@ by one.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from dualroute.attention.kernels import NEG_INF, accumulation_dtype, attend, att
 from dualroute.attention.layout import Stream, attend_by_length
 
 QUERY_BLOCK = 64  # queries that share one view of the keys, at most; smaller wastes fewer masked keys
+LONG_RUN = 8  # query blocks inside their document that are worth a chunk of their own
 MAX_CHUNK = 1 << 20  # elements of a chunk's keys: a chunk stays in the caches, and bounds the memory
 
 
@@ -182,11 +184,27 @@ def _tiles(rows: Tensor, band: _Band, first: int, last: int) -> Tensor:
     )
 
 
-def _chunks(query: Tensor, band: _Band) -> list[tuple[int, int]]:
-    heads, slots, dim = query.shape
-    blocks = slots // band.rows
+def _chunks(query: Tensor, stream: Stream, band: _Band) -> list[tuple[int, int]]:
+    """Ranges (first, end) of query blocks that are worked on at once."""
+    heads, _, dim = query.shape
     step = max(1, MAX_CHUNK // (heads * band.span * dim))
-    return [(first, min(first + step, blocks)) for first in range(0, blocks, step)]
+    return stream.cached(("chunks", band, step), lambda: _compute_chunks(stream, band, step))
+
+
+def _compute_chunks(stream: Stream, band: _Band, step: int) -> list[tuple[int, int]]:
+    """At most `step` blocks each; long runs of inner blocks by themselves: they need no mask of their own."""
+    inner = stream.cached(("inner blocks", band), lambda: _inner_blocks(stream, band))
+    cuts, first = {0, len(inner)}, 0
+    for kind, run in itertools.groupby(inner):
+        end = first + len(list(run))
+        if kind and end - first >= LONG_RUN:
+            cuts |= {first, end}
+        first = end
+    return [
+        (begin, min(begin + step, last))
+        for first, last in itertools.pairwise(sorted(cuts))
+        for begin in range(first, last, step)
+    ]
 
 
 class _Banded(torch.autograd.Function):
@@ -198,7 +216,7 @@ class _Banded(torch.autograd.Function):
         padded_key, padded_value = (F.pad(rows, (0, 0, band.left, band.right)) for rows in (key, value))
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=accumulate, device=query.device)
-        for first, last in _chunks(query, band):
+        for first, last in _chunks(query, stream, band):
             hidden = _other_documents(stream, band, first, last)
             part, part_lse = attend(
                 _tiles(query, band, first, last),
@@ -224,7 +242,7 @@ class _Banded(torch.autograd.Function):
         grad_key, grad_value = (
             torch.zeros_like(rows, dtype=accumulate) for rows in (padded_key, padded_value)
         )
-        for first, last in _chunks(query, band):
+        for first, last in _chunks(query, stream, band):
             hidden = _other_documents(stream, band, first, last)
             to_query, to_key, to_value = attend_backward(
                 _tiles(grads[0], band, first, last),
