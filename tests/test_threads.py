@@ -57,7 +57,8 @@ def test_ranks_of_a_host_share_its_cores(given: dict[str, str], number: str | No
 
 
 @pytest.mark.parametrize(
-    "entry", ["dualroute.__main__", "launch/pretrain.py", "launch/distill.py", "launch/doctor.py"]
+    "entry",
+    ["dualroute.__main__", "dualroute.cli", "launch/pretrain.py", "launch/distill.py", "launch/doctor.py"],
 )
 def test_every_entry_prepares_before_torch_is_loaded(entry: str) -> None:
     """Run up to the moment when it prepares; torch is not there yet."""

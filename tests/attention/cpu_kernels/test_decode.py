@@ -129,7 +129,7 @@ def test_types_they_cannot_take_run_in_torch() -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("number", ["nan", "inf"])
 def test_numbers_that_are_none_stay_so(number: str, int8: bool) -> None:
-    """A NaN in the text has no best blocks; nothing outside of the cache is read for it, nor is it rounded."""
+    """A NaN has no best blocks; nothing outside of the cache is read for it, and it is not rounded away."""
     layer = _layer(torch.float32)
     hidden = torch.randn(1, LENGTH, 32)
     hidden[0, 60, 7] = float(number)
