@@ -6,8 +6,11 @@ srun python                 launch/doctor.py --output /shared/runs
 
 import sys
 
-from dualroute.cli import main
-from dualroute.training.parallel.environment import strip_local_rank
+from dualroute import threads
 
 if __name__ == "__main__":
+    threads.prepare()
+    from dualroute.cli import main
+    from dualroute.training.parallel.environment import strip_local_rank
+
     sys.exit(main(["doctor", *strip_local_rank(sys.argv[1:])]))
