@@ -1,13 +1,17 @@
 """``python -m dualroute STAGE …``, the ``dualroute`` command.
 
-A training has to survive a signal from its first moment on, so that comes before the imports.
+A training has to survive a signal from its first moment on, and torch reads once how its threads wait: both
+come before the imports.
 """
 
 import sys
 
+from dualroute import threads
+
 
 def main() -> int:
     """Entry point of the process; see :func:`dualroute.cli.main`."""
+    threads.prepare()
     from dualroute.training.resilience import stop_signal
 
     command = sys.argv[1] if len(sys.argv) > 1 else ""

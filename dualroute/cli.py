@@ -23,7 +23,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from dualroute import __version__
+from dualroute import __version__, threads
 from dualroute.errors import Interrupted, UserError, exhaustion
 from dualroute.training.resilience import stop_signal
 
@@ -322,6 +322,7 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
     if arguments is None:
+        threads.prepare()
         arguments = sys.argv[1:]
         if arguments[:1] in (["pretrain"], ["distill"]):
             stop_signal.install()

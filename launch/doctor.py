@@ -6,10 +6,12 @@ srun python                 launch/doctor.py --output /shared/runs
 
 import sys
 
+from dualroute import threads
 from dualroute.training.resilience import stop_signal
 
 if __name__ == "__main__":
     stop_signal.interrupt()
+    threads.prepare()
     with stop_signal.one_line("doctor"):
         from dualroute.cli import main
         from dualroute.training.parallel.environment import strip_local_rank

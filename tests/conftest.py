@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from dualroute import threads
+
+threads.prepare()  # before any test loads torch
 ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["tests.budget"]
 #: Folders whose files share something costly: with several workers, one of them runs all of it.
-ONE_WORKER = ("tests/training/checkpointing", "tests/slurm", "tests/attention/triton_kernels")
+ONE_WORKER = ("tests/training/checkpointing", "tests/slurm", "tests/attention/backends/triton")
 WORDS = [
     "the", "old", "red", "small", "river", "stone", "bird", "house", "sees", "finds", "leaves", "under",
     "over", "with", "a", "green", "hill", "and", "then", "sleeps",

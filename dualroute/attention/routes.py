@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from dualroute.attention.backend import choose
+from dualroute.attention.core.arguments import (
+    check_parts,
+    check_rows,
+    check_selected,
+    check_whole,
+)
 from dualroute.attention.core.layout import Stream, attend_by_length
+from dualroute.attention.core.options import ROUTERS, check_name
 from dualroute.attention.core.precision import without_autocast
 from dualroute.attention.core.routing import Routing
 
@@ -31,7 +38,14 @@ def global_attention(
     max_exact_blocks: int | None,
     causal: bool = True,
 ) -> Tensor:
-    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d)."""
+    """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
+    """
+    check_rows(stream, query, key, value)
+    if max_exact_blocks is not None:
+        check_whole(0, max_exact_blocks=max_exact_blocks)
     if max_exact_blocks is None:
         return full_attention(query, key, value, stream, causal=causal)
     return attend_by_length(
@@ -48,7 +62,12 @@ def global_attention(
 def full_attention(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, causal: bool = True
 ) -> Tensor:
-    """Exact attention inside each document, (H, S, d)."""
+    """Exact attention inside each document, (H, S, d).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
+    """
+    check_rows(stream, query, key, value)
     return choose(query, causal=causal).full_attention(query, key, value, stream, causal=causal)
 
 
@@ -70,8 +89,14 @@ def routed_attention(
         key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
-    if selected is None:
+    check_rows(stream, query, key, value)
+    if selected is not None:
+        check_selected(selected, key, stream, causal)
+    else:
         selected = select_blocks(
             query.detach(),
             key.detach(),
@@ -100,7 +125,15 @@ def select_blocks(
 
     A token's own block is never among them, and slots without a token choose nothing. Not causal, the
     candidates are all other blocks of the document.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
+    check_rows(stream, query, key)
+    check_whole(0, top_k=top_k)
+    check_whole(1, sub_block=sub_block)
+    check_name("router", router, ROUTERS)
+    check_parts(router, stream.block, sub_block)
     backend = choose(query, causal=causal, block=stream.block)
     return backend.select_blocks(
         query, key, stream, top_k=top_k, router=router, sub_block=sub_block, causal=causal
@@ -111,6 +144,12 @@ def select_blocks(
 def local_attention(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
 ) -> Tensor:
-    """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own."""
+    """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
+    """
+    check_rows(stream, query, key, value)
+    check_whole(1, window=window)
     backend = choose(query, causal=causal)
     return backend.local_attention(query, key, value, stream, window=window, causal=causal)

@@ -22,6 +22,8 @@ COMMANDS = {
     "--losses reverse_kl --threads 1",
     "train_step": "train_step.py --preset tiny --contexts 64 --tokens 128 --vocab_size 64 --repeats 1 "
     "--precisions 32 bf16-mixed --threads 1",
+    "waiting_threads": "waiting_threads.py --threads 2 --batch 1 --context 32 --repeats 1 --busy 1 "
+    "--settings passive 1000",
     "recall-mqar": "recall.py --variants dense local routed --seeds 0 --length 256 --start 128 --evaluate 2 "
     "--steps 4 --patience 4 --tokens 512 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
     "recall-passkey": "recall.py --task passkey --variants routed --seeds 0 1 --length 128 --start 128 "

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.far_summary import far_keys
-from dualroute.attention.core.precision import outside_inference_mode
+from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.router import block_features
 
 Place = slice | Tensor  # tokens: a slice, or their numbers
@@ -117,6 +117,8 @@ class GlobalCache(KeysAndValues):
         super().__init__(rows, blocks * block, head_dim, device, dtype)
         if statistics_dtype is None:
             statistics_dtype = torch.float32 if dtype == torch.int8 else dtype
+        if statistics_dtype == torch.float16:  # too narrow for squares
+            statistics_dtype = torch.float32
         self.length, self.block = 0, block
         self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
 
@@ -143,7 +145,8 @@ class GlobalCache(KeysAndValues):
             return
         tokens = slice(first * self.block, last * self.block)
         blocks, values = self.read(
-            lambda rows: rows[:, tokens].unflatten(1, (-1, self.block)), self.features.dtype
+            lambda rows: rows[:, tokens].unflatten(1, (-1, self.block)),
+            accumulation_dtype(self.features.dtype),
         )
         self.features[:, first:last] = block_features(blocks, self.router, self.sub_block)
         if self.far_keys is not None and self.far_values is not None:

@@ -34,7 +34,10 @@ class Summary(NamedTuple):
 
 
 def summarise(key: Tensor, value: Tensor, stream: Stream, order: str, causal: bool = True) -> Summary | None:
-    """Block statistics of keys and values (H_kv, S, d), with gradients; None for order "none"."""
+    """Block statistics of keys and values (H_kv, S, d), with gradients; None for order "none".
+
+    In `accumulation_dtype`, whatever the keys are.
+    """
     if order == "none":
         return None
     valid = _valid(stream, causal)

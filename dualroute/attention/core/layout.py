@@ -40,6 +40,9 @@ class Stream:
 
     `slot_valid` (S,) is False at the slots that fill up the last block of a document, and None when there
     are none.
+
+    Raises:
+        ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots.
     """
 
     block: int
@@ -47,6 +50,24 @@ class Stream:
     slot_valid: Tensor | None
     device: torch.device
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"block={self.block} is too small: it must be at least 1")
+        end = blocks = 0
+        for bucket in self.buckets:
+            if bucket.first_block != end or bucket.documents < 1 or bucket.blocks <= blocks:
+                raise ValueError(
+                    f"buckets={self.buckets}: each must begin where the one before ends, at 0 the first, and "
+                    "hold documents with more blocks"
+                )
+            end, blocks = end + bucket.documents * bucket.blocks, bucket.blocks
+        valid = self.slot_valid
+        if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != (self.num_slots,)):
+            raise ValueError(
+                f"slot_valid is {valid.dtype} {tuple(valid.shape)}: give a boolean for each of "
+                f"{self.num_slots} slots"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -196,6 +217,12 @@ class Layout:
                     f"{name} has shape {tuple(given.shape)}, the batch is ({batch}, {length}): "
                     "give one number per token"
                 )
+            if (
+                given is not None
+                and name == "segment_ids"
+                and (given.is_floating_point() or given.is_complex())
+            ):
+                raise TypeError(f"segment_ids has dtype {given.dtype}: give whole numbers")
             if given is not None and device is None:
                 device = given.device
         device = torch.device(device or "cpu")
@@ -318,7 +345,15 @@ class Layout:
         )
 
     def to_stream(self, rows: Tensor) -> Tensor:
-        """(B, n, width) -> (S, width); slots without a token become 0."""
+        """(B, n, width) -> (S, width); slots without a token become 0.
+
+        Raises:
+            ValueError: rows of another batch.
+        """
+        if rows.ndim != 3 or tuple(rows.shape[:2]) != (self.batch, self.length):
+            raise ValueError(
+                f"rows have shape {tuple(rows.shape)}: the layout is of ({self.batch}, {self.length}, width)"
+            )
         rows = rows.reshape(self.batch * self.length, -1)
         if self.slot_token is None or self.token_slot is None:
             return rows
@@ -361,7 +396,15 @@ class Layout:
         return rotary_table(of_slot, head_dim, theta, dtype, scaling)
 
     def from_stream(self, rows: Tensor) -> Tensor:
-        """(S, width) -> (B, n, width); padding becomes 0."""
+        """(S, width) -> (B, n, width); padding becomes 0.
+
+        Raises:
+            ValueError: rows of another stream.
+        """
+        if rows.ndim != 2 or len(rows) != self.stream.num_slots:
+            raise ValueError(
+                f"rows have shape {tuple(rows.shape)}: the stream is of ({self.stream.num_slots}, width)"
+            )
         if self.slot_token is not None and self.token_slot is not None:
             rows = _Rows.apply(rows, self.token_slot, self.slot_token)
         return rows.reshape(self.batch, self.length, -1)

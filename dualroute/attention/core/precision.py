@@ -29,8 +29,9 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(kind):
+        given = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        kind = next((arg.device.type for arg in given), "cpu")
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
             return function(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return function(*args, **kwargs)

@@ -23,6 +23,8 @@ import math
 import torch
 from torch import Tensor
 
+from dualroute.attention.core.precision import accumulation_dtype
+
 
 def query_features(query: Tensor, router: str) -> Tensor:
     """Queries (H_kv, group, ..., d) -> features (H_kv, ..., f), summed over the heads that share keys.
@@ -46,7 +48,7 @@ def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | 
     """Keys in blocks (..., nb, block, d) -> features (..., nb, parts, f).
 
     There are block / sub_block parts for minmax, else one. `valid` (nb, block) marks the slots that hold a
-    token, the first of each block always does; None = all.
+    token, the first of each block always does; None = all. Bounds are of the keys' type, moments see below.
     """
     if router == "minmax":
         if valid is not None:  # repeat a real key where there is none: no bound changes
@@ -59,7 +61,8 @@ def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | 
 
 
 def token_mean(blocks: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean (..., nb, d) over the tokens of each block (..., nb, block, d)."""
+    """Mean (..., nb, d) over the tokens of each block (..., nb, block, d), in `accumulation_dtype`."""
+    blocks = blocks.to(accumulation_dtype(blocks.dtype))
     if valid is None:
         return blocks.mean(-2)
     weight = valid.to(blocks.dtype)[..., None]  # (nb, block, 1)
@@ -67,7 +70,12 @@ def token_mean(blocks: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def key_moments(blocks: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and diagonal variance, (..., nb, d), of the keys (..., nb, block, d) of each block."""
+    """Mean and diagonal variance, (..., nb, d), of the keys (..., nb, block, d) of each block.
+
+    In `accumulation_dtype`: in float16 the square of 300 is infinite already, and in bfloat16 blocks would be
+    told apart by how their means are rounded.
+    """
+    blocks = blocks.to(accumulation_dtype(blocks.dtype))
     mean = token_mean(blocks, valid)
     return mean, token_mean((blocks - mean[..., None, :]).square(), valid)
 

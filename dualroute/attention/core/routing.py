@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualroute.attention.core.options import AUTO_BREAK_EVEN
+from dualroute.attention.core.arguments import check_whole
+from dualroute.attention.core.options import AUTO_BREAK_EVEN, FAR_SUMMARIES, ROUTERS, check_name
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a token chooses what it reads: see `router` and `far_summary` for the names."""
+    """How a token chooses what it reads: see `router` and `far_summary` for the names.
+
+    Raises:
+        TypeError, ValueError: a number is none or too small, or a name is unknown.
+    """
 
     top_k: int = 8
     router: str = "minmax"
     far_summary: str = "second_order"
     sub_block: int = 16
+
+    def __post_init__(self) -> None:
+        check_whole(0, top_k=self.top_k)
+        check_whole(1, sub_block=self.sub_block)
+        check_name("router", self.router, ROUTERS)
+        check_name("far_summary", self.far_summary, FAR_SUMMARIES)
 
 
 def exact_blocks(mode: str, block: int, top_k: int, break_even: int = AUTO_BREAK_EVEN) -> int | None:

@@ -231,12 +231,14 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
                 stored.logits(features.data(), begin, end, next);
                 next += end - begin;
             }
-            dot_rows<T>(features.data(), statistics.far_keys + row_blocks * statistics.far_width, summaries,
-                        statistics.far_width, next);
-            for (long b = 0; b < summaries; ++b) next[b] += std::log(T(block));
-            if (summaries) logits[exactly] = NEG_INF<T>;
-            for (const int32_t b : chosen)
-                if (summaries && b >= 0) logits[exactly + b] = NEG_INF<T>;
+            if (summaries) {
+                dot_rows<T>(features.data(), statistics.far_keys + row_blocks * statistics.far_width,
+                            summaries, statistics.far_width, next);
+                for (long b = 0; b < summaries; ++b) next[b] += std::log(T(block));
+                logits[exactly] = NEG_INF<T>;
+                for (const int32_t b : chosen)
+                    if (b >= 0) logits[exactly + b] = NEG_INF<T>;
+            }
             soften<T>(logits.data(), exactly + summaries);
             T *sums = out + head * dim, *weights = logits.data();
             std::fill_n(sums, dim, T(0));
@@ -244,7 +246,8 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
                 stored.add(sums, weights, begin, end);
                 weights += end - begin;
             }
-            add_rows<T>(sums, weights, statistics.far_values + row_blocks * dim, summaries, dim);
+            if (summaries)
+                add_rows<T>(sums, weights, statistics.far_values + row_blocks * dim, summaries, dim);
         }
     }
 }

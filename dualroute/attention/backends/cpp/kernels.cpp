@@ -35,8 +35,8 @@
         select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,  \
                          columns, top_k, selected);                                                         \
     }                                                                                                       \
-    DUALROUTE_CALLED void routed_forward_##NAME(DUALROUTE_PROBLEM(T, S), S* out, T* lse) {                  \
-        routed_forward(DUALROUTE_AS_PROBLEM(T, S), out, lse);                                               \
+    DUALROUTE_CALLED bool routed_forward_##NAME(DUALROUTE_PROBLEM(T, S), S* out, T* lse) {                  \
+        return routed_forward(DUALROUTE_AS_PROBLEM(T, S), out, lse);                                        \
     }                                                                                                       \
     DUALROUTE_CALLED void routed_backward_##NAME(DUALROUTE_PROBLEM(T, S), const S* grad, const S* out,      \
                                                  const T* lse, S* to_query, T* to_key, T* to_value,         \

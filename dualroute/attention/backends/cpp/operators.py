@@ -58,12 +58,20 @@ def routed_forward(
     first_block: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (H, S, d) and log-sum-exp (H, S)."""
+    """Output (H, S, d) and log-sum-exp (H, S).
+
+    Raises:
+        ValueError: `selected` names a block that is no past one of the token's document.
+    """
     out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
-    _call(
+    done = _call(
         "routed_forward", query, len(key), first_block,
         scale, query, key, value, *_far(far), selected, selected.shape[-1], out, lse,
     )  # fmt: skip
+    if not done:
+        raise ValueError(
+            "selected has a block that is no past one of its document: give what select_blocks gives"
+        )
     return out, lse
 
 
@@ -115,11 +123,12 @@ def _far(far: Summary | None) -> tuple[Any, ...]:
     return (None, None, _Long(0)) if far is None else (*far, _Long(far.keys.shape[-1]))
 
 
-def _call(name: str, query: Tensor, kv_heads: int, first_block: Tensor, *arguments: Any) -> None:
+def _call(name: str, query: Tensor, kv_heads: int, first_block: Tensor, *arguments: Any) -> Any:
     heads, slots, dim = query.shape
     sizes = (heads, kv_heads, slots, slots // len(first_block), dim, torch.get_num_threads())
     function = getattr(load(), f"{name}_{str(query.dtype).removeprefix('torch.')}")
-    function((_Long * len(sizes))(*sizes), _argument(first_block), *map(_argument, arguments))
+    function.restype = ctypes.c_bool if name == "routed_forward" else None
+    return function((_Long * len(sizes))(*sizes), _argument(first_block), *map(_argument, arguments))
 
 
 def _argument(value: Any) -> Any:

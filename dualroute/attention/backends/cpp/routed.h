@@ -16,6 +16,10 @@ template <class T>
 struct Far {
     const T *keys, *values;
     long width;  // 0: none
+    Far of_head(long kv, const Shape& shape) const {
+        if (!width) return *this;
+        return {keys + kv * shape.blocks() * width, values + kv * shape.blocks() * shape.dim, width};
+    }
 };
 
 template <class T, class S>
@@ -54,6 +58,21 @@ void for_pieces(const Shape& shape, Work work) {
         }
 }
 
+// Whether all chosen blocks are -1 or past blocks of the token's document.
+inline bool readable(const Shape& shape, const int32_t* selected, int columns) {
+    bool all = true;
+#pragma omp parallel for reduction(&& : all) num_threads(shape.threads)
+    for (long row = 0; row < shape.kv_heads * shape.slots; ++row) {
+        const long own = row % shape.slots / shape.block;
+        const int32_t first = shape.first_block[own];
+        for (int c = 1; c < columns; ++c) {
+            const int32_t block = selected[row * columns + c];
+            all = all && (block < 0 || (block >= first && block < own));
+        }
+    }
+    return all;
+}
+
 // Which tokens of a piece chose each block: tokens[start[b - first] .. start[b + 1 - first]), ascending.
 struct Readers {
     std::vector<int32_t> start, tokens;
@@ -85,16 +104,14 @@ struct Routed {
     const long begin, slots;        // the same in slots: the first one, and how many
     const bool backward;
     const Readers readers;
-    const long tiles;  // of summaries
     TurnedKeys<T, S> block_turned, sink_turned;
-    Buffer<T> far_turned, far_values;
-    long sink = -1;
+    Buffer<T> far_turned, far_values;  // summaries of the document `summarised`, in tiles
+    long sink = -1, summarised = -1;
     Scratch<T> scratch;
 
     Routed(const RoutedProblem<T, S>& p, long kv, long first, long last, bool backward)
         : shape(p.shape),
-          far{p.far.keys + kv * shape.blocks() * p.far.width, p.far.values + kv * shape.blocks() * shape.dim,
-              p.far.width},
+          far(p.far.of_head(kv, shape)),
           scale(p.scale),
           query(p.query + kv * shape.group() * shape.slots * shape.dim),
           key(p.key + kv * shape.slots * shape.dim),
@@ -108,14 +125,11 @@ struct Routed {
           slots((last - first) * shape.block),
           backward(backward),
           readers(selected, columns, first * shape.block, last * shape.block, start, last),
-          tiles(far.width ? (last - start + TILE - 1) / TILE : 0),
           block_turned(shape.dim, shape.block, backward),
           sink_turned(shape.dim, shape.block, backward),
-          far_turned(tiles * far.width * TILE),
-          far_values(backward ? tiles * shape.dim * TILE : 0),
-          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row)) {
-        turn_summaries();
-    }
+          far_turned(far_tiles() * far.width * TILE),
+          far_values(backward ? far_tiles() * shape.dim * TILE : 0),
+          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row)) {}
 
     const Keys<T>& turn(long block, TurnedKeys<T, S>& turned) const {
         const long place = block * shape.block * shape.dim;
@@ -127,9 +141,30 @@ struct Routed {
         return turn(block, sink_turned);
     }
 
-    void turn_summaries() {
-        for (long tile = 0; tile < tiles; ++tile) {
-            const long block = start + tile * TILE, count = std::min<long>(TILE, last - block);
+    // Last + 1 block of a document, as far as this piece looks.
+    long end_of(long document) const {
+        long end = document;
+        while (end < last && shape.first_block[end] == document) ++end;
+        return end;
+    }
+    // Tiles of summaries of the longest document.
+    long far_tiles() const {
+        long most = 0;
+        for (long document = start; far.width && document < last;) {
+            const long end = end_of(document);
+            most = std::max(most, (end - document + TILE - 1) / TILE);
+            document = end;
+        }
+        return most;
+    }
+
+    // Tiles begin with their document: nothing of another one is ever multiplied, not even by a weight of 0.
+    void turn_summaries(long document) {
+        if (summarised == document) return;
+        summarised = document;
+        const long end = end_of(document);
+        for (long tile = 0; document + tile * TILE < end; ++tile) {
+            const long block = document + tile * TILE, count = std::min<long>(TILE, end - block);
             transpose<T>(far_turned.data() + tile * far.width * TILE, TILE, far.keys + block * far.width,
                          far.width, count, far.width);
             if (backward)
@@ -140,10 +175,12 @@ struct Routed {
 
     // Calls step(summaries, their first block) for the tiles of summaries that block `own` may read.
     template <class Step>
-    void for_far(long own, Step step) const {
-        if (!far.width) return;
-        for (long tile = (shape.first_block[own] + 1 - start) / TILE; start + tile * TILE < own; ++tile) {
-            const long block = start + tile * TILE;
+    void for_far(long own, Step step) {
+        const long document = shape.first_block[own];
+        if (!far.width || own <= document + 1) return;
+        turn_summaries(document);
+        for (long tile = 0; document + tile * TILE < own; ++tile) {
+            const long block = document + tile * TILE;
             step(Keys<T>{far.keys + block * far.width, far_turned.data() + tile * far.width * TILE,
                          far.values + block * shape.dim, far_values.data() + tile * shape.dim * TILE, TILE,
                          int(std::min<long>(TILE, own - block))},
@@ -152,7 +189,7 @@ struct Routed {
     }
 
     // Adds log n to a tile of logits of summaries, and closes those that the tokens from `slot` on do not
-    // read: the sink, blocks of earlier documents and chosen ones.
+    // read: the sink and chosen blocks.
     auto close_far(long slot, long document, long tile_begin) const {
         return [this, slot, document, tile_begin](T* logits, int, int rows, int from, int to) {
             const T log_tokens = std::log(T(shape.block));

@@ -85,9 +85,12 @@ struct RoutedForward : Routed<T, S> {
     }
 };
 
+// False, and nothing is done, where a token would read what it may not: memory beyond its piece.
 template <class T, class S>
-void routed_forward(const RoutedProblem<T, S>& problem, S* out, T* lse) {
+bool routed_forward(const RoutedProblem<T, S>& problem, S* out, T* lse) {
+    if (!readable(problem.shape, problem.selected, problem.columns)) return false;
     for_pieces(problem.shape, [&](long, long kv, long first, long last) {
         RoutedForward<T, S>(problem, kv, first, last, out, lse).run();
     });
+    return true;
 }

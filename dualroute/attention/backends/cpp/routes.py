@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dualroute.attention.backends.cpp import operators
 from dualroute.attention.backends.cpp.operators import compute_dtype, pad_heads
+from dualroute.attention.core.arguments import check_parts, check_rows, check_whole
 from dualroute.attention.core.far_summary import Summary, summarise, summarise_backward
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.router import block_features
@@ -34,7 +35,15 @@ if TYPE_CHECKING:
 def select_blocks(
     query: Tensor, key: Tensor, stream: Stream, *, top_k: int, router: str = "minmax", sub_block: int = 16
 ) -> Tensor:
-    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none."""
+    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none.
+
+    Raises:
+        TypeError, ValueError: as of the function of the same name in `attention.routes`.
+    """
+    _check(stream, query, key)
+    check_whole(0, top_k=top_k)
+    check_whole(1, sub_block=sub_block)
+    check_parts(router, stream.block, sub_block)
     scale = 1 / math.sqrt(query.shape[-1])
     # A part of a block that is not full may have wild bounds, but only complete blocks are candidates.
     rows = pad_heads(key)
@@ -62,7 +71,18 @@ def routed_attention(
     *,
     selected: Tensor,
 ) -> Tensor:
-    """Routed attention, (H, S, d), of a stream; see the function of the same name in `routed`."""
+    """Routed attention, (H, S, d), of a stream; see the function of the same name in `routed`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or does not fit the others, or `selected` has
+            a block that a token may not read.
+    """
+    _check(stream, query, key, value)
+    if selected.ndim != 3 or selected.shape[:2] != key.shape[:2] or selected.is_floating_point():
+        raise ValueError(
+            f"selected is {selected.dtype} {tuple(selected.shape)}: give whole numbers "
+            f"({len(key)}, {key.shape[1]}, 1 + top_k), as select_blocks does"
+        )
     rows = (part.contiguous() for part in (query, key, value))
     return _Routed.apply(*rows, selected.to(torch.int32).contiguous(), stream, routing.far_summary)
 
@@ -73,14 +93,22 @@ def local_attention(
     """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own.
 
     Raises:
-        ValueError: not causal.
+        TypeError, ValueError: not causal, or an argument is of the wrong kind or does not fit the others.
     """
     if not causal:
         raise ValueError(
             "causal=False has no kernel: use dualroute.attention.backends.torch.local.local_attention"
         )
+    _check(stream, query, key, value)
+    check_whole(1, window=window)
     rows = (part.contiguous() for part in (query, key, value))
     return _Local.apply(*rows, stream.first_blocks(), min(window, stream.num_slots))
+
+
+def _check(stream: Stream, query: Tensor, *others: Tensor) -> None:
+    check_rows(stream, query, *others)
+    if query.device.type != "cpu":
+        raise ValueError(f"query is on {query.device}: these kernels read the memory of a CPU")
 
 
 def _padded(*rows: Tensor) -> Iterator[Tensor]:

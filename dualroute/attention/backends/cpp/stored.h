@@ -218,13 +218,21 @@ inline void put_row(const Rows<S>& rows, long row, const T* from) {
     for (long j = 0; j < rows.dim; ++j) narrow<T>(from[j], rows.numbers[row * rows.dim + j]);
 }
 
-// Rounded to 255 steps of the largest number, as `cache.to_int8` does.
+// Rounded to 255 steps of the largest number, as `cache.to_int8` does; a row with a number that is none is
+// none.
 template <class T>
 inline void put_row(const Rows<int8_t>& rows, long row, const T* from) {
-    T largest = 0;
-    for (long j = 0; j < rows.dim; ++j) largest = std::max(largest, std::abs(from[j]));
-    const float scale = std::max(float(largest) / 127, 1.17549435e-38f);
+    T largest = 0, none = 0;
+    for (long j = 0; j < rows.dim; ++j) {
+        largest = std::max(largest, std::abs(from[j]));
+        none += from[j] - from[j];  // 0, or NaN of a NaN and of an infinity
+    }
+    const float scale = std::max(float(largest) / 127, 1.17549435e-38f) + float(none);
     rows.scales[row] = scale;
+    if (scale != scale) {
+        std::fill_n(rows.numbers + row * rows.dim, rows.dim, int8_t(0));
+        return;
+    }
     for (long j = 0; j < rows.dim; ++j)
         rows.numbers[row * rows.dim + j] = int8_t(std::nearbyint(float(from[j]) / scale));
 }

@@ -52,6 +52,21 @@ inline long size(AtenTensorHandle tensor, int64_t dim) {
     check(aoti_torch_get_size(tensor, dim, &size));
     return size;
 }
+inline long dimensions(AtenTensorHandle tensor) {
+    int64_t count;
+    check(aoti_torch_get_dim(tensor, &count));
+    return count;
+}
+inline bool contiguous(AtenTensorHandle tensor) {
+    int64_t expected = 1;
+    for (long dim = dimensions(tensor) - 1; dim >= 0; --dim) {
+        int64_t stride;
+        check(aoti_torch_get_stride(tensor, dim, &stride));
+        if (size(tensor, dim) != 1 && stride != expected) return false;
+        expected *= size(tensor, dim);
+    }
+    return true;
+}
 inline int32_t type(AtenTensorHandle tensor) {
     int32_t type;
     check(aoti_torch_get_dtype(tensor, &type));
@@ -66,10 +81,66 @@ inline AtenTensorHandle new_rows(AtenTensorHandle like, int64_t count, int64_t w
     return made;
 }
 
+// Python's ValueError.
+inline void require(bool fits, const std::string& what) {
+    if (!fits) throw std::invalid_argument(what);
+}
+
+// Projections of one route: what they lack to fit the row of `memory` and the other arguments.
+inline void check_projected(const char* name, AtenTensorHandle rows, int64_t batch, int64_t cache_rows,
+                            int64_t width, int32_t dtype) {
+    const std::string is = std::string(name) + " must be ";
+    require(dimensions(rows) == 2 && contiguous(rows), is + "contiguous (batch, width)");
+    require(type(rows) == dtype, is + "of one type with the other projection: float32, float64 or bfloat16");
+    require(size(rows, 0) == batch && batch > 0 && cache_rows % batch == 0,
+            is + "of as many texts as the cache in memory");
+    require(cache_rows > 0 && size(rows, 1) == cache_rows / batch * width,
+            is + "(heads + 2 kv_heads) * head_dim wide, for the heads of the cache in memory");
+}
+
+inline void check_decode(AtenTensorHandle position, AtenTensorHandle cos, AtenTensorHandle sin,
+                         const AtenTensorHandle* global_rows, const AtenTensorHandle* local_rows,
+                         AtenTensorHandle memory, int64_t index, int64_t dim, int64_t group, int64_t top_k) {
+    require(dim > 0 && dim % 2 == 0, "head_dim must be even and at least 2");
+    require(group > 0, "group must be at least 1");
+    require(top_k >= 0, "top_k must be at least 0");
+    require(type(position) == aoti_torch_dtype_int64() && dimensions(position) == 0,
+            "position must be () int64");
+    require(type(memory) == aoti_torch_dtype_int64() && dimensions(memory) == 2 && contiguous(memory) &&
+                size(memory, 1) == long(sizeof(CacheMemory) / sizeof(int64_t)),
+            "memory must be what cache_memory gives");
+    require(index >= 0 && index < size(memory, 0), "layer must be a row of memory");
+    require(global_rows || local_rows, "global_rows or local_rows must be given");
+    const CacheMemory& m = numbers<CacheMemory>(memory)[index];
+    const AtenTensorHandle rows = *(global_rows ? global_rows : local_rows);
+    const int32_t dtype = type(rows);
+    const bool twice = dtype == aoti_torch_dtype_float64();
+    require(twice || dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16(),
+            "global_rows and local_rows must be float32, float64 or bfloat16");
+    require((global_rows != nullptr) == (m.far_rows > 0),
+            "global_rows must be given where memory has a global cache, and only there");
+    require((local_rows != nullptr) == (m.near_rows > 0),
+            "local_rows must be given where memory has a local cache, and only there");
+    require(dimensions(rows) == 2, "global_rows and local_rows must be contiguous (batch, width)");
+    if (global_rows)
+        check_projected("global_rows", *global_rows, size(rows, 0), m.far_rows, (group + 2) * dim, dtype);
+    if (local_rows)
+        check_projected("local_rows", *local_rows, size(rows, 0), m.near_rows, (group + 2) * dim, dtype);
+    for (const AtenTensorHandle table : {cos, sin}) {
+        require(type(table) == (twice ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
+                "cos and sin must be float64 for float64 projections, else float32");
+        require(dimensions(table) == 1 && contiguous(table) && size(table, 0) == dim / 2,
+                "cos and sin must be contiguous (head_dim / 2,)");
+    }
+    const int64_t at = *numbers<int64_t>(position);
+    require(at >= 0 && (!global_rows || at < m.far_tokens), "position must lie in the room of the cache");
+}
+
 inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle cos, AtenTensorHandle sin,
                                      const AtenTensorHandle* global_rows, const AtenTensorHandle* local_rows,
                                      AtenTensorHandle memory, int64_t index, int64_t dim, int64_t group,
                                      int64_t top_k) {
+    check_decode(position, cos, sin, global_rows, local_rows, memory, index, dim, group, top_k);
     const CacheMemory& m = numbers<CacheMemory>(memory)[index];
     const AtenTensorHandle rows = *(global_rows ? global_rows : local_rows);
     const long batch = size(rows, 0), far_heads = m.far_rows / batch, near_heads = m.near_rows / batch;
@@ -102,17 +173,25 @@ inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle
 }
 
 inline AtenTensorHandle int8_product(AtenTensorHandle row, AtenTensorHandle panels, int64_t columns) {
+    const int32_t dtype = type(row);
+    require(dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16(),
+            "row must be float32 or bfloat16");
+    require(dimensions(row) == 2 && contiguous(row) && size(row, 0) == 1,
+            "row must be contiguous (1, inner)");
+    require(type(panels) == aoti_torch_dtype_int8() && dimensions(panels) == 3 && contiguous(panels) &&
+                size(panels, 2) == PANEL_COLUMNS,
+            "panels must be what int8_panels gives");
     const long inner = size(row, 1), room = size(panels, 0) * PANEL_COLUMNS;
-    if (size(panels, 1) != inner + long(sizeof(float)) || columns > room)
-        throw std::runtime_error("a row of " + std::to_string(inner) + " numbers or " +
-                                 std::to_string(columns) + " columns do not fit these panels");
+    require(size(panels, 1) == inner + long(sizeof(float)) && columns > 0 && columns <= room,
+            "a row of " + std::to_string(inner) + " numbers or " + std::to_string(columns) +
+                " columns do not fit these panels");
     const AtenTensorHandle out = new_rows(row, 1, columns);
     const auto run = [&](auto model) {
         using A = decltype(model);
         int8_product<float, A>(numbers<A>(row), numbers<int8_t>(panels), columns, inner,
                                int(torch::stable::get_num_threads()), numbers<A>(out));
     };
-    type(row) == aoti_torch_dtype_bfloat16() ? run(BFloat16{}) : run(float{});
+    dtype == aoti_torch_dtype_bfloat16() ? run(BFloat16{}) : run(float{});
     return out;
 }
 

@@ -4,8 +4,9 @@ In: the blocks each token selected. Out: `plan` lists, for a piece of the stream
 read one block, the token behind each row, and the row behind each pair. `routed` runs attention
 over the tiles.
 
-A filled-up tile repeats token 0 in its unused rows. Nobody looks at what they give, and
-their log-sum-exp is set to +inf before the backward pass, which makes their gradients exactly 0.
+A filled-up tile repeats its first token in its unused rows. Nobody looks at what they give, and
+their log-sum-exp is set to +inf before the backward pass, which makes their gradients exactly 0. That token
+is of the document of the block it reads: should it be NaN, no other document meets it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def plan(selected: Tensor, piece: Piece, num_blocks: int) -> Plan | None:
 def gather_rows(rows: Tensor, plan: Plan) -> Tensor:
     """rows (H_kv, S, group, d) -> tiles (tiles, TILE, group, d)."""
     flat = rows.flatten(2).flatten(0, 1)  # (H_kv * S, group * d)
-    gathered = flat.index_select(0, plan.row.clamp_min(0))
+    row = plan.row.view(-1, TILE)
+    gathered = flat.index_select(0, torch.where(row < 0, row[:, :1], row).flatten())
     return gathered.view(-1, TILE, *rows.shape[2:])
 
 
@@ -99,15 +101,23 @@ def gather_lse(lse: Tensor, plan: Plan) -> Tensor:
     return gathered.masked_fill_((plan.row < 0)[:, None], DUMMY_LSE).view(-1, TILE, lse.shape[2])
 
 
-def sum_pairs(part: Tensor, pair: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Back to tokens: (tiles * TILE, group, d) -> (rows, group, d), the weighted sum over each row's pairs.
+def new_part(like: Tensor, plan: Plan) -> Tensor:
+    """(tiles * TILE + 1, group, d) for a plan's results, typed like (..., group, d); the last row is 0."""
+    part = like.new_empty(len(plan.row) + 1, *like.shape[-2:])
+    part[-1] = 0
+    return part
 
-    weights is (rows, pairs, group), 1 when None; pairs of -1 count 0.
+
+def sum_pairs(part: Tensor, pair: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Back to tokens: (tiles * TILE + 1, group, d) -> (rows, group, d), the weighted sum over a row's pairs.
+
+    weights is (rows, pairs, group), 1 when None; pairs of -1 read the last row of `part`, which `new_part`
+    has made 0: a row of another document may be NaN, and NaN times 0 is NaN.
     """
     group, dim = part.shape[1:]
-    rows = part.reshape(-1, dim)  # (tiles * TILE * group, d)
+    rows = part.reshape(-1, dim)  # ((tiles * TILE + 1) * group, d)
     exists = pair >= 0
-    place = pair.clamp_min(0)
+    place = torch.where(exists, pair, len(part) - 1)
     sums = []
     for member in range(group):
         scale = exists.to(rows.dtype) if weights is None else weights[..., member]

@@ -14,6 +14,7 @@ by one.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from dualroute.attention.core.layout import Stream, attend_by_length
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype, without_autocast
 
 QUERY_BLOCK = 64  # queries that share one view of the keys, at most; smaller wastes fewer masked keys
+LONG_RUN = 8  # query blocks inside their document that are worth a chunk of their own
 MAX_CHUNK = 1 << 20  # elements of a chunk's keys: a chunk stays in the caches, and bounds the memory
 
 
@@ -100,25 +102,49 @@ def _inner_blocks(stream: Stream, band: _Band) -> list[bool]:
 def _compute_band_mask(stream: Stream, band: _Band, first: int, last: int, dtype: torch.dtype) -> Tensor:
     device = stream.device
     row = torch.arange(band.rows, device=device)[:, None]
-    column = (
-        torch.arange(band.span, device=device) - band.left
-    )  # key slot relative to the query block's first slot
-    distance = row - column
+    distance = row - _columns(band, device)
     near = distance < band.window
     near &= distance >= 0 if band.causal else distance > -band.window
+    allowed = near & _inside(stream, band, first, last)[:, None]
+    allowed |= distance == 0  # a slot without a token sees itself: no row is ever empty
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~allowed, NEG_INF)[:, None]
 
+
+def _columns(band: _Band, device: torch.device) -> Tensor:
+    """(span,) key slots in view, relative to the query block's first slot."""
+    return torch.arange(band.span, device=device) - band.left
+
+
+def _inside(stream: Stream, band: _Band, first: int, last: int) -> Tensor:
+    """(blocks, span) which keys in view of the query blocks first..last-1 are tokens of the same document."""
     per_block = stream.block // band.rows
-    number = torch.arange(first, last, device=device)
+    number = torch.arange(first, last, device=stream.device)
     owner = number // per_block
     begin = (
         stream.block_in_document()[owner] * stream.block + number % per_block * band.rows
     )  # place in document
-    place = begin[:, None] + column  # (blocks, span): position in the document of each key in view
-    inside = (place >= 0) & (place < _document_tokens(stream)[owner][:, None])
-    allowed = near & inside[:, None]
-    allowed |= distance == 0  # a slot without a token sees itself: no row is ever empty
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~allowed, NEG_INF)[:, None]
+    place = begin[:, None] + _columns(band, stream.device)  # position in the document of each key in view
+    return (place >= 0) & (place < _document_tokens(stream)[owner][:, None])
+
+
+def _other_documents(stream: Stream, band: _Band, first: int, last: int) -> Tensor | None:
+    """(blocks, 1, span, 1) keys in view of the query blocks first..last-1 that are not of their document.
+
+    None where all are.
+    """
+    inner = stream.cached(("inner blocks", band), lambda: _inner_blocks(stream, band))
+    if all(inner[first:last]):
+        return None
+    return ~_inside(stream, band, first, last)[:, None, :, None]
+
+
+def _only_own(rows: Tensor, hidden: Tensor | None) -> Tensor:
+    """Rows (blocks, heads, span, d) with 0 where they are hidden.
+
+    The mask gives these the weight 0, but 0 times a NaN of another document is NaN.
+    """
+    return rows if hidden is None else rows.masked_fill(hidden, 0)
 
 
 def _document_tokens(stream: Stream) -> Tensor:
@@ -148,11 +174,27 @@ def _tiles(rows: Tensor, band: _Band, first: int, last: int) -> Tensor:
     )
 
 
-def _chunks(query: Tensor, band: _Band) -> list[tuple[int, int]]:
-    heads, slots, dim = query.shape
-    blocks = slots // band.rows
+def _chunks(query: Tensor, stream: Stream, band: _Band) -> list[tuple[int, int]]:
+    """Ranges (first, end) of query blocks that are worked on at once."""
+    heads, _, dim = query.shape
     step = max(1, MAX_CHUNK // (heads * band.span * dim))
-    return [(first, min(first + step, blocks)) for first in range(0, blocks, step)]
+    return stream.cached(("chunks", band, step), lambda: _compute_chunks(stream, band, step))
+
+
+def _compute_chunks(stream: Stream, band: _Band, step: int) -> list[tuple[int, int]]:
+    """At most `step` blocks each; long runs of inner blocks by themselves: they need no mask of their own."""
+    inner = stream.cached(("inner blocks", band), lambda: _inner_blocks(stream, band))
+    cuts, first = {0, len(inner)}, 0
+    for kind, run in itertools.groupby(inner):
+        end = first + len(list(run))
+        if kind and end - first >= LONG_RUN:
+            cuts |= {first, end}
+        first = end
+    return [
+        (begin, min(begin + step, last))
+        for first, last in itertools.pairwise(sorted(cuts))
+        for begin in range(first, last, step)
+    ]
 
 
 class _Banded(torch.autograd.Function):
@@ -164,11 +206,12 @@ class _Banded(torch.autograd.Function):
         padded_key, padded_value = (F.pad(rows, (0, 0, band.left, band.right)) for rows in (key, value))
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=accumulate, device=query.device)
-        for first, last in _chunks(query, band):
+        for first, last in _chunks(query, stream, band):
+            hidden = _other_documents(stream, band, first, last)
             part, part_lse = attend(
                 _tiles(query, band, first, last),
-                _key_views(padded_key, band, first, last),
-                _key_views(padded_value, band, first, last),
+                _only_own(_key_views(padded_key, band, first, last), hidden),
+                _only_own(_key_views(padded_value, band, first, last), hidden),
                 mask=_band_mask(stream, band, first, last, accumulate),
             )
             _tiles(out, band, first, last).copy_(part)
@@ -189,19 +232,20 @@ class _Banded(torch.autograd.Function):
         grad_key, grad_value = (
             torch.zeros_like(rows, dtype=accumulate) for rows in (padded_key, padded_value)
         )
-        for first, last in _chunks(query, band):
+        for first, last in _chunks(query, stream, band):
+            hidden = _other_documents(stream, band, first, last)
             to_query, to_key, to_value = attend_backward(
                 _tiles(grads[0], band, first, last),
                 _tiles(query, band, first, last),
-                _key_views(padded_key, band, first, last),
-                _key_views(padded_value, band, first, last),
+                _only_own(_key_views(padded_key, band, first, last), hidden),
+                _only_own(_key_views(padded_value, band, first, last), hidden),
                 _tiles(out, band, first, last),
                 _tiles(lse, band, first, last),
                 mask=_band_mask(stream, band, first, last, accumulate),
             )
             _tiles(grad_query, band, first, last).copy_(to_query)
-            _overlap_add(grad_key, to_key, band, first)
-            _overlap_add(grad_value, to_value, band, first)
+            _overlap_add(grad_key, _only_own(to_key, hidden), band, first)
+            _overlap_add(grad_value, _only_own(to_value, hidden), band, first)
         unpadded = slice(band.left, band.left + key.shape[1])
         grad_key, grad_value = grad_key[:, unpadded].to(key.dtype), grad_value[:, unpadded].to(value.dtype)
         return grad_query, grad_key, grad_value, None, None

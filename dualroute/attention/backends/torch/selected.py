@@ -24,6 +24,7 @@ from dualroute.attention.backends.torch.dispatch import (
     Plan,
     gather_lse,
     gather_rows,
+    new_part,
     pieces,
     plan,
     sum_pairs,
@@ -57,7 +58,7 @@ def merge_selected(
         if tiles is None:
             continue
         planned.append((piece, tiles))
-        part = out.new_empty(len(tiles.row), group, dim)
+        part = new_part(out, tiles)
         part_lse = lse.new_empty(len(tiles.row), group)
         for rows, chunk in _chunks(tiles, group):
             result, result_lse = attend(
@@ -100,7 +101,7 @@ def selected_backward(
     """
     group, dim = query.shape[2:]
     for ((head, last_head), (begin, end)), tiles in planned:
-        part = grad_query.new_empty(len(tiles.row), group, dim)
+        part = new_part(grad_query, tiles)
         for rows, chunk in _chunks(tiles, group):
             to_query, to_key, to_value = attend_backward(
                 _tile_queries(grad, chunk),

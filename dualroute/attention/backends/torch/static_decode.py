@@ -72,7 +72,7 @@ def _append(cache: GlobalCache, key: Tensor, value: Tensor, position: Tensor, *,
     def own_block(rows: Tensor) -> Tensor:
         return rows.unflatten(1, (-1, cache.block)).index_select(1, own)
 
-    keys, values = cache.read(own_block, cache.features.dtype)  # (R, 1, block, d)
+    keys, values = cache.read(own_block, accumulation_dtype(cache.features.dtype))  # (R, 1, block, d)
     _write(cache.features, own, block_features(keys, cache.router, cache.sub_block)[:, 0])
     if cache.far_keys is not None and cache.far_values is not None:
         _write(cache.far_keys, own, far_keys(keys, cache.far_summary)[:, 0])

@@ -187,7 +187,7 @@ def decode_global_step(
     own = (length - 1) // block  # the blocks 1 .. own - 1 are candidates
     shared = {
         "GROUP": group, "GROUP_PAD": pad_dim(group), "BLOCK": block, "DIM": dim, "DIM_PAD": pad_dim(dim),
-        "WIDE": query.dtype != keys.dtype or query.dtype not in HALF, "num_warps": 4,
+        "WIDE": {query.dtype, features.dtype} != {keys.dtype} or query.dtype not in HALF, "num_warps": 4,
     }  # fmt: skip
     scores = torch.empty(rows, own, dtype=torch.float32, device=query.device)
     if own > 1 and top_k:

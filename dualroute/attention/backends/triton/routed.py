@@ -58,7 +58,9 @@ def routed_attention(
             sub_block=routing.sub_block,
         )
     summary = summarise(key, value, stream, routing.far_summary)
-    far_keys, far_values = (None, None) if summary is None else (part.contiguous() for part in summary)
+    far_keys, far_values = (
+        (None, None) if summary is None else (part.to(key.dtype).contiguous() for part in summary)
+    )
     out, _ = routed_forward(
         query.contiguous(),
         key.contiguous(),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,14 +49,29 @@ def _compiler(folder: Path, script: str) -> str:
     return str(path)
 
 
-@pytest.mark.slow
-def test_compiled_once_and_nothing_else_is_left(fresh: Path) -> None:
+@pytest.fixture
+def quick(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that makes a library without functions, at once; each call is a line of the file `calls`."""
+    (fresh / "empty.c").write_text("")
+    monkeypatch.setenv("CXX", _compiler(fresh, QUICK.format(folder=fresh, real=build._compiler())))
+    return fresh
+
+
+QUICK = """
+if [ "$1" = --version ]; then echo 1; exit; fi
+while [ "$1" != -o ]; do shift; done
+echo "$2" >> {folder}/calls
+{real} -shared -fPIC -o "$2" {folder}/empty.c
+"""
+
+
+def test_compiled_once_and_nothing_else_is_left(quick: Path) -> None:
     build.load()
-    (made,) = (fresh / "cache").iterdir()
-    stamp = made.stat().st_mtime_ns
+    (made,) = (quick / "cache").iterdir()
     _forget()
     build.load()
-    assert [path.stat().st_mtime_ns for path in (fresh / "cache").iterdir()] == [stamp]
+    assert list((quick / "cache").iterdir()) == [made]
+    assert _calls(quick) == 1
 
 
 def test_other_sources_make_another_library(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +113,139 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
     assert list((fresh / "cache").iterdir()) == []
 
 
-def test_a_broken_library_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = fresh / "cache" / f"attention-{build._fingerprint(build._compiler())}.so"
-    target.parent.mkdir()
-    target.write_bytes(b"cut short")
-    with pytest.raises(build.BuildError, match=f"{target.name} cannot be loaded"):
+def _calls(folder: Path) -> int:
+    return len((folder / "calls").read_text().splitlines())
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "fifo", "folder"])
+def test_a_damaged_library_is_compiled_anew(quick: Path, damage: str) -> None:
+    build.load()
+    (made,) = (quick / "cache").iterdir()
+    good = made.read_bytes()
+    if damage == "fifo":
+        made.unlink()
+        os.mkfifo(made)
+    elif damage == "folder":
+        made.unlink()
+        made.mkdir()
+    else:
+        spoilt = {"cut": good[: len(good) // 2], "emptied": b"", "flipped": good[:99] + b"!" + good[100:]}
+        replaced = made.with_suffix(".new")  # the loaded file itself stays as it is
+        replaced.write_bytes(spoilt[damage])
+        replaced.replace(made)
+    _forget()
+    if damage == "folder":
+        with pytest.raises(build.BuildError, match="name a folder in DUALROUTE_CACHE"):
+            build.load()
+        return
+    build.load()
+    assert _calls(quick) == 2
+    assert [path.read_bytes() for path in (quick / "cache").iterdir()] == [good]
+
+
+def test_one_of_another_name_is_not_mistaken(quick: Path) -> None:
+    """The library of another processor stays; one that is damaged under this name goes."""
+    build.load()
+    (made,) = (quick / "cache").iterdir()
+    (quick / "cache" / "attention-0123456789abcdef-0123456789abcdef.so").write_bytes(b"other")
+    (quick / "cache" / f"{made.stem[:-16]}0123456789abcdef.so").write_bytes(b"cut short")
+    _forget()
+    build.load()
+    assert _calls(quick) == 1
+    made.unlink()
+    _forget()
+    build.load()
+    assert sorted(path.name for path in (quick / "cache").iterdir()) == sorted(
+        [made.name, "attention-0123456789abcdef-0123456789abcdef.so"]
+    )
+
+
+def test_the_libraries_used_last_are_kept(quick: Path) -> None:
+    cache = quick / "cache"
+    cache.mkdir()
+    for number in range(12):
+        path = cache / f"attention-{number:016x}-{number:016x}.so"
+        path.write_bytes(b"")
+        os.utime(path, (number, number))
+    for name, age in (("compiling-killed", 2 * build.SECONDS + 9), ("compiling-now", 0)):
+        (cache / name).mkdir()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    (cache / "somebody's file").write_text("")
+    build.load()
+    kept = {path.name for path in cache.iterdir()}
+    assert {"compiling-now", "somebody's file"} < kept
+    assert "compiling-killed" not in kept
+    libraries = sorted(name for name in kept if name.startswith("attention-"))
+    assert len(libraries) == build.KEPT
+    assert {f"attention-{number:016x}-{number:016x}.so" for number in range(5, 12)} < set(libraries)
+
+
+def test_two_that_compile_at_once_load_the_same(quick: Path) -> None:
+    """While this one compiles, another process publishes the same library."""
+    compiler, published = build._compiler(), []
+    run = build._run
+
+    def meanwhile(command: list[str]) -> str:
+        if "-o" in command and not published:
+            published.append(None)
+            published[0] = build._compile(
+                compiler, quick / "cache", f"attention-{build._fingerprint(compiler)}"
+            )
+        return run(command)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_run", meanwhile)
         build.load()
+    assert list((quick / "cache").iterdir()) == published
+
+
+@pytest.mark.parametrize("why", ["in the way", "not allowed", "no home"])
+def test_where_the_cache_cannot_be_used_a_private_folder_is(
+    quick: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(build.CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(quick))
+    home = quick / "home"
+    monkeypatch.setenv("HOME", str(home))
+    if why == "in the way":
+        home.write_text("")
+    elif why == "not allowed":
+        plain_mkdir = Path.mkdir
+
+        def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+            if home in path.parents:
+                raise PermissionError(13, "Permission denied", str(path))
+            plain_mkdir(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    else:
+        monkeypatch.setattr(Path, "home", _no_home)
+    private = quick / f"dualroute-{os.geteuid()}"
+    with pytest.warns(UserWarning, match=f"kernels are kept in {private}: .*DUALROUTE_CACHE"):
+        build.load()
+    (made,) = private.iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700
+    _forget()
+    with pytest.warns(UserWarning, match="kernels are kept in"):
+        build.load()
+    assert _calls(quick) == 1
+    assert made.exists()
+
+
+def test_a_private_folder_that_others_may_write_to_is_not_trusted(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(build.CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(quick))
+    monkeypatch.setattr(Path, "home", _no_home)
+    private = quick / f"dualroute-{os.geteuid()}"
+    private.mkdir()
+    private.chmod(0o777)
+    with pytest.raises(build.BuildError, match=r"no home folder: .* belongs to somebody else"):
+        build.load()
+    assert list(private.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,15 +282,8 @@ def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(out, row @ (weight * scale).t(), rtol=1e-5, atol=1e-3)
 
 
-def test_no_home_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv(build.CACHE)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", fail)
-    with pytest.raises(build.BuildError, match="no home folder: name a folder in DUALROUTE_CACHE"):
-        build.load()
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_compiler_that_cannot_be_run_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

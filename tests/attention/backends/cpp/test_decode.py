@@ -128,14 +128,21 @@ def test_types_they_cannot_take_run_in_torch() -> None:
     assert not decode.can_decode(torch.zeros(1, 1, dtype=torch.float64), layer.new_cache(1, 8, int8=True))
 
 
-def test_numbers_that_are_none_stay_so() -> None:
-    """A NaN in the text has no best blocks; nothing outside of the cache is read for it."""
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_numbers_that_are_none_stay_so(number: str, int8: bool) -> None:
+    """A NaN has no best blocks; nothing outside of the cache is read for it, and it is not rounded away."""
     layer = _layer(torch.float32)
     hidden = torch.randn(1, LENGTH, 32)
-    hidden[0, 60] = float("nan")
-    out = _decode(layer, hidden, layer.new_cache(1, LENGTH), 3)
+    hidden[0, 60, 7] = float(number)
+    cache = layer.new_cache(1, LENGTH, int8=int8)
+    out = _decode(layer, hidden, cache, 3)
     assert out[0, :60].isfinite().all()
     assert out[0, 60].isnan().all()
+    assert cache.global_cache is not None
+    keys, _ = cache.global_cache.read(lambda tokens: tokens[:, :LENGTH], torch.float32)
+    assert not keys[:, 60].isfinite().all()
+    assert keys[:, 61:].isfinite().all()
 
 
 def test_the_operator_is_one_that_compilers_may_call() -> None:

@@ -61,7 +61,7 @@ def test_a_row_that_is_not_contiguous() -> None:
 @pytest.mark.parametrize(("inner", "columns"), [(39, 70), (40, 129)])
 def test_panels_of_another_shape_are_refused(inner: int, columns: int) -> None:
     weight, scale = _weight(70, 40)
-    with pytest.raises(RuntimeError, match=f"a row of {inner} numbers or {columns} columns do not fit"):
+    with pytest.raises(ValueError, match=f"a row of {inner} numbers or {columns} columns do not fit"):
         int8_product(torch.randn(1, inner), int8_panels(weight, scale), columns)
 
 
