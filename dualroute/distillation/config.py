@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dualroute.errors import UserError
-from dualroute.training.config import PretrainConfig
+from dualroute.paths import LocalPath
+from dualroute.training.config import DataConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from dualroute.distillation.losses import Objective
@@ -63,7 +64,7 @@ class DistillationConfig:
     attention_weight: float = 0.0
     layer_map: list[int] | None = None
     top_k: int | None = None
-    cached_logits: str | None = None
+    cached_logits: LocalPath | None = None
     on_policy_fraction: float = 0.0
     on_policy_prefix: int = 64
     on_policy_tokens: int = 64
@@ -138,6 +139,48 @@ class DistillConfig(PretrainConfig):
         distill: What the student learns from it.
     """
 
-    output: str = "runs/distill"
-    teacher: str | None = None
+    output: LocalPath = "runs/distill"
+    teacher: LocalPath | None = None
     distill: DistillationConfig = field(default_factory=DistillationConfig)
+
+
+@dataclass
+class CacheLogitsConfig:
+    """Write a teacher's likeliest next tokens for the samples of a run.
+
+    Args:
+        teacher: Checkpoint or run folder of the teacher.
+        max_tokens: Length of the run to be served: its steps times train.tokens_per_batch.  A finished cache
+            is made longer by running again with more.
+        output: Folder of the cache; null puts it beside the shards, under a name that says what it is.
+        seed: That of the run to be served.
+        data: That of the run to be served (val_tokens has no meaning here).
+        top_k: Tokens kept of each distribution.
+        temperature: That of the run to be served; a truncated distribution cannot change it afterwards.
+        dtype: Of the stored logarithms.
+        teacher_dtype: Of the teacher's weights and arithmetic.
+        micro_batch: Samples in one forward pass.
+        shard_samples: Samples of one file.
+        device: auto, cpu or cuda; each rank of a host takes its own GPU.
+    """
+
+    teacher: LocalPath | None = None
+    max_tokens: int | None = None
+    output: LocalPath | None = None
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    top_k: int = 64
+    temperature: float = 1.0
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch: int = 8
+    shard_samples: int = 256
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "micro_batch", "shard_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"temperature is {self.temperature}: it must be above 0")

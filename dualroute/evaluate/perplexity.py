@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -30,54 +30,13 @@ from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan
 from dualroute.data.reader import IGNORE_INDEX, ShardReader, WalkSequence, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
+from dualroute.evaluate.config import EvaluateConfig
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer
 
 #: Rows of [tokens, vocab] logits that exist at once.
 LOGIT_ROWS = 2048
-
-
-@dataclass
-class EvaluateConfig:
-    """Measure a checkpoint on held-out text.
-
-    Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
-        data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer.
-        text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
-        split: Which split of ``data``.
-        context: Tokens the model sees at once; null takes the context it was trained with.
-        stride: For ``text``: tokens between two windows.  Null means context (each token is read once); less
-            gives every scored token a longer past and costs context / stride as much.
-        max_tokens: Score only this many tokens from the start; null scores all.
-        batch_size: Windows evaluated together.
-        device: auto, cpu, cuda, ….
-        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
-        output: Also write the figures to this JSON file.
-    """
-
-    checkpoint: str
-    data: str | None = None
-    text: str | None = None
-    split: Literal["train", "val"] = "val"
-    context: int | None = None
-    stride: int | None = None
-    max_tokens: int | None = None
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.data is None) == (self.text is None):
-            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "stride", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.stride is not None and self.text is None:
-            raise UserError("stride works with --text only: shards are scored in windows of context tokens")
 
 
 @dataclass(frozen=True)

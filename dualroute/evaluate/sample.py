@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.evaluate.config import GenerateConfig
 from dualroute.evaluate.load import choose_device, load
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.model.compiled_decode import CompiledDecoder, check_compiler
 from dualroute.model.generation import Decoder
-
-
-@dataclass
-class GenerateConfig:
-    """Write text with a checkpoint.
-
-    Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
-        prompt: Text to continue; "-" reads it from standard input.
-        sampling: How tokens are drawn.
-        stream: Print each piece of text as soon as it is there.
-        device: auto, cpu, cuda, ….
-        compile: Compile the step that makes one token into one program first (tens of seconds; needs a C++
-            compiler on a CPU). Long texts are then written faster, with int8 weights most of all.
-        cache_dtype: How keys and values of the text so far are kept: auto is the arithmetic's type, int8 a
-            quarter of float32.
-        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
-    """
-
-    checkpoint: str
-    prompt: str = ""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    stream: bool = True
-    compile: bool = False
-    cache_dtype: Literal["auto", "int8"] = "auto"
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def generate_text(

@@ -40,13 +40,12 @@ from dualroute.pipeline.stages import PROCESSES, ParseStage, Plan, Planner, Stag
 
 
 def run_pipeline(
-    config: PipelineConfig, base: Path, parse_stage: ParseStage, run_command: Callable[[list[str]], int]
+    config: PipelineConfig, parse_stage: ParseStage, run_command: Callable[[list[str]], int]
 ) -> int:
     """Do what is left to do of a pipeline.
 
     Args:
         config: The stages and their options.
-        base: Folder in which the paths of ``config`` files start.
         parse_stage: Turns a command's arguments into its configuration.
         run_command: Runs a command in this process; returns its exit status.
 
@@ -56,7 +55,7 @@ def run_pipeline(
     Raises:
         UserError: Options are wrong, or a stage's inputs are missing.
     """
-    plan = Planner(config, base, parse_stage).make()
+    plan = Planner(config, parse_stage).make()
     for name in [config.from_stage, *(config.only or "").split(",")]:
         if name and name not in [*plan.names(), "report"]:
             raise UserError(f"there is no stage {name}: the stages are {', '.join(plan.names())}, report")

@@ -83,12 +83,12 @@ class Planner:
 
     Args:
         config: What was asked for.
-        base: Folder in which the paths of ``config`` files start.
-        parse_stage: ``dualroute.cli.parse_stage``, to check a stage's options and learn prepare's output.
+        parse_stage: (command, arguments) → configuration, to check a stage's options and learn prepare's
+            output.
     """
 
-    def __init__(self, config: PipelineConfig, base: Path, parse_stage: ParseStage) -> None:
-        self.config, self.base, self.parse_stage = config, base, parse_stage
+    def __init__(self, config: PipelineConfig, parse_stage: ParseStage) -> None:
+        self.config, self.parse_stage = config, parse_stage
         self.output = Path(config.output)
         self.plan = Plan()
 
@@ -214,13 +214,12 @@ class Planner:
     ) -> list[str]:
         """``--config`` files first, then single options, then what the pipeline fills in."""
         options = dict(options)
-        files = options.pop("config", [])
+        files = options.pop("config", None) or []
         arguments = []
         for file in [files] if isinstance(files, str) else files:
-            path = self.base / file
-            if not path.is_file():
-                raise UserError(f"{name}.config {file}: there is no file {path}")
-            arguments.append(f"--config={path}")
+            if not Path(file).is_file():
+                raise UserError(f"{name}.config {file}: there is no file of that name")
+            arguments.append(f"--config={file}")
         given = _flat(options)
         for key in given.keys() & (filled or {}).keys():
             raise UserError(f"{name}.{key} is filled in by the pipeline: leave it out")

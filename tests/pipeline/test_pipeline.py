@@ -80,7 +80,7 @@ def go(tiny_dataset, tmp_path, stages):
                 **options,
             }
         )
-        return run_pipeline(config, tmp_path, cli.parse_stage, stages), list(stages.done)
+        return run_pipeline(config, cli.parse_stage, stages), list(stages.done)
 
     return run
 
@@ -165,7 +165,7 @@ def test_rounds_divide_what_is_kept(go, tiny_dataset, tmp_path, stages):
     config = PipelineConfig(
         output=str(tmp_path), data=str(tiny_dataset), prepare=None, rounds=2, prune={"keep": 0.49}
     )
-    plan = {stage.name: stage for stage in Planner(config, tmp_path, cli.parse_stage).make().stages}
+    plan = {stage.name: stage for stage in Planner(config, cli.parse_stage).make().stages}
     assert "--keep=0.7" in plan["prune-1"].arguments
     assert f"--checkpoint={tmp_path / 'recover-1'}" in plan["prune-2"].arguments
     assert f"--teacher={tmp_path / 'pretrain'}" in plan["recover-2"].arguments
@@ -176,7 +176,7 @@ def test_controls_differ_from_the_recovery_in_one_thing(tiny_dataset, tmp_path):
         output=str(tmp_path), data=str(tiny_dataset), prepare=None, prune={"keep": 0.5, "axes": ["ffn"]},
         recover={"seed": 3, "distill": {"temperature": 2.0}}, controls=["parent", "cross_entropy", "random"],
     )  # fmt: skip
-    plan = {stage.name: stage for stage in Planner(config, tmp_path, cli.parse_stage).make().stages}
+    plan = {stage.name: stage for stage in Planner(config, cli.parse_stage).make().stages}
     for name in ("recover", "control-parent", "control-cross_entropy", "control-random"):
         assert "--seed=3" in plan[name].arguments
         assert f"--teacher={tmp_path / 'pretrain'}" in plan[name].arguments

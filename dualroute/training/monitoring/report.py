@@ -8,7 +8,6 @@ the newest checkpoint writes a sample.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,8 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.checkpoint_format import TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
-
-
-@dataclass
-class ReportConfig:
-    """Show what a run did.
-
-    Args:
-        run: The run folder.
-        prompt: Beginning of the sample that the newest checkpoint writes.
-        sample_tokens: Length of the sample.
-    """
-
-    run: str
-    prompt: str = "The"
-    sample_tokens: int = 120
 
 
 def report(config: ReportConfig) -> None:

@@ -23,33 +23,14 @@ from rich.table import Table
 
 from dualroute.attention import Layout
 from dualroute.errors import UserError
+from dualroute.estimate.config import EstimateConfig
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.sequence import check_sequence_parallel
 
 GIB = 2**30
 SAMPLE_TOKENS = 1024  # of the layer that is measured
-
-
-@dataclass
-class EstimateConfig(PretrainConfig):
-    """Estimate a run from its configuration, which may be one of configs/pretrain.
-
-    Args:
-        gpus: GPUs, one process each.
-        gpu_memory: Memory of one, GiB.
-        headroom: Share of that memory left to buffers, fragmentation and tiles in flight.
-        peak_tflops: Dense bfloat16 peak of one GPU (H100 SXM: 989, A100: 312).
-        mfu: Share of the peak that training reaches; measure yours with a short run (`speed/mfu`).
-    """
-
-    gpus: int = 1
-    gpu_memory: float = 80.0
-    headroom: float = 0.15
-    peak_tflops: float = 989.0
-    mfu: float = 0.35
 
 
 @dataclass

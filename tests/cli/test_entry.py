@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from dualroute.cli import STAGES, main, parse_stage, stage_parser
+from dualroute.cli import STAGES, main, parse_stage
+from dualroute.cli.help import stage_parser
 from dualroute.data.manifest import Manifest
 from dualroute.training.config import PretrainConfig
 from tests.conftest import ROOT, write_corpus
@@ -109,9 +110,9 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
     (tmp_path / "model.yaml").write_text("dim: 64\nnum_head: 4\n")
     path.write_text("model: model.yaml\n")
     line = refused(capsys, "pretrain", "--config", path)
-    assert f"'model.num_head' in {tmp_path / 'model.yaml'}; did you mean 'model.num_heads'" in line
+    assert f"'model.num_head' in {tmp_path / 'model.yaml'}:2; did you mean 'model.num_heads'" in line
     path.write_text("model:\n  dim: wide\n")
-    assert f"model.dim in {path}: expected int, got wide" in refused(capsys, "pretrain", "--config", path)
+    assert f"model.dim in {path}:2: expected an integer, got 'wide'" in refused(capsys, "pretrain", "--config", path)
     assert "did you mean 'optim.lr'" in refused(capsys, "pretrain", "--optim.lrr", "1")
     assert "did you mean 'train.max_steps'" in refused(capsys, "pretrain", "--max_steps", "1")
 

@@ -6,7 +6,7 @@ import pytest
 
 from dualroute.cli import main, parse_stage
 from dualroute.errors import UserError
-from dualroute.estimate import GIB, estimate
+from dualroute.estimate.command import GIB, estimate
 from tests.training.step.test_activations import peak
 
 #: the model of test_activations.PEAK
