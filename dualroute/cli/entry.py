@@ -98,10 +98,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown stage '{stage}'{hint}")
     config = parse_stage(stage, rest)
     function = load(STAGES[stage].function)
-    if stage == "pipeline":
-        status = function(config, parse_stage, run_or_explain)
-    else:
-        status = function(config)
+    # a pipeline parses and runs other commands, and may not import this module
+    more = (parse_stage, run_or_explain) if stage == "pipeline" else ()
+    status = function(config, *more)
     return status if isinstance(status, int) else 0
 
 

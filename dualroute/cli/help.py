@@ -16,8 +16,8 @@ def stage_parser(stage: str) -> ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with any of the options below, or the name of a shipped one (see `dualroute configs`); "
-        "may be repeated.",
+        help="YAML file with any of the options below, or the name of a shipped one (see "
+        "`dualroute configs`); may be repeated.",
     )
     parser.add_argument("--print_config", action="store_true", help="Show the merged configuration and stop.")
     parser.add_class_arguments(STAGES[stage].config_class(), sub_configs=True)

@@ -62,7 +62,8 @@ def find_config(name: str) -> Path:
 def describe_configs() -> str:
     """Text of ``dualroute configs``: each name with the first line of its comment."""
     lines = [
-        "configurations that come with dualroute: --config NAME reads one, `dualroute configs show NAME` prints it"
+        "configurations that come with dualroute: --config NAME reads one, `dualroute configs show NAME` "
+        "prints it"
     ]
     for name, path in shipped_configs().items():
         comment = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()

@@ -112,7 +112,9 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
     line = refused(capsys, "pretrain", "--config", path)
     assert f"'model.num_head' in {tmp_path / 'model.yaml'}:2; did you mean 'model.num_heads'" in line
     path.write_text("model:\n  dim: wide\n")
-    assert f"model.dim in {path}:2: expected an integer, got 'wide'" in refused(capsys, "pretrain", "--config", path)
+    assert f"model.dim in {path}:2: expected an integer, got 'wide'" in refused(
+        capsys, "pretrain", "--config", path
+    )
     assert "did you mean 'optim.lr'" in refused(capsys, "pretrain", "--optim.lrr", "1")
     assert "did you mean 'train.max_steps'" in refused(capsys, "pretrain", "--max_steps", "1")
 
