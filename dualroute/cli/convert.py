@@ -33,6 +33,8 @@ def convert(hint: Any, node: Node) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         paths = [word for word in arguments[1:] if isinstance(word, PathField)]
+        if paths and (node.kind != "text" or (node.is_null and node.place.folder is not None)):
+            raise _expected("a path", node)
         value = convert(arguments[0], node)
         if paths and isinstance(value, str):
             return resolve(value, paths[0], node.place.folder)

@@ -20,6 +20,7 @@ from dualroute.cli.schema import Schema, schema_of
 from dualroute.cli.table import FAMILIES, OTHERS, STAGES, load
 from dualroute.errors import UserError, one_line
 from dualroute.paths import path_field
+from dualroute.settings import note_given
 
 #: Exit status of a program that nobody reads any more: 128 + SIGPIPE, as a shell sees it.
 NOBODY_READS = 141
@@ -55,12 +56,9 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     if words.print_config:
         print(_as_yaml(schema, values, given.nulls), end="")
         raise Shown
-    return build(schema, values, given.nulls)
-
-
-def given_keys(stage: str, arguments: Sequence[str]) -> frozenset[str]:
-    """The dotted keys that files and flags give a value, whatever the value is."""
-    return frozenset(_given(stage, arguments)[2].values)
+    config = build(schema, values, given.nulls)
+    note_given(config, given.values)
+    return config
 
 
 def _as_yaml(schema: Schema, values: dict[str, Any], nulls: set[str]) -> str:
@@ -92,6 +90,8 @@ def run(arguments: Sequence[str]) -> int:
         from dualroute.cli.family import run_family
 
         return run_family(stage, rest)
+    if rest and f"{stage} {rest[0]}" in STAGES:  # a name of two words
+        stage, rest = f"{stage} {rest[0]}", rest[1:]
     if stage not in STAGES:
         near = nearest(stage, [*STAGES, *FAMILIES, *OTHERS])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
@@ -124,8 +124,8 @@ def _configs(arguments: Sequence[str]) -> int:
 
 def usage() -> str:
     """Text of ``dualroute --help``."""
-    known = {**STAGES, **FAMILIES}
-    summaries = {name: one.summary for name, one in known.items()} | OTHERS
+    summaries = {name: stage.summary for name, stage in STAGES.items()}
+    summaries |= {name: family.summary for name, family in FAMILIES.items()} | OTHERS
     return "\n".join(
         [
             "usage: dualroute STAGE [--config FILE] [--key value ...]",
@@ -157,11 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_or_explain(arguments: Sequence[str]) -> int:
     """:func:`run`, with one line on stderr for what the user can mend."""
     try:
-        status = run(arguments)
+        status = _run_or_show(arguments)
         sys.stdout.flush()
         return status
-    except Shown:
-        return 0
     except UserError as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"dualroute {one_line(arguments[0])}: error{rank}: {one_line(str(error))}", file=sys.stderr)
@@ -173,6 +171,13 @@ def run_or_explain(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run_or_show(arguments: Sequence[str]) -> int:
+    try:
+        return run(arguments)
+    except Shown:
+        return 0
 
 
 def nobody_reads() -> bool:

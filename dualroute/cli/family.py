@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dualroute.cli.table import FAMILIES, load
 from dualroute.errors import UserError
@@ -13,8 +13,8 @@ from dualroute.errors import UserError
 class Parser(argparse.ArgumentParser):
     """Complete names only, dashes and underscores alike; a mistake is a UserError."""
 
-    def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (`{self.prog} --help` lists the options)")

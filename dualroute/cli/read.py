@@ -100,9 +100,11 @@ class Given:
         schema = self.schema
         if key in schema.groups and key:
             self._add_group(key, node)
-        elif key in schema.options:
+        elif key in schema.options and not self._is_old_group(key, node):
             self._not_null_above(key)
             self.values[key] = node
+        elif key in schema.options:
+            self.add_table(node, f"{key}.")
         else:
             known = set(schema.keys())
             name = aliases.present_name(key, known)
@@ -110,6 +112,11 @@ class Given:
                 raise UserError(self._unknown(key, place))
             aliases.say(f"{key} ({place}) is called {name} here")
             self.add(name, node, place)
+
+    def _is_old_group(self, key: str, node: Node) -> bool:
+        """Whether a table stands for an option that has been a group elsewhere: ``data: {path: FOLDER}``."""
+        names = [f"{key}.{name}" for name in node.content] if node.kind == "table" else []
+        return bool(names) and all(aliases.present_name(name, set(self.schema.options)) for name in names)
 
     def _add_group(self, key: str, node: Node) -> None:
         group = self.schema.groups[key]

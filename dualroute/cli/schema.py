@@ -75,7 +75,7 @@ def _add(schema: Schema, config_class: type, prefix: str, *, section: bool) -> N
         key, hint = f"{prefix}{one.name}", hints[one.name]
         of = _section(hint)
         if of is not None:
-            default = one.default_factory() if callable(one.default_factory) else one.default
+            default: Any = one.default_factory() if callable(one.default_factory) else one.default
             optional = type(None) in get_args(get_args(hint)[0])
             schema.groups[key] = Group(None, default, optional)
             schema.options[f"{key}.config"] = Option(of.files, None)

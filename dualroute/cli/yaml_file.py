@@ -25,7 +25,8 @@ MOST_BYTES = 2**18
 MOST_NODES = 20_000
 MOST_DEPTH = 32
 _TAGS = {
-    f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")
+    f"tag:yaml.org,2002:{name}"
+    for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "seq", "map")
 }
 
 
@@ -138,9 +139,9 @@ class _Reader:
         if id(node) in above:
             raise UserError(f"{place}: an alias that contains itself")
         above = (*above, id(node))
+        if node.tag not in _TAGS:
+            raise UserError(f"{place}: the tag {node.tag} is not understood: leave it out")
         if isinstance(node, yaml.ScalarNode):
-            if node.tag not in _TAGS:
-                raise UserError(f"{place}: the tag {node.tag} is not understood: leave it out")
             return Node("text", node.value, place, quoted=node.style is not None)
         if isinstance(node, yaml.SequenceNode):
             return Node("list", [self.node(item, above) for item in node.value], place)

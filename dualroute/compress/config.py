@@ -1,4 +1,7 @@
-"""The options of ``dualroute convert``, ``prune``, ``sparsify`` and ``quantize``.  No torch is imported here."""
+"""The options of ``dualroute convert``, ``prune``, ``sparsify`` and ``quantize``.
+
+No torch is imported here.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dualroute.errors import UserError
-from dualroute.paths import LocalPath
 from dualroute.model.quantization import GROUPED, Quantization, SchemeName
+from dualroute.paths import LocalPath
+from dualroute.settings import Range, at_least, check_fields
 
 if TYPE_CHECKING:
     from dualroute.compress.importance import Shape
@@ -73,10 +77,8 @@ class ConvertConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.calibration_tokens < 1:
-            raise UserError(f"calibration_tokens is {self.calibration_tokens}: it must be at least 1")
-        if self.context is not None and self.context < 2:
-            raise UserError(f"context is {self.context}: it must be at least 2")
+        names = ("local_heads", "window", "block", "sub_block", "calibration_tokens")
+        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "context": at_least(2)})
         given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise UserError(f"{given[0]} works with --attention dual only: leave it out")
@@ -150,14 +152,9 @@ class PruneConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("multiple", "calibration_tokens", "context", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.keep is not None and not 0 < self.keep < 1:
-            raise UserError(f"keep is {self.keep}: it must be between 0 and 1, a share of the {self.target}")
-        if self.routing_tolerance < 0:
-            raise UserError(f"routing_tolerance is {self.routing_tolerance}: it must be 0 or more")
+        names = ("multiple", "calibration_tokens", "context", "batch_size", "dim", "ffn_dim", "num_layers")
+        share = Range(0, 1, without_least=True, without_most=True)
+        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "keep": share})
         if self.keep is not None and not self.axes:
             raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
         if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
@@ -217,8 +214,9 @@ class SparsifyConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise UserError(f"sparsity is {self.sparsity}: it must be between 0 and 1")
+        names = ("calibration_tokens", "context", "batch_size")
+        share = Range(0, 1, without_least=True, without_most=True)
+        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "sparsity": share})
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise UserError(f"sparsity is {self.sparsity}, and pattern 2:4 is always 0.5: leave sparsity out")
 
@@ -246,6 +244,7 @@ class QuantizeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
         if self.scheme in GROUPED and self.group_size not in (32, 64, 128, 256):
             raise UserError(f"group_size is {self.group_size}: kernels have 32, 64, 128 and 256")
 

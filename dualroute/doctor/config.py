@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualroute.errors import UserError
 from dualroute.paths import LocalPath
+from dualroute.settings import at_least, check_fields
 
 
 @dataclass
@@ -25,6 +25,4 @@ class DoctorConfig:
     network_mib: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("disk_mib", "network_mib"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self, "", {"disk_mib": at_least(1, 2**20), "network_mib": at_least(1, 2**14)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dualroute.settings import Range, above, at_least, check_fields
 from dualroute.training.config import PretrainConfig
 
 
@@ -24,3 +25,8 @@ class EstimateConfig(PretrainConfig):
     headroom: float = 0.15
     peak_tflops: float = 989.0
     mfu: float = 0.35
+
+    def __post_init__(self) -> None:
+        ranges = {"gpus": at_least(1), **dict.fromkeys(("gpu_memory", "peak_tflops"), above(0))}
+        below_one = Range(0, 1, without_most=True)
+        check_fields(self, "", {**ranges, "headroom": below_one, "mfu": above(0, 1)})

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dualroute.errors import UserError
-from dualroute.paths import LocalPath
 from dualroute.model.sampling_config import SamplingConfig
+from dualroute.paths import LocalPath
+from dualroute.settings import at_least, check_fields
 
 
 @dataclass
@@ -42,12 +43,9 @@ class EvaluateConfig:
     output: LocalPath | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "", dict.fromkeys(("context", "stride", "max_tokens", "batch_size"), at_least(1)))
         if (self.data is None) == (self.text is None):
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "stride", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
 
@@ -77,3 +75,6 @@ class GenerateConfig:
     cache_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", may_be_empty=("prompt",))

@@ -91,7 +91,7 @@ def _writer(format: str) -> Writer:
     module, needed = WRITERS[format]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install 'dualroute[export]'")
+        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install -e '.[export]'")
     writer: Writer = importlib.import_module(module).write_export
     return writer
 

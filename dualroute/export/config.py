@@ -7,6 +7,7 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath
+from dualroute.settings import at_least, check_fields
 
 
 @dataclass
@@ -43,15 +44,10 @@ class ExportConfig:
     opset: int = 20
 
     def __post_init__(self) -> None:
+        check_fields(self, "", {"context": at_least(1), "max_tokens": at_least(1), "opset": at_least(18, 23)})
         if self.data is not None and self.text is not None:
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
         if self.quantize and self.format != "onnx":
             raise UserError(f"quantize works with --format onnx only, not {self.format}: leave it away")
         if self.format != "hf" and self.dtype == "bfloat16":
             raise UserError(f"dtype bfloat16 works with --format hf only: {self.format} files hold float32")
-        if not 18 <= self.opset <= 23:
-            raise UserError(f"opset is {self.opset}: it must be from 18 to 23")

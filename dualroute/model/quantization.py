@@ -1,4 +1,7 @@
-"""The schemes in which weights are stored, and what a checkpoint says of its own.  No torch is imported here."""
+"""The schemes in which weights are stored, and what a checkpoint says of its own.
+
+No torch is imported here.
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def require_torchao(what: str) -> None:
         UserError: Saying how to install it.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(f"{what} needs torchao: pip install 'dualroute[compress]'")
+        raise UserError(f"{what} needs torchao: pip install -e '.[compress]'")
     # it warns of extensions for other machines and of names that it still registers
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

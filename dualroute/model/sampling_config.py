@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualroute.errors import UserError
+from dualroute.settings import above, at_least, check_fields
 
 
 @dataclass
@@ -26,11 +26,5 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be in (0, 1]")
+        ranges = {"max_new_tokens": at_least(1), "top_p": above(0, 1)}
+        check_fields(self, "sampling", ranges)

@@ -12,6 +12,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.config import EvaluateConfig
 from dualroute.export.config import ExportConfig
 from dualroute.paths import ConfigFile, LocalPath
+from dualroute.settings import at_least, check_fields
 from dualroute.training.config import PretrainConfig
 
 
@@ -77,7 +78,9 @@ class PipelineConfig:
     rounds: int = 1
     quantize: Annotated[Section | None, SectionOf(QuantizeConfig)] = field(default_factory=dict)
     evaluate: Annotated[Section, SectionOf(EvaluateConfig)] = field(default_factory=dict)
-    export: Annotated[Section | None, SectionOf(ExportConfig)] = field(default_factory=lambda: {"format": "hf"})
+    export: Annotated[Section | None, SectionOf(ExportConfig)] = field(
+        default_factory=lambda: {"format": "hf"}
+    )
     controls: list[Control] = field(default_factory=list)
     prompts: list[str] = field(default_factory=lambda: ["The"])
     sample_tokens: int = 60
@@ -89,12 +92,13 @@ class PipelineConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        names = ("rounds", "sample_tokens", "decode_tokens")
+        check_fields(self, "", dict.fromkeys(names, at_least(1, 10**6)))
+        if not self.prompts:
+            raise UserError("prompts is empty: give at least one beginning, as in [The]")
         for name, value in (("data", "prepare"), ("parent", "pretrain")):
             if (getattr(self, name) is None) == (getattr(self, value) is None):
                 raise UserError(f"give either {name} or the section {value}, and set the other to null")
-        for name in ("rounds", "sample_tokens", "decode_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if (self.prune is None) != (self.recover is None):
             raise UserError("prune and recover belong together: give both sections, or set both to null")
         if self.rounds > 1 and "keep" not in (self.prune or {}):

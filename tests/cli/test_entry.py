@@ -218,7 +218,7 @@ def test_several_ranks_without_deepspeed(tiny_dataset, pretrain, monkeypatch):
 
     monkeypatch.setattr(strategy, "find_spec", lambda name: None)
     line = pretrain(tiny_dataset, "--parallel.strategy", "deepspeed")
-    assert "pip install 'dualroute[deepspeed]'" in line
+    assert "pip install -e '.[deepspeed]'" in line
 
 
 @pytest.mark.parametrize(

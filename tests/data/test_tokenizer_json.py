@@ -120,5 +120,5 @@ def test_files_that_are_no_tokenizer(tmp_path, tokenizers, path, monkeypatch):
         Tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"pip install 'dualroute\[export\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[export\]'"):
         Tokenizer(path)

@@ -22,11 +22,8 @@ from dualroute.cli.family import Parser
 from dualroute.cli.shipped import find_config
 from dualroute.cli.submit.scripts import check_names, common_values, hand_to_slurm, joined, quoted, render
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
-from dualroute.data.plan import derive_accumulation
 from dualroute.errors import UserError
 from dualroute.pipeline.stages import Planner
-from dualroute.training.parallel.environment import World
-from dualroute.training.parallel.sequence import check_sequence_parallel
 
 ParseStage = Callable[[str, Sequence[str]], Any]
 """``dualroute.cli.parse_stage``: (stage, arguments) → the stage's configuration."""
@@ -279,6 +276,11 @@ def _checked(
     options: argparse.Namespace, arguments: Sequence[str], parse_stage: ParseStage, stage: str = "pretrain"
 ) -> Any:
     """The run's configuration, sound for as many processes as are asked for."""
+    # these import torch, which --help does without
+    from dualroute.data.plan import derive_accumulation
+    from dualroute.training.parallel.environment import World
+    from dualroute.training.parallel.sequence import check_sequence_parallel
+
     config = parse_stage(stage, arguments)
     train = config.train
     world = World(world_size=options.nodes * options.tasks_per_node)

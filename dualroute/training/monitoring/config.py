@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from dualroute.paths import LocalPath
+from dualroute.settings import at_least, check_fields
 
 
 @dataclass
@@ -19,3 +21,6 @@ class ReportConfig:
     run: LocalPath
     prompt: str = "The"
     sample_tokens: int = 120
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", {"sample_tokens": at_least(1)}, may_be_empty=("prompt",))
