@@ -6,15 +6,12 @@ No torch is imported here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.quantization import GROUPED, Quantization, SchemeName
 from dualroute.paths import LocalPath
 from dualroute.settings import Range, at_least, check_fields
-
-if TYPE_CHECKING:
-    from dualroute.compress.importance import Shape
 
 Criterion = Literal["activation", "random"]
 Axis = Literal["layers", "dim", "ffn", "heads"]
@@ -166,8 +163,8 @@ class PruneConfig:
         names = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def sizes(self, parent: Shape, group: int) -> dict[str, int]:
-        """Fields of `Shape` that were given.
+    def sizes(self, parent: Any, group: int) -> dict[str, int]:
+        """Fields of `Shape` that were given; ``parent`` is the shape of the model that is pruned.
 
         Raises:
             UserError: A size is above the parent's, or no whole number of groups or multiples.

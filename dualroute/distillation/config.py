@@ -11,15 +11,12 @@ at all is measured against ``kl_weight 0`` (or ``dualroute pretrain --init_from`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath
 from dualroute.settings import above, at_least, check_fields
 from dualroute.training.config import DataConfig, PretrainConfig
-
-if TYPE_CHECKING:
-    from dualroute.distillation.losses import Objective
 
 
 @dataclass
@@ -101,8 +98,8 @@ class DistillationConfig:
         """Whether layers are compared."""
         return self.hidden_weight > 0 or self.attention_weight > 0
 
-    def objective(self, z_loss: float) -> Objective:
-        """What :func:`chunked_distillation` minimises."""
+    def objective(self, z_loss: float) -> Any:
+        """The :class:`~dualroute.distillation.losses.Objective` that a step minimises."""
         from dualroute.distillation.losses import Objective
 
         return Objective(self.loss, self.temperature, self.beta, self.kl_weight, self.ce_weight, z_loss)

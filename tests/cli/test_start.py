@@ -27,7 +27,7 @@ def test_no_help_and_no_parser_imports_torch():
     done = python(
         "-c",
         """
-import contextlib, io, resource, sys
+import contextlib, io, sys
 from dualroute.cli import STAGES, main
 with contextlib.redirect_stdout(io.StringIO()) as shown:
     for stage in STAGES:
@@ -39,12 +39,9 @@ with contextlib.redirect_stdout(io.StringIO()) as shown:
 assert "--train.max_steps" in shown.getvalue()
 heavy = {"torch", "lightning", "deepspeed", "pyarrow", "transformers"} & sys.modules.keys()
 assert not heavy, heavy
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime)
 """,
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 10  # seconds for forty of them; torch alone takes three
 
 
 def test_every_name_in_the_table_of_commands_is_there():
