@@ -44,7 +44,7 @@ def find_config(name: str) -> Path:
         path = Path(name).expanduser()
         if not name:
             raise UserError("--config needs a file, it is empty")
-        if path.exists():
+        if path.is_file() or (path.exists() and name not in shipped_configs()):
             return path
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
