@@ -27,10 +27,10 @@ class UserError(ValueError):
 
 def printable(text: str) -> str:
     """``text`` without anything that a terminal would obey: control characters, directions of writing and
-    bytes of file names that are no text are written as escapes.  Line ends stay."""
+    bytes of file names that are no text are written as escapes.  Line ends and tabs stay."""
     return "".join(
         character.encode("unicode_escape" if character < "\ud800" else "ascii", "backslashreplace").decode()
-        if character != "\n" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
         else character
         for character in text
     )

@@ -6,6 +6,7 @@ code are the same words.  ``--print_config`` shows the result of merging and sto
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -141,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """What the ``dualroute`` command does; returns the exit status (2: the user can mend it)."""
     if arguments is None:
         arguments = sys.argv[1:]
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are no text
+            sys.stdout.reconfigure(errors="backslashreplace")
         if arguments[:1] in (["pretrain"], ["distill"]):
             from dualroute.training.resilience import stop_signal
 

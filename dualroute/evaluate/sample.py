@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.errors import UserError
+from dualroute.errors import UserError, printable
 from dualroute.evaluate.config import GenerateConfig
 from dualroute.evaluate.load import choose_device, load
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
@@ -56,10 +56,12 @@ def generate_command(config: GenerateConfig) -> None:
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     int8_cache = config.cache_dtype == "int8"
     pieces = generate_text(loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, int8_cache)
+    # a model may write what a terminal obeys; a file or a pipe gets the text as it is
+    shown = printable if sys.stdout.isatty() else str
     if config.stream:
-        print(prompt, end="", flush=True)
+        print(shown(prompt), end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()
     else:
-        print(prompt + "".join(pieces))
+        print(shown(prompt + "".join(pieces)))

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
-from dualroute.errors import RUN_AGAIN, UserError
+from dualroute.errors import RUN_AGAIN, UserError, printable
 from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint
 from dualroute.pipeline.config import PipelineConfig
@@ -75,7 +75,7 @@ def run_pipeline(
                 return status
     if config.only is None or "report" in config.only.split(","):
         page = write_report(config, plan, {s.name: pipeline.record(s) for s in plan.stages})
-        print(f"report: {page}")
+        print(printable(f"report: {page}"))
     return 0
 
 
@@ -212,7 +212,7 @@ def set_aside(path: Path) -> None:
     while (aside := path.with_name(f"{path.name}.replaced-{number}")).exists():
         number += 1
     os.rename(path, aside)
-    print(f"   {path} was made from other inputs: kept as {aside.name}")
+    print(printable(f"   {path} was made from other inputs: kept as {aside.name}"))
 
 
 class _Child:

@@ -41,3 +41,17 @@ def test_a_prompt_comes_from_standard_input(checkpoint, capsys, monkeypatch):
 def test_a_prompt_without_room_is_refused(checkpoint):
     with pytest.raises(UserError, match="at most 128"):
         generate_command(GenerateConfig(str(checkpoint), "old river " * 200))
+
+
+def test_a_terminal_is_not_controlled_by_a_model(checkpoint, capsys, monkeypatch):
+    import dualroute.evaluate.sample as sample
+
+    monkeypatch.setattr(sample, "generate_text", lambda *_: iter(["\x1b[2J", "\ta\n"]))
+    for stream in (True, False):
+        config = GenerateConfig(str(checkpoint), "\x07", stream=stream)
+        generate_command(config)
+        assert capsys.readouterr().out == "\x07\x1b[2J\ta\n\n"
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        generate_command(config)
+        assert capsys.readouterr().out == "\\x07\\x1b[2J\ta\n\n"
+        monkeypatch.setattr("sys.stdout.isatty", lambda: False)
