@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (`{self.prog} --help` lists the options)")
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args=None, namespace=None):
         """argparse's own, on words whose option names have underscores."""
         return super().parse_known_args([underscored(word) for word in args or []], namespace)
 
