@@ -57,7 +57,10 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     if words.print_config:
         print(_as_yaml(schema, values, given.nulls), end="")
         raise Shown
-    config = build(schema, values, given.nulls)
+    try:
+        config = build(schema, values, given.nulls)
+    except UserError as error:
+        raise UserError(given.with_place(str(error))) from error
     note_given(config, given.values)
     return config
 

@@ -84,7 +84,6 @@ class Given:
     schema: Schema
     values: dict[str, Node] = field(default_factory=dict)
     nulls: set[str] = field(default_factory=set)  # groups that are left out
-    command: str = ""
 
     def add_files(self, files: Iterable[str]) -> None:
         for name in files:
@@ -199,6 +198,11 @@ class Given:
             except UserError as error:
                 raise UserError(f"{self.named(key, node.place)}: {error}") from error
         return found
+
+    def with_place(self, message: str) -> str:
+        """A message that begins with a key, with the line of the file that the key stands in."""
+        node = self.values.get(message.partition(" ")[0])
+        return message if node is None or node.place.folder is None else f"{message} ({node.place})"
 
 
 def nearest(key: str, keys: Iterable[str]) -> str | None:

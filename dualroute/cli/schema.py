@@ -26,6 +26,7 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
+        """Whether a flag of it may stand alone."""
         return self.hint is bool
 
 
@@ -94,13 +95,6 @@ def _section(hint: Any) -> SectionOf | None:
     if get_origin(hint) is Annotated:
         return next((word for word in get_args(hint)[1:] if isinstance(word, SectionOf)), None)
     return None
-
-
-def is_optional(hint: Any) -> bool:
-    """Whether null is a value of this type."""
-    if get_origin(hint) is Annotated:
-        return is_optional(get_args(hint)[0])
-    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
 def takes_text(hint: Any) -> bool:

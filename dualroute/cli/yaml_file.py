@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,12 +185,3 @@ def plain(node: Node) -> Any:
         except ValueError:
             continue
     return node.content
-
-
-def texts(node: Node) -> Iterator[str]:
-    """Every text in a tree."""
-    if node.kind == "text":
-        yield node.content
-    else:
-        for item in node.content if node.kind == "list" else node.content.values():
-            yield from texts(item)

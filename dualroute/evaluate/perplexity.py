@@ -194,7 +194,13 @@ def evaluate(config: EvaluateConfig) -> Score:
 
 
 def evaluate_command(config: EvaluateConfig) -> None:
-    """``dualroute evaluate``: print the figures, and write them where asked."""
+    """``dualroute evaluate``: print the figures, and write them where asked.
+
+    Raises:
+        UserError: Any of the inputs cannot be used, or the output cannot be written.
+    """
+    if config.output is not None and not Path(config.output).parent.is_dir():  # said now, not after the work
+        raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")
     score = evaluate(config)
     table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens scored")
     table.add_row(
@@ -208,4 +214,9 @@ def evaluate_command(config: EvaluateConfig) -> None:
             "bits_per_byte": score.bits_per_byte,
             "evaluation": asdict(config),
         }
-        write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())
+        try:
+            write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())
+        except OSError as error:
+            raise UserError(
+                f"--output {config.output} cannot be written: {error.strerror or error}"
+            ) from error

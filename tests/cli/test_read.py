@@ -134,6 +134,12 @@ def test_a_mistake_in_a_flag_is_blamed_on_the_flag(file, arguments, line):
     assert name not in line
 
 
+def test_what_is_out_of_range_names_its_line(file):
+    name = file("optim:\n  lr: -1\n")
+    assert f"({name}:2)" in refusal("pretrain", "--config", name)
+    assert name not in refusal("pretrain", "--config", name, "--optim.lr", "-2")
+
+
 def test_renamed_and_other_spellings_count_and_one_line_says_so(file, capsys):
     name = file("train:\n  checkpoint_every_layers: 3\n")
     assert parse_stage("pretrain", ["--config", name]).train.recompute_every_layers == 3

@@ -154,3 +154,17 @@ def test_real_text(checkpoint, real_data):
     score = evaluate(EvaluateConfig(str(checkpoint), text=str(path), max_tokens=2000))
     assert score.targets == 1999
     assert 0 < score.bytes < 8000
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    checkpoint, tiny_dataset, tmp_path, monkeypatch
+):
+    import dualroute.evaluate.perplexity as perplexity
+
+    monkeypatch.setattr(perplexity, "evaluate", lambda config: pytest.fail("it was measured"))
+    config = EvaluateConfig(str(checkpoint), str(tiny_dataset), output=str(tmp_path / "no" / "figures.json"))
+    with pytest.raises(UserError, match=r"there is no folder .*no: make it"):
+        evaluate_command(config)
+    monkeypatch.setattr(perplexity, "evaluate", lambda config: perplexity.Score(1.0, 2, 3.0))
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        evaluate_command(EvaluateConfig(str(checkpoint), str(tiny_dataset), output=str(tmp_path)))
