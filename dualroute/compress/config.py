@@ -11,11 +11,12 @@ from typing import Any, Literal
 from dualroute.errors import UserError
 from dualroute.model.quantization import GROUPED, Quantization, SchemeName
 from dualroute.paths import LocalPath
-from dualroute.settings import Range, at_least, check_fields
+from dualroute.settings import SEEDS, Range, at_least, check_fields
 
 Criterion = Literal["activation", "random"]
 Axis = Literal["layers", "dim", "ffn", "heads"]
 Target = Literal["parameters", "flops", "latency"]
+SIZES = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
 #: What belongs to dual attention alone.
 ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary")
 
@@ -74,8 +75,9 @@ class ConvertConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        names = ("local_heads", "window", "block", "sub_block", "calibration_tokens")
-        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "context": at_least(2)})
+        sizes = ("window", "block", "sub_block", "local_heads", "calibration_tokens")
+        ranges = {"context": at_least(2), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(sizes, at_least(1, 2**31 - 1)), **ranges})
         given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise UserError(f"{given[0]} works with --attention dual only: leave it out")
@@ -149,9 +151,9 @@ class PruneConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        names = ("multiple", "calibration_tokens", "context", "batch_size", "dim", "ffn_dim", "num_layers")
-        share = Range(0, 1, without_least=True, without_most=True)
-        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "keep": share})
+        counts = ("multiple", "calibration_tokens", "context", "batch_size", *SIZES)
+        ranges = {"keep": Range(0, 1, without_least=True, without_most=True), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1, 2**31 - 1)), **ranges})
         if self.keep is not None and not self.axes:
             raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
         if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
@@ -160,8 +162,7 @@ class PruneConfig:
             raise UserError("nothing to prune: give keep, a size such as ffn_dim, or fit_routing")
 
     def _given_sizes(self) -> dict[str, int]:
-        names = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
 
     def sizes(self, parent: Any, group: int) -> dict[str, int]:
         """Fields of `Shape` that were given; ``parent`` is the shape of the model that is pruned.
@@ -211,9 +212,9 @@ class SparsifyConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        names = ("calibration_tokens", "context", "batch_size")
-        share = Range(0, 1, without_least=True, without_most=True)
-        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "sparsity": share})
+        counts = ("calibration_tokens", "context", "batch_size")
+        ranges = {"sparsity": Range(0, 1, without_least=True, without_most=True), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1)), **ranges})
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise UserError(f"sparsity is {self.sparsity}, and pattern 2:4 is always 0.5: leave sparsity out")
 
@@ -241,7 +242,7 @@ class QuantizeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_fields(self, "")
+        check_fields(self, "", {"group_size": at_least(1)})
         if self.scheme in GROUPED and self.group_size not in (32, 64, 128, 256):
             raise UserError(f"group_size is {self.group_size}: kernels have 32, 64, 128 and 256")
 

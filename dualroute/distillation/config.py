@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath
-from dualroute.settings import above, at_least, check_fields
+from dualroute.settings import SEEDS, above, at_least, check_fields
 from dualroute.training.config import DataConfig, PretrainConfig
 
 
@@ -73,7 +73,7 @@ class DistillationConfig:
     backend: Literal["auto", "chunked", "liger"] = "auto"
 
     def __post_init__(self) -> None:
-        ranges = dict.fromkeys(("temperature", "on_policy_temperature"), above(0))
+        ranges = dict.fromkeys(("temperature", "on_policy_temperature"), above(0, 1e4))
         ranges |= dict.fromkeys(("on_policy_prefix", "on_policy_tokens", "top_k"), at_least(1))
         ranges |= {"layer_map": at_least(-1), "beta": at_least(0, 1), "on_policy_fraction": at_least(0, 1)}
         check_fields(self, "distill", ranges)
@@ -167,5 +167,6 @@ class CacheLogitsConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        names = ("max_tokens", "top_k", "micro_batch", "shard_samples")
-        check_fields(self, "", {**dict.fromkeys(names, at_least(1)), "temperature": above(0)})
+        counts = ("max_tokens", "top_k", "micro_batch", "shard_samples")
+        ranges = {"temperature": above(0, 1e4), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1)), **ranges})

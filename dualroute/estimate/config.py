@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualroute.settings import Range, above, at_least, check_fields
+from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.config import PretrainConfig
 
 
@@ -27,6 +27,12 @@ class EstimateConfig(PretrainConfig):
     mfu: float = 0.35
 
     def __post_init__(self) -> None:
-        ranges = {"gpus": at_least(1), **dict.fromkeys(("gpu_memory", "peak_tflops"), above(0))}
-        below_one = Range(0, 1, without_most=True)
-        check_fields(self, "", {**ranges, "headroom": below_one, "mfu": above(0, 1)})
+        ranges = {
+            "gpus": at_least(1, 2**24),
+            "gpu_memory": above(0),
+            "headroom": Range(0, 1, without_most=True),
+            "peak_tflops": above(0),
+            "mfu": above(0, 1),
+            "seed": SEEDS,
+        }
+        check_fields(self, "", ranges)

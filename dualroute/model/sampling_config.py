@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dualroute.settings import above, at_least, check_fields
+from dualroute.settings import SEEDS, above, at_least, check_fields
 
 
 @dataclass
@@ -26,5 +26,5 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ranges = {"max_new_tokens": at_least(1), "top_p": above(0, 1)}
+        ranges = {"max_new_tokens": at_least(1), "top_p": above(0, 1), "seed": SEEDS}
         check_fields(self, "sampling", ranges)
