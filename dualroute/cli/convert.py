@@ -33,12 +33,11 @@ def convert(hint: Any, node: Node) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         paths = [word for word in arguments[1:] if isinstance(word, PathField)]
-        if paths and (node.kind != "text" or (node.is_null and node.place.folder is not None)):
+        if not paths:
+            return convert(arguments[0], node)
+        if node.kind != "text" or (node.is_null and node.place.folder is not None):
             raise _expected("a path", node)
-        value = convert(arguments[0], node)
-        if paths and isinstance(value, str):
-            return resolve(value, paths[0], node.place.folder)
-        return value
+        return resolve(node.content, paths[0], node.place.folder)
     if origin in (Union, types.UnionType):
         return _union(arguments, node)
     if origin is Literal:
@@ -112,6 +111,8 @@ def _scalar(hint: Any, node: Node) -> Any:
         raise _expected(describe(hint), node)
     text = node.content
     if hint is str:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # bytes of a flag
+            raise _expected("UTF-8 text", node)
         return text
     if hint is bool:
         if text.lower() not in _BOOLS:

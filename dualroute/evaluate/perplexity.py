@@ -14,6 +14,7 @@ import gzip
 import json
 import lzma
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from dualroute.model import DualRoutingTransformer
 
 #: Rows of [tokens, vocab] logits that exist at once.
 LOGIT_ROWS = 2048
+#: Of a text that is scored as one document.
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,17 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     openers: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: give a text file")
     try:
         with openers.get(path.suffix, lambda name: name.open("rb"))(path) as stream:
-            return stream.read().decode("utf-8")
+            data = stream.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path} holds over {MOST_BYTES:,} bytes of text: prepare it and give --data")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 

@@ -13,6 +13,9 @@ from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.model.compiled_decode import CompiledDecoder, check_compiler
 from dualroute.model.generation import Decoder
 
+#: Of a prompt on standard input.
+MOST_CHARACTERS = 2**24
+
 
 def generate_text(
     model: DualRoutingTransformer,
@@ -47,13 +50,28 @@ def generate_text(
     yield tokenizer.decode(ids + new)[len(shown) :]
 
 
+def _prompt_of_input() -> str:
+    """Standard input, of which a model could read no more than the limit anyway.
+
+    Raises:
+        UserError: It is longer, or no UTF-8 text.
+    """
+    try:
+        prompt = sys.stdin.read(MOST_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error.reason}): convert it first") from error
+    if len(prompt) > MOST_CHARACTERS:
+        raise UserError(f"standard input has more than {MOST_CHARACTERS:,} characters: shorten the prompt")
+    return prompt
+
+
 def generate_command(config: GenerateConfig) -> None:
     """``dualroute generate``: print the prompt and its continuation."""
     if config.compile:
         check_compiler(choose_device(config.device))
     loaded = load(config.checkpoint, config.device, config.dtype, compiled=config.compile)
     decoder = CompiledDecoder(loaded.model) if config.compile else None
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = _prompt_of_input() if config.prompt == "-" else config.prompt
     int8_cache = config.cache_dtype == "int8"
     pieces = generate_text(loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, int8_cache)
     # a model may write what a terminal obeys; a file or a pipe gets the text as it is

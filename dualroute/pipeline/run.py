@@ -109,10 +109,15 @@ class Pipeline:
         """What was noted of a stage; empty if it was never begun."""
         path = self.records / f"{stage.name}.json"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not isinstance(record.get("reads"), dict):
+                raise ValueError("it does not say what was read")
+            if record.get("done") and not isinstance(record.get("seconds", 0.0), int | float):
+                raise ValueError("seconds is no number")
+            return record
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, and the stage is done again") from error
 
     def state(self, stage: Stage) -> str:
@@ -129,7 +134,7 @@ class Pipeline:
         if not record.get("done"):
             return "interrupted"
         try:
-            return "done" if record["made"] == fingerprint(stage.output) else "changed"
+            return "done" if record.get("made") == fingerprint(stage.output) else "changed"
         except UserError:  # removed or damaged
             return "changed"
 

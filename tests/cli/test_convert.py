@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pytest
 
 from dualroute.cli.convert import convert
-from dualroute.cli.yaml_file import read_text
+from dualroute.cli.yaml_file import Node, Place, read_text
 from dualroute.errors import UserError
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
 
@@ -83,6 +83,7 @@ def test_values(hint, text, value):
         (LocalPath, "' '", "a path may not be empty"),
         (LocalPath, '"a\\nb"', "holds a control character"),
         (LocalPath, '"a\\0b"', "holds a control character"),
+        (LocalPath, "{a: b}", "expected a path, got a table"),
         (LocalPath, "[a]", "expected a path, got a list"),
     ],
 )  # fmt: skip
@@ -90,6 +91,13 @@ def test_what_is_no_value_of_the_type(hint, text, message):
     with pytest.raises(UserError, match=message) as refused:
         convert(hint, read_text(text, "f"))
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_bytes_that_are_no_text_name_a_file_and_nothing_else():
+    node = Node("text", "a\udcff", Place("--prompt"))
+    assert convert(LocalPath, node) == "a\udcff"
+    with pytest.raises(UserError, match="expected UTF-8 text"):
+        convert(str, node)
 
 
 def test_paths_of_a_file_start_where_they_say(tmp_path, monkeypatch):

@@ -55,3 +55,15 @@ def test_a_terminal_is_not_controlled_by_a_model(checkpoint, capsys, monkeypatch
         generate_command(config)
         assert capsys.readouterr().out == "\\x07\\x1b[2J\ta\n\n"
         monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+
+
+def test_a_prompt_that_is_no_text_or_endless_is_refused(checkpoint, monkeypatch):
+    import dualroute.evaluate.sample as sample
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    with pytest.raises(UserError, match="standard input is not UTF-8 text"):
+        generate_command(GenerateConfig(str(checkpoint), "-"))
+    monkeypatch.setattr(sample, "MOST_CHARACTERS", 3)
+    monkeypatch.setattr("sys.stdin", io.StringIO("abcd"))
+    with pytest.raises(UserError, match="more than 3 characters"):
+        generate_command(GenerateConfig(str(checkpoint), "-"))

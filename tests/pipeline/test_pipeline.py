@@ -231,11 +231,22 @@ def test_mistakes_are_found_before_anything_starts(go, stages, options, message)
     assert stages.done == []
 
 
-def test_a_damaged_record_is_named(go, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", "5", "null", '{"reads": 3}', "{}", "[" * 100_000, "\x00"])
+def test_a_damaged_record_or_measurement_is_named(go, tmp_path, content):
     go()
-    (tmp_path / "run" / "stages" / "prune.json").write_text("{")
-    with pytest.raises(UserError, match=r"prune\.json is damaged.*remove it"):
-        go()
+    for place, message in (
+        ("stages/prune.json", r"prune\.json is damaged.*remove it"),
+        ("evaluate/parent.json", r"parent\.json cannot be read.*remove it"),
+        ("speed/pruned.json", r"pruned\.json cannot be read.*remove it"),
+    ):
+        path = tmp_path / "run" / place
+        whole = path.read_bytes()
+        path.write_text(content)
+        with pytest.raises(UserError, match=message) as refused:
+            go(**({} if place.startswith("stages") else {"only": "report"}))
+        assert len(str(refused.value).splitlines()) == 1
+        path.write_bytes(whole)
+    assert go() == (0, [])
 
 
 @pytest.mark.slow

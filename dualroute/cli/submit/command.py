@@ -105,8 +105,11 @@ def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
         print("\n".join(text for text in scripts.values()), end="")
         return 0
     for path, text in scripts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the script {path} cannot be written: {error.strerror or error}") from error
     hand_to_slurm(list(scripts))
     return 0
 

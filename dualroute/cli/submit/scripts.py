@@ -94,9 +94,13 @@ def render(name: str, values: Mapping[str, str], own: Path | None = None) -> str
     """
     path = own or template_folder() / name
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"the template {path} is no regular file")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"the template {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the template {path} is not UTF-8 text (byte {error.start})") from error
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:

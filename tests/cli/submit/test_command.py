@@ -1,5 +1,6 @@
 """``dualroute submit``: what it refuses before anything is queued, and the scripts that it writes."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -208,6 +209,10 @@ def test_a_template_of_ones_own_may_not_ask_for_what_is_unknown(work, tiny_datas
     line = refused(capsys, "pretrain", "--config", config, "--template", work / "mine.sbatch")
     assert "mine.sbatch has @TRAIN@" in line
     assert "ARGUMENTS" in line
+    (work / "bytes.sbatch").write_bytes(b"#!/bin/bash\xff")
+    os.mkfifo(work / "pipe.sbatch")
+    for name, why in (("bytes.sbatch", "not UTF-8"), ("pipe.sbatch", "no regular"), (".", "no regular")):
+        assert why in refused(capsys, "pretrain", "--config", config, "--template", work / name)
     with pytest.raises(UserError, match=r"none\.sbatch cannot be read"):
         submit_scripts.render("pretrain.sbatch", {}, work / "none.sbatch")
 
@@ -313,6 +318,12 @@ def test_dashes_are_underscores_and_no_option_is_cut_short(work, tiny_dataset, c
     )
     assert "#SBATCH --gpus-per-node=2\n#SBATCH --cpus-per-task=3\n" in script
     assert "--part" in refused(capsys, "pretrain", "--config", config, "--part", "gpu")
+
+
+def test_a_folder_that_cannot_be_written_is_named(work, tiny_dataset, capsys):
+    (work / "runs").write_text("in the way")
+    line = refused(capsys, "pretrain", "--config", configuration(work, tiny_dataset))
+    assert f"the script {work}/runs/run/slurm/pretrain.sbatch cannot be written" in line
 
 
 def test_a_script_can_be_looked_at_before_the_data_are_there(work, capsys):
