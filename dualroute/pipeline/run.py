@@ -139,12 +139,8 @@ class Pipeline:
             return "changed"
 
     def reads(self, stage: Stage) -> dict[str, Any]:
-        """All that its output depends on."""
-        reads: dict[str, Any] = {"arguments": stage.arguments}
-        for argument in stage.arguments:
-            flag, _, value = argument.partition("=")
-            if flag == "--config":
-                reads[f"file {value}"] = file_sha256(value)
+        """All that its output depends on: what files and flags say, wherever they lie, and its inputs."""
+        reads: dict[str, Any] = {"options": stage.options or stage.arguments}
         if stage.data is not None:
             reads["data"] = Manifest.load(stage.data).fingerprint
         for folder in stage.checkpoints:

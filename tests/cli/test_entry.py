@@ -13,6 +13,7 @@ import yaml
 from dualroute.cli import STAGES, main, parse_stage
 from dualroute.cli.help import stage_parser
 from dualroute.data.manifest import Manifest
+from dualroute.pipeline.stages import Planner
 from dualroute.training.config import PretrainConfig
 from tests.conftest import ROOT, write_corpus
 
@@ -98,6 +99,12 @@ def test_shipped_preparations_are_valid(path):
 def test_shipped_parallel_settings_are_valid(path):
     config = parse_stage("pretrain", ["--parallel", str(path)]).parallel
     assert config.zero_stage in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/pipeline").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_pipelines_are_valid_to_their_last_stage(path):
+    plan = Planner(parse_stage("pipeline", ["--config", str(path)]), parse_stage).make()
+    assert plan.names()[-1] == "export"
 
 
 def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
@@ -259,3 +266,12 @@ def test_print_config_shows_yaml_that_is_read_again(tmp_path):
     assert yaml.safe_load(shown)["model"]["dim"] == 96
     (tmp_path / "again.yaml").write_text(shown)
     assert parse_stage("pretrain", ["--config", str(tmp_path / "again.yaml")]).model.dim == 96
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_defect(monkeypatch):
+    def broken(arguments):
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr("dualroute.cli.entry.run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["configs"])

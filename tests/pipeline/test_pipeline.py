@@ -112,6 +112,19 @@ def test_changed_options_redo_what_depends_on_them_and_lose_nothing(go, tmp_path
     assert go(recover={"seed": 7}) == (0, [])
 
 
+def test_a_changed_file_of_a_file_redoes_and_a_moved_one_does_not(go, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "optim.yaml").write_text("lr: 0.5\n")
+    (files / "recover.yaml").write_text("optim: optim.yaml\n")
+    go(recover={"config": str(files / "recover.yaml")})
+    files.rename(tmp_path / "moved")
+    options = {"recover": {"config": str(tmp_path / "moved" / "recover.yaml")}}
+    assert go(**options) == (0, [])
+    (tmp_path / "moved" / "optim.yaml").write_text("lr: 0.25\n")
+    assert go(**options)[1][0] == "recover"
+
+
 def test_another_parent_redoes_everything_made_from_it(go, tiny_dataset, tmp_path, stages):
     parent = tmp_path / "parent"
     for salt in (1, 2):
