@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from dualroute.pipeline.config import SectionOf
+from dualroute.pipeline.section import SectionOf
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,10 @@ from dualroute.distillation.config import DistillConfig
 from dualroute.errors import UserError
 from dualroute.evaluate.config import EvaluateConfig
 from dualroute.export.config import ExportConfig
-from dualroute.paths import ConfigFile, LocalPath
+from dualroute.paths import LocalPath
+from dualroute.pipeline.section import SectionOf
 from dualroute.settings import at_least, check_fields
 from dualroute.training.config import PretrainConfig
-
-
-@dataclass(frozen=True)
-class SectionOf:
-    """Annotation of a section: a table of what was given of another command's options, and of `config` files.
-
-    Args:
-        config: Configuration class of the command; every option is checked against it where it is read.
-        files: Type of `config`.
-    """
-
-    config: type
-    files: Any = ConfigFile | list[ConfigFile] | None
-
 
 Section = dict[str, Any]
 Control = Literal["parent", "cross_entropy", "random"]
