@@ -13,7 +13,7 @@ from typing import Any
 from dualroute import __version__
 from dualroute.evaluate.load import Loaded
 from dualroute.export import huggingface
-from dualroute.export.command import ExportConfig
+from dualroute.export.config import ExportConfig
 from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
+from dualroute.paths import ConfigFile, LocalPath, ResumePath
 
 
 @dataclass
@@ -26,7 +27,7 @@ class DataConfig:
         verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
     """
 
-    path: str = "data/stdlib"
+    path: LocalPath = "data/stdlib"
     context: int = 512
     num_workers: int = 0
     val_tokens: int | None = None
@@ -251,7 +252,7 @@ class ParallelConfig:
     zero_stage: int | None = None
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    deepspeed_config: str | None = None
+    deepspeed_config: ConfigFile | None = None
     sequence_parallel: int = 1
     timeout_minutes: float = 30.0
 
@@ -332,10 +333,10 @@ class PretrainConfig:
         watchdog: When a training that stands still is ended.
     """
 
-    output: str = "runs/pretrain"
+    output: LocalPath = "runs/pretrain"
     seed: int = 0
-    resume: str = "auto"
-    init_from: str | None = None
+    resume: ResumePath = "auto"
+    init_from: LocalPath | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -53,6 +53,7 @@ from dualroute.model.checkpoint_format import (
     load_model,
     refuse_quantized,
 )
+from dualroute.paths import absolute_paths
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.checkpointing.reshard import resumable_state
 from dualroute.training.checkpointing.resume import choose_resume, set_aside_newer
@@ -360,8 +361,10 @@ def _quiet_lightning() -> None:
 
 
 def resolved_yaml(config: PretrainConfig) -> str:
-    """Every value of a run as YAML that ``--config`` reads again."""
-    return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
+    """Every value of a run as YAML that ``--config`` reads again, from any folder."""
+    return str(
+        yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(absolute_paths(config)))), sort_keys=False)
+    )
 
 
 def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:

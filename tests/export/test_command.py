@@ -62,7 +62,7 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
     refused("opset is 9", **options, opset=9)
     refused("max_tokens is 0", **options, max_tokens=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(r"--format hf needs transformers: pip install 'dualroute\[export\]'", **options)
+    refused(r"--format hf needs transformers: pip install -e '.\[export\]'", **options)
 
 
 def test_quantised_weights_are_refused(tiny_dataset, tmp_path):

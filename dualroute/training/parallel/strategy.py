@@ -132,7 +132,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         if find_spec("deepspeed") is None:
-            raise UserError("this needs DeepSpeed: pip install 'dualroute[deepspeed]'")
+            raise UserError("this needs DeepSpeed: pip install -e '.[deepspeed]'")
         if on_cpu:
             # DeepSpeed chooses its accelerator once, while it is imported.
             os.environ["DS_ACCELERATOR"] = "cpu"

@@ -70,7 +70,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool = Fa
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError as error:
         raise UserError(
-            "optimizer offload needs DeepSpeed, which is not installed: pip install 'dualroute[deepspeed]'"
+            "optimizer offload needs DeepSpeed, which is not installed: pip install -e '.[deepspeed]'"
         ) from error
     return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
 

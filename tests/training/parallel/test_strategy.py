@@ -228,7 +228,7 @@ except ValueError as error:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
-    assert done.stdout.strip() == "UserError this needs DeepSpeed: pip install 'dualroute[deepspeed]'"
+    assert done.stdout.strip() == "UserError this needs DeepSpeed: pip install -e '.[deepspeed]'"
 
 
 def test_auto_is_one_plain_process_or_deepspeed() -> None:
