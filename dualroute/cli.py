@@ -25,6 +25,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dualroute import __version__
 from dualroute.errors import UserError
+from dualroute.settings import note_given
 from dualroute.training.resilience import stop_signal
 
 #: stage → (module that holds it, its configuration class, its function, one line of help)
@@ -231,7 +232,9 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
     namespace = parser.parse_args(list(arguments))
     configured = parser.instantiate(namespace).as_dict()
     configured.pop("config", None)
-    return getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
+    config = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][1])(**configured)
+    note_given(config, parser.parse_args(list(arguments), defaults=False).keys())
+    return config
 
 
 def checkpoint_command(arguments: Sequence[str]) -> int:

@@ -9,14 +9,32 @@ the full global route, so that a comparison with the dense baseline differs in n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dualroute.errors import UserError
 
+C = TypeVar("C")
 
+
+def _noting_what_is_given(cls: type[C]) -> type[C]:
+    """Let each instance know which of its fields were given, the default's own value included."""
+    initialise: Any = cls.__init__
+
+    @functools.wraps(initialise)
+    def note_and_initialise(self: Any, *values: Any, **named: Any) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        self.given = frozenset(names[: len(values)]) | named.keys()
+        initialise(self, *values, **named)
+
+    cls.__init__ = note_and_initialise  # type: ignore[method-assign]
+    return cls
+
+
+@_noting_what_is_given
 @dataclass
 class ModelConfig:
     """Shape of a decoder-only Transformer with DualRouting attention.
@@ -89,6 +107,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self._derived()  # raises where the numbers contradict each other
+
+    #: fields that were given, by position, by name or (see ``dualroute.cli``) in files and flags
+    given: ClassVar[frozenset[str]]
 
     @property
     def heads_per_group(self) -> int:

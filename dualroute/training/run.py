@@ -58,6 +58,7 @@ from dualroute.training.checkpointing.resume import choose_resume, set_aside_new
 from dualroute.training.config import (
     PretrainConfig,
 )
+from dualroute.training.initial_model import with_given
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
 from dualroute.training.parallel.environment import World, check_port, detect_world
@@ -141,15 +142,14 @@ def check(config: PretrainConfig) -> Prepared:
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
-    """With the model of ``init_from``, but for what was configured otherwise than by default."""
+    """With the model of ``init_from``, but for what was given."""
     if config.init_from is None:
         return config
     source = find_checkpoint(config.init_from)
     refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
-    default = ModelConfig().to_dict()
-    given = {name: value for name, value in config.model.to_dict().items() if value != default[name]}
     initial = ModelConfig.from_file(source.folder / CONFIG)
-    return dataclasses.replace(config, model=dataclasses.replace(initial, **given))
+    model = with_given(initial, config.model, f"init_from {config.init_from}")
+    return dataclasses.replace(config, model=model)
 
 
 def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
