@@ -58,7 +58,7 @@ def above(least: float, most: float | None = None) -> Range:
 
 
 @functools.cache
-def _annotations(cls: type) -> dict[str, Any]:
+def _annotations(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -82,7 +82,7 @@ def check_fields(
         UserError: Naming the key, its value, and what it must be.
     """
     ranges = ranges or {}
-    for name, annotation in _annotations(type(config)).items():
+    for name, annotation in _annotations(config.__class__).items():
         value = getattr(config, name)
         problem = _problem(value, annotation, ranges.get(name, Range()), name in may_be_empty)
         if problem is not None:
@@ -116,9 +116,9 @@ def _problem(value: Any, annotation: Any, allowed: Range, may_be_empty: bool) ->
     if annotation is float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return "it must be a number"
-        if not math.isfinite(value):
+        if not isinstance(value, numbers.Integral) and not math.isfinite(value):
             return "it must be a finite number"
-        return allowed.problem(value, MOST_FLOAT)
+        return allowed.problem(value, MOST_FLOAT)  # type: ignore[arg-type]
     if annotation is str:
         if not isinstance(value, str):
             return "it must be a text"

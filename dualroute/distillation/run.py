@@ -87,7 +87,7 @@ def _use_cache(config: DistillConfig, prepared: Prepared) -> str:
         top_k=cache.identity.top_k if settings.top_k is None else settings.top_k,
         teacher=cache.identity.teacher if config.teacher is None else weights_digest(config.teacher),
     )
-    cache.check(wanted, config.train.total_steps * data.samples_per_batch)
+    cache.check(wanted, prepared.token_count.at(prepared.total_steps) // config.data.context)
     cache.verify(config.data.verify if prepared.world.local_rank == 0 else "size")
     data.extend = partial(CachedWindows, cache=cache, plan=data.plan)
     return cache.identity.teacher

@@ -55,9 +55,8 @@ from dualroute.model.checkpoint_format import (
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.checkpointing.reshard import resumable_state
 from dualroute.training.checkpointing.resume import choose_resume, set_aside_newer
-from dualroute.training.config import (
-    PretrainConfig,
-)
+from dualroute.training.checkpointing.resumed_settings import refuse_changes, settings_of
+from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import with_given
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
@@ -74,6 +73,7 @@ from dualroute.training.step.allocator import keep_freed_memory
 from dualroute.training.step.module import Pretrain, StepBoundary
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
+from dualroute.training.step.token_count import TokenCount
 
 
 @dataclass
@@ -88,6 +88,16 @@ class Prepared:
     accumulation: int
     resume: Checkpoint | None
     make_module: Callable[[Prepared], Pretrain]
+
+    @property
+    def token_count(self) -> TokenCount:
+        """Tokens by step, from the checkpoint that is resumed on."""
+        return TokenCount.resumed(self.resume, self.config.train.tokens_per_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.token_count.total_steps(self.config.train)
 
 
 def check(config: PretrainConfig) -> Prepared:
@@ -113,11 +123,7 @@ def check(config: PretrainConfig) -> Prepared:
         _check_compile(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
-    if train.total_steps <= config.optim.warmup_steps:
-        raise UserError(
-            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
-            f"steps: the learning rate would never be reached"
-        )
+    _ = train.total_steps  # refused where neither steps nor tokens are given
     module = ShardDataModule(
         data.path,
         data.context,
@@ -138,7 +144,25 @@ def check(config: PretrainConfig) -> Prepared:
     resume = choose_resume(
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
-    return Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
+    prepared = Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
+    check_course(prepared)
+    return prepared
+
+
+def check_course(prepared: Prepared) -> None:
+    """Find what is wrong with a run's length and with what has changed since the checkpoint it resumes.
+
+    Raises:
+        UserError: Naming the keys and both values.
+    """
+    config = prepared.config
+    if prepared.resume is not None:
+        refuse_changes(prepared.resume, config, prepared.data.manifest.fingerprint)
+    if prepared.total_steps <= config.optim.warmup_steps:
+        raise UserError(
+            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
+            f"steps: the learning rate would never be reached"
+        )
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
@@ -262,6 +286,7 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": prepared.tokenizer,
         "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
         "spike_guard": config.spike_guard,
+        "token_count": prepared.token_count,
     }
 
 
@@ -293,7 +318,7 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
         keep_freed_memory()
     prepared = check(config)
     config, world = prepared.config, prepared.world
-    total_steps = config.train.total_steps
+    total_steps = prepared.total_steps
     if prepared.resume is not None and prepared.resume.step >= total_steps:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
@@ -330,7 +355,7 @@ def _fit(prepared: Prepared) -> int | Divergence:
         )
         if world.rank == 0:
             set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
-            total = config.train.total_steps
+            total = prepared.total_steps
             print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total})")
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
@@ -364,6 +389,20 @@ def resolved_yaml(config: PretrainConfig) -> str:
     return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
 
 
+def description(prepared: Prepared) -> dict[str, Any]:
+    """What every checkpoint of this start says of it."""
+    config, data = prepared.config, prepared.data
+    return {
+        "settings": settings_of(config),
+        "validation": {
+            "data_fingerprint": data.manifest.fingerprint,
+            "tokens": data.val_plan.tokens,
+            "context": config.data.context,
+            "rounded": config.train.quantization_aware,
+        },
+    }
+
+
 def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
     """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
@@ -381,7 +420,11 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         accelerator=accelerator,
     )
     publisher = CheckpointPublisher(
-        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+        output / "checkpoints",
+        config.checkpoint,
+        prepared.tokenizer.path,
+        train.val_every_steps,
+        described=description(prepared),
     )
     preemption = Preemption(publisher)
     trainer = Trainer(
@@ -390,7 +433,7 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         devices=world.local_world_size,
         num_nodes=world.num_nodes,
         precision=precision,
-        max_steps=train.total_steps,
+        max_steps=prepared.total_steps,
         max_epochs=-1,
         accumulate_grad_batches=prepared.accumulation,
         gradient_clip_val=config.optim.grad_clip,
