@@ -24,6 +24,7 @@ from rich.table import Table
 from dualroute.attention import Layout
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE
 from dualroute.training.parallel.environment import World
@@ -50,6 +51,17 @@ class EstimateConfig(PretrainConfig):
     headroom: float = 0.15
     peak_tflops: float = 989.0
     mfu: float = 0.35
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "gpus": at_least(1, 2**24),
+            "gpu_memory": above(0),
+            "headroom": Range(0, 1, without_most=True),
+            "peak_tflops": above(0),
+            "mfu": above(0, 1),
+            "seed": SEEDS,
+        }
+        check_fields(self, "", ranges)
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Range(NamedTuple):
         high = value > most or (self.without_most and value == most)
         if not low and not high:
             return None
-        if self.most is not None and self.most < MOST_FLOAT:
+        if self.most is not None and self.most <= 10:
             brackets = "(" if self.without_least else "[", ")" if self.without_most else "]"
             return f"it must be in {brackets[0]}{self.least:g}, {self.most:g}{brackets[1]}"
         if high:
@@ -45,6 +45,9 @@ class Range(NamedTuple):
         if self.without_least:
             return f"it must be above {self.least:g}"
         return f"it must be {'0 or more' if not self.least else f'at least {self.least:g}'}"
+
+
+SEEDS = Range(-(2**63), 2**63 - 1)  # what torch takes
 
 
 def at_least(least: float, most: float | None = None) -> Range:

@@ -44,6 +44,7 @@ from dualroute.model.conversion import (
 )
 from dualroute.model.generation import continue_batch
 from dualroute.model.hub import is_foreign, load_dense
+from dualroute.settings import SEEDS, at_least, check_fields
 
 _ROWS = 32  # texts that are sampled together
 #: What belongs to dual attention alone.
@@ -104,10 +105,9 @@ class ConvertConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.calibration_tokens < 1:
-            raise UserError(f"calibration_tokens is {self.calibration_tokens}: it must be at least 1")
-        if self.context is not None and self.context < 2:
-            raise UserError(f"context is {self.context}: it must be at least 2")
+        sizes = ("window", "block", "sub_block", "local_heads", "calibration_tokens")
+        ranges = {"context": at_least(2), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(sizes, at_least(1, 2**31 - 1)), **ranges})
         given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise UserError(f"{given[0]} works with --attention dual only: leave it out")

@@ -30,8 +30,10 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
 from dualroute.model import ModelConfig
 from dualroute.model.checkpoint_format import CONFIG, find_checkpoint, save_model
+from dualroute.settings import SEEDS, Range, at_least, check_fields
 
 REPORT = "prune.json"
+SIZES = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
 _SHARES = (0.75, 0.5, 0.25)
 _DRAWS: dict[Criterion, int] = {"activation": 1, "random": 3}
 
@@ -96,14 +98,9 @@ class PruneConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("multiple", "calibration_tokens", "context", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.keep is not None and not 0 < self.keep < 1:
-            raise UserError(f"keep is {self.keep}: it must be between 0 and 1, a share of the {self.target}")
-        if self.routing_tolerance < 0:
-            raise UserError(f"routing_tolerance is {self.routing_tolerance}: it must be 0 or more")
+        counts = ("multiple", "calibration_tokens", "context", "batch_size", *SIZES)
+        ranges = {"keep": Range(0, 1, without_least=True, without_most=True), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1, 2**31 - 1)), **ranges})
         if self.keep is not None and not self.axes:
             raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
         if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
@@ -112,8 +109,7 @@ class PruneConfig:
             raise UserError("nothing to prune: give keep, a size such as ffn_dim, or fit_routing")
 
     def _given_sizes(self) -> dict[str, int]:
-        names = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
 
     def sizes(self, parent: Shape, group: int) -> dict[str, int]:
         """Fields of `Shape` that were given.

@@ -43,6 +43,7 @@ from dualroute.model.quantized import (
     require_torchao,
     stored_tensors,
 )
+from dualroute.settings import at_least, check_fields
 
 INT4 = getattr(torch, "int4")  # noqa: B009 - which torch's stubs do not know
 
@@ -70,6 +71,7 @@ class QuantizeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self, "", {"group_size": at_least(1)})
         if self.scheme in GROUPED and self.group_size not in (32, 64, 128, 256):
             raise UserError(f"group_size is {self.group_size}: kernels have 32, 64, 128 and 256")
 

@@ -24,6 +24,7 @@ from dualroute.compress.calibration import Statistics, calibrate, described, los
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint_format import save_model
+from dualroute.settings import SEEDS, Range, at_least, check_fields
 
 
 @dataclass
@@ -57,8 +58,9 @@ class SparsifyConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise UserError(f"sparsity is {self.sparsity}: it must be between 0 and 1")
+        counts = ("calibration_tokens", "context", "batch_size")
+        ranges = {"sparsity": Range(0, 1, without_least=True, without_most=True), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1)), **ranges})
         if self.pattern == "2:4" and self.sparsity != 0.5:
             raise UserError(f"sparsity is {self.sparsity}, and pattern 2:4 is always 0.5: leave sparsity out")
 

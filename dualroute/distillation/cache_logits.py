@@ -31,6 +31,7 @@ from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, fin
 from dualroute.distillation.losses import Logits, TopK, top_k_of
 from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
+from dualroute.settings import SEEDS, above, at_least, check_fields
 from dualroute.training.config import DataConfig
 from dualroute.training.parallel.environment import detect_world
 
@@ -69,12 +70,9 @@ class CacheLogitsConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "micro_batch", "shard_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}: it must be above 0")
+        counts = ("max_tokens", "top_k", "micro_batch", "shard_samples")
+        ranges = {"temperature": above(0, 1e4), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1)), **ranges})
 
 
 def cache_logits(config: CacheLogitsConfig) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dualroute.errors import UserError
+from dualroute.settings import above, at_least, check_fields
 from dualroute.training.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -92,15 +93,14 @@ class DistillationConfig:
     backend: Literal["auto", "chunked", "liger"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "on_policy_temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("kl_weight", "ce_weight", "hidden_weight", "attention_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be 0 or more")
-        for name in ("on_policy_prefix", "on_policy_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be at least 1")
+        ranges = {
+            **dict.fromkeys(("temperature", "on_policy_temperature"), above(0, 1e4)),
+            **dict.fromkeys(("on_policy_prefix", "on_policy_tokens", "top_k"), at_least(1)),
+            "beta": at_least(0, 1),
+            "on_policy_fraction": at_least(0, 1),
+            "layer_map": at_least(-1),
+        }
+        check_fields(self, "distill", ranges)
         if not self.kl_weight + self.ce_weight + self.hidden_weight + self.attention_weight > 0:
             raise UserError("distill.kl_weight, ce_weight and the others are all 0: nothing would be trained")
         if self.loss == "jsd" and not 0 < self.beta < 1:
@@ -108,12 +108,8 @@ class DistillationConfig:
                 f"distill.beta is {self.beta}: jsd needs a number between 0 and 1 (towards 0 and 1 it "
                 f"vanishes; use forward_kl or reverse_kl)"
             )
-        if not 0 <= self.on_policy_fraction <= 1:
-            raise UserError(f"distill.on_policy_fraction is {self.on_policy_fraction}: it must be in [0, 1]")
         if self.on_policy_fraction and not self.kl_weight:
             raise UserError("distill.on_policy_fraction needs distill.kl_weight: own texts have no other")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"distill.top_k is {self.top_k}: it must be at least 1, or null")
         for name in ("on_policy_fraction", "hidden_weight", "attention_weight"):
             if self.cached_logits is not None and getattr(self, name):
                 raise UserError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from dualroute.doctor import machine, network
 from dualroute.doctor.smoke import smoke
 from dualroute.doctor.verdict import Verdict, guarded
-from dualroute.errors import UserError
+from dualroute.settings import at_least, check_fields
 from dualroute.training.parallel.environment import World, detect_world
 
 
@@ -35,9 +35,7 @@ class DoctorConfig:
     network_mib: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("disk_mib", "network_mib"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self, "", {"disk_mib": at_least(1, 2**30), "network_mib": at_least(1, 2**20)})
 
 
 def verdicts(config: DoctorConfig, world: World) -> Iterator[Verdict]:

@@ -33,6 +33,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer
+from dualroute.settings import at_least, check_fields
 
 #: Rows of [tokens, vocab] logits that exist at once.
 LOGIT_ROWS = 2048
@@ -70,12 +71,10 @@ class EvaluateConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        counts = ("context", "stride", "max_tokens", "batch_size")
+        check_fields(self, "", dict.fromkeys(counts, at_least(1)))
         if (self.data is None) == (self.text is None):
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "stride", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
 

@@ -13,6 +13,7 @@ from dualroute.evaluate.load import choose_device, load
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.model.compiled_decode import CompiledDecoder, check_compiler
 from dualroute.model.generation import Decoder
+from dualroute.settings import check_fields
 
 
 @dataclass
@@ -40,6 +41,9 @@ class GenerateConfig:
     cache_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", may_be_empty=["prompt"])
 
 
 def generate_text(

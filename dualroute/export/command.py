@@ -29,6 +29,7 @@ from dualroute.evaluate.load import Loaded, load
 from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
 from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint, find_checkpoint
+from dualroute.settings import Range, at_least, check_fields
 
 Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]]
 #: format → the module whose `write_export` fills the folder and returns its figures; the packages it needs.
@@ -75,18 +76,14 @@ class ExportConfig:
     opset: int = 20
 
     def __post_init__(self) -> None:
+        counts = ("context", "max_tokens")
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1)), "opset": Range(18, 23)})
         if self.data is not None and self.text is not None:
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
         if self.quantize and self.format != "onnx":
             raise UserError(f"quantize works with --format onnx only, not {self.format}: leave it away")
         if self.format != "hf" and self.dtype == "bfloat16":
             raise UserError(f"dtype bfloat16 works with --format hf only: {self.format} files hold float32")
-        if not 18 <= self.opset <= 23:
-            raise UserError(f"opset is {self.opset}: it must be from 18 to 23")
 
 
 def export_command(config: ExportConfig) -> None:

@@ -16,8 +16,23 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from dualroute.errors import UserError
+from dualroute.settings import above, at_least, check_fields
 
 C = TypeVar("C")
+
+_MOST = 2**31 - 1  # of a size; kernels count in 32 bits
+_RANGES = {
+    **dict.fromkeys(
+        ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
+    ),
+    **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
+    **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
+    **dict.fromkeys(("global_heads", "local_heads", "top_k", "layer_top_k"), at_least(0, _MOST)),
+    "vocab_size": at_least(2, _MOST),
+    "rope_theta": above(0, 1e12),
+    "rope_scaling": above(0),
+    "norm_eps": at_least(0, 1),
+}
 
 
 def _noting_what_is_given(cls: type[C]) -> type[C]:
@@ -138,26 +153,12 @@ class ModelConfig:
         ).resolved()
 
     def _derived(self) -> dict[str, int]:
-        positive = (
-            "dim",
-            "num_layers",
-            "num_heads",
-            "max_context",
-            "dense_every",
-            "window",
-            "block",
-            "sub_block",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self, "model", _RANGES)
         if self.attention == "interleaved" and self.dense_every > self.num_layers:
             raise UserError(
                 f"model.dense_every {self.dense_every} is above model.num_layers {self.num_layers}: no layer "
                 f"would be dense; lower it, or use attention local instead of interleaved"
             )
-        if self.top_k < 0:
-            raise UserError(f"model.top_k is {self.top_k}: it must be 0 or more")
         for name, least in (("layer_windows", 1), ("layer_top_k", 0)):
             values = getattr(self, name)
             if values is not None and (len(values) != self.num_layers or min(values) < least):
@@ -171,8 +172,6 @@ class ModelConfig:
                 f"model.sub_block {self.sub_block} does not divide model.block {self.block}, as the minmax "
                 f"router needs: change one of them"
             )
-        if self.vocab_size is not None and self.vocab_size < 2:
-            raise UserError(f"model.vocab_size is {self.vocab_size}: it must be at least 2, or null")
         if self.head_dim is None and self.dim % self.num_heads:
             raise UserError(
                 f"model.num_heads {self.num_heads} does not divide model.dim {self.dim}: "

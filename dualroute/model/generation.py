@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.errors import UserError
 from dualroute.model.transformer import DualRoutingTransformer
+from dualroute.settings import SEEDS, above, at_least, check_fields
 
 Decoder = Callable[[Tensor, list[Any]], Tensor]
 
@@ -41,14 +41,8 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be in (0, 1]")
+        ranges = {"max_new_tokens": at_least(1), "top_p": above(0, 1), "seed": SEEDS}
+        check_fields(self, "", ranges)
 
 
 def next_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ def test_a_quantized_checkpoint_is_read_back_bit_for_bit_and_used_like_any_other
 ):
     written = quantize(QuantizeConfig(str(source), str(tmp_path / "small"), scheme, device="cpu"))
     in_memory = quantize_model(
-        load_model(find_checkpoint(source)), QuantizeConfig("", "", scheme).quantization
+        load_model(find_checkpoint(source)), QuantizeConfig("in", "out", scheme).quantization
     )
     read = load_model(written)
     ours, theirs = stored_tensors(in_memory), stored_tensors(read)

@@ -22,6 +22,7 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.checkpoint_format import TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.settings import at_least, check_fields
 from dualroute.training.monitoring.metrics_log import read_metrics
 
 
@@ -38,6 +39,9 @@ class ReportConfig:
     run: str
     prompt: str = "The"
     sample_tokens: int = 120
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", {"sample_tokens": at_least(1)}, may_be_empty=["prompt"])
 
 
 def report(config: ReportConfig) -> None:

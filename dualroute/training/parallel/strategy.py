@@ -54,8 +54,6 @@ def build_strategy(
     name = config.strategy
     if name == "auto":
         name = "single" if world.world_size == 1 else "deepspeed"
-    if name not in ("single", "ddp", "deepspeed"):
-        raise UserError(f"strategy={config.strategy!r} is unknown: use auto, single, ddp or deepspeed")
     if name == "single" and world.world_size > 1:
         raise UserError(
             f"strategy=single, but {world.launcher} started {world.world_size} processes: "
