@@ -23,11 +23,35 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 VARIABLE = "DUALROUTE_KERNELS"
 CHOICES = ("auto", "torch", "cpp", "triton")
+_default = "auto"
 _only_torch = ContextVar("only_torch", default=False)
+
+
+def set_backend(name: str) -> None:
+    """Choose the kernels of this process: auto, torch, cpp or triton. DUALROUTE_KERNELS overrides it.
+
+    Raises:
+        ValueError: an unknown name. Whether what it names can be had is seen by `describe`, or in use.
+    """
+    global _default
+    if name not in CHOICES:
+        raise ValueError(f"the attention back end {name} is unknown: use {', '.join(CHOICES)}")
+    _default = name
+
+
+def describe(device: torch.device | str) -> str:
+    """The line to log: what the attention runs on, on `device`.
+
+    Raises:
+        ValueError: as `fast_kernels`.
+    """
+    kernels = fast_kernels(torch.empty(1, 1, 16, device=device))
+    return f"attention: {kernels.__name__.rpartition('.')[2] if kernels else 'plain torch'}"
 
 
 @contextmanager
@@ -48,7 +72,7 @@ def fast_kernels(query: Tensor, *, causal: bool = True, block: int | None = None
     Raises:
         ValueError: DUALROUTE_KERNELS is no known name, or names kernels that cannot be had here.
     """
-    wanted = os.environ.get(VARIABLE, "auto")
+    wanted = os.environ.get(VARIABLE) or _default
     if wanted == "torch" or _only_torch.get():
         return None
     if wanted == "triton":

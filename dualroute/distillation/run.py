@@ -50,7 +50,7 @@ def check(config: DistillConfig) -> Prepared:
         arguments = run.module_arguments(prepared)
         return Distill(config.distill, teacher, digest, pairs, config.seed, **arguments)
 
-    return dataclasses.replace(prepared, make_module=make_module)
+    return dataclasses.replace(prepared, make_module=make_module, operation="distill")
 
 
 def _check_settings(config: DistillConfig) -> None:

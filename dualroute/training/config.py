@@ -65,6 +65,8 @@ class TrainConfig:
             them, so that they are used to it; validation sees them rounded, checkpoints stay float.
         quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
+        kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), triton (on a GPU), or
+            auto: cpp on a CPU that can compile it, else torch.  DUALROUTE_KERNELS, where set, goes first.
     """
 
     tokens_per_batch: int = 16384
@@ -80,6 +82,7 @@ class TrainConfig:
     quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
     quantization_group_size: int = 32
     val_every_steps: int = 100
+    kernels: Literal["auto", "torch", "cpp", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         counts = (

@@ -38,6 +38,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from dualroute.attention import backend
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
@@ -58,9 +59,10 @@ from dualroute.training.checkpointing.resume import choose_resume, set_aside_new
 from dualroute.training.checkpointing.resumed_settings import refuse_changes, settings_of
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import with_given
+from dualroute.training.monitoring import summary
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
-from dualroute.training.parallel.environment import World, check_port, detect_world
+from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.parallel.strategy import build_strategy
 from dualroute.training.resilience.corruption_check import CorruptionCheck
@@ -88,6 +90,7 @@ class Prepared:
     accumulation: int
     resume: Checkpoint | None
     make_module: Callable[[Prepared], Pretrain]
+    operation: str = "pretrain"
 
     @property
     def token_count(self) -> TokenCount:
@@ -107,7 +110,9 @@ def check(config: PretrainConfig) -> Prepared:
         UserError: Naming the key, file or folder, and the remedy.
     """
     world = detect_world()
+    refuse_forgotten_srun(world)
     check_port(world)
+    config = _with_kernels(config)
     config = _with_initial_model(config)
     model, train, data = config.model, config.train, config.data
     if data.context > model.max_context:
@@ -163,6 +168,24 @@ def check_course(prepared: Prepared) -> None:
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
             f"steps: the learning rate would never be reached"
         )
+
+
+def _with_kernels(config: PretrainConfig) -> PretrainConfig:
+    """With the attention's back end chosen for this process, and the environment's choice noted."""
+    given = os.environ.get(backend.VARIABLE)
+    kernels: Any = given or config.train.kernels
+    try:
+        backend.set_backend(kernels)
+        backend.describe(device())
+    except ValueError as error:
+        source = backend.VARIABLE if given else "train.kernels"
+        raise UserError(f"{source} is {kernels} and cannot be had here ({error}): use auto") from error
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
+
+
+def device() -> torch.device:
+    """What this process trains on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
@@ -322,6 +345,7 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     if prepared.resume is not None and prepared.resume.step >= total_steps:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
+            print(summary.what_comes_next(prepared.output, config.data.path))
         return 0
     with locked(prepared.output, world):
         while True:
@@ -344,6 +368,8 @@ def _fit(prepared: Prepared) -> int | Divergence:
         reduces_in_backward=config.parallel.strategy == "ddp",
     )
     trainer, module, preemption = build_trainer(prepared, watchdog)
+    if world.rank == 0:
+        tell_start(prepared, module)
     state = None
     if prepared.resume is not None:
         state = resumable_state(
@@ -370,7 +396,20 @@ def _fit(prepared: Prepared) -> int | Divergence:
             )
     except TrainingDiverged as error:
         return divergence(error, module, prepared.data, trainer.global_step + 1)
-    return stop_for_requeue(trainer, preemption) if preemption.signal else 0
+    if preemption.signal:
+        return stop_for_requeue(trainer, preemption)
+    if world.rank == 0:
+        last = find_checkpoint(prepared.output)
+        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+    return 0
+
+
+def tell_start(prepared: Prepared, module: Pretrain) -> None:
+    """Say what is about to be trained, and what of it may not be meant."""
+    config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
+    lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
+    summary.tell(lines)
+    summary.warn(summary.warnings_at_start(config, data, world, count, prepared.resume))
 
 
 def _quiet_lightning() -> None:
@@ -386,7 +425,8 @@ def _quiet_lightning() -> None:
 
 def resolved_yaml(config: PretrainConfig) -> str:
     """Every value of a run as YAML that ``--config`` reads again."""
-    return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
+    settings = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+    return f"# {backend.describe(device())}\n{settings}"
 
 
 def description(prepared: Prepared) -> dict[str, Any]:

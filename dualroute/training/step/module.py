@@ -179,6 +179,7 @@ class Pretrain(LightningModule):
             "lr": self.learning_rate(self.trainer.global_step - 1),
             "bits_per_byte": self.bits_per_byte(self._outcome.loss, "train"),
             "tokens": self.tokens_seen,
+            "epoch": self.trainer.datamodule.epoch,  # type: ignore[attr-defined]
             "tokens_in_step": self.train_config.tokens_per_batch,
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
