@@ -2,8 +2,8 @@
 
 In: a run that was found sound.  Out: lines for the terminal, of rank 0 only: what is trained, on what, where,
 and when it is done, where the model lies and what can be done with it.  What somebody would want to know
-before hours are spent (a text that is read many times over, settings that have no effect here, a learning rate that
-jumps) is a warning.
+before hours are spent (a text that is read many times over, settings that have no effect here, a learning
+rate that jumps) is a warning.
 """
 
 from __future__ import annotations
