@@ -44,7 +44,7 @@ from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
-from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model import DualRoutingTransformer, ModelConfig, lineage
 from dualroute.model.checkpoint_format import (
     CONFIG,
     TOKENIZER,
@@ -91,6 +91,7 @@ class Prepared:
     resume: Checkpoint | None
     make_module: Callable[[Prepared], Pretrain]
     operation: str = "pretrain"
+    teacher: dict[str, Any] | None = None
 
     @property
     def token_count(self) -> TokenCount:
@@ -431,8 +432,15 @@ def resolved_yaml(config: PretrainConfig) -> str:
 
 def description(prepared: Prepared) -> dict[str, Any]:
     """What every checkpoint of this start says of it."""
-    config, data = prepared.config, prepared.data
+    config, data, resumed = prepared.config, prepared.data, prepared.resume
+    if resumed is not None and "lineage" in resumed.metadata:
+        before = lineage.lineage_of(resumed.metadata)  # what it began with may be gone by now
+    else:
+        before = [] if config.init_from is None else lineage.continued(find_checkpoint(config.init_from))
     return {
+        "operation": prepared.operation,
+        "lineage": before,
+        **({"teacher": prepared.teacher} if prepared.teacher else {}),
         "settings": settings_of(config),
         "validation": {
             "data_fingerprint": data.manifest.fingerprint,

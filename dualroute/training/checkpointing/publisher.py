@@ -35,6 +35,7 @@ from dualroute.errors import UserError
 from dualroute.files import fsync_folder, make_durable
 from dualroute.model import checkpoint_format
 from dualroute.model.config import ModelConfig
+from dualroute.model.lineage import total_tokens
 from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
@@ -157,7 +158,7 @@ class CheckpointPublisher(Callback):
 
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
-        return {
+        metadata = {
             "dualroute": __version__,
             "step": step,
             "max_steps": trainer.max_steps,
@@ -171,6 +172,7 @@ class CheckpointPublisher(Callback):
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
             **self.described,
         }
+        return metadata | {"total_tokens": total_tokens(metadata)}
 
     def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""

@@ -22,6 +22,7 @@ from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.checkpoint_format import TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.model.lineage import total_tokens
 from dualroute.settings import at_least, check_fields
 from dualroute.training.monitoring.metrics_log import read_metrics
 
@@ -80,7 +81,7 @@ def _page(run: Path, settings: dict[str, Any], checkpoint: Checkpoint, sample: s
             f"{model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
             f"embeddings; attention {model.config.attention}",
         ),
-        ("trained", f"{checkpoint.step} steps, {checkpoint.metadata['tokens']:,} tokens"),
+        ("trained", _trained(checkpoint)),
         (
             "validation loss",
             f"{first['val/loss']:.3f} at step {first['step']} → "
@@ -94,6 +95,12 @@ def _page(run: Path, settings: dict[str, Any], checkpoint: Checkpoint, sample: s
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
+
+
+def _trained(checkpoint: Checkpoint) -> str:
+    own, total = int(checkpoint.metadata.get("tokens", 0)), total_tokens(checkpoint.metadata)
+    with_others = f" ({total:,} with the trainings it began with)" if total != own else ""
+    return f"{checkpoint.step} steps, {own:,} tokens{with_others}"
 
 
 def _sample(checkpoint: Checkpoint, config: ReportConfig) -> str:
