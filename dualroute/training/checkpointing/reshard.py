@@ -63,7 +63,7 @@ def resumable_state(
     wrote = StateLayout.read(checkpoint)
     needed = StateLayout.of(trainer)
     before = saved_precision(checkpoint, precision)
-    _refuse_other_precision(checkpoint, wrote, needed, before, precision)
+    refuse_other_precision(checkpoint, wrote, needed, before, precision)
     # DeepSpeed's partitions of float32 and of bfloat16 training have different files
     same_form = not needed.stage or before.startswith("bf16") == precision.startswith("bf16")
     if wrote.serves(needed) and same_form:
@@ -118,7 +118,7 @@ def saved_precision(checkpoint: checkpoint_format.Checkpoint, unknown: str) -> s
     return str(train.get("precision", unknown)) if isinstance(train, dict) else unknown
 
 
-def _refuse_other_precision(
+def refuse_other_precision(
     checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, before: str, now: str
 ) -> None:
     """Changes of the arithmetic that a state of DeepSpeed cannot follow."""

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ import torch
 
 from dualroute.cli import main
 from dualroute.distillation.config import RESUME_RULES, DistillConfig
+from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import Checkpoint, find_checkpoint
 from dualroute.training.checkpointing.publisher import best_by_validation
+from dualroute.training.checkpointing.reshard import refuse_other_precision, saved_precision
 from dualroute.training.checkpointing.resumed_settings import RULES, learning_rate_note
+from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.token_count import TokenCount
 from tests.conftest import ROOT
-from tests.training.step.test_module import SMALL
+from tests.training.step.test_module import GENTLE, SMALL, environment
 
 STEPS, MORE = 6, 9
 
@@ -40,7 +45,7 @@ def keys(cls: Any, prefix: str = "") -> Iterator[str]:
 
 
 def rule_of(key: str, rules: dict[str, str]) -> str:
-    found = [rules[name] for name in (key, key.split(".")[0]) if name in rules]
+    found = [rules[name] for name in {key, key.split(".")[0]} if name in rules]
     assert len(found) == 1, f"{key} has {len(found)} rules: every key is to have one"
     return found[0]
 
@@ -247,3 +252,71 @@ def test_best_follows_the_validation_set_of_the_run(
     assert main(arguments(tiny_dataset, run, MORE, *more)) == 0
     assert (folder / "best").resolve().name == f"step-{MORE:08d}"
     assert newest.folder.is_dir(), "the best of the other text stays"
+
+
+@pytest.mark.slow
+def test_under_zero_settings_are_obeyed_as_in_one_process(tiny_dataset: Path, tmp_path: Path) -> None:
+    """Every stage resumed with another optimizer, and with another arithmetic, in one process of its own."""
+    new = ("--optim.weight_decay", "2.0", "--optim.betas", "[0.5, 0.6]", "--optim.eps", "0.1")
+    bf16 = ("--train.precision", "bf16-mixed")
+    lanes = {"plain": (), "zero-1": zero(1), "zero-3": zero(3)}
+    first = [arguments(tiny_dataset, tmp_path / lane, STEPS, *GENTLE, *ways) for lane, ways in lanes.items()]
+    copies = [
+        (str(tmp_path / lane), str(tmp_path / f"{lane}-{name}")) for lane in lanes for name in ("new", "bf16")
+    ]
+    then = [
+        arguments(tiny_dataset, tmp_path / f"{lane}-{name}", MORE, *GENTLE, *ways, *more)
+        for lane, ways in lanes.items()
+        for name, more in (("new", new), ("bf16", bf16))
+    ]
+    script = """
+import json, shutil, sys
+from dualroute.cli import main
+first, copies, then = json.load(sys.stdin)
+assert all(main(leg) == 0 for leg in first)
+for source, target in copies:
+    shutil.copytree(source, target, symlinks=True)
+assert all(main(leg) == 0 for leg in then)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps([first, copies, then]), cwd=ROOT,
+        env=environment(), text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    def losses(name: str) -> list[float]:
+        lines = read_metrics(tmp_path / name / "metrics.jsonl", "train")
+        return [line["train/loss"] for line in lines if line["step"] > STEPS]
+
+    reference = losses("plain-new")
+    assert abs(reference[-1] - losses("plain-bf16")[-1]) > 0.02, "the new settings are seen in the losses"
+    for lane in lanes:
+        assert losses(f"{lane}-new") == pytest.approx(reference, abs=2e-4), lane
+        assert losses(f"{lane}-bf16") == pytest.approx(losses("plain-bf16"), abs=0.01), lane
+
+
+def zero(stage: int) -> tuple[str, ...]:
+    return ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", str(stage))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "wrote", "needed", "refused"),
+    [
+        ("32", "16-mixed", StateLayout(2, 1), StateLayout(2, 1), True),
+        ("16-mixed", "bf16-mixed", StateLayout(2, 1), StateLayout(), True),
+        ("32", "bf16-true", StateLayout(0, 1), StateLayout(0, 1), True),
+        ("16-mixed", "16-mixed", StateLayout(2, 1), StateLayout(2, 1), False),
+        ("32", "bf16-mixed", StateLayout(2, 1), StateLayout(2, 1), False),
+        ("32", "16-mixed", StateLayout(), StateLayout(), False),
+    ],
+)
+def test_arithmetic_that_a_state_cannot_follow_is_refused_with_both_values(
+    before: str, now: str, wrote: StateLayout, needed: StateLayout, refused: bool
+) -> None:
+    saved = checkpoint(6, settings={"train": {"precision": before}})
+    assert saved_precision(saved, "unknown") == before
+    if not refused:
+        refuse_other_precision(saved, wrote, needed, before, now)
+        return
+    with pytest.raises(UserError, match=f"train.precision {before} and this run asks for {now}"):
+        refuse_other_precision(saved, wrote, needed, before, now)
