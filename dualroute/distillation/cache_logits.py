@@ -33,7 +33,7 @@ from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
 from dualroute.settings import SEEDS, above, at_least, check_fields
 from dualroute.training.config import DataConfig
-from dualroute.training.parallel.environment import detect_world
+from dualroute.training.parallel.environment import detect_world, refuse_forgotten_srun
 
 
 @dataclass
@@ -86,6 +86,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     if config.max_tokens is None:
         raise UserError("max_tokens is not given: the tokens of the run, its steps × train.tokens_per_batch")
     world = detect_world()
+    refuse_forgotten_srun(world)
     manifest = Manifest.load(config.data.path)
     if world.local_rank == 0:
         verify_once(manifest, config.data.verify)
