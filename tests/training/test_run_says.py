@@ -96,8 +96,10 @@ def test_settings_of_deepspeed_are_not_dropped_in_silence(
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     more = ["--parallel.zero_stage", "2", "--parallel.offload_optimizer", "true"]
+    more += ["--train.recompute_every_layers", "2"]
     assert main(arguments(tiny_dataset, run, 7, *more)) == 0
-    (line,) = [line for line in told if "no effect" in line]
+    line, other = [line for line in told if "no effect" in line]
+    assert "train.recompute_every_layers 2 has no effect" in other
     assert "parallel.zero_stage 2, parallel.offload_optimizer True have no effect" in line
     assert "--parallel.strategy deepspeed" in line
 

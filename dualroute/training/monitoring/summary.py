@@ -79,6 +79,11 @@ def warnings_at_start(
     without_effect = settings_without_effect(config.parallel, world)
     if without_effect is not None:
         yield without_effect
+    if config.train.recompute_every_layers > 1 and config.train.activation_checkpointing == "none":
+        yield (
+            f"train.recompute_every_layers {config.train.recompute_every_layers} has no effect, because "
+            f"train.activation_checkpointing is none: give full or feed_forward"
+        )
     if resumed is not None:
         jump = learning_rate_note(resumed, config, count)
         if jump is not None:
