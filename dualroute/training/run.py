@@ -44,7 +44,7 @@ from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import write_bytes_atomically
-from dualroute.model import DualRoutingTransformer, ModelConfig, lineage
+from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint_format import (
     CONFIG,
     TOKENIZER,
@@ -53,10 +53,11 @@ from dualroute.model.checkpoint_format import (
     load_model,
     refuse_quantized,
 )
+from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.checkpointing.reshard import resumable_state
 from dualroute.training.checkpointing.resume import choose_resume, set_aside_newer
-from dualroute.training.checkpointing.resumed_settings import refuse_changes, settings_of
+from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import with_given
 from dualroute.training.monitoring import summary
@@ -430,27 +431,6 @@ def resolved_yaml(config: PretrainConfig) -> str:
     return f"# {backend.describe(device())}\n{settings}"
 
 
-def description(prepared: Prepared) -> dict[str, Any]:
-    """What every checkpoint of this start says of it."""
-    config, data, resumed = prepared.config, prepared.data, prepared.resume
-    if resumed is not None and "lineage" in resumed.metadata:
-        before = lineage.lineage_of(resumed.metadata)  # what it began with may be gone by now
-    else:
-        before = [] if config.init_from is None else lineage.continued(find_checkpoint(config.init_from))
-    return {
-        "operation": prepared.operation,
-        "lineage": before,
-        **({"teacher": prepared.teacher} if prepared.teacher else {}),
-        "settings": settings_of(config),
-        "validation": {
-            "data_fingerprint": data.manifest.fingerprint,
-            "tokens": data.val_plan.tokens,
-            "context": config.data.context,
-            "rounded": config.train.quantization_aware,
-        },
-    }
-
-
 def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
     """The Trainer of a run, the module that it trains, and the callback that knows why it ended."""
     config, world, output = prepared.config, prepared.world, prepared.output
@@ -472,7 +452,7 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         config.checkpoint,
         prepared.tokenizer.path,
         train.val_every_steps,
-        described=description(prepared),
+        described=describe_run(config, prepared.data, prepared.resume, prepared.operation, prepared.teacher),
     )
     preemption = Preemption(publisher)
     trainer = Trainer(
