@@ -62,13 +62,14 @@ def resumable_state(
     """
     wrote = StateLayout.read(checkpoint)
     needed = StateLayout.of(trainer)
+    if not wrote.serves(needed):
+        _refuse_loss(checkpoint, wrote, needed, precision)
     before = saved_precision(checkpoint, precision)
     refuse_other_precision(checkpoint, wrote, needed, before, precision)
     # DeepSpeed's partitions of float32 and of bfloat16 training have different files
     same_form = not needed.stage or before.startswith("bf16") == precision.startswith("bf16")
     if wrote.serves(needed) and same_form:
         return checkpoint.state
-    _refuse_loss(checkpoint, wrote, needed, precision)
     if isinstance(trainer.strategy, DualRouteDeepSpeedStrategy) and needed.stage:
         trainer.strategy.expect_universal_checkpoint()
     target = folder / f"{PREFIX}{checkpoint.folder.name}"
