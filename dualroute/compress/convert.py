@@ -45,6 +45,7 @@ from dualroute.model.conversion import (
 )
 from dualroute.model.generation import continue_batch
 from dualroute.model.hub import is_foreign, load_dense
+from dualroute.model.lineage import derived, imported
 
 _ROWS = 32  # texts that are sampled together
 
@@ -103,9 +104,11 @@ def convert(config: ConvertConfig) -> Conversion:
 def _carried(source: Path) -> dict[str, Any]:
     """What stays true of a checkpoint when it is converted."""
     if is_foreign(source):
-        return {}
-    said = find_checkpoint(source).metadata
-    return {name: said[name] for name in ("context",) if name in said}
+        return imported(source.name)
+    checkpoint = find_checkpoint(source)
+    said = checkpoint.metadata
+    kept: dict[str, Any] = {name: said[name] for name in ("context", "data_fingerprint") if name in said}
+    return {**kept, **derived(checkpoint, "convert")}
 
 
 def _tokenizer(config: ConvertConfig, beside: Path | None, folder: Path) -> Tokenizer:

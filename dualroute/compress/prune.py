@@ -72,7 +72,7 @@ def prune(config: PruneConfig) -> None:
             for name, one in (("parent", Shape.of(parent.config)), ("pruned", shape))
         }
     _show(account)
-    metadata = described(loaded, pruned_from=str(loaded.checkpoint.folder), context=context)
+    metadata = described(loaded, "prune", pruned_from=str(loaded.checkpoint.folder), context=context)
     extra = {REPORT: json.dumps(account, indent=1).encode()}
     save_model(small.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
     print(

@@ -30,6 +30,7 @@ from dualroute.model.checkpoint_format import (
     refuse_quantized,
     save_model,
 )
+from dualroute.model.lineage import derived
 from dualroute.model.quantization import NATIVE, Quantization
 from dualroute.model.quantized import (
     QuantizedLinear,
@@ -169,9 +170,10 @@ def save_quantized(
         tensors, described["tensors"] = flatten_tensor_state_dict(plain)
     metadata: dict[str, Any] = {
         name: source.metadata[name]
-        for name in ("step", "tokens", "context", "train_loss", "val_loss")
+        for name in ("step", "context", "train_loss", "val_loss", "data_fingerprint")
         if name in source.metadata
     }
+    metadata |= derived(source, "quantize")
     metadata |= {"quantization": described, "source": str(source.folder)}
     return save_model(model, output, source.folder / TOKENIZER, metadata, tensors=tensors)
 

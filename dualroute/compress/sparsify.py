@@ -38,7 +38,7 @@ def sparsify(config: SparsifyConfig) -> None:
     zero_weights(loaded.model, statistics, config.sparsity, config.pattern)
     after = loss_on(loaded.model, batches, loaded.device)
     sparsity = {"method": config.method, "share": config.sparsity, "pattern": config.pattern}
-    metadata = described(loaded, sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
+    metadata = described(loaded, "sparsify", sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
     save_model(loaded.model.cpu(), config.output, loaded.tokenizer.path, metadata)
     print(
         f"{config.output}: {config.sparsity:.0%} of the layers' weights are 0 ({config.method}, "

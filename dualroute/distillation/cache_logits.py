@@ -31,7 +31,7 @@ from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, fin
 from dualroute.distillation.losses import Logits, TopK, top_k_of
 from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
-from dualroute.training.parallel.environment import detect_world
+from dualroute.training.parallel.environment import detect_world, refuse_forgotten_srun
 
 
 def cache_logits(config: CacheLogitsConfig) -> int:
@@ -45,6 +45,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     if config.max_tokens is None:
         raise UserError("max_tokens is not given: the tokens of the run, its steps × train.tokens_per_batch")
     world = detect_world()
+    refuse_forgotten_srun(world)
     manifest = Manifest.load(config.data.path)
     if world.local_rank == 0:
         verify_once(manifest, config.data.verify)

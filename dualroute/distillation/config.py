@@ -18,6 +18,23 @@ from dualroute.paths import LocalPath
 from dualroute.settings import SEEDS, above, at_least, check_fields
 from dualroute.training.config import DataConfig, PretrainConfig
 
+#: What becomes of the keys that pretraining does not have when they are changed on resume; see
+#: :mod:`dualroute.training.checkpointing.resumed_settings`.
+RESUME_RULES: dict[str, Literal["obeyed", "refused", "compared"]] = {
+    "teacher": "compared",
+    "distill.hidden_weight": "compared",
+    "distill.layer_map": "compared",
+    "distill.cached_logits": "compared",
+    **{
+        f"distill.{name}": "obeyed"
+        for name in (
+            *("loss", "temperature", "beta", "kl_weight", "ce_weight", "hidden_loss", "attention_weight"),
+            *("top_k", "on_policy_fraction", "on_policy_prefix", "on_policy_tokens", "on_policy_temperature"),
+            *("teacher_dtype", "teacher_offload", "teacher_sharded", "backend"),
+        )
+    },
+}
+
 
 @dataclass
 class DistillationConfig:

@@ -121,7 +121,16 @@ def saved_dtype(checkpoint: Checkpoint) -> str:
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the weights come from, without the path on this machine."""
     metadata = checkpoint.metadata
-    kept = ("step", "tokens", "val_loss", "data_fingerprint", "context")
+    kept = (
+        "step",
+        "tokens",
+        "total_tokens",
+        "val_loss",
+        "data_fingerprint",
+        "context",
+        "operation",
+        "lineage",
+    )
     weights = metadata.get("files", {}).get(WEIGHTS, {})
     found = {name: metadata[name] for name in kept if metadata.get(name) is not None}
     return {**found, **({"sha256": weights["sha256"]} if "sha256" in weights else {})}

@@ -39,10 +39,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute import compat
+from dualroute.attention import backend
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.errors import UserError
+from dualroute.errors import UserError, one_line
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint_format import (
@@ -54,15 +55,17 @@ from dualroute.model.checkpoint_format import (
     refuse_quantized,
 )
 from dualroute.paths import absolute_paths
+from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.checkpointing.reshard import resumable_state
 from dualroute.training.checkpointing.resume import choose_resume, set_aside_newer
-from dualroute.training.config import (
-    PretrainConfig,
-)
+from dualroute.training.checkpointing.resumed_settings import refuse_changes
+from dualroute.training.config import PretrainConfig
+from dualroute.training.initial_model import with_given
+from dualroute.training.monitoring import summary
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
-from dualroute.training.parallel.environment import World, check_port, detect_world
+from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.parallel.strategy import build_strategy
 from dualroute.training.resilience.corruption_check import CorruptionCheck
@@ -75,6 +78,7 @@ from dualroute.training.step.allocator import keep_freed_memory
 from dualroute.training.step.module import Pretrain, StepBoundary
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
+from dualroute.training.step.token_count import TokenCount
 
 
 @dataclass
@@ -89,6 +93,18 @@ class Prepared:
     accumulation: int
     resume: Checkpoint | None
     make_module: Callable[[Prepared], Pretrain]
+    operation: str = "pretrain"
+    teacher: dict[str, Any] | None = None
+
+    @property
+    def token_count(self) -> TokenCount:
+        """Tokens by step, from the checkpoint that is resumed on."""
+        return TokenCount.resumed(self.resume, self.config.train.tokens_per_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.token_count.total_steps(self.config.train)
 
 
 def check(config: PretrainConfig) -> Prepared:
@@ -98,7 +114,9 @@ def check(config: PretrainConfig) -> Prepared:
         UserError: Naming the key, file or folder, and the remedy.
     """
     world = detect_world()
+    refuse_forgotten_srun(world)
     check_port(world)
+    config = _with_kernels(config)
     config = _with_initial_model(config)
     model, train, data = config.model, config.train, config.data
     if data.context > model.max_context:
@@ -114,11 +132,7 @@ def check(config: PretrainConfig) -> Prepared:
         _check_compile(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
-    if train.total_steps <= config.optim.warmup_steps:
-        raise UserError(
-            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
-            f"steps: the learning rate would never be reached"
-        )
+    _ = train.total_steps  # refused where neither steps nor tokens are given
     module = ShardDataModule(
         data.path,
         data.context,
@@ -139,19 +153,54 @@ def check(config: PretrainConfig) -> Prepared:
     resume = choose_resume(
         output / "checkpoints", config.resume, config.model, digests=config.checkpoint.verify
     )
-    return Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
+    prepared = Prepared(config, world, output, module, tokenizer, accumulation, resume, pretraining_module)
+    check_course(prepared)
+    return prepared
+
+
+def check_course(prepared: Prepared) -> None:
+    """Find what is wrong with a run's length and with what has changed since the checkpoint it resumes.
+
+    Raises:
+        UserError: Naming the keys and both values.
+    """
+    config = prepared.config
+    if prepared.resume is not None:
+        refuse_changes(prepared.resume, config, prepared.data.manifest.fingerprint)
+    if prepared.total_steps <= config.optim.warmup_steps:
+        raise UserError(
+            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
+            f"steps: the learning rate would never be reached"
+        )
+
+
+def _with_kernels(config: PretrainConfig) -> PretrainConfig:
+    """With the attention's back end chosen for this process, and the environment's choice noted."""
+    given = os.environ.get(backend.VARIABLE)
+    kernels: Any = given or config.train.kernels
+    try:
+        backend.set_backend(kernels)
+        backend.describe(device())
+    except ValueError as error:
+        source = backend.VARIABLE if given else "train.kernels"
+        raise UserError(f"{source} is {kernels} and cannot be had here ({error}): use auto") from error
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
+
+
+def device() -> torch.device:
+    """What this process trains on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _with_initial_model(config: PretrainConfig) -> PretrainConfig:
-    """With the model of ``init_from``, but for what was configured otherwise than by default."""
+    """With the model of ``init_from``, but for what was given."""
     if config.init_from is None:
         return config
     source = find_checkpoint(config.init_from)
     refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
-    default = ModelConfig().to_dict()
-    given = {name: value for name, value in config.model.to_dict().items() if value != default[name]}
     initial = ModelConfig.from_file(source.folder / CONFIG)
-    return dataclasses.replace(config, model=dataclasses.replace(initial, **given))
+    model = with_given(initial, config.model, f"init_from {config.init_from}")
+    return dataclasses.replace(config, model=model)
 
 
 def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
@@ -263,6 +312,7 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": prepared.tokenizer,
         "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
         "spike_guard": config.spike_guard,
+        "token_count": prepared.token_count,
     }
 
 
@@ -294,10 +344,11 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
         keep_freed_memory()
     prepared = check(config)
     config, world = prepared.config, prepared.world
-    total_steps = config.train.total_steps
+    total_steps = prepared.total_steps
     if prepared.resume is not None and prepared.resume.step >= total_steps:
         if world.rank == 0:
             print(f"{prepared.resume.folder} has all {total_steps} steps: nothing to do")
+            print(summary.what_comes_next(prepared.output, config.data.path))
         return 0
     with locked(prepared.output, world):
         while True:
@@ -320,6 +371,8 @@ def _fit(prepared: Prepared) -> int | Divergence:
         reduces_in_backward=config.parallel.strategy == "ddp",
     )
     trainer, module, preemption = build_trainer(prepared, watchdog)
+    if world.rank == 0:
+        tell_start(prepared, module)
     state = None
     if prepared.resume is not None:
         state = resumable_state(
@@ -331,7 +384,7 @@ def _fit(prepared: Prepared) -> int | Divergence:
         )
         if world.rank == 0:
             set_aside_newer(prepared.output / "checkpoints", prepared.resume.step)
-            total = config.train.total_steps
+            total = prepared.total_steps
             print(f"resuming from {prepared.resume.folder} (step {prepared.resume.step} of {total})")
     if world.rank == 0:
         write_bytes_atomically(prepared.output / "config.yaml", resolved_yaml(config).encode())
@@ -346,7 +399,20 @@ def _fit(prepared: Prepared) -> int | Divergence:
             )
     except TrainingDiverged as error:
         return divergence(error, module, prepared.data, trainer.global_step + 1)
-    return stop_for_requeue(trainer, preemption) if preemption.signal else 0
+    if preemption.signal:
+        return stop_for_requeue(trainer, preemption)
+    if world.rank == 0:
+        last = find_checkpoint(prepared.output)
+        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+    return 0
+
+
+def tell_start(prepared: Prepared, module: Pretrain) -> None:
+    """Say what is about to be trained, and what of it may not be meant."""
+    config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
+    lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
+    summary.tell(lines)
+    summary.warn(summary.warnings_at_start(config, data, world, count, prepared.resume))
 
 
 def _quiet_lightning() -> None:
@@ -362,9 +428,8 @@ def _quiet_lightning() -> None:
 
 def resolved_yaml(config: PretrainConfig) -> str:
     """Every value of a run as YAML that ``--config`` reads again, from any folder."""
-    return str(
-        yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(absolute_paths(config)))), sort_keys=False)
-    )
+    values = json.loads(json.dumps(dataclasses.asdict(absolute_paths(config))))
+    return f"# {one_line(backend.describe(device()))}\n{yaml.safe_dump(values, sort_keys=False)}"
 
 
 def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pretrain, Preemption]:
@@ -384,7 +449,11 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         accelerator=accelerator,
     )
     publisher = CheckpointPublisher(
-        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+        output / "checkpoints",
+        config.checkpoint,
+        prepared.tokenizer.path,
+        train.val_every_steps,
+        described=describe_run(config, prepared.data, prepared.resume, prepared.operation, prepared.teacher),
     )
     preemption = Preemption(publisher)
     trainer = Trainer(
@@ -393,7 +462,7 @@ def build_trainer(prepared: Prepared, watchdog: Watchdog) -> tuple[Trainer, Pret
         devices=world.local_world_size,
         num_nodes=world.num_nodes,
         precision=precision,
-        max_steps=train.total_steps,
+        max_steps=prepared.total_steps,
         max_epochs=-1,
         accumulate_grad_batches=prepared.accumulation,
         gradient_clip_val=config.optim.grad_clip,

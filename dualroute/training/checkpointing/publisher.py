@@ -14,6 +14,7 @@ validation, so that what it resumes into is the next training step and nothing i
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import deque
@@ -34,6 +35,7 @@ from dualroute.errors import UserError
 from dualroute.files import fsync_folder, make_durable
 from dualroute.model import checkpoint_format
 from dualroute.model.config import ModelConfig
+from dualroute.model.lineage import total_tokens
 from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
@@ -49,9 +51,19 @@ class CheckpointPublisher(Callback):
         config: When to write and what to keep.
         tokenizer: Tokenizer file copied into every checkpoint.
         val_every_steps: Optimizer steps between validations (to save after, not before, one).
+        described: What every checkpoint says of this run besides; ``validation`` is what its losses were
+            measured on, and only those measured on the same are compared.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, tokenizer: Path, val_every_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        tokenizer: Path,
+        val_every_steps: int,
+        described: dict[str, Any] | None = None,
+    ) -> None:
+        self.described = described or {}
         self.folder = folder
         self.config = config
         self.tokenizer = tokenizer
@@ -146,18 +158,21 @@ class CheckpointPublisher(Callback):
 
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
-        return {
+        metadata = {
             "dualroute": __version__,
             "step": step,
             "max_steps": trainer.max_steps,
             "tokens": pl_module.tokens_seen,
+            "token_changes": pl_module.token_count.changes,
             "train_loss": pl_module.step_metrics.get("loss"),
             "val_loss": self._val_loss[1] if measured and self._val_loss else None,
             "world_size": trainer.world_size,
             "state_layout": str(StateLayout.of(trainer)),
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
+            **self.described,
         }
+        return metadata | {"total_tokens": total_tokens(metadata)}
 
     def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
@@ -170,18 +185,36 @@ class CheckpointPublisher(Callback):
 
     def _retain(self) -> None:
         checkpoints = checkpoint_format.list_checkpoints(self.folder)
-        measured = [c for c in checkpoints if c.val_loss is not None]
-        best = min(measured, key=lambda c: (c.val_loss, c.step), default=None)
+        best = best_by_validation(checkpoints)
         _point(self.folder / "last", checkpoints[-1].folder.name)
-        if best is not None:
-            _point(self.folder / "best", best.folder.name)
-        keep = {c.step for c in checkpoints[-self.config.keep_last :]} | ({best.step} if best else set())
+        now = best.get(_measured_on(self.described))
+        if now is not None:
+            _point(self.folder / "best", now.folder.name)
+        keep = {c.step for c in [*checkpoints[-self.config.keep_last :], *best.values()]}
         for checkpoint in checkpoints:
             if checkpoint.step not in keep:
                 # hidden first: a deletion that is cut short must not leave half a checkpoint behind
                 doomed = checkpoint.folder.with_name(f".deleting-{checkpoint.folder.name}")
                 os.rename(checkpoint.folder, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best_by_validation(
+    checkpoints: list[checkpoint_format.Checkpoint],
+) -> dict[str, checkpoint_format.Checkpoint]:
+    """The checkpoint of lowest validation loss, the earlier of equals, for each thing it was measured on."""
+    best: dict[str, checkpoint_format.Checkpoint] = {}
+    for checkpoint in sorted(checkpoints, key=lambda c: c.step):
+        if checkpoint.val_loss is not None:
+            measured_on = _measured_on(checkpoint.metadata)
+            other = best.get(measured_on)
+            if other is None or other.val_loss is None or checkpoint.val_loss < other.val_loss:
+                best[measured_on] = checkpoint
+    return best
+
+
+def _measured_on(metadata: dict[str, Any]) -> str:
+    return json.dumps(metadata.get("validation"), sort_keys=True)
 
 
 def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

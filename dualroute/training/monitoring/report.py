@@ -20,6 +20,7 @@ from dualroute.errors import UserError, one_line, printable
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.checkpoint_format import TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.model.lineage import total_tokens
 from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 
@@ -79,7 +80,7 @@ def _page(run: Path, data: Path, checkpoint: Checkpoint, sample: str) -> str:
             f"{model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
             f"embeddings; attention {model.config.attention}",
         ),
-        ("trained", f"{checkpoint.step} steps, {checkpoint.metadata['tokens']:,} tokens"),
+        ("trained", _trained(checkpoint)),
         (
             "validation loss",
             f"{first['val/loss']:.3f} at step {first['step']} → "
@@ -93,6 +94,12 @@ def _page(run: Path, data: Path, checkpoint: Checkpoint, sample: str) -> str:
     ]
     table = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
+
+
+def _trained(checkpoint: Checkpoint) -> str:
+    own, total = int(checkpoint.metadata.get("tokens", 0)), total_tokens(checkpoint.metadata)
+    with_others = f" ({total:,} with the trainings it began with)" if total != own else ""
+    return f"{checkpoint.step} steps, {own:,} tokens{with_others}"
 
 
 def _sample(checkpoint: Checkpoint, config: ReportConfig) -> str:

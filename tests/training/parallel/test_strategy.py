@@ -240,7 +240,6 @@ def test_auto_is_one_plain_process_or_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("config", "world", "message"),
     [
-        (ParallelConfig("fsdp"), World(), "strategy='fsdp' is unknown"),  # type: ignore[arg-type]
         (ParallelConfig("single"), World(world_size=2, launcher="torchrun"), "torchrun started 2 processes"),
         (
             ParallelConfig("ddp", zero_stage=2),
