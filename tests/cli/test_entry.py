@@ -131,7 +131,7 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
     [
         (["--model.dim", "wide"], ["model.dim", "wide", "int"]),
         (["--train.precision", "bf17"], ["train.precision", "bf17", "bf16-mixed"]),
-        (["--model.num_heads", "7"], ["model.num_heads 7", "model.dim 256"]),
+        (["--model.num_heads", "7"], ["num_heads=7", "model.dim=256"]),
         (["--optim.lr", "-1"], ["optim.lr"]),
         (["--train.max_steps", "5", "--train.max_tokens", "5"], ["train.max_steps", "train.max_tokens"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),

@@ -22,6 +22,8 @@ NEEDED = {
     "sparsify": {"checkpoint": "c", "output": "o", "data": "d"},
     "quantize": {"checkpoint": "c", "output": "o"},
     "export": {"checkpoint": "c", "output": "o", "format": "hf"},
+    "data verify": {"data": "d"},
+    "data show": {"data": "d"},
 }
 WRONG = {
     "word": "wrong",
