@@ -21,6 +21,7 @@ from data_prep.tally import Tally, readable
 from data_prep.train_tokenizer import TokenizerType
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.paths import LocalPath
 
 DEFAULT_VAL_FRACTION = 0.02
 
@@ -68,8 +69,8 @@ class PrepareConfig:
         progress: show progress on stderr.
     """
 
-    corpus: str = corpora.STDLIB
-    output: str = "data"
+    corpus: LocalPath = corpora.STDLIB
+    output: LocalPath = "data"
     text_key: str = "text"
     separator: str | None = None
     on_decode_error: DecodeErrors = "error"
@@ -84,7 +85,7 @@ class PrepareConfig:
     max_bytes: int | None = None
     val_fraction: float | None = None
     val_documents: list[str] | None = None
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     tokenizer_type: TokenizerType = "bpe"
     vocab_size: int = 8192
     reserved_tokens: int = 16
@@ -92,7 +93,7 @@ class PrepareConfig:
     shard_size_mb: float = 64.0
     seed: int = 0
     workers: int | None = None
-    downloads: str | None = None
+    downloads: LocalPath | None = None
     force: bool = False
     progress: bool = True
 

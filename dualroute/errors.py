@@ -8,6 +8,8 @@ status 2; any other exception is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import re
+import unicodedata
 
 #: Exit status of a run that ended early through no fault of its settings (a signal, a stall, the death of a
 #: rank): EX_TEMPFAIL of sysexits.h, "run it again".
@@ -82,3 +84,31 @@ def exhaustion(error: BaseException, command: str) -> str | None:
     training = command in ("pretrain", "distill", "pipeline")
     remedy = _LOWER if training else "use a smaller batch or a machine with more memory"
     return f"{what}: {remedy}" + ("; data.num_workers counts too" if killed else "")
+
+
+def printable(text: str) -> str:
+    """``text`` without anything that a terminal would obey: control characters, directions of writing and
+    bytes of file names that are no text are written as escapes.  Line ends and tabs stay."""
+    return "".join(
+        character.encode("unicode_escape" if character < "\ud800" else "ascii", "backslashreplace").decode()
+        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character
+        for character in text
+    )
+
+
+def one_line(message: str) -> str:
+    """A message as the one line that is shown: nothing of it is lost, nothing in it controls the terminal.
+
+    A DataLoader's worker wraps an error in its own traceback; the message is what follows the last name of an
+    exception in it.
+    """
+    if message.startswith("Caught ") and "Original Traceback" in message:
+        message = re.split(r"^[\w.]+(?:Error|Exception): ", message, flags=re.MULTILINE)[-1]
+    lines = [" ".join(line.split()) for line in printable(message).splitlines()]
+    folded = ""
+    for line in filter(None, lines):
+        if folded:
+            folded += " " if folded[-1] in ".,:;-" else "; "
+        folded += line
+    return folded

@@ -29,6 +29,7 @@ from dualroute.evaluate.load import Loaded, load
 from dualroute.evaluate.perplexity import score_batches
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint_format import find_checkpoint, refuse_quantized
+from dualroute.model.lineage import derived
 
 Batch = dict[str, Tensor]
 _INHERITED = ("context", "data_fingerprint")
@@ -120,10 +121,10 @@ def calibration_batches(
     return list(islice(data.train_dataloader(), -(-windows // batch_size)))
 
 
-def described(loaded: Loaded, **more: Any) -> dict[str, Any]:
-    """What ``checkpoint.json`` says of a checkpoint made from ``loaded``."""
+def described(loaded: Loaded, operation: str, **more: Any) -> dict[str, Any]:
+    """What ``checkpoint.json`` says of a checkpoint that ``operation`` made from ``loaded``."""
     kept = {name: value for name, value in loaded.checkpoint.metadata.items() if name in _INHERITED}
-    return {**kept, "dualroute": __version__, **more}
+    return {**kept, **derived(loaded.checkpoint, operation), "dualroute": __version__, **more}
 
 
 def loss_on(model: DualRoutingTransformer, batches: list[Batch], device: torch.device) -> float:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dualroute.compress.config import ConvertConfig
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
@@ -44,81 +45,9 @@ from dualroute.model.conversion import (
 )
 from dualroute.model.generation import continue_batch
 from dualroute.model.hub import is_foreign, load_dense
+from dualroute.model.lineage import derived, imported
 
 _ROWS = 32  # texts that are sampled together
-#: What belongs to dual attention alone.
-ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary")
-
-
-@dataclass
-class ConvertConfig:
-    """Turn a model from elsewhere, or a dense checkpoint, into a checkpoint.
-
-    Args:
-        source: A checkpoint or run folder, a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3), or a
-            llama2.c .bin file.
-        output: Checkpoint folder to write.
-        tokenizer: The source's tokenizer, where none lies in its folder: a sentencepiece .model, a
-            tokenizer.json or a llama2.c .bin file.
-        attention: dense keeps what the model computes; dual gives it two routes.
-        heads: divide sends each head, with those that share its keys, to one route; both lets either route
-            begin with all heads, and their mean be the output.
-        local_heads: With divide: query heads of the local route; null means half.
-        choose: Which heads become local: those with the least attention beyond the window (distance), or
-            any (random), to compare with.
-        window: Keys that the local route sees, the token itself included; null keeps the source's.
-        block: Keys per routed block; null keeps the source's.
-        sub_block: Keys per bound of the minmax router; null keeps the source's.
-        top_k: Blocks that each token reads exactly; null keeps the source's.
-        global_mode: full, routed or auto; null keeps the source's.
-        router: minmax, moment or mean; null keeps the source's.
-        far_summary: second_order, first_order or none; null means first_order, since the second order's
-            variance outweighs all else where a model not trained with it has keys that vary much in a block.
-        data: Folder of shards to measure the heads on; null lets the model write the text.
-        calibration_tokens: Tokens to measure on.
-        context: Tokens of one text to measure on; null means the model's, 2048 at most.
-        dtype: Of the weights that are written.
-        seed: Of the text that is sampled, and of random.
-        device: Where to measure: auto, cpu, cuda, ….
-    """
-
-    source: str
-    output: str
-    tokenizer: str | None = None
-    attention: Literal["dense", "dual"] = "dual"
-    heads: Literal["divide", "both"] = "divide"
-    local_heads: int | None = None
-    choose: Literal["distance", "random"] = "distance"
-    window: int | None = None
-    block: int | None = None
-    sub_block: int | None = None
-    top_k: int | None = None
-    global_mode: Literal["auto", "full", "routed"] | None = None
-    router: Literal["minmax", "moment", "mean"] | None = None
-    far_summary: Literal["second_order", "first_order", "none"] | None = None
-    data: str | None = None
-    calibration_tokens: int = 16384
-    context: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.calibration_tokens < 1:
-            raise UserError(f"calibration_tokens is {self.calibration_tokens}: it must be at least 1")
-        if self.context is not None and self.context < 2:
-            raise UserError(f"context is {self.context}: it must be at least 2")
-        given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
-        if self.attention == "dense" and given:
-            raise UserError(f"{given[0]} works with --attention dual only: leave it out")
-        if self.heads == "both" and self.local_heads is not None:
-            raise UserError("local_heads works with --heads divide only: with both, each route has all heads")
-
-    @property
-    def routing(self) -> dict[str, Any]:
-        """The options of dual attention; null keeps the source's."""
-        given = {name: getattr(self, name) for name in ROUTING}
-        return given | {"far_summary": self.far_summary or "first_order"}
 
 
 @dataclass(frozen=True)
@@ -175,9 +104,11 @@ def convert(config: ConvertConfig) -> Conversion:
 def _carried(source: Path) -> dict[str, Any]:
     """What stays true of a checkpoint when it is converted."""
     if is_foreign(source):
-        return {}
-    said = find_checkpoint(source).metadata
-    return {name: said[name] for name in ("context",) if name in said}
+        return imported(source.name)
+    checkpoint = find_checkpoint(source)
+    said = checkpoint.metadata
+    kept: dict[str, Any] = {name: said[name] for name in ("context", "data_fingerprint") if name in said}
+    return {**kept, **derived(checkpoint, "convert")}
 
 
 def _tokenizer(config: ConvertConfig, beside: Path | None, folder: Path) -> Tokenizer:

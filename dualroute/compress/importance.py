@@ -16,15 +16,14 @@ shown nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualroute.compress.calibration import Statistics
+from dualroute.compress.config import Criterion
 from dualroute.model import DualRoutingTransformer, ModelConfig
-
-Criterion = Literal["activation", "random"]
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dualroute import __version__
 from dualroute.compress.calibration import Batch, Statistics, calibrate, described, loss_on, measure
-from dualroute.compress.importance import Criterion, Shape, choose
+from dualroute.compress.config import Axis, Criterion, PruneConfig
+from dualroute.compress.importance import Shape, choose
 from dualroute.compress.routing_need import Need, fit_routing
-from dualroute.compress.shapes import FIELDS, Axis, Search, Sensitivity, Target, axis_sizes, latency, share
+from dualroute.compress.shapes import FIELDS, Search, Sensitivity, axis_sizes, latency, share
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
@@ -34,102 +35,6 @@ from dualroute.model.checkpoint_format import CONFIG, find_checkpoint, save_mode
 REPORT = "prune.json"
 _SHARES = (0.75, 0.5, 0.25)
 _DRAWS: dict[Criterion, int] = {"activation": 1, "random": 3}
-
-
-@dataclass
-class PruneConfig:
-    """Cut a trained model to a smaller one.
-
-    Args:
-        checkpoint: A checkpoint folder or a run folder (its newest checkpoint).
-        output: Folder of the new checkpoint; must not exist.
-        data: Folder of the shards that the model was trained on, for calibration.
-        keep: Share of the target that the new model may have at most; null keeps the shape, but for sizes
-            given below.
-        target: What keep counts: parameters, training flops per token, or the measured latency of a forward
-            pass of context tokens on this device.
-        axes: What may shrink to reach it.
-        dim: Width of the residual stream, instead of the one that the search finds.
-        ffn_dim: Inner width of the feed-forward, likewise.
-        num_layers: Layers, likewise.
-        global_heads: Heads of the global route, likewise; whole key/value groups.
-        local_heads: Heads of the local route, likewise.
-        shape_of: A checkpoint whose sizes are taken, all of them, instead of keep and axes.
-        multiple: Widths stay multiples of this; group-wise quantisation wants 64 or 128.
-        criterion: activation keeps what contributes most; random is the control.
-        compensate: Refit the weights that stay to make up for those that go.
-        fit_routing: Also give each layer the smallest window and top_k that it needs.
-        routing_tolerance: Loss, in nats, that the smaller windows and top_k may cost in all.
-        axis_report: Measure what each axis costs at a few sizes, beside random pruning; without it the search
-            takes all axes as equally costly.
-        calibration_tokens: Tokens of the training split to measure on.
-        context: Tokens of a window; null takes the one the model was trained with.
-        batch_size: Windows at once.
-        seed: Of the calibration's windows and of random pruning.
-        device: auto, cpu, cuda, ….
-    """
-
-    checkpoint: str
-    output: str
-    data: str
-    keep: float | None = None
-    target: Target = "parameters"
-    axes: list[Literal["layers", "dim", "ffn", "heads"]] = field(
-        default_factory=lambda: ["dim", "ffn", "heads"]
-    )
-    dim: int | None = None
-    ffn_dim: int | None = None
-    num_layers: int | None = None
-    global_heads: int | None = None
-    local_heads: int | None = None
-    shape_of: str | None = None
-    multiple: int = 64
-    criterion: Criterion = "activation"
-    compensate: bool = True
-    fit_routing: bool = False
-    routing_tolerance: float = 0.005
-    axis_report: bool = True
-    calibration_tokens: int = 65536
-    context: int | None = None
-    batch_size: int = 4
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("multiple", "calibration_tokens", "context", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.keep is not None and not 0 < self.keep < 1:
-            raise UserError(f"keep is {self.keep}: it must be between 0 and 1, a share of the {self.target}")
-        if self.routing_tolerance < 0:
-            raise UserError(f"routing_tolerance is {self.routing_tolerance}: it must be 0 or more")
-        if self.keep is not None and not self.axes:
-            raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
-        if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
-            raise UserError("shape_of gives all sizes: leave out keep and the sizes")
-        if not (self.keep or self.shape_of or self.fit_routing or self._given_sizes()):
-            raise UserError("nothing to prune: give keep, a size such as ffn_dim, or fit_routing")
-
-    def _given_sizes(self) -> dict[str, int]:
-        names = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def sizes(self, parent: Shape, group: int) -> dict[str, int]:
-        """Fields of `Shape` that were given.
-
-        Raises:
-            UserError: A size is above the parent's, or no whole number of groups or multiples.
-        """
-        sizes: dict[str, int] = {}
-        for name, value in self._given_sizes().items():
-            field_name = name.replace("heads", "groups")
-            unit = group if name.endswith("heads") else self.multiple if name != "num_layers" else 1
-            full = getattr(parent, field_name) * (group if name.endswith("heads") else 1)
-            if value != full and (value < 1 or value > full or value % unit):
-                raise UserError(f"{name} is {value}: it must be at most {full} and a multiple of {unit}")
-            sizes[field_name] = value // group if name.endswith("heads") else value
-        return sizes
 
 
 def prune(config: PruneConfig) -> None:
@@ -167,7 +72,7 @@ def prune(config: PruneConfig) -> None:
             for name, one in (("parent", Shape.of(parent.config)), ("pruned", shape))
         }
     _show(account)
-    metadata = described(loaded, pruned_from=str(loaded.checkpoint.folder), context=context)
+    metadata = described(loaded, "prune", pruned_from=str(loaded.checkpoint.folder), context=context)
     extra = {REPORT: json.dumps(account, indent=1).encode()}
     save_model(small.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
     print(

@@ -11,13 +11,13 @@ it alone keeps the file above a quarter of its size, whatever happens to the lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualroute.compress.config import QuantizeConfig
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
@@ -31,13 +31,11 @@ from dualroute.model.checkpoint_format import (
     save_model,
     verify_checkpoint,
 )
+from dualroute.model.lineage import derived
+from dualroute.model.quantization import NATIVE, Quantization
 from dualroute.model.quantized import (
-    GROUPED,
-    NATIVE,
-    Quantization,
     QuantizedLinear,
     QuantizedTable,
-    SchemeName,
     pack_int4,
     quantizable,
     replace_modules,
@@ -46,39 +44,6 @@ from dualroute.model.quantized import (
 )
 
 INT4 = getattr(torch, "int4")  # noqa: B009 - which torch's stubs do not know
-
-
-@dataclass
-class QuantizeConfig:
-    """Store a model's weights in fewer bits.
-
-    Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder, with float weights.
-        output: Folder to make; it appears whole or not at all.
-        scheme: int8_weight_only and int8_dynamic (activations too) keep one scale a row; int4_weight_only one
-            for each group, two weights a byte; these run anywhere. int4_tile_packed and float8_dynamic are
-            laid out for the kernels of a CUDA device, which they need from the start.
-        group_size: Columns that share a scale, for the int4 schemes.
-        embeddings: Make embedding and head int8 as well, one scale a row.
-        device: Where to quantize: auto, cpu, cuda, ….
-    """
-
-    checkpoint: str
-    output: str
-    scheme: SchemeName = "int8_weight_only"
-    group_size: int = 32
-    embeddings: bool = True
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.scheme in GROUPED and self.group_size not in (32, 64, 128, 256):
-            raise UserError(f"group_size is {self.group_size}: kernels have 32, 64, 128 and 256")
-
-    @property
-    def quantization(self) -> Quantization:
-        """What ``checkpoint.json`` will say."""
-        group_size = self.group_size if self.scheme in GROUPED else None
-        return Quantization(self.scheme, group_size, self.embeddings)
 
 
 def check_possible(scheme: str, device: torch.device) -> None:
@@ -206,9 +171,10 @@ def save_quantized(
         tensors, described["tensors"] = flatten_tensor_state_dict(plain)
     metadata: dict[str, Any] = {
         name: source.metadata[name]
-        for name in ("step", "tokens", "context", "train_loss", "val_loss")
+        for name in ("step", "context", "train_loss", "val_loss", "data_fingerprint")
         if name in source.metadata
     }
+    metadata |= derived(source, "quantize")
     metadata |= {"quantization": described, "source": str(source.folder)}
     return save_model(model, output, source.folder / TOKENIZER, metadata, tensors=tensors)
 

@@ -21,12 +21,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from dualroute.compress.config import Axis, Target
 from dualroute.compress.importance import Shape
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
-Axis = Literal["layers", "dim", "ffn", "heads"]
-Target = Literal["parameters", "flops", "latency"]
 #: A finer grid would only cost time: neighbours differ by less than the prediction's error.
 GRID = 48
 LATENCY_TRIES = 6

@@ -14,53 +14,16 @@ vLLM; structured pruning (``dualroute prune``) and quantisation are what ships.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dualroute.compress.calibration import Statistics, calibrate, described, loss_on, measure
+from dualroute.compress.config import SparsifyConfig
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint_format import save_model
-
-
-@dataclass
-class SparsifyConfig:
-    """Set single weights to zero; a research option that gives no speed.
-
-    Args:
-        checkpoint: A checkpoint folder or a run folder (its newest checkpoint).
-        output: Folder of the new checkpoint; must not exist.
-        data: Shards to calibrate wanda on, and to measure the loss on.
-        method: wanda weighs each weight by its input; magnitude does not.
-        sparsity: Share of the weights of each row that become zero.
-        pattern: unstructured, or 2:4, two zeros among each four neighbours of a row (sparsity is then 0.5).
-        calibration_tokens: Tokens of the training split to measure on.
-        context: Tokens of a window; null takes the one the model was trained with.
-        batch_size: Windows at once.
-        seed: Of the calibration's windows.
-        device: auto, cpu, cuda, ….
-    """
-
-    checkpoint: str
-    output: str
-    data: str
-    method: Literal["wanda", "magnitude"] = "wanda"
-    sparsity: float = 0.5
-    pattern: Literal["unstructured", "2:4"] = "unstructured"
-    calibration_tokens: int = 65536
-    context: int | None = None
-    batch_size: int = 4
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise UserError(f"sparsity is {self.sparsity}: it must be between 0 and 1")
-        if self.pattern == "2:4" and self.sparsity != 0.5:
-            raise UserError(f"sparsity is {self.sparsity}, and pattern 2:4 is always 0.5: leave sparsity out")
 
 
 def sparsify(config: SparsifyConfig) -> None:
@@ -75,7 +38,7 @@ def sparsify(config: SparsifyConfig) -> None:
     zero_weights(loaded.model, statistics, config.sparsity, config.pattern)
     after = loss_on(loaded.model, batches, loaded.device)
     sparsity = {"method": config.method, "share": config.sparsity, "pattern": config.pattern}
-    metadata = described(loaded, sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
+    metadata = described(loaded, "sparsify", sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
     save_model(loaded.model.cpu(), config.output, loaded.tokenizer.path, metadata)
     print(
         f"{config.output}: {config.sparsity:.0%} of the layers' weights are 0 ({config.method}, "

@@ -44,7 +44,7 @@ class JsonProcessor:
         except ImportError as error:
             raise UserError(
                 f"tokenizer {place} is a tokenizer.json, which the library tokenizers reads: "
-                f"pip install 'dualroute[export]'"
+                f"pip install -e '.[export]'"
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from dualroute.data.manifest import Manifest, bad_files, parse_json, verify_shards
 from dualroute.files import file_sha256, read_limited, write_bytes_atomically
+from dualroute.paths import LocalPath
+from dualroute.settings import check_fields
 
 VERIFIED_FILE = ".verified.json"
 _MAX_NOTE_BYTES = 64 << 20
@@ -76,8 +78,11 @@ class VerifyDataConfig:
         progress: show progress on stderr.
     """
 
-    data: str
+    data: LocalPath
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
 
 
 def verify_data(config: VerifyDataConfig) -> int:
@@ -142,7 +147,10 @@ class ShowDataConfig:
         data: dataset folder.
     """
 
-    data: str
+    data: LocalPath
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
 
 
 def show_data(config: ShowDataConfig) -> int:

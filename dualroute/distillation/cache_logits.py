@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -27,55 +26,13 @@ from dualroute.data.module import verify_once
 from dualroute.data.plan import BatchPlan
 from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.distillation.config import CacheLogitsConfig
 from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, finish
 from dualroute.distillation.losses import Logits, TopK, top_k_of
 from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
 from dualroute.files import sole_writer
-from dualroute.training.config import DataConfig
-from dualroute.training.parallel.environment import detect_world
-
-
-@dataclass
-class CacheLogitsConfig:
-    """Write a teacher's likeliest next tokens for the samples of a run.
-
-    Args:
-        teacher: Checkpoint or run folder of the teacher.
-        max_tokens: Length of the run to be served: its steps times train.tokens_per_batch.  A finished cache
-            is made longer by running again with more.
-        output: Folder of the cache; null puts it beside the shards, under a name that says what it is.
-        seed: That of the run to be served.
-        data: That of the run to be served (val_tokens has no meaning here).
-        top_k: Tokens kept of each distribution.
-        temperature: That of the run to be served; a truncated distribution cannot change it afterwards.
-        dtype: Of the stored logarithms.
-        teacher_dtype: Of the teacher's weights and arithmetic.
-        micro_batch: Samples in one forward pass.
-        shard_samples: Samples of one file.
-        device: auto, cpu or cuda; each rank of a host takes its own GPU.
-    """
-
-    teacher: str | None = None
-    max_tokens: int | None = None
-    output: str | None = None
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    top_k: int = 64
-    temperature: float = 1.0
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
-    micro_batch: int = 8
-    shard_samples: int = 256
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "micro_batch", "shard_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"temperature is {self.temperature}: it must be above 0")
+from dualroute.training.parallel.environment import detect_world, refuse_forgotten_srun
 
 
 def cache_logits(config: CacheLogitsConfig) -> int:
@@ -89,6 +46,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     if config.max_tokens is None:
         raise UserError("max_tokens is not given: the tokens of the run, its steps × train.tokens_per_batch")
     world = detect_world()
+    refuse_forgotten_srun(world)
     manifest = Manifest.load(config.data.path)
     if world.local_rank == 0:
         verify_once(manifest, config.data.verify)

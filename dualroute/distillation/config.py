@@ -11,13 +11,29 @@ at all is measured against ``kl_weight 0`` (or ``dualroute pretrain --init_from`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from dualroute.errors import UserError
-from dualroute.training.config import PretrainConfig
+from dualroute.paths import LocalPath
+from dualroute.settings import SEEDS, above, at_least, check_fields
+from dualroute.training.config import DataConfig, PretrainConfig
 
-if TYPE_CHECKING:
-    from dualroute.distillation.losses import Objective
+#: What becomes of the keys that pretraining does not have when they are changed on resume; see
+#: :mod:`dualroute.training.checkpointing.resumed_settings`.
+RESUME_RULES: dict[str, Literal["obeyed", "refused", "compared"]] = {
+    "teacher": "compared",
+    "distill.hidden_weight": "compared",
+    "distill.layer_map": "compared",
+    "distill.cached_logits": "compared",
+    **{
+        f"distill.{name}": "obeyed"
+        for name in (
+            *("loss", "temperature", "beta", "kl_weight", "ce_weight", "hidden_loss", "attention_weight"),
+            *("top_k", "on_policy_fraction", "on_policy_prefix", "on_policy_tokens", "on_policy_temperature"),
+            *("teacher_dtype", "teacher_offload", "teacher_sharded", "backend"),
+        )
+    },
+}
 
 
 @dataclass
@@ -63,7 +79,7 @@ class DistillationConfig:
     attention_weight: float = 0.0
     layer_map: list[int] | None = None
     top_k: int | None = None
-    cached_logits: str | None = None
+    cached_logits: LocalPath | None = None
     on_policy_fraction: float = 0.0
     on_policy_prefix: int = 64
     on_policy_tokens: int = 64
@@ -74,15 +90,10 @@ class DistillationConfig:
     backend: Literal["auto", "chunked", "liger"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "on_policy_temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("kl_weight", "ce_weight", "hidden_weight", "attention_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be 0 or more")
-        for name in ("on_policy_prefix", "on_policy_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"distill.{name} is {getattr(self, name)}: it must be at least 1")
+        ranges = dict.fromkeys(("temperature", "on_policy_temperature"), above(0, 1e4))
+        ranges |= dict.fromkeys(("on_policy_prefix", "on_policy_tokens", "top_k"), at_least(1))
+        ranges |= {"layer_map": at_least(-1), "beta": at_least(0, 1), "on_policy_fraction": at_least(0, 1)}
+        check_fields(self, "distill", ranges)
         if not self.kl_weight + self.ce_weight + self.hidden_weight + self.attention_weight > 0:
             raise UserError("distill.kl_weight, ce_weight and the others are all 0: nothing would be trained")
         if self.loss == "jsd" and not 0 < self.beta < 1:
@@ -90,12 +101,8 @@ class DistillationConfig:
                 f"distill.beta is {self.beta}: jsd needs a number between 0 and 1 (towards 0 and 1 it "
                 f"vanishes; use forward_kl or reverse_kl)"
             )
-        if not 0 <= self.on_policy_fraction <= 1:
-            raise UserError(f"distill.on_policy_fraction is {self.on_policy_fraction}: it must be in [0, 1]")
         if self.on_policy_fraction and not self.kl_weight:
             raise UserError("distill.on_policy_fraction needs distill.kl_weight: own texts have no other")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"distill.top_k is {self.top_k}: it must be at least 1, or null")
         for name in ("on_policy_fraction", "hidden_weight", "attention_weight"):
             if self.cached_logits is not None and getattr(self, name):
                 raise UserError(
@@ -108,8 +115,8 @@ class DistillationConfig:
         """Whether layers are compared."""
         return self.hidden_weight > 0 or self.attention_weight > 0
 
-    def objective(self, z_loss: float) -> Objective:
-        """What :func:`chunked_distillation` minimises."""
+    def objective(self, z_loss: float) -> Any:
+        """The :class:`~dualroute.distillation.losses.Objective` that a step minimises."""
         from dualroute.distillation.losses import Objective
 
         return Objective(self.loss, self.temperature, self.beta, self.kl_weight, self.ce_weight, z_loss)
@@ -138,6 +145,45 @@ class DistillConfig(PretrainConfig):
         distill: What the student learns from it.
     """
 
-    output: str = "runs/distill"
-    teacher: str | None = None
+    output: LocalPath = "runs/distill"
+    teacher: LocalPath | None = None
     distill: DistillationConfig = field(default_factory=DistillationConfig)
+
+
+@dataclass
+class CacheLogitsConfig:
+    """Write a teacher's likeliest next tokens for the samples of a run.
+
+    Args:
+        teacher: Checkpoint or run folder of the teacher.
+        max_tokens: Length of the run to be served: its steps times train.tokens_per_batch.  A finished cache
+            is made longer by running again with more.
+        output: Folder of the cache; null puts it beside the shards, under a name that says what it is.
+        seed: That of the run to be served.
+        data: That of the run to be served (val_tokens has no meaning here).
+        top_k: Tokens kept of each distribution.
+        temperature: That of the run to be served; a truncated distribution cannot change it afterwards.
+        dtype: Of the stored logarithms.
+        teacher_dtype: Of the teacher's weights and arithmetic.
+        micro_batch: Samples in one forward pass.
+        shard_samples: Samples of one file.
+        device: auto, cpu or cuda; each rank of a host takes its own GPU.
+    """
+
+    teacher: LocalPath | None = None
+    max_tokens: int | None = None
+    output: LocalPath | None = None
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    top_k: int = 64
+    temperature: float = 1.0
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch: int = 8
+    shard_samples: int = 256
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        counts = ("max_tokens", "top_k", "micro_batch", "shard_samples")
+        ranges = {"temperature": above(0, 1e4), "seed": SEEDS}
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1)), **ranges})

@@ -14,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from dualroute.distillation.config import DistillConfig
 from dualroute.distillation.intermediate import Pairs, check_heads, layer_pairs
@@ -23,6 +25,9 @@ from dualroute.distillation.module import Distill
 from dualroute.distillation.teacher import Teacher, load_teacher, weights_digest
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.hub import is_foreign
+from dualroute.model.lineage import teacher_entry
 from dualroute.training import run
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.run import Prepared, run_training
@@ -53,7 +58,17 @@ def check(config: DistillConfig) -> Prepared:
         arguments = run.module_arguments(prepared)
         return Distill(config.distill, teacher, digest, pairs, config.seed, **arguments)
 
-    return dataclasses.replace(prepared, make_module=make_module)
+    return dataclasses.replace(
+        prepared, make_module=make_module, operation="distill", teacher=_described(config.teacher, digest)
+    )
+
+
+def _described(teacher: str | None, digest: str) -> dict[str, Any]:
+    """What the student's metadata say of its teacher, as far as it is known."""
+    if teacher is None or is_foreign(Path(teacher)):
+        folder = None if teacher is None else Path(teacher).name
+        return {"folder": folder, "weights_sha256": digest}
+    return teacher_entry(find_checkpoint(teacher))
 
 
 def _check_settings(config: DistillConfig) -> None:
@@ -90,7 +105,7 @@ def _use_cache(config: DistillConfig, prepared: Prepared) -> str:
         top_k=cache.identity.top_k if settings.top_k is None else settings.top_k,
         teacher=cache.identity.teacher if config.teacher is None else weights_digest(config.teacher),
     )
-    cache.check(wanted, config.train.total_steps * data.samples_per_batch)
+    cache.check(wanted, prepared.token_count.at(prepared.total_steps) // config.data.context)
     cache.verify(config.data.verify if prepared.world.local_rank == 0 else "size")
     data.extend = partial(CachedWindows, cache=cache, plan=data.plan)
     return cache.identity.teacher

@@ -7,37 +7,14 @@ Alone it looks at this machine and lets two local processes talk; under ``torchr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from dualroute.doctor import machine, network
+from dualroute.doctor.config import DoctorConfig
 from dualroute.doctor.smoke import smoke
 from dualroute.doctor.verdict import Verdict, guarded
-from dualroute.errors import UserError
 from dualroute.training.parallel.environment import World, detect_world
-
-
-@dataclass
-class DoctorConfig:
-    """Examine machine and ranks before a run is booked.
-
-    Args:
-        output: Folder that runs will be written to; its room and speed are measured.
-        smoke: Also train 20 steps on a small text (about half a minute on a CPU).
-        disk_mib: Size of the file that the disk is measured with.
-        network_mib: Size of the tensor that pairs of ranks are measured with.
-    """
-
-    output: str = "runs"
-    smoke: bool = True
-    disk_mib: int = 256
-    network_mib: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("disk_mib", "network_mib"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def verdicts(config: DoctorConfig, world: World) -> Iterator[Verdict]:

@@ -62,9 +62,7 @@ def versions() -> Iterator[Verdict]:
         yield ok("lightning", lightning)
     deepspeed = installed("deepspeed")
     if deepspeed is None:
-        yield warn(
-            "deepspeed", "not installed", "for several ranks with ZeRO: pip install 'dualroute[deepspeed]'"
-        )
+        yield warn("deepspeed", "not installed", "for several ranks with ZeRO: pip install -e '.[deepspeed]'")
     elif numbers(deepspeed) < (0, 19, 8):
         yield fail("deepspeed", deepspeed, "pip install 'deepspeed>=0.19.8'")
     else:

@@ -79,7 +79,7 @@ def run(arguments: tuple[str, ...], seconds: float) -> str:
     }
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "dualroute.cli", *arguments],
+            [sys.executable, "-m", "dualroute", *arguments],
             env=kept, capture_output=True, text=True, timeout=seconds,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ from dualroute.model.checkpoint_format import (
     load_model,
     verify_checkpoint,
 )
-from dualroute.model.quantized import NATIVE
+from dualroute.model.quantization import NATIVE
 
 
 @dataclass

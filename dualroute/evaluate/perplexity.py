@@ -14,10 +14,11 @@ import gzip
 import json
 import lzma
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -30,54 +31,15 @@ from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
 from dualroute.data.reader import IGNORE_INDEX, ShardReader, WindowDataset, collate, open_stream
 from dualroute.errors import UserError
+from dualroute.evaluate.config import EvaluateConfig
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer
 
 #: Rows of [tokens, vocab] logits that exist at once.
 LOGIT_ROWS = 2048
-
-
-@dataclass
-class EvaluateConfig:
-    """Measure a checkpoint on held-out text.
-
-    Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
-        data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer.
-        text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
-        split: Which split of ``data``.
-        context: Tokens the model sees at once; null takes the context it was trained with.
-        stride: For ``text``: tokens between two windows.  Null means context (each token is read once); less
-            gives every scored token a longer past and costs context / stride as much.
-        max_tokens: Score only this many tokens from the start; null scores all.
-        batch_size: Windows evaluated together.
-        device: auto, cpu, cuda, ….
-        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
-        output: Also write the figures to this JSON file.
-    """
-
-    checkpoint: str
-    data: str | None = None
-    text: str | None = None
-    split: Literal["train", "val"] = "val"
-    context: int | None = None
-    stride: int | None = None
-    max_tokens: int | None = None
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.data is None) == (self.text is None):
-            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "stride", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.stride is not None and self.text is None:
-            raise UserError("stride works with --text only: shards are scored in windows of context tokens")
+#: Of a text that is scored as one document.
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -202,12 +164,17 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     openers: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}  # type: ignore[dict-item]
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: give a text file")
     try:
         with openers.get(path.suffix, lambda name: name.open("rb"))(path) as stream:
-            return stream.read().decode("utf-8")
+            data = stream.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path} holds over {MOST_BYTES:,} bytes of text: prepare it and give --data")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
@@ -235,7 +202,13 @@ def evaluate(config: EvaluateConfig) -> Score:
 
 
 def evaluate_command(config: EvaluateConfig) -> None:
-    """``dualroute evaluate``: print the figures, and write them where asked."""
+    """``dualroute evaluate``: print the figures, and write them where asked.
+
+    Raises:
+        UserError: Any of the inputs cannot be used, or the output cannot be written.
+    """
+    if config.output is not None and not Path(config.output).parent.is_dir():  # said now, not after the work
+        raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")
     score = evaluate(config)
     table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens scored")
     table.add_row(
@@ -249,4 +222,9 @@ def evaluate_command(config: EvaluateConfig) -> None:
             "bits_per_byte": score.bits_per_byte,
             "evaluation": asdict(config),
         }
-        write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())
+        try:
+            write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())
+        except OSError as error:
+            raise UserError(
+                f"--output {config.output} cannot be written: {error.strerror or error}"
+            ) from error

@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.errors import UserError
+from dualroute.errors import UserError, printable
+from dualroute.evaluate.config import GenerateConfig
 from dualroute.evaluate.load import choose_device, load
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.model.compiled_decode import CompiledDecoder, check_compiler
 from dualroute.model.generation import Decoder
 
-
-@dataclass
-class GenerateConfig:
-    """Write text with a checkpoint.
-
-    Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
-        prompt: Text to continue; "-" reads it from standard input.
-        sampling: How tokens are drawn.
-        stream: Print each piece of text as soon as it is there.
-        device: auto, cpu, cuda, ….
-        compile: Compile the step that makes one token into one program first (tens of seconds; needs a C++
-            compiler on a CPU). Long texts are then written faster, with int8 weights most of all.
-        cache_dtype: How keys and values of the text so far are kept: auto is the arithmetic's type, int8 a
-            quarter of float32.
-        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
-    """
-
-    checkpoint: str
-    prompt: str = ""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    stream: bool = True
-    compile: bool = False
-    cache_dtype: Literal["auto", "int8"] = "auto"
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+#: Of a prompt on standard input.
+MOST_CHARACTERS = 2**24
 
 
 def generate_text(
@@ -75,19 +50,36 @@ def generate_text(
     yield tokenizer.decode(ids + new)[len(shown) :]
 
 
+def _prompt_of_input() -> str:
+    """Standard input, of which a model could read no more than the limit anyway.
+
+    Raises:
+        UserError: It is longer, or no UTF-8 text.
+    """
+    try:
+        prompt = sys.stdin.read(MOST_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error.reason}): convert it first") from error
+    if len(prompt) > MOST_CHARACTERS:
+        raise UserError(f"standard input has more than {MOST_CHARACTERS:,} characters: shorten the prompt")
+    return prompt
+
+
 def generate_command(config: GenerateConfig) -> None:
     """``dualroute generate``: print the prompt and its continuation."""
     if config.compile:
         check_compiler(choose_device(config.device))
     loaded = load(config.checkpoint, config.device, config.dtype, compiled=config.compile)
     decoder = CompiledDecoder(loaded.model) if config.compile else None
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = _prompt_of_input() if config.prompt == "-" else config.prompt
     int8_cache = config.cache_dtype == "int8"
     pieces = generate_text(loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, int8_cache)
+    # a model may write what a terminal obeys; a file or a pipe gets the text as it is
+    shown = printable if sys.stdout.isatty() else str
     if config.stream:
-        print(prompt, end="", flush=True)
+        print(shown(prompt), end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print()
     else:
-        print(prompt + "".join(pieces))
+        print(shown(prompt + "".join(pieces)))

@@ -16,9 +16,8 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from dualroute import __version__
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
+from dualroute.export.config import ExportConfig
 from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
 from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint, find_checkpoint, verify_checkpoint
@@ -39,54 +39,6 @@ WRITERS: dict[str, tuple[str, list[str]]] = {
     "torch-export": ("dualroute.export.torch_program", []),
 }
 FLOATS = {"F32": "float32", "BF16": "bfloat16"}
-
-
-@dataclass
-class ExportConfig:
-    """Write a checkpoint for transformers, onnxruntime or torch.export.
-
-    Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
-        format: hf is a folder that transformers loads and generates with; onnx a file for onnxruntime;
-            torch-export a program that torch alone runs.
-        output: Folder to make; it appears only when what is in it gives the model's own logits.
-        dtype: Of the weights; auto keeps the checkpoint's (hf) or is float32 (onnx, torch-export).
-        data: Folder of shards to measure the model on (its split val); the figures go into export.json and
-            the model card.  Without data and text they are those of checkpoint.json.
-        text: A text file to measure on instead.
-        context: Tokens the model sees at once when measured; null takes the context it was trained with.
-        max_tokens: Measure on this many tokens at most.
-        license: What the model card says of the weights, an SPDX identifier such as apache-2.0; null says
-            nothing.
-        quantize: With onnx, also write an int8 file (dynamic, per channel) and say what it costs.
-        opset: Of the ONNX file.
-    """
-
-    checkpoint: str
-    format: Literal["hf", "onnx", "torch-export"]
-    output: str
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    data: str | None = None
-    text: str | None = None
-    context: int | None = None
-    max_tokens: int | None = None
-    license: str | None = None
-    quantize: bool = False
-    opset: int = 20
-
-    def __post_init__(self) -> None:
-        if self.data is not None and self.text is not None:
-            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
-        for name in ("context", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        if self.quantize and self.format != "onnx":
-            raise UserError(f"quantize works with --format onnx only, not {self.format}: leave it away")
-        if self.format != "hf" and self.dtype == "bfloat16":
-            raise UserError(f"dtype bfloat16 works with --format hf only: {self.format} files hold float32")
-        if not 18 <= self.opset <= 23:
-            raise UserError(f"opset is {self.opset}: it must be from 18 to 23")
 
 
 def export_command(config: ExportConfig) -> None:
@@ -139,7 +91,7 @@ def _writer(format: str) -> Writer:
     module, needed = WRITERS[format]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install 'dualroute[export]'")
+        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install -e '.[export]'")
     writer: Writer = importlib.import_module(module).write_export
     return writer
 
@@ -170,7 +122,16 @@ def saved_dtype(checkpoint: Checkpoint) -> str:
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where the weights come from, without the path on this machine."""
     metadata = checkpoint.metadata
-    kept = ("step", "tokens", "val_loss", "data_fingerprint", "context")
+    kept = (
+        "step",
+        "tokens",
+        "total_tokens",
+        "val_loss",
+        "data_fingerprint",
+        "context",
+        "operation",
+        "lineage",
+    )
     weights = metadata.get("files", {}).get(WEIGHTS, {})
     found = {name: metadata[name] for name in kept if metadata.get(name) is not None}
     return {**found, **({"sha256": weights["sha256"]} if "sha256" in weights else {})}

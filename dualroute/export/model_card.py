@@ -13,9 +13,10 @@ from typing import Any
 from dualroute import __version__
 from dualroute.evaluate.load import Loaded
 from dualroute.export import huggingface
-from dualroute.export.command import ExportConfig
+from dualroute.export.config import ExportConfig
 from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
+from dualroute.model.lineage import history, total_tokens
 
 _USE = """\
 ```python
@@ -62,6 +63,7 @@ def card(
             f"does not. At most {shape.max_context:,} tokens.", "",
             "## Figures", "", *_table(loaded, folder, quality, figures), "",
             "`export.json` holds all figures, those of the comparison at each length among them.", "",
+            "## History", "", "Trainings and operations, oldest first:", "", *_history(loaded), "",
             "## Source", "",
             f"The Python files are those of dualroute {__version__} (Apache-2.0) that trained the model; "
             f"only their imports were rewritten. {_license(config)}", "",
@@ -98,8 +100,9 @@ def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[
     dtype = str(loaded.model.embedding.weight.dtype).removeprefix("torch.")
     checkpoint = loaded.checkpoint
     rows = [("weights", f"{(folder / 'model.safetensors').stat().st_size / 1e6:,.1f} MB, {dtype}")]
-    if checkpoint.metadata.get("tokens"):
-        rows.append(("trained on", f"{checkpoint.metadata['tokens']:,} tokens, {checkpoint.step:,} steps"))
+    tokens = total_tokens(checkpoint.metadata)
+    if tokens:
+        rows.append(("trained on", f"{tokens:,} tokens in all (see History)"))
     if quality:
         place = f"{quality['measured_on']}, context {quality['context']:,}"
         rows.append((f"loss (nats per token) on {place}", f"{quality['loss']:.4f}"))
@@ -115,6 +118,10 @@ def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[
     )  # fmt: skip
     rows.append(("texts with the same token ids", f"{parity['texts']} of {parity['texts']}"))
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _history(loaded: Loaded) -> list[str]:
+    return [f"{number}. {line}" for number, line in enumerate(history(loaded.checkpoint), 1)]
 
 
 def _license(config: ExportConfig) -> str:

@@ -34,7 +34,7 @@ from dualroute.export import quality as quality_data
 from dualroute.export.torch_program import TOLERANCE, compare, record, write_beside
 
 if TYPE_CHECKING:
-    from dualroute.export.command import ExportConfig
+    from dualroute.export.config import ExportConfig
 
 MODEL, QUANTIZED = "model.onnx", "model-int8.onnx"
 ONE_FILE = 1_800_000_000  # bytes; protobuf ends at 2 GiB, larger weights lie in a file beside the graph

@@ -25,7 +25,7 @@ from dualroute.evaluate.load import Loaded
 from dualroute.evaluate.perplexity import Score, evaluate_shards, evaluate_text, read_text, text_windows
 
 if TYPE_CHECKING:
-    from dualroute.export.command import ExportConfig
+    from dualroute.export.config import ExportConfig
 
 SPLIT = "val"
 SAMPLE_CHARS = 20_000  # of --text, on which tokenizers are compared

@@ -34,7 +34,7 @@ from dualroute.export.tokenizer_files import is_json
 from dualroute.model import DualRoutingTransformer
 
 if TYPE_CHECKING:
-    from dualroute.export.command import ExportConfig
+    from dualroute.export.config import ExportConfig
 
 PROGRAM = "model.pt2"
 TOLERANCE = 1e-4

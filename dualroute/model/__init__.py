@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualroute.model.config import ModelConfig
-    from dualroute.model.generation import SamplingConfig, generate
+    from dualroute.model.generation import generate
+    from dualroute.model.sampling_config import SamplingConfig
     from dualroute.model.transformer import DualRoutingTransformer
 
 __all__ = ["DualRoutingTransformer", "ModelConfig", "SamplingConfig", "generate"]
 
 _MODULES = {
     "ModelConfig": "config",
-    "SamplingConfig": "generation",
+    "SamplingConfig": "sampling_config",
     "generate": "generation",
     "DualRoutingTransformer": "transformer",
 }

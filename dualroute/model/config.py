@@ -9,15 +9,48 @@ the full global route, so that a comparison with the dense baseline differs in n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, Heads, check_routes, resolve_heads
 from dualroute.errors import UserError
 from dualroute.files import read_json
+from dualroute.settings import above, at_least, check_fields
+
+C = TypeVar("C")
+
+_MOST = 2**31 - 1  # of a size; kernels count in 32 bits
+_RANGES = {
+    **dict.fromkeys(
+        ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
+    ),
+    **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
+    **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
+    **dict.fromkeys(("global_heads", "local_heads", "top_k", "layer_top_k"), at_least(0, _MOST)),
+    "vocab_size": at_least(2, _MOST),
+    "rope_theta": above(0, 1e12),
+    "rope_scaling": above(0),
+    "norm_eps": at_least(0, 1),
+}
 
 
+def _noting_what_is_given(cls: type[C]) -> type[C]:
+    """Let each instance know which of its fields were given, the default's own value included."""
+    initialise: Any = cls.__init__
+
+    @functools.wraps(initialise)
+    def note_and_initialise(self: Any, *values: Any, **named: Any) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        self.given = frozenset(names[: len(values)]) | named.keys()
+        initialise(self, *values, **named)
+
+    cls.__init__ = note_and_initialise  # type: ignore[method-assign]
+    return cls
+
+
+@_noting_what_is_given
 @dataclass
 class ModelConfig:
     """Shape of a decoder-only Transformer with DualRouting attention.
@@ -94,6 +127,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self._derived()  # raises where the numbers contradict each other
 
+    #: fields that were given, by position, by name or (see ``dualroute.cli``) in files and flags
+    given: ClassVar[frozenset[str]]
+
     @property
     def heads_per_group(self) -> int:
         """Query heads that share a key/value head."""
@@ -121,9 +157,7 @@ class ModelConfig:
         ).resolved()
 
     def _derived(self) -> dict[str, int]:
-        for name in ("num_layers", "max_context", "dense_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        check_fields(self, "model", _RANGES)
         if self.attention == "interleaved" and self.dense_every > self.num_layers:
             raise UserError(
                 f"model.dense_every {self.dense_every} is above model.num_layers {self.num_layers}: no layer "
@@ -137,8 +171,6 @@ class ModelConfig:
                     f"each layer, or null"
                 )
         _check_rope_scaling(self.rope_scaling)
-        if self.vocab_size is not None and self.vocab_size < 2:
-            raise UserError(f"model.vocab_size is {self.vocab_size}: it must be at least 2, or null")
         heads = self._heads()
         ffn_dim = -(-8 * self.dim // (3 * 64)) * 64 if self.ffn_dim is None else self.ffn_dim
         if ffn_dim < 1:

@@ -59,7 +59,7 @@ class Gpt2Teacher(nn.Module):
             import transformers
         except ImportError as error:
             raise UserError(
-                f"{folder} is a GPT-2, which is run by transformers: pip install 'dualroute[export]'"
+                f"{folder} is a GPT-2, which is run by transformers: pip install -e '.[export]'"
             ) from error
         try:
             model: Any = transformers.GPT2LMHeadModel.from_pretrained(

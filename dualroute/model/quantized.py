@@ -19,8 +19,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,37 +31,10 @@ from dualroute.attention.backends.cpp import int8_product
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.lm_head import NextTokenHead
+from dualroute.model.quantization import NATIVE, Quantization
 from dualroute.model.transformer import DualRoutingTransformer
 
 Result = TypeVar("Result")
-SchemeName = Literal[
-    "int8_weight_only", "int8_dynamic", "int4_weight_only", "int4_tile_packed", "float8_dynamic"
-]
-#: schemes whose weights are tensors of torchao, laid out for the kernels of a GPU
-NATIVE = ("int4_tile_packed", "float8_dynamic")
-#: schemes that share a scale among group_size columns
-GROUPED = ("int4_weight_only", "int4_tile_packed")
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """What ``checkpoint.json`` says of the weights.
-
-    Args:
-        scheme: How the linear layers are stored and multiplied.
-        group_size: Columns that share a scale; null where a row has one.
-        embeddings: Whether embedding and head are int8, a scale a row.
-        tensors: Of a native scheme, what torchao wants to know to put its tensors together again.
-    """
-
-    scheme: SchemeName
-    group_size: int | None = None
-    embeddings: bool = True
-    tensors: dict[str, str] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, for ``checkpoint.json``."""
-        return asdict(self)
 
 
 def require_torchao(what: str) -> None:
@@ -72,7 +44,7 @@ def require_torchao(what: str) -> None:
         UserError: Saying how to install it.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(f"{what} needs torchao: pip install 'dualroute[compress]'")
+        raise UserError(f"{what} needs torchao: pip install -e '.[compress]'")
     # it warns of extensions for other machines and of names that it still registers
     logging.getLogger("torchao").setLevel(logging.ERROR)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from data_prep.config import PrepareConfig
+from dualroute.compress.config import PruneConfig, QuantizeConfig
+from dualroute.distillation.config import DistillConfig
 from dualroute.errors import UserError
+from dualroute.evaluate.config import EvaluateConfig
+from dualroute.export.config import ExportConfig
+from dualroute.paths import LocalPath
+from dualroute.pipeline.section import SectionOf
+from dualroute.settings import at_least, check_fields
+from dualroute.training.config import PretrainConfig
 
+Section = dict[str, Any]
 Control = Literal["parent", "cross_entropy", "random"]
 
 
@@ -15,8 +25,8 @@ class PipelineConfig:
     """All stages from text to a compressed model that ships, each done once: prepare → pretrain → distil →
     prune → recover → quantise → evaluate → export.
 
-    A stage's section holds options of its command, and `config`, a file (or a list of files) of them; paths
-    in `config` start at this file's folder.  The inputs and the output of each stage are filled in.
+    A stage's section holds options of its command, and `config`, a file (or a list of files) of them, which
+    starts in the folder of the file that names it.  The inputs and the output of each stage are filled in.
 
     Args:
         output: Folder of the pipeline; each stage has its own in it.
@@ -44,18 +54,20 @@ class PipelineConfig:
         dry_run: Show what would be done.
     """
 
-    output: str = "runs/pipeline"
-    data: str | None = None
-    parent: str | None = None
-    prepare: dict[str, Any] | None = field(default_factory=dict)
-    pretrain: dict[str, Any] | None = field(default_factory=dict)
-    distill: dict[str, Any] | None = None
-    prune: dict[str, Any] | None = field(default_factory=dict)
-    recover: dict[str, Any] | None = field(default_factory=dict)
+    output: LocalPath = "runs/pipeline"
+    data: LocalPath | None = None
+    parent: LocalPath | None = None
+    prepare: Annotated[Section | None, SectionOf(PrepareConfig)] = field(default_factory=dict)
+    pretrain: Annotated[Section | None, SectionOf(PretrainConfig)] = field(default_factory=dict)
+    distill: Annotated[Section | None, SectionOf(DistillConfig)] = None
+    prune: Annotated[Section | None, SectionOf(PruneConfig)] = field(default_factory=dict)
+    recover: Annotated[Section | None, SectionOf(DistillConfig)] = field(default_factory=dict)
     rounds: int = 1
-    quantize: dict[str, Any] | None = field(default_factory=dict)
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    export: dict[str, Any] | None = field(default_factory=lambda: {"format": "hf"})
+    quantize: Annotated[Section | None, SectionOf(QuantizeConfig)] = field(default_factory=dict)
+    evaluate: Annotated[Section, SectionOf(EvaluateConfig)] = field(default_factory=dict)
+    export: Annotated[Section | None, SectionOf(ExportConfig)] = field(
+        default_factory=lambda: {"format": "hf"}
+    )
     controls: list[Control] = field(default_factory=list)
     prompts: list[str] = field(default_factory=lambda: ["The"])
     sample_tokens: int = 60
@@ -67,12 +79,13 @@ class PipelineConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        names = ("rounds", "sample_tokens", "decode_tokens")
+        check_fields(self, "", dict.fromkeys(names, at_least(1, 10**6)))
+        if not self.prompts:
+            raise UserError("prompts is empty: give at least one beginning, as in [The]")
         for name, value in (("data", "prepare"), ("parent", "pretrain")):
             if (getattr(self, name) is None) == (getattr(self, value) is None):
                 raise UserError(f"give either {name} or the section {value}, and set the other to null")
-        for name in ("rounds", "sample_tokens", "decode_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if (self.prune is None) != (self.recover is None):
             raise UserError("prune and recover belong together: give both sections, or set both to null")
         if self.rounds > 1 and "keep" not in (self.prune or {}):

@@ -33,7 +33,7 @@ def write_report(config: PipelineConfig, plan: Plan, records: dict[str, dict[str
     """
     output = Path(config.output)
     models = {label: _figures(output, label) for label in plan.models}
-    controls = {label: _read(output / "evaluate" / f"{label}.json") for label in plan.controls}
+    controls = {label: _read(output / "evaluate" / f"{label}.json", _EVALUATION) for label in plan.controls}
     blocks: list[tuple[str, Any]] = [
         ("text", f"Data: `{plan.data}`.  Parent: `{plan.models['parent']}`."),
         ("table", _summary(models)),
@@ -68,15 +68,39 @@ _CONTROLS = (
 )
 
 
-def _read(path: Path) -> dict[str, Any]:
+_NUMBER = (int, float)
+#: What a measurement must hold; {name: type}.
+_EVALUATION: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "bits_per_byte"), _NUMBER)
+_SPEED: dict[str, Any] = {
+    **dict.fromkeys(("parameters", "weights_bytes", "eager_tokens_per_second"), _NUMBER),
+    "peak_memory_bytes": (*_NUMBER, type(None)),
+    "samples": dict,
+}
+
+
+def _read(path: Path, holds: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON file with at least the names ``holds``, of those types.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): run the pipeline again") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no table of figures")
+        for name, kind in (holds or {}).items():
+            if not isinstance(found.get(name), kind) or isinstance(found.get(name), bool):
+                raise ValueError(f"{name} is missing or of another type")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove it, and the pipeline makes it again"
+        ) from error
 
 
 def _figures(output: Path, label: str) -> dict[str, Any]:
-    return _read(output / "evaluate" / f"{label}.json") | _read(output / "speed" / f"{label}.json")
+    evaluation = _read(output / "evaluate" / f"{label}.json", _EVALUATION)
+    return evaluation | _read(output / "speed" / f"{label}.json", _SPEED)
 
 
 def _summary(models: dict[str, dict[str, Any]]) -> list[Row]:

@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
-from dualroute.errors import RUN_AGAIN, Interrupted, UserError
+from dualroute.errors import RUN_AGAIN, Interrupted, UserError, printable
 from dualroute.files import file_sha256, write_bytes_atomically
 from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint
 from dualroute.pipeline.config import PipelineConfig
@@ -40,13 +40,12 @@ from dualroute.pipeline.stages import PROCESSES, ParseStage, Plan, Planner, Stag
 
 
 def run_pipeline(
-    config: PipelineConfig, base: Path, parse_stage: ParseStage, run_command: Callable[[list[str]], int]
+    config: PipelineConfig, parse_stage: ParseStage, run_command: Callable[[list[str]], int]
 ) -> int:
     """Do what is left to do of a pipeline.
 
     Args:
         config: The stages and their options.
-        base: Folder in which the paths of ``config`` files start.
         parse_stage: Turns a command's arguments into its configuration.
         run_command: Runs a command in this process; returns its exit status.
 
@@ -56,7 +55,7 @@ def run_pipeline(
     Raises:
         UserError: Options are wrong, or a stage's inputs are missing.
     """
-    plan = Planner(config, base, parse_stage).make()
+    plan = Planner(config, parse_stage).make()
     for name in [config.from_stage, *(config.only or "").split(",")]:
         if name and name not in [*plan.names(), "report"]:
             raise UserError(f"there is no stage {name}: the stages are {', '.join(plan.names())}, report")
@@ -76,7 +75,7 @@ def run_pipeline(
                 return status
     if config.only is None or "report" in config.only.split(","):
         page = write_report(config, plan, {s.name: pipeline.record(s) for s in plan.stages})
-        print(f"report: {page}")
+        print(printable(f"report: {page}"))
     return 0
 
 
@@ -110,10 +109,15 @@ class Pipeline:
         """What was noted of a stage; empty if it was never begun."""
         path = self.records / f"{stage.name}.json"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not isinstance(record.get("reads"), dict):
+                raise ValueError("it does not say what was read")
+            if record.get("done") and not isinstance(record.get("seconds", 0.0), int | float):
+                raise ValueError("seconds is no number")
+            return record
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}): remove it, and the stage is done again") from error
 
     def state(self, stage: Stage) -> str:
@@ -130,17 +134,13 @@ class Pipeline:
         if not record.get("done"):
             return "interrupted"
         try:
-            return "done" if record["made"] == fingerprint(stage.output) else "changed"
+            return "done" if record.get("made") == fingerprint(stage.output) else "changed"
         except UserError:  # removed or damaged
             return "changed"
 
     def reads(self, stage: Stage) -> dict[str, Any]:
-        """All that its output depends on."""
-        reads: dict[str, Any] = {"arguments": stage.arguments}
-        for argument in stage.arguments:
-            flag, _, value = argument.partition("=")
-            if flag == "--config":
-                reads[f"file {value}"] = file_sha256(value)
+        """All that its output depends on: what files and flags say, wherever they lie, and its inputs."""
+        reads: dict[str, Any] = {"options": stage.options or stage.arguments}
         if stage.data is not None:
             reads["data"] = Manifest.load(stage.data).fingerprint
         for folder in stage.checkpoints:
@@ -234,7 +234,7 @@ def set_aside(path: Path) -> None:
     while (aside := path.with_name(f"{path.name}.replaced-{number}")).exists():
         number += 1
     os.rename(path, aside)
-    print(f"   {path} was made from other inputs: kept as {aside.name}")
+    print(printable(f"   {path} was made from other inputs: kept as {aside.name}"))
 
 
 class _Child:

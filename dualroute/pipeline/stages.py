@@ -41,6 +41,7 @@ class Stage:
         name: As in ``--from``; also the folder of its output.
         command: The command of ``dualroute``, or "speed", which is the pipeline's own.
         arguments: All of them.
+        options: {dotted key: value} of what they give, files read; the rest has its default.
         output: File or folder that is there when it is done.
         data: Folder of shards that it reads.
         checkpoints: Run or checkpoint folders that it reads.
@@ -52,6 +53,7 @@ class Stage:
     output: Path
     data: Path | None = None
     checkpoints: tuple[Path, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_training(self) -> bool:
@@ -83,12 +85,12 @@ class Planner:
 
     Args:
         config: What was asked for.
-        base: Folder in which the paths of ``config`` files start.
-        parse_stage: ``dualroute.cli.parse_stage``, to check a stage's options and learn prepare's output.
+        parse_stage: (command, arguments) → configuration, to check a stage's options and learn prepare's
+            output.
     """
 
-    def __init__(self, config: PipelineConfig, base: Path, parse_stage: ParseStage) -> None:
-        self.config, self.base, self.parse_stage = config, base, parse_stage
+    def __init__(self, config: PipelineConfig, parse_stage: ParseStage) -> None:
+        self.config, self.parse_stage = config, parse_stage
         self.output = Path(config.output)
         self.plan = Plan()
 
@@ -100,9 +102,11 @@ class Planner:
         """
         config, plan = self.config, self.plan
         if config.prepare is not None:
-            arguments = self.arguments("prepare", "prepare", config.prepare)
-            plan.data = Path(self.parse("prepare", "prepare", arguments).output)
-            plan.stages.append(Stage("prepare", "prepare", arguments, plan.data))
+            arguments = self.arguments("prepare", config.prepare)
+            parsed = self.parse("prepare", "prepare", arguments)
+            plan.data = Path(parsed.output)
+            stage = Stage("prepare", "prepare", arguments, plan.data, options=_given(parsed))
+            plan.stages.append(stage)
         else:
             plan.data = Path(str(config.data))
         model = self.trained_model()
@@ -203,30 +207,29 @@ class Planner:
         teacher = options.get("teacher")
         if command == "distill" and teacher is not None and "teacher" not in reads:
             reads["teacher"] = Path(str(teacher))
-        arguments = self.arguments(name, command, options, filled)
+        arguments = self.arguments(name, options, filled)
+        given = _given(self.parse(name, command, arguments))
         self.plan.stages.append(
-            Stage(name, command, arguments, output, self.plan.data, tuple(reads.values()))
+            Stage(name, command, arguments, output, self.plan.data, tuple(reads.values()), given)
         )
         return output
 
     def arguments(
-        self, name: str, command: str, options: dict[str, Any], filled: dict[str, str] | None = None
+        self, name: str, options: dict[str, Any], filled: dict[str, str] | None = None
     ) -> list[str]:
         """``--config`` files first, then single options, then what the pipeline fills in."""
         options = dict(options)
-        files = options.pop("config", [])
+        files = options.pop("config", None) or []
         arguments = []
         for file in [files] if isinstance(files, str) else files:
-            path = self.base / file
-            if not path.is_file():
-                raise UserError(f"{name}.config {file}: there is no file {path}")
-            arguments.append(f"--config={path}")
+            if not Path(file).is_file():
+                raise UserError(f"{name}.config {file}: there is no file of that name")
+            arguments.append(f"--config={file}")
         given = _flat(options)
         for key in given.keys() & (filled or {}).keys():
             raise UserError(f"{name}.{key} is filled in by the pipeline: leave it out")
         arguments += [f"--{key}={_text(value)}" for key, value in given.items()]
         arguments += [f"--{key}={value}" for key, value in (filled or {}).items()]
-        self.parse(name, command, arguments)
         return arguments
 
     def parse(self, name: str, command: str, arguments: list[str]) -> Any:
@@ -234,6 +237,17 @@ class Planner:
             return self.parse_stage(command, arguments)
         except UserError as error:
             raise UserError(f"stage {name}: {error}") from error
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """{dotted key: value} of what a configuration was given, as JSON has it."""
+    given = {}
+    for key in sorted(config.given):
+        value = config
+        for word in key.split("."):
+            value = getattr(value, word)
+        given[key] = value
+    return dict(json.loads(json.dumps(given)))
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,12 +6,15 @@ the data, the folder and the machine.  No torch is imported here, so that ``--he
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
+from dualroute.paths import ConfigFile, LocalPath, ResumePath
+from dualroute.settings import SEEDS, Range, above, at_least, check_fields
+
+MOST_MINUTES = 1e6  # about two years; more does not fit into the clocks of the libraries
 
 
 @dataclass
@@ -26,11 +29,18 @@ class DataConfig:
         verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
     """
 
-    path: str = "data/stdlib"
+    path: LocalPath = "data/stdlib"
     context: int = 512
     num_workers: int = 0
     val_tokens: int | None = None
     verify: Literal["size", "sha256"] = "sha256"
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "data",
+            {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)},
+        )
 
 
 @dataclass
@@ -56,6 +66,8 @@ class TrainConfig:
             them, so that they are used to it; validation sees them rounded, checkpoints stay float.
         quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
+        kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), triton (on a GPU), or
+            auto: cpp on a CPU that can compile it, else torch.  DUALROUTE_KERNELS, where set, goes first.
     """
 
     tokens_per_batch: int = 16384
@@ -71,19 +83,17 @@ class TrainConfig:
     quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
     quantization_group_size: int = 32
     val_every_steps: int = 100
+    kernels: Literal["auto", "torch", "cpp", "triton"] = "auto"
 
     def __post_init__(self) -> None:
+        counts = (
+            *("tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps"),
+            "recompute_every_layers",
+        )
+        group = {"quantization_group_size": at_least(1, 2**20)}
+        check_fields(self, "train", {**dict.fromkeys(counts, at_least(1)), **group})
         if self.max_steps is not None and self.max_tokens is not None:
             raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
-        for name in (
-            "tokens_per_batch", "micro_batch", "max_steps", "max_tokens", "val_every_steps",
-            "recompute_every_layers",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"train.{name} is {value}: it must be at least 1")
-        if self.z_loss < 0:
-            raise UserError(f"train.z_loss is {self.z_loss}: it must be 0 or more")
 
     @property
     def total_steps(self) -> int:
@@ -125,21 +135,16 @@ class OptimConfig:
     grad_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UserError(f"optim.lr is {self.lr}: it must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas is {self.betas}: give two numbers in [0, 1)")
-        for name in ("eps", "weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optim.{name} is {getattr(self, name)}: it must be 0 or more")
-        if self.schedule not in ("cosine", "wsd", "constant"):
-            raise UserError(f"optim.schedule is {self.schedule!r}: choose cosine, wsd or constant")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"optim.min_lr_ratio is {self.min_lr_ratio}: it must be in [0, 1]")
-        if not 0 < self.decay_fraction <= 1:
-            raise UserError(f"optim.decay_fraction is {self.decay_fraction}: it must be in (0, 1]")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise UserError(f"optim.grad_clip is {self.grad_clip}: it must be above 0, or null")
+        ranges = {
+            "lr": above(0, 1e3),
+            "betas": Range(0, 1, without_most=True),
+            "eps": at_least(0, 1),
+            "weight_decay": at_least(0, 1e3),
+            "min_lr_ratio": at_least(0, 1),
+            "decay_fraction": above(0, 1),
+            "grad_clip": above(0),
+        }
+        check_fields(self, "optim", ranges)
 
 
 @dataclass
@@ -162,14 +167,8 @@ class SpikeGuardConfig:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise UserError(f"spike_guard.window is {self.window}: it must be at least 2")
-        if not self.threshold > 0:
-            raise UserError(f"spike_guard.threshold is {self.threshold}: it must be above 0")
-        if self.patience < 1:
-            raise UserError(f"spike_guard.patience is {self.patience}: it must be at least 1")
-        if self.max_rollbacks < 0:
-            raise UserError(f"spike_guard.max_rollbacks is {self.max_rollbacks}: it must be 0 or more")
+        ranges = {"window": at_least(2, 2**20), "threshold": above(0), "patience": at_least(1)}
+        check_fields(self, "spike_guard", ranges)
 
 
 @dataclass
@@ -190,10 +189,7 @@ class CheckpointConfig:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise UserError(f"checkpoint.every_steps is {self.every_steps}: it must be at least 1")
-        if self.keep_last < 1:
-            raise UserError(f"checkpoint.keep_last is {self.keep_last}: keep at least the newest one")
+        check_fields(self, "checkpoint", {"every_steps": at_least(1), "keep_last": at_least(1)})
 
 
 @dataclass
@@ -219,16 +215,14 @@ class MonitorConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("log_every_steps", 1),
-            ("router_statistics_every", 0),
-            ("sample_every_steps", 0),
-            ("sample_tokens", 1),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"monitor.{name} is {getattr(self, name)}: it must be at least {least}")
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise UserError(f"monitor.peak_tflops is {self.peak_tflops}: it must be above 0, or null")
+        ranges = {
+            "log_every_steps": at_least(1),
+            "router_statistics_every": at_least(0),
+            "sample_every_steps": at_least(0),
+            "sample_tokens": at_least(1),
+            "peak_tflops": above(0),
+        }
+        check_fields(self, "monitor", ranges)
 
 
 @dataclass
@@ -251,9 +245,17 @@ class ParallelConfig:
     zero_stage: int | None = None
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    deepspeed_config: str | None = None
+    deepspeed_config: ConfigFile | None = None
     sequence_parallel: int = 1
     timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "zero_stage": at_least(0, 3),
+            "sequence_parallel": at_least(1, 2**20),
+            "timeout_minutes": above(0, MOST_MINUTES),
+        }
+        check_fields(self, "parallel", ranges)
 
 
 @dataclass
@@ -285,17 +287,9 @@ class WatchdogConfig:
     sdc_action: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
-        for name in (
-            *("limit_minutes", "start_minutes", "validation_minutes", "save_minutes"),
-            *("silence_seconds", "poll_seconds"),
-        ):
-            if not getattr(self, name) > 0:
-                raise UserError(
-                    f"watchdog.{name} is {getattr(self, name)}: it must be above 0 "
-                    f"(watchdog.enabled false turns all of it off)"
-                )
-        if self.sdc_check_every_steps < 0:
-            raise UserError(f"watchdog.sdc_check_every_steps is {self.sdc_check_every_steps}: 0 means never")
+        minutes = ("limit_minutes", "start_minutes", "validation_minutes", "save_minutes")
+        seconds = ("silence_seconds", "poll_seconds")
+        check_fields(self, "watchdog", dict.fromkeys((*minutes, *seconds), above(0, MOST_MINUTES)))
         if self.silence_seconds < 3 * self.poll_seconds:
             raise UserError(
                 f"watchdog.silence_seconds {self.silence_seconds:g} is less than three times "
@@ -334,10 +328,10 @@ class PretrainConfig:
         watchdog: When a training that stands still is ended.
     """
 
-    output: str = "runs/pretrain"
+    output: LocalPath = "runs/pretrain"
     seed: int = 0
-    resume: str = "auto"
-    init_from: str | None = None
+    resume: ResumePath = "auto"
+    init_from: LocalPath | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -347,3 +341,6 @@ class PretrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", {"seed": SEEDS})

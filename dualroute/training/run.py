@@ -29,6 +29,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from typing import Any
 import torch
 
 from dualroute import compat
+from dualroute.attention import backend
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
@@ -52,11 +54,15 @@ from dualroute.model.checkpoint_format import (
     load_model,
     refuse_quantized,
 )
+from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.reshard import converted_states, remove_resharded, resumable_state
 from dualroute.training.checkpointing.resume import Start, check_start, choose_start, seen_here
+from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
+from dualroute.training.initial_model import with_given
+from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
-from dualroute.training.parallel.environment import World, check_port, detect_world
+from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.resilience import stop_signal
 from dualroute.training.resilience.launcher import watch_launcher
@@ -68,7 +74,8 @@ from dualroute.training.step.allocator import keep_freed_memory
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
-from dualroute.training.trainer import Parts, build_trainer
+from dualroute.training.step.token_count import TokenCount
+from dualroute.training.trainer import Parts, build_trainer, device
 
 
 @dataclass
@@ -90,12 +97,24 @@ class Prepared:
     start: Start
     make_module: Callable[[Prepared], Pretrain]
     roll_back: RollBack | None = None
+    operation: str = "pretrain"
+    teacher: dict[str, Any] | None = None
+
+    @property
+    def token_count(self) -> TokenCount:
+        """Tokens by step, from the checkpoint that is resumed on."""
+        return TokenCount.resumed(self.start.checkpoint, self.config.train.tokens_per_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.token_count.total_steps(self.config.train)
 
     @property
     def finished(self) -> bool:
         """The checkpoint to go on from has all steps."""
         checkpoint = self.start.checkpoint
-        return checkpoint is not None and checkpoint.step >= self.config.train.total_steps
+        return checkpoint is not None and checkpoint.step >= self.total_steps
 
 
 def check(config: PretrainConfig) -> Prepared:
@@ -105,7 +124,9 @@ def check(config: PretrainConfig) -> Prepared:
         UserError: Naming the key, file or folder, and the remedy.
     """
     world = detect_world()
+    refuse_forgotten_srun(world)
     check_port(world)
+    config = _with_kernels(config)
     output = Path(config.output)
     start = choose_start(output, config.resume)
     initial = _initial_checkpoint(config, start)
@@ -124,11 +145,7 @@ def check(config: PretrainConfig) -> Prepared:
         _check_compile(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
-    if train.total_steps <= config.optim.warmup_steps:
-        raise UserError(
-            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {train.total_steps} "
-            f"steps: the learning rate would never be reached"
-        )
+    _ = train.total_steps  # refused where neither steps nor tokens are given
     module = ShardDataModule(
         data.path,
         data.context,
@@ -144,7 +161,38 @@ def check(config: PretrainConfig) -> Prepared:
     if initial is not None:
         check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
-    return Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
+    prepared = Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
+    check_course(prepared)
+    return prepared
+
+
+def check_course(prepared: Prepared) -> None:
+    """Find what is wrong with a run's length and with what has changed since the checkpoint it resumes.
+
+    Raises:
+        UserError: Naming the keys and both values.
+    """
+    config, checkpoint = prepared.config, prepared.start.checkpoint
+    if checkpoint is not None:
+        refuse_changes(checkpoint, config, prepared.data.manifest.fingerprint)
+    if prepared.total_steps <= config.optim.warmup_steps:
+        raise UserError(
+            f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
+            f"steps: the learning rate would never be reached"
+        )
+
+
+def _with_kernels(config: PretrainConfig) -> PretrainConfig:
+    """With the attention's back end chosen for this process, and the environment's choice noted."""
+    given = os.environ.get(backend.VARIABLE)
+    kernels: Any = given or config.train.kernels
+    try:
+        backend.set_backend(kernels)
+        backend.describe(device())
+    except ValueError as error:
+        source = backend.VARIABLE if given else "train.kernels"
+        raise UserError(f"{source} is {kernels} and cannot be had here ({error}): use auto") from error
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
 
 
 def _initial_checkpoint(config: PretrainConfig, start: Start) -> Checkpoint | None:
@@ -167,10 +215,9 @@ def _with_initial_model(config: PretrainConfig, source: Checkpoint | None) -> Pr
     if source is None:
         return config
     refuse_quantized(source, "integers cannot be trained; give init_from the checkpoint it was made from")
-    default = ModelConfig().to_dict()
-    given = {name: value for name, value in config.model.to_dict().items() if value != default[name]}
     initial = ModelConfig.from_file(source.folder / CONFIG)
-    return dataclasses.replace(config, model=dataclasses.replace(initial, **given))
+    model = with_given(initial, config.model, f"init_from {config.init_from}")
+    return dataclasses.replace(config, model=model)
 
 
 def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
@@ -272,6 +319,7 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
         "tokenizer": prepared.tokenizer,
         "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
         "spike_guard": config.spike_guard,
+        "token_count": prepared.token_count,
     }
 
 
@@ -329,7 +377,8 @@ def _nothing_to_do(prepared: Prepared) -> int:
     checkpoint = prepared.start.checkpoint
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
-        print(f"{checkpoint.folder} has all {prepared.config.train.total_steps} steps: nothing to do")
+        print(f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
+        print(summary.what_comes_next(prepared.output, prepared.config.data.path))
     return 0
 
 
@@ -349,7 +398,9 @@ def _with_start(prepared: Prepared) -> Prepared:
         decided_by_rank_zero(lambda: _compare(checkpoint, prepared))
     if start.note and prepared.world.rank == 0:
         print(start.note, flush=True)
-    return dataclasses.replace(prepared, start=start)
+    prepared = dataclasses.replace(prepared, start=start)
+    decided_by_rank_zero(lambda: check_course(prepared))
+    return prepared
 
 
 def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
@@ -364,7 +415,13 @@ def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
     config, world, trainer = prepared.config, prepared.world, parts.trainer
     first_write, checkpoint = parts.first_write, prepared.start.checkpoint
     first_write.resume, parts.publisher.lineage = checkpoint, prepared.start.lineage
+    parts.publisher.described = describe_run(
+        config, prepared.data, checkpoint, prepared.operation, prepared.teacher
+    )
+    trainer.fit_loop.epoch_loop.max_steps = prepared.total_steps  # known only now where it ends by tokens
     module = prepared.make_module(prepared)
+    if world.rank == 0:
+        tell_start(prepared, module)
     folder, state = prepared.output / "checkpoints", None
     before = converted_states(folder)
     try:
@@ -378,7 +435,7 @@ def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
             )
             first_write.converted = state.parent
             if world.rank == 0:
-                total = config.train.total_steps
+                total = prepared.total_steps
                 print(f"resuming from {checkpoint.folder} (step {checkpoint.step} of {total})")
         with parts.watchdog:
             trainer.fit(
@@ -393,7 +450,20 @@ def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
         if world.rank == 0 and not first_write.done:  # refused: what was converted for it goes too
             remove_resharded(folder, keep=before)
         raise
-    return stop_for_requeue(trainer, parts.preemption) if parts.preemption.signal else 0
+    if parts.preemption.signal:
+        return stop_for_requeue(trainer, parts.preemption)
+    if world.rank == 0:
+        last = find_checkpoint(prepared.output)
+        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+    return 0
+
+
+def tell_start(prepared: Prepared, module: Pretrain) -> None:
+    """Say what is about to be trained, and what of it may not be meant."""
+    config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
+    lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
+    summary.tell(lines)
+    summary.warn(summary.warnings_at_start(config, data, world, count, prepared.start.checkpoint))
 
 
 def _quiet_lightning() -> None:

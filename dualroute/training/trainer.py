@@ -16,6 +16,9 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from dualroute.attention import backend
+from dualroute.errors import one_line
+from dualroute.paths import absolute_paths
 from dualroute.training.checkpointing.first_write import FirstWrite, LateTensorBoardLogger
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
@@ -32,8 +35,14 @@ if TYPE_CHECKING:
 
 
 def resolved_yaml(config: PretrainConfig) -> str:
-    """Every value of a run as YAML that ``--config`` reads again."""
-    return str(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
+    """Every value of a run as YAML that ``--config`` reads again, from any folder."""
+    values = json.loads(json.dumps(dataclasses.asdict(absolute_paths(config))))
+    return f"# {one_line(backend.describe(device()))}\n{yaml.safe_dump(values, sort_keys=False)}"
+
+
+def device() -> torch.device:
+    """What this process trains on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -79,7 +88,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         devices=world.local_world_size,
         num_nodes=world.num_nodes,
         precision=precision,
-        max_steps=train.total_steps,
+        max_steps=prepared.total_steps,
         max_epochs=-1,
         accumulate_grad_batches=prepared.accumulation,
         gradient_clip_val=config.optim.grad_clip,

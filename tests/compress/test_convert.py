@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dualroute.cli import main, stage_parser
+from dualroute.cli import main
+from dualroute.cli.help import stage_parser
 from dualroute.compress.convert import ConvertConfig, convert
 from dualroute.data.manifest import Manifest
 from dualroute.data.tokenizer import Tokenizer

@@ -272,7 +272,7 @@ def test_the_shape_of_another_is_taken_whole(trained, tiny_dataset, tmp_path):
     [
         ({}, "nothing to prune"),
         ({"shape_of": "x", "keep": 0.5}, "shape_of gives all sizes"),
-        ({"keep": 1.5}, "keep is 1.5: it must be between 0 and 1"),
+        ({"keep": 1.5}, r"keep is 1.5: it must be in \(0, 1\)"),
         ({"keep": 0.5, "axes": []}, "axes is empty"),
         ({"ffn_dim": 24}, "ffn_dim is 24: it must be at most 64 and a multiple of 16"),
         ({"global_heads": 3}, "global_heads is 3: it must be at most 4 and a multiple of 2"),

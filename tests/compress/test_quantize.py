@@ -60,7 +60,7 @@ def test_a_quantized_checkpoint_is_read_back_bit_for_bit_and_used_like_any_other
 ):
     written = quantize(QuantizeConfig(str(source), str(tmp_path / "small"), scheme, device="cpu"))
     in_memory = quantize_model(
-        load_model(find_checkpoint(source)), QuantizeConfig("", "", scheme).quantization
+        load_model(find_checkpoint(source)), QuantizeConfig("c", "o", scheme).quantization
     )
     read = load_model(written)
     ours, theirs = stored_tensors(in_memory), stored_tensors(read)
@@ -273,7 +273,8 @@ def test_other_refusals(source, tiny_dataset, tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     assert "integers cannot be trained" in training
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "dualroute[compress]" in refused("quantize", "--checkpoint", source, "--output", tmp_path / "b")
+    line = refused("quantize", "--checkpoint", source, "--output", tmp_path / "b")
+    assert "pip install -e '.[compress]'" in line
 
 
 def test_a_file_that_does_not_fit_its_description_is_refused(source, tmp_path):

@@ -211,5 +211,5 @@ def test_files_that_are_no_tokenizer(tmp_path, tokenizers, path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text(json.dumps(wrong_id))
     assert Tokenizer(tmp_path / "tokenizer.json").bos_id == Tokenizer(path).bos_id
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"pip install 'dualroute\[export\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[export\]'"):
         Tokenizer(path)

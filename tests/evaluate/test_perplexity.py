@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -154,3 +155,35 @@ def test_real_text(checkpoint, real_data):
     score = evaluate(EvaluateConfig(str(checkpoint), text=str(path), max_tokens=2000))
     assert score.targets == 1999
     assert 0 < score.bytes < 8000
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    checkpoint, tiny_dataset, tmp_path, monkeypatch
+):
+    import dualroute.evaluate.perplexity as perplexity
+
+    monkeypatch.setattr(perplexity, "evaluate", lambda config: pytest.fail("it was measured"))
+    config = EvaluateConfig(str(checkpoint), str(tiny_dataset), output=str(tmp_path / "no" / "figures.json"))
+    with pytest.raises(UserError, match=r"there is no folder .*no: make it"):
+        evaluate_command(config)
+    monkeypatch.setattr(perplexity, "evaluate", lambda config: perplexity.Score(1.0, 2, 3.0))
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        evaluate_command(EvaluateConfig(str(checkpoint), str(tiny_dataset), output=str(tmp_path)))
+
+
+def test_a_text_from_outside_has_a_limit_and_is_a_file(tmp_path, monkeypatch):
+    import dualroute.evaluate.perplexity as perplexity
+
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", tmp_path):
+        with pytest.raises(UserError, match="no regular file"):
+            perplexity.read_text(path)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"a" * 10_000))
+    monkeypatch.setattr(perplexity, "MOST_BYTES", 9_999)
+    with pytest.raises(UserError, match="over 9,999 bytes"):
+        perplexity.read_text(tmp_path / "bomb.gz")
+    damaged = bytearray((tmp_path / "bomb.gz").read_bytes())
+    damaged[12:20] = b"\xff" * 8
+    (tmp_path / "bomb.gz").write_bytes(damaged)
+    with pytest.raises(UserError, match="cannot be read"):
+        perplexity.read_text(tmp_path / "bomb.gz")

@@ -41,3 +41,29 @@ def test_a_prompt_comes_from_standard_input(checkpoint, capsys, monkeypatch):
 def test_a_prompt_without_room_is_refused(checkpoint):
     with pytest.raises(UserError, match="at most 128"):
         generate_command(GenerateConfig(str(checkpoint), "old river " * 200))
+
+
+def test_a_terminal_is_not_controlled_by_a_model(checkpoint, capsys, monkeypatch):
+    import dualroute.evaluate.sample as sample
+
+    monkeypatch.setattr(sample, "generate_text", lambda *_: iter(["\x1b[2J", "\ta\n"]))
+    for stream in (True, False):
+        config = GenerateConfig(str(checkpoint), "\x07", stream=stream)
+        generate_command(config)
+        assert capsys.readouterr().out == "\x07\x1b[2J\ta\n\n"
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        generate_command(config)
+        assert capsys.readouterr().out == "\\x07\\x1b[2J\ta\n\n"
+        monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+
+
+def test_a_prompt_that_is_no_text_or_endless_is_refused(checkpoint, monkeypatch):
+    import dualroute.evaluate.sample as sample
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    with pytest.raises(UserError, match="standard input is not UTF-8 text"):
+        generate_command(GenerateConfig(str(checkpoint), "-"))
+    monkeypatch.setattr(sample, "MOST_CHARACTERS", 3)
+    monkeypatch.setattr("sys.stdin", io.StringIO("abcd"))
+    with pytest.raises(UserError, match="more than 3 characters"):
+        generate_command(GenerateConfig(str(checkpoint), "-"))

@@ -33,6 +33,8 @@ def test_a_folder_for_transformers(checkpoint, tiny_dataset, tmp_path, capsys):
     assert figures["bytes"]["model.safetensors"] == (output / "model.safetensors").stat().st_size
 
     card = (output / "README.md").read_text()
+    assert "| trained on | 1,234 tokens in all (see History) |" in card
+    assert "1. pretrain: c (1,234 tokens in 7 steps)" in card
     assert "license: cc0-1.0" in card.split("---")[1]
     quality = figures["quality"]
     assert quality["tokens"] > 100
@@ -62,7 +64,7 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
     refused("opset is 9", **options, opset=9)
     refused("max_tokens is 0", **options, max_tokens=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(r"--format hf needs transformers: pip install 'dualroute\[export\]'", **options)
+    refused(r"--format hf needs transformers: pip install -e '.\[export\]'", **options)
 
 
 def test_quantised_weights_are_refused(tiny_dataset, tmp_path):

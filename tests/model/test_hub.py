@@ -211,7 +211,7 @@ def test_gpt2_is_a_teacher_and_no_initial_weights(transformers, tmp_path):
 def test_gpt2_without_transformers(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'dualroute\[export\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[export\]'"):
         load_causal_lm(tmp_path)
 
 

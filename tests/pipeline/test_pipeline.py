@@ -80,7 +80,7 @@ def go(tiny_dataset, tmp_path, stages):
                 **options,
             }
         )
-        return run_pipeline(config, tmp_path, cli.parse_stage, stages), list(stages.done)
+        return run_pipeline(config, cli.parse_stage, stages), list(stages.done)
 
     return run
 
@@ -110,6 +110,19 @@ def test_changed_options_redo_what_depends_on_them_and_lose_nothing(go, tmp_path
     assert done == after
     assert (tmp_path / "run" / "recover.replaced-1" / "checkpoint.json").is_file()
     assert go(recover={"seed": 7}) == (0, [])
+
+
+def test_a_changed_file_of_a_file_redoes_and_a_moved_one_does_not(go, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "optim.yaml").write_text("lr: 0.5\n")
+    (files / "recover.yaml").write_text("optim: optim.yaml\n")
+    go(recover={"config": str(files / "recover.yaml")})
+    files.rename(tmp_path / "moved")
+    options = {"recover": {"config": str(tmp_path / "moved" / "recover.yaml")}}
+    assert go(**options) == (0, [])
+    (tmp_path / "moved" / "optim.yaml").write_text("lr: 0.25\n")
+    assert go(**options)[1][0] == "recover"
 
 
 def test_another_parent_redoes_everything_made_from_it(go, tiny_dataset, tmp_path, stages):
@@ -187,7 +200,7 @@ def test_rounds_divide_what_is_kept(go, tiny_dataset, tmp_path, stages):
     config = PipelineConfig(
         output=str(tmp_path), data=str(tiny_dataset), prepare=None, rounds=2, prune={"keep": 0.49}
     )
-    plan = {stage.name: stage for stage in Planner(config, tmp_path, cli.parse_stage).make().stages}
+    plan = {stage.name: stage for stage in Planner(config, cli.parse_stage).make().stages}
     assert "--keep=0.7" in plan["prune-1"].arguments
     assert f"--checkpoint={tmp_path / 'recover-1'}" in plan["prune-2"].arguments
     assert f"--teacher={tmp_path / 'pretrain'}" in plan["recover-2"].arguments
@@ -198,7 +211,7 @@ def test_controls_differ_from_the_recovery_in_one_thing(tiny_dataset, tmp_path):
         output=str(tmp_path), data=str(tiny_dataset), prepare=None, prune={"keep": 0.5, "axes": ["ffn"]},
         recover={"seed": 3, "distill": {"temperature": 2.0}}, controls=["parent", "cross_entropy", "random"],
     )  # fmt: skip
-    plan = {stage.name: stage for stage in Planner(config, tmp_path, cli.parse_stage).make().stages}
+    plan = {stage.name: stage for stage in Planner(config, cli.parse_stage).make().stages}
     for name in ("recover", "control-parent", "control-cross_entropy", "control-random"):
         assert "--seed=3" in plan[name].arguments
         assert f"--teacher={tmp_path / 'pretrain'}" in plan[name].arguments
@@ -253,11 +266,22 @@ def test_mistakes_are_found_before_anything_starts(go, stages, options, message)
     assert stages.done == []
 
 
-def test_a_damaged_record_is_named(go, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", "5", "null", '{"reads": 3}', "{}", "[" * 100_000, "\x00"])
+def test_a_damaged_record_or_measurement_is_named(go, tmp_path, content):
     go()
-    (tmp_path / "run" / "stages" / "prune.json").write_text("{")
-    with pytest.raises(UserError, match=r"prune\.json is damaged.*remove it"):
-        go()
+    for place, message in (
+        ("stages/prune.json", r"prune\.json is damaged.*remove it"),
+        ("evaluate/parent.json", r"parent\.json cannot be read.*remove it"),
+        ("speed/pruned.json", r"pruned\.json cannot be read.*remove it"),
+    ):
+        path = tmp_path / "run" / place
+        whole = path.read_bytes()
+        path.write_text(content)
+        with pytest.raises(UserError, match=message) as refused:
+            go(**({} if place.startswith("stages") else {"only": "report"}))
+        assert len(str(refused.value).splitlines()) == 1
+        path.write_bytes(whole)
+    assert go() == (0, [])
 
 
 @pytest.mark.slow

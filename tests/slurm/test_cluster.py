@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from dualroute.submit import template_folder
+from dualroute.cli.submit.scripts import template_folder
 from tests.conftest import write_corpus
 from tests.slurm.conftest import NODES
 from tests.training.resilience.ranks import WATCHED

@@ -34,13 +34,20 @@ from dualroute.errors import UserError
 from dualroute.files import fsync_folder, make_durable
 from dualroute.model import checkpoint_format
 from dualroute.model.config import ModelConfig
+from dualroute.model.lineage import total_tokens
 from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing import lineage
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
 from dualroute.training.checkpointing.state_file import saving_with
 from dualroute.training.checkpointing.state_layout import StateLayout
-from dualroute.training.checkpointing.upkeep import best_of, note_published, point_links, remove, set_aside
+from dualroute.training.checkpointing.upkeep import (
+    best_by_validation,
+    note_published,
+    point_links,
+    remove,
+    set_aside,
+)
 from dualroute.training.config import CheckpointConfig
 
 
@@ -52,13 +59,23 @@ class CheckpointPublisher(Callback):
         config: When to write and what to keep.
         tokenizer: Tokenizer file copied into every checkpoint.
         val_every_steps: Optimizer steps between validations (to save after, not before, one).
+        described: What every checkpoint says of this run besides; ``validation`` is what its losses were
+            measured on, and only those measured on the same are compared.
 
     Attributes:
         lineage: What the checkpoints of this training descend from
             (:mod:`~dualroute.training.checkpointing.lineage`).
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, tokenizer: Path, val_every_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        tokenizer: Path,
+        val_every_steps: int,
+        described: dict[str, Any] | None = None,
+    ) -> None:
+        self.described = described or {}
         self.folder = folder
         self.config = config
         self.tokenizer = tokenizer
@@ -151,11 +168,12 @@ class CheckpointPublisher(Callback):
 
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
-        return {
+        metadata = {
             "dualroute": __version__,
             "step": step,
             "max_steps": trainer.max_steps,
             "tokens": pl_module.tokens_seen,
+            "token_changes": pl_module.token_count.changes,
             "train_loss": pl_module.step_metrics.get("loss"),
             "val_loss": self._val_loss[1] if measured and self._val_loss else None,
             "world_size": trainer.world_size,
@@ -164,7 +182,9 @@ class CheckpointPublisher(Callback):
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
             "seed": trainer.datamodule.seed,  # type: ignore[attr-defined]
             lineage.KEY: self.lineage,
+            **self.described,
         }
+        return metadata | {"total_tokens": total_tokens(metadata)}
 
     def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
@@ -182,8 +202,8 @@ class CheckpointPublisher(Callback):
     def _retain(self) -> None:
         point_links(self.folder)
         checkpoints = checkpoint_format.scan_checkpoints(self.folder).finished
-        best = best_of(checkpoints)
-        keep = {c.step for c in checkpoints[-self.config.keep_last :]} | ({best.step} if best else set())
+        best = best_by_validation(checkpoints).values()
+        keep = {c.step for c in [*checkpoints[-self.config.keep_last :], *best]}
         for checkpoint in checkpoints:
             if checkpoint.step not in keep:
                 remove(checkpoint.folder)

@@ -62,9 +62,14 @@ def resumable_state(
     """
     wrote = StateLayout.read(checkpoint)
     needed = StateLayout.of(trainer)
-    if wrote.serves(needed):
+    if not wrote.serves(needed):
+        _refuse_loss(checkpoint, wrote, needed, precision)
+    before = saved_precision(checkpoint, precision)
+    refuse_other_precision(checkpoint, wrote, needed, before, precision)
+    # DeepSpeed's partitions of float32 and of bfloat16 training have different files
+    same_form = not needed.stage or before.startswith("bf16") == precision.startswith("bf16")
+    if wrote.serves(needed) and same_form:
         return checkpoint.state
-    _refuse_loss(checkpoint, wrote, needed, precision)
     if isinstance(trainer.strategy, DualRouteDeepSpeedStrategy) and needed.stage:
         trainer.strategy.expect_universal_checkpoint()
     target = folder / f"{PREFIX}{checkpoint.folder.name}"
@@ -110,6 +115,28 @@ def _refuse_loss(
         raise UserError(
             f"{checkpoint.folder} holds {wrote}, this run needs {needed}, and {reason}; start it with the "
             f"number of ranks, parallel.strategy and parallel.zero_stage of the run that wrote it"
+        )
+
+
+def saved_precision(checkpoint: checkpoint_format.Checkpoint, unknown: str) -> str:
+    """``train.precision`` of the run that wrote ``checkpoint``; ``unknown`` where that was not noted."""
+    settings = checkpoint.metadata.get("settings")
+    train = settings.get("train") if isinstance(settings, dict) else None
+    return str(train.get("precision", unknown)) if isinstance(train, dict) else unknown
+
+
+def refuse_other_precision(
+    checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, before: str, now: str
+) -> None:
+    """Changes of the arithmetic that a state of DeepSpeed cannot follow."""
+    stages = (wrote.stage, needed.stage)
+    fp16 = "16-mixed" in (before, now) and stages != (None, None)
+    half_weights = "bf16-true" in (before, now) and 0 in stages
+    if before != now and (fp16 or half_weights):
+        raise UserError(
+            f"{checkpoint.folder} was trained with train.precision {before} and this run asks for {now}, "
+            f"which {wrote if wrote.stage is not None else needed} cannot follow: give the old value, or "
+            f"begin with the weights in another --output (--init_from {checkpoint.folder})"
         )
 
 

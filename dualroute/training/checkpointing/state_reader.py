@@ -293,7 +293,7 @@ def prepare_deepspeed() -> None:
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        raise UserError("this needs DeepSpeed: pip install 'dualroute[deepspeed]'") from error
+        raise UserError("this needs DeepSpeed: pip install -e '.[deepspeed]'") from error
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -51,16 +51,27 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
     return moved
 
 
-def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The one with the smallest validation loss, the oldest of equals; None where none was measured."""
-    measured = [c for c in checkpoints if c.val_loss is not None and math.isfinite(c.val_loss)]
-    return min(measured, key=lambda c: (c.val_loss, c.step), default=None)
+def best_by_validation(checkpoints: list[Checkpoint]) -> dict[str, Checkpoint]:
+    """The checkpoint of lowest validation loss, the earlier of equals, for each thing it was measured on.
+
+    In the order of the newest of each; losses that are no numbers do not count.
+    """
+    best: dict[str, Checkpoint] = {}
+    for checkpoint in sorted(checkpoints, key=lambda c: c.step):
+        loss = checkpoint.val_loss
+        if loss is None or not math.isfinite(loss):
+            continue
+        measured_on = json.dumps(checkpoint.metadata.get("validation"), sort_keys=True)
+        other = best.pop(measured_on, None)
+        best[measured_on] = other if other is not None and other.val_loss <= loss else checkpoint  # type: ignore[operator]
+    return best
 
 
 def point_links(folder: Path) -> None:
     """Have ``last`` and ``best`` name what is there; a link to what is not there goes."""
     finished = scan_checkpoints(folder).finished
-    targets = (finished[-1] if finished else None, best_of(finished))
+    best = [*best_by_validation(finished).values()]  # the last: measured as the newest loss was
+    targets = (finished[-1] if finished else None, best[-1] if best else None)
     for name, target in zip(LINKS, targets, strict=True):
         if target is not None:
             point(folder / name, target.folder.name)

@@ -8,36 +8,21 @@ the newest checkpoint writes a sample.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
 
-from dualroute.data.manifest import Manifest
+from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.errors import UserError
+from dualroute.errors import UserError, one_line, printable
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.checkpoint_format import TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.model.lineage import total_tokens
+from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
-
-
-@dataclass
-class ReportConfig:
-    """Show what a run did.
-
-    Args:
-        run: The run folder.
-        prompt: Beginning of the sample that the newest checkpoint writes.
-        sample_tokens: Length of the sample.
-    """
-
-    run: str
-    prompt: str = "The"
-    sample_tokens: int = 120
 
 
 def report(config: ReportConfig) -> None:
@@ -49,34 +34,53 @@ def report(config: ReportConfig) -> None:
     run = Path(config.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml")
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     checkpoint = find_checkpoint(run)
-    text = _page(run, settings, checkpoint, _sample(checkpoint, config))
+    text = _page(run, _data_of(run / "config.yaml"), checkpoint, _sample(checkpoint, config))
     write_bytes_atomically(run / "report.md", text.encode())
     Console().print(Markdown(text))
 
 
-def _page(run: Path, settings: dict[str, Any], checkpoint: Checkpoint, sample: str) -> str:
-    manifest = Manifest.load(settings["data"]["path"])
+def _data_of(path: Path) -> Path:
+    """The folder of shards that a run's config.yaml names.
+
+    Raises:
+        UserError: The file cannot be read, or names none.
+    """
+    try:
+        folder = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["path"]
+        if not isinstance(folder, str):
+            raise TypeError("data.path is no text")
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({one_line(str(error))}): it should name data.path") from error
+    return Path(folder.replace("$$", "$"))  # as dualroute.paths writes it
+
+
+def _corpus(folder: Path) -> list[tuple[str, str]]:
+    """Lines about the data; where a run was moved without them, that they are not there."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return [("corpus", f"the shards are no longer in `{folder}`")]
+    manifest = Manifest.load(folder)
+    options = manifest.preparation.get("options", {})
+    tokens = f"{manifest.split('train').tokens:,} (vocabulary {manifest.tokenizer.vocab_size:,})"
+    text = f"{options.get('corpus', '?')}: {manifest.split('train').bytes / 1e6:.1f} MB of text"
+    return [("corpus", text), ("tokens in it", tokens)]
+
+
+def _page(run: Path, data: Path, checkpoint: Checkpoint, sample: str) -> str:
     train = read_metrics(run / "metrics.jsonl", "train")
     validation = read_metrics(run / "metrics.jsonl", "validation")
     if not train or not validation:
         raise UserError(f"{run / 'metrics.jsonl'} has no training or no validation in it yet: train longer")
     first, last = validation[0], validation[-1]
     model = load_model(checkpoint)
-    options = manifest.preparation.get("options", {})
     rows = [
-        ("corpus", f"{options.get('corpus', '?')}: {manifest.split('train').bytes / 1e6:.1f} MB of text"),
-        (
-            "tokens in it",
-            f"{manifest.split('train').tokens:,} (vocabulary {manifest.tokenizer.vocab_size:,})",
-        ),
+        *_corpus(data),
         (
             "model",
             f"{model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
             f"embeddings; attention {model.config.attention}",
         ),
-        ("trained", f"{checkpoint.step} steps, {checkpoint.metadata['tokens']:,} tokens"),
+        ("trained", _trained(checkpoint)),
         (
             "validation loss",
             f"{first['val/loss']:.3f} at step {first['step']} → "
@@ -88,8 +92,14 @@ def _page(run: Path, settings: dict[str, Any], checkpoint: Checkpoint, sample: s
         ("TensorBoard", f"`tensorboard --logdir {run / 'tensorboard'}`"),
         ("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
+
+
+def _trained(checkpoint: Checkpoint) -> str:
+    own, total = int(checkpoint.metadata.get("tokens", 0)), total_tokens(checkpoint.metadata)
+    with_others = f" ({total:,} with the trainings it began with)" if total != own else ""
+    return f"{checkpoint.step} steps, {own:,} tokens{with_others}"
 
 
 def _sample(checkpoint: Checkpoint, config: ReportConfig) -> str:

@@ -34,6 +34,7 @@ _RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 _SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NODEID")
 # Slurm numbers the steps that no `srun` started from the top of 32 bits: interactive, batch, extern, pending.
 _FIRST_RESERVED_SLURM_STEP = 0xFFFFFFFA
+_INTERACTIVE_JOBS = ("bash", "interactive")
 # Below the ephemeral ports of Linux (32768 and up), so that no outgoing connection sits on ours by chance.
 _SLURM_PORTS = range(15000, 30000)
 
@@ -73,6 +74,41 @@ def detect_world(environ: Mapping[str, str] | None = None) -> World:
     if _started_by_srun(environ):
         return _from_slurm(environ)
     return World()
+
+
+def refuse_forgotten_srun(world: World, environ: Mapping[str, str] | None = None) -> None:
+    """Refuse to train alone in a job that was given several tasks: `python` where `srun python` was meant.
+
+    An interactive job (``salloc``, ``srun --pty bash``) holds its tasks for what will be tried in it, so
+    there one process is one process; Lightning tells them by the same names.
+
+    Raises:
+        UserError: Naming the tasks of the job and what starts them.
+    """
+    environ = os.environ if environ is None else environ
+    if world.launcher != "none" or "SLURM_JOB_ID" not in environ:
+        return
+    if environ.get("SLURM_JOB_NAME", "") in _INTERACTIVE_JOBS:
+        return
+    tasks = _job_tasks(environ)
+    if tasks > 1:
+        raise UserError(
+            f"this job has {tasks} tasks (SLURM_NTASKS) and this process was not started by srun, so it "
+            f"would train alone beside {tasks - 1} idle ones: start it with srun (srun python "
+            f"launch/pretrain.py …), or one process on purpose with srun --ntasks=1"
+        )
+
+
+def _job_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks of the whole job; 1 where Slurm says nothing that can be read."""
+
+    def number(name: str) -> int:
+        text = environ.get(name, "")
+        return int(text) if text.isdigit() else 1
+
+    if "SLURM_NTASKS" in environ or "SLURM_NPROCS" in environ:
+        return max(number("SLURM_NTASKS"), number("SLURM_NPROCS"))
+    return number("SLURM_NTASKS_PER_NODE") * number("SLURM_NNODES")
 
 
 def strip_local_rank(argv: Sequence[str]) -> list[str]:

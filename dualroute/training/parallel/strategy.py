@@ -58,8 +58,6 @@ def build_strategy(
     name = config.strategy
     if name == "auto":
         name = "single" if world.world_size == 1 else "deepspeed"
-    if name not in ("single", "ddp", "deepspeed"):
-        raise UserError(f"strategy={config.strategy!r} is unknown: use auto, single, ddp or deepspeed")
     if name == "single" and world.world_size > 1:
         raise UserError(
             f"strategy=single, but {world.launcher} started {world.world_size} processes: "
@@ -137,7 +135,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
         if find_spec("deepspeed") is None:
-            raise UserError("this needs DeepSpeed: pip install 'dualroute[deepspeed]'")
+            raise UserError("this needs DeepSpeed: pip install -e '.[deepspeed]'")
         if on_cpu:
             # DeepSpeed chooses its accelerator once, while it is imported.
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -261,8 +259,22 @@ def _check_libaio() -> None:
         )
 
 
+_OF_DEEPSPEED = ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+
+
+def settings_without_effect(config: ParallelConfig, world: World) -> str | None:
+    """What is said of DeepSpeed's settings in a run that one plain process trains; null without any."""
+    given = [f"parallel.{key} {getattr(config, key)}" for key in _OF_DEEPSPEED if getattr(config, key)]
+    if config.strategy != "auto" or world.world_size > 1 or not given:
+        return None
+    return (
+        f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: parallel.strategy auto trains "
+        f"one process without DeepSpeed; start several, or give --parallel.strategy deepspeed"
+    )
+
+
 def _refuse_zero_without_deepspeed(config: ParallelConfig, name: str) -> None:
-    for key in ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"):
+    for key in _OF_DEEPSPEED:
         value = getattr(config, key)
         # With auto, a run file written for many ranks may be tried on one, which needs no sharding.
         if value and config.strategy != "auto":

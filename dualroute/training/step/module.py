@@ -6,13 +6,15 @@ batch was divided over ranks and micro-batches.  Out: gradients for the strategy
 ``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitoring.monitor`.
 
 The learning rate has no scheduler object.  It is a pure function of the step, written
-into the optimizer before each one, so there is no state to save and nothing to drift on resume.
+into the optimizer before each one, so there is no state to save and nothing to drift on resume.  Weight
+decay, betas and eps are written with it, because a restored optimizer brings those of the run before.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,9 +30,10 @@ from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.step.losses import chunked_cross_entropy
-from dualroute.training.step.optim import build_optimizer, lr_at, parameter_groups
+from dualroute.training.step.optim import HyperParameters, build_optimizer, learning_rate, parameter_groups
 from dualroute.training.step.spike_guard import SpikeGuard
 from dualroute.training.step.step_guard import StepGuard, StepOutcome
+from dualroute.training.step.token_count import TokenCount
 
 
 class Pretrain(LightningModule):
@@ -43,6 +46,7 @@ class Pretrain(LightningModule):
         tokenizer: For samples during training.
         targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.
         spike_guard: When a step is skipped.
+        token_count: Tokens by step; null is that of a run that begins.
 
     Attributes:
         step_metrics: Figures of the step that was just finished, equal on all ranks.
@@ -57,6 +61,7 @@ class Pretrain(LightningModule):
         tokenizer: Tokenizer,
         targets_per_byte: dict[str, float],
         spike_guard: SpikeGuardConfig | None = None,
+        token_count: TokenCount | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,6 +69,7 @@ class Pretrain(LightningModule):
         self.train_config = train
         self.tokenizer = tokenizer
         self.targets_per_byte = targets_per_byte
+        self.token_count = token_count or TokenCount(train.tokens_per_batch)
         self.spike_guard = SpikeGuard(spike_guard)
         self.step_metrics: dict[str, float] = {}
         self.validation_metrics: dict[str, float] = {}
@@ -80,7 +86,7 @@ class Pretrain(LightningModule):
     @property
     def tokens_seen(self) -> int:
         """Tokens trained on so far, over all ranks."""
-        return self.steps_done * self.train_config.tokens_per_batch
+        return self.token_count.at(self.steps_done)
 
     #: (number, position in the data) of the first step of those that were skipped without a good one since
     skipped_since: tuple[int, int] | None = None
@@ -99,18 +105,20 @@ class Pretrain(LightningModule):
         return self.model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.trained, self.optim_config)
+        optimizer = build_optimizer(self.trained, self.optim_config)
+        self._hyper_parameters = HyperParameters(optimizer, self.optim_config)
+        return optimizer
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
-        return lr_at(step, self.train_config.total_steps, self.optim_config)
+        return learning_rate(step, self.train_config, self.optim_config, self.token_count)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
         if self.trainer.should_stop:
             return -1  # Lightning's sign to leave the loop before this batch
         if self._micro_steps == 0:
-            for group in self.trainer.optimizers[0].param_groups:
-                group["lr"] = self.learning_rate(self.trainer.global_step)
+            lr = self.learning_rate(self.trainer.global_step)
+            self._hyper_parameters.write(self.trainer.optimizers[0], lr)
         return None
 
     def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Any:
@@ -171,6 +179,7 @@ class Pretrain(LightningModule):
             "lr": self.learning_rate(self.trainer.global_step - 1),
             "bits_per_byte": self.bits_per_byte(self._outcome.loss, "train"),
             "tokens": self.tokens_seen,
+            "epoch": self.trainer.datamodule.epoch,  # type: ignore[attr-defined]
             "tokens_in_step": self.train_config.tokens_per_batch,
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
@@ -209,18 +218,33 @@ class Pretrain(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
+        # by these names a state can be cut up otherwise (see training/checkpointing/state_reader.py)
+        checkpoint["parameter_names"] = self._names_by_group()
+
+    def _names_by_group(self) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizer."""
         config = self.optim_config
         groups = parameter_groups(self.trained, config.weight_decay, decay_embeddings=config.decay_embeddings)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        # by these names a state can be cut up otherwise (see training/checkpointing/state_reader.py)
-        checkpoint["parameter_names"] = [[names[id(p)] for p in group["params"]] for group in groups]
+        return [[names[id(p)] for p in group["params"]] for group in groups]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         missing = {"spike_guard", ShardDataModule.__qualname__} - checkpoint.keys()
         if missing:  # Lightning would go on without, from the first sample
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
+        self._refuse_other_groups(checkpoint.get("parameter_names"))
         self.spike_guard.load_state_dict(checkpoint["spike_guard"])
         self._count_micro_batches(checkpoint)
+
+    def _refuse_other_groups(self, saved: list[list[str]] | None) -> None:
+        """The same parameters in other groups: an optimizer's state cannot follow them."""
+        ours = self._names_by_group()
+        if saved is not None and saved != ours and sorted(chain(*saved)) == sorted(chain(*ours)):
+            decays = self.optim_config.decay_embeddings
+            raise UserError(
+                f"the checkpoint was trained with optim.decay_embeddings {str(not decays).lower()} and this "
+                f"run asks for {str(decays).lower()}: give the old value, or begin anew with --init_from"
+            )
 
     def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:
         """Put Lightning's count of micro-batches right; by it Lightning finds the end of a step.

@@ -1,7 +1,7 @@
 """What turns gradients into a step: parameter groups, AdamW, and the learning rate's course.
 
 The LightningModule's ``configure_optimizers`` calls :func:`build_optimizer`; before each step it writes
-:func:`lr_at` into the optimizer.
+:func:`learning_rate` and the other settings (:class:`HyperParameters`) into the optimizer.
 
 Under ZeRO-3 a parameter's own shape is empty, its real one stands in ``ds_shape``.
 Whoever decides by ``param.ndim`` what is decayed would then decay nothing at all.
@@ -10,13 +10,15 @@ Whoever decides by ``param.ndim`` what is decayed would then decay nothing at al
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from dualroute.errors import UserError
-from dualroute.training.config import OptimConfig
+from dualroute.training.config import OptimConfig, TrainConfig
+from dualroute.training.step.token_count import TokenCount
 
 
 def parameter_groups(
@@ -70,25 +72,62 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool = Fa
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError as error:
         raise UserError(
-            "optimizer offload needs DeepSpeed, which is not installed: pip install 'dualroute[deepspeed]'"
+            "optimizer offload needs DeepSpeed, which is not installed: pip install -e '.[deepspeed]'"
         ) from error
     return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
 
 
-def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
+def lr_at(
+    step: int, total_steps: int, config: OptimConfig, in_batches: Callable[[int], float] = float
+) -> float:
     """Learning rate of the optimizer step that follows ``step`` finished ones.
 
     Linear warm-up reaches ``lr`` at its last step.  ``min_lr_ratio`` is reached when all ``total_steps``
     are finished, so that the last step still moves even at a ratio of 0.  wsd falls by 1 − √progress
     (Hägele et al. 2024, https://arxiv.org/abs/2405.18392).
+
+    Args:
+        step: Finished optimizer steps.
+        total_steps: Of the whole run.
+        config: The course.
+        in_batches: What progress is measured in, as a function of the step: steps, or tokens in batches.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    begin = config.warmup_steps
+    begin, here, end = (in_batches(s) for s in (config.warmup_steps, step, total_steps))
     if config.schedule == "wsd":
-        begin = max(begin, total_steps - max(1, round(config.decay_fraction * total_steps)))
-    progress = min(max((step - begin) / max(total_steps - begin, 1), 0.0), 1.0)
+        begin = max(begin, end - max(1, round(config.decay_fraction * end)))
+    progress = min(max((here - begin) / max(end - begin, 1), 0.0), 1.0)
     shape = 1 - math.sqrt(progress) if config.schedule == "wsd" else (1 + math.cos(math.pi * progress)) / 2
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
+
+
+def learning_rate(step: int, train: TrainConfig, config: OptimConfig, count: TokenCount) -> float:
+    """:func:`lr_at` in a run whose length is given in steps, or in tokens."""
+    by_tokens = train.max_tokens is not None
+    return lr_at(step, count.total_steps(train), config, count.in_batches if by_tokens else float)
+
+
+class HyperParameters:
+    """Settings of AdamW as the configuration has them, whatever a restored state says.
+
+    Lightning and DeepSpeed restore the parameter groups of the optimizer together with its moments, and with
+    them the weight decay, betas and eps of the run that saved them.
+
+    Args:
+        optimizer: As it was built, before a state is loaded into it.
+        config: What is to hold.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+        self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        self._config = config
+
+    def write(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Write them, and ``lr``, into the groups of ``optimizer``."""
+        for group, weight_decay in zip(optimizer.param_groups, self._weight_decays, strict=True):
+            group.update(
+                lr=lr, weight_decay=weight_decay, betas=tuple(self._config.betas), eps=self._config.eps
+            )

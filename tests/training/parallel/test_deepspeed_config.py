@@ -97,7 +97,6 @@ def test_contradictions_name_the_file_and_both_sides(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ParallelConfig(zero_stage=4), "zero_stage=4 is unknown"),
         (
             ParallelConfig(zero_stage=0, offload_optimizer=True),
             "offload_optimizer needs zero_stage 1 or 2 or 3",

@@ -14,6 +14,7 @@ from dualroute.training.parallel.environment import (
     World,
     check_port,
     detect_world,
+    refuse_forgotten_srun,
     strip_local_rank,
 )
 
@@ -159,3 +160,37 @@ def test_trainer_numbers_must_be_the_launchers() -> None:
 def test_one_process_finds_a_port_and_keeps_it() -> None:
     environment = DualRouteEnvironment(World())
     assert environment.main_port == environment.main_port > 0
+
+
+JOB = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_NNODES")}
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        (JOB, 4),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2"}, 16),
+        (JOB | {"SLURM_STEP_ID": "4294967291"}, 4),  # the batch script
+        (JOB | {"SLURM_JOB_NAME": "pretrain"}, 4),
+    ],
+)
+def test_a_job_of_several_tasks_without_srun_is_refused(variables: dict[str, str], tasks: int) -> None:
+    with pytest.raises(UserError, match=rf"this job has {tasks} tasks .*start it with srun"):
+        refuse_forgotten_srun(detect_world(variables), variables)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_NTASKS": "4"},  # no job
+        JOB | {"SLURM_NTASKS": "1"},
+        JOB | {"SLURM_JOB_NAME": "bash"},
+        JOB | {"SLURM_JOB_NAME": "interactive"},
+        SLURM,  # one of the job's tasks
+        JOB | RANK_3_OF_4 | {"TORCHELASTIC_RUN_ID": "x"},
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"},
+    ],
+)
+def test_who_was_started_as_it_should_be_is_not_refused(variables: dict[str, str]) -> None:
+    refuse_forgotten_srun(detect_world(variables), variables)

@@ -228,7 +228,7 @@ except ValueError as error:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
-    assert done.stdout.strip() == "UserError this needs DeepSpeed: pip install 'dualroute[deepspeed]'"
+    assert done.stdout.strip() == "UserError this needs DeepSpeed: pip install -e '.[deepspeed]'"
 
 
 def test_auto_is_one_plain_process_or_deepspeed() -> None:
@@ -240,7 +240,6 @@ def test_auto_is_one_plain_process_or_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("config", "world", "message"),
     [
-        (ParallelConfig("fsdp"), World(), "strategy='fsdp' is unknown"),  # type: ignore[arg-type]
         (ParallelConfig("single"), World(world_size=2, launcher="torchrun"), "torchrun started 2 processes"),
         (
             ParallelConfig("ddp", zero_stage=2),

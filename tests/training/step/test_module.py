@@ -219,4 +219,4 @@ def test_a_run_may_begin_with_the_weights_of_another(unbroken, tiny_dataset, tmp
     assert curve(tmp_path / "narrow", "validation")[0] != second[0]
     capsys.readouterr()
     assert begin("wide", "--model.dim", "48") == 2
-    assert "holds a model of another shape" in capsys.readouterr().err
+    assert "model.dim is 48 and the weights of init_from" in capsys.readouterr().err

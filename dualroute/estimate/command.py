@@ -16,40 +16,25 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from dualroute.attention import Layout
-from dualroute.errors import UserError
+from dualroute.data.manifest import MANIFEST_FILE, Manifest
+from dualroute.errors import printable
+from dualroute.estimate.config import EstimateConfig
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.sequence import check_sequence_parallel
 
 GIB = 2**30
+#: Where neither the configuration nor the data say: that of configs/prepare/fineweb_edu.yaml.
+USUAL_VOCABULARY = 32_000
 SAMPLE_TOKENS = 1024  # of the layer that is measured
-
-
-@dataclass
-class EstimateConfig(PretrainConfig):
-    """Estimate a run from its configuration, which may be one of configs/pretrain.
-
-    Args:
-        gpus: GPUs, one process each.
-        gpu_memory: Memory of one, GiB.
-        headroom: Share of that memory left to buffers, fragmentation and tiles in flight.
-        peak_tflops: Dense bfloat16 peak of one GPU (H100 SXM: 989, A100: 312).
-        mfu: Share of the peak that training reaches; measure yours with a short run (`speed/mfu`).
-    """
-
-    gpus: int = 1
-    gpu_memory: float = 80.0
-    headroom: float = 0.15
-    peak_tflops: float = 989.0
-    mfu: float = 0.35
 
 
 @dataclass
@@ -76,12 +61,9 @@ def estimate(config: EstimateConfig) -> Estimate:
     """Count and measure.
 
     Raises:
-        UserError: The vocabulary is not given, or ranks and heads do not divide.
+        UserError: The data are damaged, or ranks and heads do not divide.
     """
-    if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is null: give it, the data are not read for an estimate")
-    if config.gpus < 1 or not 0 <= config.headroom < 1 or config.gpu_memory <= 0:
-        raise UserError("gpus must be at least 1, gpu_memory above 0, and headroom from 0 to below 1")
+    config = _with_vocabulary(config)
     ranks = config.parallel.sequence_parallel
     check_sequence_parallel(ranks, World(world_size=config.gpus), config.model)
     model = config.model.resolved()
@@ -99,6 +81,24 @@ def estimate(config: EstimateConfig) -> Estimate:
     hours /= config.gpus * config.peak_tflops * 1e12 * config.mfu
     longest = max(0, math.floor(room / per_text_token))
     return Estimate(parameters, weights, gradients, optimizer, kept, work, longest, flops, hours)
+
+
+def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
+    """With the vocabulary of the data, or one of the usual size while there are none."""
+    if config.model.vocab_size is not None:
+        return config
+    folder = Path(config.data.path)
+    size = USUAL_VOCABULARY
+    if (folder / MANIFEST_FILE).is_file():
+        size = Manifest.load(folder).tokenizer.vocab_size
+    else:
+        print(
+            printable(
+                f"there are no shards in {folder} yet: a vocabulary of {size:,} is assumed "
+                f"(--model.vocab_size gives another)"
+            )
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def _state_bytes(config: EstimateConfig) -> tuple[float, float, float]:

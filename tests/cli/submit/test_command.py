@@ -1,5 +1,6 @@
 """``dualroute submit``: what it refuses before anything is queued, and the scripts that it writes."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,8 +9,9 @@ import sys
 import pytest
 import yaml
 
-from dualroute import submit
 from dualroute.cli import main
+from dualroute.cli.submit import scripts as submit_scripts
+from dualroute.cli.submit.scripts import quoted
 from dualroute.errors import UserError
 
 
@@ -207,13 +209,17 @@ def test_a_template_of_ones_own_may_not_ask_for_what_is_unknown(work, tiny_datas
     line = refused(capsys, "pretrain", "--config", config, "--template", work / "mine.sbatch")
     assert "mine.sbatch has @TRAIN@" in line
     assert "ARGUMENTS" in line
+    (work / "bytes.sbatch").write_bytes(b"#!/bin/bash\xff")
+    os.mkfifo(work / "pipe.sbatch")
+    for name, why in (("bytes.sbatch", "not UTF-8"), ("pipe.sbatch", "no regular"), (".", "no regular")):
+        assert why in refused(capsys, "pretrain", "--config", config, "--template", work / name)
     with pytest.raises(UserError, match=r"none\.sbatch cannot be read"):
-        submit.render("pretrain.sbatch", {}, work / "none.sbatch")
+        submit_scripts.render("pretrain.sbatch", {}, work / "none.sbatch")
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sweep", "stage"])
 def test_every_variable_of_a_template_is_explained_at_its_head(name):
-    folder = submit.template_folder()
+    folder = submit_scripts.template_folder()
     text = (folder / f"{name}.sbatch").read_text()
     head = text[: text.index("#SBATCH")]
     if name != "pretrain":
@@ -221,3 +227,109 @@ def test_every_variable_of_a_template_is_explained_at_its_head(name):
         head += (folder / "pretrain.sbatch").read_text().partition("#SBATCH")[0]
     for variable in set(re.findall(r"@([A-Z_]+)@", text)):
         assert re.search(rf"^#   {variable}\b|^#   .*\b{variable},", head, re.M), variable
+
+
+HOSTILE = ["a\nb", "$(touch canary)", "`touch canary`", "'; touch canary; '", '"; touch canary; "', "a b",
+           "$'\\n'", "a\u2028b", "\\", "!!", "a\rb\x1b[2J", "%j#&|<>*?~"]  # fmt: skip
+
+
+def run_script(work, script):
+    """Run a script with stand-ins for what a node has; the words of the training that it starts."""
+    stubs = work / "stubs"
+    stubs.mkdir(exist_ok=True)
+    for name in ("scontrol", "head", "sed"):
+        (stubs / name).write_text("#!/bin/bash\n")
+    (stubs / "env").write_text("#!/bin/bash\nexit 1\n")
+    (stubs / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > words\n')
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "-c", script], cwd=work, capture_output=True, text=True,
+        env={"PATH": str(stubs), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (work / "canary").exists()
+    return (work / "words").read_text().split("\0")[:-1]
+
+
+def test_words_reach_the_training_as_they_were_given_and_nothing_else_runs(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)
+    options = [f"--monitor.sample_prompts={yaml.safe_dump(HOSTILE, default_flow_style=True, width=10_000)}"]
+    (script,) = scripts(capsys, "pretrain", "--config", config, "--", *options)
+    assert run_script(work, script)[-4:] == ["pretrain", "--config", config, *options]
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_any_word_survives_its_quotes_on_one_line(word):
+    assert len(quoted(word).splitlines()) == 1
+    shown = subprocess.run(["/bin/bash", "-c", f"printf %s {quoted(word)}"], capture_output=True)
+    assert shown.stdout.decode() == word
+
+
+def test_a_hostile_folder_is_quoted_or_refused(work, tiny_dataset, capsys):
+    for number, word in enumerate(HOSTILE):
+        config = configuration(work, tiny_dataset, f"run{number}", output=f"runs/{word}")
+        if any(ord(character) < 32 for character in word):
+            assert f"output in {config}:" in refused(capsys, "pretrain", "--config", config)
+            continue
+        if "\u2028" in word:
+            assert "control character" in refused(capsys, "pretrain", "--config", config)
+            continue
+        config = configuration(work, tiny_dataset, f"run{number}", output=f"runs/{word}".replace("$", "$$"))
+        (script,) = scripts(capsys, "pretrain", "--config", config)
+        run_script(work, script)
+        (log,) = re.findall(r"^#SBATCH --output=(.*)$", script, re.M)
+        assert shlex.split(log) == [f"{work}/runs/{word}".replace("%", "%%") + "/slurm/%x-%j.out"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((name, word) for name in ("--partition", "--account", "--qos") for word in HOSTILE),
+        ("--partition", ""),
+        ("--partition", "-x"),
+        ("--time", "5\n"),
+        ("--time", "\u0665:00:00"),
+        *(("--sbatch", f"--comment={word}") for word in HOSTILE if len(word.splitlines()) > 1),
+        ("--sbatch", "constraint=a100"),
+        ("--sbatch", ""),
+    ],
+)
+def test_what_would_leave_its_line_is_refused(work, tiny_dataset, capsys, option, value):
+    config = configuration(work, tiny_dataset)
+    line = refused(capsys, "pretrain", "--config", config, f"{option}={value}")
+    assert option in line
+    assert len(line.splitlines()) == 1
+    assert "\x1b" not in line
+
+
+def test_dashes_are_underscores_and_no_option_is_cut_short(work, tiny_dataset, capsys):
+    config = configuration(work, tiny_dataset)
+    (script,) = scripts(
+        capsys,
+        "pretrain",
+        "--config",
+        config,
+        "--gpus-per-node",
+        2,
+        "--cpus-per-task=3",
+        "--stall-requeues",
+        1,
+    )
+    assert "#SBATCH --gpus-per-node=2\n#SBATCH --cpus-per-task=3\n" in script
+    assert "--part" in refused(capsys, "pretrain", "--config", config, "--part", "gpu")
+
+
+def test_a_folder_that_cannot_be_written_is_named(work, tiny_dataset, capsys):
+    (work / "runs").write_text("in the way")
+    line = refused(capsys, "pretrain", "--config", configuration(work, tiny_dataset))
+    assert f"the script {work}/runs/run/slurm/pretrain.sbatch cannot be written" in line
+
+
+def test_a_script_can_be_looked_at_before_the_data_are_there(work, capsys):
+    config = configuration(work, "nowhere")
+    assert main(["submit", "pretrain", "--config", config, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "#SBATCH --nodes=1" in shown.out
+    assert "no shards in nowhere yet" in shown.err
+    assert "nowhere" in refused(capsys, "pretrain", "--config", config)

@@ -10,8 +10,10 @@ import pytest
 import torch
 import yaml
 
-from dualroute.cli import STAGES, main, parse_stage, stage_parser
+from dualroute.cli import STAGES, main, parse_stage
+from dualroute.cli.help import stage_parser
 from dualroute.data.manifest import Manifest
+from dualroute.pipeline.stages import Planner
 from dualroute.training.config import PretrainConfig
 from tests.conftest import ROOT, write_corpus
 
@@ -99,6 +101,12 @@ def test_shipped_parallel_settings_are_valid(path):
     assert config.zero_stage in (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/pipeline").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_pipelines_are_valid_to_their_last_stage(path):
+    plan = Planner(parse_stage("pipeline", ["--config", str(path)]), parse_stage).make()
+    assert plan.names()[-1] == "export"
+
+
 def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("model:\n  dimm: 64\n")
@@ -109,9 +117,11 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
     (tmp_path / "model.yaml").write_text("dim: 64\nnum_head: 4\n")
     path.write_text("model: model.yaml\n")
     line = refused(capsys, "pretrain", "--config", path)
-    assert f"'model.num_head' in {tmp_path / 'model.yaml'}; did you mean 'model.num_heads'" in line
+    assert f"'model.num_head' in {tmp_path / 'model.yaml'}:2; did you mean 'model.num_heads'" in line
     path.write_text("model:\n  dim: wide\n")
-    assert f"model.dim in {path}: expected int, got wide" in refused(capsys, "pretrain", "--config", path)
+    assert f"model.dim in {path}:2: expected an integer, got 'wide'" in refused(
+        capsys, "pretrain", "--config", path
+    )
     assert "did you mean 'optim.lr'" in refused(capsys, "pretrain", "--optim.lrr", "1")
     assert "did you mean 'train.max_steps'" in refused(capsys, "pretrain", "--max_steps", "1")
 
@@ -121,7 +131,7 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path, capsys):
     [
         (["--model.dim", "wide"], ["model.dim", "wide", "int"]),
         (["--train.precision", "bf17"], ["train.precision", "bf17", "bf16-mixed"]),
-        (["--model.num_heads", "7"], ["model.num_heads 7", "model.dim 256"]),
+        (["--model.num_heads", "7"], ["num_heads=7", "model.dim=256"]),
         (["--optim.lr", "-1"], ["optim.lr"]),
         (["--train.max_steps", "5", "--train.max_tokens", "5"], ["train.max_steps", "train.max_tokens"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -215,7 +225,7 @@ def test_several_ranks_without_deepspeed(tiny_dataset, pretrain, monkeypatch):
 
     monkeypatch.setattr(strategy, "find_spec", lambda name: None)
     line = pretrain(tiny_dataset, "--parallel.strategy", "deepspeed")
-    assert "pip install 'dualroute[deepspeed]'" in line
+    assert "pip install -e '.[deepspeed]'" in line
 
 
 @pytest.mark.parametrize(
@@ -257,3 +267,12 @@ def test_print_config_shows_yaml_that_is_read_again(tmp_path):
     assert yaml.safe_load(shown)["model"]["dim"] == 96
     (tmp_path / "again.yaml").write_text(shown)
     assert parse_stage("pretrain", ["--config", str(tmp_path / "again.yaml")]).model.dim == 96
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_defect(monkeypatch):
+    def broken(arguments):
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr("dualroute.cli.entry.run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["configs"])

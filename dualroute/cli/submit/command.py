@@ -7,29 +7,23 @@
   from Slurm's variables (``training/parallel/environment.py``) and stops when Slurm says so
   (``training/resilience/preemption.py``); after a stall the script asks Slurm to run it again
   (``training/resilience/requeue.py``).
-
-The templates are plain bash to be read and edited.  Nothing is hidden here but the
-replacement of ``@NAME@``.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import shlex
-import subprocess
-import sys
-import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from dualroute.data.manifest import Manifest
-from dualroute.data.plan import derive_accumulation
+from dualroute.cli.aliases import say
+from dualroute.cli.family import Parser
+from dualroute.cli.shipped import find_config
+from dualroute.cli.submit.scripts import check_names, common_values, hand_to_slurm, joined, quoted, render
+from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import UserError
 from dualroute.pipeline.stages import Planner
-from dualroute.training.parallel.environment import World
-from dualroute.training.parallel.sequence import check_sequence_parallel
 
 ParseStage = Callable[[str, Sequence[str]], Any]
 """``dualroute.cli.parse_stage``: (stage, arguments) → the stage's configuration."""
@@ -45,19 +39,13 @@ EXAMPLES = """
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Options of ``dualroute submit``."""
-    parser = _Parser(
+    parser = Parser(
         "dualroute submit",
         description="A job for Slurm from the configuration of a run.",
         epilog=f"examples:{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("kind", choices=[*KINDS], help="one run; an array of runs; a chain of stages")
@@ -85,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="any other option of sbatch, as in --sbatch=--constraint=a100; may be repeated")  # fmt: skip
     add("--max_parallel", type=int, help="sweep: runs at the same time")
     add("--template", type=Path, help="your copy of slurm/pretrain.sbatch or slurm/sweep.sbatch")
-    add("--dry-run", "--dry_run", action="store_true", help="print the scripts and submit nothing")
+    add("--dry_run", action="store_true", help="print the scripts and submit nothing")
     return parser
 
 
@@ -98,7 +86,10 @@ def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
     mine, overrides = list(arguments), []
     if "--" in mine:
         mine, overrides = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
-    options = build_parser().parse_args(mine)
+    try:
+        options = build_parser().parse_args(mine)
+    except SystemExit as done:  # after --help
+        return int(done.code or 0)
     if not options.config:
         raise UserError("give the configuration of the run: --config FILE")
     options.tasks_per_node = options.tasks_per_node or max(options.gpus_per_node, 1)
@@ -108,20 +99,24 @@ def submit(arguments: Sequence[str], parse_stage: ParseStage) -> int:
     if options.stall_requeues < 0:
         raise UserError(f"--stall_requeues is {options.stall_requeues}: it must be 0 (never) or more")
     _check_time(options.time)
+    check_names(options)
     scripts = KINDS[options.kind](options, overrides, parse_stage)
     if options.dry_run:
         print("\n".join(text for text in scripts.values()), end="")
         return 0
     for path, text in scripts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    _hand_to_slurm(list(scripts))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the script {path} cannot be written: {error.strerror or error}") from error
+    hand_to_slurm(list(scripts))
     return 0
 
 
 def _check_time(text: str) -> None:
     """The forms that sbatch knows; long enough that the signal does not come before the first step."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text, re.ASCII)
     if match is None:
         raise UserError(f"--time {text}: write minutes, HH:MM:SS or D-HH:MM:SS")
     days, first, second, third = (int(part or 0) for part in match.groups())
@@ -147,7 +142,7 @@ def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: Pa
         raise UserError(
             "fine-tuning begins with a model: set init_from, or append `-- --init_from CHECKPOINT`"
         )
-    Manifest.load(config.data.path)
+    _check_data(options, config.data.path)
     return _training_job(options, config, arguments, stage, options.kind)
 
 
@@ -159,10 +154,10 @@ def _training_job(
     name: str = "pretrain",
 ) -> Scripts:
     folder = Path(config.output).resolve()
-    values = _common(options, folder.name, folder / "slurm", "%x-%j.out") | {
-        "ARGUMENTS": shlex.join(arguments),
-        "COMMAND": f'"${{launch[@]}}" {stage} {shlex.join(arguments)}',
-        "OUTPUT": shlex.quote(str(folder)),
+    values = common_values(options, folder.name, folder / "slurm", "%x-%j.out") | {
+        "ARGUMENTS": joined(arguments),
+        "COMMAND": f'"${{launch[@]}}" {stage} {joined(arguments)}',
+        "OUTPUT": quoted(str(folder)),
     }
     return {folder / "slurm" / f"{name}.sbatch": render("pretrain.sbatch", values, options.template)}
 
@@ -171,7 +166,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: Parse
     of_output: dict[Path, str] = {}
     for file in options.config:
         config = _checked(options, [*_configs([file]), *overrides], parse_stage)
-        Manifest.load(config.data.path)
+        _check_data(options, config.data.path)
         output = Path(config.output).resolve()
         if output in of_output:
             raise UserError(
@@ -180,11 +175,11 @@ def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: Parse
         of_output[output] = file
     folder = next(iter(of_output)).parent / "slurm"
     limit = f"%{options.max_parallel}" if options.max_parallel else ""
-    values = _common(options, "sweep", folder, "%x-%A_%a.out") | {
+    values = common_values(options, "sweep", folder, "%x-%A_%a.out") | {
         "ARRAY": f"0-{len(of_output) - 1}{limit}",
-        "CONFIGS": "\n".join(f"    {shlex.quote(str(Path(file).resolve()))}" for file in options.config),
-        "OUTPUTS": "\n".join(f"    {shlex.quote(str(output))}" for output in of_output),
-        "ARGUMENTS": shlex.join(overrides),
+        "CONFIGS": "\n".join(f"    {quoted(str(find_config(file).resolve()))}" for file in options.config),
+        "OUTPUTS": "\n".join(f"    {quoted(str(output))}" for output in of_output),
+        "ARGUMENTS": joined(overrides),
     }
     return {folder / "sweep.sbatch": render("sweep.sbatch", values, options.template)}
 
@@ -208,8 +203,10 @@ def _pipeline(options: argparse.Namespace, overrides: list[str], parse_stage: Pa
     }
     scripts = {}
     for stage, of_stage in stages.items():
-        values = _common(options, f"{folder.name}-{stage}", folder / "slurm", "%x-%j.out", training=False)
-        values |= {"STAGE": stage, "ARGUMENTS": shlex.join(of_stage)}
+        values = common_values(
+            options, f"{folder.name}-{stage}", folder / "slurm", "%x-%j.out", training=False
+        )
+        values |= {"STAGE": stage, "ARGUMENTS": joined(of_stage)}
         scripts[stage] = {folder / "slurm" / f"{stage}.sbatch": render("stage.sbatch", values)}
     return scripts["prepare"] | _training_job(options, config, arguments) | scripts["evaluate"]
 
@@ -223,23 +220,24 @@ def _stages_of_pipeline(
         config = parse_stage("pipeline", arguments)
     except UserError as error:
         raise UserError(f"{error} (without --prepare, --config is of dualroute pipeline)") from error
-    plan = Planner(config, Path(options.config[-1]).resolve().parent, parse_stage).make()
+    plan = Planner(config, parse_stage).make()
     folder = Path(config.output).resolve()
     scripts: Scripts = {}
     names: list[str] = []
 
     def add(run: Path | None = None) -> None:  # the folder of a training
         words = [*arguments, "--only", ",".join(names)]
-        values = _common(
+        values = common_values(
             options, f"{folder.name}-{names[0]}", folder / "slurm", "%x-%j.out", training=run is not None
         )
         if run is not None:
-            command = f"{values['PYTHON']} -m dualroute pipeline {shlex.join(words)}"
-            values |= {"ARGUMENTS": "", "COMMAND": f'{command} --launcher "${{launch[*]}}"'}
-            values |= {"OUTPUT": shlex.quote(str(run.resolve()))}
+            command = f"{values['PYTHON']} -m dualroute pipeline {joined(words)}"
+            launcher = """--launcher "$(printf '%q ' "${launch[@]}")\""""
+            values |= {"ARGUMENTS": "", "COMMAND": f"{command} {launcher}"}
+            values |= {"OUTPUT": quoted(str(run.resolve()))}
             text = render("pretrain.sbatch", values, options.template)
         else:
-            values |= {"STAGE": "pipeline", "ARGUMENTS": shlex.join(words)}
+            values |= {"STAGE": "pipeline", "ARGUMENTS": joined(words)}
             text = render("stage.sbatch", values)
         scripts[folder / "slurm" / f"{len(scripts) + 1:02d}-{names[0]}.sbatch"] = text
         names.clear()
@@ -266,105 +264,29 @@ KINDS = {
 
 
 def _configs(files: Sequence[str]) -> list[str]:
-    return [word for file in files for word in ("--config", str(Path(file).resolve()))]
+    return [word for file in files for word in ("--config", str(find_config(file).resolve()))]
+
+
+def _check_data(options: argparse.Namespace, folder: str) -> None:
+    """The shards must be there when a job is submitted; to look at its script they need not."""
+    if options.dry_run and not (Path(folder) / MANIFEST_FILE).is_file():
+        say(f"there are no shards in {folder} yet: `dualroute prepare` makes them")
+        return
+    Manifest.load(folder)
 
 
 def _checked(
     options: argparse.Namespace, arguments: Sequence[str], parse_stage: ParseStage, stage: str = "pretrain"
 ) -> Any:
     """The run's configuration, sound for as many processes as are asked for."""
+    # these import torch, which --help does without
+    from dualroute.data.plan import derive_accumulation
+    from dualroute.training.parallel.environment import World
+    from dualroute.training.parallel.sequence import check_sequence_parallel
+
     config = parse_stage(stage, arguments)
     train = config.train
     world = World(world_size=options.nodes * options.tasks_per_node)
     groups = check_sequence_parallel(config.parallel.sequence_parallel, world, config.model)
     derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, groups)
     return config
-
-
-# -- templates -----------------------------------------------------------------------------------------------
-
-
-def template_folder() -> Path:
-    """The folder ``slurm`` of the source tree, or where an installed package has it.
-
-    Raises:
-        UserError: It is in neither place.
-    """
-    places = (
-        Path(__file__).resolve().parents[1] / "slurm",
-        Path(sysconfig.get_path("data")) / "share" / "dualroute" / "slurm",
-    )
-    for place in places:
-        if (place / "pretrain.sbatch").is_file():
-            return place
-    raise UserError(f"no Slurm templates in {places[0]} or {places[1]}: install dualroute again")
-
-
-def render(name: str, values: Mapping[str, str], own: Path | None = None) -> str:
-    """The template ``name`` (or the file ``own``) with every ``@NAME@`` replaced.
-
-    Raises:
-        UserError: The file cannot be read, or has a name that there is no value for.
-    """
-    path = own or template_folder() / name
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the template {path} cannot be read: {error.strerror}") from error
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in values:
-            raise UserError(f"{path} has @{match[1]}@, which is none of {', '.join(sorted(values))}")
-        return values[match[1]]
-
-    return re.sub(r"@([A-Z_]+)@", value, text)
-
-
-def _common(
-    options: argparse.Namespace, name: str, folder: Path, log: str, *, training: bool = True
-) -> dict[str, str]:
-    """What all templates have; a stage that is no training is one process, on one GPU if there are any."""
-    gpus = options.gpus_per_node if training else min(options.gpus_per_node, 1)
-    given = {
-        "gpus-per-node": gpus or None,
-        "cpus-per-task": options.cpus_per_task,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-    }
-    lines = [f"--{key}={value}" for key, value in given.items() if value] + options.sbatch
-    values = {
-        "JOB_NAME": re.sub(r"[^\w.-]", "_", name),
-        "LOG": shlex.quote(str(folder / log)),
-        "WORKDIR": shlex.quote(str(Path.cwd())),
-        "TIME": options.time,
-        "OPTIONS": "\n".join(f"#SBATCH {line}" for line in lines),
-        "PYTHON": shlex.quote(sys.executable),
-    }
-    if training:
-        values |= {
-            "NODES": str(options.nodes),
-            "TASKS_PER_NODE": str(options.tasks_per_node),
-            "STALL_REQUEUES": str(options.stall_requeues),
-        }
-    return values
-
-
-def _hand_to_slurm(scripts: Sequence[Path]) -> None:
-    """One script by itself or several as a chain; prints the job of each.
-
-    Raises:
-        UserError: There is no Slurm here, or it refused.
-    """
-    command = ["bash", str(template_folder() / "pipeline.sh"), *map(str, scripts)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise UserError(f"bash cannot be started: {error}") from error
-    if done.returncode:
-        if "sbatch: command not found" in done.stderr:
-            raise UserError("there is no sbatch here: submit from a login node, or look with --dry-run")
-        raise UserError(f"Slurm refused: {' '.join(done.stderr.split())}")
-    for line in done.stdout.splitlines():
-        print(f"job {line.partition(' ')[0]}: {line.partition(' ')[2]}")
-    print(f"logs: {scripts[0].parent}; squeue shows the queue")

@@ -6,7 +6,7 @@ import pytest
 
 from dualroute.cli import main, parse_stage
 from dualroute.errors import UserError
-from dualroute.estimate import GIB, estimate
+from dualroute.estimate.command import GIB, estimate
 from tests.training.step.test_activations import peak
 
 #: the model of test_activations.PEAK
@@ -53,9 +53,29 @@ def test_the_longest_context_fills_the_memory_and_grows_with_the_ranks_that_shar
 
 
 def test_what_cannot_be_estimated_is_named(capsys):
-    with pytest.raises(UserError, match="vocab_size"):
-        estimate(parse_stage("estimate", ["--train.max_steps", "10"]))
     with pytest.raises(UserError, match="gpus"):
         of("--gpus", "0")
     assert main(["estimate", *SAME, "--gpu_memory", "0.01"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_vocabulary_is_that_of_the_data_and_a_usual_one_before_they_are_there(
+    tiny_dataset, tmp_path, capsys
+):
+    words = [
+        "--model.dim",
+        "64",
+        "--model.num_layers",
+        "2",
+        "--model.num_heads",
+        "4",
+        "--train.max_steps",
+        "10",
+    ]
+    there = estimate(parse_stage("estimate", [*words, "--data.path", str(tiny_dataset)]))
+    assert not capsys.readouterr().out
+    given = estimate(parse_stage("estimate", [*words, "--model.vocab_size", "320"]))
+    assert there.parameters == given.parameters
+    not_yet = estimate(parse_stage("estimate", [*words, "--data.path", str(tmp_path / "nowhere")]))
+    assert not_yet.parameters == given.parameters + (32_000 - 320) * 64
+    assert "a vocabulary of 32,000 is assumed" in capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""The options of a command, read off its configuration class.
+
+In: a dataclass, whose fields may be dataclasses (a group of options, ``train.max_steps``) or sections of a
+pipeline (the options of another command, none of them required).  Out: every dotted key with its type and
+default.  Next: :mod:`~dualroute.cli.read` looks keys up here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from dualroute.pipeline.section import SectionOf
+
+
+@dataclass(frozen=True)
+class Option:
+    """One value."""
+
+    hint: Any
+    default: Any  # dataclasses.MISSING where it must be given
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether a flag of it may stand alone."""
+        return self.hint is bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several options under one name.
+
+    Attributes:
+        make: The dataclass that is built of them; null for a section, which stays a table of what was given.
+        default: Of a section: the table that it begins with.
+        optional: Null leaves all of it out.
+    """
+
+    make: type | None
+    default: dict[str, Any] | None = field(default_factory=dict)
+    optional: bool = False
+
+
+@dataclass
+class Schema:
+    """All keys of a command.
+
+    Attributes:
+        options: {dotted key: option}.
+        groups: {dotted key: group}; the whole configuration is the group "".
+    """
+
+    options: dict[str, Option] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+
+    def keys(self) -> Iterator[str]:
+        yield from self.options
+        yield from (name for name in self.groups if name)
+
+
+@cache
+def schema_of(config_class: type) -> Schema:
+    """The schema of a configuration class."""
+    schema = Schema(groups={"": Group(config_class)})
+    _add(schema, config_class, "", section=False)
+    return schema
+
+
+def _add(schema: Schema, config_class: type, prefix: str, *, section: bool) -> None:
+    hints = get_type_hints(config_class, include_extras=True)
+    for one in dataclasses.fields(config_class):
+        key, hint = f"{prefix}{one.name}", hints[one.name]
+        of = _section(hint)
+        if of is not None:
+            default: Any = one.default_factory() if callable(one.default_factory) else one.default
+            optional = type(None) in get_args(get_args(hint)[0])
+            schema.groups[key] = Group(None, default, optional)
+            schema.options[f"{key}.config"] = Option(of.files, None)
+            _add(schema, of.config, f"{key}.", section=True)
+        elif dataclasses.is_dataclass(hint):
+            schema.groups[key] = Group(None if section else hint)  # type: ignore[arg-type]
+            _add(schema, hint, f"{key}.", section=section)  # type: ignore[arg-type]
+        else:
+            default = one.default
+            if callable(one.default_factory):
+                default = one.default_factory()
+            schema.options[key] = Option(hint, default)
+
+
+def _section(hint: Any) -> SectionOf | None:
+    if get_origin(hint) is Annotated:
+        return next((word for word in get_args(hint)[1:] if isinstance(word, SectionOf)), None)
+    return None
+
+
+def takes_text(hint: Any) -> bool:
+    """Whether the text of a flag is the value itself, not YAML of a list or table."""
+    if get_origin(hint) is Annotated:
+        return takes_text(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return all(takes_text(one) for one in get_args(hint))
+    return hint is not Any and get_origin(hint) not in (list, tuple, dict)

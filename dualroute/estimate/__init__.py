@@ -1,0 +1,1 @@
+"""``dualroute estimate``; see :mod:`dualroute.estimate.command`."""

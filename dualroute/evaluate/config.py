@@ -1,0 +1,80 @@
+"""The options of ``dualroute evaluate`` and ``dualroute generate``.  No torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dualroute.errors import UserError
+from dualroute.model.sampling_config import SamplingConfig
+from dualroute.paths import LocalPath
+from dualroute.settings import at_least, check_fields
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a checkpoint on held-out text.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer.
+        text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
+        split: Which split of ``data``.
+        context: Tokens the model sees at once; null takes the context it was trained with.
+        stride: For ``text``: tokens between two windows.  Null means context (each token is read once); less
+            gives every scored token a longer past and costs context / stride as much.
+        max_tokens: Score only this many tokens from the start; null scores all.
+        batch_size: Windows evaluated together.
+        device: auto, cpu, cuda, ….
+        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+        output: Also write the figures to this JSON file.
+    """
+
+    checkpoint: LocalPath
+    data: LocalPath | None = None
+    text: LocalPath | None = None
+    split: Literal["train", "val"] = "val"
+    context: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    output: LocalPath | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", dict.fromkeys(("context", "stride", "max_tokens", "batch_size"), at_least(1)))
+        if (self.data is None) == (self.text is None):
+            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
+        if self.stride is not None and self.text is None:
+            raise UserError("stride works with --text only: shards are scored in windows of context tokens")
+
+
+@dataclass
+class GenerateConfig:
+    """Write text with a checkpoint.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        prompt: Text to continue; "-" reads it from standard input.
+        sampling: How tokens are drawn.
+        stream: Print each piece of text as soon as it is there.
+        device: auto, cpu, cuda, ….
+        compile: Compile the step that makes one token into one program first (tens of seconds; needs a C++
+            compiler on a CPU). Long texts are then written faster, with int8 weights most of all.
+        cache_dtype: How keys and values of the text so far are kept: auto is the arithmetic's type, int8 a
+            quarter of float32.
+        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+    """
+
+    checkpoint: LocalPath
+    prompt: str = ""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stream: bool = True
+    compile: bool = False
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", may_be_empty=("prompt",))

@@ -1,0 +1,53 @@
+"""The options of ``dualroute export``.  No torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dualroute.errors import UserError
+from dualroute.paths import LocalPath
+from dualroute.settings import at_least, check_fields
+
+
+@dataclass
+class ExportConfig:
+    """Write a checkpoint for transformers, onnxruntime or torch.export.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        format: hf is a folder that transformers loads and generates with; onnx a file for onnxruntime;
+            torch-export a program that torch alone runs.
+        output: Folder to make; it appears only when what is in it gives the model's own logits.
+        dtype: Of the weights; auto keeps the checkpoint's (hf) or is float32 (onnx, torch-export).
+        data: Folder of shards to measure the model on (its split val); the figures go into export.json and
+            the model card.  Without data and text they are those of checkpoint.json.
+        text: A text file to measure on instead.
+        context: Tokens the model sees at once when measured; null takes the context it was trained with.
+        max_tokens: Measure on this many tokens at most.
+        license: What the model card says of the weights, an SPDX identifier such as apache-2.0; null says
+            nothing.
+        quantize: With onnx, also write an int8 file (dynamic, per channel) and say what it costs.
+        opset: Of the ONNX file.
+    """
+
+    checkpoint: LocalPath
+    format: Literal["hf", "onnx", "torch-export"]
+    output: LocalPath
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    data: LocalPath | None = None
+    text: LocalPath | None = None
+    context: int | None = None
+    max_tokens: int | None = None
+    license: str | None = None
+    quantize: bool = False
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", {"context": at_least(1), "max_tokens": at_least(1), "opset": at_least(18, 23)})
+        if self.data is not None and self.text is not None:
+            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
+        if self.quantize and self.format != "onnx":
+            raise UserError(f"quantize works with --format onnx only, not {self.format}: leave it away")
+        if self.format != "hf" and self.dtype == "bfloat16":
+            raise UserError(f"dtype bfloat16 works with --format hf only: {self.format} files hold float32")

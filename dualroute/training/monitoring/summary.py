@@ -1,0 +1,119 @@
+"""What a run says of itself at its start and at its end.
+
+In: a run that was found sound.  Out: lines for the terminal, of rank 0 only: what is trained, on what, where,
+and when it is done, where the model lies and what can be done with it.  What somebody would want to know
+before hours are spent (a text that is read many times over, settings that have no effect here, a learning
+rate that jumps) is a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualroute.attention.backend import describe
+from dualroute.data.module import ShardDataModule
+from dualroute.model import DualRoutingTransformer
+from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.training.checkpointing.resumed_settings import learning_rate_note
+from dualroute.training.config import PretrainConfig
+from dualroute.training.monitoring.progress import format_count
+from dualroute.training.parallel.environment import World
+from dualroute.training.parallel.strategy import settings_without_effect
+from dualroute.training.step.token_count import TokenCount
+
+#: Passes over a text up to which it teaches about as much as new text would.
+MANY_EPOCHS = 4
+log = logging.getLogger(__name__)
+
+
+def epochs(tokens: int, data: ShardDataModule) -> float:
+    """Passes over the training data that ``tokens`` are."""
+    return tokens / (data.plan.windows_per_epoch * data.context)
+
+
+def what_is_trained(
+    operation: str,
+    model: DualRoutingTransformer,
+    config: PretrainConfig,
+    data: ShardDataModule,
+    world: World,
+    count: TokenCount,
+    device: torch.device,
+) -> Iterator[str]:
+    """Model and data, then machine and folder: two lines."""
+    steps = count.total_steps(config.train)
+    tokens, shape = count.at(steps), model.config
+    yield (
+        f"{operation}: {format_count(model.num_parameters())} parameters ({shape.attention} attention, "
+        f"{shape.num_layers} layers of width {shape.dim}), {tokens:,} tokens in {steps:,} steps of "
+        f"{config.train.tokens_per_batch:,} = {epochs(tokens, data):.3g} epochs of {config.data.path}"
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    yield (
+        f"on {world.world_size} rank(s), {name}, precision {config.train.precision}, {describe(device)}; "
+        f"output {config.output}"
+    )
+
+
+def warnings_at_start(
+    config: PretrainConfig,
+    data: ShardDataModule,
+    world: World,
+    count: TokenCount,
+    resumed: Checkpoint | None,
+) -> Iterator[str]:
+    """What may not be meant."""
+    passes = epochs(count.at(count.total_steps(config.train)), data)
+    if passes > MANY_EPOCHS:
+        yield (
+            f"the training text is read {passes:.3g} times: past about {MANY_EPOCHS} times it teaches less "
+            f"and less, and a large model learns it by heart (Muennighoff et al. 2023, "
+            f"https://arxiv.org/abs/2305.16264); prepare more text, or train on fewer tokens"
+        )
+    without_effect = settings_without_effect(config.parallel, world)
+    if without_effect is not None:
+        yield without_effect
+    if config.train.recompute_every_layers > 1 and config.train.activation_checkpointing == "none":
+        yield (
+            f"train.recompute_every_layers {config.train.recompute_every_layers} has no effect, because "
+            f"train.activation_checkpointing is none: give full or feed_forward"
+        )
+    if resumed is not None:
+        jump = learning_rate_note(resumed, config, count)
+        if jump is not None:
+            yield jump
+
+
+def what_comes_next(output: Path, data: str) -> str:
+    """Commands for a trained model."""
+    run, shards = shlex.quote(str(output)), shlex.quote(data)
+    return (
+        f'next: dualroute generate --checkpoint {run} --prompt "…", dualroute evaluate --checkpoint {run} '
+        f"--data {shards}, dualroute report --run {run}"
+    )
+
+
+def what_was_trained(output: Path, data: str, checkpoint: Checkpoint) -> Iterator[str]:
+    """Where the model lies, and what can be done with it: two lines."""
+    said: dict[str, Any] = checkpoint.metadata
+    loss = f", validation loss {checkpoint.val_loss:.4f}" if checkpoint.val_loss is not None else ""
+    yield f"done: {checkpoint.folder} ({checkpoint.step:,} steps, {said.get('tokens', 0):,} tokens{loss})"
+    yield what_comes_next(output, data)
+
+
+def tell(lines: Iterator[str]) -> None:
+    """Show lines of information."""
+    for line in lines:
+        log.info("%s", line)
+
+
+def warn(lines: Iterator[str]) -> None:
+    """Show warnings."""
+    for line in lines:
+        log.warning("%s", line)

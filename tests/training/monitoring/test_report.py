@@ -1,0 +1,30 @@
+"""The report's own parts; tests/test_main_job.py has it whole."""
+
+import pytest
+
+from dualroute.errors import UserError
+from dualroute.training.monitoring.report import _corpus, _data_of
+
+
+def test_the_data_are_those_of_the_configuration(tmp_path, tiny_dataset):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data:\n  path: {tiny_dataset}\n")
+    assert _data_of(path) == tiny_dataset
+    assert dict(_corpus(_data_of(path)))["tokens in it"].endswith("(vocabulary 320)")
+    path.write_text("data: {path: /a/b$$c}\n")
+    assert str(_data_of(path)) == "/a/b$c"
+
+
+def test_a_run_that_was_moved_without_its_data_has_a_report(tmp_path):
+    assert _corpus(tmp_path / "gone") == [("corpus", f"the shards are no longer in `{tmp_path / 'gone'}`")]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[", "data: 5", "data: {path: 5}", "data: {}", "a: \x00", "[" * 5000]
+)
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged") as refused:
+        _data_of(path)
+    assert str(refused.value).isprintable()
