@@ -67,7 +67,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     Attributes:
         samples_consumed: position in the run's samples, over all ranks; see `advance`.
-        left_out: spans of these samples that are passed over, because training on them failed.
+        skipped_samples: spans of these samples that are passed over, because training on them failed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.val_tokens = val_tokens
         self.verify = verify
         self.samples_consumed = 0
-        self.left_out: list[Span] = []
+        self.skipped_samples: list[Span] = []
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
         self.extend: Callable[[WindowDataset], Dataset[Any]] | None = None
 
@@ -184,7 +184,7 @@ class ShardDataModule(pl.LightningDataModule):
             world_size,
             self.micro_batch,
             lambda: self.samples_consumed,
-            lambda: self.left_out,
+            lambda: self.skipped_samples,
         )
         windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan)
         return self._loader(windows if self.extend is None else self.extend(windows), sampler)
@@ -205,7 +205,7 @@ class ShardDataModule(pl.LightningDataModule):
     def advance(self) -> None:
         """Count one global batch as trained on; to be called once per optimizer step."""
         _, self.samples_consumed = sample_numbers(
-            self.samples_consumed, self.samples_per_batch, self.left_out
+            self.samples_consumed, self.samples_per_batch, self.skipped_samples
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,8 +217,8 @@ class ShardDataModule(pl.LightningDataModule):
             "samples_per_batch": self.samples_per_batch,
             "samples_consumed": self.samples_consumed,
         }
-        if self.left_out:
-            state["left_out"] = [list(span) for span in self.left_out]
+        if self.skipped_samples:
+            state["left_out"] = [list(span) for span in self.skipped_samples]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,20 +243,20 @@ class ShardDataModule(pl.LightningDataModule):
                     f"{self.path} is opened with {mine[key]!r}: resume with the same data, seed and context, "
                     "or start a new run"
                 )
-        consumed, left_out = state_dict["samples_consumed"], state_dict.get("left_out", [])
+        consumed, skipped_samples = state_dict["samples_consumed"], state_dict.get("left_out", [])
         if not _is_position(consumed):
             raise UserError(
                 f"the checkpoint's data state has samples_consumed {consumed!r:.80}, which is no number of "
                 "samples: the checkpoint is damaged, resume from another"
             )
-        if not isinstance(left_out, list | tuple) or not all(map(_is_span, left_out)):
+        if not isinstance(skipped_samples, list | tuple) or not all(map(_is_span, skipped_samples)):
             raise UserError(
-                f"the checkpoint's data state has left_out {left_out!r:.80}, which are no spans of samples: "
+                f"the checkpoint's data state has skipped_samples {skipped_samples!r:.80}, which are no spans of samples: "
                 "the checkpoint is damaged, resume from another"
             )
         self.samples_consumed = consumed
         # what this module was told to leave out stays: a roll-back knows more than the checkpoint it goes to
-        self.left_out = merge_spans([*self.left_out, *left_out])
+        self.skipped_samples = merge_spans([*self.skipped_samples, *skipped_samples])
 
     def _place(self) -> tuple[int, int]:
         """(rank, size) of the data-parallel group; (0, 1) without a trainer.

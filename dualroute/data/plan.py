@@ -236,13 +236,13 @@ class SequentialPlan:
         return int(np.sum(before(np.minimum(starts + self.context, self.tokens)) - before(starts)))
 
 
-def sample_numbers(position: int, count: int, left_out: Sequence[Span] = ()) -> tuple[Int64, int]:
+def sample_numbers(position: int, count: int, skipped_samples: Sequence[Span] = ()) -> tuple[Int64, int]:
     """The next ``count`` samples of the run from ``position`` on, and the position after them.
 
-    ``left_out``: spans of sample numbers that are passed over, sorted and disjoint.
+    ``skipped_samples``: spans of sample numbers that are passed over, sorted and disjoint.
     """
     pieces, missing = [], count
-    for start, stop in left_out:
+    for start, stop in skipped_samples:
         if stop <= position or not missing:
             continue
         taken = min(max(start - position, 0), missing)
@@ -295,7 +295,7 @@ class WalkPlan:
         micro_batch: samples per micro batch and rank.
         samples_consumed: asked each time iteration starts, so a sampler made before a checkpoint is loaded
             will do.
-        left_out: spans of the run's sample numbers that are not read, asked likewise.
+        skipped_samples: spans of the run's sample numbers that are not read, asked likewise.
     """
 
     def __init__(
@@ -305,19 +305,19 @@ class WalkPlan:
         world_size: int,
         micro_batch: int,
         samples_consumed: Callable[[], int],
-        left_out: Callable[[], Sequence[Span]] = tuple,
+        skipped_samples: Callable[[], Sequence[Span]] = tuple,
     ) -> None:
         self.plan = plan
         self.rank = rank
         self.world_size = world_size
         self.batch_size = micro_batch  # the name under which Lightning and DeepSpeed look for it
         self.samples_consumed = samples_consumed
-        self.left_out = left_out
+        self.skipped_samples = skipped_samples
 
     def __iter__(self) -> Iterator[list[Request]]:
-        consumed, left_out = self.samples_consumed(), self.left_out()
+        consumed, skipped_samples = self.samples_consumed(), self.skipped_samples()
         while True:
-            numbers, consumed = sample_numbers(consumed, self.plan.samples_per_batch, left_out)
+            numbers, consumed = sample_numbers(consumed, self.plan.samples_per_batch, skipped_samples)
             batch = self.plan.ids(numbers)
             num_targets = self.plan.num_targets(batch)
             for samples in micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist():

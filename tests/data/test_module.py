@@ -229,7 +229,7 @@ class TestState:
             data.load_state_dict({**data.state_dict(), "samples_consumed": 24, key: value})
         assert key in str(error.value)
         assert "\n" not in str(error.value)
-        assert (data.samples_consumed, data.left_out) == (0, [])
+        assert (data.samples_consumed, data.skipped_samples) == (0, [])
 
 
 class TestValidation:

@@ -77,7 +77,7 @@ def test_documents_do_not_see_each_other_nor_padding_rows(teachers, tiny_dataset
         ("gpt2", ["--distill.teacher_sharded", "true"], "teacher_sharded cannot be used"),
         ("gpt2", ["--data.context", "128", "--model.max_context", "128"], "reads at most 64 tokens"),
         ("llama", ["--data.context", "128", "--model.max_context", "128"], "reads at most 64 tokens"),
-        ("nowhere", [], "no checkpoint at"),
+        ("nowhere", [], "nowhere is not there"),
     ],
 )
 def test_what_it_cannot_do_is_refused(teachers, tiny_dataset, tmp_path, capsys, family, options, named):

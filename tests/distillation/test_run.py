@@ -298,7 +298,7 @@ def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_datas
         (("--distill.hidden_weight", "1", "--distill.layer_map", "[2]"), "from 0 to 1"),
         (("--distill.hidden_weight", "1", "--distill.layer_map", "[-1]"), "leaves out every layer"),
         (("--distill.attention_weight", "1"), "has head_dim 4 and layer 1 of the teacher 8"),
-        (("--teacher", "/nowhere"), "there is no checkpoint at /nowhere"),
+        (("--teacher", "/nowhere"), "teacher /nowhere is not there"),
         (
             ("--data.context", "4096", "--model.max_context", "4096", "--train.tokens_per_batch", "8192"),
             "2048",

@@ -52,9 +52,9 @@ class Divergence:
 def divergence(error: TrainingDiverged, module: Any, data: ShardDataModule, step: int) -> Divergence:
     """What is needed of a training that has failed, before it is taken down."""
     # the step that raised has not advanced the position
-    _, stop = sample_numbers(data.samples_consumed, data.samples_per_batch, data.left_out)
+    _, stop = sample_numbers(data.samples_consumed, data.samples_per_batch, data.skipped_samples)
     first_step, position = module.skipped_since or (step, data.samples_consumed)
-    numbers, _ = sample_numbers(position, 1, data.left_out)
+    numbers, _ = sample_numbers(position, 1, data.skipped_samples)
     return Divergence(first_step, step, (int(numbers[0]), stop), str(error))
 
 
@@ -82,7 +82,7 @@ def leave_out(data: ShardDataModule, output: Path) -> None:
     """Tell the data module of a starting run what earlier roll-backs have left out; every rank the same."""
     rollbacks = decided_by_rank_zero(lambda: read_rollbacks(output))
     spans = [entry["left_out_samples"] for entry in rollbacks]
-    data.left_out = merge_spans([*data.left_out, *spans])
+    data.skipped_samples = merge_spans([*data.skipped_samples, *spans])
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def roll_back(found: Divergence, output: Path, data: ShardDataModule, max_rollba
         TrainingDiverged: The run may not be rolled back any more, or has no checkpoint.
     """
     decided = decided_by_rank_zero(lambda: _decide(found, output, data, max_rollbacks))
-    data.left_out = merge_spans([*data.left_out, found.samples])
+    data.skipped_samples = merge_spans([*data.skipped_samples, found.samples])
     return decided
 
 

@@ -23,14 +23,14 @@ SAMPLES = 8  # of a step
 
 
 def test_samples_that_are_left_out_are_passed_over() -> None:
-    left_out = merge_spans([(10, 12), (4, 6), (5, 7)])
-    assert left_out == [(4, 7), (10, 12)]
-    numbers, position = sample_numbers(2, 6, left_out)
+    skipped_samples = merge_spans([(10, 12), (4, 6), (5, 7)])
+    assert skipped_samples == [(4, 7), (10, 12)]
+    numbers, position = sample_numbers(2, 6, skipped_samples)
     assert (numbers.tolist(), position) == ([2, 3, 7, 8, 9, 12], 13)
     # cut anywhere, it is the same sequence
     for cut in range(7):
-        first, middle = sample_numbers(2, cut, left_out)
-        rest, end = sample_numbers(middle, 6 - cut, left_out)
+        first, middle = sample_numbers(2, cut, skipped_samples)
+        rest, end = sample_numbers(middle, 6 - cut, skipped_samples)
         assert ([*first.tolist(), *rest.tolist()], end) == ([2, 3, 7, 8, 9, 12], 13)
     assert sample_numbers(5, 2)[0].tolist() == [5, 6]
 
@@ -45,8 +45,10 @@ def test_a_file_that_is_not_ours_is_named(tmp_path: Path) -> None:
 def whole(folder: Path, step: int) -> Path:
     made = folder / f"step-{step:08d}"
     made.mkdir(parents=True)
-    (made / "state.ckpt").write_bytes(b"state")
-    said = {"step": step, "files": {"state.ckpt": {"size": 5, "sha256": ""}}}
+    names = ("state.ckpt", "model.json", "model.safetensors", "tokenizer.model")
+    for name in names:
+        (made / name).write_bytes(b"state")
+    said = {"step": step, "files": {name: {"size": 5, "sha256": ""} for name in names}}
     (made / "checkpoint.json").write_text(json.dumps(said))
     return made
 
@@ -63,7 +65,7 @@ def test_it_goes_to_a_whole_checkpoint_and_writes_nothing_before_that_has_loaded
     decided = roll_back(Divergence(14, 17, (104, 136), "the loss is nan"), tmp_path, data, 3)
     assert decided.start.checkpoint is not None
     assert decided.start.checkpoint.step == 4
-    assert data.left_out == [(104, 136)]
+    assert data.skipped_samples == [(104, 136)]
     assert snapshot(tmp_path) == before
     decided.write(tmp_path, 3)
     assert [entry["resumed_from_step"] for entry in read_rollbacks(tmp_path)] == [4]
