@@ -218,6 +218,7 @@ class ShardDataModule(pl.LightningDataModule):
             "samples_consumed": self.samples_consumed,
         }
         if self.skipped_samples:
+            # the name that checkpoints have had from the beginning
             state["left_out"] = [list(span) for span in self.skipped_samples]
         return state
 
@@ -251,8 +252,8 @@ class ShardDataModule(pl.LightningDataModule):
             )
         if not isinstance(skipped_samples, list | tuple) or not all(map(_is_span, skipped_samples)):
             raise UserError(
-                f"the checkpoint's data state has skipped_samples {skipped_samples!r:.80}, which are no spans of samples: "
-                "the checkpoint is damaged, resume from another"
+                f"the checkpoint's data state has left_out {skipped_samples!r:.80}, which are no spans of "
+                "samples: the checkpoint is damaged, resume from another"
             )
         self.samples_consumed = consumed
         # what this module was told to leave out stays: a roll-back knows more than the checkpoint it goes to
