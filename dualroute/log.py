@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 #: The loggers of this project.
@@ -24,6 +24,8 @@ class Terminal(logging.Handler):
     """Lines as they are, on whatever standard output and standard error are when a line comes."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "on_terminal", False):  # a progress bar shows it
+            return
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         try:
             stream.write(self.format(record) + "\n")
@@ -55,14 +57,19 @@ def to_terminal() -> None:
 
 
 @contextlib.contextmanager
-def to_file(folder: Path, rank: int = 0) -> Iterator[None]:
+def to_file(folder: Path, rank: int = 0, ready: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Append the log lines of this process to ``folder``/log.txt, with time, rank and level.
+
+    Args:
+        folder: The run folder.
+        rank: Of this process.
+        ready: Whether the folder may be written yet; lines wait for it, and are dropped if it never may.
 
     Each line is one write in append mode, so ranks of one host do not mix within a line.  A file that
     cannot be written (a full disk) is given up without a word after the first warning: a log must not end a
     training.
     """
-    handler = _AppendingFile(folder / FILE, rank)
+    handler = _AppendingFile(folder / FILE, rank, ready)
     loggers = [logging.getLogger(name) for name in ROOTS]
     for logger in loggers:
         logger.addHandler(handler)
@@ -75,11 +82,13 @@ def to_file(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 class _AppendingFile(logging.Handler):
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, ready: Callable[[], bool]) -> None:
         super().__init__()
         self._path = path
         self._descriptor: int | None = None
         self._given_up = False
+        self._ready = ready
+        self._waiting: list[str] = []
         self.setFormatter(
             logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
         )
@@ -87,11 +96,14 @@ class _AppendingFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self._given_up:
             return
-        line = " ".join(self.format(record).splitlines()) + "\n"
+        self._waiting.append(" ".join(self.format(record).splitlines()) + "\n")
+        if not self._ready():
+            return
+        lines, self._waiting = "".join(self._waiting), []
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(self._descriptor, line.encode("utf-8", "replace"))
+            os.write(self._descriptor, lines.encode("utf-8", "replace"))
         except OSError as error:
             self._given_up = True
             logging.getLogger(__name__).warning("%s is not written any more (%s)", self._path, error.strerror)

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from dualroute import threads
+from dualroute.log import to_terminal
 
 threads.prepare()  # before any test loads torch
 ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["tests.budget"]
+to_terminal()  # as the command line does, for tests that call what it calls
 #: Folders whose files share something costly: with several workers, one of them runs all of it.
 ONE_WORKER = ("tests/training/checkpointing", "tests/slurm", "tests/attention/backends/triton")
 WORDS = [

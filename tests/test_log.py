@@ -43,3 +43,18 @@ def test_a_file_that_cannot_be_written_is_given_up_with_one_warning(logger, tmp_
     assert out == "one\ntwo\n"
     assert len(err.splitlines()) == 1
     assert "log.txt is not written any more" in err
+
+
+def test_lines_wait_until_the_folder_may_be_written(logger, tmp_path):
+    ready = False
+    with log.to_file(tmp_path, ready=lambda: ready):
+        logger.info("one")
+        assert not any(tmp_path.iterdir())
+        ready = True
+        logger.info("two")
+        logger.info("shown by a bar", extra={"on_terminal": True})
+    assert [line.split(" INFO ")[1] for line in (tmp_path / log.FILE).read_text().splitlines()] == [
+        "one",
+        "two",
+        "shown by a bar",
+    ]

@@ -4,7 +4,7 @@ import os
 
 from dualroute.cli import parse_stage
 from dualroute.paths import absolute_paths
-from dualroute.training.run import resolved_yaml
+from dualroute.training.trainer import resolved_yaml
 
 
 def test_the_configuration_of_a_run_means_the_same_from_any_folder(tmp_path, monkeypatch):

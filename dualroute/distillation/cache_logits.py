@@ -13,6 +13,7 @@ order of the samples depends on data, seed and context alone, so one cache serve
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
 from dualroute.files import sole_writer
 from dualroute.training.parallel.environment import detect_world, refuse_forgotten_srun
+
+log = logging.getLogger(__name__)
 
 
 def cache_logits(config: CacheLogitsConfig) -> int:
@@ -82,11 +85,12 @@ def cache_logits(config: CacheLogitsConfig) -> int:
             ids = plan.sample_ids(first, count).tolist()
             writer.write(_asked(teacher, windows, ids, config))
             speed = count * context / (time.monotonic() - began)
-            print(f"{writer.path} ({number + 1} of {shards})  {speed:,.0f} tokens/s", flush=True)
+            log.info("%s", f"{writer.path} ({number + 1} of {shards})  {speed:,.0f} tokens/s")
         if finish(folder, identity, samples):
-            print(
+            log.info(
+                "%s",
                 f"{folder} holds {samples * context:,} tokens, {identity.bytes_per_token} bytes each: train "
-                f"with --distill.cached_logits {folder} --seed {config.seed} --data.context {context}"
+                f"with --distill.cached_logits {folder} --seed {config.seed} --data.context {context}",
             )
     return 0
 

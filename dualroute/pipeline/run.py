@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shlex
 import signal
@@ -37,6 +38,8 @@ from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.report import write_report
 from dualroute.pipeline.stages import PROCESSES, ParseStage, Plan, Planner, Stage
+
+log = logging.getLogger(__name__)
 
 
 def run_pipeline(
@@ -67,15 +70,15 @@ def run_pipeline(
         for stage in pipeline.chosen():
             status = pipeline.do(stage, child)
             if status:
-                print(
+                log.error(
+                    "%s",
                     f"pipeline: stage {stage.name} ended with status {status}; what was done before is kept, "
                     f"the same command goes on from there",
-                    file=sys.stderr,
                 )
                 return status
     if config.only is None or "report" in config.only.split(","):
         page = write_report(config, plan, {s.name: pipeline.record(s) for s in plan.stages})
-        print(printable(f"report: {page}"))
+        log.info("%s", printable(f"report: {page}"))
     return 0
 
 
@@ -165,14 +168,14 @@ class Pipeline:
         self.redone = self.redone or stage.name == self.config.from_stage
         state = "again" if self.redone else self.state(stage)
         if state == "done":
-            print(f"== {stage.name}: done before")
+            log.info("%s", f"== {stage.name}: done before")
             return 0
         reads = self.reads(stage)
         # a training goes on from what is there, unless that was made from other inputs; prepare looks itself
         goes_on = stage.is_training and state not in ("again", "changed")
         if not goes_on and stage.command != "prepare":
             set_aside(stage.output)
-        print(f"== {stage.name}" + (f" ({state})" if state != "to do" else ""), flush=True)
+        log.info("%s", f"== {stage.name}" + (f" ({state})" if state != "to do" else ""))
         self.note(stage, {"reads": reads, "done": False})
         stage.output.parent.mkdir(parents=True, exist_ok=True)
         begin = time.time()
@@ -234,7 +237,7 @@ def set_aside(path: Path) -> None:
     while (aside := path.with_name(f"{path.name}.replaced-{number}")).exists():
         number += 1
     os.rename(path, aside)
-    print(printable(f"   {path} was made from other inputs: kept as {aside.name}"))
+    log.info("%s", printable(f"   {path} was made from other inputs: kept as {aside.name}"))
 
 
 class _Child:

@@ -14,6 +14,7 @@
     OUTPUT/checkpoints/     see dualroute.model.checkpoint_format
     OUTPUT/tensorboard/     event files
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
+    OUTPUT/log.txt          what was said, with time and rank
     OUTPUT/rollbacks.json   data that were left out because training on them failed
     OUTPUT/heartbeats/      what each rank does at the moment; OUTPUT/stalls/ after a stall
     OUTPUT/published.json   there is a checkpoint, so a start that finds none asks where they are
@@ -45,6 +46,7 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.log import to_file
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint_format import (
     CONFIG,
@@ -76,6 +78,8 @@ from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
 from dualroute.training.step.token_count import TokenCount
 from dualroute.training.trainer import Parts, build_trainer, device
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -377,8 +381,8 @@ def _nothing_to_do(prepared: Prepared) -> int:
     checkpoint = prepared.start.checkpoint
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
-        print(f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
-        print(summary.what_comes_next(prepared.output, prepared.config.data.path))
+        log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
+        log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
     return 0
 
 
@@ -397,7 +401,7 @@ def _with_start(prepared: Prepared) -> Prepared:
     if checkpoint is not None:
         decided_by_rank_zero(lambda: _compare(checkpoint, prepared))
     if start.note and prepared.world.rank == 0:
-        print(start.note, flush=True)
+        log.info("%s", start.note)
     prepared = dataclasses.replace(prepared, start=start)
     decided_by_rank_zero(lambda: check_course(prepared))
     return prepared
@@ -411,6 +415,11 @@ def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
 
 
 def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
+    with to_file(prepared.output, prepared.world.rank, ready=lambda: parts.first_write.done):
+        return _fit_from_start(prepared, parts)
+
+
+def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
     """Train from ``prepared.start`` on: the exit status, or where the training became unusable."""
     config, world, trainer = prepared.config, prepared.world, parts.trainer
     first_write, checkpoint = parts.first_write, prepared.start.checkpoint
@@ -436,7 +445,7 @@ def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
             first_write.converted = state.parent
             if world.rank == 0:
                 total = prepared.total_steps
-                print(f"resuming from {checkpoint.folder} (step {checkpoint.step} of {total})")
+                log.info("%s", f"resuming from {checkpoint.folder} (step {checkpoint.step} of {total})")
         with parts.watchdog:
             trainer.fit(
                 module,

@@ -8,6 +8,7 @@ roll-back is written down, ``config.yaml`` is replaced.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from dualroute.model.checkpoint_format import Checkpoint
 from dualroute.training.checkpointing.upkeep import remove_leftovers, set_aside_newer
 from dualroute.training.monitoring.tensorboard import TensorBoard
 from dualroute.training.parallel.agreement import decided_by_rank_zero
+
+log = logging.getLogger(__name__)
 
 
 class FirstWrite(Callback):
@@ -66,7 +69,7 @@ class FirstWrite(Callback):
         try:
             if self.resume is not None:
                 for path in set_aside_newer(folder, self.resume.step):
-                    print(f"set aside: {path}", flush=True)
+                    log.info("%s", f"set aside: {path}")
             if folder.is_dir():
                 remove_leftovers(folder, keep=self.converted)
             remove_temporary_files(self.output)

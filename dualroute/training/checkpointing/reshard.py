@@ -14,6 +14,7 @@ so no collective can time out however long a conversion takes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -31,6 +32,8 @@ from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.checkpointing.state_reader import TrainingState, open_state
 from dualroute.training.checkpointing.state_writer import write_one_file, write_stage_zero, write_universal
 from dualroute.training.parallel.strategy import DualRouteDeepSpeedStrategy
+
+log = logging.getLogger(__name__)
 
 PREFIX = "resharded-"
 _NOTE, _PROGRESS = "resharded.json", "progress"
@@ -81,7 +84,7 @@ def resumable_state(
     if _is_there(target, note):
         return target / checkpoint_format.STATE
     if trainer.is_global_zero:
-        print(f"converting {checkpoint.folder} from {wrote} for {needed}", flush=True)
+        log.info("%s", f"converting {checkpoint.folder} from {wrote} for {needed}")
         _convert(checkpoint, target, note)
     else:
         _wait(target, note, timeout_minutes)
@@ -201,7 +204,7 @@ class Reporter:
         tenth = 10 * done // total
         if tenth > self._tenth:
             self._tenth = tenth
-            print(f"  {done} of {total} parameters converted", flush=True)
+            log.info("%s", f"  {done} of {total} parameters converted")
 
 
 def _wait(target: Path, note: dict[str, Any], timeout_minutes: float) -> None:

@@ -8,6 +8,7 @@ everything, validation and checkpoints too, because that is what somebody who bo
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -21,6 +22,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from dualroute.training.monitoring.monitor import perplexity, steps_done
+
+log = logging.getLogger(__name__)
 
 _RECENT_STEPS = 50
 
@@ -123,6 +126,7 @@ class Progress(Callback):
     def _print(self, line: str) -> None:
         assert self._console is not None
         self._console.print(line, markup=False)  # above the bar, where there is one
+        log.info("%s", line, extra={"on_terminal": True})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()

@@ -9,8 +9,8 @@ In one process there is nobody to tell.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from lightning.pytorch.strategies import Strategy
 
 from dualroute.errors import RUN_AGAIN
 from dualroute.training.parallel.environment import World
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -45,12 +47,11 @@ def meet(strategy: Strategy, world: World, limit_minutes: float) -> None:
 
 
 def _give_up(world: World, limit_minutes: float) -> None:
-    print(
+    log.error(
+        "%s",
         f"dualroute: rank {world.rank} of {world.world_size} has waited {limit_minutes:g} minutes for the "
         f"others to start (watchdog.start_minutes), at {world.main_address}:{world.main_port}; exit status "
         f"{RUN_AGAIN}, run the same command again",
-        file=sys.stderr,
-        flush=True,
     )
     os._exit(RUN_AGAIN)
 

@@ -13,6 +13,7 @@ a rank holds pieces of the weights only, the loss alone is compared.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.training.step.module import Pretrain
+
+log = logging.getLogger(__name__)
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -84,7 +87,7 @@ class CorruptionCheck(Callback):
         if self.action == "stop":
             raise SilentCorruption(message)
         if here or 0 in ranks:
-            print(f"dualroute: warning: {message}", flush=True)
+            log.warning("%s", message)
 
 
 def _ranks(trainer: Trainer, flag: bool) -> list[int]:

@@ -16,6 +16,7 @@ job is COMPLETED, and the next stage of an ``afterok`` chain would start with ha
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from typing import Any
@@ -29,6 +30,8 @@ from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.resilience import stop_signal
 from dualroute.training.resilience.launcher import command_line
 from dualroute.training.resilience.requeue import NOT_IN_SLURM, requeue_job
+
+log = logging.getLogger(__name__)
 
 PREEMPTED = RUN_AGAIN
 """Exit status of a run that saved and stopped before its last step."""
@@ -115,7 +118,7 @@ def stop_for_requeue(trainer: Trainer, preemption: Preemption) -> int:
         name = signal.Signals(preemption.signal).name
         why = stop_signal.reason() if preemption.signal == stop_signal.received() else name
         stopped = f"{why}: stopped after step {trainer.global_step} of {trainer.max_steps}"
-        print(f"{stopped}; {_how_to_go_on(refused)}", flush=True)
+        log.info("%s", f"{stopped}; {_how_to_go_on(refused)}")
     # a rank that ends early would make srun --kill-on-bad-exit end rank zero before it has asked Slurm
     trainer.strategy.barrier("job requeued")
     return PREEMPTED

@@ -14,6 +14,7 @@ and give the same numbers.  Only then the order of the data jumps, so that nothi
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from dualroute.training.checkpointing.lineage import lineage_of
 from dualroute.training.checkpointing.resume import Start
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 from dualroute.training.step.spike_guard import TrainingDiverged
+
+log = logging.getLogger(__name__)
 
 FILE = "rollbacks.json"
 
@@ -98,11 +101,11 @@ class RollBack:
         entry = self.entries[-1]
         first, stop = entry["left_out_samples"]
         assert self.start.checkpoint is not None
-        print(
+        log.info(
+            "%s",
             f"rolled back from step {entry['failed_in_step']} to {self.start.checkpoint.folder} (roll-back "
             f"{len(self.entries)} of at most {max_rollbacks}): {entry['reason']}; samples {first} to "
             f"{stop - 1} of the run are left out, see {output / FILE}",
-            flush=True,
         )
 
 
