@@ -1,6 +1,6 @@
 """Back to a checkpoint when training has failed for too long, and on without the data it failed on.
 
-- In: :class:`~dualroute.training.step.optim.TrainingDiverged`, raised by all ranks in the same step, after
+- In: :class:`~dualroute.training.step.spike_guard.TrainingDiverged`, raised by all ranks in the same step, after
   ``spike_guard.patience`` skipped steps in a row.
 - Here: :func:`roll_back` chooses the newest whole checkpoint before the first of these steps and adds their
   samples to those that the data module leaves out.
