@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.documents import Document
+from data_prep.readers.documents import Document
 
 _MAX_MARKS = 64
 _BLOCK_CHARS = 1 << 18

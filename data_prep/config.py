@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import corpora
-from data_prep.documents import BadFiles, DecodeErrors, ReadOptions
+from data_prep.readers.documents import BadFiles, DecodeErrors, ReadOptions
 from data_prep.tally import Tally, readable
 from data_prep.train_tokenizer import TokenizerType
 from dualroute.data.tokenizer import Tokenizer

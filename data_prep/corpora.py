@@ -23,9 +23,9 @@ from pathlib import Path
 
 from data_prep import download
 from data_prep.clean import matches
-from data_prep.documents import Document, NoTextKey, ReadOptions
-from data_prep.folder import scan
-from data_prep.formats import known_endings, pass_over_table, read_documents, supported
+from data_prep.readers.documents import Document, NoTextKey, ReadOptions
+from data_prep.readers.folder import scan
+from data_prep.readers.formats import known_endings, pass_over_table, read_documents, supported
 from data_prep.tally import Tally, readable, reasons_of
 from dualroute.errors import UserError
 from dualroute.files import require_regular

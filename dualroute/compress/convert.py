@@ -1,7 +1,7 @@
 """``dualroute convert``: a model from elsewhere, or a dense one of ours, as a checkpoint with dual attention.
 
-In: whatever :mod:`dualroute.model.hub` reads.  Here: where heads are divided, the model's own text (or a
-folder of shards) shows which of them look no further than the window; the weights are rearranged
+In: whatever :mod:`dualroute.model.foreign.hub` reads.  Here: where heads are divided, the model's own text
+(or a folder of shards) shows which of them look no further than the window; the weights are rearranged
 (:mod:`dualroute.model.conversion`).  Out: a checkpoint of weights alone, which every command takes; training
 goes on with ``dualroute distill`` or ``pretrain --init_from``.
 
@@ -43,8 +43,8 @@ from dualroute.model.conversion import (
     nearest_groups,
     random_groups,
 )
+from dualroute.model.foreign.hub import is_foreign, load_dense
 from dualroute.model.generation import continue_batch
-from dualroute.model.hub import is_foreign, load_dense
 from dualroute.model.lineage import derived, imported
 
 _ROWS = 32  # texts that are sampled together

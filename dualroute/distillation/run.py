@@ -26,7 +26,7 @@ from dualroute.distillation.teacher import Teacher, load_teacher, weights_digest
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint_format import find_checkpoint
-from dualroute.model.hub import is_foreign
+from dualroute.model.foreign.hub import is_foreign
 from dualroute.model.lineage import teacher_entry
 from dualroute.training import run
 from dualroute.training.parallel.sequence import check_sequence_parallel

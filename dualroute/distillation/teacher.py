@@ -43,7 +43,7 @@ from dualroute.model.checkpoint_format import (
     refuse_quantized,
 )
 from dualroute.model.config import ModelConfig
-from dualroute.model.hub import is_foreign, load_causal_lm
+from dualroute.model.foreign.hub import is_foreign, load_causal_lm
 from dualroute.training.parallel.environment import detect_world
 from dualroute.training.run import check_same_tokenizer
 from dualroute.training.step.allocator import give_back_freed_memory
@@ -188,7 +188,7 @@ def load_teacher(
     offload: bool = False,
     sharded: bool = False,
 ) -> Teacher:
-    """The teacher of a checkpoint, or one from elsewhere (see :mod:`dualroute.model.hub`).
+    """The teacher of a checkpoint, or one from elsewhere (see :mod:`dualroute.model.foreign.hub`).
 
     Args:
         path: Checkpoint or run folder, Hugging Face directory or llama2.c file.

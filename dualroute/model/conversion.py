@@ -1,8 +1,8 @@
 """A dense model becomes a dual one: its heads are divided between the routes, or given to both.
 
-In: a dense `DualRoutingTransformer` (a Llama from :mod:`dualroute.model.hub`, or a checkpoint of ours) and
-token ids.  Here: how far each head looks is measured; weights are rearranged.  Out: the dual model, whose
-training goes on with distillation from the original ("healing").
+In: a dense `DualRoutingTransformer` (a Llama from :mod:`dualroute.model.foreign.hub`, or a checkpoint of
+ours) and token ids.  Here: how far each head looks is measured; weights are rearranged.  Out: the dual
+model, whose training goes on with distillation from the original ("healing").
 
 - ``divide``: whole KV groups (query heads and the key head they share) go to one route each.  Parameters and
   their number stay as they are; rows and columns change places.

@@ -14,7 +14,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_model
-from dualroute.model.hub import load_dense
+from dualroute.model.foreign.hub import load_dense
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import zstandard
 
-from data_prep.documents import Document, ReadOptions
-from data_prep.formats import read_documents
+from data_prep.readers.documents import Document, ReadOptions
+from data_prep.readers.formats import read_documents
 
 TEXTS = [f"Text {n}: naïve\n\tline, “quoted”\n" + "abc def " * (5 * n) for n in range(12)]
 

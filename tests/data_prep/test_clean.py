@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.clean import Selection, clean_text, in_validation, matches, select, tail_start
-from data_prep.documents import Document
+from data_prep.readers.documents import Document
 
 
 def run(texts, **options):

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import corpora
 from data_prep.corpora import REGISTRY, Corpus, SourceFile, documents, open_corpus, strip_gutenberg
-from data_prep.formats import ReadOptions
+from data_prep.readers.formats import ReadOptions
 from dualroute.errors import UserError
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.documents import ReadOptions
-from data_prep.formats import read_documents
 from data_prep.prepare import PrepareConfig, prepare
+from data_prep.readers.documents import ReadOptions
+from data_prep.readers.formats import read_documents
 from dualroute.data.manifest import MANIFEST_FILE, Manifest, verify_shards
 from dualroute.errors import UserError
 from tests.data_prep.samples import TEXTS, every_kind, expected, read, tar, written

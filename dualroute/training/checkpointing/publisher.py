@@ -36,7 +36,7 @@ from dualroute.model import checkpoint_format
 from dualroute.model.config import ModelConfig
 from dualroute.model.lineage import total_tokens
 from dualroute.model.weights_file import write_weights
-from dualroute.training.checkpointing import lineage
+from dualroute.training.checkpointing import starting_points
 from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
 from dualroute.training.checkpointing.reshard import remove_resharded
 from dualroute.training.checkpointing.state_file import saving_with
@@ -64,7 +64,7 @@ class CheckpointPublisher(Callback):
 
     Attributes:
         lineage: What the checkpoints of this training descend from
-            (:mod:`~dualroute.training.checkpointing.lineage`).
+            (:mod:`~dualroute.training.checkpointing.starting_points`).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CheckpointPublisher(Callback):
         self.config = config
         self.tokenizer = tokenizer
         self.val_every_steps = val_every_steps
-        self.lineage: list[lineage.StartingPoint] = []
+        self.lineage: list[starting_points.StartingPoint] = []
         self._writer = BackgroundWriter()
         self._published: int | None = None
         self._val_loss: tuple[int, float] | None = None
@@ -181,7 +181,7 @@ class CheckpointPublisher(Callback):
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
             "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
             "seed": trainer.datamodule.seed,  # type: ignore[attr-defined]
-            lineage.KEY: self.lineage,
+            starting_points.KEY: self.lineage,
             **self.described,
         }
         return metadata | {"total_tokens": total_tokens(metadata)}

@@ -28,7 +28,7 @@ from dualroute.errors import UserError
 from dualroute.model import checkpoint_format
 from dualroute.model.checkpoint_format import Checkpoint, Scan, scan_checkpoints, step_of
 from dualroute.model.config import ModelConfig
-from dualroute.training.checkpointing import lineage
+from dualroute.training.checkpointing import starting_points
 from dualroute.training.checkpointing.upkeep import ABANDONED, LINKS, PUBLISHED
 from dualroute.training.monitoring.metrics_log import read_metrics
 
@@ -46,7 +46,7 @@ class Start:
     """
 
     checkpoint: Checkpoint | None = None
-    lineage: list[lineage.StartingPoint] = field(default_factory=list)
+    lineage: list[starting_points.StartingPoint] = field(default_factory=list)
     note: str = ""
 
 
@@ -67,14 +67,14 @@ def choose_start(output: Path, resume: str) -> Start:
     if not scan.finished:
         if resume in ("auto", "never"):
             _refuse_lost(output, folder, scan)
-            return Start(None, lineage.beginning() if resume == "never" else [])
+            return Start(None, starting_points.beginning() if resume == "never" else [])
         if not scan.unfinished and not scan.damaged:
             _refuse_missing(output, folder)
     if resume == "never":
         return _never(folder, scan.finished)
     if resume == "auto":
         return _newest(folder, scan)
-    if scan.finished and lineage.gone_on_from(scan.finished[-1], resume, folder):
+    if scan.finished and starting_points.gone_on_from(scan.finished[-1], resume, folder):
         start = _newest(folder, scan)
         note = (
             f"the run has gone on from {resume}: continuing from its newest checkpoint (to begin there once "
@@ -84,7 +84,7 @@ def choose_start(output: Path, resume: str) -> Start:
     checkpoint = checkpoint_format.find_checkpoint(resume)
     if checkpoint.folder.is_symlink():  # last or best, which will point elsewhere
         checkpoint = checkpoint_format.read_checkpoint(checkpoint.folder.resolve())
-    return Start(checkpoint, lineage.after(checkpoint, resume, folder))
+    return Start(checkpoint, starting_points.after(checkpoint, resume, folder))
 
 
 def _newest(folder: Path, scan: Scan) -> Start:
@@ -99,14 +99,14 @@ def _newest(folder: Path, scan: Scan) -> Start:
             f"{folder / passed[-1]} has no {checkpoint_format.METADATA} (copied in part?): it is passed "
             f"over, and set aside"
         )
-    return Start(newest, lineage.lineage_of(newest), note)
+    return Start(newest, starting_points.lineage_of(newest), note)
 
 
 def _never(folder: Path, finished: list[Checkpoint]) -> Start:
     newest = finished[-1]
-    if lineage.begun_by_this_job(newest):
+    if starting_points.begun_by_this_job(newest):
         note = "this job began the run, and was requeued: continuing from its newest checkpoint"
-        return Start(newest, lineage.lineage_of(newest), note)
+        return Start(newest, starting_points.lineage_of(newest), note)
     raise UserError(
         f"{folder} holds {len(finished)} finished checkpoint(s) and --resume never would write over "
         f"them: choose another --output, or remove the folder"

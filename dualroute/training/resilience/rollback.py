@@ -1,7 +1,7 @@
 """Back to a checkpoint when training has failed for too long, and on without the data it failed on.
 
-- In: :class:`~dualroute.training.step.spike_guard.TrainingDiverged`, raised by all ranks in the same step, after
-  ``spike_guard.patience`` skipped steps in a row.
+- In: :class:`~dualroute.training.step.spike_guard.TrainingDiverged`, raised by all ranks in the same step,
+  after ``spike_guard.patience`` skipped steps in a row.
 - Here: :func:`roll_back` chooses the newest whole checkpoint before the first of these steps and adds their
   samples to those that the data module leaves out.
 - Next: ``training/run.py`` trains on from that checkpoint, with a new Trainer in the same processes.  Once it
@@ -25,8 +25,8 @@ from dualroute.data.plan import Span, merge_spans, sample_numbers
 from dualroute.errors import UserError
 from dualroute.files import read_json, write_bytes_atomically
 from dualroute.model import checkpoint_format
-from dualroute.training.checkpointing.lineage import lineage_of
 from dualroute.training.checkpointing.resume import Start
+from dualroute.training.checkpointing.starting_points import lineage_of
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 from dualroute.training.step.spike_guard import TrainingDiverged
 

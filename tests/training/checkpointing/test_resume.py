@@ -12,8 +12,8 @@ from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import METADATA, find_checkpoint, list_checkpoints, read_checkpoint
 from dualroute.training import run as run_module
 from dualroute.training.checkpointing.first_write import FirstWrite
-from dualroute.training.checkpointing.lineage import spelled
 from dualroute.training.checkpointing.resume import choose_start, seen_here
+from dualroute.training.checkpointing.starting_points import spelled
 from dualroute.training.checkpointing.upkeep import PUBLISHED
 from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
 from dualroute.training.parallel.strategy import OneProcessStrategy

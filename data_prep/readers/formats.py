@@ -18,8 +18,8 @@ from pathlib import Path
 from posixpath import basename, splitext
 from typing import IO
 
-from data_prep import archives, columns, records
-from data_prep.documents import (
+from data_prep.readers import archives, columns, records
+from data_prep.readers.documents import (
     UTF8_MARK,
     DecodeErrors,
     Document,
@@ -29,7 +29,7 @@ from data_prep.documents import (
     lines_of,
     too_long,
 )
-from data_prep.streams import COMPRESSION_ENDINGS, DAMAGE, Expansion, decompress, utf8
+from data_prep.readers.streams import COMPRESSION_ENDINGS, DAMAGE, Expansion, decompress, utf8
 from data_prep.tally import UNKNOWN, readable
 from dualroute.errors import UserError
 from dualroute.files import require_regular

@@ -12,8 +12,8 @@ import zlib
 import pytest
 import zstandard
 
-from data_prep import streams
-from data_prep.documents import ReadOptions
+from data_prep.readers import streams
+from data_prep.readers.documents import ReadOptions
 from dualroute.errors import UserError
 from tests.data_prep.samples import COMPRESS, TEXTS, jsonl, read, texts_of, written
 
@@ -92,7 +92,7 @@ def test_a_small_read_unpacks_little(tmp_path, ending):
     """A first line is had without unpacking the 64 MB behind it."""
     import tracemalloc
 
-    from data_prep.formats import read_documents
+    from data_prep.readers.formats import read_documents
 
     path = written(tmp_path, f"a.jsonl{ending}", COMPRESS[ending](b'{"text": "x"}\n' + b" " * (64 << 20)))
     tracemalloc.start()

@@ -5,8 +5,8 @@ In: a path on this machine.  Here it is recognised and read:
 - a checkpoint or run folder of dualroute;
 - a Hugging Face directory (config.json with safetensors, whole or sharded) of a Llama, Mistral, Qwen2 or
   Qwen3 model, which becomes a `DualRoutingTransformer` with ``attention: dense``, equal in every logit;
-- a Hugging Face directory of a GPT-2, which stays what it is (:mod:`dualroute.model.gpt2_teacher`);
-- a llama2.c checkpoint (:mod:`dualroute.model.llama2c`).
+- a Hugging Face directory of a GPT-2, which stays what it is (:mod:`dualroute.model.foreign.gpt2_teacher`);
+- a llama2.c checkpoint (:mod:`dualroute.model.foreign.llama2c`).
 
 Out: something with ``hidden_states(input_ids, segment_ids=, positions=)`` and ``head.weight``.
 
@@ -33,8 +33,8 @@ from dualroute.model.checkpoint_format import (
     refuse_quantized,
 )
 from dualroute.model.config import ModelConfig
-from dualroute.model.hf_config import LLAMA_LIKE, llama_like_config
-from dualroute.model.llama2c import read_llama2c
+from dualroute.model.foreign.hf_config import LLAMA_LIKE, llama_like_config
+from dualroute.model.foreign.llama2c import read_llama2c
 from dualroute.model.transformer import DualRoutingTransformer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -103,7 +103,7 @@ def load_causal_lm(
     values = read_json(source / "config.json")
     family = values.get("model_type")
     if family == "gpt2":
-        from dualroute.model.gpt2_teacher import Gpt2Teacher
+        from dualroute.model.foreign.gpt2_teacher import Gpt2Teacher
 
         return Gpt2Teacher(source, dtype), tokenizer_file(source)
     if family not in LLAMA_LIKE:

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_prep.formats import ReadOptions, read_documents, supported
+from data_prep.readers.formats import ReadOptions, read_documents, supported
 from dualroute.errors import UserError
 
 TEXTS = [f"Text {n}: naïve\n\tline\n" + "abc def " * (40 * n) for n in range(20)]
@@ -222,7 +222,7 @@ def test_null_texts_and_blank_lines_are_no_documents(tmp_path):
 
 @pytest.mark.parametrize("mark", ["|", "<|endoftext|>", "\n\n"])
 def test_a_separator_cuts_across_blocks(tmp_path, mark, monkeypatch):
-    monkeypatch.setattr("data_prep.formats._BLOCK", 7)  # marks fall on the edges of blocks
+    monkeypatch.setattr("data_prep.readers.formats._BLOCK", 7)  # marks fall on the edges of blocks
     texts = [f"part {n} " + "é" * n for n in range(30)]
     path = written(tmp_path, "a.txt", mark.join(texts).encode())
     documents = read(path, separator=mark)

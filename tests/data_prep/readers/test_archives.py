@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from data_prep.documents import ReadOptions
+from data_prep.readers.documents import ReadOptions
 from dualroute.errors import UserError
 from tests.data_prep.samples import COMPRESS, TEXTS, jsonl, read, tar, texts_of, written, zipped
 
@@ -137,7 +137,7 @@ def test_a_header_that_claims_gigabytes_is_refused(tmp_path):
 def test_many_members_do_not_pile_up(tmp_path):
     import tracemalloc
 
-    from data_prep.formats import read_documents
+    from data_prep.readers.formats import read_documents
 
     path = written(tmp_path, "a.tar", tar({f"{n}.txt": b"x" for n in range(1000)}))
     tracemalloc.start()

@@ -2,7 +2,7 @@
 
 In: the parsed config.json of a Llama, Mistral, Qwen2 or Qwen3 model.  Here: every key that changes what is
 computed is either mapped or refused by name; keys that steer training or caching are passed over.  Next:
-:mod:`dualroute.model.hub` fills the model with the weights.
+:mod:`dualroute.model.foreign.hub` fills the model with the weights.
 
 A Mistral with a sliding window is exactly our ``attention: local``; the window counts
 the token itself in both.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO, Any
 
-from data_prep.documents import Document, ReadOptions, decode, document_of, too_long
-from data_prep.streams import DamagedStream, random_access
+from data_prep.readers.documents import Document, ReadOptions, decode, document_of, too_long
+from data_prep.readers.streams import DamagedStream, random_access
 from data_prep.tally import readable
 from dualroute.errors import UserError
 

@@ -8,8 +8,8 @@ import socket
 import pytest
 
 from data_prep.corpora import documents, open_corpus
-from data_prep.documents import ReadOptions
-from data_prep.folder import scan
+from data_prep.readers.documents import ReadOptions
+from data_prep.readers.folder import scan
 from dualroute.errors import UserError
 from tests.data_prep.samples import tar, written
 

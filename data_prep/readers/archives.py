@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import IO, cast
 
 from data_prep.clean import matches
-from data_prep.documents import Document, ReadOptions
-from data_prep.streams import DamagedStream, Expansion, TarStream, counted, random_access
+from data_prep.readers.documents import Document, ReadOptions
+from data_prep.readers.streams import DamagedStream, Expansion, TarStream, counted, random_access
 from data_prep.tally import readable
 from dualroute.errors import UserError
 

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.ipc
 import pytest
 
-from data_prep.documents import ReadOptions
+from data_prep.readers.documents import ReadOptions
 from dualroute.errors import UserError
 from tests.data_prep.samples import TEXTS, arrow, parquet, read, texts_of, written
 
@@ -97,7 +97,7 @@ def test_long_rows_are_read_a_few_at_a_time(tmp_path):
     path = written(tmp_path, "a.parquet", stream.getvalue())
     before = pyarrow.total_allocated_bytes()
     pool = pyarrow.default_memory_pool()
-    from data_prep.formats import read_documents
+    from data_prep.readers.formats import read_documents
 
     most = 0
     for document in read_documents(path, "a.parquet", ReadOptions()):
@@ -108,7 +108,7 @@ def test_long_rows_are_read_a_few_at_a_time(tmp_path):
 
 def test_a_long_text_in_every_row_is_unpacked_a_few_times_at_once(tmp_path):
     """A dictionary makes 200 MB of 5 kB."""
-    from data_prep.formats import read_documents
+    from data_prep.readers.formats import read_documents
 
     path = written(tmp_path, "a.parquet", parquet(pyarrow.array(["x" * 100_000] * 2000)))
     assert path.stat().st_size < 50_000

@@ -17,7 +17,15 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import IO, Any
 
-from data_prep.documents import Document, NoTextKey, ReadOptions, decode, document_of, lines_of, too_long
+from data_prep.readers.documents import (
+    Document,
+    NoTextKey,
+    ReadOptions,
+    decode,
+    document_of,
+    lines_of,
+    too_long,
+)
 from data_prep.tally import readable
 from dualroute.errors import UserError
 

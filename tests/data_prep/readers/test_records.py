@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from data_prep.documents import NoTextKey, ReadOptions
+from data_prep.readers.documents import NoTextKey, ReadOptions
 from dualroute.errors import UserError
 from tests.data_prep.samples import TEXTS, read, texts_of, written
 
@@ -99,7 +99,7 @@ def test_a_json_value_longer_than_the_limit_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_json_of_millions_of_values_is_refused_before_it_fills_the_memory(tmp_path, name, monkeypatch):
     """``[],`` takes three bytes in the file and about 64 in memory."""
-    monkeypatch.setattr("data_prep.records._MAX_VALUES", 1000)
+    monkeypatch.setattr("data_prep.readers.records._MAX_VALUES", 1000)
     assert len(read(written(tmp_path, name, b'{"text": "' + b"many words " * 500 + b'"}'))) == 1
     path = written(tmp_path, name, b'{"text": "x", "more": [' + b"[]," * 1000 + b"0]}")
     with pytest.raises(UserError, match=rf"{name}.*: JSON of more than 1,000 lists, objects and values"):
@@ -201,7 +201,7 @@ def test_memory_follows_the_longest_line_and_not_the_file(tmp_path):
     path = written(tmp_path, "a.json.gz", data.getvalue())
     tracemalloc.start()
     try:
-        from data_prep.formats import read_documents
+        from data_prep.readers.formats import read_documents
 
         assert sum(1 for _ in read_documents(path, "a.json.gz", ReadOptions())) == 5_000
         assert tracemalloc.get_traced_memory()[1] < 2_000_000  # of 5 MB

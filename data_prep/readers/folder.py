@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.clean import matches
-from data_prep.documents import ReadOptions
-from data_prep.formats import unknown_kind
+from data_prep.readers.documents import ReadOptions
+from data_prep.readers.formats import unknown_kind
 from data_prep.tally import Tally, readable
 
 #: A folder with such a file was made by `prepare`, whose shards are no corpus.
