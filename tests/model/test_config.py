@@ -61,7 +61,7 @@ def test_a_file_of_another_version_is_refused(tmp_path):
     with pytest.raises(UserError, match="moe_experts"):
         ModelConfig.from_file(path)
     path.write_text('{"dim": ')
-    with pytest.raises(UserError, match="model.json is damaged"):
+    with pytest.raises(UserError, match=r"model\.json is damaged"):
         ModelConfig.from_file(path)
 
 

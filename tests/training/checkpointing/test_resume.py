@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from dualroute.errors import UserError
+from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import METADATA, find_checkpoint, list_checkpoints, read_checkpoint
 from dualroute.training import run as run_module
 from dualroute.training.checkpointing.first_write import FirstWrite
@@ -155,7 +156,8 @@ def without_guard(checkpoint):
     del state["spike_guard"]
     torch.save(state, checkpoint / "state.ckpt")
     said = json.loads((checkpoint / METADATA).read_text())
-    del said["files"]["state.ckpt"]
+    state = checkpoint / "state.ckpt"
+    said["files"]["state.ckpt"] = {"size": state.stat().st_size, "sha256": file_sha256(state)}
     (checkpoint / METADATA).write_text(json.dumps(said))
 
 
@@ -166,8 +168,8 @@ def spoil_the_state(checkpoint):
 
 
 REFUSED = {
-    "seed": (("--seed", "3"), "seed 0"),
-    "context": (("--data.context", "32"), "context 64"),
+    "seed": (("--seed", "3"), "seed was 0 and is 3"),
+    "context": (("--data.context", "32"), "data.context was 64 and is 32"),
     "data": ((), "fingerprint"),
     "model": (("--model.num_layers", "3"), "model.num_layers 2 → 3"),
     "state": ((), "no state of"),
