@@ -15,9 +15,9 @@ def main() -> int:
     from dualroute.training.resilience import stop_signal
 
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command in ("pretrain", "distill"):
-        stop_signal.install()
     with stop_signal.one_line(command):
+        if command in ("pretrain", "distill"):
+            stop_signal.install()
         from dualroute.cli import main as run
 
     return run()

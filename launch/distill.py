@@ -11,9 +11,9 @@ from dualroute import threads
 from dualroute.training.resilience import stop_signal
 
 if __name__ == "__main__":
-    stop_signal.install()  # before the imports, which take seconds
     threads.prepare()
     with stop_signal.one_line("distill"):
+        stop_signal.install()  # before the imports, which take seconds
         from dualroute.cli import main
         from dualroute.training.parallel.environment import strip_local_rank
 

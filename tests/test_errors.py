@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from dualroute import cli
+from dualroute.cli import entry
 from dualroute.errors import exhaustion
 
 
@@ -32,8 +32,8 @@ def of_a_reader():
 @pytest.mark.parametrize("used_up", [of_the_host, of_a_gpu, of_python, of_a_fork, of_a_reader])
 @pytest.mark.parametrize("command", ["pretrain", "distill", "quantize"])
 def test_memory_that_is_used_up_is_one_line_that_names_what_to_lower(used_up, command, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "run", lambda arguments: used_up())
-    assert cli.main([command]) == 2
+    monkeypatch.setattr(entry, "run", lambda arguments: used_up())
+    assert entry.main([command]) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"dualroute {command}: error: ")
     assert line.count("\n") == 1
@@ -52,8 +52,8 @@ def test_a_disk_that_is_used_up_is_named(number, monkeypatch, capsys):
     def full(arguments):
         raise OSError(number, "full", "/data/run/config.yaml")
 
-    monkeypatch.setattr(cli, "run", full)
-    assert cli.main(["prepare"]) == 2
+    monkeypatch.setattr(entry, "run", full)
+    assert entry.main(["prepare"]) == 2
     assert "in /data/run/config.yaml: make room there" in capsys.readouterr().err
 
 
@@ -65,6 +65,6 @@ def test_a_defect_keeps_its_traceback(error, monkeypatch):
         raise error
 
     assert exhaustion(error, "pretrain") is None
-    monkeypatch.setattr(cli, "run", fail)
+    monkeypatch.setattr(entry, "run", fail)
     with pytest.raises(type(error)):
-        cli.main(["pretrain"])
+        entry.main(["pretrain"])

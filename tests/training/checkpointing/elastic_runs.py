@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dualroute.cli import parse_stage
+from dualroute.log import to_terminal
 from dualroute.training.parallel.environment import detect_world, strip_local_rank
 from tests import warm
 
@@ -58,6 +59,8 @@ def launch(folder: Path, ranks: int, legs: list[list[str]]) -> str:
 
 def main(argv: list[str]) -> None:
     from dualroute.training.run import run_pretraining
+
+    to_terminal()
 
     (cases,) = strip_local_rank(argv)
     for arguments in json.loads(Path(cases).read_text()):

@@ -77,7 +77,9 @@ def damage(path, how, other):
     elif how == "emptied":
         path.write_bytes(b"")
     elif how == "flipped":
-        place = len(content) // 2
+        # checkpoint.json has no checksum of its own: what is looked at in it is what it says of the files
+        marks = content.find(b'"sha256": "') if path.name == "checkpoint.json" else -1
+        place = len(content) // 2 if marks < 0 else marks + 15
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :])
     elif how == "a folder":
         path.mkdir()

@@ -87,7 +87,7 @@ def finished(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def files(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,10 @@ def test_ranks_of_deepspeed_stop_with_their_launcher(tiny_dataset, tmp_path, kin
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     reason = (
-        r"the launcher \(deepspeed\.launcher\.runner, process \d+\) is gone" if kind == "killed" else "SIGINT"
+        # the inner launcher may pass a signal on before the ranks have seen that the outer one is gone
+        r"(?:the launcher \(deepspeed\.launcher\.runner, process \d+\) is gone|SIGTERM)"
+        if kind == "killed"
+        else "SIGINT"
     )
     stopped = re.search(rf"^{reason}: stopped after step (\d+) of 400; .* continues: (.*)$", text, re.M)
     assert stopped, text[-3000:]
