@@ -144,6 +144,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch, error, w
     assert ("make room" in str(refusal.value)) == (error in (errno.ENOSPC, errno.EDQUOT))
 
 
+@pytest.mark.slow
 def test_a_link_to_a_folder_is_that_folder(holder, tmp_path):
     link = tmp_path.parent / f"{tmp_path.name}-link"
     link.symlink_to(tmp_path)

@@ -197,7 +197,7 @@ def test_each_command_says_in_one_line_what_is_kept(command, error, monkeypatch,
     def interrupted(arguments):
         raise error
 
-    monkeypatch.setattr("dualroute.cli.run", interrupted)
+    monkeypatch.setattr("dualroute.cli.entry.run", interrupted)
     number = signal.SIGTERM if isinstance(error, Interrupted) else signal.SIGINT
     assert run_or_explain([command]) == 128 + number
     printed = capsys.readouterr()

@@ -20,6 +20,9 @@ __all__ = [
 ]
 
 
+pytestmark = pytest.mark.slow  # the interpreter takes seconds for each
+
+
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> DualRouting:
     monkeypatch.setenv(backend.VARIABLE, "triton")
