@@ -27,7 +27,7 @@ from lightning.pytorch import Trainer
 
 from dualroute.errors import UserError
 from dualroute.files import file_sha256, fsync_folder, make_durable
-from dualroute.model import checkpoint_format
+from dualroute.model import checkpoint_folder
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.checkpointing.state_reader import TrainingState, open_state
 from dualroute.training.checkpointing.state_writer import write_one_file, write_stage_zero, write_universal
@@ -42,7 +42,7 @@ _UNIVERSAL = "DeepSpeed universal checkpoint"
 
 
 def resumable_state(
-    checkpoint: checkpoint_format.Checkpoint,
+    checkpoint: checkpoint_folder.Checkpoint,
     trainer: Trainer,
     folder: Path,
     *,
@@ -78,17 +78,17 @@ def resumable_state(
     target = folder / f"{PREFIX}{checkpoint.folder.name}"
     note = {
         "source": str(checkpoint.folder),
-        "sha256": file_sha256(checkpoint.folder / checkpoint_format.METADATA),
+        "sha256": file_sha256(checkpoint.folder / checkpoint_folder.METADATA),
         "form": _FORMS.get(needed.stage, _UNIVERSAL),
     }
     if _is_there(target, note):
-        return target / checkpoint_format.STATE
+        return target / checkpoint_folder.STATE
     if trainer.is_global_zero:
         log.info("%s", f"converting {checkpoint.folder} from {wrote} for {needed}")
         _convert(checkpoint, target, note)
     else:
         _wait(target, note, timeout_minutes)
-    return target / checkpoint_format.STATE
+    return target / checkpoint_folder.STATE
 
 
 def converted_states(folder: Path) -> frozenset[Path]:
@@ -104,7 +104,7 @@ def remove_resharded(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
 
 
 def _refuse_loss(
-    checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, precision: str
+    checkpoint: checkpoint_folder.Checkpoint, wrote: StateLayout, needed: StateLayout, precision: str
 ) -> None:
     plain = needed.stage in (None, 0)
     reason = ""
@@ -121,7 +121,7 @@ def _refuse_loss(
         )
 
 
-def saved_precision(checkpoint: checkpoint_format.Checkpoint, unknown: str) -> str:
+def saved_precision(checkpoint: checkpoint_folder.Checkpoint, unknown: str) -> str:
     """``train.precision`` of the run that wrote ``checkpoint``; ``unknown`` where that was not noted."""
     settings = checkpoint.metadata.get("settings")
     train = settings.get("train") if isinstance(settings, dict) else None
@@ -129,7 +129,7 @@ def saved_precision(checkpoint: checkpoint_format.Checkpoint, unknown: str) -> s
 
 
 def refuse_other_precision(
-    checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, before: str, now: str
+    checkpoint: checkpoint_folder.Checkpoint, wrote: StateLayout, needed: StateLayout, before: str, now: str
 ) -> None:
     """Changes of the arithmetic that a state of DeepSpeed cannot follow."""
     stages = (wrote.stage, needed.stage)
@@ -149,7 +149,7 @@ def _is_there(target: Path, note: dict[str, Any]) -> bool:
     return False
 
 
-def _convert(checkpoint: checkpoint_format.Checkpoint, target: Path, note: dict[str, Any]) -> None:
+def _convert(checkpoint: checkpoint_folder.Checkpoint, target: Path, note: dict[str, Any]) -> None:
     aside = target.with_name(f".writing-{target.name}")
     try:
         for path in (aside, target):
@@ -159,11 +159,11 @@ def _convert(checkpoint: checkpoint_format.Checkpoint, target: Path, note: dict[
         check_room(state, target.parent)
         report = Reporter(aside / _PROGRESS)
         if note["form"] == _UNIVERSAL:
-            write_universal(state, aside / checkpoint_format.STATE, report)
+            write_universal(state, aside / checkpoint_folder.STATE, report)
         elif note["form"] == _FORMS[0]:
-            write_stage_zero(state, aside / checkpoint_format.STATE, report)
+            write_stage_zero(state, aside / checkpoint_folder.STATE, report)
         else:
-            write_one_file(state, aside / checkpoint_format.STATE, report)
+            write_one_file(state, aside / checkpoint_folder.STATE, report)
         (aside / _PROGRESS).unlink(missing_ok=True)
         (aside / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         make_durable(aside)

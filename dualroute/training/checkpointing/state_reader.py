@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.model.checkpoint_folder import Checkpoint
 from dualroute.training.checkpointing.safe_load import load_deepspeed_file, load_file
 from dualroute.training.checkpointing.state_layout import StateLayout
 

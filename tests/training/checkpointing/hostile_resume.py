@@ -10,7 +10,6 @@ the metadata mended, as somebody would who means it.  Prints ``LAYOUT FILE: stat
 import contextlib
 import gc
 import io
-import json
 import os
 import shutil
 import sys
@@ -19,8 +18,8 @@ from pathlib import Path
 import torch
 
 from dualroute.cli import main
-from dualroute.files import file_sha256
-from dualroute.model.checkpoint_format import METADATA, find_checkpoint
+from dualroute.model.checkpoint_format import find_checkpoint
+from tests.sealed import redescribe
 from tests.training.checkpointing.elastic_runs import SMALL, ZERO
 
 LAYOUTS = {"plain": [], "stage0": ZERO[0], "stage2": ZERO[2], "stage3": ZERO[3]}
@@ -59,11 +58,7 @@ def attack(data, run, layout, label, state):
         marker = run.parent / f"run-by-{label}-{path.name}"
         torch.save({"state_dict": Payload(marker)}, path)
         if path.is_relative_to(checkpoint.folder):
-            notes = checkpoint.folder / METADATA
-            metadata = json.loads(notes.read_bytes())
-            name = str(path.relative_to(checkpoint.folder))
-            metadata["files"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            notes.write_text(json.dumps(metadata))
+            redescribe(checkpoint.folder, str(path.relative_to(checkpoint.folder)))
         status, lines = train(data, run, 3, layout)
         print(f"{label} {path.name}: status {status}, {lines[-1] if lines else ''}", flush=True)
         assert (find_checkpoint(run).step == 2) == (status == 2)

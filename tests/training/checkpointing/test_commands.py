@@ -1,6 +1,5 @@
 """``dualroute checkpoint``: what it prints, its exit status, and what it writes."""
 
-import json
 import re
 import shutil
 import weakref
@@ -11,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from dualroute.cli import main
 from dualroute.errors import UserError
-from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.checkpointing import commands
 from dualroute.training.checkpointing.resume import check_start
 from dualroute.training.checkpointing.state_reader import WEIGHT, PartitionedState, open_state
+from tests.sealed import redescribe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -107,9 +106,7 @@ def test_an_export_that_does_not_compare_equal_is_not_left(run, tmp_path):
     weights = load_file(path)
     weights["norm.weight"][3] += 1e-3
     save_file(weights, path)
-    metadata = json.loads((checkpoint.folder / "checkpoint.json").read_text())
-    metadata["files"]["model.safetensors"] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    (checkpoint.folder / "checkpoint.json").write_text(json.dumps(metadata))
+    redescribe(checkpoint.folder, "model.safetensors")
     with pytest.raises(UserError, match=r"norm\.weight is not the weight"):
         commands.export(str(run), str(tmp_path / "exported"))
     assert {p.name for p in tmp_path.iterdir()} == {"run"}

@@ -1,6 +1,5 @@
 """A starting point is one once; a start that is refused changes nothing; a lost folder is not begun anew."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from dualroute.errors import UserError
-from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import METADATA, find_checkpoint, list_checkpoints, read_checkpoint
 from dualroute.training import run as run_module
 from dualroute.training.checkpointing.first_write import FirstWrite
@@ -19,6 +17,7 @@ from dualroute.training.checkpointing.upkeep import PUBLISHED
 from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
 from dualroute.training.parallel.strategy import OneProcessStrategy
 from tests.conftest import ROOT, write_corpus
+from tests.sealed import redescribe, rewrite
 from tests.training.checkpointing.runs import KEPT, killed_in, pretrain, snapshot, steps_in
 from tests.training.step.test_module import command, environment
 
@@ -143,10 +142,7 @@ def test_a_requeued_job_that_said_never_goes_on(tiny_dataset, tmp_path, capsys, 
 
 def forget_the_data(checkpoint):
     """As older versions wrote it: only the state knows seed, context and data."""
-    said = json.loads((checkpoint / METADATA).read_text())
-    for key in ("seed", "context", "data_fingerprint", "settings"):
-        said.pop(key)
-    (checkpoint / METADATA).write_text(json.dumps(said))
+    rewrite(checkpoint, **dict.fromkeys(("seed", "context", "data_fingerprint", "settings"), "removed"))
 
 
 def without_guard(checkpoint):
@@ -155,10 +151,7 @@ def without_guard(checkpoint):
     state = torch.load(checkpoint / "state.ckpt", weights_only=True)
     del state["spike_guard"]
     torch.save(state, checkpoint / "state.ckpt")
-    said = json.loads((checkpoint / METADATA).read_text())
-    state = checkpoint / "state.ckpt"
-    said["files"]["state.ckpt"] = {"size": state.stat().st_size, "sha256": file_sha256(state)}
-    (checkpoint / METADATA).write_text(json.dumps(said))
+    redescribe(checkpoint, "state.ckpt")
 
 
 def spoil_the_state(checkpoint):
@@ -437,7 +430,7 @@ def test_a_state_that_is_no_readable_file_is_named(run, tiny_dataset, capsys, mo
         def refuse(path):
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr("dualroute.model.checkpoint_format.file_sha256", refuse)
+        monkeypatch.setattr("dualroute.model.tree_hash._digest", refuse)
     else:
         state.unlink()
         if how == "folder":
