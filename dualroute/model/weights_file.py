@@ -2,7 +2,8 @@
 
 In: names, dtypes and shapes of all tensors, then the tensors themselves, one after the other.  Here: the
 format's header (8 bytes of length, then JSON with every offset) can be written before any tensor is there,
-so only one of them has to be in memory.  Next: anything that reads safetensors.
+so only one of them has to be in memory, and several processes can write one file, each its bytes
+(:func:`pieces_of`).  Next: anything that reads safetensors.
 
 The library's own ``save_file`` wants the whole model at once, which a rank that gathers
 a partitioned model may not have room for.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -53,6 +55,50 @@ def write_weights(
     Raises:
         ValueError: A tensor is not the one that ``layout`` announces.
     """
+    with path.open("wb") as stream:
+        for piece in pieces_of(layout, tensors):
+            stream.write(piece.cpu().numpy().data)
+
+
+def size_of(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes of the file."""
+    weights = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    return len(_header(layout)) + weights
+
+
+def pieces_of(
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Tensor]:
+    """The bytes [start, stop) of the file, in order, each piece (n,) uint8, on the device of its tensor.
+
+    All tensors are asked for, whatever is wanted of them: to gather one may take every rank.
+
+    Raises:
+        ValueError: A tensor is not the one that ``layout`` announces.
+    """
+    header = _header(layout)
+    end = sys.maxsize if stop is None else stop
+    if header[start:end]:
+        yield torch.frombuffer(bytearray(header[start:end]), dtype=torch.uint8)
+    expected, position = iter(layout.items()), len(header)
+    for name, tensor in tensors:
+        wanted = next(expected, None)
+        if wanted != (name, (tensor.dtype, tuple(tensor.shape))):
+            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} came where {wanted} was expected")
+        first, last = max(start, position), min(end, position + tensor.nbytes)
+        if first < last:
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            yield flat[first - position : last - position]
+        position += tensor.nbytes
+    missing = next(expected, None)
+    if missing is not None:
+        raise ValueError(f"{missing[0]} was announced and never came")
+
+
+def _header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in layout.items():
@@ -60,17 +106,4 @@ def write_weights(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    expected = iter(layout.items())
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            wanted = next(expected, None)
-            if wanted != (name, (tensor.dtype, tuple(tensor.shape))):
-                raise ValueError(
-                    f"{name} {tensor.dtype} {tuple(tensor.shape)} came where {wanted} was expected"
-                )
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
-    missing = next(expected, None)
-    if missing is not None:
-        raise ValueError(f"{missing[0]} was announced and never came")
+    return len(text).to_bytes(8, "little") + text

@@ -179,8 +179,8 @@ class CheckpointConfig:
         every_steps: Optimizer steps between two checkpoints.  The last step always gets one.
         keep_last: Newest checkpoints to keep; the best one by validation loss stays besides.
         verify: On resume, compare the sha256 of every file, not only its size.
-        asynchronous: Copy the state to the memory of the host and write it while training goes on; for one
-            process and DDP.  DeepSpeed writes its partitions itself, and training waits for it.
+        asynchronous: Copy the state to the memory of the host and write it while training goes on; every
+            rank its own part, also under ZeRO.
     """
 
     every_steps: int = 100

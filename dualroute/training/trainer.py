@@ -72,7 +72,11 @@ def build_trainer(prepared: Prepared) -> Parts:
         accelerator=accelerator,
     )
     publisher = CheckpointPublisher(
-        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+        output / "checkpoints",
+        config.checkpoint,
+        prepared.tokenizer.path,
+        train.val_every_steps,
+        patience_minutes=config.parallel.timeout_minutes,
     )
     preemption = Preemption(publisher)
     watchdog = Watchdog(config.watchdog, world, output, reduces_in_backward=config.parallel.strategy == "ddp")

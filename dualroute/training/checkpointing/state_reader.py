@@ -38,7 +38,8 @@ _REMAP_BYTES = 256 * 2**20
 _ENGINE_KEYS = frozenset(
     "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments "
     "lr_scheduler data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info "
+    "weights_in_partitions".split()
 )
 
 

@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from dualroute import compat
 from dualroute.errors import UserError
+from dualroute.training.checkpointing.capture import WeightsOfPartitions
 from dualroute.training.checkpointing.safe_load import deepspeed_loads_safely, load_deepspeed_file
 from dualroute.training.checkpointing.state_file import StateFile
 from dualroute.training.config import ParallelConfig
@@ -182,8 +183,10 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
             UserError: A file cannot be read, holds such code, or is not what DeepSpeed wrote.
         """
         try:
-            with deepspeed_loads_safely():
+            weights = WeightsOfPartitions(self.deepspeed_engine)
+            with deepspeed_loads_safely(weights):
                 state = super().load_checkpoint(checkpoint_path, weights_only)
+            weights.restore()
         except UserError:
             raise
         except (
