@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -41,6 +43,66 @@ def zero3_gradient_norm(optimizer: Any) -> Any:
     from deepspeed.runtime.utils import combine_grad_norm_groups
 
     return combine_grad_norm_groups(optimizer._get_norm_groups())
+
+
+@contextmanager
+def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
+    """Inside, DeepSpeed's loader of universal checkpoints reads, of each parameter, this rank's elements
+    alone.
+
+    It would read every parameter whole, on every rank, and cut its part out.
+
+    Args:
+        optimizer: DeepSpeed's of ZeRO 1, 2 or 3.
+        state: Gives ``read_range(name, key, start, count)`` for the keys fp32, exp_avg and exp_avg_sq, and
+            ``step``.
+    """
+    import math
+    import os
+    from types import MethodType
+
+    import torch
+
+    def part_of_stage_three(folder: str, key: str, param: Any = None) -> Any:
+        group = optimizer._get_param_partition_group(param)
+        ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        part = math.ceil(param.ds_numel / ranks)
+        start = min(rank * part, param.ds_numel)
+        count = min(part, param.ds_numel - start)
+        found = torch.zeros(part, dtype=torch.float32)
+        if count:
+            found[:count] = state.read_range(os.path.basename(folder), key, start, count)
+        return found
+
+    def fragment(parameter: Any, folder: str, *_: Any, **__: Any) -> Any:
+        mapping, name = parameter._hp_mapping, os.path.basename(folder)
+        place = mapping.lp_fragment_address
+        read = {
+            key: state.read_range(name, key, place.start, place.numel).to(torch.float32, copy=True)
+            for key in ("fp32", "exp_avg", "exp_avg_sq")
+        }
+        mapping.get_hp_fragment().data.copy_(read.pop("fp32"))
+        mapping.optim_fragment = read
+        return state.step.clone()
+
+    if hasattr(optimizer, "load_hp_checkpoint_state"):
+        optimizer.load_hp_checkpoint_state = part_of_stage_three  # before the class's own
+        try:
+            yield
+        finally:
+            del optimizer.load_hp_checkpoint_state
+        return
+    # the latter in bfloat16 at stage 1
+    groups = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+    parameters = [parameter for group in groups for parameter in group]
+    before = [parameter.load_hp_checkpoint_state for parameter in parameters]
+    for parameter in parameters:
+        parameter.load_hp_checkpoint_state = MethodType(fragment, parameter)
+    try:
+        yield
+    finally:
+        for parameter, own in zip(parameters, before, strict=True):
+            parameter.load_hp_checkpoint_state = own
 
 
 def spare_shared_memory_op() -> None:

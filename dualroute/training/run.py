@@ -58,7 +58,13 @@ from dualroute.model.checkpoint_format import (
 )
 from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.reshard import converted_states, remove_resharded, resumable_state
-from dualroute.training.checkpointing.resume import Start, check_start, choose_start, seen_here
+from dualroute.training.checkpointing.resume import (
+    Start,
+    check_start,
+    choose_start,
+    refuse_damaged,
+    seen_here,
+)
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import with_given
@@ -381,6 +387,7 @@ def _nothing_to_do(prepared: Prepared) -> int:
     checkpoint = prepared.start.checkpoint
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
+        refuse_damaged(checkpoint, digests=prepared.config.checkpoint.verify, together=False)
         log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
         log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
     return 0
@@ -400,6 +407,7 @@ def _with_start(prepared: Prepared) -> Prepared:
     checkpoint = start.checkpoint
     if checkpoint is not None:
         decided_by_rank_zero(lambda: _compare(checkpoint, prepared))
+        refuse_damaged(checkpoint, digests=config.checkpoint.verify, together=True)
     if start.note and prepared.world.rank == 0:
         log.info("%s", start.note)
     prepared = dataclasses.replace(prepared, start=start)
@@ -408,10 +416,10 @@ def _with_start(prepared: Prepared) -> Prepared:
 
 
 def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
-    """Raise UserError where ``checkpoint`` is damaged, or of another model or other data."""
+    """Raise UserError where ``checkpoint`` is of another model or other data."""
     config, fingerprint = prepared.config, prepared.data.manifest.fingerprint
     data = {"fingerprint": fingerprint, "seed": config.seed, "context": config.data.context}
-    check_start(checkpoint, config.model, data, digests=config.checkpoint.verify)
+    check_start(checkpoint, config.model, data)
 
 
 def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:

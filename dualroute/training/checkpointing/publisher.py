@@ -50,6 +50,7 @@ from dualroute.training.checkpointing.own_part import (
 )
 from dualroute.training.checkpointing.reshard import remove_resharded
 from dualroute.training.checkpointing.state_layout import StateLayout
+from dualroute.training.checkpointing.state_writer import write_failures
 from dualroute.training.checkpointing.upkeep import (
     best_by_validation,
     note_published,
@@ -274,19 +275,15 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
 def _explaining_failures(aside: Path, rank: int) -> Iterator[None]:
     """Say what could not be written, and why; rank 0 takes away what is there of it."""
     try:
-        yield
+        with write_failures():
+            yield
     except UserError:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer; anything else is not ours to explain
-        signs = ("PytorchStreamWriter", "inline_container")  # the latter where it writes to a path
-        is_write_error = isinstance(error, OSError) or any(sign in str(error) for sign in signs)
+    except OSError as error:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        if not is_write_error:
-            raise
         free = shutil.disk_usage(aside.parent).free if aside.parent.exists() else 0
         said = " ".join(str(error).split())[:200]
         raise UserError(

@@ -2,7 +2,8 @@
 
 - In: the run folder and what ``--resume`` says.
 - Here: :func:`choose_start` looks, and changes nothing; :func:`check_start` compares the chosen checkpoint
-  with the configuration and the data, and every file with its sha256.
+  with the configuration and the data, :func:`refuse_damaged` every file with its hashes, divided over the
+  ranks.
 - Next: :mod:`~dualroute.training.checkpointing.reshard` makes the state readable for the ranks of this start,
   and when all of them have loaded it, :mod:`~dualroute.training.checkpointing.first_write` sets newer ones
   aside.
@@ -18,6 +19,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ from dualroute.model import checkpoint_folder
 from dualroute.model.checkpoint_folder import Checkpoint, Scan, scan_checkpoints, step_of
 from dualroute.model.config import ModelConfig
 from dualroute.training.checkpointing import starting_points
+from dualroute.training.checkpointing.divided_check import first_damage
 from dualroute.training.checkpointing.upkeep import ABANDONED, LINKS, PUBLISHED
 from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.parallel.agreement import decided_by_rank_zero
 
 _ANEW = "or begin anew with another --output, or remove"
 
@@ -224,18 +228,17 @@ def _is_here(output: Path, checkpoint: Checkpoint | None) -> bool:
     return False
 
 
-def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any], *, digests: bool) -> None:
-    """Compare a checkpoint with what it is to be resumed with, and with its own metadata.
+def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]) -> None:
+    """Compare a checkpoint with what it is to be resumed with.
 
     Args:
         checkpoint: What was chosen.
         model: The configured model.
         data: Of the run's data: ``fingerprint``, ``seed``, ``context``.  What the metadata know of them is
             compared here; the state itself is when it is loaded.
-        digests: Verify sha256 besides sizes.
 
     Raises:
-        UserError: It is damaged, or its model or data are others.
+        UserError: Its model or data are others.
     """
     theirs = ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG).to_dict()
     ours = model.to_dict()
@@ -252,18 +255,33 @@ def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]
                 f"{checkpoint.folder} was trained with data {key} {said!r}, and this start has "
                 f"{data[key]!r}: resume with the same data, seed and context, or start a new run (--output)"
             )
-    _verify(checkpoint, digests=digests)
 
 
-def _verify(checkpoint: Checkpoint, *, digests: bool) -> None:
-    """Refuse a damaged checkpoint, and name the newest older one beside it that is whole."""
-    damage = next(checkpoint_folder.damages(checkpoint, digests=digests), None)
-    if damage is None and not checkpoint.state.exists():
+def refuse_damaged(checkpoint: Checkpoint, *, digests: bool, together: bool) -> None:
+    """Compare the files of a checkpoint with its metadata.
+
+    Args:
+        checkpoint: What was chosen, on all ranks the same.
+        digests: Compare the hashes besides the sizes.
+        together: All ranks call it, and share the hashing; else this process does all of it.
+
+    Raises:
+        UserError: It is damaged; the newest older one beside it that is whole is named.
+    """
+
+    def look(find: Callable[[], Any]) -> Any:
+        return decided_by_rank_zero(find) if together else find()
+
+    def damage_of(one: Checkpoint) -> str | None:
+        return first_damage(one, digests=digests, together=together)
+
+    damage = damage_of(checkpoint)
+    if damage is None and not look(checkpoint.state.exists):
         damage = f"{checkpoint.state} is missing from the checkpoint"
     if damage is None:
         return
-    beside = scan_checkpoints(checkpoint.folder.parent).finished
+    beside = look(lambda: scan_checkpoints(checkpoint.folder.parent).finished)
     for earlier in reversed([c for c in beside if c.step < checkpoint.step]):
-        if not any(checkpoint_folder.damages(earlier, digests=digests)):
+        if damage_of(earlier) is None:
             raise UserError(f"{damage}; the newest earlier checkpoint is whole: --resume {earlier.folder}")
     raise UserError(f"{damage}; no earlier checkpoint beside it is whole: start again with another --output")

@@ -103,5 +103,10 @@ def told_by_all(act: Callable[[], T]) -> list[T]:
     return [value for value, _ in found]
 
 
+def place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process among those that decide together."""
+    return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+
+
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -15,8 +15,9 @@ DeepSpeed is imported when a strategy is built, not when this module is.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,7 @@ from dualroute.errors import UserError
 from dualroute.training.checkpointing.capture import WeightsOfPartitions
 from dualroute.training.checkpointing.safe_load import deepspeed_loads_safely, load_deepspeed_file
 from dualroute.training.checkpointing.state_file import StateFile
+from dualroute.training.checkpointing.state_reader import TrainingState
 from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
@@ -147,6 +149,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
             process_group_backend="gloo" if on_cpu else None,
             timeout=timeout,
         )
+        self._state_of_parameters: Callable[[], TrainingState] | None = None
         if on_cpu:
             compat.spare_shared_memory_op()
         if uses_nvme(config["zero_optimization"]):
@@ -171,8 +174,13 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or [None]))]
         DDPStrategy.setup_environment(self)
 
-    def expect_universal_checkpoint(self) -> None:
-        """What :meth:`load_checkpoint` will be given is a universal checkpoint; call it before ``fit``."""
+    def expect_universal_checkpoint(self, state: Callable[[], TrainingState]) -> None:
+        """What :meth:`load_checkpoint` will be given is the index of one; call it before ``fit``.
+
+        Args:
+            state: Opens what the parameters are read from.
+        """
+        self._state_of_parameters = state
         assert isinstance(self.config, dict)
         self.config["checkpoint"] = {**self.config.get("checkpoint", {}), "load_universal": True}
 
@@ -184,7 +192,13 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         """
         try:
             weights = WeightsOfPartitions(self.deepspeed_engine)
-            with deepspeed_loads_safely(weights):
+            with contextlib.ExitStack() as loading:
+                if self._state_of_parameters is not None:
+                    parameters, self._state_of_parameters = self._state_of_parameters(), None
+                    loading.enter_context(
+                        compat.read_partitions_from(self.deepspeed_engine.optimizer, parameters)
+                    )
+                loading.enter_context(deepspeed_loads_safely(weights))
                 state = super().load_checkpoint(checkpoint_path, weights_only)
             weights.restore()
         except UserError:

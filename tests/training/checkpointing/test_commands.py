@@ -12,7 +12,7 @@ from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.checkpointing import commands
-from dualroute.training.checkpointing.resume import check_start
+from dualroute.training.checkpointing.resume import refuse_damaged
 from dualroute.training.checkpointing.state_reader import WEIGHT, PartitionedState, open_state
 from tests.sealed import redescribe
 
@@ -41,11 +41,6 @@ def test_list_shows_every_checkpoint_and_what_points_to_it(run, capsys):
     assert lines[5].startswith("unfinished: .writing-step-00000099")
 
 
-def data_of(checkpoint):
-    said = checkpoint.metadata
-    return {"fingerprint": said["data_fingerprint"], "seed": said["seed"], "context": said["context"]}
-
-
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_verify_names_the_damaged_file_and_fails(run, capsys, damage):
     assert main(["checkpoint", "verify", str(run)]) == 0
@@ -68,7 +63,7 @@ def test_verify_names_the_damaged_file_and_fails(run, capsys, damage):
     assert main(["checkpoint", "verify", str(second.folder)]) == 1
     # a resume refuses it too, and names the newest one before it that is whole
     with pytest.raises(UserError, match=re.escape(f"{path} ")) as refusal:
-        check_start(second, load_model(first).config, data_of(second), digests=True)
+        refuse_damaged(second, digests=True, together=False)
     assert str(refusal.value).endswith(f"--resume {first.folder}")
 
 
