@@ -197,10 +197,10 @@ class HashedFile:
         written: Bytes.
     """
 
-    def __init__(self, path: Path, start: int | None = None, chunk_bytes: int = CHUNK) -> None:
+    def __init__(self, path: Path, start: int | None = None, chunk_bytes: int | None = None) -> None:
         self.chunks: list[str] = []
         self.written = 0
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes or CHUNK
         self._in_chunk, self._hash = 0, hashlib.sha256()
         flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if start is None else 0)
         self._stream = open(os.open(path, flags, 0o666), "wb", buffering=0)  # noqa: SIM115

@@ -27,7 +27,7 @@ from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing.reshard import Reporter, check_room
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.checkpointing.state_reader import WEIGHT, TrainingState, open_state
-from dualroute.training.checkpointing.state_writer import write_universal
+from dualroute.training.checkpointing.state_writer import write_failures, write_universal
 
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _MODULE = "model."  # where the model sits in the LightningModule
@@ -121,7 +121,7 @@ def convert(checkpoint: str, output: str) -> int:
     source = checkpoint_folder.find_checkpoint(checkpoint)
     checkpoint_folder.verify_checkpoint(source)
     state = open_state(source)
-    with appearing_folder(output) as aside:
+    with appearing_folder(output) as aside, write_failures():
         check_room(state, aside)
         write_universal(state, aside, Reporter())
     layout = StateLayout.read(source)

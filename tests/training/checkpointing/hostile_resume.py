@@ -2,9 +2,10 @@
 
     python -m tests.training.checkpointing.hostile_resume DATA FOLDER
 
-A training of two steps at each layout is resumed once for each file of its state (and of what a conversion
-to another stage made), with that file replaced by one whose unpickling makes ``FOLDER/run-by-…``, and with
-the metadata mended, as somebody would who means it.  Prints ``LAYOUT FILE: status N, last line of stderr``.
+A training of two steps at each layout is resumed once for each file of its state (at another stage too, and
+once for each file of the index that is made for that), with that file replaced by one whose unpickling makes
+``FOLDER/run-by-…``, and with the metadata mended, as somebody would who means it.  Prints ``LAYOUT FILE:
+status N, last line of stderr``.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ def states(folder):
 
 def attack(data, run, layout, label, state):
     checkpoint = find_checkpoint(run)
-    kept = shutil.copytree(run, run.with_name(f"{run.name}-kept"), symlinks=True)
+    kept = shutil.copytree(run, run.with_name(f"{label}-kept"), symlinks=True)
     for path in states(state):
         marker = run.parent / f"run-by-{label}-{path.name}"
         torch.save({"state_dict": Payload(marker)}, path)
@@ -79,6 +80,7 @@ def attack_all(data, folder):
             train(data, run, 3, other)
         converted = run / "checkpoints" / f"resharded-{checkpoint.folder.name}" / "state.ckpt"
         attack(data, run, other, run.name, converted)
+        attack(data, run, other, f"{run.name}-itself", checkpoint.state)
     # and the same states without the payload are resumed
     for layout in LAYOUTS:
         assert train(data, folder / layout, 3, layout)[0] == 0
