@@ -45,6 +45,53 @@ def test_the_norm_of_zero3():
     assert float(compat.zero3_gradient_norm(Optimizer())) == pytest.approx(5.0)
 
 
+def test_universal_checkpoints_are_read_in_parts():
+    """Without: at a resume with other ranks each rank reads all of the state."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    for name in ("load_hp_checkpoint_state", "_get_param_partition_group"):
+        assert callable(getattr(DeepSpeedZeroOptimizer_Stage3, name))
+    for kind in (DeepSpeedZeroOptimizer, BF16_Optimizer):
+        assert not hasattr(kind, "load_hp_checkpoint_state")  # each parameter's own there
+        assert callable(kind.update_lp_params)
+    assert {"lp_fragment_address", "optim_fragment"} <= tensor_fragment.__dataclass_fields__.keys()
+
+    class Whole:
+        """A parameter of ten elements, which this rank has [4, 7) of."""
+
+        class _hp_mapping:
+            hp = torch.zeros(3)
+            optim_fragment = None
+            lp_fragment_address = type("Address", (), {"start": 4, "numel": 3})
+
+            @classmethod
+            def get_hp_fragment(cls):
+                return cls.hp
+
+    class State:
+        step = torch.tensor(5.0)
+        asked = []
+
+        def read_range(self, name, key, start, count):
+            self.asked.append((name, key, start, count))
+            return torch.arange(start, start + count)
+
+    parameter = Whole()
+    parameter.load_hp_checkpoint_state = own = lambda: None
+    optimizer = type("Optimizer", (), {"bit16_groups": [[parameter]]})()
+    with compat.read_partitions_from(optimizer, State()):
+        step = parameter.load_hp_checkpoint_state("…/zero/model.layers.0.weight", 0, 1, ep_rank=0, ep_size=1)
+    assert step == 5
+    assert parameter.load_hp_checkpoint_state is own
+    assert State.asked == [("model.layers.0.weight", key, 4, 3) for key in ("fp32", "exp_avg", "exp_avg_sq")]
+    assert Whole._hp_mapping.hp.tolist() == [4, 5, 6]
+    assert set(parameter._hp_mapping.optim_fragment) == {"exp_avg", "exp_avg_sq"}
+
+
 def test_the_shared_memory_op_is_spared():
     """Without: the first start on a CPU compiles for 50 seconds."""
     pytest.importorskip("deepspeed")
