@@ -1,6 +1,7 @@
 """Each private name of a library, used once: a release that changes one fails here, and says what breaks."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_universal_checkpoints_are_read_in_parts():
 
     class State:
         step = torch.tensor(5.0)
-        asked = []
+        asked: ClassVar[list[tuple]] = []
 
         def read_range(self, name, key, start, count):
             self.asked.append((name, key, start, count))

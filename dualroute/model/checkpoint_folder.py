@@ -230,12 +230,9 @@ def describe_files(
         described: Entries that are known, because who wrote these files has hashed them.
     """
     known = described or {}
-    names = [
-        str(path.relative_to(folder))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != METADATA
-    ]
-    return {name: known.get(name) or tree_hash.describe(folder / name) for name in names}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {METADATA}
+    # what another host has just written may not be listed here yet
+    return {name: known.get(name) or tree_hash.describe(folder / name) for name in sorted(found | set(known))}
 
 
 def damages(checkpoint: Checkpoint, *, digests: bool = True, only: str | None = None) -> Iterator[str]:

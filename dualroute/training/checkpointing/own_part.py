@@ -71,11 +71,22 @@ class OwnPart:
         """A file of tensors and plain values, which only this rank writes."""
         self._states.append((path, copy_to_host(state, {}) if self.later else state))
 
-    def take_weights(self, path: Path, layout: Layout, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def copied_weights(self) -> dict[str, Tensor]:
+        """The weights in a copy that was taken of a whole state, by their names there; else none."""
+        states = [state for _, state in self._states if self.later and isinstance(state, dict)]
+        found: dict[str, Tensor] = next(
+            (state["state_dict"] for state in states if "state_dict" in state), {}
+        )
+        return found
+
+    def take_weights(
+        self, path: Path, layout: Layout, weights: Iterable[tuple[str, Tensor]], *, copied: bool = False
+    ) -> None:
         """This rank's bytes of the one file of weights; every rank calls it, since gathering may be
         collective.
 
         What fails here is raised by :meth:`write`, so that no rank leaves the others alone in a gathering.
+        Weights that are ``copied`` already are not copied again.
         """
         size = size_of(layout)
         start, stop = tree_hash.own_range(size, self.ranks, self.rank)
@@ -83,7 +94,7 @@ class OwnPart:
         chunk_bytes = tree_hash.shared_chunk_bytes(size, self.ranks)
         self._shared = (path, start, chunk_bytes)
         if self.later:
-            self._bytes = [copy_to_host(piece, {}) for piece in own]
+            self._bytes = list(own) if copied else [copy_to_host(piece, {}) for piece in own]
             return
         self._write_shared(own)
 

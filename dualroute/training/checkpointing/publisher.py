@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ from dualroute.training.checkpointing.upkeep import (
     set_aside,
 )
 from dualroute.training.config import CheckpointConfig
-from dualroute.training.parallel.agreement import told_by_all
+from dualroute.training.parallel.agreement import decided_by_rank_zero, told_by_all
 from dualroute.training.step.spike_guard import TrainingDiverged
 
 _AFTER_THE_END = 60.0  # seconds that rank 0 waits for the parts of others when its own training has ended
@@ -137,30 +137,30 @@ class CheckpointPublisher(Callback):
         if step == self._published:
             return
         self._published = step
-        later = self.config.asynchronous
-        if later:
+        if self.config.asynchronous:
             self._writer.wait()  # one copy at a time
         aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
-        rank, ranks = trainer.global_rank, trainer.world_size
-        part = OwnPart(aside, rank, ranks, later=later)
         layout, config = _weights_layout(pl_module.model), pl_module.model.config
-        with _explaining_failures(aside, rank):
-            if rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            trainer.strategy.barrier("checkpoint folder made")
-            with captured(trainer, part):
-                trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
-            part.take_weights(aside / checkpoint_format.WEIGHTS, layout, gather_weights(pl_module.model))
-        metadata = self._metadata(trainer, pl_module, step)
-        if later:
-            self._writer.submit(partial(self._write_later, part, layout, config, metadata))
-            return
-        notes = told_by_all(partial(_written, part))
-        with _explaining_failures(aside, rank):
-            if rank == 0:
-                self._complete(aside, config, metadata, entries(notes, checkpoint_format.WEIGHTS, layout))
-        trainer.strategy.barrier("checkpoint published")
+        with _explaining_failures(aside, trainer.global_rank):
+            part = self._taken(trainer, pl_module.model, layout, aside)
+            metadata = self._metadata(trainer, pl_module, step)
+            if self.config.asynchronous:
+                self._writer.submit(partial(self._write_later, part, layout, config, metadata))
+                return
+            # told to all, so that no rank waits for one that has failed
+            notes = told_by_all(partial(_written, part))
+            decided_by_rank_zero(partial(self._complete, part, layout, config, metadata, notes))
+
+    def _taken(self, trainer: Trainer, model: nn.Module, layout: Layout, aside: Path) -> OwnPart:
+        """This rank's part, at a step boundary; all ranks."""
+        part = OwnPart(aside, trainer.global_rank, trainer.world_size, later=self.config.asynchronous)
+        decided_by_rank_zero(partial(_make_empty, aside))
+        with captured(trainer, part):
+            trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
+        copies = part.copied_weights()
+        weights = ((name, copies[f"model.{name}"]) for name in layout) if copies else gather_weights(model)
+        part.take_weights(aside / checkpoint_format.WEIGHTS, layout, weights, copied=bool(copies))
+        return part
 
     def _write_later(
         self, part: OwnPart, layout: Layout, config: ModelConfig, metadata: dict[str, Any]
@@ -168,10 +168,10 @@ class CheckpointPublisher(Callback):
         """In a thread of every rank: write its part, and on rank 0 wait for the others' and publish."""
         try:
             note = _written(part)
-        except UserError as error:
+        except Exception as error:
             if part.rank:
                 with suppress(OSError):
-                    leave_note(part.folder, part.rank, Note(error=str(error)))
+                    leave_note(part.folder, part.rank, Note(error=str(error) or type(error).__name__))
             raise
         with _explaining_failures(part.folder, part.rank):
             if part.rank:
@@ -179,7 +179,7 @@ class CheckpointPublisher(Callback):
                 return
             notes = [note, *await_notes(part.folder, part.ranks, self._seconds_left)]
             remove_notes(part.folder)
-            self._complete(part.folder, config, metadata, entries(notes, checkpoint_format.WEIGHTS, layout))
+            self._complete(part, layout, config, metadata, notes)
 
     def _seconds_left(self) -> float:
         """Where the training has ended, a rank that says nothing has ended too."""
@@ -206,9 +206,15 @@ class CheckpointPublisher(Callback):
         return metadata | {"total_tokens": total_tokens(metadata)}
 
     def _complete(
-        self, folder: Path, config: ModelConfig, metadata: dict[str, Any], described: dict[str, Any]
+        self,
+        part: OwnPart,
+        layout: Layout,
+        config: ModelConfig,
+        metadata: dict[str, Any],
+        notes: Sequence[Note],
     ) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
+        folder, described = part.folder, entries(notes, checkpoint_format.WEIGHTS, layout)
         checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described)
         _flush(folder, described)
         published = self.folder / checkpoint_format.step_folder(metadata["step"])
@@ -242,6 +248,12 @@ def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _weights_layout(model: nn.Module) -> Layout:
     return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters()}
+
+
+def _make_empty(folder: Path) -> None:
+    with _explaining_failures(folder, 0):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
 
 def _written(part: OwnPart) -> Note:
