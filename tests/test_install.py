@@ -1,7 +1,7 @@
 """``launch/install.sh`` on a machine whose torch is built for CUDA, and on one whose torch is built for CPUs.
 
-pip resolves and installs for real, from a folder of empty wheels: one for each version in constraints.txt, and a
-torch with the requirements of either build (those of the CUDA build as published with torch 2.13.0).
+pip resolves and installs for real from a folder of empty wheels: one for each version in constraints.txt, and
+a torch with the requirements of either build (those of the CUDA build as published with torch 2.13.0).
 """
 
 from __future__ import annotations
