@@ -15,7 +15,7 @@ import signal
 import pytest
 
 from dualroute.cli import main
-from dualroute.export import huggingface
+from dualroute.export.hf import folder as huggingface
 from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import find_checkpoint
 from tests.training.checkpointing.elastic_runs import SMALL
