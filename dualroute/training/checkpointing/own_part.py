@@ -15,8 +15,10 @@ import contextlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -74,16 +76,13 @@ class OwnPart:
     def copied_weights(self) -> dict[str, Tensor]:
         """The weights in a copy that was taken of a whole state, by their names there; else none."""
         states = [state for _, state in self._states if self.later and isinstance(state, dict)]
-        found: dict[str, Tensor] = next(
-            (state["state_dict"] for state in states if "state_dict" in state), {}
-        )
-        return found
+        whole: dict[str, Any] = next((state for state in states if "state_dict" in state), {})
+        return dict(whole.get("state_dict", {}))
 
     def take_weights(
         self, path: Path, layout: Layout, weights: Iterable[tuple[str, Tensor]], *, copied: bool = False
     ) -> None:
-        """This rank's bytes of the one file of weights; every rank calls it, since gathering may be
-        collective.
+        """This rank's bytes of the one file of weights; all ranks call it, since gathering may take them all.
 
         What fails here is raised by :meth:`write`, so that no rank leaves the others alone in a gathering.
         Weights that are ``copied`` already are not copied again.
@@ -101,19 +100,18 @@ class OwnPart:
     def _write_shared(self, own: Iterable[Tensor]) -> None:
         assert self._shared is not None
         path, start, chunk_bytes = self._shared
-        stream = None
-        for piece in own:
-            if self._failure is not None:
-                continue  # the gathering goes on
-            try:
-                stream = stream or HashedFile(path, start, chunk_bytes)
-                stream.write(piece.cpu().numpy())
-            except OSError as error:
-                self._failure = error
-        if stream is not None:
-            if self._failure is None:
-                stream.close()
+        pieces = iter(own)
+        first = next(pieces, None)
+        if first is None:
+            return
+        try:
+            with HashedFile(path, start, chunk_bytes) as stream:
+                for piece in chain([first], pieces):
+                    stream.write(piece.cpu().numpy())
             self._note.shared = stream.chunks
+        except OSError as error:
+            self._failure = error
+            deque(pieces, maxlen=0)  # the gathering goes on
 
     def write(self) -> Note:
         """Write what was taken and is not written yet, flush it, and say what it is.  Raises OSError."""

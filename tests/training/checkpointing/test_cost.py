@@ -1,8 +1,11 @@
 """Costs are counted as the code works; test_shares.py has the same on ranks."""
 
+import runpy
+
 import pytest
 
 from dualroute.training.checkpointing.cost import Machine, checkpoint_cost
+from tests.conftest import ROOT
 
 
 def test_bytes_are_divided_over_the_ranks():
@@ -26,3 +29,9 @@ def test_seconds_follow_from_the_rates():
     # the file system is shared
     shared = checkpoint_cost(70e9, 1024, machine=Machine(total_io=1e9))
     assert shared.save_seconds > shared.total / 1e9
+
+
+def test_the_table_of_the_documentation_is_the_one_that_is_printed():
+    script = runpy.run_path(str(ROOT / "benchmarks" / "checkpoint_scale.py"))
+    printed = script["table"]([7e9, 70e9], [64, 1024], 3, Machine())
+    assert printed in (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
