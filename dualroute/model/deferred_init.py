@@ -38,6 +38,12 @@ class _Call:
     def is_random(self) -> bool:
         return self.fill.__name__ in _RANDOM
 
+    @torch.no_grad()
+    def made(self) -> Tensor:
+        value = torch.empty(self.parameter.shape, dtype=self.parameter.dtype)
+        self.fill(value, *self.arguments, **self.options)
+        return value
+
 
 class _Recorder(TorchFunctionMode):
     """Notes each call that fills a parameter on the meta device."""
@@ -87,12 +93,10 @@ class Draws:
             is_last = name is not None and self._last[name] == number
             if not is_last and not call.is_random:
                 continue
-            value = torch.empty(call.parameter.shape, dtype=call.parameter.dtype)
-            with torch.no_grad():
-                call.fill(value, *call.arguments, **call.options)
             if is_last and name is not None:
-                yield name, value
-            del value
+                yield name, call.made()  # no name here that would keep it
+            else:
+                call.made()
 
 
 def build_deferred(config: ModelConfig) -> tuple[DualRoutingTransformer, Draws]:
