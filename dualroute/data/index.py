@@ -1,8 +1,8 @@
 """The index of a split: where each document lies inside the tars.
 
 In: rows that `data_prep.shards` collected while it wrote the tars. Here: their file, ``{split}.index.npy``,
-and the rules that they must keep. Out: a memory map, which `plan` takes the lengths of the documents from
-and `reader` the places of their ids.
+and the rules that they must keep. Out: a memory map, which `reader` takes the places of the documents' ids
+from, and their lengths for `plan`.
 
     int64 (documents, 4): shard number, byte offset of the first id inside the tar, number of tokens, UTF-8
     bytes of the text; in the order of the shards, and inside a shard in the order of the tar
@@ -12,6 +12,7 @@ The check reads 32 bytes a document, so it is made at every start, on every rank
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import IO, Any
 
@@ -55,6 +56,19 @@ def map_index(path: str | os.PathLike[str], documents: int, remedy: str) -> NDAr
     if (found := os.stat(path).st_size) != index.offset + ROW_BYTES * documents:
         raise UserError(f"{path}: {found} bytes, {documents} rows need another length; {remedy}")
     return index
+
+
+def release_pages(index: NDArray[np.int64]) -> None:
+    """Let go of the pages of a memory map (or of a view of one) that this process has read.
+
+    They stay in the memory of the node as long as it has room, for all processes, and come back unread when
+    they are asked for.
+    """
+    owner: Any = index
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def check_rows(

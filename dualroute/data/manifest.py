@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.data.index import check_rows, map_index
+from dualroute.data.index import check_rows, map_index, release_pages
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, read_limited, require_regular, write_bytes_atomically
 
@@ -43,6 +43,7 @@ TOKENIZER_FILE = "tokenizer.model"
 #: Of manifest.json: 200 bytes a shard, so some 300,000 shards.
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_COUNT = 1 << 53  # of anything that is counted; exact in a float too
+_RELEASED_DOCUMENTS = 1 << 20  # 32 MiB of an index
 _DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # and how many ids they tell apart
 _REMEDY = "run `dualroute prepare` again"
 _REMEDY_FOR_FILES = f"copy it again, or {_REMEDY}"
@@ -174,7 +175,7 @@ class Manifest:
             UserError: it is not.
         """
         index, info = self.open_index(split), self.split(split)
-        first, itemsize = 0, np.dtype(self.dtype).itemsize
+        first, read, itemsize = 0, 0, np.dtype(self.dtype).itemsize
         for number, shard in enumerate(info.shards):
             rows = index[first : first + shard.documents]
             try:
@@ -183,6 +184,11 @@ class Manifest:
                 path = self.folder / info.index_file
                 raise UserError(f"{path}: contradicts the manifest ({error}); {_REMEDY}") from error
             first += shard.documents
+            read += shard.documents
+            if read > _RELEASED_DOCUMENTS:
+                release_pages(index)
+                read = 0
+        release_pages(index)
         return index
 
     def to_json(self) -> dict[str, Any]:

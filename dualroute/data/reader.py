@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dualroute.data.index import release_pages
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import DocumentStream, Request, WindowPlan
 from dualroute.errors import UserError, other_remedy
@@ -34,6 +35,8 @@ from dualroute.files import require_regular
 #: Labels that no loss counts (torch's default ``ignore_index``).
 IGNORE_INDEX = -100
 _REMEDY = "copy it again or prepare the data again"
+#: Lengths that are read from the index before its pages are released: a single one may bring 64 KiB along.
+_KEPT_DOCUMENTS = 1 << 14
 
 
 def open_stream(manifest: Manifest, split: str) -> DocumentStream:
@@ -42,7 +45,40 @@ def open_stream(manifest: Manifest, split: str) -> DocumentStream:
     Raises:
         UserError: the split or its index is missing, or the index contradicts the manifest.
     """
-    return DocumentStream(manifest.check_index(split)[:, 2])
+    manifest.check_index(split)
+    return DocumentStream(IndexedLengths(manifest, split))
+
+
+class IndexedLengths:
+    """Tokens of the documents of a split, read from its index when they are asked for.
+
+    The index is mapped into memory, so the processes of a node share its pages, and a process does not keep
+    those that it has read. May be pickled: the copy maps its own.
+
+    Raises:
+        UserError: see `Manifest.open_index`.
+    """
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self.manifest, self.split = manifest, split
+        self._column: NDArray[np.int64] | None = None
+        self._touched = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_column": None}
+
+    def __len__(self) -> int:
+        return self.manifest.split(self.split).documents
+
+    def __getitem__(self, documents: Any) -> NDArray[np.int64]:
+        if self._column is None:
+            self._column = self.manifest.open_index(self.split)[:, 2]
+        found = np.array(self._column[documents])
+        self._touched += found.size
+        if self._touched > _KEPT_DOCUMENTS:
+            release_pages(self._column)
+            self._touched = 0
+        return found
 
 
 class ShardReader:
