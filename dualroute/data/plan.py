@@ -18,7 +18,7 @@ samples, micro batch by micro batch for one rank, and the spans of the token str
 
 Nothing is shuffled. The permutation is a small cipher computed at the indices asked
 for, so order costs O(1) memory whatever the corpus, and resuming at sample 10^12 is as quick as starting.
-What is held is half a bit per document (`DocumentStream`); the lengths stay in the index, which
+What is held is two bits per document (`DocumentStream`); the lengths stay in the index, which
 the processes of a node share.
 """
 
@@ -41,9 +41,10 @@ Span = tuple[int, int]
 #: Stands for "no window" (a row of padding) where a sample id is expected.
 EMPTY = -1
 _ROUNDS = 8
-#: Documents between two cumulative lengths that are held: 4 KiB of the index.
-_BLOCK = 128
+#: Documents between two cumulative lengths that are held: 1 KiB of the index.
+_BLOCK = 32
 _BLOCKS_AT_ONCE = 512
+_AT_ONCE = _BLOCK << 12  # documents
 #: The numbers of a batch's samples are held in memory: 128 MiB of them.
 MAX_SAMPLES_PER_BATCH = 1 << 24
 
@@ -59,7 +60,7 @@ class Lengths(Protocol):
 class DocumentStream:
     """Documents laid end to end: positions 0..tokens-1.
 
-    Of the cumulative lengths every `_BLOCK`-th is held in memory, 62.5 MB for 10^9 documents. What lies
+    Of the cumulative lengths every `_BLOCK`-th is held in memory, 250 MB for 10^9 documents. What lies
     between two of them is summed up when it is asked for, from ``lengths``.
 
     Args:
@@ -75,8 +76,8 @@ class DocumentStream:
         )
         self.documents = len(self.lengths)
         sums = [np.zeros(1, dtype=np.int64)]
-        for first in range(0, self.documents, _BLOCK * _BLOCKS_AT_ONCE):
-            part = self.lengths[first : first + _BLOCK * _BLOCKS_AT_ONCE]
+        for first in range(0, self.documents, _AT_ONCE):
+            part = self.lengths[first : first + _AT_ONCE]
             if int(part.min()) < 1:
                 bad = int(np.argmin(part))
                 raise ValueError(f"document {first + bad} has {int(part[bad])} tokens")
