@@ -71,6 +71,53 @@ def release_pages(index: NDArray[np.int64]) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
+class IndexRows:
+    """Rows of an index file, read when they are asked for.
+
+    What has been read stays in the memory of the node as long as that has room, for all processes; this one
+    keeps nothing. May be pickled, and used after a fork.
+
+    Args:
+        path: of the file.
+        offset: of its first row, in bytes.
+        documents: its number of rows.
+        remedy: ends the line of an error.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], offset: int, documents: int, remedy: str) -> None:
+        self.path, self.offset, self.documents, self.remedy = path, offset, documents, remedy
+        self._stream: IO[bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": None}
+
+    def blocks(self, numbers: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Rows [k * size, (k + 1) * size) for each k of ``numbers``: (k, size, 4), 0 where there are none.
+
+        Raises:
+            UserError: the file cannot be read, or is shorter than it was.
+        """
+        rows = np.zeros((len(numbers), size, len(INDEX_COLUMNS)), dtype="<i8")
+        target = rows.reshape(-1).view(np.uint8).data
+        step = size * ROW_BYTES
+        try:
+            if self._stream is None:
+                self._stream = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            descriptor, found = self._stream.fileno(), 0
+            for place, number in enumerate(numbers.tolist()):
+                part = target[place * step : (place + 1) * step]
+                found += os.preadv(descriptor, [part], self.offset + number * step)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); {self.remedy}") from error
+        if found < ROW_BYTES * int(np.clip(self.documents - numbers * size, 0, size).sum()):
+            raise UserError(f"{self.path}: it has become shorter; {self.remedy}")
+        return rows
+
+    def __getitem__(self, document: int) -> NDArray[np.int64]:
+        """(4,): the row of one document."""
+        return self.blocks(np.array([document]), 1)[0, 0]
+
+
 def check_rows(
     rows: NDArray[np.int64], number: int, tokens: int, text_bytes: int, size: int, itemsize: int
 ) -> None:

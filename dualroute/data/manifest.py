@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.data.index import check_rows, map_index, release_pages
+from dualroute.data.index import ROW_BYTES, IndexRows, check_rows, map_index, release_pages
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, read_limited, require_regular, write_bytes_atomically
 
@@ -167,6 +167,12 @@ class Manifest:
         """
         info = self.split(split)
         return map_index(self.folder / info.index_file, info.documents, _REMEDY)
+
+    def index_rows(self, split: str) -> IndexRows:
+        """The rows of the index of ``split``, to be read one by one; raises as `open_index` does."""
+        info, index = self.split(split), self.open_index(split)
+        offset = os.stat(self.folder / info.index_file).st_size - ROW_BYTES * len(index)
+        return IndexRows(self.folder / info.index_file, offset, info.documents, _REMEDY)
 
     def check_index(self, split: str) -> NDArray[np.int64]:
         """`open_index`, and every row is possible: in order, inside its shard, adding up to its totals.

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,18 +43,35 @@ EMPTY = -1
 _ROUNDS = 8
 #: Documents between two cumulative lengths that are held: 1 KiB of the index.
 _BLOCK = 32
-_BLOCKS_AT_ONCE = 512
-_AT_ONCE = _BLOCK << 12  # documents
+_BLOCKS_AT_ONCE = 4096
 #: The numbers of a batch's samples are held in memory: 128 MiB of them.
 MAX_SAMPLES_PER_BATCH = 1 << 24
 
 
 class Lengths(Protocol):
-    """Tokens of each document, int64; read in parts, so that they may lie in a file."""
+    """Tokens of each document; read in parts, so that they may lie in a file."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, documents: Any) -> Int64: ...
+    def blocks(self, numbers: Int64, size: int) -> Int64:
+        """Documents [k * size, (k + 1) * size) for each k of ``numbers``: (k, size), 0 for none."""
+        ...
+
+
+class HeldLengths:
+    """`Lengths` that are in memory."""
+
+    def __init__(self, lengths: ArrayLike) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def blocks(self, numbers: Int64, size: int) -> Int64:
+        """See `Lengths.blocks`."""
+        documents = numbers[:, None] * size + np.arange(size)
+        held = self._lengths[np.minimum(documents, len(self._lengths) - 1)]
+        return np.where(documents < len(self._lengths), held, 0)
 
 
 class DocumentStream:
@@ -64,24 +81,27 @@ class DocumentStream:
     between two of them is summed up when it is asked for, from ``lengths``.
 
     Args:
-        lengths: of the documents; a memory map is not copied.
+        lengths: of the documents.
 
     Raises:
         ValueError: a document without tokens.
     """
 
-    def __init__(self, lengths: Lengths | Sequence[int]) -> None:
+    def __init__(self, lengths: Lengths | Sequence[int] | Int64) -> None:
         self.lengths: Lengths = (
-            np.asarray(lengths, dtype=np.int64) if isinstance(lengths, Sequence) else lengths
+            HeldLengths(lengths) if isinstance(lengths, Sequence | np.ndarray) else lengths
         )
         self.documents = len(self.lengths)
         sums = [np.zeros(1, dtype=np.int64)]
-        for first in range(0, self.documents, _AT_ONCE):
-            part = self.lengths[first : first + _AT_ONCE]
-            if int(part.min()) < 1:
-                bad = int(np.argmin(part))
+        many = _BLOCK * _BLOCKS_AT_ONCE
+        for number, first in enumerate(range(0, self.documents, many)):
+            part = self.lengths.blocks(np.array([number]), many)[0]
+            shortest = part[: self.documents - first]
+            if int(shortest.min()) < 1:
+                bad = int(np.argmin(shortest))
                 raise ValueError(f"document {first + bad} has {int(part[bad])} tokens")
-            sums.append(np.add.reduceat(part, np.arange(0, len(part), _BLOCK), dtype=np.int64))
+            blocks = -(-len(shortest) // _BLOCK)
+            sums.append(part.reshape(-1, _BLOCK).sum(axis=1, dtype=np.int64)[:blocks])
         #: tokens before documents 0, _BLOCK, 2 * _BLOCK, ..., and those of all
         self._marks: Int64 = np.cumsum(np.concatenate(sums), dtype=np.int64)
 
@@ -105,9 +125,7 @@ class DocumentStream:
         last = len(self._marks) - 2
         blocks = np.minimum(np.searchsorted(self._marks, positions, side="right") - 1, last)
         different, of_position = np.unique(blocks, return_inverse=True)
-        numbers = different[:, None] * _BLOCK + np.arange(_BLOCK)  # (blocks, _BLOCK)
-        lengths = self.lengths[np.minimum(numbers, self.documents - 1)]
-        lengths = np.where(numbers < self.documents, lengths, 0)
+        lengths = self.lengths.blocks(different, _BLOCK)
         ends = self._marks[different][:, None] + np.cumsum(lengths, axis=1, dtype=np.int64)
         inside = (ends[of_position] <= positions[:, None]).sum(axis=1)
         found: Int64 = np.minimum(blocks * _BLOCK + inside, self.documents)
@@ -128,8 +146,10 @@ class DocumentStream:
         """
         first, last = self.ended_before([start, stop - 1]).tolist()
         block = first // _BLOCK
-        edges = self._marks[block] + np.cumsum(self.lengths[block * _BLOCK : last + 1], dtype=np.int64)
-        edges = np.concatenate([self._marks[block : block + 1], edges])[first - block * _BLOCK :]
+        before = block * _BLOCK
+        lengths = self.lengths.blocks(np.arange(block, last // _BLOCK + 1), _BLOCK).reshape(-1)
+        edges = self._marks[block] + np.cumsum(lengths[: last + 1 - before], dtype=np.int64)
+        edges = np.concatenate([self._marks[block : block + 1], edges])[first - before :]
         begins, ends = edges[:-1], edges[1:]
         lows, highs = np.maximum(begins, start), np.minimum(ends, stop)
         counts = highs - lows

@@ -291,8 +291,15 @@ class TestMemory:
         assert stream.tokens == 9 * total
         assert kept < total  # bytes a document: 8 with all cumulative lengths
         assert peak < 8 * total
-        assert _mapped(tmp_path / "train.index.npy") < 32 * total / 2
+        assert _mapped(tmp_path / "train.index.npy") == 0
         assert len(pickle.dumps(stream)) < total
+
+    def test_an_index_that_has_become_shorter_is_named(self, manifest: Manifest) -> None:
+        stream = open_stream(manifest, "train")
+        path = manifest.folder / manifest.split("train").index_file
+        os.truncate(path, path.stat().st_size - 32)
+        with pytest.raises(UserError, match=r"train\.index\.npy: it has become shorter"):
+            stream.targets_before([3])
 
 
 def _mapped(path: Path) -> int:
