@@ -43,7 +43,7 @@ def shard(self: Any, module: Any, weights: Any, prefix: str) -> None:
     upstream(self, module, weights, prefix)
     said["peak"] = memory("VmHWM")
     for name, value in gather_weights(module.model):
-        said["digests"][name] = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        said["digests"][name] = hashlib.sha256(value.float().numpy().tobytes()).hexdigest()
     forget_peak()
 
 
