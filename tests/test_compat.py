@@ -1,5 +1,6 @@
 """Each private name of a library, used once: a release that changes one fails here, and says what breaks."""
 
+import inspect
 import json
 
 import pytest
@@ -43,6 +44,24 @@ def test_the_norm_of_zero3():
             return [torch.tensor(3.0), torch.tensor(4.0)]
 
     assert float(compat.zero3_gradient_norm(Optimizer())) == pytest.approx(5.0)
+
+
+def test_zero3_parameters_divide_others_like_themselves():
+    """Without: under ZeRO-3 a model cannot get its weights already divided."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    assert "param.convert_to_zero_parameters = " in inspect.getsource(Init._convert_to_deepspeed_param)
+    assert {"module", "config_dict_or_path"} <= inspect.signature(Init.__init__).parameters.keys()
+    assert callable(DeepSpeedStrategy._init_config_if_needed)
+    asked = []
+
+    class First:
+        convert_to_zero_parameters = staticmethod(asked.append)
+
+    compat.zero3_partition("other", First, {})
+    assert asked == [["other"]]
 
 
 def test_the_shared_memory_op_is_spared():

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dualroute import compat
 from dualroute.model.checkpoint_format import replace_parameter
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 from dualroute.training.step.allocator import giving_back_freed_memory
@@ -72,7 +73,7 @@ def _shard(
     module: nn.Module, weights: InitialWeights, config: Mapping[str, Any], device: torch.device, prefix: str
 ) -> None:
     dtype = _dtype(config)
-    partition = _Partition(config)
+    first: nn.Parameter | None = None
     given = weights.tensors() if weights.tensors is not None and dist.get_rank() == 0 else None
     for name in weights.order:
         if given is None:
@@ -85,29 +86,12 @@ def _shard(
             whole = nn.Parameter(value.to(device=device, dtype=dtype))
             del value
         replace_parameter(module, prefix + name, whole)
-        partition(whole)
+        compat.zero3_partition(whole, first, dict(config))
+        first = first if first is not None else whole
     for parameter in module.parameters():
         if not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(device=device, dtype=dtype)
-            partition(parameter)
-
-
-class _Partition:
-    """DeepSpeed's own division of one parameter: broadcast from rank 0, then cut."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = dict(config)
-        self._convert: Callable[[list[nn.Parameter]], None] | None = None
-
-    def __call__(self, parameter: nn.Parameter) -> None:
-        if self._convert is not None:
-            self._convert([parameter])
-            return
-        import deepspeed
-
-        deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self._config)
-        # the groups, buffers and settings that the first one was divided with serve all others
-        self._convert = parameter.convert_to_zero_parameters  # type: ignore[attr-defined]
+            compat.zero3_partition(parameter, first, dict(config))
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -186,9 +186,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
 
     def shard(self, module: torch.nn.Module, weights: InitialWeights, prefix: str) -> None:
         """Give ``module`` its weights divided among the ranks (ZeRO-3); see :func:`sharded_weights.shard`."""
-        self._init_config_if_needed()
-        assert isinstance(self.config, dict)
-        shard(module, weights, self.config, self.root_device, prefix)
+        shard(module, weights, compat.complete_deepspeed_config(self), self.root_device, prefix)
 
     def expect_universal_checkpoint(self) -> None:
         """What :meth:`load_checkpoint` will be given is a universal checkpoint; call it before ``fit``."""

@@ -72,7 +72,7 @@ def test_no_rank_ever_holds_the_model(tiny_dataset, tmp_path):
     assert [of_rank["digests"] for of_rank in said] == [digests(model)] * 2
 
     model, trained = weights(first / "run")
-    said = sharded(4, tiny_dataset, second, *WIDE, "--init_from", first / "run", steps="1")
+    said = sharded(4, tiny_dataset, second, *WIDE, "--init_from", first / "run")
     assert_never_whole(said, model)
     assert [of_rank["digests"] for of_rank in said] == [trained] * 4
 
