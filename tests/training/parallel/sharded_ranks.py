@@ -1,7 +1,7 @@
 """A command of dualroute whose ranks say what they hold: called as ``sharded_ranks.py RESULTS ARGUMENTS…``.
 
 Each rank writes RESULTS/rank-N.json: resident memory in bytes before the model gets its weights, its peak
-while it does, and that of the rest of the command; and a digest of every whole parameter.
+while it does, and from then on until the optimizer has its state; and a digest of every whole parameter.
 """
 
 from __future__ import annotations
@@ -47,9 +47,16 @@ def shard(self: Any, module: Any, weights: Any, prefix: str) -> None:
     forget_peak()
 
 
+def set_up(self: Any, *arguments: Any) -> Any:
+    made = of_strategy(self, *arguments)
+    said["state"] = memory("VmHWM")
+    return made
+
+
+of_strategy = DualRouteDeepSpeedStrategy._setup_model_and_optimizer
 DualRouteDeepSpeedStrategy.shard = shard  # type: ignore[method-assign]
+DualRouteDeepSpeedStrategy._setup_model_and_optimizer = set_up  # type: ignore[method-assign]
 folder, *arguments = sys.argv[1:]
 status = main(arguments)
-said["later"] = memory("VmHWM")
 Path(folder, f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(said))
 sys.exit(status)

@@ -38,7 +38,8 @@ def sharded(ranks, dataset, folder, *more, steps="2"):
 
 
 def digests(model):
-    return {n: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()}
+    parameters = ((name, p.detach().float().numpy()) for name, p in model.named_parameters())
+    return {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in parameters}
 
 
 def seeded(run):
@@ -55,11 +56,15 @@ def weights(run):
 
 
 def assert_never_whole(said, model):
-    """1/N of the model, and one layer: no rank had more in memory while the model got its weights."""
+    """1/N of the model, and one layer: no rank had more in memory while the model got its weights.
+
+    And with masters, gradients and two moments 1/N of five models, beside the bucket that gradients meet in.
+    """
     size = 4 * model.num_parameters()
     layer = 4 * sum(p.numel() for p in model.layers[0].parameters())
     for of_rank in said:
         assert of_rank["peak"] - of_rank["before"] <= size / len(said) + layer
+        assert of_rank["state"] - of_rank["before"] <= 5 * size / len(said) + layer + 4 * 2**24
 
 
 @pytest.mark.slow
