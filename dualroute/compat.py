@@ -105,6 +105,31 @@ def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
             parameter.load_hp_checkpoint_state = own
 
 
+def zero3_partition(parameter: Any, first: Any, config: dict[str, Any]) -> None:
+    """Leave 1/N of ``parameter``, which all N ranks of the world hold, on each: rank 0's values.  Collective.
+
+    Args:
+        parameter: On the device where it will be trained, in its dtype.
+        first: A parameter that was partitioned before, whose groups and settings serve this one too; null
+            makes them from ``config``.
+        config: DeepSpeed's, complete.
+    """
+    if first is not None:
+        first.convert_to_zero_parameters([parameter])
+        return
+    import deepspeed
+    import torch
+
+    deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config)
+
+
+def complete_deepspeed_config(strategy: Any) -> dict[str, Any]:
+    """The configuration of Lightning's DeepSpeed strategy with what the Trainer adds to it."""
+    strategy._init_config_if_needed()
+    config: dict[str, Any] = strategy.config
+    return config
+
+
 def spare_shared_memory_op() -> None:
     """Tell DeepSpeed that its ``deepspeed_shm_comm`` cannot be built, which saves 50 seconds of g++ on a CPU.
 

@@ -1,5 +1,6 @@
 """Each private name of a library, used once: a release that changes one fails here, and says what breaks."""
 
+import inspect
 import json
 from typing import ClassVar
 
@@ -91,6 +92,24 @@ def test_universal_checkpoints_are_read_in_parts():
     assert State.asked == [("model.layers.0.weight", key, 4, 3) for key in ("fp32", "exp_avg", "exp_avg_sq")]
     assert Whole._hp_mapping.hp.tolist() == [4, 5, 6]
     assert set(parameter._hp_mapping.optim_fragment) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_zero3_parameters_divide_others_like_themselves():
+    """Without: under ZeRO-3 a model cannot get its weights already divided."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    assert "param.convert_to_zero_parameters = " in inspect.getsource(Init._convert_to_deepspeed_param)
+    assert {"module", "config_dict_or_path"} <= inspect.signature(Init.__init__).parameters.keys()
+    assert callable(DeepSpeedStrategy._init_config_if_needed)
+    asked = []
+
+    class First:
+        convert_to_zero_parameters = staticmethod(asked.append)
+
+    compat.zero3_partition("other", First, {})
+    assert asked == [["other"]]
 
 
 def test_the_shared_memory_op_is_spared():

@@ -45,7 +45,9 @@ class Projections(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         # A bare parameter, not a Linear: no initialiser that walks over the layers may move the gate from 1.
-        self.gate_weight = nn.Parameter(torch.zeros(both, dim)) if gate else None
+        self.gate_weight = nn.Parameter(torch.empty(both, dim)) if gate else None
+        if self.gate_weight is not None:
+            nn.init.zeros_(self.gate_weight)
         self.collect_statistics = False
         self.statistics: dict[str, Tensor] = {}
 

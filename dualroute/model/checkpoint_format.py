@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dualroute.errors import UserError
 from dualroute.files import appearing_folder
@@ -42,7 +41,7 @@ from dualroute.model.checkpoint_folder import (
 from dualroute.model.config import ModelConfig
 from dualroute.model.quantized import assemble
 from dualroute.model.transformer import DualRoutingTransformer
-from dualroute.model.weights_file import write_tensors
+from dualroute.model.weights_file import TensorFile, write_tensors
 
 __all__ = [
     "CONFIG",
@@ -136,25 +135,44 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> Dua
         UserError: The weights are missing, damaged or of another shape than ``model.json``.
     """
     verify_checkpoint(checkpoint, only=CONFIG)
-    verify_checkpoint(checkpoint, only=WEIGHTS)
+    file = open_weights(checkpoint)
     config = config or ModelConfig.from_file(checkpoint.folder / CONFIG)
-    path = checkpoint.folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
     if "quantization" in checkpoint.metadata:
-        return assemble(config, weights, checkpoint.metadata["quantization"], str(path))
-    model = DualRoutingTransformer(config)
-    check_weights(model, weights, str(path))
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) == 1:
-        model.to(dtypes.pop())
-    model.load_state_dict(weights, strict=False)
+        return assemble(config, dict(file.tensors()), checkpoint.metadata["quantization"], str(file.path))
+    with torch.device("meta"):
+        model = DualRoutingTransformer(config)
+    check_weights(model, {name: shape for name, (_, shape) in file.layout.items()}, str(file.path))
+    dtypes = {dtype for dtype, _ in file.layout.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    for name, value in file.tensors():
+        replace_parameter(model, name, nn.Parameter(value.to(dtype)))
     return model.eval()
 
 
-def check_weights(model: DualRoutingTransformer, weights: dict[str, Any], source: str) -> None:
+def open_weights(checkpoint: Checkpoint, *, verified: bool = True) -> TensorFile:
+    """The weights of a checkpoint, to be read one by one.
+
+    Args:
+        checkpoint: Whose weights.
+        verified: Compare the file with its sha256 first, not only with its size.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    verify_checkpoint(checkpoint, only=WEIGHTS, digests=verified)
+    return TensorFile(checkpoint.folder / WEIGHTS)
+
+
+def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put ``parameter`` where that of this name is, and everywhere else where it is shared (tied weights)."""
+    old = model.get_parameter(name)
+    for module in model.modules():
+        for leaf, own in module._parameters.items():
+            if own is old:
+                module._parameters[leaf] = parameter
+
+
+def check_weights(model: DualRoutingTransformer, weights: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Compare names and shapes of ``weights`` with the model's parameters.
 
     Raises:
@@ -162,7 +180,7 @@ def check_weights(model: DualRoutingTransformer, weights: dict[str, Any], source
     """
     own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name in sorted(own.keys() | weights.keys()):
-        theirs = tuple(weights[name].shape) if name in weights else None
+        theirs = tuple(weights[name]) if name in weights else None
         if own.get(name) != theirs:
             raise UserError(
                 f"{source} holds a model of another shape: {name} is {theirs or 'absent'} there and "

@@ -47,13 +47,12 @@ from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.log import to_file
-from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model import ModelConfig
 from dualroute.model.checkpoint_format import (
     CONFIG,
     TOKENIZER,
     Checkpoint,
     find_checkpoint,
-    load_model,
     refuse_quantized,
 )
 from dualroute.training.checkpointing.description import describe_run
@@ -67,20 +66,19 @@ from dualroute.training.checkpointing.resume import (
 )
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
-from dualroute.training.initial_model import with_given
+from dualroute.training.initial_model import build_model, build_sharded_model, with_given
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
+from dualroute.training.parallel.strategy import shards_weights
 from dualroute.training.resilience import stop_signal
 from dualroute.training.resilience.launcher import watch_launcher
 from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
-from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.allocator import keep_freed_memory
 from dualroute.training.step.module import Pretrain
-from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
 from dualroute.training.step.token_count import TokenCount
 from dualroute.training.trainer import Parts, build_trainer, device
@@ -96,6 +94,7 @@ class Prepared:
         start: Where the training begins: until the run folder is claimed what a glance has shown, after that
             what was chosen.
         roll_back: The roll-back that this attempt begins with, if any.
+        sharded: The strategy divides the weights, so the model is to be built without them.
     """
 
     config: PretrainConfig
@@ -107,6 +106,7 @@ class Prepared:
     start: Start
     make_module: Callable[[Prepared], Pretrain]
     roll_back: RollBack | None = None
+    sharded: bool = False
     operation: str = "pretrain"
     teacher: dict[str, Any] | None = None
 
@@ -294,36 +294,17 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size).resolved()
 
 
-def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRoutingTransformer:
-    """The model of a run, with its seeded initial weights, or those of ``init_from``.
-
-    Where it is ``resumed`` its state replaces either, so that ``init_from`` need not be there any more.
-    """
-    torch.manual_seed(config.seed)
-    if config.init_from is None or resumed:
-        model = DualRoutingTransformer(config.model)
-    else:
-        model = load_model(find_checkpoint(config.init_from), config.model).float().train()
-    train = config.train
-    if train.quantization_aware is not None:
-        round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
-    keep_fewer_activations(
-        model,
-        train.activation_checkpointing,
-        every=train.recompute_every_layers,
-        offload=train.offload_activations,
-    )
-    if train.compile:
-        for layer in model.layers:
-            layer.ffn.compile()  # type: ignore[union-attr]
-    return model
-
-
 def module_arguments(prepared: Prepared) -> dict[str, Any]:
     """What every kind of training makes its LightningModule of."""
     config, data = prepared.config, prepared.data
+    resumed, weights = prepared.start.checkpoint is not None, None
+    if prepared.sharded:
+        model, weights = build_sharded_model(config, resumed=resumed)
+    else:
+        model = build_model(config, resumed=resumed)
     return {
-        "model": build_model(config, resumed=prepared.start.checkpoint is not None),
+        "model": model,
+        "weights": weights,
         "optim": config.optim,
         "train": config.train,
         "tokenizer": prepared.tokenizer,
@@ -436,6 +417,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         config, prepared.data, checkpoint, prepared.operation, prepared.teacher
     )
     trainer.fit_loop.epoch_loop.max_steps = prepared.total_steps  # known only now where it ends by tokens
+    prepared = dataclasses.replace(prepared, sharded=shards_weights(trainer.strategy))
     module = prepared.make_module(prepared)
     if world.rank == 0:
         tell_start(prepared, module)

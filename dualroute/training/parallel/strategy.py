@@ -4,6 +4,7 @@
   :class:`~dualroute.training.parallel.environment.World` of this process.
 - Here: :func:`build_strategy` chooses one plain process, DDP or DeepSpeed;
   :class:`DualRouteDeepSpeedStrategy` is Lightning's DeepSpeed strategy, also on a CPU.
+- Under ZeRO-3 ``sharded_weights.py`` divides a model while it gets its weights.
 - Next: the Trainer gets the strategy; ``training/step/step_guard.py`` looks at each step before it is taken.
 
 Stock Lightning divides the loss by the accumulation and DeepSpeed divides it again, so
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,15 @@ from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
 from dualroute.training.parallel.loading import NamesTheState
 from dualroute.training.parallel.sequence import SharedSequences
+from dualroute.training.parallel.sharded_weights import InitialWeights, shard
 
-__all__ = ["DualRouteDeepSpeedStrategy", "OneProcessStrategy", "ParallelConfig", "build_strategy"]
+__all__ = [
+    "DualRouteDeepSpeedStrategy",
+    "OneProcessStrategy",
+    "ParallelConfig",
+    "build_strategy",
+    "shards_weights",
+]
 
 
 def build_strategy(
@@ -174,6 +182,15 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or [None]))]
         DDPStrategy.setup_environment(self)
 
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Upstream, what is built in here is divided; here :meth:`shard` does it, parameter by parameter."""
+        yield
+
+    def shard(self, module: torch.nn.Module, weights: InitialWeights, prefix: str) -> None:
+        """Give ``module`` its weights divided among the ranks (ZeRO-3); see :func:`sharded_weights.shard`."""
+        shard(module, weights, compat.complete_deepspeed_config(self), self.root_device, prefix)
+
     def expect_universal_checkpoint(self, state: Callable[[], TrainingState]) -> None:
         """What :meth:`load_checkpoint` will be given is the index of one; call it before ``fit``.
 
@@ -277,6 +294,11 @@ def _check_libaio() -> None:
 
 
 _OF_DEEPSPEED = ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+
+
+def shards_weights(strategy: Strategy) -> bool:
+    """Whether a model is to be built without weights, because the strategy divides them (ZeRO-3)."""
+    return isinstance(strategy, DualRouteDeepSpeedStrategy) and bool(strategy.zero_stage_3)
 
 
 def settings_without_effect(config: ParallelConfig, world: World) -> str | None:

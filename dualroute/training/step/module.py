@@ -29,6 +29,7 @@ from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
 from dualroute.training.parallel.sequence import new_sequence_group
+from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
 from dualroute.training.step.optim import HyperParameters, build_optimizer, learning_rate, parameter_groups
 from dualroute.training.step.spike_guard import SpikeGuard
@@ -47,6 +48,7 @@ class Pretrain(LightningModule):
         targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.
         spike_guard: When a step is skipped.
         token_count: Tokens by step; null is that of a run that begins.
+        weights: Those of a ``model`` that was built without any, to be divided among the ranks (ZeRO-3).
 
     Attributes:
         step_metrics: Figures of the step that was just finished, equal on all ranks.
@@ -62,9 +64,11 @@ class Pretrain(LightningModule):
         targets_per_byte: dict[str, float],
         spike_guard: SpikeGuardConfig | None = None,
         token_count: TokenCount | None = None,
+        weights: InitialWeights | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.weights = weights
         self.optim_config = optim
         self.train_config = train
         self.tokenizer = tokenizer
@@ -98,6 +102,11 @@ class Pretrain(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.model.set_sequence_group(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
+
+    def configure_model(self) -> None:
+        if self.weights is not None:
+            weights, self.weights = self.weights, None
+            self.trainer.strategy.shard(self, weights, "model.")  # type: ignore[attr-defined]
 
     @property
     def trained(self) -> nn.Module:
