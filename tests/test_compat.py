@@ -1,6 +1,7 @@
 """Each private name of a library, used once: a release that changes one fails here, and says what breaks."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -23,12 +24,28 @@ def test_lightning_leaves_signals_alone():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_flight_recorder_can_be_read():
+def test_the_flight_recorder_can_be_read(monkeypatch):
     """Without: a stall report cannot say which rank is missing from a collective."""
     from torch._C import _distributed_c10d
 
     assert isinstance(json.loads(_distributed_c10d._dump_fr_trace_json()), dict)
-    assert compat.last_collectives() == []  # no group here
+    assert all(not record.get("entries") for record in compat.flight_records())  # no group here
+    assert isinstance(pickle.loads(compat.flight_dump()), dict)
+    on_nccl = {"_dump_nccl_trace_json": b'{"entries": [1]}', "_dump_nccl_trace": b"nccl"}
+    for name, dump in on_nccl.items():
+        monkeypatch.setattr(_distributed_c10d, name, lambda dump=dump: dump, raising=False)
+    assert compat.flight_records()[0] == {"entries": [1]}
+    assert compat.flight_dump() == b"nccl"
+
+
+def test_a_fused_optimizer_is_clipped_like_another():
+    """Without: gradients cannot be clipped in bf16-mixed with a fused optimizer."""
+    from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True)
+    assert _optimizer_handles_unscaling(optimizer)
+    compat.optimizer_leaves_scaling_to_others(optimizer)
+    assert not _optimizer_handles_unscaling(optimizer)
 
 
 def test_the_norm_of_zero3():
