@@ -73,6 +73,7 @@ from dualroute.training.resilience.rollback import Divergence, RollBack, diverge
 from dualroute.training.resilience.run_lock import locked
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.matmul import set_matmul_precision
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
@@ -359,6 +360,7 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     config, world, output = prepared.config, prepared.world, prepared.output
     if prepared.finished:
         return _nothing_to_do(prepared)
+    set_matmul_precision(config.train, on_cuda=torch.cuda.is_available())
     parts = build_trainer(prepared)
     meet(parts.trainer.strategy, world, config.watchdog.start_minutes)
     with contextlib.ExitStack() as claimed:

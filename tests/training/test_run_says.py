@@ -64,7 +64,10 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_to_do_next(
     ):
         assert words in first
     assert f"epochs of {tiny_dataset}" in first
-    for words in ("on 1 rank(s), CPU, precision 32, attention: ", f"output {run}"):
+    for words in (
+        "on 1 rank(s), CPU, precision 32 (float32 products: highest), attention: ",
+        f"output {run}",
+    ):
         assert words in second
     assert str(find_checkpoint(run).folder) in done
     assert "validation loss" in done
