@@ -54,6 +54,25 @@ def zero3_gradient_norm(optimizer: Any) -> Any:
     return combine_grad_norm_groups(optimizer._get_norm_groups())
 
 
+def make_second_partition_once() -> None:
+    """Let DeepSpeed's groups of a second partition (ZeRO++ hpZ) serve every model of this process.
+
+    Its ``zero.Init`` makes them again for each model that it divides, and fails at the second.
+    """
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+    if hasattr(make, "once"):
+        return
+
+    def make_once(group_size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            make(group_size)
+
+    make_once.once = True  # type: ignore[attr-defined]
+    groups._create_zero_param_parallel_group = make_once
+
+
 def spare_shared_memory_op() -> None:
     """Tell DeepSpeed that its ``deepspeed_shm_comm`` cannot be built, which saves 50 seconds of g++ on a CPU.
 

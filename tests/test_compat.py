@@ -62,6 +62,25 @@ def test_the_norm_of_zero3():
     assert float(compat.zero3_gradient_norm(Optimizer())) == pytest.approx(5.0)
 
 
+def test_the_groups_of_a_second_partition_are_made_once(monkeypatch):
+    """Without: a teacher, or a training after a roll-back, cannot be divided under ZeRO++ hpZ."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils import groups
+
+    made = []
+    monkeypatch.setattr(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None)
+
+    def make(size):
+        made.append(size)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = "group"
+
+    monkeypatch.setattr(groups, "_create_zero_param_parallel_group", make)
+    for _ in range(2):
+        compat.make_second_partition_once()
+        groups._create_zero_param_parallel_group(4)
+    assert made == [4]
+
+
 def test_the_shared_memory_op_is_spared():
     """Without: the first start on a CPU compiles for 50 seconds."""
     pytest.importorskip("deepspeed")

@@ -166,6 +166,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         )
         if on_cpu:
             compat.spare_shared_memory_op()
+        if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            compat.make_second_partition_once()
         if uses_nvme(config["zero_optimization"]):
             _check_libaio()
 

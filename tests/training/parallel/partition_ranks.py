@@ -34,6 +34,19 @@ def watch_partitions(found: list[int]) -> None:
     strategy_runs.Module.on_before_optimizer_step = noted
 
 
+def divided_twice() -> list[int]:
+    """Elements of 64 that a rank keeps of each of two models that are divided while they are built."""
+    import deepspeed
+
+    partition = {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": partition}
+    kept = []
+    for _ in range(2):
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            kept.append(torch.nn.Linear(8, 8, bias=False).weight.ds_tensor.numel())
+    return kept
+
+
 def reduced(wide: bool) -> bool:
     """Whether DDP's mean of random gradients in bfloat16 is the exact one, rounded once."""
     module = torch.nn.Linear(256, 1, bias=False, dtype=torch.bfloat16)
@@ -57,6 +70,7 @@ if __name__ == "__main__":
     for name, case in CASES.items():
         answers[name] = {**strategy_runs.run(**case, deepspeed_config=str(settings)), "second": second[:]}
         second.clear()
+    answers["divided"] = divided_twice()
     answers["ddp"] = [reduced(False), reduced(True)]
     if dist.get_rank() == 0:
         results.write_text(json.dumps(answers))

@@ -39,6 +39,11 @@ def test_two_groups_of_two_train_like_plain_torch(
     assert_same(four_ranks["flat"], plain_torch(steps=8))
 
 
+def test_models_are_divided_one_after_the_other(four_ranks: dict[str, Any]) -> None:
+    """As a teacher beside its student is."""
+    assert four_ranks["divided"] == [16, 16]
+
+
 def test_gradients_are_summed_in_float32_where_that_is_asked(four_ranks: dict[str, Any]) -> None:
     assert four_ranks["ddp"] == [False, True], "exact without, and with"
     usual, wide = (four_ranks[name] for name in ("bf16", "bf16, fp32"))
