@@ -56,6 +56,9 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_to_do_next(
 ) -> None:
     run = tmp_path / "run"
     assert main(arguments(tiny_dataset, run, 8)) == 0
+    lines = read_metrics(run / "metrics.jsonl", "train")
+    took = {line["step"] for line in lines if "speed/checkpoint_time" in line}
+    assert took == {5}, "in the line after the checkpoint of step 4"
     first, second, *_, done, then = [line for line in told if line.startswith("INFO")]
     for words in (
         "pretrain: ",
