@@ -27,15 +27,26 @@ def take_no_signals(trainer: Any) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None
 
 
-def last_collectives() -> list[int]:
-    """The last collective that this process started on each of its groups, by torch's flight recorder.
-
-    Empty where the recorder is off (``TORCH_FR_BUFFER_SIZE``).
+def flight_records() -> list[dict[str, Any]]:
+    """What torch's flight recorders hold of this process: NCCL's own first, where there is one, then the one
+    of all other back ends.  Empty ones where recording is off (``TORCH_FR_BUFFER_SIZE``).
     """
     from torch._C import _distributed_c10d
 
-    trace = json.loads(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
-    return [int(group["last_enqueued_collective"]) for group in trace.get("pg_status", {}).values()]
+    # a build with CUDA has both; a CPU build has the second alone
+    readers = [
+        getattr(_distributed_c10d, name, None) for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+    ]
+    return [json.loads(read()) for read in readers if read is not None]
+
+
+def flight_dump() -> bytes:
+    """The same in the form that torch's own ``torchfrtrace`` reads, of NCCL where there is NCCL."""
+    from torch._C import _distributed_c10d
+
+    read = getattr(_distributed_c10d, "_dump_nccl_trace", None) or _distributed_c10d._dump_fr_trace  # type: ignore[attr-defined]
+    dump: bytes = read()
+    return dump
 
 
 def zero3_gradient_norm(optimizer: Any) -> Any:
@@ -130,6 +141,25 @@ def complete_deepspeed_config(strategy: Any) -> dict[str, Any]:
     return config
 
 
+def make_second_partition_once() -> None:
+    """Let DeepSpeed's groups of a second partition (ZeRO++ hpZ) serve every model of this process.
+
+    Its ``zero.Init`` makes them again for each model that it divides, and fails at the second.
+    """
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+    if hasattr(make, "once"):
+        return
+
+    def make_once(group_size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            make(group_size)
+
+    make_once.once = True  # type: ignore[attr-defined]
+    groups._create_zero_param_parallel_group = make_once
+
+
 def spare_shared_memory_op() -> None:
     """Tell DeepSpeed that its ``deepspeed_shm_comm`` cannot be built, which saves 50 seconds of g++ on a CPU.
 
@@ -138,6 +168,14 @@ def spare_shared_memory_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def optimizer_leaves_scaling_to_others(optimizer: Any) -> None:
+    """Let a fused optimizer's gradients be unscaled and clipped before its step, as those of any other.
+
+    Lightning refuses to clip, in bfloat16 too, where an optimizer says that it could unscale by itself.
+    """
+    optimizer._step_supports_amp_scaling = False
 
 
 def inductor() -> tuple[Any, Any, Any]:

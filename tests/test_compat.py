@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -25,12 +26,28 @@ def test_lightning_leaves_signals_alone():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_flight_recorder_can_be_read():
+def test_the_flight_recorder_can_be_read(monkeypatch):
     """Without: a stall report cannot say which rank is missing from a collective."""
     from torch._C import _distributed_c10d
 
     assert isinstance(json.loads(_distributed_c10d._dump_fr_trace_json()), dict)
-    assert compat.last_collectives() == []  # no group here
+    assert all(not record.get("entries") for record in compat.flight_records())  # no group here
+    assert isinstance(pickle.loads(compat.flight_dump()), dict)
+    on_nccl = {"_dump_nccl_trace_json": b'{"entries": [1]}', "_dump_nccl_trace": b"nccl"}
+    for name, dump in on_nccl.items():
+        monkeypatch.setattr(_distributed_c10d, name, lambda dump=dump: dump, raising=False)
+    assert compat.flight_records()[0] == {"entries": [1]}
+    assert compat.flight_dump() == b"nccl"
+
+
+def test_a_fused_optimizer_is_clipped_like_another():
+    """Without: gradients cannot be clipped in bf16-mixed with a fused optimizer."""
+    from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True)
+    assert _optimizer_handles_unscaling(optimizer)
+    compat.optimizer_leaves_scaling_to_others(optimizer)
+    assert not _optimizer_handles_unscaling(optimizer)
 
 
 def test_the_norm_of_zero3():
@@ -110,6 +127,25 @@ def test_zero3_parameters_divide_others_like_themselves():
 
     compat.zero3_partition("other", First, {})
     assert asked == [["other"]]
+
+
+def test_the_groups_of_a_second_partition_are_made_once(monkeypatch):
+    """Without: a teacher, or a training after a roll-back, cannot be divided under ZeRO++ hpZ."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils import groups
+
+    made = []
+    monkeypatch.setattr(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None)
+
+    def make(size):
+        made.append(size)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = "group"
+
+    monkeypatch.setattr(groups, "_create_zero_param_parallel_group", make)
+    for _ in range(2):
+        compat.make_second_partition_once()
+        groups._create_zero_param_parallel_group(4)
+    assert made == [4]
 
 
 def test_the_shared_memory_op_is_spared():

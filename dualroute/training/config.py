@@ -59,13 +59,17 @@ class TrainConfig:
         activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
             (whole layers), or feed_forward (which keeps most and is quickly done again).
         recompute_every_layers: Do so in every k-th layer only, the first included.
-        offload_activations: Keep what is kept in the memory of the host (CUDA only).
+        offload_activations: Keep what is kept in the memory of the host, copied beside the computation
+            (CUDA only); the last layer's stays, since the backward pass begins there.
         compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
             of its own and stays as it is.  Needs a C++ compiler on a CPU.
         quantization_aware: Train with weights rounded as this scheme of ``dualroute quantize`` will round
             them, so that they are used to it; validation sees them rounded, checkpoints stay float.
         quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
+        float32_matmul_precision: How torch multiplies float32 matrices: highest (float32), high (TF32 on a
+            GPU that has it), medium (bfloat16).  auto: high on CUDA in a run whose precision is of 16 bits,
+            where factors are rounded further anyway; highest else.
         kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), triton (on a GPU), or
             auto: cpp on a CPU that can compile it, else torch.  DUALROUTE_KERNELS, where set, goes first.
     """
@@ -83,6 +87,7 @@ class TrainConfig:
     quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
     quantization_group_size: int = 32
     val_every_steps: int = 100
+    float32_matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     kernels: Literal["auto", "torch", "cpp", "triton"] = "auto"
 
     def __post_init__(self) -> None:
@@ -121,6 +126,8 @@ class OptimConfig:
         min_lr_ratio: Learning rate at the end of the schedule, as a share of ``lr``.
         decay_fraction: Share of all steps that wsd spends falling.
         grad_clip: Largest norm of the whole gradient; null never clips.
+        fused: Step all parameters in one kernel; null: on CUDA.  On a CPU its sums are rounded otherwise in
+            the last bit.
     """
 
     lr: float = 3e-4
@@ -133,6 +140,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2
     grad_clip: float | None = 1.0
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         ranges = {
@@ -235,6 +243,11 @@ class ParallelConfig:
             None: what ``deepspeed_config`` says, else 2.
         offload_optimizer: keep optimizer state and its arithmetic in the memory of the host (ZeRO 1-3).
         offload_parameters: keep parameters there too (ZeRO 3 only).
+        zero_hpz_partition_size: neighbouring ranks, best those of a node, that keep a second partition of the
+            parameters among them, so that the backward pass gathers inside the node (ZeRO++ hpZ,
+            https://arxiv.org/abs/2306.10209); ZeRO 3 only, a divisor of the number of ranks; 1 for none.
+        gradient_reduction: what gradients are summed over ranks in: auto, as they are (bfloat16 where the
+            parameters are), or fp32, which costs twice the traffic and loses nothing.
         deepspeed_config: a DeepSpeed configuration, JSON or YAML, merged on top of ours.
         sequence_parallel: ranks that share each text (Ulysses): the context per rank is data.context divided
             by it; the heads of each route must be a multiple of it.
@@ -245,6 +258,8 @@ class ParallelConfig:
     zero_stage: int | None = None
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    zero_hpz_partition_size: int = 1
+    gradient_reduction: Literal["auto", "fp32"] = "auto"
     deepspeed_config: ConfigFile | None = None
     sequence_parallel: int = 1
     timeout_minutes: float = 30.0
@@ -252,6 +267,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         ranges = {
             "zero_stage": at_least(0, 3),
+            "zero_hpz_partition_size": at_least(1, 2**20),
             "sequence_parallel": at_least(1, 2**20),
             "timeout_minutes": above(0, MOST_MINUTES),
         }

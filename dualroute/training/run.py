@@ -78,6 +78,7 @@ from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
 from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.matmul import set_matmul_precision
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.spike_guard import TrainingDiverged
 from dualroute.training.step.token_count import TokenCount
@@ -346,6 +347,7 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     config, world, output = prepared.config, prepared.world, prepared.output
     if prepared.finished:
         return _nothing_to_do(prepared)
+    set_matmul_precision(config.train, on_cuda=torch.cuda.is_available())
     parts = build_trainer(prepared)
     meet(parts.trainer.strategy, world, config.watchdog.start_minutes)
     with contextlib.ExitStack() as claimed:

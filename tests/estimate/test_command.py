@@ -14,6 +14,7 @@ SAME = [
     *("--model.vocab_size", "64", "--model.dim", "64", "--model.num_layers", "8", "--model.num_heads", "4"),
     *("--model.max_context", "4096", "--model.window", "64", "--model.top_k", "4"),
     *("--model.global_mode", "routed", "--data.context", "4096", "--train.max_steps", "10"),
+    *("--train.micro_batch", "1", "--train.tokens_per_batch", "16384"),
 ]
 
 

@@ -48,6 +48,7 @@ RULES: dict[str, Rule] = {
     "optim.min_lr_ratio": "obeyed",
     "optim.decay_fraction": "obeyed",
     "optim.grad_clip": "obeyed",
+    "optim.fused": "obeyed",
     "spike_guard": "obeyed",
     "checkpoint": "obeyed",
     "monitor": "obeyed",

@@ -56,7 +56,8 @@ def what_is_trained(
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield (
-        f"on {world.world_size} rank(s), {name}, precision {config.train.precision}, {describe(device)}; "
+        f"on {world.world_size} rank(s), {name}, precision {config.train.precision} (float32 "
+        f"products: {torch.get_float32_matmul_precision()}), {describe(device)}; "
         f"output {config.output}"
     )
 

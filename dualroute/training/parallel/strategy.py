@@ -38,6 +38,7 @@ from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
 from dualroute.training.parallel.loading import NamesTheState
+from dualroute.training.parallel.reduction import mean_in_float32
 from dualroute.training.parallel.sequence import SharedSequences
 from dualroute.training.parallel.sharded_weights import InitialWeights, shard
 
@@ -82,6 +83,7 @@ def build_strategy(
             cluster_environment=DualRouteEnvironment(world),
             checkpoint_io=StateFile(),
             timeout=timedelta(minutes=config.timeout_minutes),
+            reduce_in_float32=config.gradient_reduction == "fp32",
         )
         ddp.sequence_ranks = config.sequence_parallel
         return ddp
@@ -94,6 +96,7 @@ def build_strategy(
             gradient_clip=gradient_clip,
             precision=precision,
             on_cpu=on_cpu,
+            world_size=world.world_size,
         ),
         world,
         on_cpu=on_cpu,
@@ -121,7 +124,22 @@ def _one_device(accelerator: str) -> torch.device:
 
 
 class DualRouteDDPStrategy(NamesTheState, SharedSequences, DDPStrategy):
-    """Lightning's DDP; ranks may share texts."""
+    """Lightning's DDP; ranks may share texts, and may sum gradients of 16 bits in float32.
+
+    Args:
+        reduce_in_float32: Do so; gradients that are float32 go as they are.
+    """
+
+    def __init__(self, *, reduce_in_float32: bool = False, **of_lightning: Any) -> None:
+        super().__init__(**of_lightning)
+        self.reduce_in_float32 = reduce_in_float32
+
+    def configure_ddp(self) -> None:
+        """Upstream; its own way to a hook exists on CUDA only."""
+        super().configure_ddp()
+        if self.reduce_in_float32:
+            assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
+            self.model.register_comm_hook(None, mean_in_float32)
 
 
 class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
@@ -160,6 +178,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         self._state_of_parameters: Callable[[], TrainingState] | None = None
         if on_cpu:
             compat.spare_shared_memory_op()
+        if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            compat.make_second_partition_once()
         if uses_nvme(config["zero_optimization"]):
             _check_libaio()
 
@@ -294,6 +314,7 @@ def _check_libaio() -> None:
 
 
 _OF_DEEPSPEED = ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+_HPZ = "zero_hpz_partition_size"  # 1 is none
 
 
 def shards_weights(strategy: Strategy) -> bool:
@@ -303,7 +324,7 @@ def shards_weights(strategy: Strategy) -> bool:
 
 def settings_without_effect(config: ParallelConfig, world: World) -> str | None:
     """What is said of DeepSpeed's settings in a run that one plain process trains; null without any."""
-    given = [f"parallel.{key} {getattr(config, key)}" for key in _OF_DEEPSPEED if getattr(config, key)]
+    given = [f"parallel.{key} {value}" for key, value in _given_of_deepspeed(config).items()]
     if config.strategy != "auto" or world.world_size > 1 or not given:
         return None
     return (
@@ -312,11 +333,15 @@ def settings_without_effect(config: ParallelConfig, world: World) -> str | None:
     )
 
 
+def _given_of_deepspeed(config: ParallelConfig) -> dict[str, Any]:
+    given = {key: getattr(config, key) for key in _OF_DEEPSPEED if getattr(config, key)}
+    return given if config.zero_hpz_partition_size == 1 else given | {_HPZ: config.zero_hpz_partition_size}
+
+
 def _refuse_zero_without_deepspeed(config: ParallelConfig, name: str) -> None:
-    for key in _OF_DEEPSPEED:
-        value = getattr(config, key)
+    for key, value in _given_of_deepspeed(config).items():
         # With auto, a run file written for many ranks may be tried on one, which needs no sharding.
-        if value and config.strategy != "auto":
+        if config.strategy != "auto":
             raise UserError(
                 f"{key}={value} has no meaning with strategy={name}: use strategy=deepspeed, or remove it"
             )
