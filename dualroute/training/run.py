@@ -72,6 +72,7 @@ from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
 from dualroute.training.step.activations import keep_fewer_activations
+from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.allocator import keep_freed_memory
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
@@ -262,8 +263,11 @@ def _check_compile(config: PretrainConfig) -> None:
             "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
             "the compiled code: use stage 2, or leave it out"
         )
-    if config.train.activation_checkpointing == "feed_forward":
-        raise UserError("train.compile with activation_checkpointing feed_forward: use none or full")
+    if config.train.offload_activations:
+        raise UserError(
+            "train.compile cannot be used with train.offload_activations, which moves what a compiled layer "
+            "has kept: use train.activation_checkpointing, or leave one of them out"
+        )
     if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
 
@@ -301,15 +305,14 @@ def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRouting
     train = config.train
     if train.quantization_aware is not None:
         round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
-    keep_fewer_activations(
+    if train.compile:
+        compile_layers(model)
+    keep_fewer_activations(  # around what is compiled, so that a layer is computed again by the same program
         model,
         train.activation_checkpointing,
         every=train.recompute_every_layers,
         offload=train.offload_activations,
     )
-    if train.compile:
-        for layer in model.layers:
-            layer.ffn.compile()  # type: ignore[union-attr]
     return model
 
 
