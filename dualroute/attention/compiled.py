@@ -106,7 +106,7 @@ def _run(
     stream: Stream = held(handle)
     with torch.autocast(query.device.type, enabled=False):
         if records:
-            out, tape = Tape.record(lambda *rows: route(*rows, stream), query, key, value)
+            out, tape = Tape.record(lambda q, k, v: route(q, k, v, stream), query, key, value)
             return out, hold(tape)
         with torch.no_grad():
             return route(query, key, value, stream).contiguous(), hold(None)

@@ -74,6 +74,7 @@ from dualroute.training.resilience.run_lock import locked
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.fp8 import check_fp8, multiply_in_fp8
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
@@ -148,6 +149,8 @@ def check(config: PretrainConfig) -> Prepared:
         _check_fp16_on_cpu(config, world)
     if train.compile:
         _check_compile(config)
+    if train.precision == "fp8":
+        check_fp8(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     _ = train.total_steps  # refused where neither steps nor tokens are given
@@ -305,6 +308,8 @@ def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRouting
     train = config.train
     if train.quantization_aware is not None:
         round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
+    if train.precision == "fp8":
+        multiply_in_fp8(model)
     if train.compile:
         compile_layers(model)
     keep_fewer_activations(  # around what is compiled, so that a layer is computed again by the same program
@@ -442,7 +447,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
                 checkpoint,
                 trainer,
                 folder,
-                precision=config.train.precision,
+                precision=config.train.mixed_precision,
                 timeout_minutes=config.parallel.timeout_minutes,
             )
             first_write.converted = state.parent

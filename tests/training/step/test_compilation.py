@@ -1,5 +1,6 @@
 """Compiled layers: the same losses and gradients, one program for all layers, nothing else changed."""
 
+import json
 import shutil
 
 import pytest
@@ -7,10 +8,17 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
+from safetensors.torch import load_file
+
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
+from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint
+from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.quantization_aware import round_weights_in_forward
+from tests import warm
+from tests.conftest import ROOT
+from tests.training.step.test_module import curve, environment
 
 SHAPE = dict(
     dim=32, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=64, max_context=96, window=8, block=8,
@@ -63,3 +71,49 @@ def test_losses_and_gradients_are_those_of_eager_layers(activations, half):
     assert list(compiled.state_dict()) == keys
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+RUN = (
+    "--model.dim 32 --model.num_layers 2 --model.num_heads 4 --model.window 8 --model.block 16 "
+    "--model.top_k 1 --model.global_mode routed --data.context 64 --data.val_tokens 512 "
+    "--train.micro_batch 2 --train.tokens_per_batch 512 --train.val_every_steps 6 "
+    "--optim.lr 0.003 --optim.schedule constant --optim.warmup_steps 2 --checkpoint.every_steps 6 "
+    "--monitor.log_every_steps 1 --monitor.sample_every_steps 6 --monitor.router_statistics_every 3 "
+    "--monitor.peak_tflops 0.1 --train.max_steps 12"
+).split()
+WAYS = {
+    "ddp": ("--parallel.strategy", "ddp"),
+    "zero1": ("--parallel.zero_stage", "1"),
+    "zero2, recomputed": ("--parallel.zero_stage", "2", "--train.activation_checkpointing", "full"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_dataset, tmp_path_factory):
+    """By way: the losses of a run without and of one with compiled layers, which stopped and went on."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("two ranks")
+    legs = []
+    for name, more in WAYS.items():
+        for kind, compiled, steps in (("plain", "false", 12), ("compiled", "true", 6), ("compiled", "true", 12)):
+            output = ("--output", str(folder / name / kind), "--data.path", str(tiny_dataset))
+            legs.append([*RUN, *output, *more, "--train.compile", compiled, "--train.max_steps", str(steps)])
+    (folder / "runs.json").write_text(json.dumps(legs))
+    words = [str(folder / "runs.json")]
+    warm.ranks(2, "tests/training/step/compiled_runs.py", words, cwd=ROOT, env=environment())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_train_compiled_layers_as_plain_ones_and_resume(two_ranks, way):
+    plain, compiled = (two_ranks / way / kind for kind in ("plain", "compiled"))
+    assert curve(plain).keys() == curve(compiled).keys() == set(range(1, 13))
+    for event in ("train", "validation"):
+        want = curve(plain, event)
+        assert curve(compiled, event) == pytest.approx(want, abs=1e-4)
+    names = [sorted(load_file(find_checkpoint(run).folder / WEIGHTS)) for run in (plain, compiled)]
+    assert names[0] == names[1]
+    router = [read_metrics(run / "metrics.jsonl", "router") for run in (plain, compiled)]
+    assert [sorted(line) for line in router[0]] == [sorted(line) for line in router[1]]
+    assert router[0]
