@@ -67,8 +67,8 @@ def inductor() -> tuple[Any, Any, Any]:
 def compile_regions() -> None:
     """Let one process compile many kinds of layers, and a compiled layer stay whole inside DDP.
 
-    torch gives up after eight programs of one function, and cuts what it compiles inside DDP at the borders of
-    DDP's buckets; here every layer is a program by itself, which gives its gradients early enough.
+    torch gives up after eight programs of one function, and cuts what it compiles inside DDP at the borders
+    of DDP's buckets; here every layer is a program by itself, which gives its gradients early enough.
     """
     import torch._dynamo.config
 

@@ -1,7 +1,7 @@
 """The routes as operators of torch: what `torch.compile` sees of them, whichever back end computes them.
 
-In: queries (H, S, d), keys and values (H_kv, S, d), and the `handle` of a `Layout` instead of its stream. Out:
-(H, S, d), like the functions of the same names in `routes`, which run inside.
+In: queries (H, S, d), keys and values (H_kv, S, d), and the `handle` of a `Layout` instead of its stream.
+Out: (H, S, d), like the functions of the same names in `routes`, which run inside.
 
 How many documents there are and which blocks a token chose are numbers that no graph of fixed operators can
 hold; to the compiler each route is one opaque operator with one for its gradients. So one compiled layer does
@@ -15,6 +15,7 @@ when it runs, which it does once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dualroute.attention import routes
-from dualroute.attention.core.held import hold, held
-from dualroute.attention.core.layout import Stream
+from dualroute.attention.core.held import held, hold
+from dualroute.attention.core.layout import Layout, Stream
 from dualroute.attention.core.routing import Routing
 
 Route = Callable[[Tensor, Tensor, Tensor, Stream], Tensor]
@@ -55,9 +56,52 @@ def local_attention(
     return local_route(*rows, handle, window, causal, _records(*rows))[0]
 
 
+def lay_out(
+    given: Layout | None, batch: int, length: int, block: int, segment_ids: Tensor | None,
+    attention_mask: Tensor | None, device: torch.device,
+) -> Layout:  # fmt: skip
+    """`Layout.of_batch`; one that is not given is made by an operator, and has no stream in the graph."""
+    if given is not None:
+        return Layout.of_batch(given, batch, length, block, segment_ids, attention_mask, device)
+    parts = new_layout(segment_ids, attention_mask, batch, length, block, device)
+    handle, positions, documents, slot_token, token_slot = parts
+    stream: Any = None
+    layout = Layout(batch, length, stream, positions, documents, slot_token, token_slot)
+    layout.handle = handle
+    return layout
+
+
 def _records(*rows: Tensor) -> bool:
     """Whether there will be a backward pass: the operators run where autograd does not see them."""
     return torch.is_grad_enabled() and any(part.requires_grad for part in rows)
+
+
+@torch.library.custom_op("dualroute::new_layout", mutates_args=())
+def new_layout(
+    segment_ids: Tensor | None, attention_mask: Tensor | None, batch: int, length: int, block: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Handle, positions, documents, slot_token and token_slot of `Layout.build`."""
+    layout = Layout.build(batch, length, block, segment_ids, attention_mask, device)
+    slot_token, token_slot = layout.slot_token, layout.token_slot
+    if slot_token is None or token_slot is None:
+        slot_token = torch.arange(batch * length, device=device)
+        token_slot = slot_token.clone()
+    places = layout.positions.contiguous(), layout.documents.contiguous()
+    return hold(layout.stream), *places, slot_token, token_slot
+
+
+@new_layout.register_fake
+def _(
+    segment_ids: Tensor | None, attention_mask: Tensor | None, batch: int, length: int, block: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plain = segment_ids is None and attention_mask is None
+    slots = -(-length // block) * block * batch if plain else torch.library.get_ctx().new_dynamic_size()
+    places = torch.empty(batch, length, dtype=torch.int64, device=device)
+    slot_token = torch.empty(slots, dtype=torch.int64, device=device)
+    handle = torch.empty(1, dtype=torch.int64, device="cpu")
+    return handle, places, torch.empty_like(places), slot_token, torch.empty_like(places.flatten())
 
 
 @torch.library.custom_op("dualroute::global_route", mutates_args=())
@@ -143,12 +187,10 @@ class Tape:
         self.given: Sequence[Tensor] = ()
 
     @staticmethod
-    def record(
-        function: Callable[..., Tensor], *rows: Tensor
-    ) -> tuple[Tensor, Tape]:
+    def record(function: Callable[..., Tensor], *rows: Tensor) -> tuple[Tensor, Tape]:
         """What the function gives, contiguous, and the tape; called below autograd, as operators are."""
         kept: list[_Kept] = []
-        tape: list[Tape] = []
+        mine: list[weakref.ref[Tape]] = []  # weak: the graph that the tape holds holds these functions
 
         def keep(tensor: Tensor) -> _Kept:
             kept.append(_Kept(tensor))
@@ -158,7 +200,9 @@ class Tape:
             if entry.tensor is not None:
                 return entry.tensor
             shape, strides, offset = entry.view
-            giver = tape[0].given[entry.given]
+            tape = mine[0]()
+            assert tape is not None  # it is running
+            giver = tape.given[entry.given]
             return giver.as_strided(shape, strides, giver.storage_offset() + offset)
 
         recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
@@ -170,8 +214,9 @@ class Tape:
         out = out.detach()
         for entry in kept:
             entry.leave_to((*rows, out))
-        tape.append(Tape(edges[0], edges[1:]))
-        return out, tape[0]
+        tape = Tape(edges[0], edges[1:])
+        mine.append(weakref.ref(tape))
+        return out, tape
 
     def backward(self, grad: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """The gradients of the three tensors; `given` are they and the result, equal to what they were."""

@@ -172,9 +172,8 @@ class DualRouting(Projections):
             check_cache(cache, batch, length)
             if cache.length:
                 return decode(self, hidden_states, positions, cache)
-        layout = Layout.of_batch(
-            layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device
-        )
+        lay_out = compiled.lay_out if torch.compiler.is_compiling() else Layout.of_batch
+        layout = lay_out(layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device)
         outputs = []
         if self.global_qkv is not None:
             outputs.append(self._global(hidden_states, layout, positions, cache))

@@ -64,6 +64,7 @@ from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import with_given
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
+from dualroute.training.parallel.deepspeed_config import asked_stage
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.resilience import stop_signal
@@ -72,8 +73,8 @@ from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
 from dualroute.training.step.activations import keep_fewer_activations
-from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.fp8 import check_fp8, multiply_in_fp8
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
@@ -261,7 +262,7 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
 
 
 def _check_compile(config: PretrainConfig) -> None:
-    if config.parallel.zero_stage == 3:
+    if asked_stage(config.parallel) == 3:
         raise UserError(
             "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
             "the compiled code: use stage 2, or leave it out"

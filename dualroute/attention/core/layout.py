@@ -189,7 +189,8 @@ class Layout:
     )
 
     def __post_init__(self) -> None:
-        self.handle = hold(self.stream)
+        if not torch.compiler.is_compiling():  # there it is given, see `attention.compiled`
+            self.handle = hold(self.stream)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "handle": None, "_tables": {}}
@@ -420,7 +421,7 @@ class Layout:
         dtype: torch.dtype,
         scaling: RopeScaling | None,
     ) -> tuple[Tensor, Tensor]:
-        of_slot = positions.expand(self.batch, self.length).flatten().to(self.stream.device)
+        of_slot = positions.expand(self.batch, self.length).flatten().to(self.positions.device)
         if self.slot_token is not None:
             of_slot = of_slot[self.slot_token.clamp_min(0)]
         return rotary_table(of_slot, head_dim, theta, dtype, scaling)

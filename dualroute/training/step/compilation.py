@@ -1,8 +1,8 @@
 """Whole layers under `torch.compile`: norms, rotation, gate, feed-forward and residual sums as few loops.
 
 - In: a model that is about to be trained.
-- Here: :func:`compile_layers` has all blocks run through one compiled program.  The routes of the attention are
-  operators in it (:mod:`dualroute.attention.compiled`), which run as they do without.
+- Here: :func:`compile_layers` has all blocks run through one compiled program.  The routes of the attention
+  are operators in it (:mod:`dualroute.attention.compiled`), which run as they do without.
 - Next: ``training/run.py`` builds the model so; parameters and their names stay.
 
 All layers of one shape share a program, of which there are a few: for training and validation, and one more

@@ -1,11 +1,11 @@
 """Linear layers whose products, forward and backward, are of 8-bit floats: ``train.precision: fp8``.
 
 - In: a model that is about to be trained, and a run that is otherwise one of bf16-mixed.
-- Here: torchao's float8 training (https://github.com/pytorch/ao), rowwise: each row of an operand is scaled to
-  the range of float8 e4m3 by a power of two just before the product (Micikevicius et al. 2022,
+- Here: torchao's float8 training (https://github.com/pytorch/ao), rowwise: each row of an operand is scaled
+  to the range of float8 e4m3 by a power of two just before the product (Micikevicius et al. 2022,
   https://arxiv.org/abs/2209.05433).
-- Out: the same parameters under the same names, float32 where bf16-mixed has float32; so a checkpoint is one of
-  bf16-mixed, which loads without torchao.
+- Out: the same parameters under the same names, float32 where bf16-mixed has float32; so a checkpoint is one
+  of bf16-mixed, which loads without torchao.
 
 Norms, router, attention, embedding, head and loss stay as they are in bf16-mixed.
 """
@@ -21,8 +21,11 @@ from torch import nn
 from dualroute.errors import UserError
 from dualroute.model.quantized import require_torchao
 from dualroute.training.config import PretrainConfig
+from dualroute.training.parallel.deepspeed_config import asked_stage
 
-MULTIPLE = 16  # of both sizes of a weight, and of the tokens of a micro-batch: what the products of a GPU want
+MULTIPLE = (
+    16  # of both sizes of a weight, and of the tokens of a micro-batch: what the products of a GPU want
+)
 CAPABILITY = (8, 9)  # of the first GPUs that have them
 
 
@@ -46,7 +49,7 @@ def check_fp8(config: PretrainConfig) -> None:
             "train.precision fp8 cannot be used with train.quantization_aware, which rounds the same weights "
             "otherwise: use bf16-mixed, or leave it out"
         )
-    if config.parallel.zero_stage == 3:
+    if asked_stage(config.parallel) == 3:
         raise UserError(
             "train.precision fp8 cannot be used with parallel.zero_stage 3: until the backward pass it would "
             "keep all the weights that are gathered; use stage 2, or bf16-mixed"
@@ -54,7 +57,7 @@ def check_fp8(config: PretrainConfig) -> None:
     tokens = -(-config.data.context // config.parallel.sequence_parallel) * train.micro_batch
     if tokens % MULTIPLE:
         raise UserError(
-            f"train.precision fp8 wants the tokens of a rank's micro-batch to be a multiple of {MULTIPLE}, and "
+            f"train.precision fp8 wants a multiple of {MULTIPLE} tokens in a rank's micro-batch, and "
             f"data.context {config.data.context} x train.micro_batch {train.micro_batch} gives {tokens}: "
             f"change one of them"
         )
