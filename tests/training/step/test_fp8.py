@@ -1,7 +1,6 @@
 """fp8 on a CPU, where torchao emulates it: the losses of bf16-mixed, and checkpoints like its own."""
 
 import importlib.util
-import statistics
 import sys
 
 import pytest
@@ -92,25 +91,49 @@ def test_settings_that_stand_against_it_are_named(tmp_path):
             check_fp8(other)
 
 
-@pytest.mark.slow
-def test_losses_are_within_one_per_cent_of_bf16_and_any_run_goes_on_from_its_checkpoint(
-    tiny_dataset, tmp_path, monkeypatch
-):
-    settings = ("--train.val_every_steps", "100", "--checkpoint.every_steps", "100", "--optim.lr", "0.003")
-    for precision in ("bf16-mixed", "fp8"):
-        train(tiny_dataset, tmp_path / precision, 200, *settings, "--train.precision", precision)
-    ours, theirs = (curve(tmp_path / name) for name in ("fp8", "bf16-mixed"))
-    assert ours.keys() == theirs.keys() == set(range(1, 201))
-    assert ours != theirs
-    assert max(abs(ours[step] / theirs[step] - 1) for step in ours) < 0.01
-    assert statistics.mean(ours[s] / theirs[s] for s in ours) == pytest.approx(1, abs=2e-3)
-    assert "precision: fp8" in (tmp_path / "fp8" / "config.yaml").read_text()
+def losses(precision, steps=200):
+    """Of a tiny model that learns which token follows which; the noise in the text keeps them from 0."""
+    made = model(num_layers=2, vocab_size=64, window=16, global_mode="routed", top_k=1)
+    if precision == "fp8":
+        multiply_in_fp8(made)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(1)
+    follower = torch.randperm(64, generator=generator)
+    found = []
+    for _ in range(steps):
+        ids = torch.randint(64, (4, 65), generator=generator)
+        for place in range(1, 65):
+            known = torch.rand(4, generator=generator) < 0.8
+            ids[:, place] = torch.where(known, follower[ids[:, place - 1]], ids[:, place])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = made(ids[:, :-1]).flatten(0, 1).float()
+        loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
 
+
+@pytest.mark.slow
+def test_losses_are_within_one_per_cent_of_bf16_over_200_steps():
+    ours, theirs = losses("fp8"), losses("bf16-mixed")
+    assert ours != theirs
+    assert theirs[-1] < 0.6 * theirs[0]  # it has learnt something
+    assert max(abs(mine / other - 1) for mine, other in zip(ours, theirs, strict=True)) < 0.01
+
+
+@pytest.mark.slow
+def test_its_checkpoints_are_those_of_bf16_and_need_no_torchao(tiny_dataset, tmp_path, monkeypatch):
+    few = ("--train.micro_batch", "8", "--optim.warmup_steps", "1", "--monitor.sample_every_steps", "0")
+    for precision in ("bf16-mixed", "fp8"):
+        train(tiny_dataset, tmp_path / precision, 4, *few, "--train.precision", precision)
+    assert "precision: fp8" in (tmp_path / "fp8" / "config.yaml").read_text()
     monkeypatch.setitem(sys.modules, "torchao", None)  # importing it fails
     found, wanted = (load_model(find_checkpoint(tmp_path / name)) for name in ("fp8", "bf16-mixed"))
     types = [{name: (p.shape, p.dtype) for name, p in each.named_parameters()} for each in (found, wanted)]
     assert types[0] == types[1]
     # the state, too, is one of bf16-mixed: either way a run goes on from the other's
-    train(tiny_dataset, tmp_path / "fp8", 204, *settings, "--train.precision", "bf16-mixed")
-    train(tiny_dataset, tmp_path / "bf16-mixed", 204, *settings, "--train.precision", "fp8")
-    assert max(curve(tmp_path / "fp8")) == max(curve(tmp_path / "bf16-mixed")) == 204
+    for name, precision in (("fp8", "bf16-mixed"), ("bf16-mixed", "fp8")):
+        train(tiny_dataset, tmp_path / name, 6, *few, "--train.precision", precision)
+        assert set(curve(tmp_path / name)) == set(range(1, 7))
