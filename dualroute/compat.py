@@ -77,6 +77,13 @@ def compile_regions() -> None:
     torch._dynamo.config.optimize_ddp = False
 
 
+def size_varies(tensor: Any) -> None:
+    """Have a compiled program take any size in the first dimension of this tensor, from the first one on."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
 def int4_packed_for_cpu(values: Any) -> Any:
     """int32 values 0…15 (N, K) in the layout that :func:`int4_product_on_cpu` reads."""
     import torch

@@ -16,6 +16,7 @@ mask of documents is ever built, and a batch of short documents costs what its d
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -408,6 +409,12 @@ class Layout:
         return self.stream.cached(
             key, lambda: (self._rotary_table(positions, head_dim, theta, dtype, scaling), positions)
         )[0]
+
+    def sized_by_packing(self) -> list[Tensor]:
+        """What is kept whose first dimension is the S of this batch; none where no packing changes it."""
+        if self.slot_token is None:
+            return []
+        return [self.slot_token, *itertools.chain(*self._tables.values())]
 
     def at_positions(self, positions: Tensor | None) -> Layout:
         """The same layout for tokens at other positions (B, n); these are kept, and must not change."""

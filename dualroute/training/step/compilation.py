@@ -5,8 +5,10 @@
   are operators in it (:mod:`dualroute.attention.compiled`), which run as they do without.
 - Next: ``training/run.py`` builds the model so; parameters and their names stay.
 
-All layers of one shape share a program, of which there are a few: for training and validation, and one more
-when a size is seen to change.  Embedding, loss and optimizer stay as they are.
+All layers of one shape share a program: one for training and one for validation, each for packed texts and
+for whole ones.  Packings differ in their slots, and a program takes any number of them from the start, so that
+a run that is resumed computes with the same program as one that was not.  Embedding, loss and optimizer stay
+as they are.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ def _compiled(layer: TransformerBlock, program: Callable[..., Tensor]) -> Callab
     def run(hidden_states: Tensor, **attention: Any) -> Tensor:
         if attention.get("cache") is not None or layer.attention.collect_statistics:
             return TransformerBlock.forward(layer, hidden_states, **attention)
+        layout = attention.get("layout")
+        if layout is not None:
+            for kept in layout.sized_by_packing():
+                compat.size_varies(kept)
         return program(layer, hidden_states, **attention)
 
     return run

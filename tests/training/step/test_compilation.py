@@ -69,14 +69,14 @@ def test_losses_and_gradients_are_those_of_eager_layers(activations, half):
     keys = list(compiled.state_dict())
     compile_layers(compiled, "aot_eager")
     keep_fewer_activations(compiled, activations)
-    for seed in range(3):  # three packings, the last two of them by one program
+    for seed in range(3):  # three packings, by one program
         got, want = (loss_and_gradients(each, batch(seed=seed)) for each in (compiled, plain))
         for one, other in zip(got, want, strict=True):
             most = (0.02 if half else 1e-5) * float(other.abs().max())
             torch.testing.assert_close(one, other, rtol=0, atol=most)
     assert list(compiled.state_dict()) == keys
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 2
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_asks_the_host_for_numbers_goes_the_plain_way():
@@ -98,6 +98,7 @@ def test_what_asks_the_host_for_numbers_goes_the_plain_way():
     assert not counters["stats"]
 
 
+@pytest.mark.slow
 def test_rounded_weights_are_rounded_in_compiled_layers_too():
     plain, compiled = model(), model()
     plain.half = compiled.half = False
