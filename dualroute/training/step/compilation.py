@@ -6,9 +6,9 @@
 - Next: ``training/run.py`` builds the model so; parameters and their names stay.
 
 All layers of one shape share a program: one for training and one for validation, each for packed texts and
-for whole ones.  Packings differ in their slots, and a program takes any number of them from the start, so that
-a run that is resumed computes with the same program as one that was not.  Embedding, loss and optimizer stay
-as they are.
+for whole ones.  Packings differ in their slots, and a program takes any number of them from the start, so
+that a run that is resumed computes with the same program as one that was not.  Embedding, loss and optimizer
+stay as they are.
 """
 
 from __future__ import annotations
