@@ -1,8 +1,10 @@
 """A Slurm of four emulated nodes for the tests of this folder, made by slurm/local_cluster.sh."""
 
+import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dualroute.cli import main
+from dualroute.training.parallel.slurm_port import ports_of_job
 from tests.conftest import ROOT
 
 NODES = 4
@@ -68,6 +71,15 @@ class Cluster:
         return re.findall(r"^job (\d+):", capsys.readouterr().out, re.M)
 
 
+@contextlib.contextmanager
+def listening(port):
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # somebody else has it: just as well
+            other.bind(("", port))
+            other.listen()
+        yield
+
+
 @pytest.fixture(scope="session")
 def cluster():
     # not pytest's own temporary folder, which the user munge may not enter
@@ -79,7 +91,10 @@ def cluster():
     assert started.returncode == 0, started.stderr
     assert f"export SLURM_CONF={folder}/slurm.conf" in started.stdout
     try:
-        yield Cluster(folder)
+        with contextlib.ExitStack() as others:
+            for job in range(1, 4):  # the ports that the first jobs would like to have are taken
+                others.enter_context(listening(next(ports_of_job({"SLURM_JOB_ID": str(job)}))))
+            yield Cluster(folder)
     finally:
         stopped = local_cluster("down", "--dir", folder)
     assert stopped.returncode == 0, stopped.stderr

@@ -26,6 +26,7 @@ import torch.distributed
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 
 from dualroute.errors import UserError
+from dualroute.training.parallel.slurm_port import can_listen, ports_of_job
 
 Launcher = Literal["none", "deepspeed", "torchrun", "environment", "slurm"]
 
@@ -35,8 +36,6 @@ _SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NNOD
 # Slurm numbers the steps that no `srun` started from the top of 32 bits: interactive, batch, extern, pending.
 _FIRST_RESERVED_SLURM_STEP = 0xFFFFFFFA
 _INTERACTIVE_JOBS = ("bash", "interactive")
-# Below the ephemeral ports of Linux (32768 and up), so that no outgoing connection sits on ours by chance.
-_SLURM_PORTS = range(15000, 30000)
 
 
 @dataclass(frozen=True)
@@ -192,20 +191,15 @@ def check_port(world: World) -> None:
     """
     if world.rank != 0 or world.world_size == 1 or world.launcher == "torchrun" or world.main_port == 0:
         return
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        # As torch's own store does: a port in TIME_WAIT after the last run is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", world.main_port))
-        except OSError as error:
-            remedy = {
-                "deepspeed": "start with `deepspeed --master_port N`",
-                "slurm": "export MASTER_PORT=N before srun",
-            }.get(world.launcher, "set MASTER_PORT=N")
-            raise UserError(
-                f"port {world.main_port} (MASTER_PORT), where rank 0 should listen, cannot be used on this "
-                f"machine ({error.strerror}): another training may be running; {remedy} with a free port N"
-            ) from None
+    if (error := can_listen(world.main_port)) is not None:
+        remedy = {
+            "deepspeed": "start with `deepspeed --master_port N`",
+            "slurm": "export MASTER_PORT=N before srun",
+        }.get(world.launcher, "set MASTER_PORT=N")
+        raise UserError(
+            f"port {world.main_port} (MASTER_PORT), where rank 0 should listen, cannot be used on this "
+            f"machine ({error.strerror}): another training may be running; {remedy} with a free port N"
+        )
 
 
 def _from_rank_variables(environ: Mapping[str, str]) -> World:
@@ -270,7 +264,7 @@ def _from_slurm(environ: Mapping[str, str]) -> World:
         launcher="slurm",
         node_rank=node_rank,
         main_address=environ.get("MASTER_ADDR") or _slurm_main_address(environ, num_nodes),
-        main_port=_port(environ) if "MASTER_PORT" in environ else _slurm_port(environ),
+        main_port=_port(environ) if "MASTER_PORT" in environ else next(ports_of_job(step)),
     )
 
 
@@ -288,13 +282,6 @@ def _slurm_main_address(environ: Mapping[str, str], num_nodes: int) -> str:
             "export MASTER_ADDR=<address of that node> before srun"
         ) from None
     return host
-
-
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """The same port on every rank without talking; other jobs and other steps of this job get another one."""
-    job = _number(environ, "SLURM_JOB_ID") if "SLURM_JOB_ID" in environ else 0
-    step = int(environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", "0")))
-    return _SLURM_PORTS[(job + 1009 * step) % len(_SLURM_PORTS)]
 
 
 def _require_all(environ: Mapping[str, str], names: Sequence[str]) -> None:

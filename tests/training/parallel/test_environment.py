@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 
 import pytest
 
 from dualroute.errors import UserError
+from dualroute.training.parallel import slurm_port
 from dualroute.training.parallel.environment import (
     DualRouteEnvironment,
     World,
@@ -73,6 +75,26 @@ def test_slurm_port_is_shared_by_ranks_and_not_by_steps_or_jobs() -> None:
     )
     assert detect_world(SLURM | {"SLURM_STEP_ID": "1"}).main_port != port
     assert detect_world(SLURM | {"SLURM_JOB_ID": "4243"}).main_port != port
+
+
+def test_a_slurm_job_takes_a_port_that_nobody_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    first = next(port for port in slurm_port.ports_of_job(os.environ) if slurm_port.can_listen(port) is None)
+
+    def chosen() -> int:
+        assert slurm_port.main() == 0
+        return int(capsys.readouterr().out)
+
+    assert chosen() == first
+    with socket.socket() as other:
+        other.bind(("", first))
+        other.listen()
+        assert chosen() not in (first, next(slurm_port.ports_of_job({"SLURM_JOB_ID": "2"})))
+    monkeypatch.setattr(slurm_port, "can_listen", lambda port: OSError())
+    with pytest.raises(UserError, match="no port of 15000 to 29999 is free"):
+        slurm_port.main()
 
 
 def test_a_step_smaller_than_its_job() -> None:
