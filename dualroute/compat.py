@@ -5,7 +5,8 @@ In: nothing.  Here: one function for each such name, which imports it when it is
 the versions that these were tested with.
 
 Three things of this kind stand elsewhere, because a function cannot hold them: the operators of torch that
-the attention calls (``dualroute/attention``, which knows no other folder), the hooks that our strategy
+the attention calls, and how one of them records a backward pass (``dualroute/attention``, which knows no
+other folder), the hooks that our strategy
 overrides (``training/parallel/strategy.py``), and the keys of Lightning's and DeepSpeed's saved states
 (``training/checkpointing``, ``training/step/module.py``).
 """
@@ -186,6 +187,26 @@ def inductor() -> tuple[Any, Any, Any]:
 
     logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.ERROR)
     return compile_fx, torch._inductor.config, torch._dynamo.config
+
+
+def compile_regions() -> None:
+    """Let one process compile many kinds of layers, and a compiled layer stay whole inside DDP.
+
+    torch gives up after eight programs of one function, and cuts what it compiles inside DDP at the borders
+    of DDP's buckets; here every layer is a program by itself, which gives its gradients early enough.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    torch._dynamo.config.optimize_ddp = False
+
+
+def size_varies(tensor: Any) -> None:
+    """Have a compiled program take any size in the first dimension of this tensor, from the first one on."""
+    import torch._dynamo
+
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def int4_packed_for_cpu(values: Any) -> Any:

@@ -167,6 +167,40 @@ def test_the_compiler_has_what_decoding_sets():
     assert hasattr(dynamo, "cache_size_limit") or hasattr(dynamo, "recompile_limit")
 
 
+def test_what_whole_layers_are_compiled_with():
+    """Without: a model of nine kinds of layers ends at the ninth, or each packing is compiled anew."""
+    import torch._dynamo.config as dynamo
+
+    names = ("recompile_limit", "accumulated_recompile_limit", "optimize_ddp")
+    before = {name: getattr(dynamo, name) for name in names}
+    compat.compile_regions()
+    assert (dynamo.recompile_limit, dynamo.optimize_ddp) == (1024, False)
+    for name, value in before.items():
+        setattr(dynamo, name, value)
+    torch._dynamo.reset()
+    sizes = []
+
+    def compiler(graph, inputs):
+        sizes.append(inputs)
+        return graph
+
+    program = torch.compile(lambda rows: rows * 2, backend=compiler, fullgraph=True)
+    for size in (5, 6, 7):
+        rows = torch.ones(size)
+        compat.size_varies(rows)
+        program(rows)
+    assert len(sizes) == 1
+
+
+def test_an_operator_can_record_a_backward_pass():
+    """Without: a compiled layer trains nothing but what lies after its attention."""
+    rows = torch.ones(3, requires_grad=True)
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not (rows * 2).requires_grad
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            assert (rows * 2).requires_grad
+
+
 def test_the_int4_product_of_a_cpu():
     """Without: int4 models read their weights as floats on a CPU, several times slower."""
     torch.manual_seed(0)

@@ -83,10 +83,11 @@ class Projections(nn.Module):
         if self.gate_weight is not None:
             gate = 2 * torch.sigmoid(nn.functional.linear(hidden_states, self.gate_weight))  # (B, n, H)
             heads = (heads.unflatten(-1, (-1, self.head_dim)) * gate[..., None].to(heads.dtype)).flatten(2)
-            mean = gate.detach().float().mean((0, 1))
-        else:
-            mean = torch.ones(self.global_heads + self.local_heads, device=heads.device)
         if self.collect_statistics:
+            if self.gate_weight is not None:
+                mean = gate.detach().float().mean((0, 1))
+            else:
+                mean = torch.ones(self.global_heads + self.local_heads, device=heads.device)
             for name, part in (("global", mean[: self.global_heads]), ("local", mean[self.global_heads :])):
                 self.statistics[f"gate_{name}"] = part.mean() if len(part) else torch.ones_like(mean[0])
         return self.out_proj(heads)

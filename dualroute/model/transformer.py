@@ -116,9 +116,10 @@ class DualRoutingTransformer(nn.Module):
             segment_ids=segment_ids,
             attention_mask=attention_mask,
             device=input_ids.device,
-        )
+        ).at_positions(positions)
         for layer in self.layers:
-            hidden = layer(hidden, layout=layout, positions=positions)
+            layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
+            hidden = layer(hidden, layout=layout)
         return self.norm(hidden)
 
     # ------------------------------------------------------------------ sequence parallelism

@@ -43,6 +43,11 @@ class DataConfig:
         )
 
 
+def as_saved(precision: str) -> str:
+    """The ``train.precision`` in which state and gradients are kept: fp8 is in some products alone."""
+    return "bf16-mixed" if precision == "fp8" else precision
+
+
 @dataclass
 class TrainConfig:
     """How much is trained, and in what portions.
@@ -53,16 +58,18 @@ class TrainConfig:
         micro_batch: Windows that one rank reads in one forward pass.
         max_steps: Optimizer steps of the whole run.  Give this or max_tokens.
         max_tokens: Tokens of the whole run, rounded up to whole steps.
-        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed (fp16 with a loss
-            scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic).
+        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, 16-mixed (fp16 with a loss
+            scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic), or fp8:
+            bf16-mixed, whose linear layers multiply 8-bit floats (compute capability 8.9 or more; emulated
+            on a CPU).
         z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
         activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
             (whole layers), or feed_forward (which keeps most and is quickly done again).
         recompute_every_layers: Do so in every k-th layer only, the first included.
         offload_activations: Keep what is kept in the memory of the host, copied beside the computation
             (CUDA only); the last layer's stays, since the backward pass begins there.
-        compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
-            of its own and stays as it is.  Needs a C++ compiler on a CPU.
+        compile: Compile whole layers with torch.compile; the attention's routes are operators in them and
+            stay as they are.  Needs a C++ compiler on a CPU.
         quantization_aware: Train with weights rounded as this scheme of ``dualroute quantize`` will round
             them, so that they are used to it; validation sees them rounded, checkpoints stay float.
         quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
@@ -78,7 +85,7 @@ class TrainConfig:
     micro_batch: int = 8
     max_steps: int | None = None
     max_tokens: int | None = None
-    precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed"] = "32"
+    precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed", "fp8"] = "32"
     z_loss: float = 0.0
     activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
     recompute_every_layers: int = 1
@@ -99,6 +106,11 @@ class TrainConfig:
         check_fields(self, "train", {**dict.fromkeys(counts, at_least(1)), **group})
         if self.max_steps is not None and self.max_tokens is not None:
             raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
+
+    @property
+    def mixed_precision(self) -> str:
+        """``precision`` as the Trainer, DeepSpeed and a saved state know it."""
+        return as_saved(self.precision)
 
     @property
     def total_steps(self) -> int:

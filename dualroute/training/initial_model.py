@@ -33,6 +33,8 @@ from dualroute.model.weights_file import TensorFile
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.activations import keep_fewer_activations
+from dualroute.training.step.compilation import compile_layers
+from dualroute.training.step.fp8 import multiply_in_fp8
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 
 #: Fields that decide which weights there are, and their shapes; null stands for what the weights have.
@@ -112,15 +114,16 @@ def _as_trained(model: DualRoutingTransformer, config: PretrainConfig) -> DualRo
     train = config.train
     if train.quantization_aware is not None:
         round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
-    keep_fewer_activations(
+    if train.precision == "fp8":
+        multiply_in_fp8(model)
+    if train.compile:
+        compile_layers(model)
+    keep_fewer_activations(  # around what is compiled, so that a layer is computed again by the same program
         model,
         train.activation_checkpointing,
         every=train.recompute_every_layers,
         offload=train.offload_activations,
     )
-    if train.compile:
-        for layer in model.layers:
-            layer.ffn.compile()  # type: ignore[union-attr]
     return model
 
 

@@ -69,6 +69,7 @@ from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import build_model, build_sharded_model, with_given
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
+from dualroute.training.parallel.deepspeed_config import asked_stage
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.parallel.strategy import shards_weights
@@ -78,6 +79,7 @@ from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
 from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.fp8 import check_fp8
 from dualroute.training.step.matmul import set_matmul_precision
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.spike_guard import TrainingDiverged
@@ -154,6 +156,8 @@ def check(config: PretrainConfig) -> Prepared:
         _check_fp16_on_cpu(config, world)
     if train.compile:
         _check_compile(config)
+    if train.precision == "fp8":
+        check_fp8(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     _ = train.total_steps  # refused where neither steps nor tokens are given
@@ -264,13 +268,16 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
 
 
 def _check_compile(config: PretrainConfig) -> None:
-    if config.parallel.zero_stage == 3:
+    if asked_stage(config.parallel) == 3:
         raise UserError(
             "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
             "the compiled code: use stage 2, or leave it out"
         )
-    if config.train.activation_checkpointing == "feed_forward":
-        raise UserError("train.compile with activation_checkpointing feed_forward: use none or full")
+    if config.train.offload_activations:
+        raise UserError(
+            "train.compile cannot be used with train.offload_activations, which moves what a compiled layer "
+            "has kept: use train.activation_checkpointing, or leave one of them out"
+        )
     if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
 
@@ -431,7 +438,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
                 checkpoint,
                 trainer,
                 folder,
-                precision=config.train.precision,
+                precision=config.train.mixed_precision,
                 timeout_minutes=config.parallel.timeout_minutes,
             )
             first_write.converted = state.parent

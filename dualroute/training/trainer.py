@@ -60,7 +60,7 @@ def build_trainer(prepared: Prepared) -> Parts:
     """The Trainer of a run; it touches nothing yet."""
     config, world, output = prepared.config, prepared.world, prepared.output
     train = config.train
-    precision: Any = "32-true" if train.precision == "32" else train.precision
+    precision: Any = "32-true" if train.precision == "32" else train.mixed_precision
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     strategy = build_strategy(
         config.parallel,

@@ -15,6 +15,8 @@ mask of documents is ever built, and a batch of short documents costs what its d
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dualroute.attention.core.precision import outside_inference_mode
+from dualroute.attention.core.held import hold
+from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.rope import RopeScaling, rotary_table
 
 
@@ -180,6 +183,22 @@ class Layout:
     documents: Tensor
     slot_token: Tensor | None
     token_slot: Tensor | None
+    #: stands for the stream in a compiled graph, see `core.held`
+    handle: Tensor = field(init=False, repr=False, compare=False)
+    _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():  # there it is given, see `attention.compiled`
+            self.handle = hold(self.stream)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None, "_tables": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = hold(self.stream)
 
     @property
     def block(self) -> int:
@@ -370,17 +389,36 @@ class Layout:
         """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers.
 
         Positions that were made in inference mode count no versions: whether they have changed cannot be
-        told, so nothing is kept for them.
+        told, so nothing is kept for them.  Nor does a compiled graph keep anything: there a table is one that
+        was kept before by the same layout, or part of the graph.
         """
+        dtype = accumulation_dtype(dtype)
         if positions is None:
-            positions = self.positions
-        if positions.is_inference():
+            key: Hashable = (head_dim, theta, dtype, scaling)
+            if key in self._tables:
+                return self._tables[key]
+            if torch.compiler.is_compiling():
+                return self._rotary_table(self.positions, head_dim, theta, dtype, scaling)
+            compute = outside_inference_mode(self._rotary_table)
+            self._tables[key] = compute(self.positions, head_dim, theta, dtype, scaling)
+            return self._tables[key]
+        if torch.compiler.is_compiling() or positions.is_inference():
             return self._rotary_table(positions, head_dim, theta, dtype, scaling)
         # The tensor itself is kept beside its table: as long as it lives, no other one can have its id.
         key = ("rotary", id(positions), positions._version, head_dim, theta, dtype, scaling)
         return self.stream.cached(
             key, lambda: (self._rotary_table(positions, head_dim, theta, dtype, scaling), positions)
         )[0]
+
+    def sized_by_packing(self) -> list[Tensor]:
+        """What is kept whose first dimension is the S of this batch; none where no packing changes it."""
+        if self.slot_token is None:
+            return []
+        return [self.slot_token, *itertools.chain(*self._tables.values())]
+
+    def at_positions(self, positions: Tensor | None) -> Layout:
+        """The same layout for tokens at other positions (B, n); these are kept, and must not change."""
+        return self if positions is None else dataclasses.replace(self, positions=positions)
 
     def _rotary_table(
         self,
@@ -390,7 +428,7 @@ class Layout:
         dtype: torch.dtype,
         scaling: RopeScaling | None,
     ) -> tuple[Tensor, Tensor]:
-        of_slot = positions.expand(self.batch, self.length).flatten().to(self.stream.device)
+        of_slot = positions.expand(self.batch, self.length).flatten().to(self.positions.device)
         if self.slot_token is not None:
             of_slot = of_slot[self.slot_token.clamp_min(0)]
         return rotary_table(of_slot, head_dim, theta, dtype, scaling)
@@ -401,10 +439,9 @@ class Layout:
         Raises:
             ValueError: rows of another stream.
         """
-        if rows.ndim != 2 or len(rows) != self.stream.num_slots:
-            raise ValueError(
-                f"rows have shape {tuple(rows.shape)}: the stream is of ({self.stream.num_slots}, width)"
-            )
+        slots = self.batch * self.length if self.slot_token is None else len(self.slot_token)
+        if rows.ndim != 2 or len(rows) != slots:
+            raise ValueError(f"rows have shape {tuple(rows.shape)}: the stream is of ({slots}, width)")
         if self.slot_token is not None and self.token_slot is not None:
             rows = _Rows.apply(rows, self.token_slot, self.slot_token)
         return rows.reshape(self.batch, self.length, -1)

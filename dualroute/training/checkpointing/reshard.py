@@ -36,6 +36,7 @@ from dualroute.model import checkpoint_folder
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.checkpointing.state_reader import TrainingState, open_state
 from dualroute.training.checkpointing.state_writer import write_index, write_one_file, write_stage_zero
+from dualroute.training.config import as_saved
 from dualroute.training.parallel.strategy import DualRouteDeepSpeedStrategy
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def resumable_state(
         checkpoint: What is resumed.
         trainer: Its strategy is told where it has to load a universal checkpoint.
         folder: The run's ``checkpoints`` folder, where a converted state is kept.
-        precision: The run's ``train.precision``.
+        precision: That of the run's state, ``train.mixed_precision``.
         timeout_minutes: How long a rank waits without seeing progress of rank 0.
 
     Raises:
@@ -132,10 +133,10 @@ def _refuse_loss(
 
 
 def saved_precision(checkpoint: checkpoint_folder.Checkpoint, unknown: str) -> str:
-    """``train.precision`` of the run that wrote ``checkpoint``; ``unknown`` where that was not noted."""
+    """Precision of the state that ``checkpoint`` holds; ``unknown`` where that was not noted."""
     settings = checkpoint.metadata.get("settings")
     train = settings.get("train") if isinstance(settings, dict) else None
-    return str(train.get("precision", unknown)) if isinstance(train, dict) else unknown
+    return as_saved(str(train.get("precision", unknown))) if isinstance(train, dict) else unknown
 
 
 def refuse_other_precision(

@@ -199,6 +199,19 @@ _KNOWN_KEYS = (
 )  # fmt: skip
 
 
+def asked_stage(config: ParallelConfig) -> int | None:
+    """The ZeRO stage that a key or the user's file asks for; None: neither does.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    if config.zero_stage is not None:
+        return config.zero_stage
+    zero = _read_config(config.deepspeed_config).get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    return stage if isinstance(stage, int) else None
+
+
 def _refuse_keys(user: Mapping[str, Any], where: str) -> None:
     for path, reason in _REFUSED.items():
         section: Any = user

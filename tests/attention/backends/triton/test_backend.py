@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dualroute.attention import DualRouting, backend
+from dualroute.attention import DualRouting, Layout, backend
 from dualroute.attention.backends.triton.backend import TRITON
 from tests.attention.backends.triton.helpers import DEVICE
 
@@ -31,6 +31,21 @@ def run(layer: DualRouting) -> list[torch.Tensor]:
         cache = layer.new_cache(1, 64)
         steps = [layer(hidden[:, part], cache=cache) for part in (slice(38), slice(38, 39), slice(39, 40))]
     return [output.detach(), *gradients, *steps[1:]]
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_runs_on_them_too(layer: DualRouting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    torch._dynamo.reset()
+    hidden = torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    layout = Layout.build(1, 40, 8, segment_ids=torch.arange(40)[None] // 30, device=DEVICE)
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        output = run(hidden, layout=layout)
+        gradients = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+        results.append([output.detach(), *gradients])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_gives_the_same_on_both(layer: DualRouting, monkeypatch: pytest.MonkeyPatch) -> None:
