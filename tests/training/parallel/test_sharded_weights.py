@@ -12,7 +12,7 @@ from dualroute.model.config import ModelConfig
 from dualroute.model.transformer import DualRoutingTransformer
 from tests import warm
 from tests.conftest import ROOT
-from tests.training.step.test_module import SMALL, curve, environment
+from tests.training.step.test_module import SMALL, curve, environment, train
 
 pytest.importorskip("deepspeed")
 
@@ -97,3 +97,20 @@ def test_a_resumed_run_gets_its_weights_from_its_state_alone(tiny_dataset, tmp_p
     sharded(2, tiny_dataset, broken, *more, "--checkpoint.keep_last", "9", steps="12")
     assert curve(broken / "run") == curve(whole / "run")
     assert weights(broken / "run")[1] == weights(whole / "run")[1]
+
+
+@pytest.mark.slow
+def test_one_rank_with_parameters_on_the_host_trains_as_without(tiny_dataset, tmp_path):
+    """Rounded weights, recomputed layers and norms of queries and keys are built without weights as well."""
+    more = (
+        *("--model.qk_norm", "true", "--train.quantization_aware", "int8_weight_only"),
+        *("--train.activation_checkpointing", "full", "--optim.lr", "0.003"),
+    )
+    train(tiny_dataset, tmp_path / "plain", 8, *more)
+    offload = ("--parallel.offload_parameters", "true", "--parallel.offload_optimizer", "true")
+    train(tiny_dataset, tmp_path / "sharded", 8, *more, *ZERO3, *offload)
+    ours, theirs = curve(tmp_path / "sharded"), curve(tmp_path / "plain")
+    assert ours.keys() == theirs.keys()
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
+    # later a weight between two integers may be rounded to either of them
+    assert max(abs(ours[step] - theirs[step]) for step in ours) <= 1e-3
