@@ -67,7 +67,9 @@ class TrainConfig:
         quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
         kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), triton (on a GPU), or
-            auto: cpp on a CPU that can compile it, else torch.  DUALROUTE_KERNELS, where set, goes first.
+            auto: cpp on a CPU that can compile it; on a GPU the fastest of those whose values and gradients
+            are right on this run's shapes (compared once, then remembered).  DUALROUTE_KERNELS, where set,
+            goes first.
     """
 
     tokens_per_batch: int = 16384

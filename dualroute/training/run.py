@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -41,7 +40,6 @@ from typing import Any
 import torch
 
 from dualroute import compat
-from dualroute.attention import backend
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
@@ -62,6 +60,7 @@ from dualroute.training.checkpointing.resume import Start, check_start, choose_s
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import with_given
+from dualroute.training.kernels import compare_kernels, device, with_kernels
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
@@ -77,7 +76,7 @@ from dualroute.training.step.module import Pretrain
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
 from dualroute.training.step.token_count import TokenCount
-from dualroute.training.trainer import Parts, build_trainer, device
+from dualroute.training.trainer import Parts, build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ def check(config: PretrainConfig) -> Prepared:
     world = detect_world()
     refuse_forgotten_srun(world)
     check_port(world)
-    config = _with_kernels(config)
+    config = with_kernels(config)
     output = Path(config.output)
     start = choose_start(output, config.resume)
     initial = _initial_checkpoint(config, start)
@@ -184,19 +183,6 @@ def check_course(prepared: Prepared) -> None:
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
             f"steps: the learning rate would never be reached"
         )
-
-
-def _with_kernels(config: PretrainConfig) -> PretrainConfig:
-    """With the attention's back end chosen for this process, and the environment's choice noted."""
-    given = os.environ.get(backend.VARIABLE)
-    kernels: Any = given or config.train.kernels
-    try:
-        backend.set_backend(kernels)
-        backend.describe(device())
-    except ValueError as error:
-        source = backend.VARIABLE if given else "train.kernels"
-        raise UserError(f"{source} is {kernels} and cannot be had here ({error}): use auto") from error
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
 
 
 def _initial_checkpoint(config: PretrainConfig, start: Start) -> Checkpoint | None:
@@ -429,6 +415,8 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
     )
     trainer.fit_loop.epoch_loop.max_steps = prepared.total_steps  # known only now where it ends by tokens
     module = prepared.make_module(prepared)
+    if compare_kernels(config, module):
+        parts.describe(config)
     if world.rank == 0:
         tell_start(prepared, module)
     folder, state = prepared.output / "checkpoints", None

@@ -52,16 +52,33 @@ def available(query: Tensor, *, block: int = 1, causal: bool = True) -> bool:
     block that fit into its shared memory. The routed kernels are causal only; the local ones are not, and
     know no blocks: leave `block` and `causal` out for them.
     """
-    dim = query.shape[-1]
-    if query.dtype not in (*HALF, torch.float32) or not causal or block > MAX_BLOCK or dim > MAX_DIM:
-        return False
+    return why_not(query, block=block, causal=causal) is None
+
+
+def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None:
+    """Why the kernels cannot take these queries, None where they can; see `available`."""
+    dim, kind = query.shape[-1], str(query.dtype).removeprefix("torch.")
+    if query.dtype not in (*HALF, torch.float32):
+        return f"{kind} (16 and 32-bit floats only)"
+    if not causal:
+        return "attention that is not causal"
+    if block > MAX_BLOCK:
+        return f"block {block} (at most {MAX_BLOCK})"
+    if dim > MAX_DIM:
+        return f"head_dim {dim} (at most {MAX_DIM})"
     if triton.knobs.runtime.interpret:
-        return query.device.type == "cpu"
+        return None if query.device.type == "cpu" else f"{query.device.type} in the interpreter"
     if query.device.type != "cuda" or torch.version.hip is not None:
-        return False
+        return f"{'ROCm' if query.device.type == 'cuda' else query.device.type} (NVIDIA GPUs only)"
     gpu = torch.cuda.get_device_properties(query.device)
+    if (gpu.major, gpu.minor) < MIN_CAPABILITY:
+        return f"compute capability {gpu.major}.{gpu.minor} (8.0 and more)"
     limit = BLOCK_BYTES if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else BLOCK_BYTES // 2
     if query.dtype == torch.float32:
         limit //= 2
-    fits = pad_dim(block) * pad_dim(dim) * query.element_size() <= limit
-    return fits and (gpu.major, gpu.minor) >= MIN_CAPABILITY
+    needed = pad_dim(block) * pad_dim(dim) * query.element_size()
+    if needed > limit:
+        return (
+            f"block {block} of {kind} with head_dim {dim} ({needed} bytes of shared memory, {limit} at most)"
+        )
+    return None
