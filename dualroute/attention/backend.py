@@ -128,6 +128,11 @@ def decide(device_type: str, name: str, why: str) -> None:
     _decided[device_type] = name, why
 
 
+def wanted() -> str:
+    """The name that was asked for, in the configuration or the environment."""
+    return _wanted()[0]
+
+
 def is_open(device: torch.device) -> bool:
     """Whether auto was asked for, and nothing has decided yet what it stands for on such a device."""
     return _wanted()[0] == "auto" and device.type not in _decided

@@ -29,7 +29,7 @@ import torch
 
 from dualroute.attention import backend
 from dualroute.attention.backends.cpp.build import cache_folders
-from dualroute.attention.verification import Decision, DeviceLost, Finding, Problem, decide
+from dualroute.attention.verification import Decision, DeviceLost, Finding, Problem, decide, left_to_torch
 from dualroute.errors import UserError
 from dualroute.files import read_json, write_bytes_atomically
 
@@ -59,7 +59,10 @@ def choose_kernels(
     Raises:
         UserError: Kernels broke the device, or one rank does not have what another one has chosen.
     """
-    if device.type not in COMPARED or not problems or not backend.is_open(device):
+    if device.type not in COMPARED or not problems:
+        return None
+    if not backend.is_open(device):
+        _name_gaps(problems, device)
         return None
     name, line = agree(lambda: _found(problems, device))
     try:
@@ -70,6 +73,18 @@ def choose_kernels(
             f"({error}): install the same packages on all nodes, or give train.kernels torch"
         ) from error
     return line
+
+
+def _name_gaps(problems: Sequence[Problem], device: torch.device) -> None:
+    """Say what kernels that were asked for by name leave to plain torch."""
+    name = backend.wanted()
+    if name in ("auto", "torch"):
+        return
+    left = left_to_torch(backend.load(name), problems, device)
+    if left is None:
+        log.warning("%s", f"attention: the {name} kernels take nothing of this model: plain torch does")
+    elif left:
+        log.warning("%s", f"attention: plain torch, and not the {name} kernels, takes {', '.join(left)}")
 
 
 def _found(problems: Sequence[Problem], device: torch.device) -> tuple[str, str]:

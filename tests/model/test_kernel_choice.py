@@ -16,7 +16,8 @@ from dualroute.attention.verification import Decision, DeviceLost, Finding
 from dualroute.errors import UserError
 from dualroute.model import kernel_choice
 from dualroute.model.kernel_choice import cache_key, choose_kernels, compared
-from tests.attention.verification.test_check import CPU, problem
+from tests.attention.verification.doubles import no_triton
+from tests.attention.verification.test_correctness import CPU, problem
 
 ASKED = [problem(context=48)]
 FOUND = Decision(
@@ -71,6 +72,22 @@ def test_what_was_named_and_what_needs_no_comparison_is_left_alone(
     monkeypatch.setattr(kernel_choice, "COMPARED", ("cuda",))
     assert choose_kernels(ASKED, CPU) is None
     assert not asked
+
+
+def test_what_named_kernels_leave_to_plain_torch_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "cpp")
+    with caplog.at_level(logging.WARNING, logger="dualroute"):
+        choose_kernels(ASKED, CPU)
+        assert not caplog.records
+        choose_kernels([problem(causal=False)], CPU)
+        monkeypatch.setattr(kernel_choice, "left_to_torch", lambda *given: ("the global route: block 256",))
+        choose_kernels(ASKED, CPU)
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention: the cpp kernels take nothing of this model: plain torch does",
+        "attention: plain torch, and not the cpp kernels, takes the global route: block 256",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -173,10 +190,7 @@ def test_ranks_take_what_rank_0_found_or_say_what_they_lack(
     assert not asked
     backend.set_backend("auto")
 
-    def missing() -> object:
-        raise ValueError("Triton is not installed")
-
-    monkeypatch.setattr(backend, "_triton", missing)
+    monkeypatch.setattr(backend, "_triton", no_triton)
     with pytest.raises(UserError, match=r"rank 0 has found triton .* \(Triton is not installed\): install"):
         choose_kernels(ASKED, CPU, lambda find: ("triton", ""))
 
@@ -201,6 +215,7 @@ def test_old_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_real_comparison_is_kept_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_choice, "decide", verification.decide)
+    monkeypatch.setattr(backend, "_triton", no_triton)
     made = compared(ASKED, CPU)
     assert {finding.name for finding in made.findings} == set(backend.CHOICES[1:])
     assert any("triton" in finding.name and finding.why_not for finding in made.findings)

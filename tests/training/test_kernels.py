@@ -17,6 +17,7 @@ from dualroute.model import DualRoutingTransformer, ModelConfig, kernel_choice
 from dualroute.training.config import DataConfig, ParallelConfig, PretrainConfig, TrainConfig
 from dualroute.training.kernels import arithmetic, problems_of_run
 from dualroute.training.monitoring.metrics_log import read_metrics
+from tests.attention.verification.doubles import no_triton
 from tests.training.checkpointing.test_resumed_settings import arguments
 
 SHAPE = {"vocab_size": 16, "dim": 32, "num_layers": 2, "num_heads": 4}
@@ -28,6 +29,7 @@ def compared_on_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     monkeypatch.setattr(kernel_choice, "COMPARED", ("cpu",))
+    monkeypatch.setattr(backend, "_triton", no_triton)
     yield
     backend.set_backend("auto")
 

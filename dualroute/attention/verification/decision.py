@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dualroute.attention.backend import CHOICES, Backend, load
-from dualroute.attention.verification.check import Errors, Wrong, check, passes, reference
+from dualroute.attention.verification.correctness import Errors, Wrong, check, passes, reference
 from dualroute.attention.verification.problem import Problem, draw
 
 ROUNDS = 3  # of timing, after one to warm up; the median counts
@@ -129,7 +129,7 @@ def _still_there(name: str, device: torch.device, error: Exception) -> None:
 
 
 def _examine(name: str, backend: Backend, problems: Sequence[Problem], device: torch.device) -> Finding:
-    left = _left_to_torch(backend, problems, device)
+    left = left_to_torch(backend, problems, device)
     if left is None:
         reason = next(iter(_reasons(backend, problems[0], device).values()))
         return Finding(name, why_not=f"it does not take {reason}")
@@ -172,7 +172,7 @@ def _routes(problem: Problem) -> dict[str, int | None]:
     return routes
 
 
-def _left_to_torch(
+def left_to_torch(
     backend: Backend, problems: Sequence[Problem], device: torch.device
 ) -> tuple[str, ...] | None:
     """What plain torch has to take, with the reason; None where that is all."""

@@ -12,10 +12,8 @@ import torch
 from dualroute.attention import backend
 from dualroute.attention.backend import load
 from dualroute.attention.verification import DeviceLost, decide, decision
-from tests.attention.verification.doubles import Double
-from tests.attention.verification.test_check import CPU, problem
-
-NAMES = ("torch", "cpp", "triton")
+from tests.attention.verification.doubles import Double, no_triton
+from tests.attention.verification.test_correctness import CPU, problem
 
 
 def decided(**backends: object) -> decision.Decision:
@@ -60,10 +58,7 @@ def test_plain_torch_is_taken_where_another_is_slow_wrong_or_not_to_be_had(fault
 
 
 def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> object:
-        raise ValueError("Triton is not installed: pip install triton")
-
-    monkeypatch.setattr(backend, "_triton", missing)
+    monkeypatch.setattr(backend, "_triton", no_triton)
     found = decide([problem()], CPU, ("triton",))
     assert found.name == "torch"
     assert "triton not: Triton is not installed" in found.line()

@@ -11,7 +11,7 @@ import torch
 from dualroute.attention import DualRouting
 from dualroute.attention.backend import load
 from dualroute.attention.verification import Problem, check, problems_of
-from dualroute.attention.verification.check import Reference, Wrong, reference
+from dualroute.attention.verification.correctness import Reference, Wrong, reference
 from tests.attention.verification.doubles import Double
 
 CPU = torch.device("cpu")
