@@ -116,6 +116,7 @@ def compared(problems: Sequence[Problem], device: torch.device, *, fresh: bool =
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is what a monitor reports
     if not any(
         finding.raised for finding in decision.findings
     ):  # what has failed once may work the next time
