@@ -33,8 +33,8 @@ from dualroute.training.monitoring.metrics_log import read_metrics
 ROOT = Path(__file__).parents[2]
 COMMON = (
     "--optim.lr 3e-4 --optim.warmup_steps 2 --optim.schedule constant --data.val_tokens 4096 "
-    "--train.val_every_steps 1000 --checkpoint.every_steps 1000 --monitor.sample_every_steps 0 --monitor.router_statistics_every 0 "
-    "--train.micro_batch 1"
+    "--train.val_every_steps 1000 --checkpoint.every_steps 1000 --monitor.sample_every_steps 0 "
+    "--monitor.router_statistics_every 0 --train.micro_batch 1"
 )
 FULL = (
     "--model.dim 2048 --model.num_heads 16 --model.ffn_dim 5632 --model.num_layers 4 --model.window 512 "

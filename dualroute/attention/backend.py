@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -144,14 +144,10 @@ def load(name: str) -> Backend:
     Raises:
         ValueError: it cannot be had here, with the reason.
     """
-    if name == "torch":
-        return _TORCH
-    if name == "triton":
-        return _triton()
-    reason = _why_not_compiled()
+    reason = _why_not_compiled() if name == "cpp" else None
     if reason is not None:
         raise ValueError(f"the C++ kernels cannot be compiled: {reason}")
-    return _cpp()
+    return _of_name(name)
 
 
 @contextmanager
@@ -187,9 +183,13 @@ def _wanted_for(rows: Tensor) -> Backend:
     if name == "auto":
         kind = rows.device.type
         name, _ = _decided.get(kind, ("cpp" if kind == "cpu" else "torch", ""))
-    if name == "torch":
-        return _TORCH
-    return _triton() if name == "triton" else _cpp()
+    return _of_name(name)
+
+
+def _of_name(name: str) -> Backend:
+    """A back end other than auto."""
+    loaders: dict[str, Callable[[], Backend]] = {"cpp": _cpp, "triton": _triton}
+    return loaders[name]() if name in loaders else _TORCH
 
 
 def token_kernels(rows: Tensor) -> ModuleType | None:
