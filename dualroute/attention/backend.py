@@ -58,7 +58,7 @@ class Backend(Protocol):
         """Whether it can take queries (..., d). `block` is that of the global route; None: the local one."""
 
     def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
-        """Why it cannot take them, in a few words; None where it can."""
+        """Why it cannot take them, as a sentence; None where it can."""
 
     def select_blocks(
         self,
@@ -172,8 +172,7 @@ def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> B
     if backend.supports(query, causal=causal, block=block):
         return backend if backend is not _cpp() or _compiled() is None else _TORCH
     if query.device.type == "cuda" and _wanted()[0] != "auto" and not torch.compiler.is_compiling():
-        reason = backend.why_not(query, causal=causal, block=block)
-        _warn_once(f"{backend.description()} do not take {reason}")
+        _warn_once(str(backend.why_not(query, causal=causal, block=block)))
     return _TORCH
 
 

@@ -77,13 +77,14 @@ class Decision:
 def decide(
     problems: Sequence[Problem],
     device: torch.device,
-    names: Sequence[str] = CHOICES[1:],
+    names: Sequence[str] | None = None,
     backends: Mapping[str, Backend] | None = None,
 ) -> Decision:
     """Check and time what there is; plain torch is right by definition, and taken where nothing else is.
 
     Args:
-        names: the back ends in question.
+        names: the back ends in question; None: all, but on a GPU not the C++ kernels, which would be compiled
+            in vain.
         backends: others under their names, instead of those that `load` gives.
 
     Raises:
@@ -91,6 +92,8 @@ def decide(
     """
     given = dict(backends or {})
     findings = [_plain(problems, device)]
+    if names is None:
+        names = [name for name in CHOICES[1:] if name != "cpp" or device.type == "cpu"]
     for name in names:
         if name == "torch":
             continue
@@ -132,7 +135,7 @@ def _examine(name: str, backend: Backend, problems: Sequence[Problem], device: t
     left = left_to_torch(backend, problems, device)
     if left is None:
         reason = next(iter(_reasons(backend, problems[0], device).values()))
-        return Finding(name, why_not=f"it does not take {reason}")
+        return Finding(name, why_not=reason)
     worst = Errors(0.0, 0.0)
     try:
         for problem in problems:

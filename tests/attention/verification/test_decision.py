@@ -46,7 +46,7 @@ def test_the_fastest_is_taken_and_the_others_are_named() -> None:
         ("gradients", "gradients not: WRONG, local gradient of the key off by"),
         ("nan", "nan not: WRONG, local values: not a finite number"),
         ("raises", "raises not: it ended in RuntimeError: an illegal instruction[)]"),
-        ("refuses", "refuses not: it does not take block 8 of float32, head_dim 8, causal=True, on cpu"),
+        ("refuses", "refuses not: doubles: not block 8 of float32, head_dim 8, causal=True, on cpu"),
     ],
 )
 def test_plain_torch_is_taken_where_another_is_slow_wrong_or_not_to_be_had(fault: str, said: str) -> None:
@@ -74,14 +74,14 @@ def test_what_is_left_to_plain_torch_is_named() -> None:
     found = decided(part=LocalOnly())
     (part,) = [finding for finding in found.findings if finding.name == "part"]
     assert part.milliseconds is not None
-    assert part.left_to_torch == ("the global route: block 8 of float32, head_dim 8, causal=True, on cpu",)
-    chosen = dataclasses.replace(found, name="part")
-    assert chosen.line().endswith(
-        "; plain torch takes the global route: block 8 of float32, head_dim 8, causal=True, on cpu"
+    assert part.left_to_torch == (
+        "the global route: doubles: not block 8 of float32, head_dim 8, causal=True, on cpu",
     )
+    chosen = dataclasses.replace(found, name="part")
+    assert chosen.line().endswith(f"; plain torch takes {part.left_to_torch[0]}")
     both_ways = decide([problem(causal=False)], CPU, ("cpp",))
     assert both_ways.name == "torch"
-    assert "cpp not: it does not take" in both_ways.line()
+    assert "cpp not: C++ kernels" in both_ways.line()
 
 
 def test_all_problems_count_with_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,8 @@ class TorchBackend:
             return None
         kind = str(query.dtype).removeprefix("torch.")
         route = "the local route" if block is None else f"block {block}"
-        return f"{route} of {kind}, head_dim {query.shape[-1]}, causal={causal}, on {query.device.type}"
+        asked = f"{route} of {kind}, head_dim {query.shape[-1]}, causal={causal}, on {query.device.type}"
+        return f"{self.description()}: not {asked}"
 
     select_blocks = staticmethod(select_blocks)
     routed_attention = staticmethod(routed_attention)

@@ -59,26 +59,25 @@ def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None
     """Why the kernels cannot take these queries, None where they can; see `available`."""
     dim, kind = query.shape[-1], str(query.dtype).removeprefix("torch.")
     if query.dtype not in (*HALF, torch.float32):
-        return f"{kind} (16 and 32-bit floats only)"
+        return f"the Triton kernels have floats of 16 and 32 bits only, not {kind}"
     if not causal:
-        return "attention that is not causal"
+        return "the routed Triton kernels are causal only"
     if block > MAX_BLOCK:
-        return f"block {block} (at most {MAX_BLOCK})"
+        return f"block {block} is more than the {MAX_BLOCK} that the Triton kernels take"
     if dim > MAX_DIM:
-        return f"head_dim {dim} (at most {MAX_DIM})"
+        return f"head_dim {dim} is more than the {MAX_DIM} that the Triton kernels take"
     if triton.knobs.runtime.interpret:
-        return None if query.device.type == "cpu" else f"{query.device.type} in the interpreter"
+        return None if query.device.type == "cpu" else "Triton's interpreter is for CPUs"
     if query.device.type != "cuda" or torch.version.hip is not None:
-        return f"{'ROCm' if query.device.type == 'cuda' else query.device.type} (NVIDIA GPUs only)"
+        return "the Triton kernels are for NVIDIA GPUs only"
     gpu = torch.cuda.get_device_properties(query.device)
     if (gpu.major, gpu.minor) < MIN_CAPABILITY:
-        return f"compute capability {gpu.major}.{gpu.minor} (8.0 and more)"
+        return f"compute capability {gpu.major}.{gpu.minor} is less than the 8.0 of the Triton kernels"
     limit = BLOCK_BYTES if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else BLOCK_BYTES // 2
     if query.dtype == torch.float32:
         limit //= 2
     needed = pad_dim(block) * pad_dim(dim) * query.element_size()
     if needed > limit:
-        return (
-            f"block {block} of {kind} with head_dim {dim} ({needed} bytes of shared memory, {limit} at most)"
-        )
+        size = f"block {block} with head_dim {dim} in {kind}"
+        return f"{size} takes {needed} bytes of shared memory, and {limit} are there"
     return None

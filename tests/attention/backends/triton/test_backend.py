@@ -67,15 +67,15 @@ def test_the_line_of_the_choice_names_what_they_cannot_take() -> None:
     """Of each kind: blocks, heads and directions that the kernels have not."""
     device = torch.device(DEVICE)
     for given, said in (
-        ({"block": 256}, ("the global route: block 256 (at most 128)",)),
-        ({"causal": False}, ("the global route: attention that is not causal",)),
+        ({"block": 256}, ("the global route: block 256 is more than the 128 that the Triton kernels take",)),
+        ({"causal": False}, ("the global route: the routed Triton kernels are causal only",)),
         ({}, ()),
     ):
         assert left_to_torch(TRITON, [problem(**given)], device) == said  # type: ignore[arg-type]
     wide = problem(head_dim=160)
     assert left_to_torch(TRITON, [wide], device) is None
     (finding,) = decide([wide], device, ("triton",)).findings[1:]
-    assert finding.why_not == "it does not take head_dim 160 (at most 128)"
+    assert finding.why_not == "head_dim 160 is more than the 128 that the Triton kernels take"
 
 
 @pytest.mark.slow
