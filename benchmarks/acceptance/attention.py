@@ -121,7 +121,7 @@ def _speed_row(rows: Rows, shape: Shape, route: Route, backward: bool, toy: bool
     peak = peak_mebibytes(dual, shape, route, backward, device=shape.device) if not toy else float("nan")
     way = "forward + backward" if backward else "forward"
     found = f"{ratio:.2f} × FlashAttention ({1e3 * times['dense']:.3g} ms)"
-    asks = not toy and shape.length >= 16384  # a length at which routing is meant to pay
+    asks = backward and shape.length >= 65536  # a length at which routing is meant to pay
     wanted = "faster than FlashAttention" if asks else ""
     rows.add(
         f"{way}, {shape.length:,} tokens, {route.name}", found, wanted, ratio > 1 or not asks,
