@@ -40,6 +40,8 @@ COMPARED = ("cuda",)
 LARGEST = 2**18  # bytes of a file of the cache; ours have about a thousand
 KEPT = 64  # files of the cache
 FORMAT = 1
+#: Back ends that were compared in this process, the last one perhaps at the moment.
+in_turn: list[str] = []
 
 
 def choose_kernels(
@@ -80,7 +82,11 @@ def _name_gaps(problems: Sequence[Problem], device: torch.device) -> None:
     name = backend.wanted()
     if name in ("auto", "torch"):
         return
-    left = left_to_torch(backend.load(name), problems, device)
+    try:
+        left = left_to_torch(backend.load(name), problems, device)
+    except ValueError as error:
+        log.warning("%s", f"attention: plain torch, since there are no {name} kernels here: {error}")
+        return
     if left is None:
         log.warning("%s", f"attention: the {name} kernels take nothing of this model: plain torch does")
     elif left:
@@ -106,7 +112,7 @@ def compared(problems: Sequence[Problem], device: torch.device, *, fresh: bool =
     if known is not None:
         return known
     try:
-        decision = decide(problems, device)
+        decision = decide(problems, device, tell=in_turn.append)
     except DeviceLost as error:
         name, how = error.args
         raise UserError(

@@ -9,7 +9,9 @@ knows.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import threading
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ import torch
 from dualroute.attention import backend
 from dualroute.attention.verification import Problem, problems_of
 from dualroute.errors import UserError
-from dualroute.model.kernel_choice import choose_kernels
+from dualroute.model.kernel_choice import choose_kernels, in_turn
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 from dualroute.training.step.module import Pretrain
+
+log = logging.getLogger(__name__)
 
 
 def device() -> torch.device:
@@ -48,10 +52,30 @@ def with_kernels(config: PretrainConfig) -> PretrainConfig:
 def compare_kernels(config: PretrainConfig, module: Pretrain) -> bool:
     """Let auto stand for the fastest kernels that are right for ``module``, on every rank the same.
 
+    Kernels that never end would hold up a run in which nothing watches yet: after watchdog.start_minutes this
+    process ends, with a line that names them.
+
     Returns:
         Whether something was decided, so that what was written down of the kernels is out of date.
     """
-    return choose_kernels(problems_of_run(config, module), device(), decided_by_rank_zero) is not None
+    alarm = threading.Timer(60 * config.watchdog.start_minutes, _give_up, [config.watchdog.start_minutes])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        return choose_kernels(problems_of_run(config, module), device(), decided_by_rank_zero) is not None
+    finally:
+        alarm.cancel()
+
+
+def _give_up(minutes: float) -> None:
+    which = f"the {in_turn[-1]} kernels" if in_turn else "rank 0"
+    log.error(
+        "%s",
+        f"dualroute: the comparison of kernels has not ended after {minutes:g} minutes "
+        f"(watchdog.start_minutes), and waits for {which}: choose others, for example "
+        f"{backend.VARIABLE}=torch",
+    )
+    os._exit(2)
 
 
 def problems_of_run(config: PretrainConfig, module: Pretrain) -> list[Problem]:

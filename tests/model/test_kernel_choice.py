@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[obje
     """Comparisons that were made; auto is open on a CPU, too, and the cache is empty."""
     made: list[object] = []
 
-    def decide(problems: object, device: torch.device) -> Decision:
+    def decide(problems: object, device: torch.device, tell: object) -> Decision:
         made.append(problems)
         return FOUND
 
@@ -84,9 +84,13 @@ def test_what_named_kernels_leave_to_plain_torch_is_a_line(
         choose_kernels([problem(causal=False)], CPU)
         monkeypatch.setattr(kernel_choice, "left_to_torch", lambda *given: ("the global route: block 256",))
         choose_kernels(ASKED, CPU)
+        monkeypatch.setattr(backend, "_triton", no_triton)
+        monkeypatch.setenv(backend.VARIABLE, "triton")
+        choose_kernels(ASKED, CPU)
     assert [record.getMessage() for record in caplog.records] == [
         "attention: the cpp kernels take nothing of this model: plain torch does",
         "attention: plain torch, and not the cpp kernels, takes the global route: block 256",
+        "attention: plain torch, since there are no triton kernels here: Triton is not installed",
     ]
 
 
@@ -161,7 +165,7 @@ def test_a_cache_that_cannot_be_written_costs_a_line(
 
 def test_what_has_failed_by_chance_is_not_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failed = Decision("torch", (Finding("torch", 9.0), Finding("cpp", why_not="out of memory", raised=True)))
-    monkeypatch.setattr(kernel_choice, "decide", lambda problems, device: failed)
+    monkeypatch.setattr(kernel_choice, "decide", lambda *given, **options: failed)
     assert compared(ASKED, CPU) == failed
     assert not (tmp_path / "cache").exists()
 
@@ -172,7 +176,7 @@ def test_a_mismatch_is_a_warning_at_every_start(
     wrong = Decision(
         "torch", (Finding("torch", 9.0), Finding("cpp", why_not="WRONG, local values off by 1e-2"))
     )
-    monkeypatch.setattr(kernel_choice, "decide", lambda problems, device: wrong)
+    monkeypatch.setattr(kernel_choice, "decide", lambda *given, **options: wrong)
     for start in (1, 2):
         backend.set_backend("auto")
         with caplog.at_level(logging.WARNING, logger="dualroute"):
@@ -196,7 +200,7 @@ def test_ranks_take_what_rank_0_found_or_say_what_they_lack(
 
 
 def test_a_lost_device_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(problems: object, device: torch.device) -> Decision:
+    def lost(*given: object, **options: object) -> Decision:
         raise DeviceLost("triton", "an illegal memory access was encountered")
 
     monkeypatch.setattr(kernel_choice, "decide", lost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from dualroute.attention import backend
 from dualroute.attention.backends.cpp.build import CACHE
 from dualroute.cli import main
 from dualroute.model import DualRoutingTransformer, ModelConfig, kernel_choice
-from dualroute.training.config import DataConfig, ParallelConfig, PretrainConfig, TrainConfig
+from dualroute.training import kernels
+from dualroute.training.config import DataConfig, ParallelConfig, PretrainConfig, TrainConfig, WatchdogConfig
 from dualroute.training.kernels import arithmetic, problems_of_run
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests.attention.verification.doubles import no_triton
@@ -49,6 +51,27 @@ def test_a_run_says_which_kernels_and_why(tiny_dataset: Path, tmp_path: Path) ->
     assert logged["config"].startswith(f"# {line}\n")
     assert line in (run / "log.txt").read_text()
     assert kept.stat().st_size > 100
+
+
+def test_kernels_that_never_end_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(kernels.os, "_exit", ended.append)
+    monkeypatch.setattr(kernels, "in_turn", ["torch", "triton"])
+
+    def hang(*given: object) -> None:
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(kernels, "choose_kernels", hang)
+    config = PretrainConfig(watchdog=WatchdogConfig(start_minutes=1e-3))
+    module = SimpleNamespace(model=torch.nn.Identity())
+    kernels.compare_kernels(config, module)  # type: ignore[arg-type]
+    assert ended == [2]
+    assert "has not ended after 0.001 minutes" in caplog.text
+    assert "waits for the triton kernels: choose others, for example DUALROUTE_KERNELS=torch" in caplog.text
 
 
 def test_the_problems_are_those_of_the_run_and_of_its_teacher() -> None:

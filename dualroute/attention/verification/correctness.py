@@ -140,7 +140,7 @@ def passes(backend: Backend, problem: Problem, batch: Batch) -> Callable[[], Non
     def run() -> None:
         for name, rows in leaves.items():
             out = attend(backend, problem, batch.stream, rows, name)
-            torch.autograd.grad(out, rows[:3], rows.cotangent)
+            torch.autograd.grad(out, rows[:3], rows.cotangent.to(out.dtype))
 
     return run
 
@@ -254,7 +254,7 @@ def _check_step(backend: Backend, problem: Problem, batch: Batch) -> None:
     """
     rows = batch.global_rows
     assert rows is not None
-    query = rows.query.unflatten(0, (len(rows.key), -1))[:, :, -1:]  # (H_kv, group, 1, d)
+    query = rows.query.unflatten(0, (len(rows.key), -1))[:, :, -1:].contiguous()  # (H_kv, group, 1, d)
     taken = route_of(backend, query, problem, problem.block)
     tokens = batch.stream.num_slots - problem.block // 2
     cache = GlobalCache(

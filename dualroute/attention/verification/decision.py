@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,7 @@ def decide(
     device: torch.device,
     names: Sequence[str] | None = None,
     backends: Mapping[str, Backend] | None = None,
+    tell: Callable[[str], None] = lambda name: None,
 ) -> Decision:
     """Check and time what there is; plain torch is right by definition, and taken where nothing else is.
 
@@ -86,17 +87,20 @@ def decide(
         names: the back ends in question; None: all, but on a GPU not the C++ kernels, which would be compiled
             in vain.
         backends: others under their names, instead of those that `load` gives.
+        tell: called with the name of each before its turn.
 
     Raises:
         DeviceLost: kernels have failed in a way after which this process cannot use the device.
     """
     given = dict(backends or {})
+    tell("torch")
     findings = [_plain(problems, device)]
     if names is None:
         names = [name for name in CHOICES[1:] if name != "cpp" or device.type == "cpu"]
     for name in names:
         if name == "torch":
             continue
+        tell(name)
         try:
             findings.append(_examine(name, given.get(name) or load(name), problems, device))
         except ValueError as error:  # it cannot be had here

@@ -140,8 +140,9 @@ class Rows(NamedTuple):
         return Rows(change(self.query), change(self.key), change(self.value), change(self.cotangent))
 
     def leaves(self) -> Rows:
-        """Copies that collect gradients."""
-        return self.each(lambda rows: rows.detach().clone().requires_grad_())
+        """Copies of queries, keys and values that collect gradients."""
+        copies = self.each(lambda rows: rows.detach().clone().requires_grad_())
+        return copies._replace(cotangent=self.cotangent)
 
 
 class Batch(NamedTuple):
