@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -41,7 +40,6 @@ from typing import Any
 import torch
 
 from dualroute import compat
-from dualroute.attention import backend
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
@@ -67,6 +65,7 @@ from dualroute.training.checkpointing.resume import (
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import build_model, build_sharded_model, with_given
+from dualroute.training.kernels import compare_kernels, device, with_kernels
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.deepspeed_config import asked_stage
@@ -84,7 +83,7 @@ from dualroute.training.step.matmul import set_matmul_precision
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.spike_guard import TrainingDiverged
 from dualroute.training.step.token_count import TokenCount
-from dualroute.training.trainer import Parts, build_trainer, device
+from dualroute.training.trainer import Parts, build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def check(config: PretrainConfig) -> Prepared:
     world = detect_world()
     refuse_forgotten_srun(world)
     check_port(world)
-    config = _with_kernels(config)
+    config = with_kernels(config)
     output = Path(config.output)
     start = choose_start(output, config.resume)
     initial = _initial_checkpoint(config, start)
@@ -195,19 +194,6 @@ def check_course(prepared: Prepared) -> None:
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
             f"steps: the learning rate would never be reached"
         )
-
-
-def _with_kernels(config: PretrainConfig) -> PretrainConfig:
-    """With the attention's back end chosen for this process, and the environment's choice noted."""
-    given = os.environ.get(backend.VARIABLE)
-    kernels: Any = given or config.train.kernels
-    try:
-        backend.set_backend(kernels)
-        backend.describe(device())
-    except ValueError as error:
-        source = backend.VARIABLE if given else "train.kernels"
-        raise UserError(f"{source} is {kernels} and cannot be had here ({error}): use auto") from error
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
 
 
 def _initial_checkpoint(config: PretrainConfig, start: Start) -> Checkpoint | None:
@@ -428,6 +414,8 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
     trainer.fit_loop.epoch_loop.max_steps = prepared.total_steps  # known only now where it ends by tokens
     prepared = dataclasses.replace(prepared, sharded=shards_weights(trainer.strategy))
     module = prepared.make_module(prepared)
+    if compare_kernels(config, module):
+        parts.describe(config)
     if world.rank == 0:
         tell_start(prepared, module)
     folder, state = prepared.output / "checkpoints", None

@@ -40,6 +40,14 @@ class TorchBackend:
     def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
         return True
 
+    def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
+        if self.supports(query, causal=causal, block=block):
+            return None
+        kind = str(query.dtype).removeprefix("torch.")
+        route = "the local route" if block is None else f"block {block}"
+        asked = f"{route} of {kind}, head_dim {query.shape[-1]}, causal={causal}, on {query.device.type}"
+        return f"{self.description()}: not {asked}"
+
     select_blocks = staticmethod(select_blocks)
     routed_attention = staticmethod(routed_attention)
     local_attention = staticmethod(local_attention)

@@ -9,7 +9,10 @@ import torch
 
 from dualroute.attention import DualRouting, Layout, backend
 from dualroute.attention.backends.triton.backend import TRITON
+from dualroute.attention.verification import check, decide, left_to_torch
+from dualroute.attention.verification.correctness import reference
 from tests.attention.backends.triton.helpers import DEVICE
+from tests.attention.verification.test_correctness import problem
 
 KERNELS = ("routed_attention", "local_attention", "decode_step")
 
@@ -73,6 +76,29 @@ def test_what_they_cannot_take_runs_in_torch(layer: DualRouting, monkeypatch: py
     assert backend.choose(rows.double()) is plain
     assert backend.choose(rows, causal=False, block=8) is plain
     assert backend.choose(rows, causal=False) is TRITON  # the local route
+
+
+def test_the_line_of_the_choice_names_what_they_cannot_take() -> None:
+    """Of each kind: blocks, heads and directions that the kernels have not."""
+    device = torch.device(DEVICE)
+    for given, said in (
+        ({"block": 256}, ("the global route: block 256 is more than the 128 that the Triton kernels take",)),
+        ({"causal": False}, ("the global route: the routed Triton kernels are causal only",)),
+        ({}, ()),
+    ):
+        assert left_to_torch(TRITON, [problem(**given)], device) == said  # type: ignore[arg-type]
+    wide = problem(head_dim=160)
+    assert left_to_torch(TRITON, [wide], device) is None
+    (finding,) = decide([wide], device, ("triton",)).findings[1:]
+    assert finding.why_not == "head_dim 160 is more than the 128 that the Triton kernels take"
+
+
+@pytest.mark.slow
+def test_values_gradients_blocks_and_a_step_are_right() -> None:
+    asked = problem(context=60)
+    errors = check(TRITON, asked, reference(asked, torch.device(DEVICE)))
+    assert errors.values < 1e-5
+    assert errors.gradients < 1e-5
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
