@@ -19,6 +19,8 @@ from typing import Any
 
 #: Members of a group that a heartbeat names; of a larger one it says nothing, which reads "all ranks".
 MOST_MEMBERS = 512
+#: Operations that want the same sizes on all ranks; those of an all_to_all, say, may differ.
+_ALIKE = ("all_reduce", "_all_gather_base", "_reduce_scatter_base", "broadcast")
 #: Ranks and causes that the line names one by one.
 MOST_NAMED = 8
 
@@ -155,14 +157,18 @@ def _not_come(
 def _other_call(waiting: Mapping[int, list[Any]]) -> str:
     """Ranks that call something else, or with other sizes, where most call one thing."""
     for place in {(waits[0], waits[1]) for waits in waiting.values()}:
-        calls = {rank: (w[2], w[3]) for rank, w in waiting.items() if (w[0], w[1]) == place}
+        calls = {
+            rank: f"{waits[2]} of {waits[3]}" if waits[2] in _ALIKE else str(waits[2])
+            for rank, waits in waiting.items()
+            if (waits[0], waits[1]) == place
+        }
         usual, _ = Counter(calls.values()).most_common(1)[0]
         others = {rank: call for rank, call in calls.items() if call != usual}
         if others:
-            kinds = sorted({f"{name} of {sizes}" for name, sizes in others.values()})[:MOST_NAMED]
+            kinds = sorted(set(others.values()))[:MOST_NAMED]
             return (
                 f"{ranks(others)} {'call' if len(others) > 1 else 'calls'} {', '.join(kinds)} as number "
-                f"{place[1]} of group {place[0]}, where the others call {usual[0]} of {usual[1]}"
+                f"{place[1]} of group {place[0]}, where the others call {usual}"
             )
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+GATHER = "_all_gather_base"
 Call = tuple[str, str, int, str]  # group, operation, first size, state: completed, started or scheduled
 
 
@@ -39,7 +40,7 @@ def dump(calls: list[Call], groups: dict[str, list[int]], *, first: int = 1) -> 
                 "time_created_ns": 1_700_000_000_000_000_000 + record,
                 "input_sizes": [[size]],
                 "input_dtypes": ["BFloat16"],
-                "output_sizes": [[size]],
+                "output_sizes": [[_output(operation, size, len(groups[group]))]],
                 "output_dtypes": ["BFloat16"],
                 "state": state,
                 "time_discovered_started_ns": 0 if state == "scheduled" else 1_700_000_000_100_000_000,
@@ -64,9 +65,16 @@ def dump(calls: list[Call], groups: dict[str, list[int]], *, first: int = 1) -> 
     }
 
 
-def step(last: str, *, size: int = 4096, group: str = "0", operation: str = "all_gather") -> list[Call]:
+def _output(operation: str, size: int, ranks: int) -> int:
+    return {"_all_gather_base": size * ranks, "_reduce_scatter_base": size // ranks}.get(operation, size)
+
+
+def step(last: str, *, size: int = 4096, group: str = "0", operation: str = "_all_gather_base") -> list[Call]:
     """Two finished collectives and a third in state ``last``; "" leaves the third out."""
-    calls: list[Call] = [("0", "all_gather", 4096, "completed"), ("0", "reduce_scatter", 512, "completed")]
+    calls: list[Call] = [
+        ("0", "_all_gather_base", 4096, "completed"),
+        ("0", "_reduce_scatter_base", 512, "completed"),
+    ]
     return [*calls, (group, operation, size, last)] if last else calls
 
 
@@ -88,42 +96,49 @@ SITUATIONS: dict[str, tuple[dict[int, dict[str, Any]], list[str]]] = {
         [
             "rank 2 (host a",
             "slow or stuck in forward of step 5",
-            "; ranks 0-1, 3 wait in all_gather, number 3 of group 0 (in forward of step 5)",
+            "; ranks 0-1, 3 wait in _all_gather_base, number 3 of group 0 (in forward of step 5)",
         ],
     ),
     # 3 waits for 2 in their pair, 2 has gone on to the whole group, to which 3 has not come
     "a circle": (
         of_ranks("scheduled", {3: {"group": "2"}}),
         [
-            "ranks wait for each other in different collectives: rank 2 has not come to all_gather, number 1 "
-            "of group 2, in which rank 3 waits: it has started 0 there and waits in all_gather, number 3 of "
-            "group 0",
-            "rank 3 has not come to all_gather, number 3 of group 0, in which ranks 0-2 wait",
+            f"ranks wait for each other in different collectives: rank 2 has not come to {GATHER}, number 1 "
+            f"of group 2, in which rank 3 waits: it has started 0 there and waits in {GATHER}, number 3 of "
+            f"group 0",
+            f"rank 3 has not come to {GATHER}, number 3 of group 0, in which ranks 0-2 wait",
         ],
     ),
     # the pair of 2 and 3 does not get through, and the others wait for it
     "a chain": (
         of_ranks("scheduled", {2: {"group": "2"}, 3: {"group": "2"}}),
         [
-            "rank 2 has not come to all_gather, number 3 of group 0, in which ranks 0-1 wait: it has "
-            "started 2 there and waits in all_gather, number 1 of group 2",
+            f"rank 2 has not come to {GATHER}, number 3 of group 0, in which ranks 0-1 wait: it has "
+            f"started 2 there and waits in {GATHER}, number 1 of group 2",
             "rank 3 has not come",
         ],
     ),
     "another call": (
         of_ranks("scheduled", {1: {"operation": "all_reduce"}}),
-        ["rank 1 calls all_reduce of [[4096]] as number 3 of group 0, where the others call all_gather of"],
+        [f"rank 1 calls all_reduce of [[4096]] as number 3 of group 0, where the others call {GATHER} of"],
     ),
     "other sizes": (
         of_ranks("scheduled", {0: {"size": 17}}),
-        ["rank 0 calls all_gather of [[17]] as number 3 of group 0"],
+        ["rank 0 calls _all_gather_base of [[17]] as number 3 of group 0"],
+    ),
+    # which is how Ulysses may divide a text: nobody is to blame for it
+    "other sizes that may be": (
+        of_ranks(
+            "started", {rank: {"size": 17 if rank else 18, "operation": "all_to_all"} for rank in range(4)}
+        ),
+        ["all ranks wait in all_to_all, number 3 of group 0", "the connection between them"],
     ),
     "a device that hangs": (
         of_ranks("started", {3: {"last": "scheduled"}}, first=900),
-        ["on rank 3 the device has not begun all_gather, number 902 of group 0, which runs on the others"],
+        [f"on rank 3 the device has not begun {GATHER}, number 902 of group 0, which runs on the others"],
     ),
     "the connection": (
         of_ranks("started", {}),
-        ["all ranks wait in all_gather, number 3 of group 0", "the connection between them"],
+        ["all ranks wait in _all_gather_base, number 3 of group 0", "the connection between them"],
     ),
 }
