@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from dualroute.errors import UserError
-from dualroute.model import tree_hash
-from dualroute.model.checkpoint_folder import Checkpoint, damages
+from dualroute.model import ModelConfig, tree_hash
+from dualroute.model.checkpoint_folder import Checkpoint, damages, find_checkpoint
 from dualroute.training.checkpointing import own_part
 from dualroute.training.checkpointing.capture import (
     IN_PARTITIONS,
@@ -23,6 +23,8 @@ from dualroute.training.checkpointing.own_part import (
     leave_note,
     remove_notes,
 )
+from dualroute.training.checkpointing.publisher import CheckpointPublisher
+from dualroute.training.config import CheckpointConfig
 
 WEIGHTS = "model.safetensors"
 
@@ -116,6 +118,51 @@ def test_a_rank_that_fails_or_says_nothing_is_named(tmp_path):
     leave_note(tmp_path, 2, Note(error="the disk is full"))
     with pytest.raises(UserError, match="rank 2: the disk is full"):
         list(await_notes(tmp_path, 3, lambda: 0.1))
+
+
+def taken(publisher, weights, rank, ranks=2):
+    """What a rank has copied at a step boundary, and what its thread is then called with."""
+    aside = publisher.folder / ".writing-step-00000004"
+    aside.mkdir(parents=True, exist_ok=True)
+    layout = layout_of(weights)
+    part = OwnPart(aside, rank, ranks, later=True)
+    part.take_state({"own": torch.full((5,), float(rank))}, aside / "state.ckpt" / f"{rank}.pt")
+    part.take_weights(aside / WEIGHTS, layout, weights.items())
+    config = ModelConfig(vocab_size=320, dim=32, num_layers=1, num_heads=4, window=8, block=16).resolved()
+    return part, layout, config, {"step": 4, "state_layout": "DeepSpeed ZeRO-2 partitions of 2 rank(s)"}
+
+
+@pytest.fixture
+def publisher(tmp_path):
+    (tmp_path / "tokenizer").write_bytes(b"words")
+    return CheckpointPublisher(tmp_path / "checkpoints", CheckpointConfig(), tmp_path / "tokenizer", 10)
+
+
+def test_threads_of_two_ranks_publish_one_checkpoint(publisher, weights):
+    zero = threading.Thread(target=publisher._write_later, args=taken(publisher, weights, 0))
+    zero.start()
+    zero.join(0.3)
+    assert zero.is_alive()  # it waits for the other
+    assert not (publisher.folder / "step-00000004").exists()
+    publisher._write_later(*taken(publisher, weights, 1))
+    zero.join(20)
+    checkpoint = find_checkpoint(publisher.folder)
+    assert list(damages(checkpoint)) == []
+    assert {path.name for path in checkpoint.folder.iterdir()} == {
+        WEIGHTS, "model.json", "tokenizer.model", "state.ckpt", "checkpoint.json",
+    }  # fmt: skip
+    assert (publisher.folder / "last").resolve() == checkpoint.folder
+
+
+def test_of_a_rank_that_cannot_write_both_tell_and_nothing_stays(publisher, weights, monkeypatch):
+    first, second = (taken(publisher, weights, rank) for rank in (0, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(own_part.HashedFile, "write", fail)
+        with pytest.raises(UserError, match=r"step-00000004 could not be written .*make room"):
+            publisher._write_later(*second)
+    with pytest.raises(UserError, match=r"rank 1: .*step-00000004 could not be written"):
+        publisher._write_later(*first)
+    assert list(publisher.folder.iterdir()) == []
 
 
 class Engine:
