@@ -120,6 +120,7 @@ RUN = (
 ).split()
 WAYS = {
     "ddp": ("--parallel.strategy", "ddp"),
+    "shared texts": ("--parallel.strategy", "ddp", "--parallel.sequence_parallel", "2"),
     "zero1": ("--parallel.zero_stage", "1"),
     "zero2, recomputed": ("--parallel.zero_stage", "2", "--train.activation_checkpointing", "full"),
     "zero2, fp8": ("--parallel.zero_stage", "2", "--train.precision", "fp8"),
