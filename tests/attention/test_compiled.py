@@ -108,16 +108,16 @@ def test_the_layout_is_made_in_the_graph_where_none_is_given():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-@pytest.mark.parametrize("name", ["full", "dual"])
-def test_generated_code_gives_the_same(name):
-    plain = layer(name)
+def test_generated_code_gives_the_same():
+    plain = layer("dual")
     program = torch.compile(plain, fullgraph=True)
-    for length, cuts in ((64, (20,)), (64, (9, 40)), (96, (50,)), (72, (30,))):
+    for length, cuts in ((64, (20,)), (96, (50,)), (72, (30,))):
         hidden = torch.randn(2, length, 32)
         segments = packed(length, *cuts)
-        layout = Layout.build(2, length, 8, segment_ids=segments)
-        for inputs in ({"layout": layout}, {"layout": Layout.build(2, length, 8)}, {"segment_ids": segments}):
-            assert_equal(*(results(f, plain, hidden, **inputs) for f in (program, plain)))
+        inputs = {"layout": Layout.build(2, length, 8, segment_ids=segments)}
+        assert_equal(*(results(f, plain, hidden, **inputs) for f in (program, plain)))
+    assert_equal(*(results(f, plain, hidden, segment_ids=segments) for f in (program, plain)))
+    assert not counters["graph_break"]
 
 
 def test_the_operators_keep_torch_s_rules():

@@ -29,26 +29,36 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Change ``model.layers`` in place; the layers compile when they are first used.
 
     Decoding with a cache, and a pass that collects the router's statistics, go the way they go without: they
-    ask the host for numbers.
+    ask the host for numbers.  Where ranks share texts the attention does so too, since they meet in it.
 
     Args:
         model: With ``layers``, each a :class:`TransformerBlock`.
         backend: Of ``torch.compile``.
     """
     compat.compile_regions()
-    program = torch.compile(TransformerBlock.forward, backend=backend, fullgraph=True)
+    whole = torch.compile(TransformerBlock.forward, backend=backend, fullgraph=True)
+    half = torch.compile(_feed_forward, backend=backend, fullgraph=True)
     for layer in model.layers:  # type: ignore[union-attr]
-        layer.forward = _compiled(layer, program)
+        layer.forward = _compiled(layer, whole, half)
 
 
-def _compiled(layer: TransformerBlock, program: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _feed_forward(layer: TransformerBlock, hidden_states: Tensor) -> Tensor:
+    return hidden_states + layer.ffn(layer.ffn_norm(hidden_states))
+
+
+def _compiled(
+    layer: TransformerBlock, whole: Callable[..., Tensor], half: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     def run(hidden_states: Tensor, **attention: Any) -> Tensor:
         if attention.get("cache") is not None or layer.attention.collect_statistics:
             return TransformerBlock.forward(layer, hidden_states, **attention)
+        if layer.attention.sequence_group is not None:
+            attended = layer.attention(layer.attention_norm(hidden_states), **attention)
+            return half(layer, hidden_states + attended)
         layout = attention.get("layout")
         if layout is not None:
             for kept in layout.sized_by_packing():
                 compat.size_varies(kept)
-        return program(layer, hidden_states, **attention)
+        return whole(layer, hidden_states, **attention)
 
     return run
