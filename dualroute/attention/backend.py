@@ -1,4 +1,4 @@
-"""Which back end computes the routes: plain torch, the C++ kernels of a CPU, or the Triton kernels of a GPU.
+"""Which back end computes the routes: plain torch, C++ kernels on a CPU, flash attention or Triton on a GPU.
 
 In: the queries of a route; `set_backend`, as a configuration gives it, and DUALROUTE_KERNELS from the
 environment, which overrides it. Out: `choose` gives the `Backend` that takes the call.
@@ -6,13 +6,14 @@ environment, which overrides it. Out: `choose` gives the `Backend` that takes th
     auto      cpp on a CPU where it can be compiled, else torch (the default)
     torch     plain torch
     cpp       the C++ kernels on a CPU; an error where they cannot be compiled
+    flash     flash attention's operators on a CUDA device
     triton    the Triton kernels on a GPU
 
 What the chosen back end cannot take (`supports`) runs in plain torch, which takes everything: the same
 numbers but for rounding.
 
-Plain torch is the default on a GPU. The Triton kernels are tested in the interpreter and
-compiled for GPUs, but have not been timed on one; whoever has one turns them on and compares.
+Plain torch is the default on a GPU. The other two are tested on a CPU, with a stand-in for the operators
+and in the interpreter, but have not been timed on a GPU; whoever has one turns them on and compares.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +36,11 @@ from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.options import check_name
 from dualroute.attention.core.routing import Routing
 
+if TYPE_CHECKING:
+    from dualroute.attention.backends.flash.backend import FlashBackend
+
 VARIABLE = "DUALROUTE_KERNELS"
-CHOICES = ("auto", "torch", "cpp", "triton")
+CHOICES = ("auto", "torch", "cpp", "flash", "triton")
 _default = "auto"
 _only_torch = ContextVar("only_torch", default=False)
 
@@ -103,7 +107,7 @@ _TORCH: Backend = TorchBackend()
 
 
 def set_backend(name: str) -> None:
-    """Choose the back end of this process: auto, torch, cpp or triton. DUALROUTE_KERNELS overrides it.
+    """Choose the back end of this process: one of `CHOICES`. DUALROUTE_KERNELS overrides it.
 
     Raises:
         ValueError: an unknown name. Whether what it names can be had is seen by `describe`, or in use.
@@ -134,6 +138,12 @@ def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> B
     name, _ = _wanted()
     if name == "torch" or (name == "auto" and query.device.type != "cpu"):
         return _TORCH
+    if name == "flash":
+        reason = _flash().why_not(query, causal=causal, block=block)
+        if reason is None:
+            return _flash()
+        _warn_once(reason)
+        return _TORCH
     backend = _triton() if name == "triton" else _cpp()
     if not backend.supports(query, causal=causal, block=block):
         return _TORCH
@@ -160,6 +170,9 @@ def describe(device: torch.device | str) -> str:
     name, asker = _wanted()
     if name == "torch":
         return f"attention: plain torch, as {asker} asks for"
+    if name == "flash":
+        reason = _flash().why_not(torch.empty(0, 16, dtype=torch.bfloat16, device=device))
+        return f"attention: {reason and f'plain torch: {reason}' or _flash().description()}"
     if device.type == "cpu" and name != "triton":
         reason = _compiled()
         return f"attention: plain torch, slower: {reason}" if reason else f"attention: {_cpp().description()}"
@@ -187,6 +200,12 @@ def _cpp() -> Backend:
     from dualroute.attention.backends.cpp.backend import CPP
 
     return CPP
+
+
+def _flash() -> FlashBackend:
+    from dualroute.attention.backends.flash.backend import FLASH
+
+    return FLASH
 
 
 def _triton() -> Backend:

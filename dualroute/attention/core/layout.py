@@ -113,6 +113,27 @@ class Stream:
         repeats = torch.tensor([count for _, count in sizes], dtype=torch.long, device=self.device)
         return values.repeat_interleave(repeats, output_size=self.num_blocks)
 
+    def document_slots(self, *, tokens_only: bool = False) -> Tensor:
+        """(documents + 1,) int32: where each document begins, and the end of the stream (`cu_seqlens`).
+
+        `tokens_only`: (2 * documents + 1,), with the end of each document's tokens in between; what lies
+        behind it fills up the last block.
+        """
+        return self.cached(("document_slots", tokens_only), lambda: self._document_slots(tokens_only))
+
+    def _document_slots(self, tokens_only: bool) -> Tensor:
+        numbers = {"dtype": torch.int32, "device": self.device}
+        parts = [
+            torch.arange(b.first_block, b.first_block + b.documents * b.blocks, b.blocks, **numbers)
+            for b in self.buckets
+        ]
+        starts = torch.cat([*parts, torch.full((1,), self.num_blocks, **numbers)])  # in blocks
+        if not tokens_only:
+            return starts * self.block
+        ends = (starts[1:] - 1) * self.block + self.tokens_in_block()[starts[1:] - 1].to(torch.int32)
+        inner = torch.stack([starts[:-1] * self.block, ends], dim=1).flatten()
+        return torch.cat([inner, starts[-1:] * self.block])
+
     def tokens_in_block(self) -> Tensor:
         """(num_blocks,) how many slots of each block hold a token, at least 1."""
         if self.slot_valid is None:
