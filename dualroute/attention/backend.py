@@ -172,7 +172,7 @@ def describe(device: torch.device | str) -> str:
         return f"attention: plain torch, as {asker} asks for"
     if name == "flash":
         reason = _flash().why_not(torch.empty(0, 16, dtype=torch.bfloat16, device=device))
-        return f"attention: {reason and f'plain torch: {reason}' or _flash().description()}"
+        return f"attention: {(reason and f'plain torch: {reason}') or _flash().description()}"
     if device.type == "cpu" and name != "triton":
         reason = _compiled()
         return f"attention: plain torch, slower: {reason}" if reason else f"attention: {_cpp().description()}"

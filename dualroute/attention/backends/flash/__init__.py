@@ -2,6 +2,11 @@
 
     operators.py   the two operators, over many sequences in one launch
     documents.py   full attention and the local route: one launch each
+    routed.py      own block + chosen blocks + far blocks in one softmax, forward and backward
+    select.py      which blocks a token reads
+    pairs.py       the chosen blocks: (token, block) pairs sorted by block
+    far.py         the joint softmax with the pseudo-keys of far blocks
+    slabs.py       what is worked on at once where every token meets every block
     backend.py     the `Backend`
 
 **What is tested.** Values and gradients against `reference` on a CPU, with a stand-in for the operators that has
@@ -19,8 +24,10 @@ import torch
 from torch import Tensor
 
 from dualroute.attention.backends.flash.documents import attend_documents
+from dualroute.attention.backends.flash.routed import routed_attention
+from dualroute.attention.backends.flash.select import select_blocks
 
-__all__ = ["attend_documents", "why_not"]
+__all__ = ["attend_documents", "routed_attention", "select_blocks", "why_not"]
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_DIM = 256

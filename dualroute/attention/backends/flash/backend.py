@@ -22,6 +22,9 @@ class FlashBackend(TorchBackend):
         """The reason why `supports` says no; None where it says yes."""
         return flash.why_not(query, causal=causal, block=block)
 
+    select_blocks = staticmethod(flash.select_blocks)
+    routed_attention = staticmethod(flash.routed_attention)
+
     def local_attention(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
     ) -> Tensor:

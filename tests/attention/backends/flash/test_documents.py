@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import torch
 
 from dualroute.attention import reference
 from dualroute.attention.backends.flash.backend import FlashBackend
