@@ -16,27 +16,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dualroute.attention.backends.flash.slabs import Slab, fill_closed
+from dualroute.attention.backends.flash.slabs import Slab, fill_closed, first_of_documents
 from dualroute.attention.core.far_summary import Summary
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 
 
-def summarise(key: Tensor, value: Tensor, block: int, order: str) -> Summary | None:
+def summarise(key: Tensor, value: Tensor, stream: Stream, order: str) -> Summary | None:
     """Pseudo-keys (H_kv, nb, f) and values (H_kv, nb, d) of complete blocks; None for order "none".
 
     The logit of a block is features(q) . keys + log(block), with `query_features` below: what
     `core.far_summary` divides the query by is in the keys here, which are fewer.
     """
+    block = stream.block
     if order == "none":
         return None
     wide, root = accumulation_dtype(key.dtype), math.sqrt(key.shape[-1])
-    blocks = key.unflatten(1, (-1, block)).to(wide)
-    values = value.unflatten(1, (-1, block)).mean(2, dtype=wide)
+    blocks, value_blocks = (rows.unflatten(1, (-1, block)) for rows in (key, value))
+    values = value_blocks.mean(2, dtype=wide)
     if order == "first_order":
-        return Summary(blocks.mean(2) / root, values)
-    variance, mean = torch.var_mean(blocks, dim=2, correction=0)
-    return Summary(torch.cat([mean / root, variance / (2 * root * root)], dim=-1), values)
+        return Summary(blocks.mean(2, dtype=wide) / root, values)
+    scaled = blocks * stream.cached(("root", root, wide), lambda: key.new_full((1,), 1 / root, dtype=wide))
+    half, mean = torch.var_mean(scaled, dim=2, correction=-block)  # divided by 2 * block
+    return Summary(torch.cat([mean, half], dim=-1), values)
 
 
 def summarise_backward(grad: Summary, key: Tensor, grad_key: Tensor, grad_value: Tensor, block: int) -> None:
@@ -71,17 +73,16 @@ def columns(rows: Tensor, summary: Summary, exact: Tensor, stream: Stream, slab:
     features = query_features(slab.of_rows(rows).flatten(0, 1).flatten(1, 2), summary.keys.shape[-1])
     keys, values = (slab.of_columns(part) for part in summary)
     if len(stream.buckets) > 1:
-        features, keys, values = (_finite(part) for part in (features, keys, values))
+        values = _finite(values)
     return Columns(features, keys, values, _column_numbers(exact, stream, slab))
 
 
 def _column_numbers(exact: Tensor, stream: Stream, slab: Slab) -> Tensor:
-    first = stream.first_blocks()[:: slab.blocks][: slab.documents] if slab.documents > 1 else slab.columns[0]
     part = slab.of_rows(exact)  # (H_kv, documents, slots, C)
     if slab.documents > 1:
-        part = part - first[:, None, None]
-    elif first:
-        part = part - first
+        part = part - stream.cached(("first of documents", slab), lambda: first_of_documents(stream))
+    elif slab.columns[0]:
+        part = part - slab.columns[0]
     return part.flatten(0, 1).long()
 
 
@@ -119,13 +120,14 @@ def backward(
     weights = lse.new_empty(*far.features.shape[:2], slab.width)
     fill_logits(weights, far, stream, slab)
     weights.sub_(lse).exp_()
+    features, keys = far.features, far.keys
     if several:  # rows that are NaN themselves
         fill_closed(weights, stream, slab, 0.0)
-        grad, delta = _finite(grad), _finite(delta)
+        grad, delta, features, keys = (_finite(part) for part in (grad, delta, features, keys))
     to_values = weights.transpose(1, 2) @ grad
     slopes = torch.baddbmm(-delta.expand_as(weights), grad, far.values.transpose(1, 2)).mul_(weights)
-    to_keys = slopes.transpose(1, 2) @ far.features
-    to_features = slopes @ far.keys
+    to_keys = slopes.transpose(1, 2) @ features
+    to_features = slopes @ keys
     dim = grad.shape[-1]
     to_query = to_features[..., :dim]
     if to_features.shape[-1] > dim:

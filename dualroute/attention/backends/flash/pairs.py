@@ -99,7 +99,7 @@ def bag_sum(rows: Tensor, place: Tensor, group: int, stream: Stream, weights: Te
     """
     chosen = place.shape[1]
     if group > 1:
-        place = place[:, None] * group + _numbers(stream, group)[:, None]
+        place = torch.add(_numbers(stream, group)[:, None], place[:, None], alpha=group)
     return torch.embedding_bag(
         rows.to(accumulation_dtype(rows.dtype)),
         place.flatten(),
@@ -125,7 +125,9 @@ def backward(
     """
     kv_heads, slots, group, dim = query.shape
     buckets = kv_heads * stream.num_blocks
-    lse_rows = torch.empty_like(lse.flatten(0, 1)).index_copy_(0, plan.place.flatten().long(), lse.flatten(0, 1))
+    lse_rows = torch.empty_like(lse.flatten(0, 1)).index_copy_(
+        0, plan.place.flatten().long(), lse.flatten(0, 1)
+    )
     to_query, *to_blocks = operators.backward(
         _query_rows(grad, plan),
         _query_rows(query, plan),

@@ -97,16 +97,16 @@ def _merge(
     stream: Stream,
     slab: Slab,
     out: Tensor,
-    lse: Tensor,
-) -> None:
-    """One softmax over all parts of a slab, written into out (H, S, d) and lse (H_kv, S, group)."""
+) -> Tensor:
+    """One softmax over all parts of a slab, written into out (H, S, d); its log-sum-exp (H_kv, documents,
+    slots, group)."""
     kv_heads, _, group, dim = query.shape
     own = slab.of_rows(exact.own)  # (H_kv, documents, slots, group, d)
     by_slot = own.shape[:4]
     width = 0 if summary is None else slab.width
     chosen = selected.shape[2]
     shape = (kv_heads * by_slot[1], by_slot[2] * group, width + 1 + chosen)
-    logits = lse.new_empty(shape)  # (X, R, columns): far blocks, the own block, chosen ones
+    logits = exact.own_lse.new_empty(shape)  # (X, R, columns): far blocks, the own block, chosen ones
     of_own, of_pairs = logits[..., width].view(by_slot), logits[..., width + 1 :].view(*by_slot, chosen)
     of_own.copy_(slab.of_rows(exact.own_lse))
     of_pairs.copy_(slab.of_rows(exact.pair_lse).transpose(-1, -2))
@@ -119,12 +119,12 @@ def _merge(
     weights = logits.sub_(total).exp_()  # in place: of_own and of_pairs are weights now
     place = slab.of_rows(exact.place).flatten(0, 2)
     merged = pairs.bag_sum(exact.pairs, place, group, stream, of_pairs).view(*shape[:2], dim)
-    merged.view(own.shape).addcmul_(own.to(merged.dtype), of_own[..., None])
+    merged.view(own.shape).addcmul_(own, of_own[..., None])
     if columns is not None:
         merged.baddbmm_(weights[..., :width], columns.values)
-    slab.of_rows(lse).copy_(total.view(by_slot))
     target = slab.of_rows(out).unflatten(0, (kv_heads, group))  # (H_kv, group, documents, slots, d)
     target.copy_(merged.view(own.shape).permute(0, 3, 1, 2, 4))
+    return total.view(by_slot)
 
 
 def _far_backward(
@@ -181,13 +181,16 @@ class _Routed(torch.autograd.Function):
         plan = pairs.plan(read, stream, group)
         parts, pair_lse = pairs.forward(grouped, key, value, plan, stream)
         pair_lse = pair_lse.index_select(0, plan.place.flatten()).view(*selected.shape, group)
-        summary = far.summarise(key, value, stream.block, order)
+        summary = far.summarise(key, value, stream, order)
 
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = own_lse.new_empty(own_lse.shape)
-        exact = _Exact(own, own_lse, parts.to(lse.dtype), pair_lse, plan.place.view(selected.shape))
-        for slab in slabs(stream, len(query)):
-            _merge(exact, grouped, summary, selected, read, stream, slab, out, lse)
+        exact = _Exact(own, own_lse, parts.to(own_lse.dtype), pair_lse, plan.place.view(selected.shape))
+        of_slabs = [
+            _merge(exact, grouped, summary, selected, read, stream, slab, out)
+            for slab in slabs(stream, len(query))
+        ]
+        lse = of_slabs[0] if len(of_slabs) == 1 else torch.cat(of_slabs, dim=2)
+        lse = lse.flatten(1, 2)  # (H_kv, S, group)
         ctx.stream = stream
         ctx.save_for_backward(query, key, value, selected, *(summary or (None, None)), out, lse, *plan)
         return out

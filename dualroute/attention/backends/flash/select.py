@@ -16,12 +16,13 @@ import math
 import torch
 from torch import Tensor
 
-from dualroute.attention.backends.flash.slabs import Slab, fill_closed, slabs
+from dualroute.attention.backends.flash.slabs import Slab, fill_closed, first_of_documents, slabs
 from dualroute.attention.core.layout import Stream
+from dualroute.attention.core.precision import accumulation_dtype
 from dualroute.attention.core.router import block_features, query_features
 
 GROUP = 32  # blocks whose best score stands for them in a first round
-TWO_ROUNDS = 1024  # from so many blocks on there are two rounds
+TWO_ROUNDS = 512  # from so many blocks on there are two rounds
 
 
 @torch.no_grad()
@@ -37,45 +38,64 @@ def select_blocks(
 ) -> Tensor:
     """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none."""
     kv_heads = len(key)
-    sink = stream.cached("sink column", lambda: _sink_column(stream)).expand(kv_heads, -1, 1)
-    if top_k == 0:
-        return sink.contiguous()
-    rows = _query_rows(query.unflatten(0, (kv_heads, -1)), router)  # (H_kv, S, f)
-    features = block_features(key.unflatten(1, (-1, stream.block)), router, sub_block)
-    repeats = rows.shape[-1] // features.shape[-1]
-    columns = features.transpose(1, 2).repeat(1, 1, 1, repeats).to(rows.dtype)  # (H_kv, parts, nb, f)
-    chosen = [
-        _select_in_slab(rows, columns, stream, slab, top_k)
-        for slab in slabs(stream, kv_heads * columns.shape[1])
-    ]
-    whole = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
-    selected = torch.cat([sink, whole.flatten(1, 2)], dim=-1)
-    if stream.slot_valid is not None:
-        selected.masked_fill_(stream.cached("no token", lambda: ~stream.slot_valid[:, None]), -1)
+    columns = _columns(key.unflatten(1, (-1, stream.block)), router, sub_block, len(query) // kv_heads)
+    rows = _query_rows(query.unflatten(0, (kv_heads, -1)), router, stream)  # (H_kv, S, f)
+    selected = key.new_empty(kv_heads, stream.num_slots, 1 + top_k, dtype=torch.int32)
+    selected[..., 0] = stream.cached("sink column", lambda: _sink_column(stream))
+    if top_k:
+        for slab in slabs(stream, kv_heads * columns.shape[1]):
+            _select_in_slab(selected[..., 1:], rows, columns, stream, slab)
+        none = stream.cached(("nothing to choose", top_k), lambda: _nothing_to_choose(stream, top_k))
+        selected[..., 1:].masked_fill_(none, -1)
     return selected
 
 
 def _sink_column(stream: Stream) -> Tensor:
-    """(1, S, 1) int32: the first block of the document of each slot behind it, -1 in it."""
-    first = stream.first_blocks()
+    """(S,) int32: the first block of the document of each token behind it, else -1."""
     behind = stream.block_in_document() > 0
-    return torch.where(behind, first, -1).repeat_interleave(stream.block, output_size=stream.num_slots)[
-        None, :, None
-    ]
+    column = torch.where(behind, stream.first_blocks(), -1)
+    column = column.repeat_interleave(stream.block, output_size=stream.num_slots)
+    return column if stream.slot_valid is None else column.masked_fill_(~stream.slot_valid, -1)
 
 
-def _query_rows(query: Tensor, router: str) -> Tensor:
+def _nothing_to_choose(stream: Stream, top_k: int) -> Tensor:
+    """(S, top_k) True where a token has no more candidates: the best come first, the closed ones last."""
+    candidates = stream.block_in_document() - 1  # neither the first block nor the own one
+    candidates = candidates.repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
+    none = torch.arange(top_k, device=stream.device) >= candidates
+    return none if stream.slot_valid is None else none | ~stream.slot_valid[:, None]
+
+
+def _columns(blocks: Tensor, router: str, sub_block: int, group: int) -> Tensor:
+    """Keys (H_kv, nb, block, d) -> features (H_kv, parts, nb, f) for the rows of `_query_rows`."""
+    if router == "minmax":
+        low, high = (bound.transpose(1, 2) for bound in blocks.unflatten(2, (-1, sub_block)).aminmax(dim=3))
+        return torch.cat([high, low] * group, dim=-1)
+    features = block_features(blocks, router, sub_block).transpose(1, 2)
+    return features.repeat(1, 1, 1, group) if router == "mean" else features
+
+
+def _query_rows(query: Tensor, router: str, stream: Stream) -> Tensor:
     """Queries (H_kv, group, S, d) -> (H_kv, S, f): features, of the heads of a group side by side if they can
     stay in the queries' type that way, else summed."""
     if router == "moment":
-        return query_features(query.to(torch.promote_types(query.dtype, torch.float32)), router)
-    if router == "minmax":
-        query = torch.cat([query.clamp_min(0), query.clamp_max(0)], dim=-1)
-    return query[:, 0] if query.shape[1] == 1 else query.transpose(1, 2).flatten(2)
+        return query_features(query.to(accumulation_dtype(query.dtype)), router)
+    by_slot = query.transpose(1, 2)  # (H_kv, S, group, d)
+    if router == "mean":
+        return by_slot.flatten(2)
+    # q+ beside q-: a bound of the sum takes the maximum of a key where the query is positive
+    bounds = stream.cached(("signs", query.shape[-1], query.dtype), lambda: _signs(query))
+    return torch.cat([by_slot, by_slot], dim=-1).clamp_(*bounds).flatten(2)
 
 
-def _select_in_slab(rows: Tensor, columns: Tensor, stream: Stream, slab: Slab, top_k: int) -> Tensor:
-    """(H_kv, documents, slots, top_k) int32 blocks of the stream."""
+def _signs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """(2d,) each: the least and the largest value of q+ and q-."""
+    zero = query.new_zeros(query.shape[-1])
+    return torch.cat([zero, zero - math.inf]), torch.cat([zero + math.inf, zero])
+
+
+def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Stream, slab: Slab) -> None:
+    """Write the numbers of the best blocks into selected (H_kv, S, top_k): where there are not so many, any."""
     kv_heads, parts = columns.shape[:2]
     rows = slab.of_rows(rows).flatten(0, 1)  # (H_kv * documents, slots, f)
     of_slab = columns.unflatten(2, (slab.documents, slab.blocks))[:, :, :, slice(*slab.columns)]
@@ -84,38 +104,31 @@ def _select_in_slab(rows: Tensor, columns: Tensor, stream: Stream, slab: Slab, t
     if parts > 1:
         scores = scores.unflatten(2, (parts, slab.width)).amax(2)
     fill_closed(scores, stream, slab, -math.inf)
-    best, number = first_best(scores, min(top_k, slab.width))
-    none = best == -math.inf
-    first = slab.columns[0]
+    top_k = min(selected.shape[2], slab.width)
+    _, number = first_best(scores, top_k)
+    number = number.unflatten(0, (kv_heads, -1))  # (H_kv, documents, slots, top_k)
     if slab.documents > 1:
-        number = number.unflatten(0, (kv_heads, -1)).add_(_first_of_documents(stream, slab))
-    elif first:
-        number = number.add_(first)
-    chosen = number.to(torch.int32).view(none.shape).masked_fill_(none, -1)
-    if slab.width < top_k:
-        chosen = torch.nn.functional.pad(chosen, (0, top_k - slab.width), value=-1)
-    return chosen.unflatten(0, (kv_heads, slab.documents))
-
-
-def _first_of_documents(stream: Stream, slab: Slab) -> Tensor:
-    """(documents, 1, 1) the block with which each document begins."""
-
-    def compute() -> Tensor:
-        return slab.blocks * torch.arange(slab.documents, device=stream.device).view(-1, 1, 1)
-
-    return stream.cached(("first of documents", slab.documents, slab.blocks), compute)
+        number = number.add_(stream.cached(("first of documents", slab), lambda: first_of_documents(stream)))
+    elif slab.columns[0]:
+        number = number.add_(slab.columns[0])
+    slab.of_rows(selected)[..., :top_k] = number
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32: half-precision factors are multiplied as they are and summed in float32."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+    if has_wide_product(left):
         return torch.bmm(left, right, out_dtype=torch.float32)
-    wide = torch.promote_types(left.dtype, torch.float32)
+    wide = accumulation_dtype(left.dtype)
     return torch.bmm(left.to(wide), right.to(wide)).to(torch.float32)
 
 
+def has_wide_product(rows: Tensor) -> bool:
+    """CUDA can keep the float32 sums of a product of half-precision factors."""
+    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+
+
 def first_best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of the last dimension and their places, in no order; of equal ones the first.
+    """The `count` best of the last dimension and their places, the best first; of equal ones the first.
 
     Many columns go in two rounds: of every group the best score, then all of the `count` best groups. No
     other group can hold one of the best, nor an earlier one of equals.
@@ -127,12 +140,10 @@ def first_best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if missing:
         scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
     groups = scores.unflatten(-1, (-1, GROUP))
-    _, group = _first_best(groups.amax(-1), count)
-    group = group.sort(-1).values  # places among the candidates are in the order of the columns
-    best, place = _first_best(
-        groups.gather(-2, group[..., None].expand(*group.shape, GROUP)).flatten(-2), count
-    )
-    return best, group.gather(-1, place // GROUP) * GROUP + place % GROUP
+    group = _first_best(groups.amax(-1), count)[1].sort(-1).values[..., None]  # in the order of the columns
+    best, place = _first_best(groups.gather(-2, group.expand(*group.shape[:-1], GROUP)).flatten(-2), count)
+    column = group * GROUP + torch.arange(GROUP, device=scores.device)
+    return best, column.flatten(-2).gather(-1, place)
 
 
 def _first_best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

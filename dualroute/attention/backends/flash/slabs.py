@@ -10,6 +10,7 @@ a block stands for `block` keys, so the rectangle is small.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from dualroute.attention.core.layout import Stream
 
-MAX_ENTRIES = 1 << 29  # numbers held at once: 2 GiB in float32; a slab more is a dozen launches more
+MEMORY_SHARE = 1 / 16  # of the device, for the largest matrix; a slab more is two dozen launches more
+LEAST_ENTRIES = 1 << 26  # numbers, 256 MiB in float32, on however small a device
 
 
 class Slab(NamedTuple):
@@ -47,13 +49,23 @@ class Slab(NamedTuple):
 
 
 def slabs(stream: Stream, entries: int) -> list[Slab]:
-    """Cover the stream with `entries` numbers for each pair of slot and block, MAX_ENTRIES at once."""
-    return stream.cached(("slabs", entries, MAX_ENTRIES), lambda: _slabs(stream, entries))
+    """Cover the stream with `entries` float32 numbers for each pair of slot and block, as many at once as the
+    device's memory allows."""
+    return stream.cached(("slabs", entries), lambda: _slabs(stream, entries))
+
+
+@functools.cache
+def max_entries(device: torch.device) -> int:
+    """float32 numbers of one matrix on this device."""
+    if device.type != "cuda":
+        return LEAST_ENTRIES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(LEAST_ENTRIES, int(memory * MEMORY_SHARE) // 4)
 
 
 def _slabs(stream: Stream, entries: int) -> list[Slab]:
     documents, blocks = _rectangle(stream)
-    number = -(-documents * blocks * stream.block * blocks * entries // MAX_ENTRIES)
+    number = -(-documents * blocks * stream.block * blocks * entries // max_entries(stream.device))
     step = -(-blocks // max(1, min(number, blocks)))
     owners = [
         first for first, count, size in stream.buckets for first in range(first, first + count * size, size)
@@ -71,6 +83,11 @@ def _rectangle(stream: Stream) -> tuple[int, int]:
     if len(stream.buckets) == 1:
         return stream.buckets[0].documents, stream.buckets[0].blocks
     return 1, stream.num_blocks
+
+
+def first_of_documents(stream: Stream) -> Tensor:
+    """(documents, 1, 1) int32 the block with which each document of a stream of one size begins."""
+    return stream.first_blocks()[:: stream.buckets[0].blocks, None, None]
 
 
 def closed(stream: Stream, slab: Slab) -> Tensor:

@@ -61,7 +61,7 @@ def test_equals_the_explicit_mask(
     flash: FlashBackend, name: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one rectangle, and in several."""
-    monkeypatch.setattr(slabs, "MAX_ENTRIES", entries)
+    monkeypatch.setattr(slabs, "max_entries", lambda device: entries)
     layout = batches(75, BLOCK)[name]
     _compare(flash, layout, heads(2, layout.length), Routing(2, sub_block=4))
 
