@@ -9,9 +9,9 @@
     slabs.py       what is worked on at once where every token meets every block
     backend.py     the `Backend`
 
-**What is tested.** Values and gradients against `reference` on a CPU, with a stand-in for the operators that has
-their schema; the number of launches, and that nothing is read back from the device. They have never run on a
-GPU.
+**What is tested.** Values and gradients against `reference` on a CPU, with a stand-in for the operators that
+has their schema; the number of launches, and that nothing is read back from the device. They have never run
+on a GPU.
 
 What the operators cannot do runs in plain torch: `why_not` names the reason.
 """

@@ -1,4 +1,4 @@
-"""Flash attention's operators as a back end: CUDA devices; what it has not, plain torch does, for a reason."""
+"""Flash attention's operators as a back end, on CUDA; what it has not, plain torch does, for a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FlashBackend(TorchBackend):
     select_blocks = staticmethod(flash.select_blocks)
     routed_attention = staticmethod(flash.routed_attention)
 
-    def local_attention(  # type: ignore[override]
+    def local_attention(
         self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
     ) -> Tensor:
         return flash.attend_documents(query, key, value, stream, window=window, causal=causal)

@@ -1,4 +1,4 @@
-"""Whole documents and windows: one call of flash attention for all documents of a stream, whatever their sizes.
+"""Whole documents and windows: one call of flash attention for all documents of a stream, of any sizes.
 
 In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: (H, S, d), the local route or full
 attention; `window` keys including the token's own, None = all.
@@ -36,7 +36,7 @@ class _Documents(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         rows = [part.transpose(0, 1) for part in (query, key, value)]  # (S, heads, d) views
-        out, lse = forward(*rows, spans)
+        out, lse = forward(rows[0], rows[1], rows[2], spans)
         ctx.save_for_backward(*rows, out, lse, spans.query)
         ctx.sizes = spans[2:]
         return out.transpose(0, 1)
@@ -45,6 +45,7 @@ class _Documents(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *rows, starts = ctx.saved_tensors
-        to_rows = backward(grads[0].transpose(0, 1), *rows, Spans(starts, starts, *ctx.sizes))
+        query, key, value, out, lse, starts = ctx.saved_tensors
+        spans = Spans(starts, starts, *ctx.sizes)
+        to_rows = backward(grads[0].transpose(0, 1), query, key, value, out, lse, spans)
         return *(part.transpose(0, 1) for part in to_rows), None

@@ -1,8 +1,8 @@
-"""The joint softmax: the parts that are done, each one column, and the pseudo-keys of all far blocks.
+"""The far blocks: one pseudo-key for each, in the same softmax as what is read exactly.
 
-In: for each row (a token and a head of its group) the log-sum-exps of its own block and of its chosen ones,
-and the summaries of all blocks. Out: `joint` gives for each row the weights of all of these in one softmax, and
-its log-sum-exp; `backward` the gradients of queries and summaries.
+In: queries of rows (a token and a head of its group), and the summaries of all blocks. Out: `fill_logits`
+gives the logits of the far blocks, which `routed` puts beside the log-sum-exps of what is read exactly;
+`backward` the gradients of queries and summaries.
 
 All is float32 (float64 for float64). Rows are of one slab (see `slabs`): X = H_kv * documents, R = slots *
 group, J blocks.
@@ -54,13 +54,17 @@ def summarise_backward(grad: Summary, key: Tensor, grad_key: Tensor, grad_value:
 
 def query_features(rows: Tensor, width: int) -> Tensor:
     """Queries (..., d) -> (..., width): q, and q^2 when width is 2d."""
-    wide = rows.to(accumulation_dtype(rows.dtype))
-    return wide if width == rows.shape[-1] else torch.cat([wide, wide.square()], dim=-1)
+    features = rows.new_empty(*rows.shape[:-1], width, dtype=accumulation_dtype(rows.dtype))
+    first, *second = features.split(rows.shape[-1], dim=-1)
+    first.copy_(rows)
+    for part in second:
+        torch.mul(first, first, out=part)
+    return features
 
 
 class Columns(NamedTuple):
-    """Of a slab: features (X, R, f) of its rows, keys (X, J, f), values (X, J, d) of its blocks, and the blocks
-    (X, slots, C) that are read exactly, numbered like the columns."""
+    """Of a slab: features (X, R, f) of its rows, keys (X, J, f) and values (X, J, d) of its blocks, and the
+    blocks (X, slots, C) that are read exactly, numbered like the columns."""
 
     features: Tensor
     keys: Tensor
@@ -83,7 +87,7 @@ def _column_numbers(exact: Tensor, stream: Stream, slab: Slab) -> Tensor:
         part = part - stream.cached(("first of documents", slab), lambda: first_of_documents(stream))
     elif slab.columns[0]:
         part = part - slab.columns[0]
-    return part.flatten(0, 1).long()
+    return part.flatten(0, 1)
 
 
 def _finite(rows: Tensor) -> Tensor:
@@ -114,7 +118,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the queries (X, R, d) and of the slab's summaries (X, J, f) and (X, J, d).
 
-    grad (X, R, d); delta and lse (X, R, 1), the sums of grad * output and the log-sum-exps of the whole softmax.
+    grad (X, R, d); delta and lse (X, R, 1): the sums of grad * output, and the log-sum-exps, of the whole
+    softmax.
     """
     several = len(stream.buckets) > 1
     weights = lse.new_empty(*far.features.shape[:2], slab.width)

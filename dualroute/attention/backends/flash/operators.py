@@ -1,8 +1,8 @@
 """Flash attention over many sequences in one launch: torch's own operator, which CUDA builds of torch bring.
 
-In: queries (T_q, H, d), keys and values (T_k, H_kv, d) of sequences that lie one after the other, and `Spans`,
-which say where each begins. Out: `forward` gives the output (T_q, H, d) and the log-sum-exp (H, T_q);
-`backward` the three gradients.
+In: queries (T_q, H, d), keys and values (T_k, H_kv, d) of sequences that lie one after the other, and
+`Spans`, which say where each begins. Out: `forward` gives the output (T_q, H, d) and the log-sum-exp
+(H, T_q); `backward` the three gradients.
 
 The backward operator takes the output and the log-sum-exp as arguments. Given those of a *larger* softmax, of
 which these keys are one part, its gradients are the exact ones of the joint softmax (see
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.deterministic
@@ -37,7 +37,7 @@ SCHEMAS = {
 
 
 class Spans(NamedTuple):
-    """Sequence i has queries `query[i]` to `query[i + 1]` and keys `key[i]` to `key[i + 1]`; either may be none.
+    """Sequence i has queries `query[i]` to `query[i + 1]` and keys `key[i]` to `key[i + 1]`, or none of them.
 
     `query` and `key` (n + 1,) are int32 on the device; the longest of each are known to the host. A query
     sees `left` keys before its own place and `right` behind it, -1 = all.
@@ -119,14 +119,15 @@ def _repeatable() -> Iterator[None]:
     It asks torch's global flag; that flag also fills fresh memory, which is not wanted here.
     """
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     if was == (True, False):
         yield
         return
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled

@@ -1,14 +1,14 @@
 """Routed attention: own block and chosen blocks through flash attention, merged with the far blocks.
 
-In: queries (H, S, d), keys and values (H_kv, S, d) of a stream, and what `select_blocks` chose. Out: (H, S, d);
-`backends.torch.routed` says what is in the softmax. Causal only.
+In: queries (H, S, d), keys and values (H_kv, S, d) of a stream, and what `select_blocks` chose. Out:
+(H, S, d); `backends.torch.routed` says what is in the softmax. Causal only.
 
 Three parts, whatever the length: own blocks are sequences of one flash call, (token, block) pairs those of
 another (`pairs`), and the far blocks a matrix product (`far`), whose softmax holds the log-sum-exps of the
 other two as columns. The backward pass gives each part the output and log-sum-exp of the whole softmax.
 
-What is read exactly and is no block (-1: a token has fewer to choose from) stands in the pair list as the first
-block of its document, with the weight 0: so the list has one length, and no document meets another.
+A pair that is none (-1: a token has fewer blocks to choose from) stands in the list as the first block of its
+document, with the weight 0: so the list has one length, and no document meets another.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
 
 
 def _read(selected: Tensor, stream: Stream) -> Tensor:
-    """selected with the first block of the document in the place of -1, which is below all others."""
+    """selected, int64, with the first block of the document in the place of -1: it is below all others."""
 
     def compute() -> Tensor:
-        return stream.first_blocks().repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
+        first = stream.first_blocks().long()
+        return first.repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
 
     return torch.maximum(selected, stream.cached("first blocks of slots", compute))
 
@@ -78,8 +79,8 @@ def _own_spans(stream: Stream) -> Spans:
 
 
 class _Exact(NamedTuple):
-    """What is read exactly: own blocks (H_kv, S, group, d) with log-sum-exps (H_kv, S, group); and pairs, rows
-    (P * group, d) in sorted order with log-sum-exps (H_kv, S, C, group), and the place (H_kv, S, C) of each."""
+    """What is read exactly: own blocks (H_kv, S, group, d) with log-sum-exps (H_kv, S, group); and pairs,
+    sorted (P, group, d), with log-sum-exps (H_kv, S, group, C), and the place (H_kv, S, C) of each."""
 
     own: Tensor
     own_lse: Tensor
@@ -107,19 +108,22 @@ def _merge(
     chosen = selected.shape[2]
     shape = (kv_heads * by_slot[1], by_slot[2] * group, width + 1 + chosen)
     logits = exact.own_lse.new_empty(shape)  # (X, R, columns): far blocks, the own block, chosen ones
-    of_own, of_pairs = logits[..., width].view(by_slot), logits[..., width + 1 :].view(*by_slot, chosen)
-    of_own.copy_(slab.of_rows(exact.own_lse))
-    of_pairs.copy_(slab.of_rows(exact.pair_lse).transpose(-1, -2))
+    of_pairs = logits[..., width + 1 :].view(*by_slot, chosen)
+    torch.cat(
+        [slab.of_rows(exact.own_lse)[..., None], slab.of_rows(exact.pair_lse)],
+        dim=-1,
+        out=logits[..., width:].view(*by_slot, 1 + chosen),
+    )
     of_pairs.masked_fill_((slab.of_rows(selected) < 0)[..., None, :], NEG_INF)
     columns = None
     if summary is not None:
         columns = far.columns(query, summary, read, stream, slab)
         far.fill_logits(logits[..., :width], columns, stream, slab)
     total = logits.logsumexp(-1, keepdim=True)
-    weights = logits.sub_(total).exp_()  # in place: of_own and of_pairs are weights now
+    weights = logits.softmax(-1)
     place = slab.of_rows(exact.place).flatten(0, 2)
-    merged = pairs.bag_sum(exact.pairs, place, group, stream, of_pairs).view(*shape[:2], dim)
-    merged.view(own.shape).addcmul_(own, of_own[..., None])
+    merged = pairs.bag_sum(exact.pairs, place, stream, weights[..., width + 1 :]).view(*shape[:2], dim)
+    merged.view(own.shape).addcmul_(own, weights[..., width].view(*by_slot, 1))
     if columns is not None:
         merged.baddbmm_(weights[..., :width], columns.values)
     target = slab.of_rows(out).unflatten(0, (kv_heads, group))  # (H_kv, group, documents, slots, d)
@@ -145,11 +149,11 @@ def _far_backward(
     whole = None if len(parts) == 1 else Summary(*(torch.zeros_like(part) for part in summary))
     for slab in parts:
         columns = far.columns(query, summary, read, stream, slab)
-        rows, *numbers = (
+        rows, of_delta, of_lse = (
             slab.of_rows(part).flatten(0, 1).flatten(1, 2) for part in (wide_grad, delta, lse)
         )  # (X, R, d), (X, R), (X, R)
         to_rows, *to_summary = far.backward(
-            rows, *(part[..., None] for part in numbers), columns, stream, slab
+            rows, of_delta[..., None], of_lse[..., None], columns, stream, slab
         )
         of_slab = slab.of_rows(to_query)
         of_slab.add_(to_rows.view(of_slab.shape))
@@ -178,9 +182,10 @@ class _Routed(torch.autograd.Function):
         own = own.unflatten(1, (kv_heads, group)).transpose(0, 1)  # (H_kv, S, group, d)
         own_lse = own_lse.unflatten(0, (kv_heads, group)).transpose(1, 2)  # (H_kv, S, group)
         read = _read(selected, stream)
-        plan = pairs.plan(read, stream, group)
+        plan = pairs.plan(read, stream)
         parts, pair_lse = pairs.forward(grouped, key, value, plan, stream)
-        pair_lse = pair_lse.index_select(0, plan.place.flatten()).view(*selected.shape, group)
+        pair_lse = pair_lse.index_select(1, plan.place.flatten()).view(group, *selected.shape)
+        pair_lse = pair_lse.permute(1, 2, 0, 3)  # (H_kv, S, group, C)
         summary = far.summarise(key, value, stream, order)
 
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -205,18 +210,22 @@ class _Routed(torch.autograd.Function):
         grouped, grad, grouped_out = (_grouped(rows, kv_heads) for rows in (query, grads[0], out))
         group = grouped.shape[2]
         own_query, own_key, own_value = operators.backward(
-            *(rows.transpose(0, 1) for rows in (grads[0], query, key, value, out)),
+            grads[0].transpose(0, 1),
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            out.transpose(0, 1),
             lse.transpose(1, 2).flatten(0, 1),
             _own_spans(stream),
         )
-        no_pair = (selected < 0)[..., None]
+        of_pairs = torch.where(selected < 0, NO_PAIR, lse.permute(2, 0, 1)[..., None])  # (group, H_kv, S, C)
         to_query, to_key, to_value = pairs.backward(
             grad,
             grouped,
             key,
             value,
             grouped_out,
-            torch.where(no_pair, NO_PAIR, lse[:, :, None]).flatten(0, 1),
+            of_pairs.flatten(1),
             plan,
             stream,
         )

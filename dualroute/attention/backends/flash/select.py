@@ -41,35 +41,30 @@ def select_blocks(
     columns = _columns(key.unflatten(1, (-1, stream.block)), router, sub_block, len(query) // kv_heads)
     rows = _query_rows(query.unflatten(0, (kv_heads, -1)), router, stream)  # (H_kv, S, f)
     selected = key.new_empty(kv_heads, stream.num_slots, 1 + top_k, dtype=torch.int32)
-    selected[..., 0] = stream.cached("sink column", lambda: _sink_column(stream))
-    if top_k:
-        for slab in slabs(stream, kv_heads * columns.shape[1]):
-            _select_in_slab(selected[..., 1:], rows, columns, stream, slab)
-        none = stream.cached(("nothing to choose", top_k), lambda: _nothing_to_choose(stream, top_k))
-        selected[..., 1:].masked_fill_(none, -1)
-    return selected
+    for slab in slabs(stream, kv_heads * columns.shape[1]):
+        _select_in_slab(selected, rows, columns, stream, slab)
+    none = stream.cached(("nothing to choose", top_k), lambda: _nothing_to_choose(stream, top_k))
+    return selected.masked_fill_(none, -1)
 
 
 def _sink_column(stream: Stream) -> Tensor:
-    """(S,) int32: the first block of the document of each token behind it, else -1."""
-    behind = stream.block_in_document() > 0
-    column = torch.where(behind, stream.first_blocks(), -1)
-    column = column.repeat_interleave(stream.block, output_size=stream.num_slots)
-    return column if stream.slot_valid is None else column.masked_fill_(~stream.slot_valid, -1)
+    """(1, S, 1): the first block of the document of each slot."""
+    column = stream.first_blocks().long().repeat_interleave(stream.block, output_size=stream.num_slots)
+    return column[None, :, None]
 
 
 def _nothing_to_choose(stream: Stream, top_k: int) -> Tensor:
-    """(S, top_k) True where a token has no more candidates: the best come first, the closed ones last."""
-    candidates = stream.block_in_document() - 1  # neither the first block nor the own one
-    candidates = candidates.repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
-    none = torch.arange(top_k, device=stream.device) >= candidates
+    """(S, 1 + top_k) True where a token has no more to read: past blocks come first, closed ones last."""
+    past = stream.block_in_document().repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
+    none = torch.arange(1 + top_k, device=stream.device) >= past
     return none if stream.slot_valid is None else none | ~stream.slot_valid[:, None]
 
 
 def _columns(blocks: Tensor, router: str, sub_block: int, group: int) -> Tensor:
     """Keys (H_kv, nb, block, d) -> features (H_kv, parts, nb, f) for the rows of `_query_rows`."""
     if router == "minmax":
-        low, high = (bound.transpose(1, 2) for bound in blocks.unflatten(2, (-1, sub_block)).aminmax(dim=3))
+        parts = blocks.unflatten(2, (-1, sub_block))
+        low, high = (bound.transpose(1, 2) for bound in parts.aminmax(dim=3))  # (H_kv, parts, nb, d)
         return torch.cat([high, low] * group, dim=-1)
     features = block_features(blocks, router, sub_block).transpose(1, 2)
     return features.repeat(1, 1, 1, group) if router == "mean" else features
@@ -95,7 +90,7 @@ def _signs(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Stream, slab: Slab) -> None:
-    """Write the numbers of the best blocks into selected (H_kv, S, top_k): where there are not so many, any."""
+    """Write the sink and the best blocks into selected (H_kv, S, 1 + top_k); any, where there are fewer."""
     kv_heads, parts = columns.shape[:2]
     rows = slab.of_rows(rows).flatten(0, 1)  # (H_kv * documents, slots, f)
     of_slab = columns.unflatten(2, (slab.documents, slab.blocks))[:, :, :, slice(*slab.columns)]
@@ -104,14 +99,16 @@ def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Str
     if parts > 1:
         scores = scores.unflatten(2, (parts, slab.width)).amax(2)
     fill_closed(scores, stream, slab, -math.inf)
-    top_k = min(selected.shape[2], slab.width)
-    _, number = first_best(scores, top_k)
+    top_k = min(selected.shape[2] - 1, slab.width)
+    places = stream.cached("places in a group", lambda: torch.arange(GROUP, device=stream.device))
+    _, number = first_best(scores, top_k, places)
     number = number.unflatten(0, (kv_heads, -1))  # (H_kv, documents, slots, top_k)
     if slab.documents > 1:
         number = number.add_(stream.cached(("first of documents", slab), lambda: first_of_documents(stream)))
     elif slab.columns[0]:
         number = number.add_(slab.columns[0])
-    slab.of_rows(selected)[..., :top_k] = number
+    sink = stream.cached("sink column", lambda: _sink_column(stream)).expand(kv_heads, -1, 1)
+    torch.cat([slab.of_rows(sink), number], dim=-1, out=slab.of_rows(selected)[..., : 1 + top_k])
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -127,11 +124,11 @@ def has_wide_product(rows: Tensor) -> bool:
     return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
 
 
-def first_best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def first_best(scores: Tensor, count: int, places: Tensor) -> tuple[Tensor, Tensor]:
     """The `count` best of the last dimension and their places, the best first; of equal ones the first.
 
-    Many columns go in two rounds: of every group the best score, then all of the `count` best groups. No
-    other group can hold one of the best, nor an earlier one of equals.
+    Many columns go in two rounds: of every GROUP (their `places` are 0, 1, ...) the best score, then all of
+    the `count` best groups. No other group can hold one of the best, nor an earlier one of equals.
     """
     columns = scores.shape[-1]
     if columns < TWO_ROUNDS or columns < 2 * count * GROUP:
@@ -141,8 +138,9 @@ def first_best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
     groups = scores.unflatten(-1, (-1, GROUP))
     group = _first_best(groups.amax(-1), count)[1].sort(-1).values[..., None]  # in the order of the columns
-    best, place = _first_best(groups.gather(-2, group.expand(*group.shape[:-1], GROUP)).flatten(-2), count)
-    column = group * GROUP + torch.arange(GROUP, device=scores.device)
+    candidates = groups.gather(-2, group.expand(*group.shape[:-1], GROUP)).flatten(-2)
+    best, place = _first_best(candidates, count)
+    column = torch.add(places, group, alpha=GROUP)
     return best, column.flatten(-2).gather(-1, place)
 
 

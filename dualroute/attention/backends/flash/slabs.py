@@ -23,7 +23,7 @@ LEAST_ENTRIES = 1 << 26  # numbers, 256 MiB in float32, on however small a devic
 
 
 class Slab(NamedTuple):
-    """Blocks `rows` of each of `documents` with what they can read, blocks `columns`; numbered inside them."""
+    """Blocks `rows` of each of `documents` and the blocks that they can read, numbered inside documents."""
 
     documents: int
     blocks: int  # of each document

@@ -1,8 +1,8 @@
 """The operators of flash attention on a CPU, slow and literal, under their own names and schemas.
 
-`installed` registers them for CPU tensors, as the CUDA build of torch does for CUDA ones: same arguments, same
-results, float64 where the inputs are. What the real ones leave undefined is NaN here, so that whoever reads
-it is found out.
+`installed` registers them for CPU tensors, as the CUDA build of torch does for CUDA ones: same arguments,
+same results, float64 where the inputs are. What the real ones leave undefined is NaN here, so that whoever
+reads it is found out.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ def _mask(rows: int, columns: int, causal: bool, left: int | None, right: int | 
 def _check(query: Tensor, key: Tensor, cum_q: Tensor, cum_k: Tensor, max_q: int, max_k: int) -> None:
     """What the CUDA operators check, and what they do not check but need."""
     for cum, longest, rows in ((cum_q, max_q, query), (cum_k, max_k, key)):
-        assert cum.dtype == torch.int32 and cum.is_contiguous()
+        assert cum.dtype == torch.int32
+        assert cum.is_contiguous()
         lengths = cum.diff()
-        assert int(cum[0]) == 0 and int(lengths.min()) >= 0 and int(cum[-1]) <= len(rows)
+        assert int(cum[0]) == 0
+        assert int(lengths.min()) >= 0
+        assert int(cum[-1]) <= len(rows)
         assert int(lengths.max()) <= longest, "longer than max: its end would not be computed"
         assert rows.stride(-1) == 1
-    assert len(cum_q) == len(cum_k) and query.shape[1] % key.shape[1] == 0
+    assert len(cum_q) == len(cum_k)
+    assert query.shape[1] % key.shape[1] == 0
 
 
 def forward(
@@ -77,7 +81,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check(query, key, cum_seq_q, cum_seq_k, max_q, max_k)
     assert torch.are_deterministic_algorithms_enabled(), "atomics would add up in any order"
-    assert logsumexp.is_contiguous() and logsumexp.shape == (query.shape[1], len(query))
+    assert logsumexp.is_contiguous()
+    assert logsumexp.shape == (query.shape[1], len(query))
     wide = torch.promote_types(query.dtype, torch.float32)
     to_query, to_key, to_value = (torch.full_like(rows, math.nan) for rows in (query, key, value))
     group, kv_heads = query.shape[1] // key.shape[1], key.shape[1]

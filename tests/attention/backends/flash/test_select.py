@@ -41,7 +41,7 @@ def test_of_equal_scores_the_first_wins(
     generator = torch.Generator().manual_seed(columns)
     scores = torch.randint(0, 4, (50, columns), generator=generator).float()
     scores[:10, 3:] = -torch.inf
-    best, place = select.first_best(scores, 4)
+    best, place = select.first_best(scores, 4, torch.arange(select.GROUP))
     wanted = torch.sort(scores, dim=-1, descending=True, stable=True)
     assert torch.equal(place.sort(-1).values, wanted.indices[:, :4].sort(-1).values)
     assert torch.equal(best.sort(-1).values, wanted.values[:, :4].sort(-1).values)
