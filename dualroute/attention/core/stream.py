@@ -220,12 +220,12 @@ def attend_by_length(
     return torch.cat([short_rows(q[0], k[0], v[0], short), long_rows(q[1], k[1], v[1], long)], dim=1)
 
 
-def query_chunks(blocks: int, cost_per_block: int, budget: int) -> Iterator[tuple[int, int]]:
+def query_chunks(blocks: int, cost_per_block: int, budget: int, least: int = 16) -> Iterator[tuple[int, int]]:
     """Cut the `blocks` query blocks of a document into ranges (first, end) of at most `budget` work.
 
-    At least sixteen ranges where there are that many blocks: a causal range only looks at the blocks before
+    At least `least` ranges where there are that many blocks: a causal range only looks at the blocks before
     its end, so more ranges mean less work above the diagonal.
     """
-    step = max(1, min(-(-blocks // 16), budget // max(cost_per_block, 1)))
+    step = max(1, min(-(-blocks // least), budget // max(cost_per_block, 1)))
     for first in range(0, blocks, step):
         yield first, min(first + step, blocks)

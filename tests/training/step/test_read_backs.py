@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import (
 from dualroute.attention import routes
 from dualroute.attention.backends.flash import select
 from dualroute.attention.backends.flash.backend import FLASH
+from dualroute.attention.core import precision
 from dualroute.data.reader import IGNORE_INDEX, collate
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.training.config import OptimConfig, TrainConfig
@@ -58,7 +59,7 @@ def loss_sums(batch: dict) -> object:
 @pytest.fixture(autouse=True)
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "choose", lambda *args, **kwargs: FLASH)
-    monkeypatch.setattr(select, "has_wide_product", lambda rows: True)
+    monkeypatch.setattr(precision, "has_wide_product", lambda rows: rows.dtype == torch.bfloat16)
     monkeypatch.setattr(select, "takes_first_of_equals", lambda device: True)
 
 

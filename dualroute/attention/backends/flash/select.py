@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualroute.attention.backends.flash.slabs import Slab, fill_closed, first_of_documents, slabs
 from dualroute.attention.core.layout import Stream
-from dualroute.attention.core.precision import accumulation_dtype
+from dualroute.attention.core.precision import accumulation_dtype, wide_product
 from dualroute.attention.core.router import block_features, query_features
 
 GROUP = 32  # blocks whose best score stands for them in a first round
@@ -95,7 +95,9 @@ def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Str
     rows = slab.of_rows(rows).flatten(0, 1)  # (H_kv * documents, slots, f)
     of_slab = columns.unflatten(2, (slab.documents, slab.blocks))[:, :, :, slice(*slab.columns)]
     of_slab = of_slab.transpose(1, 2).reshape(len(rows), parts * slab.width, -1)
-    scores = wide_product(rows, of_slab.transpose(1, 2))  # (H_kv * documents, slots, parts * columns)
+    scores = wide_product(rows, of_slab.transpose(1, 2)).to(
+        torch.float32
+    )  # (H_kv * documents, slots, parts * columns)
     if parts > 1:
         scores = scores.unflatten(2, (parts, slab.width)).amax(2)
     fill_closed(scores, stream, slab, -math.inf)
@@ -109,19 +111,6 @@ def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Str
         number = number.add_(slab.columns[0])
     sink = stream.cached("sink column", lambda: _sink_column(stream)).expand(kv_heads, -1, 1)
     torch.cat([slab.of_rows(sink), number], dim=-1, out=slab.of_rows(selected)[..., : 1 + top_k])
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32: half-precision factors are multiplied as they are and summed in float32."""
-    if has_wide_product(left):
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    wide = accumulation_dtype(left.dtype)
-    return torch.bmm(left.to(wide), right.to(wide)).to(torch.float32)
-
-
-def has_wide_product(rows: Tensor) -> bool:
-    """CUDA can keep the float32 sums of a product of half-precision factors."""
-    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
 
 
 def first_best(scores: Tensor, count: int, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from dualroute.attention import Layout, Routing, global_attention, local_attenti
 from dualroute.attention import routes as attention_routes
 from dualroute.attention.backends.flash import select, slabs
 from dualroute.attention.backends.flash.backend import FLASH
+from dualroute.attention.core import precision
 
 FORWARD, BACKWARD = 60, 90
 VIEWS = {
@@ -46,7 +47,7 @@ class Launches(TorchDispatchMode):
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branches that a GPU of 80 GiB takes."""
     monkeypatch.setattr(attention_routes, "choose", lambda *args, **kwargs: FLASH)
-    monkeypatch.setattr(select, "has_wide_product", lambda rows: True)
+    monkeypatch.setattr(precision, "has_wide_product", lambda rows: rows.dtype == torch.bfloat16)
     monkeypatch.setattr(select, "takes_first_of_equals", lambda device: True)
     monkeypatch.setattr(slabs, "max_entries", lambda device: int((80 << 30) * slabs.MEMORY_SHARE) // 4)
 
