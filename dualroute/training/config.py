@@ -83,7 +83,7 @@ class TrainConfig:
     quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
     quantization_group_size: int = 32
     val_every_steps: int = 100
-    kernels: Literal["auto", "torch", "cpp", "triton"] = "auto"
+    kernels: Literal["auto", "torch", "cpp", "flash", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         counts = (
