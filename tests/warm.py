@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any
@@ -51,6 +52,50 @@ def run(
         out, err = Path(scratch, "out"), Path(scratch, "err")
         (status,) = _to_the_end([(None, words, str(cwd), dict(env), str(out), str(err))], timeout)
         return CompletedProcess(words, status, _text(out), _text(err))
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of that process and of the copies that have ended."""
+    server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    try:
+        text = Path(f"/proc/{server}/stat").read_text()
+    except OSError:  # it has not been started
+        return 0.0
+    return sum(map(int, text.rpartition(")")[2].split()[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+class Started:
+    """A script in a copy of that process, with the part of :class:`subprocess.Popen` that tests use."""
+
+    def __init__(self, script: str, words: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
+        out, self._err = (str(Path(self._scratch.name, name)) for name in ("out", "err"))
+        call = (script, [str(word) for word in words], str(cwd), dict(env), out, self._err)
+        self._process = _context.Process(target=_child, args=call)
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[None, str]:
+        """Waits for the end; what was written to standard error."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutExpired(str(self._process), timeout, _text(Path(self._err)))
+        return None, _text(Path(self._err))
 
 
 def ranks(
@@ -124,6 +169,7 @@ def _child(script: str | None, words: list[str], cwd: str, env: dict[str, str], 
 
             status = main()
         else:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
             runpy.run_path(script, run_name="__main__")
             status = 0
     except SystemExit as end:

@@ -12,8 +12,8 @@ from typing import Any
 
 from dualroute import __version__
 from dualroute.evaluate.load import Loaded
-from dualroute.export import huggingface
 from dualroute.export.config import ExportConfig
+from dualroute.export.hf import folder as huggingface
 from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
 from dualroute.model.lineage import history, total_tokens

@@ -29,8 +29,8 @@ from torch.export import ExportedProgram
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
 from dualroute.export import parity
+from dualroute.export.hf.tokenizer_files import is_json
 from dualroute.export.masked import MaskedTransformer
-from dualroute.export.tokenizer_files import is_json
 from dualroute.model import DualRoutingTransformer
 
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import warm
 
 ROUTES = "--routes 16/16/2 --heads 4 --head_dim 16 --repeats 1 --threads 1"
 
@@ -33,9 +34,8 @@ COMMANDS = {
 
 def run(root: Path, command: str, output: Path) -> list[dict[str, str]]:
     script, *options = command.split()
-    line = [sys.executable, str(root / "benchmarks" / script), *options, "--output", str(output)]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=root)
-    assert result.returncode == 0, result.stderr
+    words = [*options, "--output", str(output)]
+    warm.ranks(1, str(root / "benchmarks" / script), words, cwd=root, env=os.environ)
     (table,) = output.glob("*.csv")
     with table.open(newline="") as stream:
         return list(csv.DictReader(stream))
@@ -65,10 +65,9 @@ def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestc
         f"--data {tiny_dataset} --output {tmp_path} --tokens 256 --context 32 --lengths 2 --eval_tokens 256"
     )
     smaller = "--data.context 32 --train.tokens_per_batch 64 --optim.warmup_steps 1 --data.val_tokens 128"
-    line = [sys.executable, str(pytestconfig.rootpath / "benchmarks" / "quality.py"), *options.split()]
-    line += ["--variants", *variants, "--extra", *smaller.split()]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=pytestconfig.rootpath)
-    assert result.returncode == 0, result.stderr
+    words = [*options.split(), "--variants", *variants, "--extra", *smaller.split()]
+    script = str(pytestconfig.rootpath / "benchmarks" / "quality.py")
+    warm.ranks(1, script, words, cwd=pytestconfig.rootpath, env=os.environ)
     with (tmp_path / "quality.csv").open(newline="") as stream:
         rows = {row["attention"]: row for row in csv.DictReader(stream)}
     assert list(rows) == variants

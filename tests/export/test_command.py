@@ -80,7 +80,7 @@ def test_quantised_weights_are_refused(tiny_dataset, tmp_path):
 
 def test_nothing_is_left_behind_by_a_failure(checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from dualroute.export import huggingface
+    from dualroute.export.hf import folder as huggingface
 
     answer = {"logits": {"5": 0.25}, "texts": 1, "texts_differing": [], "generation": {"alone": True}}
     monkeypatch.setattr(huggingface, "run_check", lambda folder, expected: answer)

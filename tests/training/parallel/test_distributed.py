@@ -1,4 +1,4 @@
-"""The stage on two real ranks, under the launchers that people use, against one process."""
+"""The stage on real ranks against one process: under the launchers that people use, and many more without."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from tests import warm
 from tests.conftest import ROOT
 from tests.training.step.test_module import SMALL, curve, environment, train
 
@@ -36,8 +37,18 @@ def torchrun():
 
 
 def launch(launcher, dataset, output, steps, *more, expect=0):
+    words = arguments(dataset, output, steps, *more)
+    return run_script(launcher, "launch/pretrain.py", words, expect=expect)
+
+
+def launch_warm(ranks, dataset, output, steps, *more):
+    words = arguments(dataset, output, steps, *more)
+    return warm.ranks(ranks, "launch/pretrain.py", words, cwd=ROOT, env=environment())
+
+
+def arguments(dataset, output, steps, *more):
     run = ["--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps)]
-    return run_script(launcher, "launch/pretrain.py", [*SMALL, *STABLE, *run, *more], expect=expect)
+    return [*SMALL, *STABLE, *run, *more]
 
 
 def run_script(launcher, script, words, *, expect=0):
@@ -73,7 +84,11 @@ def assert_same_losses(output, reference):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_path, stage):
     output = tmp_path / "run"
-    launch(deepspeed(), tiny_dataset, output, STEPS, "--parallel.zero_stage", str(stage))
+    zero = ("--parallel.zero_stage", str(stage))
+    if stage == 1:
+        launch(deepspeed(), tiny_dataset, output, STEPS, *zero)
+    else:
+        launch_warm(2, tiny_dataset, output, STEPS, *zero)
     assert_same_losses(output, alone)
     # what was sharded is whole again in the published weights
     ours, theirs = load_model(find_checkpoint(alone)), load_model(find_checkpoint(output))
@@ -85,7 +100,7 @@ def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_
 def test_ranks_that_share_texts_train_as_one_process_does(alone, tiny_dataset, tmp_path, ranks, stage):
     output = tmp_path / "run"
     more = ("--parallel.zero_stage", str(stage), "--parallel.sequence_parallel", "2")
-    launch(deepspeed(ranks), tiny_dataset, output, STEPS, *more)
+    launch_warm(ranks, tiny_dataset, output, STEPS, *more)
     assert_same_losses(output, alone)
 
 
@@ -96,18 +111,21 @@ def test_two_ranks_stop_and_resume_exactly(alone, tiny_dataset, tmp_path):
     whole = curve(output)
     for step in (20, 24, 28, 32, 36, 40):
         subprocess.run(["rm", "-r", str(output / "checkpoints" / f"step-{step:08d}")], check=True)
-    text = launch(torchrun(), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
+    text = launch_warm(2, tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
     assert "step 16 of 40" in text
     assert curve(output) == whole
     assert_same_losses(output, alone)
 
 
 def test_a_taken_port_is_named(tiny_dataset, tmp_path):
+    rank_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CROSS_RANK": "0", "LOCAL_SIZE": "2"}
+    words = arguments(tiny_dataset, tmp_path / "run", 8)
     with socket.socket() as holder:
         holder.bind(("", 0))
         holder.listen()
         port = str(holder.getsockname()[1])
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
-        text = launch(launcher, tiny_dataset, tmp_path / "run", 8, expect=2)
-    assert f"port {port}" in text
+        place = {**environment(), **rank_0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = warm.run(["pretrain", *words], cwd=ROOT, env=place)
+    assert done.returncode == 2
+    assert f"port {port}" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()

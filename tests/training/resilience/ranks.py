@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import warm
 from tests.conftest import ROOT
 from tests.training.parallel.test_distributed import free_port
 from tests.training.step.test_module import SMALL, environment
 
+SCRIPT = str(Path(__file__).with_name("faulty_rank.py"))
 #: seconds: far beyond what a step takes here, far below what a test may last
 WATCHED = (
     "--watchdog.limit_minutes 0.15 --watchdog.start_minutes 3 --watchdog.validation_minutes 0.25 "
@@ -26,41 +25,23 @@ def start(
     *more: str,
     fault: tuple[str, int, int] = ("none", 0, 0),
     ranks: int = 2,
-) -> list[subprocess.Popen[str]]:
+) -> list[warm.Started]:
     """``fault`` is (what, which rank, which step) of faulty_rank.py."""
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "tests.training.resilience.faulty_rank",
-            *map(str, fault),
-            "pretrain",
-            *SMALL,
-            *WATCHED,
-        ),
+    words = [
+        *(*map(str, fault), "pretrain", *SMALL, *WATCHED),
         *("--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps), *more),
     ]
     port = free_port()
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     started = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         launched = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**environment(), **launched, "PYTHONPATH": path},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        started.append(warm.Started(SCRIPT, words, cwd=ROOT, env={**environment(), **launched}))
     return started
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 280) -> list[tuple[int, str]]:
+def finish(processes: list[warm.Started], timeout: float = 280) -> list[tuple[int | None, str]]:
     """Exit status and standard error of each; none is left behind."""
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]

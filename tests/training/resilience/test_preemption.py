@@ -14,6 +14,7 @@ import pytest
 
 from dualroute.model.checkpoint_format import list_checkpoints
 from dualroute.training.resilience.preemption import PREEMPTED
+from tests import warm
 from tests.conftest import ROOT
 from tests.training.step.test_module import command, curve, environment, train, wait_for_step
 
@@ -199,10 +200,10 @@ def wait_until_blocked(process):
             mask = int(re.search(r"SigBlk:\s*(\w+)", status.read())[1], 16)
 
 
-def signalled(dataset, output, signals, *launcher):
+def signalled(dataset, output, signals, ranks=1):
     """Of each run: its place, exit status and the step after which it stopped, None where it did not."""
-    line = [sys.executable, *launcher, SCRIPT, *command(dataset, output, STEPS)[4:]]
-    text = finish(start(line, SIGNALS=",".join(signals)), 0)
+    place = {**environment(), "SIGNALS": ",".join(signals)}
+    text = warm.ranks(ranks, SCRIPT, command(dataset, output, STEPS)[4:], cwd=ROOT, env=place)
     outcome = []
     for place, said, status in re.findall(r"^run ([\w-]+)$(.*?)^status (\d+)$", text, re.S | re.M):
         stopped = re.search(rf"SIGUSR1: stopped after step (\d+) of {STEPS}", said)
@@ -226,13 +227,10 @@ def test_every_moment_of_a_step_has_its_stop(unbroken, tiny_dataset, tmp_path):
 @pytest.mark.slow
 def test_one_signalled_rank_of_two_stops_both_at_the_same_step(tiny_dataset, tmp_path):
     pytest.importorskip("deepspeed")
-    from tests.training.parallel.test_distributed import free_port
-
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
-    whole = signalled(tiny_dataset, tmp_path / "whole", ["nowhere:0:0"], *torchrun)
+    whole = signalled(tiny_dataset, tmp_path / "whole", ["nowhere:0:0"], ranks=2)
     assert whole == [("nowhere", 0, None)]
     signals = ["micro-batch:2:1", "save:8:0", "validation:14:1", "validation:24:1"]
-    outcome = signalled(tiny_dataset, tmp_path / "run", signals, *torchrun)
+    outcome = signalled(tiny_dataset, tmp_path / "run", signals, ranks=2)
     assert outcome == [
         ("micro-batch", PREEMPTED, 3),
         ("save", PREEMPTED, 8),

@@ -3,9 +3,8 @@
 import errno
 import io
 import os
-import signal
-import subprocess
-import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,37 +12,25 @@ from dualroute.errors import UserError
 from dualroute.training.parallel.environment import World
 from dualroute.training.resilience import run_lock
 from dualroute.training.resilience.run_lock import locked
+from tests import warm
 from tests.conftest import ROOT
 from tests.training.resilience.ranks import finish, start
 from tests.training.step.test_module import command, environment
 
-HOLDER = """
-import os, sys
-from pathlib import Path
-from dualroute.training.resilience.run_lock import locked
-from dualroute.training.parallel.environment import World
-with locked(Path(sys.argv[1]), World()):
-    child = os.fork()  # as processes that read data are
-    if child == 0:
-        sys.stdin.read()
-        os._exit(0)
-    print("there", flush=True)
-    os.waitpid(child, 0)
-"""
+HOLDER = str(Path(__file__).with_name("lock_holder.py"))
 
 
 @pytest.fixture
-def holder(tmp_path):
+def holder(tmp_path, tmp_path_factory):
     """Another process that trains in tmp_path; it has a child that outlives it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "there\n"
+    sign = tmp_path_factory.mktemp("holder") / "sign"
+    process = warm.Started(HOLDER, [tmp_path, sign], cwd=ROOT, env=environment())
+    while not sign.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
     yield process
     process.kill()
-    process.stdin.close()  # the child ends
-    process.wait()
+    sign.unlink()  # the child ends
 
 
 @pytest.mark.slow
@@ -53,8 +40,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(holder, tmp_path
         locked(tmp_path, World()),
     ):
         pass
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
     with locked(tmp_path, World()):
         assert str(os.getpid()) in (tmp_path / run_lock.LOCK).read_text()
 
@@ -154,10 +140,7 @@ def test_a_link_to_a_folder_is_that_folder(holder, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_says_who_is_there(holder, tiny_dataset, tmp_path):
-    result = subprocess.run(
-        command(tiny_dataset, tmp_path, 8),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    result = warm.run(command(tiny_dataset, tmp_path, 8)[3:], cwd=ROOT, env=environment())
     assert result.returncode == 2
     assert f"is being trained in by process {holder.pid} on" in result.stderr
     assert not (tmp_path / "checkpoints").exists()

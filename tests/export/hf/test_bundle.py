@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from dualroute.export import bundle as bundling
-from dualroute.export.bundle import bundle, source_file
-from dualroute.export.huggingface import ROOTS
+from dualroute.export.hf import bundle as bundling
+from dualroute.export.hf.bundle import bundle, source_file
+from dualroute.export.hf.folder import ROOTS
 
 
 def test_everything_that_is_imported_comes_along(tmp_path):

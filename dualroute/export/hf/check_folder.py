@@ -1,7 +1,7 @@
 """Loads an exported folder as a stranger does, and compares what it gives with what was expected.
 
 Run as a script, in a process of its own: ``python -I check_folder.py FOLDER EXPECTED RESULT``.  In: a Hugging
-Face folder, and the inputs and answers that `huggingface.py` saved.  Out: the differences as JSON.
+Face folder, and the inputs and answers that `folder.py` saved.  Out: the differences as JSON.
 
 ``import dualroute`` fails in that process, by order.  A folder that needs the package it
 was exported from is no export.

@@ -12,9 +12,10 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from dualroute.attention.backend import plain_torch  # noqa: E402
 from dualroute.errors import UserError  # noqa: E402
-from dualroute.export import check_folder, huggingface  # noqa: E402
-from dualroute.export.configuration_dualroute import DualRoutingConfig  # noqa: E402
-from dualroute.export.modeling_dualroute import DualRoutingForCausalLM  # noqa: E402
+from dualroute.export.hf import check_folder  # noqa: E402
+from dualroute.export.hf import folder as huggingface  # noqa: E402
+from dualroute.export.hf.configuration_dualroute import DualRoutingConfig  # noqa: E402
+from dualroute.export.hf.modeling_dualroute import DualRoutingForCausalLM  # noqa: E402
 from dualroute.model import SamplingConfig, generate  # noqa: E402
 from tests.export.conftest import KINDS, tiny_model  # noqa: E402
 

@@ -60,7 +60,7 @@ def bundle(roots: list[str], folder: Path) -> list[str]:
 
 def stem(module: str) -> str:
     """File name of a module, without its ending: a root of the export folder keeps its own name."""
-    return module.removeprefix(f"{PACKAGE}.export.").replace(".", "_")
+    return module.removeprefix(f"{PACKAGE}.export.hf.").replace(".", "_")
 
 
 def source_file(module: str) -> Path:

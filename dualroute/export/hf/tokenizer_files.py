@@ -2,7 +2,7 @@
 
 In: a checkpoint's tokenizer.model.  Here: a BPE model such as `data_prep` trains becomes a tokenizer.json,
     which needs no sentencepiece and no trusted code; any other model is copied, with a small class that reads
-    it (:mod:`dualroute.export.tokenization_dualroute`).  Next: :func:`trial_texts` are encoded by what was
+    it (:mod:`dualroute.export.hf.tokenization_dualroute`).  Next: :func:`trial_texts` are encoded by what was
     written and by ours, id by id, before the folder is published.
 
 Sentencepiece's mark for a space, U+2581, is turned back into a space in the vocabulary.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.export.bundle import bundle
+from dualroute.export.hf.bundle import bundle
 
 SPACE_MARK = "\u2581"
 _NORMAL, _BPE = 1, 2  # sentencepiece's numbers for a piece of text, and for a BPE model
@@ -64,7 +64,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]
     if not is_json(tokenizer):
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     if fast is None:
-        module = "dualroute.export.tokenization_dualroute"
+        module = "dualroute.export.hf.tokenization_dualroute"
         code = bundle([module], folder)
         settings["tokenizer_class"] = "DualRoutingTokenizer"
         settings["auto_map"] = {"AutoTokenizer": ["tokenization_dualroute.DualRoutingTokenizer", None]}

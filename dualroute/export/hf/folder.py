@@ -28,15 +28,16 @@ import torch
 from dualroute.attention.backend import plain_torch
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
-from dualroute.export import check_folder, parity
-from dualroute.export.bundle import bundle
-from dualroute.export.tokenizer_files import trial_texts, write_tokenizer
+from dualroute.export import parity
+from dualroute.export.hf import check_folder
+from dualroute.export.hf.bundle import bundle
+from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.weights_file import write_tensors
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 24
-ROOTS = ["dualroute.export.configuration_dualroute", "dualroute.export.modeling_dualroute"]
+ROOTS = ["dualroute.export.hf.configuration_dualroute", "dualroute.export.hf.modeling_dualroute"]
 
 
 def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def verify(loaded: Loaded, folder: Path, samples: list[str]) -> dict[str, Any]:
 
 
 def run_check(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """What :mod:`dualroute.export.check_folder` says, run by a Python that finds no dualroute.
+    """What :mod:`dualroute.export.hf.check_folder` says, run by a Python that finds no dualroute.
 
     Raises:
         UserError: It failed; the message is its last line.

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from data_prep.train_tokenizer import cut, train_tokenizer  # noqa: E402
 from dualroute.data.tokenizer import Tokenizer  # noqa: E402
 from dualroute.evaluate.perplexity import read_text  # noqa: E402
-from dualroute.export.tokenizer_files import trial_texts, write_tokenizer  # noqa: E402
+from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer  # noqa: E402
 from tests.conftest import WORDS  # noqa: E402
 
 

@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.layer import DualRouting
-from dualroute.export.configuration_dualroute import DualRoutingConfig
+from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
 from dualroute.model.transformer import DualRoutingTransformer
 
 CAPACITY = 512  # tokens that a cache has room for at first
