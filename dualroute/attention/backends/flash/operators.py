@@ -66,7 +66,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> tuple[Te
         _rows(value),
         spans.query,
         spans.key,
-        spans.max_query,
+        max(
+            spans.max_query, 2
+        ),  # a bound: of single queries and grouped heads the kernel makes another shape
         spans.max_key,
         0.0,
         spans.causal,
