@@ -1,4 +1,4 @@
-"""Which back end computes the routes: plain torch, the C++ kernels of a CPU, or the Triton kernels of a GPU.
+"""Which back end computes the routes: plain torch, C++ kernels on a CPU, flash attention or Triton on a GPU.
 
 In: the queries of a route; `set_backend`, as a configuration gives it, and DUALROUTE_KERNELS from the
 environment, which overrides it. Out: `choose` gives the `Backend` that takes the call.
@@ -7,6 +7,7 @@ environment, which overrides it. Out: `choose` gives the `Backend` that takes th
               fastest one that was found right there (see `verification`), until then torch (the default)
     torch     plain torch
     cpp       the C++ kernels on a CPU; an error where they cannot be compiled
+    flash     flash attention's operators on a CUDA device
     triton    the Triton kernels on a GPU
 
 What the chosen back end cannot take (`supports`; `why_not` gives the reason) runs in plain torch, which takes
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +35,11 @@ from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.options import check_name
 from dualroute.attention.core.routing import Routing
 
+if TYPE_CHECKING:
+    from dualroute.attention.backends.flash.backend import FlashBackend
+
 VARIABLE = "DUALROUTE_KERNELS"
-CHOICES = ("auto", "torch", "cpp", "triton")
+CHOICES = ("auto", "torch", "cpp", "flash", "triton")
 _default = "auto"
 _decided: dict[str, tuple[str, str]] = {}  # by type of device: what auto stands for there, and why
 _only_torch = ContextVar("only_torch", default=False)
@@ -106,7 +110,7 @@ _TORCH: Backend = TorchBackend()
 
 
 def set_backend(name: str) -> None:
-    """Choose the back end of this process: auto, torch, cpp or triton. DUALROUTE_KERNELS overrides it.
+    """Choose the back end of this process: one of `CHOICES`. DUALROUTE_KERNELS overrides it.
 
     Raises:
         ValueError: an unknown name. Whether what it names can be had is seen by `describe`, or in use.
@@ -187,7 +191,7 @@ def _wanted_for(rows: Tensor) -> Backend:
 
 def _of_name(name: str) -> Backend:
     """A back end other than auto."""
-    loaders: dict[str, Callable[[], Backend]] = {"cpp": _cpp, "triton": _triton}
+    loaders: dict[str, Callable[[], Backend]] = {"cpp": _cpp, "flash": _flash, "triton": _triton}
     return loaders[name]() if name in loaders else _TORCH
 
 
@@ -213,6 +217,9 @@ def describe(device: torch.device | str) -> str:
         return f"attention: plain torch, as {asker} asks for"
     if name == "auto" and device.type in _decided:
         return f"attention: {_decided[device.type][1]}"
+    if name == "flash":
+        reason = _flash().why_not(torch.empty(0, 16, dtype=torch.bfloat16, device=device))
+        return f"attention: {(reason and f'plain torch: {reason}') or _flash().description()}"
     if device.type == "cpu" and name != "triton":
         reason = _compiled()
         return f"attention: plain torch, slower: {reason}" if reason else f"attention: {_cpp().description()}"
@@ -240,6 +247,12 @@ def _cpp() -> Backend:
     from dualroute.attention.backends.cpp.backend import CPP
 
     return CPP
+
+
+def _flash() -> FlashBackend:
+    from dualroute.attention.backends.flash.backend import FLASH
+
+    return FLASH
 
 
 def _triton() -> Backend:

@@ -7,7 +7,7 @@ worker:
 1. `WindowDataset` answers a request with a window: the plan says which pieces of which documents,
 2. `ShardReader` copies their ids out of the tars, at the places that the index gives, and inputs, labels,
    segments and positions are made of them;
-3. `collate` stacks windows into the batch.
+3. `collate` stacks windows into the batch, and works out what the model wants to know of its documents.
 
 Workers hold no state. Which sample comes when is settled before a worker is asked, so
 their number and speed cannot change the order, and there is nothing of theirs to save.
@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.data.index import IndexRows
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import DocumentStream, Request, WindowPlan
@@ -204,11 +204,22 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
         }
 
 
-def collate(windows: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
-    """Windows → batch: int64 tensors (b, context), and the 0-dim ``num_targets`` that they have in common."""
-    batch = {
+def collate(
+    windows: Sequence[dict[str, NDArray[np.int64]]], *, layout: LayoutPlan | None = None
+) -> dict[str, Any]:
+    """Windows → batch: int64 tensors (b, context), and the 0-dim ``num_targets`` that they have in common.
+
+    With a ``layout``, also what a training step would have to ask a GPU for, and wait: ``layout``, the
+    `Layout` of the documents, and ``label_rows`` (r,), the places of the labels that count in (b · context,).
+    """
+    batch: dict[str, Any] = {
         key: torch.from_numpy(np.stack([w[key] for w in windows]))
         for key in windows[0]
         if key != "num_targets"
     }
-    return {**batch, "num_targets": torch.tensor(int(windows[0]["num_targets"]))}
+    batch["num_targets"] = torch.tensor(int(windows[0]["num_targets"]))
+    if layout is not None:
+        found: Layout = layout.build(batch["segment_ids"])
+        batch["layout"] = found
+        batch["label_rows"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORE_INDEX))
+    return batch

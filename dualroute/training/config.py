@@ -97,7 +97,7 @@ class TrainConfig:
     quantization_group_size: int = 32
     val_every_steps: int = 100
     float32_matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    kernels: Literal["auto", "torch", "cpp", "triton"] = "auto"
+    kernels: Literal["auto", "torch", "cpp", "flash", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         counts = (

@@ -7,6 +7,7 @@
     dispatch.py         (token, block) pairs sorted into tiles, for `selected`
     far.py              the blocks that a token does not read, one pseudo-key each
     tile_attention.py   attention over tiles with its log-sum-exp; the only user of a private torch operator
+    device.py           how much at once, by device
     full.py             the whole document
     local.py            a sliding window
     decode.py           new tokens against a cache
