@@ -21,8 +21,8 @@ import torch
 from measure import prepare, show
 
 from dualroute.cli import parse_stage
-from dualroute.model.checkpoint_format import find_checkpoint
-from dualroute.training.checkpointing.publisher import CheckpointPublisher
+from dualroute.model.checkpoint.format import find_checkpoint
+from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
 from dualroute.training.run import run_pretraining
 
 PRESETS = Path(__file__).parents[1] / "configs" / "model"

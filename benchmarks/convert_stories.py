@@ -22,7 +22,7 @@ from sampled_corpus import sample_corpus
 
 from dualroute.cli import main as main_of_dualroute
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
-from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model
 
 #: variant → options of convert, options of distill
 VARIANTS = {

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dualroute.model import tree_hash
-from dualroute.model.checkpoint_folder import METADATA, SEAL, write_metadata
+from dualroute.model.checkpoint import tree_hash
+from dualroute.model.checkpoint.folder import METADATA, SEAL, write_metadata
 
 
 def rewrite(folder: Path, **changes: Any) -> None:

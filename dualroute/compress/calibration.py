@@ -28,8 +28,8 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded, load
 from dualroute.evaluate.perplexity import score_batches
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import find_checkpoint, refuse_quantized
-from dualroute.model.lineage import derived
+from dualroute.model.checkpoint.format import find_checkpoint, refuse_quantized
+from dualroute.model.checkpoint.lineage import derived
 
 Batch = dict[str, Tensor]
 _INHERITED = ("context", "data_fingerprint")

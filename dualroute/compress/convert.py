@@ -33,7 +33,8 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import Checkpoint, find_checkpoint, save_model
+from dualroute.model.checkpoint.format import Checkpoint, find_checkpoint, save_model
+from dualroute.model.checkpoint.lineage import derived, imported
 from dualroute.model.conversion import (
     check_dense,
     divide_heads,
@@ -45,7 +46,6 @@ from dualroute.model.conversion import (
 )
 from dualroute.model.foreign.hub import is_foreign, load_dense
 from dualroute.model.generation import continue_batch
-from dualroute.model.lineage import derived, imported
 
 _ROWS = 32  # texts that are sampled together
 

@@ -30,7 +30,7 @@ from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import Loaded
 from dualroute.model import ModelConfig
-from dualroute.model.checkpoint_format import CONFIG, find_checkpoint, save_model
+from dualroute.model.checkpoint.format import CONFIG, find_checkpoint, save_model
 
 REPORT = "prune.json"
 _SHARES = (0.75, 0.5, 0.25)

@@ -21,7 +21,7 @@ from dualroute.compress.config import QuantizeConfig
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
@@ -31,7 +31,7 @@ from dualroute.model.checkpoint_format import (
     save_model,
     verify_checkpoint,
 )
-from dualroute.model.lineage import derived
+from dualroute.model.checkpoint.lineage import derived
 from dualroute.model.quantization import NATIVE, Quantization
 from dualroute.model.quantized import (
     QuantizedLinear,

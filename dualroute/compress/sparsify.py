@@ -23,7 +23,7 @@ from dualroute.compress.calibration import Statistics, calibrate, described, los
 from dualroute.compress.config import SparsifyConfig
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import save_model
+from dualroute.model.checkpoint.format import save_model
 
 
 def sparsify(config: SparsifyConfig) -> None:

@@ -25,9 +25,9 @@ from dualroute.distillation.module import Distill
 from dualroute.distillation.teacher import Teacher, load_teacher, weights_digest
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.checkpoint.format import find_checkpoint
+from dualroute.model.checkpoint.lineage import teacher_entry
 from dualroute.model.foreign.hub import is_foreign
-from dualroute.model.lineage import teacher_entry
 from dualroute.training import run
 from dualroute.training.parallel.sequence import check_sequence_parallel
 from dualroute.training.run import Prepared, run_training

@@ -34,7 +34,7 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import file_sha256
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     CONFIG,
     TOKENIZER,
     WEIGHTS,
@@ -47,9 +47,9 @@ from dualroute.model.checkpoint_format import (
     replace_parameter,
     verify_checkpoint,
 )
+from dualroute.model.checkpoint.weights_file import TensorFile
 from dualroute.model.config import ModelConfig
 from dualroute.model.foreign.hub import is_foreign, load_causal_lm
-from dualroute.model.weights_file import TensorFile
 from dualroute.training.parallel.environment import detect_world
 from dualroute.training.run import check_same_tokenizer
 from dualroute.training.step.allocator import give_back_freed_memory

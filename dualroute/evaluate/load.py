@@ -11,7 +11,7 @@ from dualroute.attention.verification import problems_of
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     TOKENIZER,
     Checkpoint,
     find_checkpoint,

@@ -28,7 +28,7 @@ from dualroute.evaluate.load import Loaded, load
 from dualroute.export.config import ExportConfig
 from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
-from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint, find_checkpoint, verify_checkpoint
+from dualroute.model.checkpoint.format import WEIGHTS, Checkpoint, find_checkpoint, verify_checkpoint
 
 Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]]
 #: format → the module whose `write_export` fills the folder and returns its figures; the packages it needs.

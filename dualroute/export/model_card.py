@@ -16,7 +16,7 @@ from dualroute.export.config import ExportConfig
 from dualroute.export.hf import folder as huggingface
 from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
-from dualroute.model.lineage import history, total_tokens
+from dualroute.model.checkpoint.lineage import history, total_tokens
 
 _USE = """\
 ```python

@@ -34,7 +34,7 @@ from rich.console import Console
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import RUN_AGAIN, Interrupted, UserError, printable
 from dualroute.files import file_sha256, write_bytes_atomically
-from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint
+from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.report import write_report
 from dualroute.pipeline.stages import PROCESSES, ParseStage, Plan, Planner, Stage

@@ -19,7 +19,7 @@ import torch
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
-from dualroute.model.checkpoint_format import WEIGHTS
+from dualroute.model.checkpoint.format import WEIGHTS
 from dualroute.model.compiled_decode import CompiledDecoder
 
 REPEATS = 3

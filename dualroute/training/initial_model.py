@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     CONFIG,
     WEIGHTS,
     Checkpoint,
@@ -28,8 +28,8 @@ from dualroute.model.checkpoint_format import (
     load_model,
     verify_checkpoint,
 )
+from dualroute.model.checkpoint.weights_file import TensorFile
 from dualroute.model.deferred_init import Draws, build_deferred
-from dualroute.model.weights_file import TensorFile
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.activations import keep_fewer_activations

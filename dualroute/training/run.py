@@ -6,12 +6,12 @@
    ranks, and compared with the configuration and with its own hashes.
 3. Model, data module and callbacks are put together, and the state is loaded.  Nothing in the folder has
    changed so far, so a start that is refused leaves it as it was
-   (:mod:`dualroute.training.checkpointing.first_write`).
+   (:mod:`dualroute.training.checkpointing.publishing.first_write`).
 4. The Trainer runs, to the end or until Slurm wants the nodes back
    (:mod:`dualroute.training.resilience.preemption`).
 
     OUTPUT/config.yaml      what was run, every value resolved
-    OUTPUT/checkpoints/     see dualroute.model.checkpoint_format
+    OUTPUT/checkpoints/     see dualroute.model.checkpoint.format
     OUTPUT/tensorboard/     event files
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
     OUTPUT/log.txt          what was said, with time and rank
@@ -46,7 +46,7 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.log import to_file
 from dualroute.model import ModelConfig
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     CONFIG,
     TOKENIZER,
     Checkpoint,
@@ -54,7 +54,6 @@ from dualroute.model.checkpoint_format import (
     refuse_quantized,
 )
 from dualroute.training.checkpointing.description import describe_run
-from dualroute.training.checkpointing.reshard import converted_states, remove_resharded, resumable_state
 from dualroute.training.checkpointing.resume import (
     Start,
     check_start,
@@ -63,6 +62,7 @@ from dualroute.training.checkpointing.resume import (
     seen_here,
 )
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
+from dualroute.training.checkpointing.state.reshard import converted_states, remove_resharded, resumable_state
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import build_model, build_sharded_model, with_given
 from dualroute.training.kernels import compare_kernels, device, with_kernels

@@ -19,8 +19,8 @@ from lightning.pytorch import Trainer
 from dualroute.attention import backend
 from dualroute.errors import one_line
 from dualroute.paths import absolute_paths
-from dualroute.training.checkpointing.first_write import FirstWrite, LateTensorBoardLogger
-from dualroute.training.checkpointing.publisher import CheckpointPublisher
+from dualroute.training.checkpointing.publishing.first_write import FirstWrite, LateTensorBoardLogger
+from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
 from dualroute.training.kernels import device
 from dualroute.training.monitoring.monitor import Monitor

@@ -7,7 +7,7 @@ import torch
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import save_model
+from dualroute.model.checkpoint.format import save_model
 
 
 @pytest.fixture(scope="session")

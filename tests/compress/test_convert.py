@@ -13,7 +13,7 @@ from dualroute.data.manifest import Manifest
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
 from dualroute.model.foreign.hub import load_causal_lm
 from dualroute.model.generation import continue_batch
 

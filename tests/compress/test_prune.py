@@ -13,7 +13,7 @@ from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
 from dualroute.model.foreign.hub import load_dense
 
 CPU = torch.device("cpu")

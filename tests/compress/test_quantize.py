@@ -17,7 +17,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate, quantized
-from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint, load_model, save_model
+from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint, load_model, save_model
 from dualroute.model.quantized import (
     Quantization,
     QuantizedLinear,

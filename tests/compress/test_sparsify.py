@@ -5,7 +5,7 @@ from dualroute.compress.calibration import calibration_batches, measure
 from dualroute.compress.sparsify import SparsifyConfig, sparsify, zero_weights
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
-from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model
 
 CPU = torch.device("cpu")
 

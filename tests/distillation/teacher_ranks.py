@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from dualroute.distillation.intermediate import recording
 from dualroute.distillation.teacher import Teacher, open_divided
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import load_model, read_checkpoint, save_model
+from dualroute.model.checkpoint.format import load_model, read_checkpoint, save_model
 from dualroute.training.parallel.sequence import new_sequence_group
 
 

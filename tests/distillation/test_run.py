@@ -14,7 +14,7 @@ from dualroute.distillation import teacher as teachers
 from dualroute.distillation.on_policy import is_on_policy
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import find_checkpoint, load_model, save_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests import warm
 from tests.conftest import ROOT

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from dualroute.data.manifest import Manifest
-from dualroute.model import DualRoutingTransformer, ModelConfig, checkpoint_format
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint import format as checkpoint_format
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))  
 
 from dualroute.evaluate.load import Loaded, load
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import Checkpoint, save_model
+from dualroute.model.checkpoint.format import Checkpoint, save_model
 
 TINY = {
     "dim": 32,

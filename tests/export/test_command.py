@@ -11,7 +11,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.export.command import ExportConfig, prepare
 from dualroute.export.quality import measure, samples, windows
-from dualroute.model.checkpoint_format import save_model
+from dualroute.model.checkpoint.format import save_model
 from tests.export.conftest import tiny_model
 
 

@@ -11,7 +11,7 @@ import yaml
 from dualroute import cli
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import find_checkpoint, save_model
+from dualroute.model.checkpoint.format import find_checkpoint, save_model
 from dualroute.pipeline import run as run_module
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.run import run_pipeline

@@ -13,7 +13,7 @@ import torch
 from dualroute.cli import parse_stage
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
-from dualroute.model.checkpoint_format import save_model
+from dualroute.model.checkpoint.format import save_model
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import build_model, build_sharded_model, with_given
 

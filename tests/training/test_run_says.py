@@ -13,7 +13,7 @@ import yaml
 from dualroute.attention import backend
 from dualroute.cli import main, parse_stage
 from dualroute.data.manifest import Manifest
-from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.training.monitoring import summary
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.run import check

@@ -33,7 +33,7 @@ from dualroute.export.hf import check_folder
 from dualroute.export.hf.bundle import bundle
 from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer
 from dualroute.model import SamplingConfig, generate
-from dualroute.model.weights_file import write_tensors
+from dualroute.model.checkpoint.weights_file import write_tensors
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 24

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     METADATA,
     TOKENIZER,
     find_checkpoint,

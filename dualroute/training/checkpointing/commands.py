@@ -22,12 +22,12 @@ from torch import Tensor
 
 from dualroute.errors import UserError
 from dualroute.files import appearing_folder
-from dualroute.model import checkpoint_folder
-from dualroute.model.weights_file import write_weights
-from dualroute.training.checkpointing.reshard import Reporter, check_room
-from dualroute.training.checkpointing.state_layout import StateLayout
-from dualroute.training.checkpointing.state_reader import WEIGHT, TrainingState, open_state
-from dualroute.training.checkpointing.state_writer import write_failures, write_universal
+from dualroute.model.checkpoint import folder as checkpoint_folder
+from dualroute.model.checkpoint.weights_file import write_weights
+from dualroute.training.checkpointing.state.layout import StateLayout
+from dualroute.training.checkpointing.state.reader import WEIGHT, TrainingState, open_state
+from dualroute.training.checkpointing.state.reshard import Reporter, check_room
+from dualroute.training.checkpointing.state.writer import write_failures, write_universal
 
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _MODULE = "model."  # where the model sits in the LightningModule

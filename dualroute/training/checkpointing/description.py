@@ -1,8 +1,8 @@
 """What ``checkpoint.json`` says of the run that wrote it, beside the step and its losses.
 
-In: a run that was found sound.  Next: :mod:`~dualroute.training.checkpointing.publisher` writes it into every
-checkpoint; a resume compares ``settings``, retention compares ``validation``, and what is made of the weights
-hands ``lineage`` on.
+In: a run that was found sound.  Next: :mod:`~dualroute.training.checkpointing.publishing.publisher` writes it
+into every checkpoint; a resume compares ``settings``, retention compares ``validation``, and what is made of
+the weights hands ``lineage`` on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from dualroute.data.module import ShardDataModule
-from dualroute.model import lineage
-from dualroute.model.checkpoint_folder import Checkpoint, find_checkpoint
+from dualroute.model.checkpoint import lineage
+from dualroute.model.checkpoint.folder import Checkpoint, find_checkpoint
 from dualroute.training.checkpointing.resumed_settings import settings_of
 from dualroute.training.config import PretrainConfig
 

@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from dualroute.model import tree_hash
-from dualroute.model.checkpoint_folder import METADATA, Checkpoint, damages
-from dualroute.model.tree_hash import Piece
-from dualroute.training.checkpointing.state_layout import StateLayout
+from dualroute.model.checkpoint import tree_hash
+from dualroute.model.checkpoint.folder import METADATA, Checkpoint, damages
+from dualroute.model.checkpoint.tree_hash import Piece
+from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.parallel.agreement import decided_by_rank_zero, place, told_by_all
 
 

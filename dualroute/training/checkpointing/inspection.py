@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualroute.errors import UserError
-from dualroute.model import checkpoint_folder
+from dualroute.model.checkpoint import folder as checkpoint_folder
 
 
 def list_checkpoints(run: str) -> int:

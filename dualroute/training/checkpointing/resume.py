@@ -4,9 +4,9 @@
 - Here: :func:`choose_start` looks, and changes nothing; :func:`check_start` compares the chosen checkpoint
   with the configuration and the data, :func:`refuse_damaged` every file with its hashes, divided over the
   ranks.
-- Next: :mod:`~dualroute.training.checkpointing.reshard` makes the state readable for the ranks of this start,
-  and when all of them have loaded it, :mod:`~dualroute.training.checkpointing.first_write` sets newer ones
-  aside.
+- Next: :mod:`~dualroute.training.checkpointing.state.reshard` makes the state readable for the ranks of this
+  start, and when all of them have loaded it, :mod:`~dualroute.training.checkpointing.publishing.first_write`
+  sets newer ones aside.
 
 A run that has trained and whose checkpoints are not to be found is not begun anew: they are more often not
 mounted than lost.
@@ -27,12 +27,12 @@ from typing import Any
 import yaml
 
 from dualroute.errors import UserError
-from dualroute.model import checkpoint_folder
-from dualroute.model.checkpoint_folder import Checkpoint, Scan, scan_checkpoints, step_of
+from dualroute.model.checkpoint import folder as checkpoint_folder
+from dualroute.model.checkpoint.folder import Checkpoint, Scan, scan_checkpoints, step_of
 from dualroute.model.config import ModelConfig
 from dualroute.training.checkpointing import starting_points
 from dualroute.training.checkpointing.divided_check import first_damage
-from dualroute.training.checkpointing.upkeep import ABANDONED, LINKS, PUBLISHED
+from dualroute.training.checkpointing.publishing.upkeep import ABANDONED, LINKS, PUBLISHED
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 

@@ -19,14 +19,14 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, one_line, printable
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
-from dualroute.model.checkpoint_format import (
+from dualroute.model.checkpoint.format import (
     TOKENIZER,
     Checkpoint,
     find_checkpoint,
     load_model,
     scan_checkpoints,
 )
-from dualroute.model.lineage import total_tokens
+from dualroute.model.checkpoint.lineage import total_tokens
 from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 

@@ -19,7 +19,7 @@ import torch
 from dualroute.attention.backend import describe
 from dualroute.data.module import ShardDataModule
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.model.checkpoint.format import Checkpoint
 from dualroute.training.checkpointing.resumed_settings import learning_rate_note
 from dualroute.training.config import PretrainConfig
 from dualroute.training.monitoring.progress import format_count

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualroute import compat
-from dualroute.model.checkpoint_format import replace_parameter
+from dualroute.model.checkpoint.format import replace_parameter
 from dualroute.training.parallel.agreement import decided_by_rank_zero
 from dualroute.training.step.allocator import giving_back_freed_memory
 

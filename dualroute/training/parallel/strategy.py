@@ -30,10 +30,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from dualroute import compat
 from dualroute.errors import UserError
-from dualroute.training.checkpointing.capture import WeightsOfPartitions
-from dualroute.training.checkpointing.safe_load import deepspeed_loads_safely, load_deepspeed_file
-from dualroute.training.checkpointing.state_file import StateFile
-from dualroute.training.checkpointing.state_reader import TrainingState
+from dualroute.training.checkpointing.publishing.capture import WeightsOfPartitions
+from dualroute.training.checkpointing.state.file import StateFile
+from dualroute.training.checkpointing.state.reader import TrainingState
+from dualroute.training.checkpointing.state.safe_load import deepspeed_loads_safely, load_deepspeed_file
 from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dualroute import compat
 from dualroute.errors import RUN_AGAIN
-from dualroute.training.checkpointing.publisher import CheckpointPublisher
+from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
 from dualroute.training.resilience import stop_signal
 from dualroute.training.resilience.launcher import command_line
 from dualroute.training.resilience.requeue import NOT_IN_SLURM, requeue_job

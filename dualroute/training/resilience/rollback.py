@@ -24,7 +24,7 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import Span, merge_spans, sample_numbers
 from dualroute.errors import UserError
 from dualroute.files import read_json, write_bytes_atomically
-from dualroute.model import checkpoint_folder
+from dualroute.model.checkpoint import folder as checkpoint_folder
 from dualroute.training.checkpointing.resume import Start
 from dualroute.training.checkpointing.starting_points import lineage_of
 from dualroute.training.parallel.agreement import decided_by_rank_zero

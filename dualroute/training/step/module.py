@@ -234,7 +234,7 @@ class Pretrain(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
-        # by these names a state can be cut up otherwise (see training/checkpointing/state_reader.py)
+        # by these names a state can be cut up otherwise (see training/checkpointing/state/reader.py)
         checkpoint["parameter_names"] = self._names_by_group()
 
     def _names_by_group(self) -> list[list[str]]:

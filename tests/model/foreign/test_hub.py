@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import save_model
+from dualroute.model.checkpoint.format import save_model
 from dualroute.model.foreign.hub import load_causal_lm, load_dense
 
 SHAPE = {

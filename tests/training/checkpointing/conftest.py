@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.training.checkpointing.elastic_runs import LANES, RANKS, launch, leg
 from tests.training.checkpointing.runs import KEPT, pretrain
+from tests.training.checkpointing.state.elastic_runs import LANES, RANKS, launch, leg
 
 
 class Elastic(NamedTuple):

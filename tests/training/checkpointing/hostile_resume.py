@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from dualroute.cli import main
-from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.checkpoint.format import find_checkpoint
 from tests.sealed import redescribe
-from tests.training.checkpointing.elastic_runs import SMALL, ZERO
+from tests.training.checkpointing.state.elastic_runs import SMALL, ZERO
 
 LAYOUTS = {"plain": [], "stage0": ZERO[0], "stage2": ZERO[2], "stage3": ZERO[3]}
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import METADATA, read_checkpoint
+from dualroute.model.checkpoint.format import METADATA, read_checkpoint
+from dualroute.training.checkpointing.publishing.upkeep import PUBLISHED
 from dualroute.training.checkpointing.resume import choose_start
-from dualroute.training.checkpointing.upkeep import PUBLISHED
 from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
 from tests.training.checkpointing.runs import KEPT, begun_at, killed_in, pretrain, snapshot, steps_in
 
@@ -159,7 +159,7 @@ def test_a_state_that_is_no_readable_file_is_named(run, tiny_dataset, capsys, mo
         def refuse(path, *_):
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr("dualroute.model.tree_hash._digest", refuse)
+        monkeypatch.setattr("dualroute.model.checkpoint.tree_hash._digest", refuse)
     else:
         state.unlink()
         if how == "folder":

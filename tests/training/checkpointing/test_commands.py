@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from dualroute.cli import main
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.checkpointing import commands
 from dualroute.training.checkpointing.resume import refuse_damaged
-from dualroute.training.checkpointing.state_reader import WEIGHT, PartitionedState, open_state
+from dualroute.training.checkpointing.state.reader import WEIGHT, PartitionedState, open_state
 from tests.sealed import redescribe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

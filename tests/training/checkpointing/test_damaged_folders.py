@@ -15,9 +15,9 @@ import pytest
 
 from dualroute.cli import main
 from dualroute.export.hf import folder as huggingface
-from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.checkpoint.format import find_checkpoint
 from tests.sealed import redescribe
-from tests.training.checkpointing.elastic_runs import SMALL
+from tests.training.checkpointing.state.elastic_runs import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,9 +7,9 @@ import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import METADATA, find_checkpoint, list_checkpoints
+from dualroute.model.checkpoint.format import METADATA, find_checkpoint, list_checkpoints
 from dualroute.training import run as run_module
-from dualroute.training.checkpointing.first_write import FirstWrite
+from dualroute.training.checkpointing.publishing.first_write import FirstWrite
 from dualroute.training.checkpointing.resume import seen_here
 from dualroute.training.checkpointing.starting_points import spelled
 from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
@@ -191,7 +191,7 @@ def test_a_refused_resume_takes_its_converted_state_away(run, tiny_dataset):
 
 
 def test_a_folder_that_is_full_is_named_and_changes_nothing(run, tiny_dataset, capsys, monkeypatch):
-    from dualroute.training.checkpointing import first_write
+    from dualroute.training.checkpointing.publishing import first_write
 
     def full(*_):
         raise OSError(28, "No space left on device", "config.yaml")

@@ -18,11 +18,11 @@ import torch
 from dualroute.cli import main
 from dualroute.distillation.config import RESUME_RULES, DistillConfig
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import Checkpoint, find_checkpoint
-from dualroute.training.checkpointing.reshard import refuse_other_precision, saved_precision
+from dualroute.model.checkpoint.format import Checkpoint, find_checkpoint
+from dualroute.training.checkpointing.publishing.upkeep import best_by_validation
 from dualroute.training.checkpointing.resumed_settings import RULES, learning_rate_note
-from dualroute.training.checkpointing.state_layout import StateLayout
-from dualroute.training.checkpointing.upkeep import best_by_validation
+from dualroute.training.checkpointing.state.layout import StateLayout
+from dualroute.training.checkpointing.state.reshard import refuse_other_precision, saved_precision
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.token_count import TokenCount

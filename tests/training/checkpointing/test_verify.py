@@ -10,8 +10,8 @@ from dualroute.cli import main
 from dualroute.data.manifest import Manifest
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_folder import SEAL
-from dualroute.model.checkpoint_format import METADATA, WEIGHTS, load_model, read_checkpoint, save_model
+from dualroute.model.checkpoint.folder import SEAL
+from dualroute.model.checkpoint.format import METADATA, WEIGHTS, load_model, read_checkpoint, save_model
 from tests.sealed import rewrite
 
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from dualroute.training.monitoring.tensorboard import TensorBoard
-from tests.training.checkpointing.test_publisher import attempt
+from tests.training.checkpointing.publishing.test_publisher import attempt
 from tests.training.step.test_module import curve
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dualroute.cli import main
-from dualroute.training.checkpointing.publisher import gather_weights
+from dualroute.training.checkpointing.publishing.publisher import gather_weights
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.parallel.strategy import DualRouteDeepSpeedStrategy
 

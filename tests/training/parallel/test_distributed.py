@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from tests import warm
 from tests.conftest import ROOT
 from tests.training.step.test_module import SMALL, curve, environment, train

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from dualroute.model.config import ModelConfig
 from dualroute.model.transformer import DualRoutingTransformer
 from tests import warm

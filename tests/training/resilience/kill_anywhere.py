@@ -25,7 +25,7 @@ from tempfile import mkdtemp
 import torch
 from safetensors.torch import load_file
 
-from dualroute.model.checkpoint_format import WEIGHTS, find_checkpoint, list_checkpoints
+from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint, list_checkpoints
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.resilience.heartbeat import read_beat
 from tests.training.resilience.ranks import finish, start

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from dualroute.cli import main
-from dualroute.training.checkpointing import publisher
+from dualroute.training.checkpointing.publishing import publisher
 from dualroute.training.parallel.environment import detect_world, strip_local_rank
 from dualroute.training.resilience import stop_signal
 from dualroute.training.step.module import Pretrain

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dualroute.model.checkpoint_format import list_checkpoints
+from dualroute.model.checkpoint.format import list_checkpoints
 from dualroute.training.resilience.preemption import PREEMPTED
 from tests import warm
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ import pytest
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import merge_spans, sample_numbers
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.training.resilience.rollback import FILE, Divergence, read_rollbacks, roll_back
 from dualroute.training.step.spike_guard import TrainingDiverged
 from tests.training.checkpointing.runs import snapshot

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
-from dualroute.model.checkpoint_format import find_checkpoint
+from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.compilation import compile_layers

@@ -9,7 +9,7 @@ from torch import nn
 
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import find_checkpoint, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from dualroute.training.config import DataConfig, ParallelConfig, PretrainConfig, TrainConfig
 from dualroute.training.step.fp8 import check_fp8, multiply_in_fp8
 from tests.training.step.test_module import curve, train

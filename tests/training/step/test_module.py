@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dualroute.cli import main
-from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
+from dualroute.model.checkpoint.format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests import warm
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ from dualroute.compress.quantize import QuantizeConfig, quantize, quantize_model
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint_format import save_model
+from dualroute.model.checkpoint.format import save_model
 from dualroute.model.quantized import Quantization
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 

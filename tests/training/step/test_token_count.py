@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.model.checkpoint.format import Checkpoint
 from dualroute.training.config import OptimConfig, TrainConfig
 from dualroute.training.step.optim import learning_rate, lr_at
 from dualroute.training.step.token_count import TokenCount
