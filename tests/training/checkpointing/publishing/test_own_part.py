@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from dualroute.errors import UserError
-from dualroute.model import ModelConfig, tree_hash
+from dualroute.model import ModelConfig
+from dualroute.model.checkpoint import tree_hash
 from dualroute.model.checkpoint.folder import Checkpoint, damages, find_checkpoint
 from dualroute.training.checkpointing.publishing import own_part
 from dualroute.training.checkpointing.publishing.capture import (
