@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.data import verify as verify_under_test
@@ -373,6 +374,9 @@ def test_the_loaders_processes_lay_out_the_documents(folder: Path) -> None:
     assert torch.equal(batch["layout"].documents, expected.documents)
     rows = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     assert torch.equal(batch["label_rows"], rows)
+    # what strategies do to a batch at a lower precision leaves the layout alone: its tables, its parts in circles
+    converted = apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(torch.bfloat16))
+    assert converted["layout"] is batch["layout"]
     moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert moved["num_targets"].device.type == "cpu"
     assert moved["layout"].stream.device.type == "meta"

@@ -15,10 +15,8 @@ mask of documents is ever built, and a batch of short documents costs what its d
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -52,32 +50,34 @@ class _Rows(torch.autograd.Function):
         return _Rows.apply(grads[0], target, source), None, None
 
 
-@dataclass
 class Layout:
     """The places of a (batch, length) batch of tokens on its stream. Make one with `Layout.build`.
 
     `positions` (B, n) is the position of each token inside its document (0 at padding); `documents` (B, n)
     the number of its document, unique over the batch (-1 at padding). `slot_token` (S,) and `token_slot`
     (B*n,) lead from slots to tokens and back, -1 = none; both are None in the trivial case, where the batch
-    already *is* the stream.
+    already *is* the stream. `handle` stands for the stream in a compiled graph, see `core.held`.
+
+    No dataclass: trainers walk through the fields of those in a batch and convert their tensors' types.
     """
 
-    batch: int
-    length: int
-    stream: Stream
-    positions: Tensor
-    documents: Tensor
-    slot_token: Tensor | None
-    token_slot: Tensor | None
-    #: stands for the stream in a compiled graph, see `core.held`
-    handle: Tensor = field(init=False, repr=False, compare=False)
-    _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(
-        init=False, repr=False, compare=False, default_factory=dict
-    )
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        stream: Stream,
+        positions: Tensor,
+        documents: Tensor,
+        slot_token: Tensor | None,
+        token_slot: Tensor | None,
+    ) -> None:
+        self.batch, self.length, self.stream = batch, length, stream
+        self.positions, self.documents = positions, documents
+        self.slot_token, self.token_slot = slot_token, token_slot
+        self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self.handle: Tensor
         if not torch.compiler.is_compiling():  # there it is given, see `attention.compiled`
-            self.handle = hold(self.stream)
+            self.handle = hold(stream)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "handle": None, "_tables": {}}
@@ -319,7 +319,10 @@ class Layout:
 
     def at_positions(self, positions: Tensor | None) -> Layout:
         """The same layout for tokens at other positions (B, n); these are kept, and must not change."""
-        return self if positions is None else dataclasses.replace(self, positions=positions)
+        if positions is None:
+            return self
+        places = self.documents, self.slot_token, self.token_slot
+        return Layout(self.batch, self.length, self.stream, positions, *places)
 
     def _rotary_table(
         self,

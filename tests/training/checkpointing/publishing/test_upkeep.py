@@ -124,14 +124,14 @@ def test_something_that_came_in_the_way_of_a_checkpoint_makes_room(tiny_dataset,
     """Another process without locks, a hand: the next step has a folder of its name while the run goes on."""
     from dualroute.training.checkpointing.publishing import publisher
 
-    original = publisher.make_durable
+    original = publisher._flush
 
-    def meddle(folder):
-        original(folder)
+    def meddle(folder, flushed):
+        original(folder, flushed)
         (folder.parent / folder.name.removeprefix(".writing-")).mkdir()
         (folder.parent / folder.name.removeprefix(".writing-") / "mine").write_text("")
 
-    monkeypatch.setattr(publisher, "make_durable", meddle)
+    monkeypatch.setattr(publisher, "_flush", meddle)
     with killed_in(6):
         pretrain(tiny_dataset, tmp_path / "run", 8)
     assert (tmp_path / "run" / "checkpoints" / "abandoned-step-00000004" / "mine").exists()
