@@ -374,7 +374,7 @@ def test_the_loaders_processes_lay_out_the_documents(folder: Path) -> None:
     assert torch.equal(batch["layout"].documents, expected.documents)
     rows = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     assert torch.equal(batch["label_rows"], rows)
-    # what strategies do to a batch at a lower precision leaves the layout alone: its tables, its parts in circles
+    # what strategies do to a batch at a lower precision leaves the layout as it is
     converted = apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.to(torch.bfloat16))
     assert converted["layout"] is batch["layout"]
     moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
