@@ -22,6 +22,8 @@ from dualroute.attention.core.layout import Stream
 HALF = (torch.float16, torch.bfloat16)
 MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay on one SM
 MAX_DIM = 128
+LOG2_E = 1.4426950408889634
+LOG_2_E, LN_2 = tl.constexpr(LOG2_E), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -56,13 +58,14 @@ def dot(a, b):
 def softmax_step(total, peak, norm, logits, values):
     """Add keys with (rows, keys) logits, -inf = closed, and (keys, d) values to a running softmax.
 
-    `total` (rows, d) is the sum of exp(logit - peak) * value so far, `norm` (rows,) that of exp(logit - peak)
+    Logits are in units of log 2, so that exp2 needs no factor: multiply them by LOG2_E. `total` (rows, d) is
+    the sum of exp2(logit - peak) * value so far, `norm` (rows,) that of exp2(logit - peak)
     (Milakov and Gimelshein, arXiv 1805.02867; flash attention, arXiv 2205.14135).
     """
     new_peak = tl.maximum(peak, tl.max(logits, 1))
-    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing open yet: exp(-inf - 0) = 0
-    weights = tl.exp(logits - shift[:, None])
-    decay = tl.exp(peak - shift)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing open yet: exp2(-inf - 0) = 0
+    weights = tl.exp2(logits - shift[:, None])
+    decay = tl.exp2(peak - shift)
     total = total * decay[:, None] + dot(weights.to(values.dtype), values)
     return total, new_peak, norm * decay + tl.sum(weights, 1)
 
