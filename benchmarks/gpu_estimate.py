@@ -143,7 +143,9 @@ def _products(body: Body, warps: int) -> float:
     return clocks
 
 
-def estimate(kernel: Kernel, backward: bool, programs: float, passes: list[float], read: Range = (0, 0)) -> Row:
+def estimate(
+    kernel: Kernel, backward: bool, programs: float, passes: list[float], read: Range = (0, 0)
+) -> Row:
     """A kernel of `programs` thread blocks that pass their loops so often; `read` is bytes of HBM and of L2.
 
     The last loop may be missing: a short one the compiler writes out.
@@ -180,11 +182,9 @@ def _torch(name: str, backward: bool, data: float, launches: int, pairs: float =
 
 def _forward_and_backward(shape: Shape) -> list[Row]:
     """Every kernel and step of both routes, forward first."""
-    found = kernels(shape.dim, shape.window, shape.block, shape.top_k)
-    rows, seen = [], set()
-    for kernel in found:
-        backward = kernel.name in seen or kernel.name in BACKWARD
-        seen.add(kernel.name)
+    rows, backward = [], False
+    for kernel in kernels(shape.dim, shape.window, shape.block, shape.top_k):
+        backward = backward or kernel.name == "delta_kernel"  # the first of every backward pass
         rows.append(estimate(kernel, backward, *PASSES[kernel.name](kernel, shape, backward)))
     pairs, row = shape.pairs, shape.tokens * shape.heads * shape.dim * 2
     rows += [
@@ -221,7 +221,13 @@ def _tokens(kernel: Kernel, shape: Shape, backward: bool) -> tuple[float, list[f
     far = shape.blocks / 2 / tile["KEYS"]
     rows = shape.pairs * shape.dim * 2
     far_bytes = programs * shape.blocks / 2 * shape.dim * 2 * 3
-    return programs, [max(1.0, own), far, min(shape.top_k + 1, shape.blocks / 2)], (rows, far_bytes)
+    again = [far] if tile.get("TWICE") else []
+    return programs, [*again, max(1.0, own), far, min(shape.top_k + 1, shape.blocks / 2)], (rows, far_bytes)
+
+
+def _bits(kernel: Kernel, shape: Shape, backward: bool) -> tuple[float, list[float], Range]:
+    programs = shape.tokens / kernel.constants["ROWS"] * shape.heads
+    return programs, [shape.blocks / 64], (shape.tokens * shape.heads * shape.blocks / 16, 0)
 
 
 def _far(kernel: Kernel, shape: Shape, backward: bool) -> tuple[float, list[float], Range]:
@@ -253,7 +259,6 @@ def _bytes(rows: float) -> Passes:
 
 
 Passes = Callable[[Kernel, Shape, bool], tuple[float, list[float], Range]]
-BACKWARD = {"far_kernel", "blocks_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel"}
 PASSES: dict[str, Passes] = {
     "select_kernel": _select,
     "pairs_kernel": _pairs,
@@ -264,6 +269,8 @@ PASSES: dict[str, Passes] = {
     "key_gradient_kernel": _windowed("ROWS", "KEYS"),
     "blocks_kernel": _bytes(24),
     "delta_kernel": _bytes(4),
+    "poison_kernel": _bytes(2),
+    "bits_kernel": _bits,
 }
 
 
@@ -300,7 +307,9 @@ def detail(shape: Shape) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", default=[""], help="only those whose name contains one of these")
+    parser.add_argument(
+        "--shapes", nargs="*", default=[""], help="only those whose name contains one of these"
+    )
     parser.add_argument("--rows", nargs="*", default=[], help="print the kernels of those, too")
     parser.add_argument("--output", type=Path, help="folder for gpu_estimate.csv")
     options = parser.parse_args()

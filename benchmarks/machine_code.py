@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,10 @@ class Kernel:
     def _without(self, begin: int, end: int, spans: list[tuple[int, int]]) -> list[str]:
         inner = [span for span in spans if begin <= span[0] and span[1] <= end and span != (begin, end)]
         inside = {place for span in inner for place in range(*span)}
-        return [text for place, text in enumerate(self.instructions[0]) if begin <= place < end and place not in inside]
+        return [self.instructions[0][place] for place in range(begin, end) if place not in inside]
 
 
+@cache
 def _tool(name: str, option: str, binary: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -150,7 +151,7 @@ def _kernel(function: JITFunction, compiled_kernel: Any) -> Kernel:
 def compiled(capability: int) -> Iterator[list[Kernel]]:
     """The kernels that are launched inside, compiled and not run. TRITON_INTERPRET must not be set."""
     found: list[Kernel] = []
-    run, active = JITFunction.run, driver.active if driver._active is not None else None
+    run = JITFunction.run
 
     def only_compile(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         found.append(_kernel(self, run(self, *args, grid=grid, warmup=True, **kwargs)))
@@ -161,5 +162,3 @@ def compiled(capability: int) -> Iterator[list[Kernel]]:
         yield found
     finally:
         JITFunction.run = run
-        if active is not None:
-            driver.set_active(active)

@@ -37,7 +37,7 @@ def key_logit_gradients(query, keys, values, grad, lse, delta, seen, scale):
 
 @triton.jit
 def load_softmax(lse_rows, delta_rows, rows, row_mask):
-    """log-sum-exp in units of log 2, and delta of rows; masked ones get inf, and so the weight 0 everywhere."""
+    """log-sum-exp in units of log 2, and delta of rows; masked ones get inf, and so weights of 0."""
     lse = tl.load(lse_rows + rows, mask=row_mask, other=float("inf"))
     return lse * LOG_2_E, tl.load(delta_rows + rows, mask=row_mask, other=0.0)
 

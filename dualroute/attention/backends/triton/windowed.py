@@ -35,7 +35,7 @@ from dualroute.attention.backends.triton.tiles import (
     pad_dim,
     softmax_step,
     store_rows,
-    tile_sizes,
+    tile_for,
 )
 
 
@@ -161,6 +161,9 @@ def key_gradient_kernel(
     values = load_rows(value_rows + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
     to_key = tl.zeros((KEYS, DIM_PAD), tl.float32)
     to_value = tl.zeros((KEYS, DIM_PAD), tl.float32)
+    if ADD:
+        to_key = load_rows(more_key + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM) / scale
+        to_value = load_rows(more_value + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
 
     # Rows that see a key are as far away as keys that a row sees.
     begin = tl.load(begin_slot + slot, mask=key_mask, other=slots)
@@ -188,11 +191,7 @@ def key_gradient_kernel(
             to_value += dot(weights.to(grad.dtype), grad)
             to_key += dot(grad_logits.to(query.dtype), query)
 
-    to_key *= scale
-    if ADD:
-        to_key += load_rows(more_key + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
-        to_value += load_rows(more_value + kv_head * slots * DIM, slot, key_mask, DIM, DIM_PAD, DIM)
-    store_rows(grad_key + kv_head * slots * DIM, slot, key_mask, to_key, DIM, DIM_PAD, DIM)
+    store_rows(grad_key + kv_head * slots * DIM, slot, key_mask, to_key * scale, DIM, DIM_PAD, DIM)
     store_rows(grad_value + kv_head * slots * DIM, slot, key_mask, to_value, DIM, DIM_PAD, DIM)
 
 
@@ -203,7 +202,7 @@ def forward(
     heads, slots, dim = query.shape
     out = torch.empty_like(query)
     lse = torch.empty(heads, slots, dtype=torch.float32, device=query.device)
-    tile = tile_sizes(dim, query.dtype)
+    tile = tile_for("window", dim, query.dtype)
     forward_kernel[(triton.cdiv(slots, tile.rows), heads)](
         query, key, value, poison(value), begin, end, out, lse,
         slots, min(window, slots), LOG2_E / math.sqrt(dim),
@@ -221,7 +220,7 @@ def query_gradient(
     """(H, S, d) from grad = d loss / d output; `lse` and `delta` (H, S) are those of the whole softmax."""
     heads, slots, dim = query.shape
     grad_query = torch.empty_like(query)
-    tile = tile_sizes(dim, query.dtype, backward=True)
+    tile = tile_for("window_query", dim, query.dtype)
     query_gradient_kernel[(triton.cdiv(slots, tile.rows), heads)](
         grad, query, key, value, lse, delta, poison(key), begin, end, grad_query,
         slots, min(window, slots), 1 / math.sqrt(dim),
@@ -240,7 +239,7 @@ def key_gradients(
     heads, slots, dim = query.shape
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     more_key, more_value = more if more is not None else (grad_key, grad_value)
-    tile = tile_sizes(dim, query.dtype, backward=True)
+    tile = tile_for("window_key", dim, query.dtype)
     key_gradient_kernel[(triton.cdiv(slots, tile.columns), len(key))](
         grad, query, key, value, lse, delta, begin, end, more_key, more_value, grad_key, grad_value,
         slots, min(window, slots), 1 / math.sqrt(dim),
