@@ -310,6 +310,8 @@ def _backward_pairs(
     part_key = torch.empty(listed.programs, block, dim, dtype=torch.float32, device=query.device)
     part_value = torch.empty_like(part_key)
     tile = tile_for("pairs_key", max(dim, block), query.dtype)
+    if min(dim, block) > 64:  # keys, values and the sums of their gradients fill the registers
+        tile = tile._replace(rows=32)
     pairs_kernel[(listed.programs,)](
         grad, query, key, value, lse, delta, *listed, pair_query, part_key, part_value,
         slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
