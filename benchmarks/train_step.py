@@ -7,7 +7,9 @@
 Equal parameters, equal tokens per step, interleaved in one run, medians; the ratio is dense / variant, above
 1 where the variant is faster. Dense attention is torch's scaled_dot_product_attention(is_causal=True), even
 where the project has kernels that are faster.
-`--activations` adds activation checkpointing (full/2: every second layer) and the peak memory of a step.
+`--activations` adds activation checkpointing (full/2: every second layer) and the peak memory of a step;
+`--compile` adds each case with compiled layers (`train.compile`), whose first step, which compiles, is not
+timed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,7 @@ from measure import medians, peak_mebibytes, prepare, show
 from dualroute.attention.backend import plain_torch
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.training.step.activations import keep_fewer_activations
+from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.losses import chunked_cross_entropy
 
 VARIANTS = {
@@ -56,10 +60,12 @@ def step(model: DualRoutingTransformer, ids: torch.Tensor, bf16: bool) -> None:
 
 
 def prepared_step(
-    options: argparse.Namespace, context: int, variant: str, activations: str, bf16: bool
+    options: argparse.Namespace, context: int, variant: str, activations: str, layers: str, bf16: bool
 ) -> Callable[[], None]:
-    """The step of a new model on random tokens."""
+    """The step of a new model on random tokens; `layers` are "eager" or "compiled"."""
     model = build(options.preset, options.vocab_size, context + 1, **VARIANTS[variant]).to(options.device)
+    if layers == "compiled":
+        compile_layers(model)
     what, _, every = activations.partition("/")
     keep_fewer_activations(model, what, every=int(every or 1))
     ids = torch.randint(options.vocab_size, (max(1, options.tokens // context), context + 1))
@@ -75,30 +81,39 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["32"], choices=("32", "bf16-mixed"))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--activations", nargs="+", default=["none"], help="none, full, full/K, feed_forward")
+    parser.add_argument("--compile", action="store_true", help="compiled layers beside eager ones")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that others use, 1 thread"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for the CSV")
     options = parser.parse_args()
     device = prepare(options.threads, options.device)
 
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
     rows = []
     for context, precision in itertools.product(options.contexts, options.precisions):
-        cases = list(itertools.product(options.variants, options.activations))
+        compiled = ["eager", "compiled"] if options.compile else ["eager"]
+        cases = list(itertools.product(options.variants, options.activations, compiled))
         arguments = {case: (options, context, *case, precision == "bf16-mixed") for case in cases}
         works = {" ".join(case): prepared_step(*given) for case, given in arguments.items()}
-        times = dict(zip(cases, medians(works, options.repeats, device).values(), strict=True))
+        times = dict(zip(cases, medians(works, options.repeats, device, clock).values(), strict=True))
         tokens = max(1, options.tokens // context) * context
-        for variant, activations in cases:
-            taken = times[variant, activations]
+        for variant, activations, layers in cases:
+            taken = times[variant, activations, layers]
             row = {"context": f"{context:,}", "precision": precision, "attention": variant}
             row["tokens/s"] = f"{tokens / taken:,.0f}"
             if "dense" in options.variants:
-                row["ratio to dense"] = f"{times['dense', activations] / taken:.2f}"
+                row["ratio to dense"] = f"{times['dense', activations, layers] / taken:.2f}"
+            if options.compile:
+                row["layers"] = layers
+                row["faster than eager"] = f"{times[variant, activations, 'eager'] / taken:.2f}"
             if len(options.activations) > 1:
                 row["activations"] = activations
-                row["time"] = f"{taken / times[variant, options.activations[0]]:.2f}"
-                peak = peak_mebibytes(prepared_step, *arguments[variant, activations], device=device)
+                row["time"] = f"{taken / times[variant, options.activations[0], layers]:.2f}"
+                peak = peak_mebibytes(prepared_step, *arguments[variant, activations, layers], device=device)
                 row["peak MiB"] = f"{peak:.0f}"
             rows.append(row)
     show(f"training step of {options.preset}", rows, options.output, "train_step")

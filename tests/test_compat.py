@@ -1,6 +1,9 @@
 """Each private name of a library, used once: a release that changes one fails here, and says what breaks."""
 
+import inspect
 import json
+import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,12 +26,28 @@ def test_lightning_leaves_signals_alone():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_flight_recorder_can_be_read():
+def test_the_flight_recorder_can_be_read(monkeypatch):
     """Without: a stall report cannot say which rank is missing from a collective."""
     from torch._C import _distributed_c10d
 
     assert isinstance(json.loads(_distributed_c10d._dump_fr_trace_json()), dict)
-    assert compat.last_collectives() == []  # no group here
+    assert all(not record.get("entries") for record in compat.flight_records())  # no group here
+    assert isinstance(pickle.loads(compat.flight_dump()), dict)
+    on_nccl = {"_dump_nccl_trace_json": b'{"entries": [1]}', "_dump_nccl_trace": b"nccl"}
+    for name, dump in on_nccl.items():
+        monkeypatch.setattr(_distributed_c10d, name, lambda dump=dump: dump, raising=False)
+    assert compat.flight_records()[0] == {"entries": [1]}
+    assert compat.flight_dump() == b"nccl"
+
+
+def test_a_fused_optimizer_is_clipped_like_another():
+    """Without: gradients cannot be clipped in bf16-mixed with a fused optimizer."""
+    from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True)
+    assert _optimizer_handles_unscaling(optimizer)
+    compat.optimizer_leaves_scaling_to_others(optimizer)
+    assert not _optimizer_handles_unscaling(optimizer)
 
 
 def test_the_norm_of_zero3():
@@ -43,6 +62,90 @@ def test_the_norm_of_zero3():
             return [torch.tensor(3.0), torch.tensor(4.0)]
 
     assert float(compat.zero3_gradient_norm(Optimizer())) == pytest.approx(5.0)
+
+
+def test_universal_checkpoints_are_read_in_parts():
+    """Without: at a resume with other ranks each rank reads all of the state."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    for name in ("load_hp_checkpoint_state", "_get_param_partition_group"):
+        assert callable(getattr(DeepSpeedZeroOptimizer_Stage3, name))
+    for kind in (DeepSpeedZeroOptimizer, BF16_Optimizer):
+        assert not hasattr(kind, "load_hp_checkpoint_state")  # each parameter's own there
+        assert callable(kind.update_lp_params)
+    assert {"lp_fragment_address", "optim_fragment"} <= tensor_fragment.__dataclass_fields__.keys()
+
+    class Whole:
+        """A parameter of ten elements, which this rank has [4, 7) of."""
+
+        class _hp_mapping:
+            hp = torch.zeros(3)
+            optim_fragment = None
+            lp_fragment_address = type("Address", (), {"start": 4, "numel": 3})
+
+            @classmethod
+            def get_hp_fragment(cls):
+                return cls.hp
+
+    class State:
+        step = torch.tensor(5.0)
+        asked: ClassVar[list[tuple]] = []
+
+        def read_range(self, name, key, start, count):
+            self.asked.append((name, key, start, count))
+            return torch.arange(start, start + count)
+
+    parameter = Whole()
+    parameter.load_hp_checkpoint_state = own = lambda: None
+    optimizer = type("Optimizer", (), {"bit16_groups": [[parameter]]})()
+    with compat.read_partitions_from(optimizer, State()):
+        step = parameter.load_hp_checkpoint_state("…/zero/model.layers.0.weight", 0, 1, ep_rank=0, ep_size=1)
+    assert step == 5
+    assert parameter.load_hp_checkpoint_state is own
+    assert State.asked == [("model.layers.0.weight", key, 4, 3) for key in ("fp32", "exp_avg", "exp_avg_sq")]
+    assert Whole._hp_mapping.hp.tolist() == [4, 5, 6]
+    assert set(parameter._hp_mapping.optim_fragment) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_zero3_parameters_divide_others_like_themselves():
+    """Without: under ZeRO-3 a model cannot get its weights already divided."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    assert "param.convert_to_zero_parameters = " in inspect.getsource(Init._convert_to_deepspeed_param)
+    assert {"module", "config_dict_or_path"} <= inspect.signature(Init.__init__).parameters.keys()
+    assert callable(DeepSpeedStrategy._init_config_if_needed)
+    asked = []
+
+    class First:
+        convert_to_zero_parameters = staticmethod(asked.append)
+
+    compat.zero3_partition("other", First, {})
+    assert asked == [["other"]]
+
+
+def test_the_groups_of_a_second_partition_are_made_once(monkeypatch):
+    """Without: a teacher, or a training after a roll-back, cannot be divided under ZeRO++ hpZ."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.utils import groups
+
+    made = []
+    monkeypatch.setattr(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None)
+
+    def make(size):
+        made.append(size)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = "group"
+
+    monkeypatch.setattr(groups, "_create_zero_param_parallel_group", make)
+    for _ in range(2):
+        compat.make_second_partition_once()
+        groups._create_zero_param_parallel_group(4)
+    assert made == [4]
 
 
 def test_the_shared_memory_op_is_spared():
@@ -62,6 +165,40 @@ def test_the_compiler_has_what_decoding_sets():
     for name in ("freezing", "max_autotune", "size_asserts", "autotune_num_choices_displayed"):
         assert hasattr(inductor, name)
     assert hasattr(dynamo, "cache_size_limit") or hasattr(dynamo, "recompile_limit")
+
+
+def test_what_whole_layers_are_compiled_with():
+    """Without: a model of nine kinds of layers ends at the ninth, or each packing is compiled anew."""
+    import torch._dynamo.config as dynamo
+
+    names = ("recompile_limit", "accumulated_recompile_limit", "optimize_ddp")
+    before = {name: getattr(dynamo, name) for name in names}
+    compat.compile_regions()
+    assert (dynamo.recompile_limit, dynamo.optimize_ddp) == (1024, False)
+    for name, value in before.items():
+        setattr(dynamo, name, value)
+    torch._dynamo.reset()
+    sizes = []
+
+    def compiler(graph, inputs):
+        sizes.append(inputs)
+        return graph
+
+    program = torch.compile(lambda rows: rows * 2, backend=compiler, fullgraph=True)
+    for size in (5, 6, 7):
+        rows = torch.ones(size)
+        compat.size_varies(rows)
+        program(rows)
+    assert len(sizes) == 1
+
+
+def test_an_operator_can_record_a_backward_pass():
+    """Without: a compiled layer trains nothing but what lies after its attention."""
+    rows = torch.ones(3, requires_grad=True)
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not (rows * 2).requires_grad
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            assert (rows * 2).requires_grad
 
 
 def test_the_int4_product_of_a_cpu():

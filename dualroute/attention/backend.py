@@ -1,18 +1,18 @@
-"""Which back end computes the routes: plain torch, the C++ kernels of a CPU, or the Triton kernels of a GPU.
+"""Which back end computes the routes: plain torch, C++ kernels on a CPU, flash attention or Triton on a GPU.
 
 In: the queries of a route; `set_backend`, as a configuration gives it, and DUALROUTE_KERNELS from the
 environment, which overrides it. Out: `choose` gives the `Backend` that takes the call.
 
-    auto      cpp on a CPU where it can be compiled, else torch (the default)
+    auto      on a CPU cpp where it can be compiled, else torch; on a GPU what `decide` was told, which is the
+              fastest one that was found right there (see `verification`), until then torch (the default)
     torch     plain torch
     cpp       the C++ kernels on a CPU; an error where they cannot be compiled
+    flash     flash attention's operators on a CUDA device
     triton    the Triton kernels on a GPU
 
-What the chosen back end cannot take (`supports`) runs in plain torch, which takes everything: the same
-numbers but for rounding.
-
-Plain torch is the default on a GPU. The Triton kernels are tested in the interpreter and
-compiled for GPUs, but have not been timed on one; whoever has one turns them on and compares.
+What the chosen back end cannot take (`supports`; `why_not` gives the reason) runs in plain torch, which takes
+everything: the same numbers but for rounding. Where that back end was named, a warning says so, once for each
+reason.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -35,9 +35,13 @@ from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.options import check_name
 from dualroute.attention.core.routing import Routing
 
+if TYPE_CHECKING:
+    from dualroute.attention.backends.flash.backend import FlashBackend
+
 VARIABLE = "DUALROUTE_KERNELS"
-CHOICES = ("auto", "torch", "cpp", "triton")
+CHOICES = ("auto", "torch", "cpp", "flash", "triton")
 _default = "auto"
+_decided: dict[str, tuple[str, str]] = {}  # by type of device: what auto stands for there, and why
 _only_torch = ContextVar("only_torch", default=False)
 
 
@@ -56,6 +60,9 @@ class Backend(Protocol):
 
     def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
         """Whether it can take queries (..., d). `block` is that of the global route; None: the local one."""
+
+    def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
+        """Why it cannot take them, as a sentence; None where it can."""
 
     def select_blocks(
         self,
@@ -103,7 +110,7 @@ _TORCH: Backend = TorchBackend()
 
 
 def set_backend(name: str) -> None:
-    """Choose the back end of this process: auto, torch, cpp or triton. DUALROUTE_KERNELS overrides it.
+    """Choose the back end of this process: one of `CHOICES`. DUALROUTE_KERNELS overrides it.
 
     Raises:
         ValueError: an unknown name. Whether what it names can be had is seen by `describe`, or in use.
@@ -111,6 +118,40 @@ def set_backend(name: str) -> None:
     global _default
     check_name("attention back end", name, CHOICES)
     _default = name
+    _decided.clear()
+
+
+def decide(device_type: str, name: str, why: str) -> None:
+    """From now on auto stands for `name` on devices of this type; `why` is what `describe` says of it.
+
+    Raises:
+        ValueError: an unknown name, or what it names cannot be had here.
+    """
+    check_name("attention back end", name, CHOICES[1:])
+    load(name)
+    _decided[device_type] = name, why
+
+
+def wanted() -> str:
+    """The name that was asked for, in the configuration or the environment."""
+    return _wanted()[0]
+
+
+def is_open(device: torch.device) -> bool:
+    """Whether auto was asked for, and nothing has decided yet what it stands for on such a device."""
+    return _wanted()[0] == "auto" and device.type not in _decided
+
+
+def load(name: str) -> Backend:
+    """The back end of this name, other than auto.
+
+    Raises:
+        ValueError: it cannot be had here, with the reason.
+    """
+    reason = _why_not_compiled() if name == "cpp" else None
+    if reason is not None:
+        raise ValueError(f"the C++ kernels cannot be compiled: {reason}")
+    return _of_name(name)
 
 
 @contextmanager
@@ -131,15 +172,27 @@ def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> B
     Raises:
         ValueError: DUALROUTE_KERNELS is no known name, or a back end was named that cannot be had here.
     """
+    backend = _wanted_for(query)
+    if backend.supports(query, causal=causal, block=block):
+        return backend if backend is not _cpp() or _compiled() is None else _TORCH
+    if query.device.type == "cuda" and _wanted()[0] != "auto" and not torch.compiler.is_compiling():
+        _warn_once(str(backend.why_not(query, causal=causal, block=block)))
+    return _TORCH
+
+
+def _wanted_for(rows: Tensor) -> Backend:
+    """The back end that was asked for, on the device of these rows."""
     name, _ = _wanted()
-    if name == "torch" or (name == "auto" and query.device.type != "cpu"):
-        return _TORCH
-    backend = _triton() if name == "triton" else _cpp()
-    if not backend.supports(query, causal=causal, block=block):
-        return _TORCH
-    if name != "triton" and _compiled() is not None:
-        return _TORCH
-    return backend
+    if name == "auto":
+        kind = rows.device.type
+        name, _ = _decided.get(kind, ("cpp" if kind == "cpu" else "torch", ""))
+    return _of_name(name)
+
+
+def _of_name(name: str) -> Backend:
+    """A back end other than auto."""
+    loaders: dict[str, Callable[[], Backend]] = {"cpp": _cpp, "flash": _flash, "triton": _triton}
+    return loaders[name]() if name in loaders else _TORCH
 
 
 def token_kernels(rows: Tensor) -> ModuleType | None:
@@ -147,7 +200,9 @@ def token_kernels(rows: Tensor) -> ModuleType | None:
 
     They write the caches on the way, and have no gradients. None: there are none here.
     """
-    return choose(rows).tokens
+    backend = _wanted_for(rows)
+    usable = backend.supports(rows) and (backend is not _cpp() or _compiled() is None)
+    return backend.tokens if usable else None
 
 
 def describe(device: torch.device | str) -> str:
@@ -160,6 +215,11 @@ def describe(device: torch.device | str) -> str:
     name, asker = _wanted()
     if name == "torch":
         return f"attention: plain torch, as {asker} asks for"
+    if name == "auto" and device.type in _decided:
+        return f"attention: {_decided[device.type][1]}"
+    if name == "flash":
+        reason = _flash().why_not(torch.empty(0, 16, dtype=torch.bfloat16, device=device))
+        return f"attention: {(reason and f'plain torch: {reason}') or _flash().description()}"
     if device.type == "cpu" and name != "triton":
         reason = _compiled()
         return f"attention: plain torch, slower: {reason}" if reason else f"attention: {_cpp().description()}"
@@ -168,7 +228,7 @@ def describe(device: torch.device | str) -> str:
         if _triton().supports(like, block=1):
             return f"attention: {_triton().description()}"
         return f"attention: plain torch: the Triton kernels that {asker} asks for do not run on {device}"
-    return f"attention: plain torch on {device.type}"
+    return f"attention: plain torch on {device.type}, where no other kernels were compared with it"
 
 
 def _wanted() -> tuple[str, str]:
@@ -187,6 +247,12 @@ def _cpp() -> Backend:
     from dualroute.attention.backends.cpp.backend import CPP
 
     return CPP
+
+
+def _flash() -> FlashBackend:
+    from dualroute.attention.backends.flash.backend import FLASH
+
+    return FLASH
 
 
 def _triton() -> Backend:
@@ -235,4 +301,4 @@ def _why_not_compiled() -> str | None:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"attention runs on plain torch, which is slower: {reason}", stacklevel=2)
+    warnings.warn(f"attention runs on plain torch, which is slower: {reason}", stacklevel=3)

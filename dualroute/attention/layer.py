@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualroute.attention import compiled
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.layout import Layout
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, check_routes, resolve_heads
@@ -171,9 +172,8 @@ class DualRouting(Projections):
             check_cache(cache, batch, length)
             if cache.length:
                 return decode(self, hidden_states, positions, cache)
-        layout = Layout.of_batch(
-            layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device
-        )
+        lay_out = compiled.lay_out if torch.compiler.is_compiling() else Layout.of_batch
+        layout = lay_out(layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device)
         outputs = []
         if self.global_qkv is not None:
             outputs.append(self._global(hidden_states, layout, positions, cache))
@@ -201,6 +201,8 @@ class DualRouting(Projections):
             how["max_exact_blocks"] = None if cache.exact else self.routing.top_k + 2
         if self.collect_statistics:
             self.statistics = routing_statistics(*rows, layout.stream, **how)
+        if torch.compiler.is_compiling():
+            return compiled.global_attention(*rows, layout.handle, **how)
         return global_attention(*rows, layout.stream, **how)
 
     def _local(
@@ -210,6 +212,8 @@ class DualRouting(Projections):
         rows = self.stream_heads(self.local_qkv, hidden_states, layout, positions, cache is None)
         if cache is not None and cache.local_cache is not None:
             cache.local_cache.append(*(layout.text_rows(part) for part in rows[1:]))
+        if torch.compiler.is_compiling():
+            return compiled.local_attention(*rows, layout.handle, window=self.window, causal=self.causal)
         return local_attention(*rows, layout.stream, window=self.window, causal=self.causal)
 
     def stream_heads(
@@ -234,5 +238,10 @@ class DualRouting(Projections):
         theta, scaling = self.rope_theta, self.rope_scaling
         table = layout.rotary_table(positions, self.head_dim, theta, rows.dtype, scaling)
         return self.rotated_heads(rows, table)
+
+    def prepare(self, layout: Layout, dtype: torch.dtype) -> None:
+        """Have the layout keep what `forward` reads of it, for hidden states of this type: what is kept is an
+        input of a compiled layer, what is not is computed in it."""
+        layout.rotary_table(None, self.head_dim, self.rope_theta, dtype, self.rope_scaling)
 
     new_cache = new_cache

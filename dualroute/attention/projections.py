@@ -45,7 +45,9 @@ class Projections(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         # A bare parameter, not a Linear: no initialiser that walks over the layers may move the gate from 1.
-        self.gate_weight = nn.Parameter(torch.zeros(both, dim)) if gate else None
+        self.gate_weight = nn.Parameter(torch.empty(both, dim)) if gate else None
+        if self.gate_weight is not None:
+            nn.init.zeros_(self.gate_weight)
         self.collect_statistics = False
         self.statistics: dict[str, Tensor] = {}
 
@@ -81,10 +83,11 @@ class Projections(nn.Module):
         if self.gate_weight is not None:
             gate = 2 * torch.sigmoid(nn.functional.linear(hidden_states, self.gate_weight))  # (B, n, H)
             heads = (heads.unflatten(-1, (-1, self.head_dim)) * gate[..., None].to(heads.dtype)).flatten(2)
-            mean = gate.detach().float().mean((0, 1))
-        else:
-            mean = torch.ones(self.global_heads + self.local_heads, device=heads.device)
         if self.collect_statistics:
+            if self.gate_weight is not None:
+                mean = gate.detach().float().mean((0, 1))
+            else:
+                mean = torch.ones(self.global_heads + self.local_heads, device=heads.device)
             for name, part in (("global", mean[: self.global_heads]), ("local", mean[self.global_heads :])):
                 self.statistics[f"gate_{name}"] = part.mean() if len(part) else torch.ones_like(mean[0])
         return self.out_proj(heads)

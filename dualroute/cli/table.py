@@ -153,18 +153,19 @@ STAGES = {
     ),
 }
 
+_LOOKED_AT = "dualroute.training.checkpointing.inspection"
 _CHECKPOINTS = "dualroute.training.checkpointing.commands"
 FAMILIES = {
     "checkpoint": Family(
         "list, verify, export or convert checkpoints",
         {
             "list": Command(
-                (_CHECKPOINTS, "list_checkpoints"),
+                (_LOOKED_AT, "list_checkpoints"),
                 "one line for each checkpoint of a run",
                 ("run", "run folder"),
             ),
             "verify": Command(
-                (_CHECKPOINTS, "verify"),
+                (_LOOKED_AT, "verify"),
                 "compare every file with its sha256",
                 ("path", "checkpoint folder, or run folder"),
             ),

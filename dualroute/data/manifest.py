@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.data.index import check_rows, map_index
+from dualroute.data.index import ROW_BYTES, IndexRows, check_rows, map_index, release_pages
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, read_limited, require_regular, write_bytes_atomically
 
@@ -43,6 +43,7 @@ TOKENIZER_FILE = "tokenizer.model"
 #: Of manifest.json: 200 bytes a shard, so some 300,000 shards.
 MAX_MANIFEST_BYTES = 64 << 20
 _MAX_COUNT = 1 << 53  # of anything that is counted; exact in a float too
+_RELEASED_DOCUMENTS = 1 << 20  # 32 MiB of an index
 _DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # and how many ids they tell apart
 _REMEDY = "run `dualroute prepare` again"
 _REMEDY_FOR_FILES = f"copy it again, or {_REMEDY}"
@@ -167,6 +168,12 @@ class Manifest:
         info = self.split(split)
         return map_index(self.folder / info.index_file, info.documents, _REMEDY)
 
+    def index_rows(self, split: str) -> IndexRows:
+        """The rows of the index of ``split``, to be read one by one; raises as `open_index` does."""
+        info, index = self.split(split), self.open_index(split)
+        offset = os.stat(self.folder / info.index_file).st_size - ROW_BYTES * len(index)
+        return IndexRows(self.folder / info.index_file, offset, info.documents, _REMEDY)
+
     def check_index(self, split: str) -> NDArray[np.int64]:
         """`open_index`, and every row is possible: in order, inside its shard, adding up to its totals.
 
@@ -174,7 +181,7 @@ class Manifest:
             UserError: it is not.
         """
         index, info = self.open_index(split), self.split(split)
-        first, itemsize = 0, np.dtype(self.dtype).itemsize
+        first, read, itemsize = 0, 0, np.dtype(self.dtype).itemsize
         for number, shard in enumerate(info.shards):
             rows = index[first : first + shard.documents]
             try:
@@ -183,6 +190,11 @@ class Manifest:
                 path = self.folder / info.index_file
                 raise UserError(f"{path}: contradicts the manifest ({error}); {_REMEDY}") from error
             first += shard.documents
+            read += shard.documents
+            if read > _RELEASED_DOCUMENTS:
+                release_pages(index)
+                read = 0
+        release_pages(index)
         return index
 
     def to_json(self) -> dict[str, Any]:

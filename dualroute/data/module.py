@@ -8,7 +8,8 @@ In: the path of a dataset folder and the batch arithmetic. Here: `plan` (which s
 Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
 `WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
 all ranks and micro batches. A loss summed over its own labels and divided by ``num_targets`` adds up to the
-global mean without communication.
+global mean without communication. `num_targets` stays on the host, which divides by it. A module that sets
+``layout_plan`` also gets ``layout`` and ``label_rows``, see `dualroute.data.reader.collate`.
 
 The position is the number of samples trained on, not the number that the loader has
 fetched. Lightning does not fast-forward a loader on resume, and need not: the loader starts where
@@ -18,15 +19,15 @@ fetched. Lightning does not fast-forward a loader on resume, and need not: the l
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import (
     BatchPlan,
@@ -42,7 +43,7 @@ from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stre
 from dualroute.data.verify import verify_once
 from dualroute.errors import UserError
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 MAX_WORKERS = 1024
 
 
@@ -99,6 +100,8 @@ class ShardDataModule(pl.LightningDataModule):
         self.skipped_samples: list[Span] = []
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
         self.extend: Callable[[WindowDataset], Dataset[Any]] | None = None
+        #: of the model that is trained; the loaders' processes then lay out the documents of each batch
+        self.layout_plan: LayoutPlan | None = None
 
     @property
     def samples_per_batch(self) -> int:
@@ -202,6 +205,12 @@ class ShardDataModule(pl.LightningDataModule):
         sampler = WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
         return self._loader(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan), sampler)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """All but `num_targets`, which the host would have to ask for again."""
+        on_host = batch.pop("num_targets")
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, "num_targets": on_host}
+
     def advance(self) -> None:
         """Count one global batch as trained on; to be called once per optimizer step."""
         _, self.samples_consumed = sample_numbers(
@@ -272,7 +281,7 @@ class ShardDataModule(pl.LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(collate, layout=self.layout_plan),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -7,7 +7,7 @@ worker:
 1. `WindowDataset` answers a request with a window: the plan says which pieces of which documents,
 2. `ShardReader` copies their ids out of the tars, at the places that the index gives, and inputs, labels,
    segments and positions are made of them;
-3. `collate` stacks windows into the batch.
+3. `collate` stacks windows into the batch, and works out what the model wants to know of its documents.
 
 Workers hold no state. Which sample comes when is settled before a worker is asked, so
 their number and speed cannot change the order, and there is nothing of theirs to save.
@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from dualroute.attention.core.layout import Layout, LayoutPlan
+from dualroute.data.index import IndexRows
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import DocumentStream, Request, WindowPlan
 from dualroute.errors import UserError, other_remedy
@@ -42,7 +43,22 @@ def open_stream(manifest: Manifest, split: str) -> DocumentStream:
     Raises:
         UserError: the split or its index is missing, or the index contradicts the manifest.
     """
-    return DocumentStream(manifest.check_index(split)[:, 2])
+    manifest.check_index(split)
+    return DocumentStream(IndexedLengths(manifest.index_rows(split)))
+
+
+class IndexedLengths:
+    """Tokens of the documents of a split, read from its index when they are asked for."""
+
+    def __init__(self, rows: IndexRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows.documents
+
+    def blocks(self, numbers: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """See `Lengths.blocks`."""
+        return self.rows.blocks(numbers, size)[:, :, 2]
 
 
 class ShardReader:
@@ -63,11 +79,11 @@ class ShardReader:
         self.split = manifest.split(split)
         self.max_open = max_open
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._index: NDArray[np.int64] | None = None
+        self._rows: IndexRows | None = None
         self._open: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None, "_open": OrderedDict()}
+        return {**self.__dict__, "_rows": None, "_open": OrderedDict()}
 
     @property
     def open_shards(self) -> tuple[int, ...]:
@@ -76,10 +92,8 @@ class ShardReader:
 
     @property
     def index(self) -> NDArray[np.int64]:
-        """The split's index (documents, 4), memory-mapped on first use."""
-        if self._index is None:
-            self._index = self.manifest.open_index(self.split.name)
-        return self._index
+        """The split's index (documents, 4), memory-mapped."""
+        return self.manifest.open_index(self.split.name)
 
     def read(self, document: int, start: int, count: int) -> NDArray[np.int64]:
         """Ids (count,) of ``document`` from its token ``start`` on.
@@ -88,7 +102,9 @@ class ShardReader:
             UserError: the shard is missing, of another size than the manifest says, not where the index
                 points, or holds ids outside the vocabulary; the message names shard and document.
         """
-        shard, offset = (int(value) for value in self.index[document, :2])
+        if self._rows is None:
+            self._rows = self.manifest.index_rows(self.split.name)
+        shard, offset = (int(value) for value in self._rows[document][:2])
         data = self._shard(shard, document)
         first = offset + start * self.dtype.itemsize
         if offset < 0 or first + count * self.dtype.itemsize > len(data):
@@ -188,11 +204,22 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
         }
 
 
-def collate(windows: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
-    """Windows → batch: int64 tensors (b, context), and the 0-dim ``num_targets`` that they have in common."""
-    batch = {
+def collate(
+    windows: Sequence[dict[str, NDArray[np.int64]]], *, layout: LayoutPlan | None = None
+) -> dict[str, Any]:
+    """Windows → batch: int64 tensors (b, context), and the 0-dim ``num_targets`` that they have in common.
+
+    With a ``layout``, also what a training step would have to ask a GPU for, and wait: ``layout``, the
+    `Layout` of the documents, and ``label_rows`` (r,), the places of the labels that count in (b · context,).
+    """
+    batch: dict[str, Any] = {
         key: torch.from_numpy(np.stack([w[key] for w in windows]))
         for key in windows[0]
         if key != "num_targets"
     }
-    return {**batch, "num_targets": torch.tensor(int(windows[0]["num_targets"]))}
+    batch["num_targets"] = torch.tensor(int(windows[0]["num_targets"]))
+    if layout is not None:
+        found: Layout = layout.build(batch["segment_ids"])
+        batch["layout"] = found
+        batch["label_rows"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORE_INDEX))
+    return batch

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualroute.data.module import Batch
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.distillation.config import DistillationConfig
 from dualroute.distillation.intermediate import (
@@ -103,10 +104,10 @@ class Distill(Pretrain):
 
     # ------------------------------------------------------------------ loss
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return super().training_step(self._batch_of_step(batch), batch_idx)
 
-    def micro_batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def micro_batch_loss(self, batch: Batch) -> Tensor:
         return super().micro_batch_loss(self._batch_of_step(batch))
 
     @property
@@ -114,7 +115,7 @@ class Distill(Pretrain):
         """Whether the step that comes is trained on the student's own texts."""
         return is_on_policy(self.seed, self.trainer.global_step, self.config.on_policy_fraction)
 
-    def _batch_of_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _batch_of_step(self, batch: Batch) -> Batch:
         """The batch, or in an on-policy step what the student makes of it."""
         if not self.on_policy:
             return batch
@@ -135,7 +136,7 @@ class Distill(Pretrain):
         shared = parts // max(getattr(self.trainer.strategy, "sequence_ranks", 1), 1)
         return own | {"num_targets": own["num_targets"] * shared}
 
-    def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> TrainingSums:
+    def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> TrainingSums:
         config, layers = self.config, [ours for ours, _ in self.pairs]
         objective = config.objective(z_loss)
         if self.on_policy:  # the labels are the student's: there is nothing to learn from them
@@ -157,16 +158,19 @@ class Distill(Pretrain):
             others[name] = value.detach()
         return TrainingSums(total, sums.loss_sum, sums.z_sum, sums.count, others)
 
-    def _student(self, batch: dict[str, Tensor]) -> Tensor:
+    def _student(self, batch: Batch) -> Tensor:
         return self.model.hidden_states(
-            batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+            batch["input_ids"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            layout=batch.get("layout"),
         )
 
-    def _cached(self, batch: dict[str, Tensor]) -> TopK:
+    def _cached(self, batch: Batch) -> TopK:
         """What the batch says of the teacher, for this rank's tokens."""
         return TopK(*(self.model.local_shard(part).flatten(0, 1) for part in told(batch)))
 
-    def _asked(self, teacher: Teacher, batch: dict[str, Tensor]) -> Logits | TopK:
+    def _asked(self, teacher: Teacher, batch: Batch) -> Logits | TopK:
         """What the teacher says now of this rank's tokens."""
         whole = Logits(teacher.hidden_states(batch).flatten(0, 1), teacher.weight)
         if self.config.top_k is None:
@@ -208,7 +212,7 @@ class Distill(Pretrain):
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if self.teacher is None:  # a cache says nothing of these texts
             alone = super()._loss_sums(batch)
             self._val_sums[:2] += torch.stack([alone.loss_sum.double(), alone.count.double()])

@@ -38,12 +38,18 @@ from dualroute.model.checkpoint_format import (
     CONFIG,
     TOKENIZER,
     WEIGHTS,
+    Checkpoint,
+    check_weights,
     find_checkpoint,
     load_model,
+    open_weights,
     refuse_quantized,
+    replace_parameter,
+    verify_checkpoint,
 )
 from dualroute.model.config import ModelConfig
 from dualroute.model.foreign.hub import is_foreign, load_causal_lm
+from dualroute.model.weights_file import TensorFile
 from dualroute.training.parallel.environment import detect_world
 from dualroute.training.run import check_same_tokenizer
 from dualroute.training.step.allocator import give_back_freed_memory
@@ -58,6 +64,7 @@ class Teacher:
         offload: Keep its layers in the memory of the host, and bring one at a time to the device.
         sharded: Divide its layers among the ranks of the run (see :meth:`shard`); one process keeps them.
         digest: sha256 of its weights, for caches of what it says.
+        weights: Of layers that are on the meta device; :meth:`shard` reads each rank's part of them.
 
     Raises:
         UserError: ``offload`` or ``sharded`` of a model without ``layers``.
@@ -71,6 +78,7 @@ class Teacher:
         offload: bool = False,
         sharded: bool = False,
         digest: str = "",
+        weights: TensorFile | None = None,
     ) -> None:
         if offload and not hasattr(model, "layers"):
             raise UserError("distill.teacher_offload moves layers, and this teacher has no list of them")
@@ -79,6 +87,7 @@ class Teacher:
         frozen: Any = model.eval().requires_grad_(False).to(getattr(torch, dtype))
         self.model = frozen
         self.digest = digest
+        self.weights = weights
         self.offload = offload
         self.sharded = sharded and detect_world().world_size > 1
         self._is_divided = False
@@ -118,11 +127,11 @@ class Teacher:
         """Leave 1/N of each parameter of its layers on each of N ranks; does nothing unless ``sharded``.
 
         To be called after :meth:`to`, once the process group of all ranks is there; a second call does
-        nothing.  Layers come from the host and are cut one by one, so a device never holds them all.  From
-        then on :meth:`hidden_states` is collective: every rank calls it equally often, on batches of any
-        shape.  A layer is gathered for its own forward pass and freed after it; embedding, last norm and head
-        stay whole, since losses read :attr:`weight`.  With ``offload`` the pieces lie in the memory of the
-        host.
+        nothing.  Layers are cut one by one, so a device never holds them all; those without weights get
+        theirs now, each rank the rows that fall to it.  From then on :meth:`hidden_states` is collective:
+        every rank calls it equally often, on batches of any shape.  A layer is gathered for its own forward
+        pass and freed after it; embedding, last norm and head stay whole, since losses read :attr:`weight`.
+        With ``offload`` the pieces lie in the memory of the host.
         """
         if not self.sharded or self._is_divided:
             return
@@ -130,8 +139,11 @@ class Teacher:
         mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
         home = CPUOffloadPolicy(pin_memory=device == "cuda") if self.offload else OffloadPolicy()
         whole = set(self.model.parameters()) - set(self.model.layers.parameters())
-        for layer in self.model.layers:
+        for number, layer in enumerate(self.model.layers):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, offload_policy=home)
+            if self.weights is not None:
+                layer.to_empty(device="cpu" if self.offload else self.device)
+                _fill_pieces(layer, self.weights, f"layers.{number}.")
         # the root divides nothing, but through it the layers share streams, and so the memory they gather in
         fully_shard(self.model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         register_fsdp_forward_method(self.model, "hidden_states")
@@ -152,6 +164,16 @@ class Teacher:
                 batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
             )
         return hidden
+
+
+def _fill_pieces(layer: nn.Module, weights: TensorFile, prefix: str) -> None:
+    """Read this rank's rows of each parameter of a layer that is divided along its first axis."""
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    divided: Any
+    for name, divided in layer.named_parameters():
+        piece: Tensor = divided.to_local()
+        first = min(rank * -(-divided.shape[0] // ranks), divided.shape[0])
+        piece.copy_(weights.read(prefix + name, (first, first + piece.shape[0])))
 
 
 def _visit_device(layer: nn.Module, teacher: Teacher) -> None:
@@ -218,8 +240,31 @@ def load_teacher(
             f"the teacher {checkpoint.folder} reads at most {config.max_context} tokens (its max_context): "
             f"lower data.context {context}, or take another teacher"
         )
-    model, digest = load_model(checkpoint), weights_digest(checkpoint.folder)
-    return Teacher(model, dtype=dtype, offload=offload, sharded=sharded, digest=digest)
+    digest, weights = weights_digest(checkpoint.folder), None
+    if sharded and detect_world().world_size > 1:
+        model, weights = open_divided(checkpoint)
+    else:
+        model = load_model(checkpoint)
+    return Teacher(model, dtype=dtype, offload=offload, sharded=sharded, digest=digest, weights=weights)
+
+
+def open_divided(checkpoint: Checkpoint) -> tuple[DualRoutingTransformer, TensorFile]:
+    """The model of a checkpoint whose layers have no weights yet, and the file that they are in.
+
+    Rank 0 alone compares the file with its sha256: the others read no more of it than they keep.
+
+    Raises:
+        UserError: The weights are missing, damaged or of another shape than ``model.json``.
+    """
+    verify_checkpoint(checkpoint, only=CONFIG)
+    file = open_weights(checkpoint, verified=detect_world().rank == 0)
+    with torch.device("meta"):
+        model = DualRoutingTransformer(ModelConfig.from_file(checkpoint.folder / CONFIG))
+    check_weights(model, {name: shape for name, (_, shape) in file.layout.items()}, str(file.path))
+    for name in file.layout:
+        if not name.startswith("layers."):
+            replace_parameter(model, name, nn.Parameter(file.read(name)))
+    return model, file
 
 
 def _foreign_teacher(

@@ -14,12 +14,15 @@ class DoctorConfig:
 
     Args:
         output: Folder that runs will be written to; its room and speed are measured.
+        kernels: Also compare the kernels of the attention, values, gradients and speed, on the shapes of the
+            recipes in configs/pretrain (seconds on a GPU, half a minute on a CPU).
         smoke: Also train 20 steps on a small text (about half a minute on a CPU).
         disk_mib: Size of the file that the disk is measured with.
         network_mib: Size of the tensor that pairs of ranks are measured with.
     """
 
     output: LocalPath = "runs"
+    kernels: bool = True
     smoke: bool = True
     disk_mib: int = 256
     network_mib: int = 64

@@ -21,6 +21,7 @@ import torch
 
 from dualroute.attention.backends.cpp import build
 from dualroute.doctor.verdict import Verdict, fail, ok, warn
+from dualroute.model.kernel_choice import nvidia_driver
 
 MIB = 2**20
 GIB = 2**30
@@ -101,16 +102,6 @@ def devices() -> Iterator[Verdict]:
             yield warn("devices", found, "another process holds memory there: see nvidia-smi")
         else:
             yield ok("devices", found)
-
-
-def nvidia_driver() -> str | None:
-    """Version of the loaded kernel driver."""
-    try:
-        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    words = line.split("Kernel Module")[-1].split()
-    return next((word for word in words if word[0].isdigit()), line)
 
 
 def memory() -> Iterator[Verdict]:

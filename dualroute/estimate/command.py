@@ -1,8 +1,9 @@
-"""``dualroute estimate``: parameters, memory per GPU, longest context and hours, before a GPU is booked.
+"""``dualroute estimate``: memory per GPU, longest context, times and hours, before a GPU is booked.
 
 - In: the same configuration as ``dualroute pretrain`` reads, and the machines in mind.
 - Here: weights, gradients and optimizer states are counted; what a layer keeps for its backward pass is
   measured on one real layer, on the CPU; the longest context is what the rest of the memory has room for.
+  Times are sums of assumptions (``estimate/times.py``); none of them was measured on a GPU.
 - Next: ``dualroute pretrain`` with that configuration.
 
 Nothing in it grows faster than the context.  Routed attention keeps its inputs, its
@@ -26,8 +27,8 @@ from dualroute.attention import Layout
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import printable
 from dualroute.estimate.config import EstimateConfig
+from dualroute.estimate.times import Times, accumulation, times, zero_stage
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.sequence import check_sequence_parallel
 
@@ -49,38 +50,49 @@ class Estimate:
     work_per_token: float  # of the layer whose backward pass is running
     longest_context: int  # tokens of one text, micro_batch 1, 0 where not even the model fits
     flops_per_token: float
+    times: Times
+    checkpoints: int
     hours: float
+    mfu: float  # that follows: model FLOPs over what the peak would do in the time of a step
+    second_partition: float = 0.0
 
     @property
     def states(self) -> float:
         """Bytes that do not depend on the context."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.second_partition
 
 
 def estimate(config: EstimateConfig) -> Estimate:
     """Count and measure.
 
     Raises:
-        UserError: The data are damaged, or ranks and heads do not divide.
+        UserError: The data are damaged, or ranks, heads and batch do not divide.
     """
     config = _with_vocabulary(config)
     ranks = config.parallel.sequence_parallel
     check_sequence_parallel(ranks, World(world_size=config.gpus), config.model)
+    accumulation(config)
     model = config.model.resolved()
     with torch.device("meta"):
         whole = DualRoutingTransformer(model)
     parameters = whole.num_parameters()
     weights, gradients, optimizer = (parameters * size for size in _state_bytes(config))
     kept, work = _activation_bytes(config, model)
-    total = weights + gradients + optimizer
-    room = config.gpu_memory * GIB * (1 - config.headroom) - total
-    per_text_token = (kept + work) / ranks
+    hpz = config.parallel.zero_hpz_partition_size
+    second = parameters * (4.0 if config.train.precision == "32" else 2.0) / hpz if hpz > 1 else 0.0
     context = config.data.context
     flops = whole.flops_per_token(context)
-    hours = flops * config.train.total_steps * config.train.tokens_per_batch / 3600
-    hours /= config.gpus * config.peak_tflops * 1e12 * config.mfu
-    longest = max(0, math.floor(room / per_text_token))
-    return Estimate(parameters, weights, gradients, optimizer, kept, work, longest, flops, hours)
+    took = times(config, model, parameters, flops)
+    steps = config.train.total_steps
+    checkpoints = -(-steps // config.checkpoint.every_steps)
+    hours = (steps * took.step + checkpoints * took.checkpoint) / 3600
+    mfu = flops * config.train.tokens_per_batch / (config.gpus * config.peak_tflops * 1e12 * took.step)
+    result = Estimate(
+        parameters, weights, gradients, optimizer, kept, work, 0, flops, took, checkpoints, hours, mfu, second
+    )
+    room = config.gpu_memory * GIB * (1 - config.headroom) - result.states
+    result.longest_context = max(0, math.floor(room / ((kept + work) / ranks)))
+    return result
 
 
 def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
@@ -104,12 +116,9 @@ def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
 def _state_bytes(config: EstimateConfig) -> tuple[float, float, float]:
     """Bytes per parameter of weights, gradients and optimizer on one rank."""
     half = config.train.precision != "32"
-    if config.gpus == 1 and config.parallel.strategy in ("auto", "single"):
+    stage = zero_stage(config)
+    if stage is None:
         return (2.0, 2.0, 4.0) if config.train.precision == "bf16-true" else (4.0, 4.0, 8.0)
-    stage = config.parallel.zero_stage
-    stage = DEFAULT_ZERO_STAGE if stage is None else stage
-    if config.parallel.strategy == "ddp":
-        stage = 0
     shard = config.gpus
     masters = 4.0 if half and stage else 0.0  # fp32 weights that a 16-bit model is stepped through
     weights = (2.0 if masters else 4.0) / (shard if stage == 3 else 1)
@@ -138,7 +147,9 @@ def _activation_bytes(config: EstimateConfig, model: ModelConfig) -> tuple[float
         work = layer + feed_forward
     else:
         kept, work = model.num_layers * layer, layer
-    return (0.0 if train.offload_activations else kept), work
+    if train.offload_activations:  # one layer's in use, one's on its way, and the last one's
+        kept *= min(1.0, 3 / model.num_layers)
+    return kept, work
 
 
 def _measured_layer(model: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
@@ -172,28 +183,62 @@ def _kept_bytes(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int
 
 
 def estimate_command(config: EstimateConfig) -> None:
-    """Print the estimate as a table."""
+    """Print the estimate as two tables, of memory and of time."""
     result = estimate(config)
-    table = Table("per GPU", "", title=f"{config.gpus} GPU(s) of {config.gpu_memory:g} GiB")
+    title = f"{config.gpus:,} GPU(s) of {config.gpu_memory:g} GiB: estimates, not measurements"
+    console = Console()
+    for head, rows in (("memory per GPU", _memory(config, result)), ("time", _time(config, result))):
+        table = Table(head, "", title=title)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+
+
+def _memory(config: EstimateConfig, result: Estimate) -> dict[str, str]:
     context = config.data.context * config.train.micro_batch / config.parallel.sequence_parallel
     activations = (result.kept_per_token + result.work_per_token) * context
     total = result.states + activations
-    rows = {
+    fits = total <= config.gpu_memory * GIB * (1 - config.headroom)
+    second = {"second partition of the weights": result.second_partition} if result.second_partition else {}
+    sizes = {
+        "weights": result.weights,
+        **second,
+        "gradients": result.gradients,
+        "optimizer": result.optimizer,
+        f"activations, {config.train.micro_batch} x {config.data.context:,} tokens": activations,
+    }
+    return {
         "parameters": f"{result.parameters / 1e6:,.1f} M",
-        "weights": f"{result.weights / GIB:.2f} GiB",
-        "gradients": f"{result.gradients / GIB:.2f} GiB",
-        "optimizer": f"{result.optimizer / GIB:.2f} GiB",
-        f"activations, {config.train.micro_batch} x {config.data.context:,} tokens": (
-            f"{activations / GIB:.2f} GiB"
-        ),
-        "in all": f"{total / GIB:.2f} GiB"
-        + ("" if total <= config.gpu_memory * GIB * (1 - config.headroom) else "  DOES NOT FIT"),
+        **{name: f"{size / GIB:.2f} GiB" for name, size in sizes.items()},
+        "in all": f"{total / GIB:.2f} GiB" + ("" if fits else "  DOES NOT FIT"),
         "longest context, micro_batch 1": f"{result.longest_context:,} tokens",
+    }
+
+
+def _time(config: EstimateConfig, result: Estimate) -> dict[str, str]:
+    """Each part of a step, with what is assumed of it."""
+    took, parallel = result.times, config.parallel
+    of_a_run = 100 * result.checkpoints * took.checkpoint / 3600 / result.hours
+    seconds = {
+        f"arithmetic, assumed at {config.mfu:.0%} of {config.peak_tflops:g} TFLOP/s": took.arithmetic,
+        f"launches, {config.launches_forward} + {config.launches_backward} a layer of "
+        f"{config.launch_microseconds:g} us": took.launches,
+        f"gradients and weights, {config.network_bandwidth:g} GB/s between nodes, {config.node_bandwidth:g} "
+        f"inside": took.gradients_and_weights,
+        f"of that not behind {config.overlap:.0%} of the arithmetic": took.waited,
+    }
+    if parallel.sequence_parallel > 1:
+        seconds[f"texts among {parallel.sequence_parallel} ranks"] = took.texts
+    return {
         "training FLOPs per token": f"{result.flops_per_token / 1e9:,.2f} G",
-        f"{config.train.total_steps:,} steps at {config.mfu:.0%} of {config.peak_tflops:g} TFLOP/s": (
+        "micro-steps of a step": f"{took.micro_steps:,}",
+        **{name: f"{value:.3f} s" for name, value in seconds.items()},
+        "one step": f"{took.step:.3f} s",
+        "model FLOPs utilisation that follows": f"{result.mfu:.1%}",
+        f"one checkpoint, {config.storage_bandwidth:g} GB/s in all, {config.rank_bandwidth:g} a rank": (
+            f"{took.checkpoint:.1f} s"
+        ),
+        f"{config.train.total_steps:,} steps and {result.checkpoints:,} checkpoints ({of_a_run:.0f} %)": (
             f"{result.hours:,.1f} hours"
         ),
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)

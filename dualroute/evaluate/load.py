@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dualroute.attention.verification import problems_of
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
@@ -17,6 +18,7 @@ from dualroute.model.checkpoint_format import (
     load_model,
     verify_checkpoint,
 )
+from dualroute.model.kernel_choice import choose_kernels
 from dualroute.model.quantization import NATIVE
 
 
@@ -66,6 +68,7 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto", *, compile
         scheme = checkpoint.metadata.get("quantization", {}).get("scheme")
         dtype = "bfloat16" if scheme in NATIVE or (compiled and scheme) else "float32"
     model = load_model(checkpoint).to(device=target, dtype=getattr(torch, dtype))
+    choose_kernels(problems_of(model, getattr(torch, dtype), model.config.max_context, packed=True), target)
     verify_checkpoint(checkpoint, only=TOKENIZER)
     tokenizer = Tokenizer(checkpoint.folder / TOKENIZER)
     if tokenizer.vocab_size != model.config.vocab_size:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint
+from dualroute.model.checkpoint_folder import WEIGHTS, Checkpoint
 
 #: Operations whose tokens count.
 TRAININGS = ("pretrain", "distill")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualroute.attention.core.layout import Layout
+from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
@@ -76,6 +76,7 @@ class DualRoutingTransformer(nn.Module):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         caches: list[Any] | None = None,
+        layout: Layout | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
@@ -85,6 +86,8 @@ class DualRoutingTransformer(nn.Module):
             positions: (B, n) position for RoPE; null counts from 0 within each document.
             attention_mask: (B, n), False for padding; null derives it from ``segment_ids``.
             caches: One cache per layer from :meth:`new_caches`; the tokens continue what it holds.
+            layout: That of ``segment_ids``, from :meth:`layout_plan`; null works it out here, which makes the
+                host wait for a GPU.
 
         Returns:
             (B, n, dim); with a sequence group those of this rank's tokens, as :meth:`local_shard` cuts them.
@@ -92,13 +95,18 @@ class DualRoutingTransformer(nn.Module):
         if attention_mask is None and segment_ids is not None:
             attention_mask = segment_ids != 0
         if self.sequence_group is not None and caches is None:
-            return self._divided_hidden_states(input_ids, segment_ids, positions, attention_mask)
+            return self._divided_hidden_states(input_ids, segment_ids, positions, attention_mask, layout)
         hidden = self.embedding(input_ids)
         if caches is not None:
             for layer, cache in zip(self.layers, caches, strict=True):
                 hidden = layer(hidden, positions=positions, cache=cache)
             return self.norm(hidden)
-        return self._through_layers(hidden, input_ids, segment_ids, positions, attention_mask)
+        return self._through_layers(hidden, input_ids, segment_ids, positions, attention_mask, layout)
+
+    def layout_plan(self) -> LayoutPlan:
+        """How batches are laid out for this model, to be done where they are loaded."""
+        limits: set[int | None] = {layer.attention.max_exact_blocks for layer in self.layers}  # type: ignore
+        return LayoutPlan(self.config.block, tuple(sorted(limit for limit in limits if limit is not None)))
 
     def _through_layers(
         self,
@@ -107,18 +115,22 @@ class DualRoutingTransformer(nn.Module):
         segment_ids: Tensor | None,
         positions: Tensor | None,
         attention_mask: Tensor | None,
+        layout: Layout | None,
     ) -> Tensor:
-        batch, length = input_ids.shape
-        layout = Layout.build(
-            batch,
-            length,
-            self.config.block,
-            segment_ids=segment_ids,
-            attention_mask=attention_mask,
-            device=input_ids.device,
-        )
+        if layout is None:
+            batch, length = input_ids.shape
+            layout = Layout.build(
+                batch,
+                length,
+                self.config.block,
+                segment_ids=segment_ids,
+                attention_mask=attention_mask,
+                device=input_ids.device,
+            )
+        layout = layout.at_positions(positions)
         for layer in self.layers:
-            hidden = layer(hidden, layout=layout, positions=positions)
+            layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
+            hidden = layer(hidden, layout=layout)
         return self.norm(hidden)
 
     # ------------------------------------------------------------------ sequence parallelism
@@ -150,16 +162,18 @@ class DualRoutingTransformer(nn.Module):
         segment_ids: Tensor | None,
         positions: Tensor | None,
         attention_mask: Tensor | None,
+        layout: Layout | None,
     ) -> Tensor:
         ids = self._padded(input_ids, 0)
         if ids.shape != input_ids.shape:
+            layout = None
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
             attention_mask = self._padded(attention_mask, 0)
             segment_ids = None if segment_ids is None else self._padded(segment_ids, 0)
             positions = None if positions is None else self._padded(positions, 0)
         hidden = self.embedding(self.local_shard(input_ids))
-        return self._through_layers(hidden, ids, segment_ids, positions, attention_mask)
+        return self._through_layers(hidden, ids, segment_ids, positions, attention_mask, layout)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Next-token logits (B, n, V); arguments as in :meth:`hidden_states`."""

@@ -43,6 +43,11 @@ class DataConfig:
         )
 
 
+def as_saved(precision: str) -> str:
+    """The ``train.precision`` in which state and gradients are kept: fp8 is in some products alone."""
+    return "bf16-mixed" if precision == "fp8" else precision
+
+
 @dataclass
 class TrainConfig:
     """How much is trained, and in what portions.
@@ -53,28 +58,36 @@ class TrainConfig:
         micro_batch: Windows that one rank reads in one forward pass.
         max_steps: Optimizer steps of the whole run.  Give this or max_tokens.
         max_tokens: Tokens of the whole run, rounded up to whole steps.
-        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, or 16-mixed (fp16 with a loss
-            scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic).
+        precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, 16-mixed (fp16 with a loss
+            scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic), or fp8:
+            bf16-mixed, whose linear layers multiply 8-bit floats (compute capability 8.9 or more; emulated
+            on a CPU).
         z_loss: Weight of the squared log-normaliser in the loss; 0 leaves it out.
         activation_checkpointing: What is computed again in the backward pass instead of kept: none, full
             (whole layers), or feed_forward (which keeps most and is quickly done again).
         recompute_every_layers: Do so in every k-th layer only, the first included.
-        offload_activations: Keep what is kept in the memory of the host (CUDA only).
-        compile: Compile the feed-forward of each layer with torch.compile; the attention is made of operators
-            of its own and stays as it is.  Needs a C++ compiler on a CPU.
+        offload_activations: Keep what is kept in the memory of the host, copied beside the computation
+            (CUDA only); the last layer's stays, since the backward pass begins there.
+        compile: Compile whole layers with torch.compile; the attention's routes are operators in them and
+            stay as they are.  Needs a C++ compiler on a CPU.
         quantization_aware: Train with weights rounded as this scheme of ``dualroute quantize`` will round
             them, so that they are used to it; validation sees them rounded, checkpoints stay float.
         quantization_group_size: Columns that share a scale under int4_weight_only, as for ``quantize``.
         val_every_steps: Optimizer steps between two validations.  The first and last step get one always.
+        float32_matmul_precision: How torch multiplies float32 matrices: highest (float32), high (TF32 on a
+            GPU that has it), medium (bfloat16).  auto: high on CUDA in a run whose precision is of 16 bits,
+            where factors are rounded further anyway; highest else.
         kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), triton (on a GPU), or
-            auto: cpp on a CPU that can compile it, else torch.  DUALROUTE_KERNELS, where set, goes first.
+            auto: cpp on a CPU that can compile it; on a GPU the fastest of those whose values and gradients
+            are right on this run's shapes (compared once, then remembered).  DUALROUTE_KERNELS, where set,
+            goes first.
     """
 
     tokens_per_batch: int = 16384
     micro_batch: int = 8
     max_steps: int | None = None
     max_tokens: int | None = None
-    precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed"] = "32"
+    precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed", "fp8"] = "32"
     z_loss: float = 0.0
     activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
     recompute_every_layers: int = 1
@@ -83,7 +96,8 @@ class TrainConfig:
     quantization_aware: Literal["int8_weight_only", "int4_weight_only"] | None = None
     quantization_group_size: int = 32
     val_every_steps: int = 100
-    kernels: Literal["auto", "torch", "cpp", "triton"] = "auto"
+    float32_matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    kernels: Literal["auto", "torch", "cpp", "flash", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         counts = (
@@ -94,6 +108,11 @@ class TrainConfig:
         check_fields(self, "train", {**dict.fromkeys(counts, at_least(1)), **group})
         if self.max_steps is not None and self.max_tokens is not None:
             raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
+
+    @property
+    def mixed_precision(self) -> str:
+        """``precision`` as the Trainer, DeepSpeed and a saved state know it."""
+        return as_saved(self.precision)
 
     @property
     def total_steps(self) -> int:
@@ -121,6 +140,8 @@ class OptimConfig:
         min_lr_ratio: Learning rate at the end of the schedule, as a share of ``lr``.
         decay_fraction: Share of all steps that wsd spends falling.
         grad_clip: Largest norm of the whole gradient; null never clips.
+        fused: Step all parameters in one kernel; null: on CUDA.  On a CPU its sums are rounded otherwise in
+            the last bit.
     """
 
     lr: float = 3e-4
@@ -133,6 +154,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2
     grad_clip: float | None = 1.0
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         ranges = {
@@ -179,8 +201,8 @@ class CheckpointConfig:
         every_steps: Optimizer steps between two checkpoints.  The last step always gets one.
         keep_last: Newest checkpoints to keep; the best one by validation loss stays besides.
         verify: On resume, compare the sha256 of every file, not only its size.
-        asynchronous: Copy the state to the memory of the host and write it while training goes on; for one
-            process and DDP.  DeepSpeed writes its partitions itself, and training waits for it.
+        asynchronous: Copy the state to the memory of the host and write it while training goes on; every
+            rank its own part, also under ZeRO.
     """
 
     every_steps: int = 100
@@ -235,6 +257,11 @@ class ParallelConfig:
             None: what ``deepspeed_config`` says, else 2.
         offload_optimizer: keep optimizer state and its arithmetic in the memory of the host (ZeRO 1-3).
         offload_parameters: keep parameters there too (ZeRO 3 only).
+        zero_hpz_partition_size: neighbouring ranks, best those of a node, that keep a second partition of the
+            parameters among them, so that the backward pass gathers inside the node (ZeRO++ hpZ,
+            https://arxiv.org/abs/2306.10209); ZeRO 3 only, a divisor of the number of ranks; 1 for none.
+        gradient_reduction: what gradients are summed over ranks in: auto, as they are (bfloat16 where the
+            parameters are), or fp32, which costs twice the traffic and loses nothing.
         deepspeed_config: a DeepSpeed configuration, JSON or YAML, merged on top of ours.
         sequence_parallel: ranks that share each text (Ulysses): the context per rank is data.context divided
             by it; the heads of each route must be a multiple of it.
@@ -245,6 +272,8 @@ class ParallelConfig:
     zero_stage: int | None = None
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    zero_hpz_partition_size: int = 1
+    gradient_reduction: Literal["auto", "fp32"] = "auto"
     deepspeed_config: ConfigFile | None = None
     sequence_parallel: int = 1
     timeout_minutes: float = 30.0
@@ -252,6 +281,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         ranges = {
             "zero_stage": at_least(0, 3),
+            "zero_hpz_partition_size": at_least(1, 2**20),
             "sequence_parallel": at_least(1, 2**20),
             "timeout_minutes": above(0, MOST_MINUTES),
         }

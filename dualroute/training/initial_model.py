@@ -1,17 +1,41 @@
-"""The model of a run that begins with the weights of another: that one's, but for what was given.
+"""The model of a run, with the weights that it begins with.
 
-In: the configuration of the weights, and the one that was asked for, which knows what of it was *given* (a
-given value may equal the default).  Out: the configuration to train.  What has no weights may be another;
-what decides their shapes may not, and is refused by name before anything is loaded.
+- In: the configuration of the run; with ``init_from`` also that of the weights.
+- Here: :func:`with_given` is the configuration of a run that begins with the weights of another: that one's,
+  but for what was *given* (a given value may equal the default).  What has no weights may be another; what
+  decides their shapes may not, and is refused by name before anything is loaded.  :func:`build_model` and
+  :func:`build_sharded_model` make the model, at once or without its weights.
+- Next: the LightningModule trains it; one without weights gets them in its ``configure_model``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dualroute.errors import UserError
-from dualroute.model import ModelConfig
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint_format import (
+    CONFIG,
+    WEIGHTS,
+    Checkpoint,
+    check_weights,
+    find_checkpoint,
+    load_model,
+    verify_checkpoint,
+)
+from dualroute.model.deferred_init import Draws, build_deferred
+from dualroute.model.weights_file import TensorFile
+from dualroute.training.config import PretrainConfig
+from dualroute.training.parallel.sharded_weights import InitialWeights
+from dualroute.training.step.activations import keep_fewer_activations
+from dualroute.training.step.compilation import compile_layers
+from dualroute.training.step.fp8 import multiply_in_fp8
+from dualroute.training.step.quantization_aware import round_weights_in_forward
 
 #: Fields that decide which weights there are, and their shapes; null stands for what the weights have.
 OF_WEIGHTS = (
@@ -56,3 +80,77 @@ def with_given(initial: ModelConfig, asked: ModelConfig, source: str) -> ModelCo
                 f"model.{name} out"
             )
     return dataclasses.replace(initial, **given)
+
+
+def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRoutingTransformer:
+    """The model of a run, with its seeded initial weights, or those of ``init_from``.
+
+    Where it is ``resumed`` its state replaces either, so that ``init_from`` need not be there any more.
+    """
+    torch.manual_seed(config.seed)
+    if config.init_from is None or resumed:
+        model = DualRoutingTransformer(config.model)
+    else:
+        model = load_model(find_checkpoint(config.init_from), config.model).float().train()
+    return _as_trained(model, config)
+
+
+def build_sharded_model(
+    config: PretrainConfig, *, resumed: bool = False
+) -> tuple[DualRoutingTransformer, InitialWeights]:
+    """:func:`build_model` without its weights, and these one by one, for ranks that keep a part of each."""
+    model, draws = build_deferred(config.model)
+    if resumed:
+        weights = InitialWeights(draws.order)
+    elif config.init_from is not None:
+        weights = _weights_of(find_checkpoint(config.init_from), model)
+    else:
+        weights = _seeded_weights(draws, config.seed)
+    return _as_trained(model, config), weights
+
+
+def _as_trained(model: DualRoutingTransformer, config: PretrainConfig) -> DualRoutingTransformer:
+    """``model`` with what training adds to its modules."""
+    train = config.train
+    if train.quantization_aware is not None:
+        round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
+    if train.precision == "fp8":
+        multiply_in_fp8(model)
+    if train.compile:
+        compile_layers(model)
+    keep_fewer_activations(  # around what is compiled, so that a layer is computed again by the same program
+        model,
+        train.activation_checkpointing,
+        every=train.recompute_every_layers,
+        offload=train.offload_activations,
+    )
+    return model
+
+
+def _seeded_weights(draws: Draws, seed: int) -> InitialWeights:
+    """The weights that a model has which is built at once with this seed."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        torch.manual_seed(seed)
+        yield from draws.tensors()
+
+    return InitialWeights(draws.order, tensors)
+
+
+def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer) -> InitialWeights:
+    """Those of a checkpoint, for ``model``, which has its parameters on the meta device."""
+    path = checkpoint.folder / WEIGHTS
+
+    def check() -> None:
+        for name in (CONFIG, WEIGHTS):
+            verify_checkpoint(checkpoint, only=name)
+        layout = TensorFile(path).layout
+        check_weights(model, {name: shape for name, (_, shape) in layout.items()}, str(path))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        file = TensorFile(path)
+        for name in order:
+            yield name, file.read(name)
+
+    order = [name for name, _ in model.named_parameters()]
+    return InitialWeights(order, tensors, check)

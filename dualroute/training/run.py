@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import gc
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -41,43 +40,50 @@ from typing import Any
 import torch
 
 from dualroute import compat
-from dualroute.attention import backend
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.log import to_file
-from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model import ModelConfig
 from dualroute.model.checkpoint_format import (
     CONFIG,
     TOKENIZER,
     Checkpoint,
     find_checkpoint,
-    load_model,
     refuse_quantized,
 )
 from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.reshard import converted_states, remove_resharded, resumable_state
-from dualroute.training.checkpointing.resume import Start, check_start, choose_start, seen_here
+from dualroute.training.checkpointing.resume import (
+    Start,
+    check_start,
+    choose_start,
+    refuse_damaged,
+    seen_here,
+)
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
-from dualroute.training.initial_model import with_given
+from dualroute.training.initial_model import build_model, build_sharded_model, with_given
+from dualroute.training.kernels import compare_kernels, device, with_kernels
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
+from dualroute.training.parallel.deepspeed_config import asked_stage
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
+from dualroute.training.parallel.strategy import shards_weights
 from dualroute.training.resilience import stop_signal
 from dualroute.training.resilience.launcher import watch_launcher
 from dualroute.training.resilience.preemption import stop_for_requeue
 from dualroute.training.resilience.rollback import Divergence, RollBack, divergence, leave_out, roll_back
 from dualroute.training.resilience.run_lock import locked
-from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.allocator import keep_freed_memory
+from dualroute.training.step.fp8 import check_fp8
+from dualroute.training.step.matmul import set_matmul_precision
 from dualroute.training.step.module import Pretrain
-from dualroute.training.step.quantization_aware import round_weights_in_forward
 from dualroute.training.step.spike_guard import TrainingDiverged
 from dualroute.training.step.token_count import TokenCount
-from dualroute.training.trainer import Parts, build_trainer, device
+from dualroute.training.trainer import Parts, build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +96,7 @@ class Prepared:
         start: Where the training begins: until the run folder is claimed what a glance has shown, after that
             what was chosen.
         roll_back: The roll-back that this attempt begins with, if any.
+        sharded: The strategy divides the weights, so the model is to be built without them.
     """
 
     config: PretrainConfig
@@ -101,6 +108,7 @@ class Prepared:
     start: Start
     make_module: Callable[[Prepared], Pretrain]
     roll_back: RollBack | None = None
+    sharded: bool = False
     operation: str = "pretrain"
     teacher: dict[str, Any] | None = None
 
@@ -130,7 +138,7 @@ def check(config: PretrainConfig) -> Prepared:
     world = detect_world()
     refuse_forgotten_srun(world)
     check_port(world)
-    config = _with_kernels(config)
+    config = with_kernels(config)
     output = Path(config.output)
     start = choose_start(output, config.resume)
     initial = _initial_checkpoint(config, start)
@@ -147,6 +155,8 @@ def check(config: PretrainConfig) -> Prepared:
         _check_fp16_on_cpu(config, world)
     if train.compile:
         _check_compile(config)
+    if train.precision == "fp8":
+        check_fp8(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     _ = train.total_steps  # refused where neither steps nor tokens are given
@@ -184,19 +194,6 @@ def check_course(prepared: Prepared) -> None:
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
             f"steps: the learning rate would never be reached"
         )
-
-
-def _with_kernels(config: PretrainConfig) -> PretrainConfig:
-    """With the attention's back end chosen for this process, and the environment's choice noted."""
-    given = os.environ.get(backend.VARIABLE)
-    kernels: Any = given or config.train.kernels
-    try:
-        backend.set_backend(kernels)
-        backend.describe(device())
-    except ValueError as error:
-        source = backend.VARIABLE if given else "train.kernels"
-        raise UserError(f"{source} is {kernels} and cannot be had here ({error}): use auto") from error
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
 
 
 def _initial_checkpoint(config: PretrainConfig, start: Start) -> Checkpoint | None:
@@ -257,13 +254,16 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
 
 
 def _check_compile(config: PretrainConfig) -> None:
-    if config.parallel.zero_stage == 3:
+    if asked_stage(config.parallel) == 3:
         raise UserError(
             "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
             "the compiled code: use stage 2, or leave it out"
         )
-    if config.train.activation_checkpointing == "feed_forward":
-        raise UserError("train.compile with activation_checkpointing feed_forward: use none or full")
+    if config.train.offload_activations:
+        raise UserError(
+            "train.compile cannot be used with train.offload_activations, which moves what a compiled layer "
+            "has kept: use train.activation_checkpointing, or leave one of them out"
+        )
     if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
 
@@ -288,36 +288,17 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
     return dataclasses.replace(model, vocab_size=tokenizer.vocab_size).resolved()
 
 
-def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRoutingTransformer:
-    """The model of a run, with its seeded initial weights, or those of ``init_from``.
-
-    Where it is ``resumed`` its state replaces either, so that ``init_from`` need not be there any more.
-    """
-    torch.manual_seed(config.seed)
-    if config.init_from is None or resumed:
-        model = DualRoutingTransformer(config.model)
-    else:
-        model = load_model(find_checkpoint(config.init_from), config.model).float().train()
-    train = config.train
-    if train.quantization_aware is not None:
-        round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
-    keep_fewer_activations(
-        model,
-        train.activation_checkpointing,
-        every=train.recompute_every_layers,
-        offload=train.offload_activations,
-    )
-    if train.compile:
-        for layer in model.layers:
-            layer.ffn.compile()  # type: ignore[union-attr]
-    return model
-
-
 def module_arguments(prepared: Prepared) -> dict[str, Any]:
     """What every kind of training makes its LightningModule of."""
     config, data = prepared.config, prepared.data
+    resumed, weights = prepared.start.checkpoint is not None, None
+    if prepared.sharded:
+        model, weights = build_sharded_model(config, resumed=resumed)
+    else:
+        model = build_model(config, resumed=resumed)
     return {
-        "model": build_model(config, resumed=prepared.start.checkpoint is not None),
+        "model": model,
+        "weights": weights,
         "optim": config.optim,
         "train": config.train,
         "tokenizer": prepared.tokenizer,
@@ -359,6 +340,7 @@ def run_training(config: PretrainConfig, check: Callable[[Any], Prepared]) -> in
     config, world, output = prepared.config, prepared.world, prepared.output
     if prepared.finished:
         return _nothing_to_do(prepared)
+    set_matmul_precision(config.train, on_cuda=torch.cuda.is_available())
     parts = build_trainer(prepared)
     meet(parts.trainer.strategy, world, config.watchdog.start_minutes)
     with contextlib.ExitStack() as claimed:
@@ -381,6 +363,7 @@ def _nothing_to_do(prepared: Prepared) -> int:
     checkpoint = prepared.start.checkpoint
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
+        refuse_damaged(checkpoint, digests=prepared.config.checkpoint.verify, together=False)
         log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
         log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
     return 0
@@ -400,6 +383,7 @@ def _with_start(prepared: Prepared) -> Prepared:
     checkpoint = start.checkpoint
     if checkpoint is not None:
         decided_by_rank_zero(lambda: _compare(checkpoint, prepared))
+        refuse_damaged(checkpoint, digests=config.checkpoint.verify, together=True)
     if start.note and prepared.world.rank == 0:
         log.info("%s", start.note)
     prepared = dataclasses.replace(prepared, start=start)
@@ -408,10 +392,10 @@ def _with_start(prepared: Prepared) -> Prepared:
 
 
 def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
-    """Raise UserError where ``checkpoint`` is damaged, or of another model or other data."""
+    """Raise UserError where ``checkpoint`` is of another model or other data."""
     config, fingerprint = prepared.config, prepared.data.manifest.fingerprint
     data = {"fingerprint": fingerprint, "seed": config.seed, "context": config.data.context}
-    check_start(checkpoint, config.model, data, digests=config.checkpoint.verify)
+    check_start(checkpoint, config.model, data)
 
 
 def _fit(prepared: Prepared, parts: Parts) -> int | Divergence:
@@ -428,7 +412,10 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         config, prepared.data, checkpoint, prepared.operation, prepared.teacher
     )
     trainer.fit_loop.epoch_loop.max_steps = prepared.total_steps  # known only now where it ends by tokens
+    prepared = dataclasses.replace(prepared, sharded=shards_weights(trainer.strategy))
     module = prepared.make_module(prepared)
+    if compare_kernels(config, module):
+        parts.describe(config)
     if world.rank == 0:
         tell_start(prepared, module)
     folder, state = prepared.output / "checkpoints", None
@@ -439,7 +426,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
                 checkpoint,
                 trainer,
                 folder,
-                precision=config.train.precision,
+                precision=config.train.mixed_precision,
                 timeout_minutes=config.parallel.timeout_minutes,
             )
             first_write.converted = state.parent

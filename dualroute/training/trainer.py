@@ -22,6 +22,7 @@ from dualroute.paths import absolute_paths
 from dualroute.training.checkpointing.first_write import FirstWrite, LateTensorBoardLogger
 from dualroute.training.checkpointing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
+from dualroute.training.kernels import device
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
 from dualroute.training.parallel.strategy import build_strategy
@@ -40,11 +41,6 @@ def resolved_yaml(config: PretrainConfig) -> str:
     return f"# {one_line(backend.describe(device()))}\n{yaml.safe_dump(values, sort_keys=False)}"
 
 
-def device() -> torch.device:
-    """What this process trains on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @dataclass
 class Parts:
     """The Trainer of one attempt, and those of its callbacks that the attempt talks to."""
@@ -54,13 +50,18 @@ class Parts:
     publisher: CheckpointPublisher
     preemption: Preemption
     watchdog: Watchdog
+    monitor: Monitor
+
+    def describe(self, config: PretrainConfig) -> None:
+        """Have ``config`` written down as it is now; nothing was written yet."""
+        self.first_write.config = self.monitor.resolved_config = resolved_yaml(config)
 
 
 def build_trainer(prepared: Prepared) -> Parts:
     """The Trainer of a run; it touches nothing yet."""
     config, world, output = prepared.config, prepared.world, prepared.output
     train = config.train
-    precision: Any = "32-true" if train.precision == "32" else train.precision
+    precision: Any = "32-true" if train.precision == "32" else train.mixed_precision
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     strategy = build_strategy(
         config.parallel,
@@ -72,7 +73,11 @@ def build_trainer(prepared: Prepared) -> Parts:
         accelerator=accelerator,
     )
     publisher = CheckpointPublisher(
-        output / "checkpoints", config.checkpoint, prepared.tokenizer.path, train.val_every_steps
+        output / "checkpoints",
+        config.checkpoint,
+        prepared.tokenizer.path,
+        train.val_every_steps,
+        patience_minutes=config.parallel.timeout_minutes,
     )
     preemption = Preemption(publisher)
     watchdog = Watchdog(config.watchdog, world, output, reduces_in_backward=config.parallel.strategy == "ddp")
@@ -82,6 +87,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         resolved_yaml(config),
         also=None if roll_back is None else lambda: roll_back.write(output, config.spike_guard.max_rollbacks),
     )
+    monitor = Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config))
     trainer = Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -101,7 +107,7 @@ def build_trainer(prepared: Prepared) -> Parts:
             first_write,  # before those that open files
             CorruptionCheck(config.watchdog.sdc_check_every_steps, config.watchdog.sdc_action),
             StepBoundary(),  # before the others, which read what it writes
-            Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config)),
+            monitor,
             Progress(),
             publisher,
             preemption,
@@ -113,4 +119,4 @@ def build_trainer(prepared: Prepared) -> Parts:
         enable_autolog_hparams=False,  # asks the logger before the state is loaded, and there are none
     )
     leave_signals_to_us(trainer)
-    return Parts(trainer, first_write, publisher, preemption, watchdog)
+    return Parts(trainer, first_write, publisher, preemption, watchdog, monitor)

@@ -73,7 +73,10 @@ def test_the_line_says_what_runs_and_who_asks(monkeypatch: pytest.MonkeyPatch) -
     for size, name in ((64, "AVX-512"), (32, "AVX2"), (16, "vectors of 128 bits")):
         monkeypatch.setattr(build.load(), "vector_bytes", lambda size=size: size, raising=False)
         assert backend.describe("cpu") == f"attention: C++ kernels, {name}"
-    assert backend.describe("cuda") == "attention: plain torch on cuda"
+    assert (
+        backend.describe("cuda")
+        == "attention: plain torch on cuda, where no other kernels were compared with it"
+    )
     backend.set_backend("torch")
     assert backend.describe("cpu") == "attention: plain torch, as the configuration asks for"
     monkeypatch.setenv(backend.VARIABLE, "torch")

@@ -27,6 +27,7 @@ from dualroute.model.quantized import (
     stored_tensors,
     unpack_int4,
 )
+from tests.sealed import rewrite
 
 ANYWHERE = ["int8_weight_only", "int8_dynamic", "int4_weight_only"]
 SHAPE = ModelConfig(
@@ -281,6 +282,6 @@ def test_a_file_that_does_not_fit_its_description_is_refused(source, tmp_path):
     written = quantize(QuantizeConfig(str(source), str(tmp_path / "small"), device="cpu"))
     said = json.loads((written.folder / "checkpoint.json").read_text())
     said["quantization"]["scheme"], said["quantization"]["group_size"] = "int4_weight_only", 32
-    (written.folder / "checkpoint.json").write_text(json.dumps(said))
+    rewrite(written.folder, quantization=said["quantization"])
     with pytest.raises(UserError, match=r"does not fit its model\.json and scheme int4_weight_only"):
         load(written.folder, "cpu")

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.data import verify as verify_under_test
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.module import ShardDataModule
@@ -361,3 +362,19 @@ class TestVerify:
         os.truncate(path, 100)
         with pytest.raises(UserError, match=rf"^{path}: 100 bytes"):
             verify_once(manifest, "size")
+
+
+def test_the_loaders_processes_lay_out_the_documents(folder: Path) -> None:
+    """And the batch goes to the device as a whole, but for the number that the host divides by."""
+    data = datamodule(folder, num_workers=1)
+    data.layout_plan = LayoutPlan(2, (1, 2))
+    batch = next(iter(data.train_dataloader()))
+    expected = Layout.build(2, CONTEXT, 2, batch["segment_ids"], batch["segment_ids"] != 0)
+    assert torch.equal(batch["layout"].documents, expected.documents)
+    rows = (batch["labels"] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    assert torch.equal(batch["label_rows"], rows)
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["num_targets"].device.type == "cpu"
+    assert moved["layout"].stream.device.type == "meta"
+    assert {moved[name].device.type for name in ("input_ids", "label_rows", "labels")} == {"meta"}
+    assert moved["layout"].stream.split(1)[1].first_blocks().device.type == "meta"

@@ -227,3 +227,36 @@ class TestSequentialPlan:
     def test_names_what_is_below_one(self, context: int, limit: int | None, name: str) -> None:
         with pytest.raises(UserError, match=f"^{name} must be at least 1"):
             SequentialPlan(DocumentStream([9]), context, limit)
+
+
+class TestManyDocuments:
+    """More documents than lie between two cumulative lengths that are held."""
+
+    @quick
+    @given(st.integers(1, 700), st.integers(0, 2**32 - 1))
+    def test_finds_what_the_cumulative_lengths_say(self, documents: int, seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        lengths = draw.integers(1, 6, documents)
+        ends = np.cumsum(lengths)
+        stream = DocumentStream(lengths)
+        assert stream.tokens == ends[-1]
+        everywhere = np.arange(stream.tokens + 1)
+        assert np.array_equal(
+            stream.ended_before(everywhere), np.searchsorted(ends, everywhere, side="right")
+        )
+        start = int(draw.integers(stream.tokens))
+        stop = int(draw.integers(start, stream.tokens)) + 1
+        number = np.repeat(np.arange(documents), lengths)[start:stop]
+        offset = (everywhere[:-1] - np.repeat(ends - lengths, lengths))[start:stop]
+        pieces = stream.pieces(start, stop)
+        assert pieces[:, 0].tolist() == np.unique(number).tolist()
+        assert pieces[:, 1].tolist() == [int(offset[number == k].min()) for k in np.unique(number)]
+        assert pieces[:, 2].tolist() == [int((number == k).sum()) for k in np.unique(number)]
+        goes_on = offset < lengths[number] - 1
+        assert pieces[:, 3].tolist() == [int(goes_on[number == k].sum()) for k in np.unique(number)]
+
+    def test_names_the_document_without_tokens(self) -> None:
+        lengths = [1] * 300_000
+        lengths[299_999] = 0
+        with pytest.raises(ValueError, match="document 299999 has 0 tokens"):
+            DocumentStream(lengths)

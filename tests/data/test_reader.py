@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualroute.data.manifest import Manifest
+from dualroute.data.index import write_header
+from dualroute.data.manifest import Manifest, Shard, Split, TokenizerInfo
 from dualroute.data.plan import (
     EMPTY,
     BatchPlan,
@@ -262,3 +264,47 @@ class TestDamage:
         np.save(manifest.folder / "train.index.npy", index)
         with pytest.raises(UserError, match=rf"train\.index\.npy: contradicts the manifest \({message}"):
             open_stream(manifest, "train")
+
+
+class TestMemory:
+    def test_a_process_keeps_next_to_nothing_of_an_index(self, tmp_path: Path) -> None:
+        shards, each = 20, 100_000
+        rows = np.empty((each, 4), dtype="<i8")
+        with (tmp_path / "train.index.npy").open("wb") as file:
+            write_header(file, shards * each)
+            for number in range(shards):
+                rows[:] = np.array([[number, 0, 9, 20]])
+                rows[:, 1] = 512 + 1024 * np.arange(each)
+                file.write(rows.tobytes())
+        shard = Shard("train.tar", each, 9 * each, 20 * each, 1024 * (each + 1), "")
+        total = shards * each
+        split = Split("train", total, 9 * total, 20 * total, "train.index.npy", "", (shard,) * shards)
+        tokenizer = TokenizerInfo("tokenizer.model", "", 100, 1, 2, 0)
+        manifest = Manifest(tmp_path, "uint16", tokenizer, {"train": split})
+        tracemalloc.start()
+        stream = open_stream(manifest, "train")
+        plan = BatchPlan(stream, "f", 0, 64, 256)
+        for step in range(4):
+            assert plan.num_targets(plan.batch(256 * step)) > 0
+        kept, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert stream.tokens == 9 * total
+        assert kept < total  # bytes a document: 8 with all cumulative lengths
+        assert peak < 8 * total
+        assert _mapped(tmp_path / "train.index.npy") == 0
+        assert len(pickle.dumps(stream)) < total
+
+    def test_an_index_that_has_become_shorter_is_named(self, manifest: Manifest) -> None:
+        stream = open_stream(manifest, "train")
+        path = manifest.folder / manifest.split("train").index_file
+        os.truncate(path, path.stat().st_size - 32)
+        with pytest.raises(UserError, match=r"train\.index\.npy: it has become shorter"):
+            stream.targets_before([3])
+
+
+def _mapped(path: Path) -> int:
+    """Bytes of a file that this process has mapped and read."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = [number for number, line in enumerate(lines) if line.endswith(str(path))]
+    fields = (line.split() for first in at for line in lines[first + 1 : first + 24])
+    return sum(1024 * int(words[1]) for words in fields if words[0] == "Rss:")

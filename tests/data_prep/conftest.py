@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import socket
+import threading
 
 import pytest
 
 from data_prep.prepare import PrepareConfig
+from tests.data_prep.web_server import Server
 
 WORDS = [
     "the",
@@ -122,3 +125,27 @@ def config(corpus, tmp_path):
         return PrepareConfig(**{**options, **changes})
 
     return make
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def unreachable():
+    """A URL that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{probe.getsockname()[1]}/file.bin"  # bound, never listening
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "downloads" / "corpus" / "file.bin"

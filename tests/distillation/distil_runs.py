@@ -24,7 +24,7 @@ from dualroute.training.parallel.environment import detect_world, strip_local_ra
 
 def held(teacher: Teacher) -> int:
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in teacher.model.layers.parameters())
-    return sum(part.untyped_storage().nbytes() for part in parts)
+    return sum(part.untyped_storage().nbytes() for part in parts if not part.is_meta)
 
 
 divide = Teacher.shard

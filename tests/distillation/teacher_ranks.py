@@ -1,6 +1,6 @@
 """A teacher whose layers are divided among ranks, against a whole one; started by test_teacher.py.
 
-torchrun --nproc_per_node N tests/distillation/teacher_ranks.py
+torchrun --nproc_per_node N tests/distillation/teacher_ranks.py FOLDER
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dualroute.distillation.intermediate import recording
-from dualroute.distillation.teacher import Teacher
+from dualroute.distillation.teacher import Teacher, open_divided
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint_format import load_model, read_checkpoint, save_model
 from dualroute.training.parallel.sequence import new_sequence_group
 
 
@@ -44,7 +47,7 @@ def alive() -> int:
     """Bytes of all tensors that this process can reach."""
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):
+        if issubclass(type(thing), Tensor) and not thing.is_meta:
             storage = (thing.to_local() if isinstance(thing, DTensor) else thing).untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -101,10 +104,46 @@ def holds_its_share() -> None:
     assert max(inside) < pieces + 2.2 * of_layer < 0.9 * len(layers) * of_layer
 
 
+def reads_its_rows_alone(dtype: str, offload: bool, folder: Path) -> None:
+    """A teacher of a checkpoint: layers come from the file, to each rank its part, and never as a whole."""
+    checkpoint = read_checkpoint(folder / "teacher")
+    whole = Teacher(load_model(checkpoint), dtype=dtype)
+    before = alive()
+    made, file = open_divided(checkpoint)
+    others = sum(p.nbytes for p in made.parameters() if not p.is_meta)
+    assert alive() - before == others < sum(p.nbytes for p in whole.model.parameters()) / 2
+    divided = Teacher(made, dtype=dtype, offload=offload, sharded=True, weights=file)
+    read, of_file = [], file.read
+
+    def noted(name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        read.append(of_file(name, rows))
+        return read[-1]
+
+    file.read = noted  # type: ignore[method-assign]
+    divided.shard()
+    pieces = sum(p.to_local().numel() for p in divided.model.layers.parameters())
+    assert sum(tensor.numel() for tensor in read) == pieces
+    batch = texts(dist.get_rank(), 60)
+    assert torch.equal(divided.hidden_states(batch), whole.hidden_states(batch))
+
+
+def saved(folder: Path) -> None:
+    """Rank 0 writes the teacher; the others wait."""
+    if dist.get_rank() == 0:
+        (folder / "tokenizer").write_bytes(b"")
+        save_model(model(), folder / "teacher", folder / "tokenizer", {})
+    dist.barrier()
+
+
 def main() -> None:
+    folder = Path(sys.argv[-1])
     dist.init_process_group("gloo")
     for dtype, offload in itertools.product(("float32", "bfloat16"), (False, True)):
         says_what_a_whole_one_says(dtype, offload)
+    saved(folder)
+    for dtype, offload in (("float32", False), ("bfloat16", True)):
+        gc.collect()
+        reads_its_rows_alone(dtype, offload, folder)
     shares_texts()
     gc.collect()
     holds_its_share()

@@ -12,18 +12,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
+from dualroute.attention import backend
 from dualroute.attention.backends.cpp import build
+from dualroute.attention.verification import Decision, Finding
 from dualroute.cli import parse_stage
-from dualroute.doctor import machine, network
+from dualroute.doctor import kernels, machine, network
 from dualroute.doctor.smoke import run, smoke
 from dualroute.doctor.verdict import Verdict, guarded, ok
 from dualroute.errors import UserError
+from tests.attention.verification.doubles import no_triton
 from tests.conftest import ROOT
 from tests.training.parallel.test_distributed import free_port
 from tests.training.step.test_module import environment
 
-QUICK = ("--disk_mib", "8", "--network_mib", "1")
+QUICK = ("--no-kernels", "--disk_mib", "8", "--network_mib", "1")
 
 
 def levels(verdicts: Iterable[Verdict]) -> dict[str, str]:
@@ -122,6 +126,46 @@ def test_kernels_that_cannot_be_compiled_are_a_warning(monkeypatch: pytest.Monke
     (missing,) = machine.attention_kernels()
     assert missing.level == "warn"
     assert "there is no C++ compiler: install g++" in str(missing)
+
+
+def test_kernels_are_compared_on_the_shapes_of_the_recipes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    build.load()  # in the usual cache
+    monkeypatch.setenv(build.CACHE, str(tmp_path))
+    monkeypatch.setattr(backend, "_triton", no_triton)
+    table: dict[str, Decision] = {}
+    (verdict,) = kernels.kernels(table, ("160m",))
+    assert verdict.level == "ok"
+    assert verdict.found.startswith("160m: ")
+    for words in ("the fastest of what is right here", "cpp", "triton not: "):
+        assert words in verdict.found
+    kernels.show(table)
+    printed = capsys.readouterr().out
+    assert "│ 160m   │ " in printed
+    assert "errors of values, gradients" in printed
+    assert {
+        name: len(kernels.recipe_problems(name, torch.device("cuda"))) for name in kernels.RECIPES
+    } == dict.fromkeys(kernels.RECIPES, 1)
+    (seven,) = kernels.recipe_problems("7b", torch.device("cuda"))
+    assert (seven.global_heads, seven.group, seven.head_dim, seven.context, seven.dtype) == (
+        16,
+        4,
+        128,
+        16384,
+        "bfloat16",
+    )
+
+
+def test_wrong_kernels_are_a_failure_with_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Finding("triton", why_not="WRONG, local values off by 1.0e-02 of the whole, 2.0e-04 may be")
+    found = Decision("torch", (Finding("torch", 9.0), wrong, Finding("cpp", why_not="it does not take cuda")))
+    monkeypatch.setattr(kernels, "compared", lambda problems, target, fresh: found)
+    (verdict,) = kernels.kernels({}, ("160m",))
+    assert verdict.level == "FAIL"
+    assert "160m: triton: WRONG, local values off" in verdict.found
+    assert "cpp" not in verdict.found
+    assert "auto takes torch" in verdict.remedy
 
 
 def test_only_an_old_lock_is_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ SAME = [
     *("--model.vocab_size", "64", "--model.dim", "64", "--model.num_layers", "8", "--model.num_heads", "4"),
     *("--model.max_context", "4096", "--model.window", "64", "--model.top_k", "4"),
     *("--model.global_mode", "routed", "--data.context", "4096", "--train.max_steps", "10"),
+    *("--train.micro_batch", "1", "--train.tokens_per_batch", "16384"),
 ]
 
 
@@ -39,6 +40,12 @@ def test_states_by_hand():
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * count, count, 3 * count)
     third = of("--gpus", "4", "--parallel.zero_stage", "3", "--parallel.offload_optimizer", "true")
     assert (third.weights, third.gradients, third.optimizer) == (count, 0, 0)
+    more = ("--gpus", "4", "--parallel.zero_stage", "3", "--parallel.zero_hpz_partition_size", "2")
+    second = of(*more, "--train.precision", "bf16-mixed")
+    assert second.second_partition == count
+    assert second.states == second.weights + second.gradients + second.optimizer + count
+    moved = of("--train.offload_activations", "true")
+    assert moved.kept_per_token == pytest.approx(alone.kept_per_token * 3 / 8), "three of eight layers' stay"
     assert alone.hours > 0
 
 
@@ -56,7 +63,10 @@ def test_what_cannot_be_estimated_is_named(capsys):
     with pytest.raises(UserError, match="gpus"):
         of("--gpus", "0")
     assert main(["estimate", *SAME, "--gpu_memory", "0.01"]) == 0
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    for words in ("estimates, not measurements", "assumed at 35%", "launches, 60 + 90 a layer of 5 us"):
+        assert words in printed
 
 
 def test_the_vocabulary_is_that_of_the_data_and_a_usual_one_before_they_are_there(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
 from dualroute.cli import parse_stage
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
-from dualroute.training.initial_model import with_given
+from dualroute.model.checkpoint_format import save_model
+from dualroute.training.config import PretrainConfig
+from dualroute.training.initial_model import build_model, build_sharded_model, with_given
 
 INITIAL = ModelConfig(
     vocab_size=320, dim=32, num_layers=2, num_heads=4, window=4, top_k=3, far_summary="none", rope_theta=5e5
@@ -82,3 +86,46 @@ def test_a_window_that_each_layer_overrides_is_refused() -> None:
         with_given(fitted, ModelConfig(window=64), "X")
     found = with_given(fitted, ModelConfig(window=64, layer_windows=None), "X")
     assert (found.window, found.layer_windows) == (64, None)
+
+
+def configuration(**changes: object) -> PretrainConfig:
+    config = parse_stage("pretrain", ["--data.path", "d", "--output", "o", "--seed", "3"])
+    return dataclasses.replace(config, model=INITIAL, **changes)
+
+
+def test_weights_that_come_one_by_one_are_those_of_the_model_that_is_built_at_once(tmp_path: Path) -> None:
+    whole = build_model(configuration())
+    model, weights = build_sharded_model(configuration())
+    assert weights.tensors is not None
+    given = dict(weights.tensors())
+    assert list(given) == weights.order
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(torch.equal(given[name], value) for name, value in whole.named_parameters())
+    assert build_sharded_model(configuration(), resumed=True)[1].tensors is None
+
+    (tmp_path / "tokenizer").write_bytes(b"")
+    save_model(whole.to(torch.bfloat16), tmp_path / "saved", tmp_path / "tokenizer", {})
+    config = configuration(init_from=str(tmp_path / "saved"))
+    whole = build_model(config)
+    _, weights = build_sharded_model(config)
+    assert weights.tensors is not None
+    assert weights.check is not None
+    weights.check()
+    given = dict(weights.tensors())
+    assert list(given) == weights.order
+    assert all(torch.equal(given[name].float(), value) for name, value in whole.named_parameters())
+
+
+def test_weights_that_do_not_fit_are_found_before_any_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").write_bytes(b"")
+    save_model(build_model(configuration()), tmp_path / "saved", tmp_path / "tokenizer", {})
+    other = dataclasses.replace(INITIAL, ffn_dim=48)
+    config = dataclasses.replace(configuration(init_from=str(tmp_path / "saved")), model=other)
+    check = build_sharded_model(config)[1].check
+    assert check is not None
+    with pytest.raises(UserError, match=r"layers\.0\.ffn\.down\.weight is \(32, "):
+        check()
+    path = tmp_path / "saved" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\1\0\1")
+    with pytest.raises(UserError, match=r"model\.safetensors does not match the sha256"):
+        check()

@@ -56,6 +56,9 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_to_do_next(
 ) -> None:
     run = tmp_path / "run"
     assert main(arguments(tiny_dataset, run, 8)) == 0
+    lines = read_metrics(run / "metrics.jsonl", "train")
+    took = {line["step"] for line in lines if "speed/checkpoint_time" in line}
+    assert took == {5}, "in the line after the checkpoint of step 4"
     first, second, *_, done, then = [line for line in told if line.startswith("INFO")]
     for words in (
         "pretrain: ",
@@ -64,7 +67,10 @@ def test_the_first_lines_say_what_is_trained_and_the_last_what_to_do_next(
     ):
         assert words in first
     assert f"epochs of {tiny_dataset}" in first
-    for words in ("on 1 rank(s), CPU, precision 32, attention: ", f"output {run}"):
+    for words in (
+        "on 1 rank(s), CPU, precision 32 (float32 products: highest), attention: ",
+        f"output {run}",
+    ):
         assert words in second
     assert str(find_checkpoint(run).folder) in done
     assert "validation loss" in done

@@ -15,133 +15,22 @@ mask of documents is ever built, and a batch of short documents costs what its d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dualroute.attention.core.precision import outside_inference_mode
+from dualroute.attention.core.held import hold
+from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.rope import RopeScaling, rotary_table
-
-
-class Bucket(NamedTuple):
-    """`documents` neighbouring documents of `blocks` blocks each, from block `first_block` of a stream on."""
-
-    first_block: int
-    documents: int
-    blocks: int
-
-
-@dataclass
-class Stream:
-    """A line of S = num_blocks * block slots that holds whole documents, shortest (in blocks) first.
-
-    `slot_valid` (S,) is False at the slots that fill up the last block of a document, and None when there
-    are none.
-
-    Raises:
-        ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots.
-    """
-
-    block: int
-    buckets: tuple[Bucket, ...]
-    slot_valid: Tensor | None
-    device: torch.device
-    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ValueError(f"block={self.block} is too small: it must be at least 1")
-        end = blocks = 0
-        for bucket in self.buckets:
-            if bucket.first_block != end or bucket.documents < 1 or bucket.blocks <= blocks:
-                raise ValueError(
-                    f"buckets={self.buckets}: each must begin where the one before ends, at 0 the first, and "
-                    "hold documents with more blocks"
-                )
-            end, blocks = end + bucket.documents * bucket.blocks, bucket.blocks
-        valid = self.slot_valid
-        if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != (self.num_slots,)):
-            raise ValueError(
-                f"slot_valid is {valid.dtype} {tuple(valid.shape)}: give a boolean for each of "
-                f"{self.num_slots} slots"
-            )
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(bucket.documents * bucket.blocks for bucket in self.buckets)
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_blocks * self.block
-
-    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute()` gives, computed once for all layers that ask under the same `key`.
-
-        It may be computed in inference mode and used in training later, or the other way round.
-        """
-        if key not in self._cache:
-            self._cache[key] = outside_inference_mode(compute)()
-        return self._cache[key]
-
-    def block_in_document(self) -> Tensor:
-        """(num_blocks,) number of each block inside its document, from 0."""
-        return self.cached("block_in_document", self._block_in_document)
-
-    def _block_in_document(self) -> Tensor:
-        parts = [torch.arange(b.blocks, device=self.device).repeat(b.documents) for b in self.buckets]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=self.device)
-
-    def first_blocks(self) -> Tensor:
-        """(num_blocks,) int32: the first block of the document of each block."""
-        return self.cached("first_blocks", self._first_blocks)
-
-    def _first_blocks(self) -> Tensor:
-        parts = []
-        for first, documents, blocks in self.buckets:
-            end = first + documents * blocks
-            starts = torch.arange(first, end, blocks, dtype=torch.int32, device=self.device)
-            parts.append(starts[:, None].expand(-1, blocks).contiguous().view(-1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def blocks_in_document(self) -> Tensor:
-        """(num_blocks,) how many blocks the document of each block has."""
-        sizes = [(b.blocks, b.documents * b.blocks) for b in self.buckets]
-        values = torch.tensor([blocks for blocks, _ in sizes], dtype=torch.long, device=self.device)
-        repeats = torch.tensor([count for _, count in sizes], dtype=torch.long, device=self.device)
-        return values.repeat_interleave(repeats, output_size=self.num_blocks)
-
-    def tokens_in_block(self) -> Tensor:
-        """(num_blocks,) how many slots of each block hold a token, at least 1."""
-        if self.slot_valid is None:
-            return torch.full((self.num_blocks,), self.block, device=self.device)
-        return self.cached("tokens_in_block", lambda: self._valid().view(-1, self.block).sum(1))
-
-    def _valid(self) -> Tensor:
-        if self.slot_valid is None:
-            return torch.ones(self.num_slots, dtype=torch.bool, device=self.device)
-        return self.slot_valid
-
-    def split(self, max_blocks: int) -> tuple[Stream, Stream]:
-        """The documents of at most `max_blocks` blocks, and the longer ones that follow: two streams."""
-        return self.cached(("split", max_blocks), lambda: self._split(max_blocks))
-
-    def _split(self, max_blocks: int) -> tuple[Stream, Stream]:
-        short = tuple(b for b in self.buckets if b.blocks <= max_blocks)
-        middle = sum(b.documents * b.blocks for b in short)
-        long = tuple(b._replace(first_block=b.first_block - middle) for b in self.buckets[len(short) :])
-        slots = middle * self.block
-        return self._part(short, slice(0, slots)), self._part(long, slice(slots, None))
-
-    def _part(self, buckets: tuple[Bucket, ...], slots: slice) -> Stream:
-        if buckets == self.buckets:
-            return self
-        valid = None if self.slot_valid is None else self.slot_valid[slots]
-        if valid is not None and bool(valid.all()):
-            valid = None
-        return Stream(self.block, buckets, valid, self.device)
+from dualroute.attention.core.stream import Bucket as Bucket
+from dualroute.attention.core.stream import Stream as Stream
+from dualroute.attention.core.stream import attend_by_length as attend_by_length
+from dualroute.attention.core.stream import query_chunks as query_chunks
 
 
 class _Rows(torch.autograd.Function):
@@ -180,10 +69,41 @@ class Layout:
     documents: Tensor
     slot_token: Tensor | None
     token_slot: Tensor | None
+    #: stands for the stream in a compiled graph, see `core.held`
+    handle: Tensor = field(init=False, repr=False, compare=False)
+    _tables: dict[Hashable, tuple[Tensor, Tensor]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():  # there it is given, see `attention.compiled`
+            self.handle = hold(self.stream)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None, "_tables": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = hold(self.stream)
 
     @property
     def block(self) -> int:
         return self.stream.block
+
+    def map_tensors(self, move: Callable[[Tensor], Tensor], device: torch.device | None = None) -> Layout:
+        """The same layout, each of its tensors through `move`."""
+        parts = (self.positions, self.documents, self.slot_token, self.token_slot)
+        moved = (None if part is None else move(part) for part in parts)
+        return Layout(self.batch, self.length, self.stream.map_tensors(move, device), *moved)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Layout:
+        """On another device; without waiting, where the tensors are pinned (see `pin_memory`)."""
+        device = torch.device(device)
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True), device)
+
+    def pin_memory(self) -> Layout:
+        """In memory that a GPU can read by itself; a `DataLoader` asks for it by this name."""
+        return self.map_tensors(lambda tensor: tensor.pin_memory())
 
     @classmethod
     @outside_inference_mode
@@ -370,17 +290,36 @@ class Layout:
         """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers.
 
         Positions that were made in inference mode count no versions: whether they have changed cannot be
-        told, so nothing is kept for them.
+        told, so nothing is kept for them.  Nor does a compiled graph keep anything: there a table is one that
+        was kept before by the same layout, or part of the graph.
         """
+        dtype = accumulation_dtype(dtype)
         if positions is None:
-            positions = self.positions
-        if positions.is_inference():
+            key: Hashable = (head_dim, theta, dtype, scaling)
+            if key in self._tables:
+                return self._tables[key]
+            if torch.compiler.is_compiling():
+                return self._rotary_table(self.positions, head_dim, theta, dtype, scaling)
+            compute = outside_inference_mode(self._rotary_table)
+            self._tables[key] = compute(self.positions, head_dim, theta, dtype, scaling)
+            return self._tables[key]
+        if torch.compiler.is_compiling() or positions.is_inference():
             return self._rotary_table(positions, head_dim, theta, dtype, scaling)
         # The tensor itself is kept beside its table: as long as it lives, no other one can have its id.
         key = ("rotary", id(positions), positions._version, head_dim, theta, dtype, scaling)
         return self.stream.cached(
             key, lambda: (self._rotary_table(positions, head_dim, theta, dtype, scaling), positions)
         )[0]
+
+    def sized_by_packing(self) -> list[Tensor]:
+        """What is kept whose first dimension is the S of this batch; none where no packing changes it."""
+        if self.slot_token is None:
+            return []
+        return [self.slot_token, *itertools.chain(*self._tables.values())]
+
+    def at_positions(self, positions: Tensor | None) -> Layout:
+        """The same layout for tokens at other positions (B, n); these are kept, and must not change."""
+        return self if positions is None else dataclasses.replace(self, positions=positions)
 
     def _rotary_table(
         self,
@@ -390,7 +329,7 @@ class Layout:
         dtype: torch.dtype,
         scaling: RopeScaling | None,
     ) -> tuple[Tensor, Tensor]:
-        of_slot = positions.expand(self.batch, self.length).flatten().to(self.stream.device)
+        of_slot = positions.expand(self.batch, self.length).flatten().to(self.positions.device)
         if self.slot_token is not None:
             of_slot = of_slot[self.slot_token.clamp_min(0)]
         return rotary_table(of_slot, head_dim, theta, dtype, scaling)
@@ -401,10 +340,9 @@ class Layout:
         Raises:
             ValueError: rows of another stream.
         """
-        if rows.ndim != 2 or len(rows) != self.stream.num_slots:
-            raise ValueError(
-                f"rows have shape {tuple(rows.shape)}: the stream is of ({self.stream.num_slots}, width)"
-            )
+        slots = self.batch * self.length if self.slot_token is None else len(self.slot_token)
+        if rows.ndim != 2 or len(rows) != slots:
+            raise ValueError(f"rows have shape {tuple(rows.shape)}: the stream is of ({slots}, width)")
         if self.slot_token is not None and self.token_slot is not None:
             rows = _Rows.apply(rows, self.token_slot, self.slot_token)
         return rows.reshape(self.batch, self.length, -1)
@@ -415,33 +353,19 @@ class Layout:
         return documents.transpose(0, 1).flatten(0, 1)
 
 
-def attend_by_length(
-    short_rows: Callable[[Tensor, Tensor, Tensor, Stream], Tensor],
-    long_rows: Callable[[Tensor, Tensor, Tensor, Stream], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    stream: Stream,
-    max_blocks: int,
-) -> Tensor:
-    """(H, S, d): documents of at most `max_blocks` blocks through `short_rows`, the others through
-    `long_rows`. Both take query, key, value and their part of the stream."""
-    short, long = stream.split(max_blocks)
-    sizes = [short.num_slots, long.num_slots]
-    if sizes[1] == 0:
-        return short_rows(query, key, value, short)
-    if sizes[0] == 0:
-        return long_rows(query, key, value, long)
-    q, k, v = (rows.split(sizes, dim=1) for rows in (query, key, value))
-    return torch.cat([short_rows(q[0], k[0], v[0], short), long_rows(q[1], k[1], v[1], long)], dim=1)
+class LayoutPlan(NamedTuple):
+    """What a model wants to know of a batch's documents: worked out ahead, by the processes that load data.
 
-
-def query_chunks(blocks: int, cost_per_block: int, budget: int) -> Iterator[tuple[int, int]]:
-    """Cut the `blocks` query blocks of a document into ranges (first, end) of at most `budget` work.
-
-    At least sixteen ranges where there are that many blocks: a causal range only looks at the blocks before
-    its end, so more ranges mean less work above the diagonal.
+    `block` is that of its layers, `limits` the numbers of blocks up to which one of them reads documents in
+    another way than longer ones.
     """
-    step = max(1, min(-(-blocks // 16), budget // max(cost_per_block, 1)))
-    for first in range(0, blocks, step):
-        yield first, min(first + step, blocks)
+
+    block: int
+    limits: tuple[int, ...] = ()
+
+    def build(self, segment_ids: Tensor) -> Layout:
+        """The layout of a batch on a CPU; segment_ids (B, n), 0 = padding."""
+        batch, length = segment_ids.shape
+        layout = Layout.build(batch, length, self.block, segment_ids, segment_ids != 0)
+        layout.stream.prepare(self.limits)
+        return layout

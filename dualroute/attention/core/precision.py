@@ -24,6 +24,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def has_wide_product(rows: Tensor) -> bool:
+    """CUDA can keep the float32 sums of a product of half-precision factors."""
+    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (..., m, k) @ right (..., k, n) in `accumulation_dtype`: half-precision factors are multiplied as
+    they are, and neither the sums nor the result are rounded to their type."""
+    if has_wide_product(left):
+        batch = left.shape[:-2]
+        product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+        return product.unflatten(0, batch)
+    wide = accumulation_dtype(left.dtype)
+    return left.to(wide) @ right.to(wide)
+
+
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` with autocast off: the routes choose their own precision, tile by tile."""
 

@@ -56,7 +56,16 @@ def rotary_table(
 
 def rotate(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate (S, heads, head_dim) rows by their table; the result is (heads, S, head_dim), contiguous."""
+    if torch.compiler.is_compiling():  # a compiler makes one loop of it, and its gradient too
+        return _rotated(rows, *table)
     return _Rotate.apply(rows, *table)
+
+
+def _rotated(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, y = rows.transpose(0, 1).to(cos.dtype).chunk(2, dim=-1)
+    cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
+    turned = torch.cat([x * cos - y * sin, y * cos + x * sin], dim=-1)
+    return turned.to(rows.dtype).contiguous()
 
 
 def _turn(source: Tensor, out: Tensor, cos: Tensor, sin: Tensor, sign: int) -> None:

@@ -281,6 +281,7 @@ def _checked(
     """The run's configuration, sound for as many processes as are asked for."""
     # these import torch, which --help does without
     from dualroute.data.plan import derive_accumulation
+    from dualroute.training.parallel.deepspeed_config import deepspeed_config
     from dualroute.training.parallel.environment import World
     from dualroute.training.parallel.sequence import check_sequence_parallel
 
@@ -288,5 +289,15 @@ def _checked(
     train = config.train
     world = World(world_size=options.nodes * options.tasks_per_node)
     groups = check_sequence_parallel(config.parallel.sequence_parallel, world, config.model)
-    derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, groups)
+    steps = derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, groups)
+    strategy = config.parallel.strategy
+    if strategy == "deepspeed" or (strategy == "auto" and world.world_size > 1):
+        deepspeed_config(
+            config.parallel,
+            micro_batch=train.micro_batch,
+            accumulation=steps,
+            gradient_clip=config.optim.grad_clip,
+            precision=train.precision,
+            world_size=world.world_size,
+        )
     return config

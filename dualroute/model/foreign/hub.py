@@ -31,6 +31,7 @@ from dualroute.model.checkpoint_format import (
     find_checkpoint,
     load_model,
     refuse_quantized,
+    replace_parameter,
 )
 from dualroute.model.config import ModelConfig
 from dualroute.model.foreign.hf_config import LLAMA_LIKE, llama_like_config
@@ -162,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def filled(
     config: ModelConfig, weights: dict[str, Tensor], source: str, dtype: torch.dtype
 ) -> DualRoutingTransformer:
-    """A model of ``config`` with these weights in ``dtype``; they are not held twice.
+    """A model of ``config`` with these weights in ``dtype``; each is taken out of ``weights``.
 
     Raises:
         UserError: A weight is of another shape.
@@ -176,11 +177,8 @@ def filled(
                 f"{source}: {name} has shape {theirs} and the configuration there says "
                 f"{tuple(parameter.shape)}: weights and configuration do not belong together"
             )
-    model.load_state_dict(
-        {name: value.to(dtype) for name, value in weights.items()}, strict=False, assign=True
-    )
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    for name in [name for name, _ in model.named_parameters()]:
+        replace_parameter(model, name, nn.Parameter(weights.pop(name).to(dtype)))
     return model.eval()
 
 

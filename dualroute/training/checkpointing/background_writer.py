@@ -1,9 +1,8 @@
 """Writing a checkpoint while training goes on.
 
-In: the Trainer's state at a step boundary.  Here: :class:`StateCapture` takes it in place of the file that
-would be written, as a copy in the memory of the host; :class:`BackgroundWriter` runs one job at a time
-in a thread.  Next: ``training/checkpointing/publisher.py`` gives it the job of writing and publishing that
-copy.
+In: a part of the training state at a step boundary.  Here: :func:`copy_to_host` copies it to the memory of
+the host; :class:`BackgroundWriter` runs one job at a time in a thread.  Next:
+``training/checkpointing/publisher.py`` gives it the job of writing that copy, and on rank 0 of publishing.
 
 A failed job is raised in the training thread, at the next boundary or at the end, never
 lost; and the thread is no daemon, so a process that ends, also by an exception, ends after its write.
@@ -14,40 +13,47 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
-from lightning.fabric.plugins.io import TorchCheckpointIO
+import torch
 from torch import Tensor
 
-
-class StateCapture(TorchCheckpointIO):
-    """Keeps what it is asked to save, as a copy on the CPU.
-
-    Attributes:
-        state: The copy, or None on a rank that saves nothing.
-    """
-
-    def __init__(self) -> None:
-        self.state: dict[str, Any] | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.state = copy_to_host(checkpoint, {})
+_UNCHANGING = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device, type)
 
 
 def copy_to_host(value: Any, copies: dict[Any, Tensor]) -> Any:
-    """``value`` with every tensor in it copied; tensors that were one (tied weights) stay one."""
+    """``value`` with everything in it that may change copied to the CPU; to pinned memory from a GPU.
+
+    Tensors that were one (tied weights) stay one.
+    """
+    copied = _copy(value, copies)
+    if any(tensor.is_pinned() for tensor in copies.values() if torch.cuda.is_available()):
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copy(value: Any, copies: dict[Any, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensor = value.detach()
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() == 0 or key not in copies:
-            copies[key] = tensor.to("cpu", copy=True)
+            copies[key] = _on_host(tensor)
         return copies[key]
     if isinstance(value, dict):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((key, copy_to_host(item, copies)) for key, item in value.items())
+        return kind((key, _copy(item, copies)) for key, item in value.items())
     if type(value) in (list, tuple):
-        return type(value)(copy_to_host(item, copies) for item in value)
-    return value
+        return type(value)(_copy(item, copies) for item in value)
+    # a loss scaler of DeepSpeed, say, which the next step changes
+    return value if isinstance(value, _UNCHANGING) else deepcopy(value)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 class BackgroundWriter:

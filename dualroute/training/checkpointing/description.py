@@ -11,7 +11,7 @@ from typing import Any
 
 from dualroute.data.module import ShardDataModule
 from dualroute.model import lineage
-from dualroute.model.checkpoint_format import Checkpoint, find_checkpoint
+from dualroute.model.checkpoint_folder import Checkpoint, find_checkpoint
 from dualroute.training.checkpointing.resumed_settings import settings_of
 from dualroute.training.config import PretrainConfig
 

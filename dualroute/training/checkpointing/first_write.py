@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dualroute.errors import UserError
 from dualroute.files import remove_leftovers as remove_temporary_files
 from dualroute.files import write_bytes_atomically
-from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.model.checkpoint_folder import Checkpoint
 from dualroute.training.checkpointing.upkeep import remove_leftovers, set_aside_newer
 from dualroute.training.monitoring.tensorboard import TensorBoard
 from dualroute.training.parallel.agreement import decided_by_rank_zero

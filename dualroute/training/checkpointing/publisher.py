@@ -1,12 +1,16 @@
 """Publishing checkpoints: from a running Trainer to a folder that is whole or not there.
 
-At a step boundary every rank writes its part under a hidden name; rank zero adds the whole weights, the
-model's shape and the tokenizer, flushes everything to the disk, writes ``checkpoint.json`` with the size
-and sha256 of every file, and renames the folder to ``step-…``.  Only then do ``last`` and ``best`` move and
-old folders go.  The format is :mod:`dualroute.model.checkpoint_format`'s.
+1. At a step boundary every rank takes its part under a hidden name: its partitions, or on rank 0 the one
+   file of a state that is not partitioned, and an equal share of the bytes of ``model.safetensors``.
+2. Each rank writes its part, hashes it while it does, and flushes it to the disk
+   (:mod:`~dualroute.training.checkpointing.own_part`).
+3. Rank 0 is told the hashes.  It adds the model's shape and the tokenizer, writes ``checkpoint.json`` with
+   size and hash of every file, and renames the folder to ``step-…``.  Only then do ``last`` and ``best``
+   move and old folders go.  The format is :mod:`dualroute.model.checkpoint_folder`'s.
 
-With ``checkpoint.asynchronous`` one process and DDP only copy their state at the boundary; the rest
-happens in a thread (:mod:`~dualroute.training.checkpointing.background_writer`).
+With ``checkpoint.asynchronous`` the ranks copy their parts at the boundary, and the rest happens in a
+thread of each (:mod:`~dualroute.training.checkpointing.background_writer`).  No collective is started
+there: the ranks leave their hashes in the folder, where rank 0 looks for them.
 
 Where a step is both validated and saved, the checkpoint is written after the
 validation, so that what it resumes into is the next training step and nothing is measured twice or never.
@@ -16,31 +20,37 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dualroute import __version__
 from dualroute.errors import UserError
-from dualroute.files import fsync_folder, make_durable
+from dualroute.files import fsync_folder
 from dualroute.model import checkpoint_format
 from dualroute.model.config import ModelConfig
 from dualroute.model.lineage import total_tokens
-from dualroute.model.weights_file import write_weights
 from dualroute.training.checkpointing import starting_points
-from dualroute.training.checkpointing.background_writer import BackgroundWriter, StateCapture
+from dualroute.training.checkpointing.background_writer import BackgroundWriter
+from dualroute.training.checkpointing.capture import captured
+from dualroute.training.checkpointing.own_part import (
+    Layout,
+    Note,
+    OwnPart,
+    await_notes,
+    entries,
+    leave_note,
+    remove_notes,
+)
 from dualroute.training.checkpointing.reshard import remove_resharded
-from dualroute.training.checkpointing.state_file import saving_with
 from dualroute.training.checkpointing.state_layout import StateLayout
+from dualroute.training.checkpointing.state_writer import write_failures
 from dualroute.training.checkpointing.upkeep import (
     best_by_validation,
     note_published,
@@ -49,6 +59,10 @@ from dualroute.training.checkpointing.upkeep import (
     set_aside,
 )
 from dualroute.training.config import CheckpointConfig
+from dualroute.training.parallel.agreement import decided_by_rank_zero, told_by_all
+from dualroute.training.step.spike_guard import TrainingDiverged
+
+_AFTER_THE_END = 60.0  # seconds that rank 0 waits for the parts of others when its own training has ended
 
 
 class CheckpointPublisher(Callback):
@@ -61,6 +75,7 @@ class CheckpointPublisher(Callback):
         val_every_steps: Optimizer steps between validations (to save after, not before, one).
         described: What every checkpoint says of this run besides; ``validation`` is what its losses were
             measured on, and only those measured on the same are compared.
+        patience_minutes: How long rank 0's thread waits for the parts of the others.
 
     Attributes:
         lineage: What the checkpoints of this training descend from
@@ -74,8 +89,10 @@ class CheckpointPublisher(Callback):
         tokenizer: Path,
         val_every_steps: int,
         described: dict[str, Any] | None = None,
+        patience_minutes: float = 30.0,
     ) -> None:
         self.described = described or {}
+        self.patience = 60 * patience_minutes
         self.folder = folder
         self.config = config
         self.tokenizer = tokenizer
@@ -88,11 +105,13 @@ class CheckpointPublisher(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resumed run starts at a published step
         self._published = trainer.global_step or None
-        if self.config.asynchronous and isinstance(trainer.strategy, DeepSpeedStrategy):
-            rank_zero_warn("checkpoint.asynchronous has no effect with DeepSpeed, which writes its own files")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._writer.wait()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, TrainingDiverged):
+            self._writer.wait()  # the same processes go on from the newest checkpoint
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._writer.raise_failure()
@@ -118,53 +137,53 @@ class CheckpointPublisher(Callback):
         if step == self._published:
             return
         self._published = step
-        if self.config.asynchronous and not isinstance(trainer.strategy, DeepSpeedStrategy):
-            self._publish_later(trainer, pl_module, step)
-            return
+        if self.config.asynchronous:
+            self._writer.wait()  # one copy at a time
         aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
-        with _explaining_failures(aside):
-            if trainer.is_global_zero:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            trainer.strategy.barrier("checkpoint folder made")
-            trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
-            weights = gather_weights(pl_module.model)
-            if trainer.is_global_zero:
-                write_weights(aside / checkpoint_format.WEIGHTS, _weights_layout(pl_module.model), weights)
-            else:
-                deque(weights, maxlen=0)  # takes part in gathering, keeps nothing
-            trainer.strategy.barrier("checkpoint parts written")
-            if trainer.is_global_zero:
-                self._complete(aside, pl_module.model.config, self._metadata(trainer, pl_module, step))
-        trainer.strategy.barrier("checkpoint published")
+        layout, config = _weights_layout(pl_module.model), pl_module.model.config
+        with _explaining_failures(aside, trainer.global_rank):
+            part = self._taken(trainer, pl_module.model, layout, aside)
+            metadata = self._metadata(trainer, pl_module, step)
+            if self.config.asynchronous:
+                self._writer.submit(partial(self._write_later, part, layout, config, metadata))
+                return
+            # told to all, so that no rank waits for one that has failed
+            notes = told_by_all(partial(_written, part))
+            decided_by_rank_zero(partial(self._complete, part, layout, config, metadata, notes))
 
-    def _publish_later(self, trainer: Trainer, pl_module: Any, step: int) -> None:
-        """Copy the state; the writer's thread does the rest.  Plain files only: rank zero holds all of it."""
-        self._writer.wait()  # one copy at a time
-        aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
-        capture = StateCapture()
-        with saving_with(trainer, capture):
+    def _taken(self, trainer: Trainer, model: nn.Module, layout: Layout, aside: Path) -> OwnPart:
+        """This rank's part, at a step boundary; all ranks."""
+        part = OwnPart(aside, trainer.global_rank, trainer.world_size, later=self.config.asynchronous)
+        decided_by_rank_zero(partial(_make_empty, aside))
+        with captured(trainer, part):
             trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
-        if capture.state is not None:
-            metadata, layout = self._metadata(trainer, pl_module, step), _weights_layout(pl_module.model)
-            config = pl_module.model.config
-            self._writer.submit(partial(self._write, aside, capture.state, layout, config, metadata))
+        copies = part.copied_weights()
+        weights = ((name, copies[f"model.{name}"]) for name in layout) if copies else gather_weights(model)
+        part.take_weights(aside / checkpoint_format.WEIGHTS, layout, weights, copied=bool(copies))
+        return part
 
-    def _write(
-        self,
-        aside: Path,
-        state: dict[str, Any],
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-        config: ModelConfig,
-        metadata: dict[str, Any],
+    def _write_later(
+        self, part: OwnPart, layout: Layout, config: ModelConfig, metadata: dict[str, Any]
     ) -> None:
-        with _explaining_failures(aside):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            torch.save(state, aside / checkpoint_format.STATE)
-            weights = ((name, state["state_dict"][f"model.{name}"]) for name in layout)
-            write_weights(aside / checkpoint_format.WEIGHTS, layout, weights)
-            self._complete(aside, config, metadata)
+        """In a thread of every rank: write its part, and on rank 0 wait for the others' and publish."""
+        try:
+            note = _written(part)
+        except Exception as error:
+            if part.rank:
+                with suppress(OSError):
+                    leave_note(part.folder, part.rank, Note(error=str(error) or type(error).__name__))
+            raise
+        with _explaining_failures(part.folder, part.rank):
+            if part.rank:
+                leave_note(part.folder, part.rank, note)
+                return
+            notes = [note, *await_notes(part.folder, part.ranks, self._seconds_left)]
+            remove_notes(part.folder)
+            self._complete(part, layout, config, metadata, notes)
+
+    def _seconds_left(self) -> float:
+        """Where the training has ended, a rank that says nothing has ended too."""
+        return self.patience if threading.main_thread().is_alive() else min(self.patience, _AFTER_THE_END)
 
     def _metadata(self, trainer: Trainer, pl_module: Any, step: int) -> dict[str, Any]:
         measured = self._val_loss is not None and self._val_loss[0] == step
@@ -186,10 +205,18 @@ class CheckpointPublisher(Callback):
         }
         return metadata | {"total_tokens": total_tokens(metadata)}
 
-    def _complete(self, folder: Path, config: ModelConfig, metadata: dict[str, Any]) -> None:
+    def _complete(
+        self,
+        part: OwnPart,
+        layout: Layout,
+        config: ModelConfig,
+        metadata: dict[str, Any],
+        notes: Sequence[Note],
+    ) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
-        checkpoint_format.write_description(folder, config, self.tokenizer, metadata)
-        make_durable(folder)
+        folder, described = part.folder, entries(notes, checkpoint_format.WEIGHTS, layout)
+        checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described)
+        _flush(folder, described)
         published = self.folder / checkpoint_format.step_folder(metadata["step"])
         if os.path.lexists(published):  # copied in part, or not ours: a rename onto it would fail for ever
             set_aside(published)
@@ -219,8 +246,30 @@ def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
 
 
-def _weights_layout(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _weights_layout(model: nn.Module) -> Layout:
     return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters()}
+
+
+def _make_empty(folder: Path) -> None:
+    with _explaining_failures(folder, 0):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+
+def _written(part: OwnPart) -> Note:
+    with _explaining_failures(part.folder, part.rank):
+        return part.write()
+
+
+def _flush(folder: Path, flushed: dict[str, Any]) -> None:
+    """Make durable what the ranks have not flushed themselves: folders, and rank 0's small files."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        elif str(path.relative_to(folder)) not in flushed:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    fsync_folder(folder)
 
 
 @contextmanager
@@ -235,16 +284,18 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
 
 
 @contextmanager
-def _explaining_failures(aside: Path) -> Iterator[None]:
+def _explaining_failures(aside: Path, rank: int) -> Iterator[None]:
+    """Say what could not be written, and why; rank 0 takes away what is there of it."""
     try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer; anything else is not ours to explain
-        signs = ("PytorchStreamWriter", "inline_container")  # the latter where it writes to a path
-        is_write_error = isinstance(error, OSError) or any(sign in str(error) for sign in signs)
-        shutil.rmtree(aside, ignore_errors=True)
-        if not is_write_error:
-            raise
+        with write_failures():
+            yield
+    except UserError:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    except OSError as error:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(aside.parent).free if aside.parent.exists() else 0
         said = " ".join(str(error).split())[:200]
         raise UserError(

@@ -1,14 +1,19 @@
 """Going on with another number of ranks, another ZeRO stage, or with and without DeepSpeed.
 
-In: the checkpoint to resume and a Trainer whose layout differs from the checkpoint's.  Here: rank 0 writes
-the state once more in the form that the Trainer loads, into ``checkpoints/resharded-step-…``, aside and then
-renamed; the other ranks wait for that folder.  Next: ``run.py`` gives its path to the Trainer.
+In: the checkpoint to resume and a Trainer whose layout differs from the checkpoint's.  Next: ``run.py``
+gives the path that is found here to the Trainer.
 
-The folder is a cache: it stays until the resumed run has published a checkpoint of its own, so a run that is
-stopped before that does not convert twice.
+- To ZeRO 1 to 3, from any layout, nothing is converted: while DeepSpeed loads, each rank reads from the
+  checkpoint's own files the elements that are to be its own, and no others
+  (:func:`dualroute.compat.read_partitions_from`).  Rank 0 writes what is left, an index of a few small files.
+- To one process, DDP or stage 0, where every rank holds all of the state, rank 0 writes it once more in the
+  one file that they load.
 
-The ranks do not meet to wait.  They look for the folder before any process group exists,
-so no collective can time out however long a conversion takes.
+Either lies in ``checkpoints/resharded-step-…``, written aside and then renamed; the other ranks wait for that
+folder.  It is a cache: it stays until the resumed run has published a checkpoint of its own.
+
+The ranks do not meet to wait.  They look for the folder, so no collective can time out however long a
+conversion takes.
 """
 
 from __future__ import annotations
@@ -26,23 +31,25 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from dualroute.errors import UserError
-from dualroute.files import file_sha256, fsync_folder, make_durable
-from dualroute.model import checkpoint_format
+from dualroute.files import file_sha256, fsync_folder, make_durable, read_json
+from dualroute.model import checkpoint_folder
 from dualroute.training.checkpointing.state_layout import StateLayout
 from dualroute.training.checkpointing.state_reader import TrainingState, open_state
-from dualroute.training.checkpointing.state_writer import write_one_file, write_stage_zero, write_universal
+from dualroute.training.checkpointing.state_writer import write_index, write_one_file, write_stage_zero
+from dualroute.training.config import as_saved
 from dualroute.training.parallel.strategy import DualRouteDeepSpeedStrategy
 
 log = logging.getLogger(__name__)
 
 PREFIX = "resharded-"
 _NOTE, _PROGRESS = "resharded.json", "progress"
+_PLACES = "places.json"
 _FORMS = {None: "one file", 0: "DeepSpeed stage 0"}
-_UNIVERSAL = "DeepSpeed universal checkpoint"
+_INDEX = "index of a state that each rank reads its part of"
 
 
 def resumable_state(
-    checkpoint: checkpoint_format.Checkpoint,
+    checkpoint: checkpoint_folder.Checkpoint,
     trainer: Trainer,
     folder: Path,
     *,
@@ -57,7 +64,7 @@ def resumable_state(
         checkpoint: What is resumed.
         trainer: Its strategy is told where it has to load a universal checkpoint.
         folder: The run's ``checkpoints`` folder, where a converted state is kept.
-        precision: The run's ``train.precision``.
+        precision: That of the run's state, ``train.mixed_precision``.
         timeout_minutes: How long a rank waits without seeing progress of rank 0.
 
     Raises:
@@ -73,22 +80,26 @@ def resumable_state(
     same_form = not needed.stage or before.startswith("bf16") == precision.startswith("bf16")
     if wrote.serves(needed) and same_form:
         return checkpoint.state
-    if isinstance(trainer.strategy, DualRouteDeepSpeedStrategy) and needed.stage:
-        trainer.strategy.expect_universal_checkpoint()
     target = folder / f"{PREFIX}{checkpoint.folder.name}"
     note = {
         "source": str(checkpoint.folder),
-        "sha256": file_sha256(checkpoint.folder / checkpoint_format.METADATA),
-        "form": _FORMS.get(needed.stage, _UNIVERSAL),
+        "sha256": file_sha256(checkpoint.folder / checkpoint_folder.METADATA),
+        "form": _FORMS.get(needed.stage, _INDEX),
     }
-    if _is_there(target, note):
-        return target / checkpoint_format.STATE
-    if trainer.is_global_zero:
-        log.info("%s", f"converting {checkpoint.folder} from {wrote} for {needed}")
-        _convert(checkpoint, target, note)
-    else:
-        _wait(target, note, timeout_minutes)
-    return target / checkpoint_format.STATE
+    if not _is_there(target, note):
+        if trainer.is_global_zero:
+            log.info("%s", f"converting {checkpoint.folder} from {wrote} for {needed}")
+            _convert(checkpoint, target, note)
+        else:
+            _wait(target, note, timeout_minutes)
+    if isinstance(trainer.strategy, DualRouteDeepSpeedStrategy) and needed.stage:
+        trainer.strategy.expect_universal_checkpoint(lambda: open_state(checkpoint, _places(target)))
+    return target / checkpoint_folder.STATE
+
+
+def _places(target: Path) -> dict[str, list[list[int]]] | None:
+    places: dict[str, list[list[int]]] | None = read_json(target / _PLACES)
+    return places
 
 
 def converted_states(folder: Path) -> frozenset[Path]:
@@ -104,7 +115,7 @@ def remove_resharded(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
 
 
 def _refuse_loss(
-    checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, precision: str
+    checkpoint: checkpoint_folder.Checkpoint, wrote: StateLayout, needed: StateLayout, precision: str
 ) -> None:
     plain = needed.stage in (None, 0)
     reason = ""
@@ -121,15 +132,15 @@ def _refuse_loss(
         )
 
 
-def saved_precision(checkpoint: checkpoint_format.Checkpoint, unknown: str) -> str:
-    """``train.precision`` of the run that wrote ``checkpoint``; ``unknown`` where that was not noted."""
+def saved_precision(checkpoint: checkpoint_folder.Checkpoint, unknown: str) -> str:
+    """Precision of the state that ``checkpoint`` holds; ``unknown`` where that was not noted."""
     settings = checkpoint.metadata.get("settings")
     train = settings.get("train") if isinstance(settings, dict) else None
-    return str(train.get("precision", unknown)) if isinstance(train, dict) else unknown
+    return as_saved(str(train.get("precision", unknown))) if isinstance(train, dict) else unknown
 
 
 def refuse_other_precision(
-    checkpoint: checkpoint_format.Checkpoint, wrote: StateLayout, needed: StateLayout, before: str, now: str
+    checkpoint: checkpoint_folder.Checkpoint, wrote: StateLayout, needed: StateLayout, before: str, now: str
 ) -> None:
     """Changes of the arithmetic that a state of DeepSpeed cannot follow."""
     stages = (wrote.stage, needed.stage)
@@ -149,21 +160,21 @@ def _is_there(target: Path, note: dict[str, Any]) -> bool:
     return False
 
 
-def _convert(checkpoint: checkpoint_format.Checkpoint, target: Path, note: dict[str, Any]) -> None:
+def _convert(checkpoint: checkpoint_folder.Checkpoint, target: Path, note: dict[str, Any]) -> None:
     aside = target.with_name(f".writing-{target.name}")
     try:
         for path in (aside, target):
             shutil.rmtree(path, ignore_errors=True)
         aside.mkdir(parents=True)
         state = open_state(checkpoint)
-        check_room(state, target.parent)
         report = Reporter(aside / _PROGRESS)
-        if note["form"] == _UNIVERSAL:
-            write_universal(state, aside / checkpoint_format.STATE, report)
-        elif note["form"] == _FORMS[0]:
-            write_stage_zero(state, aside / checkpoint_format.STATE, report)
+        if note["form"] == _INDEX:
+            write_index(state, aside / checkpoint_folder.STATE)
+            (aside / _PLACES).write_text(json.dumps(state.places()), encoding="utf-8")
         else:
-            write_one_file(state, aside / checkpoint_format.STATE, report)
+            check_room(state, target.parent)
+            write = write_stage_zero if note["form"] == _FORMS[0] else write_one_file
+            write(state, aside / checkpoint_folder.STATE, report)
         (aside / _PROGRESS).unlink(missing_ok=True)
         (aside / _NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         make_durable(aside)

@@ -2,7 +2,8 @@
 
 - In: the run folder and what ``--resume`` says.
 - Here: :func:`choose_start` looks, and changes nothing; :func:`check_start` compares the chosen checkpoint
-  with the configuration and the data, and every file with its sha256.
+  with the configuration and the data, :func:`refuse_damaged` every file with its hashes, divided over the
+  ranks.
 - Next: :mod:`~dualroute.training.checkpointing.reshard` makes the state readable for the ranks of this start,
   and when all of them have loaded it, :mod:`~dualroute.training.checkpointing.first_write` sets newer ones
   aside.
@@ -18,6 +19,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,14 @@ from typing import Any
 import yaml
 
 from dualroute.errors import UserError
-from dualroute.model import checkpoint_format
-from dualroute.model.checkpoint_format import Checkpoint, Scan, scan_checkpoints, step_of
+from dualroute.model import checkpoint_folder
+from dualroute.model.checkpoint_folder import Checkpoint, Scan, scan_checkpoints, step_of
 from dualroute.model.config import ModelConfig
 from dualroute.training.checkpointing import starting_points
+from dualroute.training.checkpointing.divided_check import first_damage
 from dualroute.training.checkpointing.upkeep import ABANDONED, LINKS, PUBLISHED
 from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.parallel.agreement import decided_by_rank_zero
 
 _ANEW = "or begin anew with another --output, or remove"
 
@@ -81,9 +85,9 @@ def choose_start(output: Path, resume: str) -> Start:
             f"more, give another --output, or move the newer step-… folders away)"
         )
         return Start(start.checkpoint, start.lineage, "; ".join(filter(None, (note, start.note))))
-    checkpoint = checkpoint_format.find_checkpoint(resume)
+    checkpoint = checkpoint_folder.find_checkpoint(resume)
     if checkpoint.folder.is_symlink():  # last or best, which will point elsewhere
-        checkpoint = checkpoint_format.read_checkpoint(checkpoint.folder.resolve())
+        checkpoint = checkpoint_folder.read_checkpoint(checkpoint.folder.resolve())
     return Start(checkpoint, starting_points.after(checkpoint, resume, folder))
 
 
@@ -96,7 +100,7 @@ def _newest(folder: Path, scan: Scan) -> Start:
     note = ""
     if passed:
         note = (
-            f"{folder / passed[-1]} has no {checkpoint_format.METADATA} (copied in part?): it is passed "
+            f"{folder / passed[-1]} has no {checkpoint_folder.METADATA} (copied in part?): it is passed "
             f"over, and set aside"
         )
     return Start(newest, starting_points.lineage_of(newest), note)
@@ -138,15 +142,15 @@ def _refuse_lost(output: Path, folder: Path, scan: Scan) -> None:
         raise UserError(f"{error}; no other is in {folder}: restore one, {_ANEW} {output}")
     if scan.unfinished:
         raise UserError(
-            f"{scan.unfinished[-1]} has no {checkpoint_format.METADATA} (copied in part?), and there is no "
+            f"{scan.unfinished[-1]} has no {checkpoint_folder.METADATA} (copied in part?), and there is no "
             f"other checkpoint: copy it again, {_ANEW} that folder"
         )
     for copy in (folder / name for name in LINKS):
-        with contextlib.suppress(checkpoint_format.NotFinishedError):
-            step = checkpoint_format.read_checkpoint(copy).step
+        with contextlib.suppress(checkpoint_folder.NotFinishedError):
+            step = checkpoint_folder.read_checkpoint(copy).step
             raise UserError(
                 f"{copy} holds the checkpoint of step {step}, and there is no step-… folder beside it: "
-                f"rename it to {checkpoint_format.step_folder(step)}"
+                f"rename it to {checkpoint_folder.step_folder(step)}"
             )
     aside = sorted(folder.glob(f"{ABANDONED}step-*"))
     if aside:
@@ -219,25 +223,24 @@ def _is_here(output: Path, checkpoint: Checkpoint | None) -> bool:
     if checkpoint is None:
         return output.is_dir()
     with contextlib.suppress(UserError):
-        here = checkpoint_format.read_checkpoint(checkpoint.folder).metadata
+        here = checkpoint_folder.read_checkpoint(checkpoint.folder).metadata
         return json.dumps(here) == json.dumps(checkpoint.metadata)  # equal also where a loss is not a number
     return False
 
 
-def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any], *, digests: bool) -> None:
-    """Compare a checkpoint with what it is to be resumed with, and with its own metadata.
+def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]) -> None:
+    """Compare a checkpoint with what it is to be resumed with.
 
     Args:
         checkpoint: What was chosen.
         model: The configured model.
         data: Of the run's data: ``fingerprint``, ``seed``, ``context``.  What the metadata know of them is
             compared here; the state itself is when it is loaded.
-        digests: Verify sha256 besides sizes.
 
     Raises:
-        UserError: It is damaged, or its model or data are others.
+        UserError: Its model or data are others.
     """
-    theirs = ModelConfig.from_file(checkpoint.folder / checkpoint_format.CONFIG).to_dict()
+    theirs = ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG).to_dict()
     ours = model.to_dict()
     differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
     if differing:
@@ -252,18 +255,33 @@ def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]
                 f"{checkpoint.folder} was trained with data {key} {said!r}, and this start has "
                 f"{data[key]!r}: resume with the same data, seed and context, or start a new run (--output)"
             )
-    _verify(checkpoint, digests=digests)
 
 
-def _verify(checkpoint: Checkpoint, *, digests: bool) -> None:
-    """Refuse a damaged checkpoint, and name the newest older one beside it that is whole."""
-    damage = next(checkpoint_format.damages(checkpoint, digests=digests), None)
-    if damage is None and not checkpoint.state.exists():
+def refuse_damaged(checkpoint: Checkpoint, *, digests: bool, together: bool) -> None:
+    """Compare the files of a checkpoint with its metadata.
+
+    Args:
+        checkpoint: What was chosen, on all ranks the same.
+        digests: Compare the hashes besides the sizes.
+        together: All ranks call it, and share the hashing; else this process does all of it.
+
+    Raises:
+        UserError: It is damaged; the newest older one beside it that is whole is named.
+    """
+
+    def look(find: Callable[[], Any]) -> Any:
+        return decided_by_rank_zero(find) if together else find()
+
+    def damage_of(one: Checkpoint) -> str | None:
+        return first_damage(one, digests=digests, together=together)
+
+    damage = damage_of(checkpoint)
+    if damage is None and not look(checkpoint.state.exists):
         damage = f"{checkpoint.state} is missing from the checkpoint"
     if damage is None:
         return
-    beside = scan_checkpoints(checkpoint.folder.parent).finished
+    beside = look(lambda: scan_checkpoints(checkpoint.folder.parent).finished)
     for earlier in reversed([c for c in beside if c.step < checkpoint.step]):
-        if not any(checkpoint_format.damages(earlier, digests=digests)):
+        if damage_of(earlier) is None:
             raise UserError(f"{damage}; the newest earlier checkpoint is whole: --resume {earlier.folder}")
     raise UserError(f"{damage}; no earlier checkpoint beside it is whole: start again with another --output")

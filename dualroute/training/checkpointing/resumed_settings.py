@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import WEIGHTS, Checkpoint, find_checkpoint
+from dualroute.model.checkpoint_folder import WEIGHTS, Checkpoint, find_checkpoint
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
@@ -48,6 +48,7 @@ RULES: dict[str, Rule] = {
     "optim.min_lr_ratio": "obeyed",
     "optim.decay_fraction": "obeyed",
     "optim.grad_clip": "obeyed",
+    "optim.fused": "obeyed",
     "spike_guard": "obeyed",
     "checkpoint": "obeyed",
     "monitor": "obeyed",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dualroute.errors import UserError
+from dualroute.model.tree_hash import TRAFFIC
 
 #: What torch.load raises at a file that is truncated, is no such file, holds other classes, or is a folder.
 _UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError,
@@ -41,8 +42,11 @@ def load_deepspeed_file(path: Path, **options: Any) -> Any:
 
 
 @contextmanager
-def deepspeed_loads_safely() -> Iterator[None]:
+def deepspeed_loads_safely(change: Callable[[Any, Any], Any] | None = None) -> Iterator[None]:
     """Inside, every ``torch.load`` of this process is one with ``weights_only=True``.
+
+    Args:
+        change: Makes of (content, path) of a file what is given to who asked for it.
 
     Raises:
         UserError: A file cannot be read, or holds other classes than DeepSpeed writes.
@@ -51,7 +55,8 @@ def deepspeed_loads_safely() -> Iterator[None]:
     classes = _deepspeed_classes()
 
     def load(path: Any, *args: Any, **options: Any) -> Any:
-        return _load(original, path, classes, *args, **options)
+        content = _load(original, path, classes, *args, **options)
+        return content if change is None else change(content, path)
 
     torch.load = load  # type: ignore[assignment]
     try:
@@ -61,8 +66,11 @@ def deepspeed_loads_safely() -> Iterator[None]:
 
 
 def _load(original: Any, path: Any, classes: list[Any], /, *args: Any, **options: Any) -> Any:
-    if isinstance(path, str | os.PathLike) and not Path(path).is_file():
-        raise UserError(f"{path} cannot be read (it is no file): use another checkpoint")
+    if isinstance(path, str | os.PathLike):
+        if not Path(path).is_file():
+            raise UserError(f"{path} cannot be read (it is no file): use another checkpoint")
+        if not options.get("mmap"):  # of what is mapped only what is looked at is read
+            TRAFFIC.add(read=os.path.getsize(path))
     try:
         with torch.serialization.safe_globals(classes):
             return original(path, *args, **{**options, "weights_only": True})

@@ -18,7 +18,7 @@ from typing import Any
 
 from dualroute.errors import UserError
 from dualroute.files import file_sha256
-from dualroute.model.checkpoint_format import METADATA, Checkpoint, find_checkpoint
+from dualroute.model.checkpoint_folder import METADATA, Checkpoint, find_checkpoint
 
 KEY = "resumed_from"
 #: {"given": as :func:`spelled`, "id": as :func:`identity` or "", "step": of the checkpoint}

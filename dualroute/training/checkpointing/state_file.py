@@ -10,14 +10,11 @@ Lightning's own writer would put the whole state into memory first, and then int
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Trainer
 
 from dualroute.training.checkpointing.safe_load import load_file
 
@@ -38,14 +35,3 @@ class StateFile(TorchCheckpointIO):
         """
         content: dict[str, Any] = load_file(Path(path))
         return content
-
-
-@contextmanager
-def saving_with(trainer: Trainer, writer: TorchCheckpointIO) -> Iterator[None]:
-    """Let ``trainer.save_checkpoint`` hand the state to ``writer``; DeepSpeed asks none and writes itself."""
-    strategy = trainer.strategy
-    own, strategy.checkpoint_io = strategy.checkpoint_io, writer
-    try:
-        yield
-    finally:
-        strategy.checkpoint_io = own

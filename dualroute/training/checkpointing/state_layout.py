@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.model.checkpoint_folder import Checkpoint
 
 ONE_FILE = "one file"
 

@@ -2,8 +2,10 @@
 
 In: the ``state.ckpt`` of a checkpoint: one file (one process, DDP), DeepSpeed's file at stage 0, or its
 partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's master weight and AdamW moments
-by name, whole, one at a time, and the trainer's own state.  Next: ``universal.py`` writes them in another
-layout, ``export.py`` as plain weights.
+by name, whole or any elements of it, and the trainer's own state.  Files are mapped, and those of
+partitions only where they are asked for, so a rank that needs a hundredth of a state reads a hundredth.
+Next: ``reshard.py`` resumes from them, ``state_writer.py`` writes them in another layout, ``commands.py``
+as plain weights.
 
 No code of a checkpoint is run (``training/checkpointing/safe_load.py``).
 """
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import Checkpoint
+from dualroute.model.checkpoint_folder import Checkpoint
+from dualroute.model.tree_hash import TRAFFIC
 from dualroute.training.checkpointing.safe_load import load_deepspeed_file, load_file
 from dualroute.training.checkpointing.state_layout import StateLayout
 
@@ -38,7 +41,8 @@ _REMAP_BYTES = 256 * 2**20
 _ENGINE_KEYS = frozenset(
     "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments "
     "lr_scheduler data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info "
+    "weights_in_partitions".split()
 )
 
 
@@ -63,9 +67,19 @@ class TrainingState(ABC):
     step: Tensor
     loss_scaler: dict[str, Any]
 
-    @abstractmethod
     def read(self, name: str, key: str) -> Tensor:
         """One of KEYS of one parameter, whole, on the CPU."""
+        shape = self.shapes[name]
+        return self.read_range(name, key, 0, math.prod(shape)).view(shape)
+
+    @abstractmethod
+    def read_range(self, name: str, key: str, start: int, count: int) -> Tensor:
+        """``count`` elements of it from ``start`` on, as they lie in memory: (count,)."""
+
+    def places(self) -> dict[str, list[list[int]]] | None:
+        """Where parameters lie in the files, if that takes all of the files to know; see
+        :func:`open_state`."""
+        return None
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -142,8 +156,10 @@ class OneFileState(TrainingState):
         }
         self.loss_scaler = {}
 
-    def read(self, name: str, key: str) -> Tensor:
-        return self._weights[name] if key == WEIGHT else self._moments[name][key]
+    def read_range(self, name: str, key: str, start: int, count: int) -> Tensor:
+        whole = self._weights[name] if key == WEIGHT else self._moments[name][key]
+        TRAFFIC.add(read=count * whole.itemsize)
+        return whole.reshape(-1)[start : start + count]
 
     @cached_property
     def _moments(self) -> dict[str, dict[str, Tensor]]:
@@ -172,38 +188,45 @@ class PartitionedState(TrainingState):
         self.aliases = dict(model["shared_params"] or {})
         self.shapes = {n: tuple(shape) for group in model["param_shapes"] for n, shape in group.items()}
         self._sub_groups: list[dict[str, Any]] = model["param_shapes"]
-        self._map_files()
-        first = self._optimizers[0]
+        self._mapped: dict[int, dict[str, Any]] = {}
+        self._bytes_mapped = 0
+        first = self._optimizer(0)
         scaler = first.get("loss_scaler")
         changes = bool(first.get("dynamic_loss_scale"))
         self.loss_scaler = {"loss_scaler": scaler, "dynamic_loss_scale": True} if changes else {}
         self._check_adam(self._base(first)["state"])
         self._take_hyperparameters(self._base(first)["param_groups"])
 
-    def _map_files(self) -> None:
-        self._optimizers: list[dict[str, Any]] = [_load(path)["optimizer_state_dict"] for path in self._files]
-        self._mapped = 0
+    def _optimizer(self, rank: int) -> dict[str, Any]:
+        """The optimizer state of one of the ranks that wrote."""
+        if rank not in self._mapped:
+            self._mapped[rank] = _load(self._files[rank])["optimizer_state_dict"]
+        return self._mapped[rank]
 
-    def read(self, name: str, key: str) -> Tensor:
-        if self._mapped > _REMAP_BYTES:
-            self._map_files()
-        shape = self.shapes[name]
-        whole = torch.empty(math.prod(shape), dtype=torch.float32)
-        end = 0
-        for optimizer, group, start, count in self._pieces(name):
-            flat = (
-                optimizer[self._WEIGHTS][group]
-                if key == WEIGHT
-                else self._base(optimizer)["state"][group][key]
-            )
-            whole[end : end + count] = flat.narrow(0, start, count)
-            end += count
-        if end != whole.numel():
-            raise UserError(
-                f"{self.folder}: {name} has {whole.numel():,} elements and the files hold {end:,}"
-            )
-        self._mapped += whole.numel() * whole.itemsize
-        return whole.view(shape)
+    def read_range(self, name: str, key: str, start: int, count: int) -> Tensor:
+        if self._bytes_mapped > _REMAP_BYTES:
+            self._mapped.clear()
+            self._bytes_mapped = 0
+        found = torch.empty(count, dtype=torch.float32)
+        position = filled = 0  # in the parameter; of what is wanted
+        for rank, group, offset, elements in self._pieces(name):
+            first, last = max(start, position), min(start + count, position + elements)
+            if first < last:
+                optimizer = self._optimizer(rank)
+                flat = (
+                    optimizer[self._WEIGHTS][group]
+                    if key == WEIGHT
+                    else self._base(optimizer)["state"][group][key]
+                )
+                found[first - start : last - start] = flat.narrow(0, offset + first - position, last - first)
+                filled += last - first
+            position += elements
+        whole = math.prod(self.shapes[name])
+        if filled != count or position != whole:
+            raise UserError(f"{self.folder}: {name} has {whole:,} elements and the files hold {position:,}")
+        self._bytes_mapped += found.nbytes
+        TRAFFIC.add(read=found.nbytes)
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -215,23 +238,35 @@ class PartitionedState(TrainingState):
         """torch's own optimizer state of one rank."""
 
     @abstractmethod
-    def _pieces(self, name: str) -> Iterator[tuple[dict[str, Any], int, int, int]]:
-        """(rank's optimizer state, flat group, start, elements) of a parameter's pieces, in order."""
+    def _pieces(self, name: str) -> Iterator[tuple[int, int, int, int]]:
+        """(rank, flat group, start, elements) of a parameter's pieces, in order."""
 
 
 class Zero12State(PartitionedState):
     """Stages 1 and 2: groups laid end to end and cut into equal parts; each rank notes what fell to it."""
 
     _WEIGHTS = "single_partition_of_fp32_groups"
+    known_places: dict[str, list[list[int]]] | None = None
 
     def _base(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         return optimizer["base_optimizer_state"]
 
-    def _pieces(self, name: str) -> Iterator[tuple[dict[str, Any], int, int, int]]:
-        for optimizer in self._optimizers:
-            for group, mapping in enumerate(optimizer["param_slice_mappings"]):
-                if name in mapping:
-                    yield optimizer, group, mapping[name].start, mapping[name].numel
+    def _pieces(self, name: str) -> Iterator[tuple[int, int, int, int]]:
+        return ((rank, group, start, elements) for rank, group, start, elements in self._places.get(name, ()))
+
+    def places(self) -> dict[str, list[list[int]]]:
+        return self._places
+
+    @cached_property
+    def _places(self) -> dict[str, list[list[int]]]:
+        if self.known_places is not None:
+            return self.known_places
+        found: dict[str, list[list[int]]] = {}
+        for rank in range(len(self._files)):
+            for group, mapping in enumerate(self._optimizer(rank)["param_slice_mappings"]):
+                for name, fragment in mapping.items():
+                    found.setdefault(name, []).append([rank, group, fragment.start, fragment.numel])
+        return found
 
 
 class Zero3State(PartitionedState):
@@ -242,28 +277,33 @@ class Zero3State(PartitionedState):
     def _base(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         return optimizer["optimizer_state_dict"]
 
-    def _map_files(self) -> None:
-        super()._map_files()
-        ranks = len(self._optimizers)
-        self._places: dict[str, tuple[int, int, int]] = {}  # name: flat group, start, elements of one part
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int, int]]:
+        """{name: flat group, start, elements of one part}."""
+        found = {}
         for group, shapes in enumerate(self._sub_groups):
             start = 0
             for name in shapes:
-                part = -(-math.prod(self.shapes[name]) // ranks)
-                self._places[name] = (group, start, part)
+                part = -(-math.prod(self.shapes[name]) // len(self._files))
+                found[name] = (group, start, part)
                 start += part
+        return found
 
-    def _pieces(self, name: str) -> Iterator[tuple[dict[str, Any], int, int, int]]:
+    def _pieces(self, name: str) -> Iterator[tuple[int, int, int, int]]:
         group, start, part = self._places[name]
         left = math.prod(self.shapes[name])
-        for optimizer in self._optimizers:
+        for rank in range(len(self._files)):
             count = max(0, min(part, left))
             left -= count
-            yield optimizer, group, start, count
+            yield rank, group, start, count
 
 
-def open_state(checkpoint: Checkpoint) -> TrainingState:
+def open_state(checkpoint: Checkpoint, places: dict[str, list[list[int]]] | None = None) -> TrainingState:
     """The training state of ``checkpoint``.
+
+    Args:
+        checkpoint: What is read.
+        places: What :meth:`TrainingState.places` has told another rank; else all files are looked into.
 
     Raises:
         UserError: It has none, it cannot be read, or it is not AdamW's.
@@ -274,7 +314,11 @@ def open_state(checkpoint: Checkpoint) -> TrainingState:
         return OneFileState(checkpoint.state, checkpoint.state, "state_dict", "optimizer_states")
     if layout.stage == 0:
         return OneFileState(folder, folder / "mp_rank_00_model_states.pt", "module", "optimizer")
-    return (Zero3State if layout.stage == 3 else Zero12State)(folder, layout.ranks)
+    if layout.stage == 3:
+        return Zero3State(folder, layout.ranks)
+    state = Zero12State(folder, layout.ranks)
+    state.known_places = places
+    return state
 
 
 def _rank(path: Path) -> int:

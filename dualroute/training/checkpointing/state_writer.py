@@ -12,7 +12,8 @@ global state of both in one file, the same folder serves all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,54 @@ def write_universal(state: TrainingState, folder: Path, progress: Progress) -> N
         folder: An empty folder.
         progress: Called with (parameters written, parameters in all).
     """
+    write_index(state, folder)
     zero = folder / TAG / "zero"
-    zero.mkdir(parents=True)
     for count, (name, shape) in enumerate(state.shapes.items(), 1):
         target = zero / name
         target.mkdir()
         for key in KEYS:
             tensor = state.read(name, key).to(torch.float32, copy=True).view(shape)
-            torch.save({"param": tensor}, target / f"{key}.pt")
-        torch.save(state.step, target / "step.pt")
+            save({"param": tensor}, target / f"{key}.pt")
+        save(state.step, target / "step.pt")
         progress(count, len(state.shapes))
-    torch.save(_global_state(state), zero / "optimizer_state.pt")
+
+
+def write_index(state: TrainingState, folder: Path) -> None:
+    """Write what a universal checkpoint holds besides parameters: a few small files.
+
+    Args:
+        state: What to write.
+        folder: An empty folder.
+    """
+    zero = folder / TAG / "zero"
+    zero.mkdir(parents=True)
+    save(_global_state(state), zero / "optimizer_state.pt")
     engine = _engine_state(state) | {"module": {}, "optimizer": None}
     # the name that stages 1 and 2 look for, and that of stage 3
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        torch.save(engine, folder / TAG / name)
+        save(engine, folder / TAG / name)
     (folder / "latest_universal").write_text(TAG)
+
+
+def save(content: Any, path: Path) -> None:
+    """torch.save.
+
+    Raises:
+        OSError: It cannot be written; torch reports a full disk as a RuntimeError of its zip writer.
+    """
+    with write_failures():
+        torch.save(content, path)
+
+
+@contextmanager
+def write_failures() -> Iterator[None]:
+    """Raise as OSError what torch raises where it cannot write."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("PytorchStreamWriter", "inline_container")):
+            raise OSError(" ".join(str(error).split())[:200]) from error
+        raise
 
 
 def _global_state(state: TrainingState) -> dict[str, Any]:
@@ -77,14 +110,14 @@ def _deepspeed_version() -> str:
 def write_one_file(state: TrainingState, path: Path, progress: Progress) -> None:
     """Write ``state`` as the plain file that one process and DDP load.  It is whole in memory."""
     content = {"state_dict": _weights(state, progress), "optimizer_states": [_adam(state)]}
-    torch.save(state.trainer | content, path)
+    save(state.trainer | content, path)
 
 
 def write_stage_zero(state: TrainingState, folder: Path, progress: Progress) -> None:
     """Write ``state`` as DeepSpeed's folder at stage 0, for any number of ranks.  It is whole in memory."""
     (folder / TAG).mkdir(parents=True)
     content = _engine_state(state) | {"module": _weights(state, progress), "optimizer": _adam(state)}
-    torch.save(content, folder / TAG / "mp_rank_00_model_states.pt")
+    save(content, folder / TAG / "mp_rank_00_model_states.pt")
     (folder / "latest").write_text(TAG)
 
 

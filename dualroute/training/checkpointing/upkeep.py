@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dualroute.errors import UserError
 from dualroute.files import fsync_folder, write_bytes_atomically
-from dualroute.model.checkpoint_format import Checkpoint, read_checkpoint, scan_checkpoints, step_of
+from dualroute.model.checkpoint_folder import Checkpoint, read_checkpoint, scan_checkpoints, step_of
 
 PUBLISHED = "published.json"
 """In the run folder: there is a checkpoint.  By it a start knows that ``checkpoints`` has gone astray."""

@@ -171,6 +171,8 @@ class Monitor(Callback):
         values["speed/tokens_per_second"] = speed.tokens_per_second
         values["speed/step_time"] = speed.step_time
         values["speed/data_wait_share"] = speed.data_wait_share
+        if speed.checkpoint_time:
+            values["speed/checkpoint_time"] = speed.checkpoint_time
         flops_per_token = getattr(getattr(pl_module, "model", None), "flops_per_token", None)
         if flops_per_token is not None and self._context:
             flops = flops_per_token(self._context) * speed.tokens_per_second
@@ -212,7 +214,7 @@ class Monitor(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._clock.interrupt()
+        self._clock.checkpoint_started()
 
     # -- writing -------------------------------------------------------------------------------------------
 

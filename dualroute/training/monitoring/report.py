@@ -2,7 +2,7 @@
 
 Reads what a run left in its folder (``config.yaml``, ``metrics.jsonl``, the newest checkpoint) and the
 manifest of its data; prints a page and writes it to ``report.md``.  Nothing is measured again, except that
-the newest checkpoint writes a sample.
+the newest checkpoint writes a sample.  A checkpoint that is damaged is named, and the rest is reported.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, one_line, printable
 from dualroute.files import write_bytes_atomically
-from dualroute.model import SamplingConfig, generate
-from dualroute.model.checkpoint_format import TOKENIZER, Checkpoint, find_checkpoint, load_model
+from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
+from dualroute.model.checkpoint_format import (
+    TOKENIZER,
+    Checkpoint,
+    find_checkpoint,
+    load_model,
+    scan_checkpoints,
+)
 from dualroute.model.lineage import total_tokens
 from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
@@ -34,8 +40,7 @@ def report(config: ReportConfig) -> None:
     run = Path(config.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml")
-    checkpoint = find_checkpoint(run)
-    text = _page(run, _data_of(run / "config.yaml"), checkpoint, _sample(checkpoint, config))
+    text = _page(run, _data_of(run / "config.yaml"), config)
     write_bytes_atomically(run / "report.md", text.encode())
     Console().print(Markdown(text))
 
@@ -66,21 +71,48 @@ def _corpus(folder: Path) -> list[tuple[str, str]]:
     return [("corpus", text), ("tokens in it", tokens)]
 
 
-def _page(run: Path, data: Path, checkpoint: Checkpoint, sample: str) -> str:
+def _newest(run: Path) -> tuple[Checkpoint | None, DualRoutingTransformer | None, list[str]]:
+    """The newest checkpoint of a run that can be read, its model, and what is wrong with newer ones.
+
+    Raises:
+        UserError: There is none, and none that is damaged either.
+    """
+    scan = scan_checkpoints(run / "checkpoints")
+    problems = {path.name: str(error) for path, error in scan.damaged.items()}
+    for checkpoint in reversed(scan.finished):
+        try:
+            model = load_model(checkpoint)
+        except UserError as error:
+            problems[checkpoint.folder.name] = str(error)
+            continue
+        newer = [problem for name, problem in sorted(problems.items()) if name > checkpoint.folder.name]
+        return checkpoint, model, newer
+    if not problems:
+        find_checkpoint(run)  # says what is missing
+    return None, None, [problem for _, problem in sorted(problems.items())]
+
+
+def _page(run: Path, data: Path, config: ReportConfig) -> str:
     train = read_metrics(run / "metrics.jsonl", "train")
     validation = read_metrics(run / "metrics.jsonl", "validation")
     if not train or not validation:
         raise UserError(f"{run / 'metrics.jsonl'} has no training or no validation in it yet: train longer")
     first, last = validation[0], validation[-1]
-    model = load_model(checkpoint)
+    checkpoint, model, problems = _newest(run)
+    of_checkpoint, sample = [], "(there is no checkpoint that could write one)"
+    if checkpoint is not None and model is not None:
+        of_checkpoint = [
+            (
+                "model",
+                f"{model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
+                f"embeddings; attention {model.config.attention}",
+            ),
+            ("trained", _trained(checkpoint)),
+        ]
+        sample = _sample(checkpoint, model, config)
     rows = [
         *_corpus(data),
-        (
-            "model",
-            f"{model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
-            f"embeddings; attention {model.config.attention}",
-        ),
-        ("trained", _trained(checkpoint)),
+        *of_checkpoint,
         (
             "validation loss",
             f"{first['val/loss']:.3f} at step {first['step']} → "
@@ -88,7 +120,8 @@ def _page(run: Path, data: Path, checkpoint: Checkpoint, sample: str) -> str:
         ),
         ("bits per byte", f"{first['val/bits_per_byte']:.3f} → {last['val/bits_per_byte']:.3f}"),
         ("speed", f"{statistics.median(m['speed/tokens_per_second'] for m in train):,.0f} tokens/s (median)"),
-        ("newest checkpoint", f"`{checkpoint.folder}`"),
+        *(("damaged checkpoint", problem) for problem in problems),
+        ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
         ("TensorBoard", f"`tensorboard --logdir {run / 'tensorboard'}`"),
         ("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'),
     ]
@@ -102,8 +135,8 @@ def _trained(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.step} steps, {own:,} tokens{with_others}"
 
 
-def _sample(checkpoint: Checkpoint, config: ReportConfig) -> str:
-    model, tokenizer = load_model(checkpoint), Tokenizer(checkpoint.folder / TOKENIZER)
+def _sample(checkpoint: Checkpoint, model: DualRoutingTransformer, config: ReportConfig) -> str:
+    tokenizer = Tokenizer(checkpoint.folder / TOKENIZER)
     ids = tokenizer.encode(config.prompt, bos=True)
     sampling = SamplingConfig(max_new_tokens=config.sample_tokens)
     return tokenizer.decode(ids + list(generate(model.float(), ids, sampling, tokenizer.eos_id)))

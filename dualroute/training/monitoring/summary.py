@@ -56,7 +56,8 @@ def what_is_trained(
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield (
-        f"on {world.world_size} rank(s), {name}, precision {config.train.precision}, {describe(device)}; "
+        f"on {world.world_size} rank(s), {name}, precision {config.train.precision} (float32 "
+        f"products: {torch.get_float32_matmul_precision()}), {describe(device)}; "
         f"output {config.output}"
     )
 
@@ -79,6 +80,8 @@ def warnings_at_start(
     without_effect = settings_without_effect(config.parallel, world)
     if without_effect is not None:
         yield without_effect
+    if config.train.precision == "fp8" and not torch.cuda.is_available():
+        yield "train.precision fp8 is emulated on a CPU: the numbers of a GPU, slower than bf16-mixed"
     if config.train.recompute_every_layers > 1 and config.train.activation_checkpointing == "none":
         yield (
             f"train.recompute_every_layers {config.train.recompute_every_layers} has no effect, because "

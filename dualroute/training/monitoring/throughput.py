@@ -117,11 +117,13 @@ class Speed:
         tokens_per_second: Tokens of all devices.
         step_time: Seconds per optimizer step.
         data_wait_share: Share of that time spent waiting for the loader, in [0, 1].
+        checkpoint_time: Seconds for which training stood still for checkpoints, all of them together.
     """
 
     tokens_per_second: float
     step_time: float
     data_wait_share: float
+    checkpoint_time: float = 0.0
 
 
 class StepClock:
@@ -142,16 +144,21 @@ class StepClock:
         """Forget everything; the wait for the first batch begins."""
         self._gap_begin = self._now()
         self._interrupted = False
+        self._saving: float | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._begin = self._now()
-        self._waited = self._excluded = 0.0
+        self._waited = self._excluded = self._saved = 0.0
         self._steps = self._tokens = 0
 
     def batch_started(self) -> None:
         """The loader has delivered."""
-        gap = self._now() - self._gap_begin
+        now = self._now()
+        gap = now - self._gap_begin
+        if self._saving is not None:
+            self._saved += now - self._saving
+            self._saving = None
         if self._interrupted:
             self._excluded += gap
         else:
@@ -166,6 +173,11 @@ class StepClock:
         """Something that is not training happens before the next batch."""
         self._interrupted = True
 
+    def checkpoint_started(self) -> None:
+        """Until the next batch a checkpoint is written; an interruption."""
+        self._saving = self._now()
+        self.interrupt()
+
     def step_ended(self, tokens: float) -> None:
         """An optimizer step over ``tokens`` tokens (of all devices) is done."""
         self._steps += 1
@@ -174,6 +186,8 @@ class StepClock:
     def read(self) -> Speed:
         """Mean speed since the last reading; call it between :meth:`step_ended` and :meth:`batch_ended`."""
         elapsed = max(self._now() - self._begin - self._excluded, 1e-9)
-        speed = Speed(self._tokens / elapsed, elapsed / max(self._steps, 1), self._waited / elapsed)
+        speed = Speed(
+            self._tokens / elapsed, elapsed / max(self._steps, 1), self._waited / elapsed, self._saved
+        )
         self._reset()
         return speed

@@ -80,19 +80,32 @@ def decided_by_rank_zero(decide: Callable[[], T]) -> T:
 
 def all_succeed(act: Callable[[], None]) -> None:
     """Call ``act`` on every rank; where one raises, all raise what the first of them did."""
+    told_by_all(act)
+
+
+def told_by_all(act: Callable[[], T]) -> list[T]:
+    """What ``act`` returns on each rank, in their order.
+
+    Where one raises, all raise what the first of them did, and those that raise themselves their own.
+    """
     if not _several():
-        act()
-        return
-    problem: Exception | None = None
+        return [act()]
+    said: tuple[Any, Exception | None] = (None, None)
     try:
-        act()
+        said = (act(), None)
     except Exception as error:
-        problem = error
-    problems: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for raised in (problem, *problems):
-        if raised is not None:
-            raise raised
+        said = (None, error)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, said)
+    for _, problem in (said, *found):
+        if problem is not None:
+            raise problem
+    return [value for value, _ in found]
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process among those that decide together."""
+    return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
 
 
 def _several() -> bool:

@@ -34,6 +34,7 @@ def deepspeed_config(
     gradient_clip: float | None = None,
     precision: str = "32-true",
     on_cpu: bool = False,
+    world_size: int = 1,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for this run, without what the Trainer sets itself (accumulation, clipping).
 
@@ -56,8 +57,24 @@ def deepspeed_config(
     for name, enabled in (("bf16", precision.startswith("bf16")), ("fp16", precision.startswith("16"))):
         if isinstance(user.get(name), dict):
             _agree(where, user[name], f"{name}.enabled", f"with precision={precision}, {name}", enabled)
+    hpz = config.zero_hpz_partition_size
+    hpz = (
+        _agree(
+            where,
+            zero,
+            "zero_optimization.zero_hpz_partition_size",
+            "zero_hpz_partition_size",
+            None if hpz == 1 else hpz,
+        )
+        or 1
+    )
+    check_hpz(hpz, stage, world_size, offload=config.offload_parameters or "offload_param" in zero)
     section = _zero_section(config, stage, zero, on_cpu)
     _check_nvme(section, where)
+    if hpz > 1:
+        section["zero_hpz_partition_size"] = hpz
+    reduced_in = "fp32" if config.gradient_reduction == "fp32" else None
+    reduced_in = _agree(where, user, "communication_data_type", "parallel.gradient_reduction", reduced_in)
     if stage == 0 and precision.startswith("16"):
         # FP16_UnfusedOptimizer is no ZeROOptimizer, and engine.backward scales the loss for those only
         raise UserError(
@@ -71,7 +88,33 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "zero_optimization": section,
     }
+    if reduced_in is not None:
+        ours["communication_data_type"] = reduced_in
     return _merged(ours | _precision_sections(precision, stage), user)
+
+
+def check_hpz(size: int, stage: int, world_size: int, *, offload: bool = False) -> None:
+    """Refuse a second partition over ``size`` ranks (parallel.zero_hpz_partition_size) that cannot be.
+
+    Raises:
+        UserError: Naming the key, what it contradicts and a size that could be.
+    """
+    key = f"parallel.zero_hpz_partition_size {size!r}"
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"{key} is no number of ranks: use 1 for none, or the ranks of a node")
+    if size == 1:
+        return
+    if stage != 3:
+        raise UserError(
+            f"{key} needs zero_stage 3, not {stage}, which does not partition parameters: leave it out"
+        )
+    if offload:
+        raise UserError(
+            f"{key} keeps parameters on the devices and offload_parameters on the host: use one of them"
+        )
+    if world_size % size:
+        fitting = max(n for n in range(1, min(size, world_size) + 1) if world_size % n == 0)
+        raise UserError(f"{key} does not divide the {world_size} ranks: use {fitting}")
 
 
 def _zero_section(
@@ -154,6 +197,19 @@ _KNOWN_KEYS = (
     "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "zero_optimization",
 )  # fmt: skip
+
+
+def asked_stage(config: ParallelConfig) -> int | None:
+    """The ZeRO stage that a key or the user's file asks for; None: neither does.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    if config.zero_stage is not None:
+        return config.zero_stage
+    zero = _read_config(config.deepspeed_config).get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    return stage if isinstance(stage, int) else None
 
 
 def _refuse_keys(user: Mapping[str, Any], where: str) -> None:

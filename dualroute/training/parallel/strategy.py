@@ -4,6 +4,7 @@
   :class:`~dualroute.training.parallel.environment.World` of this process.
 - Here: :func:`build_strategy` chooses one plain process, DDP or DeepSpeed;
   :class:`DualRouteDeepSpeedStrategy` is Lightning's DeepSpeed strategy, also on a CPU.
+- Under ZeRO-3 ``sharded_weights.py`` divides a model while it gets its weights.
 - Next: the Trainer gets the strategy; ``training/step/step_guard.py`` looks at each step before it is taken.
 
 Stock Lightning divides the loss by the accumulation and DeepSpeed divides it again, so
@@ -15,8 +16,9 @@ DeepSpeed is imported when a strategy is built, not when this module is.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,15 +30,25 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from dualroute import compat
 from dualroute.errors import UserError
+from dualroute.training.checkpointing.capture import WeightsOfPartitions
 from dualroute.training.checkpointing.safe_load import deepspeed_loads_safely, load_deepspeed_file
 from dualroute.training.checkpointing.state_file import StateFile
+from dualroute.training.checkpointing.state_reader import TrainingState
 from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
 from dualroute.training.parallel.loading import NamesTheState
+from dualroute.training.parallel.reduction import mean_in_float32
 from dualroute.training.parallel.sequence import SharedSequences
+from dualroute.training.parallel.sharded_weights import InitialWeights, shard
 
-__all__ = ["DualRouteDeepSpeedStrategy", "OneProcessStrategy", "ParallelConfig", "build_strategy"]
+__all__ = [
+    "DualRouteDeepSpeedStrategy",
+    "OneProcessStrategy",
+    "ParallelConfig",
+    "build_strategy",
+    "shards_weights",
+]
 
 
 def build_strategy(
@@ -71,6 +83,7 @@ def build_strategy(
             cluster_environment=DualRouteEnvironment(world),
             checkpoint_io=StateFile(),
             timeout=timedelta(minutes=config.timeout_minutes),
+            reduce_in_float32=config.gradient_reduction == "fp32",
         )
         ddp.sequence_ranks = config.sequence_parallel
         return ddp
@@ -83,6 +96,7 @@ def build_strategy(
             gradient_clip=gradient_clip,
             precision=precision,
             on_cpu=on_cpu,
+            world_size=world.world_size,
         ),
         world,
         on_cpu=on_cpu,
@@ -110,7 +124,22 @@ def _one_device(accelerator: str) -> torch.device:
 
 
 class DualRouteDDPStrategy(NamesTheState, SharedSequences, DDPStrategy):
-    """Lightning's DDP; ranks may share texts."""
+    """Lightning's DDP; ranks may share texts, and may sum gradients of 16 bits in float32.
+
+    Args:
+        reduce_in_float32: Do so; gradients that are float32 go as they are.
+    """
+
+    def __init__(self, *, reduce_in_float32: bool = False, **of_lightning: Any) -> None:
+        super().__init__(**of_lightning)
+        self.reduce_in_float32 = reduce_in_float32
+
+    def configure_ddp(self) -> None:
+        """Upstream; its own way to a hook exists on CUDA only."""
+        super().configure_ddp()
+        if self.reduce_in_float32:
+            assert isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
+            self.model.register_comm_hook(None, mean_in_float32)
 
 
 class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
@@ -146,8 +175,11 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
             process_group_backend="gloo" if on_cpu else None,
             timeout=timeout,
         )
+        self._state_of_parameters: Callable[[], TrainingState] | None = None
         if on_cpu:
             compat.spare_shared_memory_op()
+        if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            compat.make_second_partition_once()
         if uses_nvme(config["zero_optimization"]):
             _check_libaio()
 
@@ -170,8 +202,22 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or [None]))]
         DDPStrategy.setup_environment(self)
 
-    def expect_universal_checkpoint(self) -> None:
-        """What :meth:`load_checkpoint` will be given is a universal checkpoint; call it before ``fit``."""
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Upstream, what is built in here is divided; here :meth:`shard` does it, parameter by parameter."""
+        yield
+
+    def shard(self, module: torch.nn.Module, weights: InitialWeights, prefix: str) -> None:
+        """Give ``module`` its weights divided among the ranks (ZeRO-3); see :func:`sharded_weights.shard`."""
+        shard(module, weights, compat.complete_deepspeed_config(self), self.root_device, prefix)
+
+    def expect_universal_checkpoint(self, state: Callable[[], TrainingState]) -> None:
+        """What :meth:`load_checkpoint` will be given is the index of one; call it before ``fit``.
+
+        Args:
+            state: Opens what the parameters are read from.
+        """
+        self._state_of_parameters = state
         assert isinstance(self.config, dict)
         self.config["checkpoint"] = {**self.config.get("checkpoint", {}), "load_universal": True}
 
@@ -182,8 +228,16 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
             UserError: A file cannot be read, holds such code, or is not what DeepSpeed wrote.
         """
         try:
-            with deepspeed_loads_safely():
+            weights = WeightsOfPartitions(self.deepspeed_engine)
+            with contextlib.ExitStack() as loading:
+                if self._state_of_parameters is not None:
+                    parameters, self._state_of_parameters = self._state_of_parameters(), None
+                    loading.enter_context(
+                        compat.read_partitions_from(self.deepspeed_engine.optimizer, parameters)
+                    )
+                loading.enter_context(deepspeed_loads_safely(weights))
                 state = super().load_checkpoint(checkpoint_path, weights_only)
+            weights.restore()
         except UserError:
             raise
         except (
@@ -260,11 +314,17 @@ def _check_libaio() -> None:
 
 
 _OF_DEEPSPEED = ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+_HPZ = "zero_hpz_partition_size"  # 1 is none
+
+
+def shards_weights(strategy: Strategy) -> bool:
+    """Whether a model is to be built without weights, because the strategy divides them (ZeRO-3)."""
+    return isinstance(strategy, DualRouteDeepSpeedStrategy) and bool(strategy.zero_stage_3)
 
 
 def settings_without_effect(config: ParallelConfig, world: World) -> str | None:
     """What is said of DeepSpeed's settings in a run that one plain process trains; null without any."""
-    given = [f"parallel.{key} {getattr(config, key)}" for key in _OF_DEEPSPEED if getattr(config, key)]
+    given = [f"parallel.{key} {value}" for key, value in _given_of_deepspeed(config).items()]
     if config.strategy != "auto" or world.world_size > 1 or not given:
         return None
     return (
@@ -273,11 +333,15 @@ def settings_without_effect(config: ParallelConfig, world: World) -> str | None:
     )
 
 
+def _given_of_deepspeed(config: ParallelConfig) -> dict[str, Any]:
+    given = {key: getattr(config, key) for key in _OF_DEEPSPEED if getattr(config, key)}
+    return given if config.zero_hpz_partition_size == 1 else given | {_HPZ: config.zero_hpz_partition_size}
+
+
 def _refuse_zero_without_deepspeed(config: ParallelConfig, name: str) -> None:
-    for key in _OF_DEEPSPEED:
-        value = getattr(config, key)
+    for key, value in _given_of_deepspeed(config).items():
         # With auto, a run file written for many ranks may be tried on one, which needs no sharding.
-        if value and config.strategy != "auto":
+        if config.strategy != "auto":
             raise UserError(
                 f"{key}={value} has no meaning with strategy={name}: use strategy=deepspeed, or remove it"
             )

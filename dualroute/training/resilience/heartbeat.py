@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Beat:
         waits_in: After an alarm: the collective that the main thread waits in, or "".
         where: After an alarm: file, line and function of the main thread, outside libraries if possible.
         collectives: After an alarm: collectives that were started, by torch's flight recorder; -1 unknown.
+        flight: After an alarm: where each process group stands, by the same (``flight_record.summary``).
+        waits_by_record: ``waits_in`` is the recorder's word; no Python frame shows it.
         answers: The alarm that this answers, or "".
         job_start: See :func:`this_start`.
     """
@@ -63,6 +65,8 @@ class Beat:
     waits_in: str = ""
     where: str = ""
     collectives: int = -1
+    flight: dict[str, Any] = field(default_factory=dict)
+    waits_by_record: bool = False
     answers: str = ""
     job_start: str = ""
     time: float = 0.0

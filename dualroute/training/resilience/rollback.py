@@ -24,7 +24,7 @@ from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import Span, merge_spans, sample_numbers
 from dualroute.errors import UserError
 from dualroute.files import read_json, write_bytes_atomically
-from dualroute.model import checkpoint_format
+from dualroute.model import checkpoint_folder
 from dualroute.training.checkpointing.resume import Start
 from dualroute.training.checkpointing.starting_points import lineage_of
 from dualroute.training.parallel.agreement import decided_by_rank_zero
@@ -131,8 +131,8 @@ def _decide(found: Divergence, output: Path, data: ShardDataModule, max_rollback
             else ""
         )
         raise TrainingDiverged(f"{times}{found.reason}")
-    finished = checkpoint_format.scan_checkpoints(output / "checkpoints").finished
-    whole = [c for c in finished if not any(checkpoint_format.damages(c, digests=False))]
+    finished = checkpoint_folder.scan_checkpoints(output / "checkpoints").finished
+    whole = [c for c in finished if not any(checkpoint_folder.damages(c, digests=False))]
     # skipped steps leave the weights alone, so where retention kept no earlier one, any of them will do
     target = next((c for c in reversed(whole) if c.step < found.first_step), whole[-1] if whole else None)
     if target is None:

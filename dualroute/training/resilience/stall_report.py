@@ -7,20 +7,26 @@
 
 The rank that complains is hardly ever the one that is ill.  Every rank but one stands
 in a collective, and the one that does not is the cause; where all of them do, they stand in different ones.
+On NCCL no stack shows it, and the flight recorders of all ranks decide
+(``training/resilience/flight_record.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from dualroute import compat
+from dualroute.training.resilience import flight_record
+from dualroute.training.resilience.flight_record import MOST_NAMED, ranks
 from dualroute.training.resilience.heartbeat import (
     CUT_OFF,
     FAILED,
@@ -87,12 +93,36 @@ def place_of(frame: FrameType | None) -> str:
     return f"{innermost.f_code.co_filename}:{innermost.f_lineno} in {innermost.f_code.co_name}"
 
 
-def started_collectives() -> int:
-    """Collectives started by this rank on the default group, by torch's flight recorder; -1 where unknown."""
+def flight_of_this_rank(limit: float = 5.0) -> dict[str, Any]:
+    """Where this rank stands, by torch's flight recorder (:func:`flight_record.summary`); {} where unknown.
+
+    Args:
+        limit: Seconds after which a recorder that does not answer is left alone.
+    """
+    found: dict[str, Any] = {}
+
+    def read() -> None:
+        with contextlib.suppress(Exception):  # a debugging aid of torch; it must never be what fails
+            found.update(flight_record.summary(compat.flight_records()))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(limit)
+    return dict(found)
+
+
+def write_flight_dump(path: Path) -> None:
+    """The recorder's whole dump, for ``torchfrtrace``; nothing where it cannot be had."""
     try:
-        return max(compat.last_collectives())
+        dump = compat.flight_dump()
     except Exception:
-        return -1  # a debugging aid of torch without a promise; it must never be what fails
+        return
+    path.write_bytes(dump)
+
+
+def started_collectives(flight: Mapping[str, Any]) -> int:
+    """Collectives started by this rank on its busiest group; -1 where unknown."""
+    return max((group[0] for group in flight.get("groups", {}).values()), default=-1)
 
 
 def write_stacks(path: Path, headline: str, error: BaseException | None = None) -> None:
@@ -104,18 +134,6 @@ def write_stacks(path: Path, headline: str, error: BaseException | None = None) 
             stream.write("".join(traceback.format_exception(error)) + "\n")
         stream.flush()
         faulthandler.dump_traceback(stream, all_threads=True)
-
-
-def ranks(numbers: Sequence[int]) -> str:
-    """[0, 2, 3, 4] as "ranks 0, 2-4"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
 def describe(beats: Mapping[int, Beat | None], silent: Sequence[int], why: str) -> str:
@@ -136,20 +154,34 @@ def describe(beats: Mapping[int, Beat | None], silent: Sequence[int], why: str) 
     answered = [beat for rank, beat in known.items() if rank not in silent]
     working = [beat for beat in answered if not beat.waits_in]
     parts: list[str] = []
-    if dead:
-        parts += [f"{_who(beat)} is dead: its process is gone, last seen {_when(beat)}" for beat in dead]
-    if failed:
-        parts += [f"{_who(beat)} failed {_when(beat)}: {beat.error}" for beat in failed]
-    if mute:
-        parts += [f"{_who(beat)} {_mute(beat)}, last seen {_when(beat)}" for beat in mute]
+    parts += _named(dead, lambda beat: f"is dead: its process is gone, last seen {_when(beat)}")
+    parts += _named(failed, lambda beat: f"failed {_when(beat)}: {beat.error}")
+    parts += _named(mute, lambda beat: f"{_mute(beat)}, last seen {_when(beat)}")
     if never:
         parts.append(f"{ranks(never)} never started")
     if not parts and working:
-        parts += [f"{_who(beat)} is slow or stuck {_lasting(beat)}, at {beat.where}" for beat in working]
+        parts += _named(working, lambda beat: f"is slow or stuck {_lasting(beat)}, at {beat.where}")
     elif not parts and answered:
-        return _disagreement(answered)
+        return _by_flight_record(answered) or _disagreement(answered)
     waiting = _waiting([beat for beat in answered if beat.waits_in])
     return "; ".join([*(parts or [why]), *waiting])
+
+
+def _named(beats: Sequence[Beat], what: Callable[[Beat], str]) -> list[str]:
+    """``what`` of each, the first few by name."""
+    named = [f"{_who(beat)} {what(beat)}" for beat in beats[:MOST_NAMED]]
+    rest = [beat.rank for beat in beats[MOST_NAMED:]]
+    return [*named, f"the same of {len(rest)} more: {ranks(rest)}"] if rest else named
+
+
+def _by_flight_record(answered: Sequence[Beat]) -> str:
+    """Why all ranks wait, where at least one waits in what no stack shows; "" where it is not known."""
+    if not any(beat.waits_by_record for beat in answered):
+        return ""
+    found = flight_record.verdict({beat.rank: beat.flight for beat in answered if beat.flight})
+    if not found:
+        return ""
+    return f"{found} (all ranks {_lasting(answered[0])}, by torch's flight recorder)"
 
 
 def _who(beat: Beat) -> str:
@@ -174,7 +206,9 @@ def _waiting(waiting: Sequence[Beat]) -> list[str]:
     groups: dict[str, list[int]] = {}
     for beat in waiting:
         groups.setdefault(f"in {beat.waits_in} ({_when(beat)})", []).append(beat.rank)
-    return [f"{ranks(who)} {'wait' if len(who) > 1 else 'waits'} {what}" for what, who in groups.items()]
+    lines = [f"{ranks(who)} {'wait' if len(who) > 1 else 'waits'} {what}" for what, who in groups.items()]
+    rest = sum(len(who) for who in list(groups.values())[MOST_NAMED:])
+    return [*lines[:MOST_NAMED], f"{rest} more ranks wait elsewhere"] if rest else lines
 
 
 def _disagreement(answered: Sequence[Beat]) -> str:
@@ -182,7 +216,7 @@ def _disagreement(answered: Sequence[Beat]) -> str:
     text = "all ranks wait, but not in the same collective: " + "; ".join(
         f"rank {beat.rank} waits in {beat.waits_in} ({_when(beat)}, at {beat.where}"
         + (f", {beat.collectives} collectives started)" if beat.collectives >= 0 else ")")
-        for beat in answered[:8]
+        for beat in answered[:MOST_NAMED]
     )
     counts = {beat.rank: beat.collectives for beat in answered if beat.collectives >= 0}
     if len(set(counts.values())) > 1:

@@ -32,7 +32,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from dualroute.errors import RUN_AGAIN
 from dualroute.training.config import WatchdogConfig
 from dualroute.training.parallel.environment import World
-from dualroute.training.resilience import stall_report
+from dualroute.training.resilience import flight_record, stall_report
 from dualroute.training.resilience.heartbeat import (
     CUT_OFF,
     FAILED,
@@ -71,8 +71,10 @@ class Watchdog(Callback):
         self.config, self.world, self.run = config, world, run
         self.reduces_in_backward = reduces_in_backward
         if config.enabled:
-            # read by torch when a process group is made; costs a few strings per collective
-            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
+            # read by torch when a process group is made; a few strings per collective.  A host that runs
+            # ahead of its GPU has those of a whole step of ZeRO-3 under way
+            size = os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "1024")  # the older name
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", size)
         self.heart = Heart(run, world.rank)
         self._stalls = run / "stalls"
         self._alarm_file = self._stalls / "alarm.json"
@@ -235,13 +237,20 @@ class Watchdog(Callback):
             stall_report.write_stacks(self._stalls / f"rank-{self.world.rank:05d}.txt", why, error)
         frame = stall_report.main_frame() if error is None else None
         raised = self._raise_alarm(why)
+        flight = stall_report.flight_of_this_rank(limit=self.config.poll_seconds)
+        waits_in = stall_report.waiting_in(frame, reduces_in_backward=self.reduces_in_backward)
+        by_record = "" if waits_in or error is not None else flight_record.waiting_text(flight)
         self.heart.beat(
             answers="alarm",
-            waits_in=stall_report.waiting_in(frame, reduces_in_backward=self.reduces_in_backward),
+            waits_in=waits_in or by_record,
+            waits_by_record=bool(by_record),
             where=stall_report.place_of(frame),
-            collectives=stall_report.started_collectives(),
+            collectives=stall_report.started_collectives(flight),
+            flight=flight,
             **({} if error is None else {"state": CUT_OFF, "error": _first_line(error)}),
         )
+        with contextlib.suppress(OSError):
+            stall_report.write_flight_dump(self._stalls / f"nccl_trace_rank_{self.world.rank}")
         if raised:
             self._report(why)
         else:

@@ -12,7 +12,6 @@ layer's memory and never searches for blocks twice.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,26 +19,33 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dualroute.training.step.offload import Offload
+
 __all__ = ["keep_fewer_activations"]
 
 
-def keep_fewer_activations(model: nn.Module, what: str, *, every: int = 1, offload: bool = False) -> None:
+def keep_fewer_activations(
+    model: nn.Module, what: str, *, every: int = 1, offload: bool | Offload = False
+) -> None:
     """Change ``model.layers`` in place; parameters and their names stay.
 
     Args:
         model: With ``layers``, each of which has a ``ffn``.
         what: ``none``, ``full`` (whole layers) or ``feed_forward``.
         every: Only layers 0, k, 2k, ...
-        offload: Keep what is kept of every layer in the memory of the host until the backward pass.
+        offload: Keep what is kept of every layer but the last in the memory of the host until the backward
+            pass (:mod:`dualroute.training.step.offload`); true, or the traffic to use.
     """
+    traffic = Offload() if offload is True else offload
+    last = len(model.layers) - 1  # type: ignore[arg-type]
     for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
         if number % every == 0:
             if what == "full":
                 layer.forward = _recomputed(layer.forward)
             elif what == "feed_forward":
                 layer.ffn.forward = _recomputed(layer.ffn.forward)
-        if offload:
-            layer.forward = _offloaded(layer.forward)
+        if traffic:
+            layer.forward = traffic.around(layer.forward, layer, stays=number == last)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,14 +53,5 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
-
-
-def _offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        on_host = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
-        with on_host if torch.is_grad_enabled() else contextlib.nullcontext():
-            return forward(*args, **kwargs)
 
     return run

@@ -54,6 +54,7 @@ def chunked_cross_entropy(
     chunk_size: int | None = None,
     z_loss: float = 0.0,
     ignore_index: int = -100,
+    rows: Tensor | None = None,
 ) -> CrossEntropySums:
     """Sum of the cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
@@ -68,6 +69,8 @@ def chunked_cross_entropy(
         chunk_size: Rows whose logits exist at the same time; null bounds them by memory.
         z_loss: Factor of the squared log-normaliser in ``total``.
         ignore_index: Label of rows that do not count.
+        rows: (R,) the rows that do count, their labels known to be in the vocabulary; null finds and checks
+            them, which makes the host wait for a GPU.
 
     Returns:
         CrossEntropySums in float32 (float64 for float64 inputs).  Only one backward order is defined: the
@@ -76,11 +79,12 @@ def chunked_cross_entropy(
     Raises:
         ValueError: Shapes do not fit, a label is outside the vocabulary, or ``chunk_size`` is below 1.
     """
-    rows = labelled_rows(hidden, weight, labels, ignore_index)
+    if rows is None:
+        rows = labelled_rows(hidden, weight, labels, ignore_index)
     loss = partial(_cross_entropy_chunk, labels=labels, z_loss=float(z_loss))
     total, sums = chunked_loss(hidden, weight, rows, loss, (1.0, float(z_loss)), chunk_size=chunk_size)
     loss_sum, z_sum = sums
-    return CrossEntropySums(total, loss_sum, z_sum, torch.tensor(len(rows), device=hidden.device))
+    return CrossEntropySums(total, loss_sum, z_sum, torch.full((), len(rows), device=hidden.device))
 
 
 def labelled_rows(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

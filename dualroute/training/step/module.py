@@ -22,13 +22,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dualroute.data.module import ShardDataModule
+from dualroute.data.module import Batch, ShardDataModule
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
 from dualroute.training.parallel.sequence import new_sequence_group
+from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
 from dualroute.training.step.optim import HyperParameters, build_optimizer, learning_rate, parameter_groups
 from dualroute.training.step.spike_guard import SpikeGuard
@@ -47,6 +48,7 @@ class Pretrain(LightningModule):
         targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.
         spike_guard: When a step is skipped.
         token_count: Tokens by step; null is that of a run that begins.
+        weights: Those of a ``model`` that was built without any, to be divided among the ranks (ZeRO-3).
 
     Attributes:
         step_metrics: Figures of the step that was just finished, equal on all ranks.
@@ -62,9 +64,11 @@ class Pretrain(LightningModule):
         targets_per_byte: dict[str, float],
         spike_guard: SpikeGuardConfig | None = None,
         token_count: TokenCount | None = None,
+        weights: InitialWeights | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.weights = weights
         self.optim_config = optim
         self.train_config = train
         self.tokenizer = tokenizer
@@ -98,6 +102,13 @@ class Pretrain(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.model.set_sequence_group(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
+        if isinstance(data := self.trainer.datamodule, ShardDataModule):  # type: ignore[attr-defined]
+            data.layout_plan = self.model.layout_plan()
+
+    def configure_model(self) -> None:
+        if self.weights is not None:
+            weights, self.weights = self.weights, None
+            self.trainer.strategy.shard(self, weights, "model.")  # type: ignore[attr-defined]
 
     @property
     def trained(self) -> nn.Module:
@@ -113,7 +124,7 @@ class Pretrain(LightningModule):
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
         return learning_rate(step, self.train_config, self.optim_config, self.token_count)
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         if self.trainer.should_stop:
             return -1  # Lightning's sign to leave the loop before this batch
         if self._micro_steps == 0:
@@ -121,12 +132,17 @@ class Pretrain(LightningModule):
             self._hyper_parameters.write(self.trainer.optimizers[0], lr)
         return None
 
-    def _loss_sums(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Any:
+    def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.model.hidden_states(
-            batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+            batch["input_ids"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            layout=batch.get("layout"),
         )
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
-        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss)
+        # those of the whole batch: a rank that shares texts has to find its own
+        rows = batch.get("label_rows") if self.model.sequence_group is None else None
+        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss, rows=rows)
         return self.model.head(hidden.flatten(0, 1), loss)
 
     @property
@@ -134,12 +150,12 @@ class Pretrain(LightningModule):
         """No micro-batch of the step that comes has been run yet."""
         return self._micro_steps == 0
 
-    def micro_batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def micro_batch_loss(self, batch: Batch) -> Tensor:
         """Summed loss of one micro-batch; leaves no trace in what is recorded of the step."""
         total: Tensor = self._loss_sums(batch, self.train_config.z_loss).total
         return total
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         sums = self._loss_sums(batch, self.train_config.z_loss)
         # trainer and strategy average over micro-batches and ranks; what is wanted is the sum over all of
         # them divided by the targets of the whole global batch
@@ -197,7 +213,7 @@ class Pretrain(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         sums = self._loss_sums(batch)
         self._val_sums += torch.stack([sums.loss_sum.double(), sums.count.double()])
 

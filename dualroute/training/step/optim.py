@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualroute import compat
 from dualroute.errors import UserError
 from dualroute.training.config import OptimConfig, TrainConfig
 from dualroute.training.step.token_count import TokenCount
@@ -55,7 +56,7 @@ def parameter_groups(
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool = False) -> torch.optim.Optimizer:
-    """AdamW over :func:`parameter_groups`.
+    """AdamW over :func:`parameter_groups`; fused where ``config.fused`` says so, or is null on CUDA.
 
     Args:
         model: Already on its device, or partitioned by ZeRO-3.
@@ -67,7 +68,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool = Fa
     """
     groups = parameter_groups(model, config.weight_decay, decay_embeddings=config.decay_embeddings)
     if not offload:
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        fused = torch.cuda.is_available() if config.fused is None else config.fused
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, **({"fused": True} if fused else {})
+        )
+        if fused:
+            compat.optimizer_leaves_scaling_to_others(optimizer)
+        return optimizer
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError as error:
@@ -114,7 +121,7 @@ class HyperParameters:
     """Settings of AdamW as the configuration has them, whatever a restored state says.
 
     Lightning and DeepSpeed restore the parameter groups of the optimizer together with its moments, and with
-    them the weight decay, betas and eps of the run that saved them.
+    them the weight decay, betas and eps of the run that saved them, and whether its steps were fused.
 
     Args:
         optimizer: As it was built, before a state is loaded into it.
@@ -124,10 +131,29 @@ class HyperParameters:
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         self._config = config
+        self._fused = [group.get("fused") for group in optimizer.param_groups]
+        self._state_is_placed = False
 
     def write(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
         """Write them, and ``lr``, into the groups of ``optimizer``."""
-        for group, weight_decay in zip(optimizer.param_groups, self._weight_decays, strict=True):
-            group.update(
-                lr=lr, weight_decay=weight_decay, betas=tuple(self._config.betas), eps=self._config.eps
-            )
+        betas, eps = tuple(self._config.betas), self._config.eps
+        for group, weight_decay, fused in zip(
+            optimizer.param_groups, self._weight_decays, self._fused, strict=True
+        ):
+            group.update(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+            if "fused" in group:
+                group["fused"] = fused
+        if not self._state_is_placed and any(self._fused):
+            place_counts(optimizer)
+            self._state_is_placed = True
+
+
+def place_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Each parameter's count of steps beside it: a fused step reads it there, any other on the host.
+
+    A state that was saved by a step of the other kind brings it back where that one had it.
+    """
+    for parameter, state in optimizer.state.items():
+        count = state.get("step") if isinstance(state, dict) else None
+        if torch.is_tensor(count) and torch.is_tensor(parameter):
+            state["step"] = count.to(device=parameter.device, dtype=torch.float32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dualroute.errors import UserError
-from dualroute.model.checkpoint_format import METADATA, Checkpoint
+from dualroute.model.checkpoint_folder import METADATA, Checkpoint
 from dualroute.training.config import TrainConfig
 
 

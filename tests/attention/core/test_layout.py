@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualroute.attention import Layout
-from dualroute.attention.core.layout import query_chunks
+from dualroute.attention.core.layout import LayoutPlan, query_chunks
 
 
 @st.composite
@@ -125,3 +127,37 @@ def test_query_chunks_cover_all_blocks_within_the_budget(blocks: int, cost: int,
     chunks = list(query_chunks(blocks, cost, budget))
     assert [number for first, last in chunks for number in range(first, last)] == list(range(blocks))
     assert all((last - first) * cost <= budget or last - first == 1 for first, last in chunks)
+
+
+def test_a_layout_made_ahead_is_the_same_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and parts go with it: nothing is computed from documents, nor asked for, where it arrives."""
+    segments = torch.zeros(2, 90, dtype=torch.long)
+    segments[0, :50], segments[0, 50:80], segments[1, :] = 1, 2, 1
+    layout = LayoutPlan(8, (4, 99)).build(segments)
+    expected = Layout.build(2, 90, 8, segments, segments != 0)
+    moved = pickle.loads(pickle.dumps(layout)).to("cpu")
+    assert torch.equal(moved.positions, expected.positions)
+    assert torch.equal(moved.slot_token, expected.slot_token)
+    monkeypatch.setattr(torch, "arange", None)
+    monkeypatch.setattr(torch.Tensor, "__bool__", None)
+    short, long = moved.stream.split(4)
+    assert moved.stream.split(99)[0] is moved.stream  # a part that is the whole stays that
+    monkeypatch.undo()
+    for ours, theirs in zip(
+        (moved.stream, short, long), (expected.stream, *expected.stream.split(4)), strict=True
+    ):
+        assert ours.buckets == theirs.buckets
+        for table in ("first_blocks", "block_in_document", "blocks_in_document", "tokens_in_block"):
+            assert table in ours._cache or ours.slot_valid is None
+            assert torch.equal(getattr(ours, table)(), getattr(theirs, table)())
+        assert torch.equal(ours.document_slots(), theirs.document_slots())
+    assert moved.to("meta").stream.split(4)[1].first_blocks().device.type == "meta"
+
+
+def test_ends_of_documents_are_those_of_their_tokens() -> None:
+    segments = torch.zeros(1, 40, dtype=torch.long)
+    segments[0, :13] = 1  # two blocks, the second of five tokens
+    segments[0, 13:] = 2
+    stream = Layout.build(1, 40, 8, segments).stream
+    assert stream.document_slots().tolist() == [0, 16, 48]
+    assert stream.document_slots(tokens_only=True).tolist() == [0, 13, 16, 43, 48]

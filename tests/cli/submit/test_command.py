@@ -91,6 +91,9 @@ def test_ranks_that_share_texts_share_the_batch_too(work, tiny_dataset, capsys):
     assert "--nodes=8\n" in scripts(capsys, *more)[0]
     more = ("pretrain", "--config", config, "--nodes", 8, "--", "--parallel.sequence_parallel", 3)
     assert "does not divide the 8 rank(s)" in refused(capsys, *more)
+    more = ("pretrain", "--config", config, "--nodes", 4, "--", "--parallel.zero_stage", 3)
+    more += ("--parallel.zero_hpz_partition_size", 3)
+    assert "zero_hpz_partition_size 3 does not divide the 4 ranks: use 2" in refused(capsys, *more)
 
 
 def test_on_cpus_a_node_has_one_process_and_options_of_the_stage_follow(work, tiny_dataset, capsys):

@@ -1,11 +1,13 @@
 """Runs that several files of tests look at."""
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.training.checkpointing.elastic_runs import LANES, RANKS, launch, leg
+from tests.training.checkpointing.runs import KEPT, pretrain
 
 
 class Elastic(NamedTuple):
@@ -27,3 +29,17 @@ def elastic(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Ela
             legs.append(leg(tiny_dataset, folder / "unbroken", len(RANKS) - 1, []))
         printed.append(launch(folder, ranks, legs))
     return Elastic(folder, printed)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with checkpoints of steps 4, 8 and 12; the best is that of step 12."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    assert pretrain(tiny_dataset, output, 12, *KEPT) == 0
+    return output
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be damaged."""
+    return shutil.copytree(trained, tmp_path / "run", symlinks=True)

@@ -2,15 +2,15 @@
 
     python -m tests.training.checkpointing.hostile_resume DATA FOLDER
 
-A training of two steps at each layout is resumed once for each file of its state (and of what a conversion
-to another stage made), with that file replaced by one whose unpickling makes ``FOLDER/run-by-…``, and with
-the metadata mended, as somebody would who means it.  Prints ``LAYOUT FILE: status N, last line of stderr``.
+A training of two steps at each layout is resumed once for each file of its state (at another stage too, and
+once for each file of the index that is made for that), with that file replaced by one whose unpickling makes
+``FOLDER/run-by-…``, and with the metadata mended, as somebody would who means it.  Prints ``LAYOUT FILE:
+status N, last line of stderr``.
 """
 
 import contextlib
 import gc
 import io
-import json
 import os
 import shutil
 import sys
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from dualroute.cli import main
-from dualroute.files import file_sha256
-from dualroute.model.checkpoint_format import METADATA, find_checkpoint
+from dualroute.model.checkpoint_format import find_checkpoint
+from tests.sealed import redescribe
 from tests.training.checkpointing.elastic_runs import SMALL, ZERO
 
 LAYOUTS = {"plain": [], "stage0": ZERO[0], "stage2": ZERO[2], "stage3": ZERO[3]}
@@ -54,16 +54,12 @@ def states(folder):
 
 def attack(data, run, layout, label, state):
     checkpoint = find_checkpoint(run)
-    kept = shutil.copytree(run, run.with_name(f"{run.name}-kept"), symlinks=True)
+    kept = shutil.copytree(run, run.with_name(f"{label}-kept"), symlinks=True)
     for path in states(state):
         marker = run.parent / f"run-by-{label}-{path.name}"
         torch.save({"state_dict": Payload(marker)}, path)
         if path.is_relative_to(checkpoint.folder):
-            notes = checkpoint.folder / METADATA
-            metadata = json.loads(notes.read_bytes())
-            name = str(path.relative_to(checkpoint.folder))
-            metadata["files"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            notes.write_text(json.dumps(metadata))
+            redescribe(checkpoint.folder, str(path.relative_to(checkpoint.folder)))
         status, lines = train(data, run, 3, layout)
         print(f"{label} {path.name}: status {status}, {lines[-1] if lines else ''}", flush=True)
         assert (find_checkpoint(run).step == 2) == (status == 2)
@@ -84,6 +80,7 @@ def attack_all(data, folder):
             train(data, run, 3, other)
         converted = run / "checkpoints" / f"resharded-{checkpoint.folder.name}" / "state.ckpt"
         attack(data, run, other, run.name, converted)
+        attack(data, run, other, f"{run.name}-itself", checkpoint.state)
     # and the same states without the payload are resumed
     for layout in LAYOUTS:
         assert train(data, folder / layout, 3, layout)[0] == 0

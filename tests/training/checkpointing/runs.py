@@ -62,3 +62,9 @@ def snapshot(run: Path) -> dict[str, Any]:
 def steps_in(run: Path) -> list[str]:
     """Names in ``checkpoints``, sorted."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def begun_at(capsys: Any) -> list[str]:
+    """Names of the checkpoints that runs have resumed from since the last look."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line.split()[2].rpartition("/")[2] for line in lines if line.startswith("resuming from")]

@@ -80,15 +80,15 @@ def test_a_failed_write_ends_the_run_and_spoils_nothing(tiny_dataset, tmp_path):
     script = """
 import sys
 from dualroute import cli
-from dualroute.training.checkpointing import publisher
-original = publisher.write_weights
+from dualroute.training.checkpointing import own_part
+original = own_part._save
 calls = []
-def write_weights(*args):
+def save(*args):
     calls.append(args)
     if len(calls) == 2:
         raise OSError(28, "No space left on device")
-    original(*args)
-publisher.write_weights = write_weights
+    return original(*args)
+own_part._save = save
 sys.exit(cli.main(sys.argv[1:]))
 """
     arguments = command(tiny_dataset, tmp_path / "run", 40, *ASYNCHRONOUS)

@@ -1,6 +1,5 @@
 """``dualroute checkpoint``: what it prints, its exit status, and what it writes."""
 
-import json
 import re
 import shutil
 import weakref
@@ -11,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from dualroute.cli import main
 from dualroute.errors import UserError
-from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.checkpointing import commands
-from dualroute.training.checkpointing.resume import check_start
+from dualroute.training.checkpointing.resume import refuse_damaged
 from dualroute.training.checkpointing.state_reader import WEIGHT, PartitionedState, open_state
+from tests.sealed import redescribe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -42,11 +41,6 @@ def test_list_shows_every_checkpoint_and_what_points_to_it(run, capsys):
     assert lines[5].startswith("unfinished: .writing-step-00000099")
 
 
-def data_of(checkpoint):
-    said = checkpoint.metadata
-    return {"fingerprint": said["data_fingerprint"], "seed": said["seed"], "context": said["context"]}
-
-
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_verify_names_the_damaged_file_and_fails(run, capsys, damage):
     assert main(["checkpoint", "verify", str(run)]) == 0
@@ -69,7 +63,7 @@ def test_verify_names_the_damaged_file_and_fails(run, capsys, damage):
     assert main(["checkpoint", "verify", str(second.folder)]) == 1
     # a resume refuses it too, and names the newest one before it that is whole
     with pytest.raises(UserError, match=re.escape(f"{path} ")) as refusal:
-        check_start(second, load_model(first).config, data_of(second), digests=True)
+        refuse_damaged(second, digests=True, together=False)
     assert str(refusal.value).endswith(f"--resume {first.folder}")
 
 
@@ -107,9 +101,7 @@ def test_an_export_that_does_not_compare_equal_is_not_left(run, tmp_path):
     weights = load_file(path)
     weights["norm.weight"][3] += 1e-3
     save_file(weights, path)
-    metadata = json.loads((checkpoint.folder / "checkpoint.json").read_text())
-    metadata["files"]["model.safetensors"] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    (checkpoint.folder / "checkpoint.json").write_text(json.dumps(metadata))
+    redescribe(checkpoint.folder, "model.safetensors")
     with pytest.raises(UserError, match=r"norm\.weight is not the weight"):
         commands.export(str(run), str(tmp_path / "exported"))
     assert {p.name for p in tmp_path.iterdir()} == {"run"}

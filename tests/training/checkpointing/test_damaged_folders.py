@@ -7,7 +7,6 @@ command does not read that file and is right without it.  No traceback, no waiti
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -16,8 +15,8 @@ import pytest
 
 from dualroute.cli import main
 from dualroute.export.hf import folder as huggingface
-from dualroute.files import file_sha256
 from dualroute.model.checkpoint_format import find_checkpoint
+from tests.sealed import redescribe
 from tests.training.checkpointing.elastic_runs import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -101,10 +100,7 @@ def damage(path, how, other):
 
 def mend_metadata(folder, name):
     """As somebody would who means it, or whose disk was damaged before the file was described."""
-    path = folder / name
-    metadata = json.loads((folder / "checkpoint.json").read_text())
-    metadata["files"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    (folder / "checkpoint.json").write_text(json.dumps(metadata))
+    redescribe(folder, name)
 
 
 def snapshot(folder):

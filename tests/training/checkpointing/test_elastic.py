@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.model.checkpoint_format import Checkpoint, find_checkpoint, list_checkpoints
 from dualroute.training.checkpointing import reshard
@@ -176,6 +177,25 @@ def test_no_room_is_said_before_anything_is_written(elastic, tmp_path, monkeypat
     monkeypatch.setattr(reshard.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="make room"):
         resume(elastic, tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line_and_leaves_nothing(elastic, tmp_path, monkeypatch):
+    """torch reports it as a RuntimeError of its zip writer."""
+
+    def full(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file"
+        )
+
+    monkeypatch.setattr("dualroute.training.checkpointing.state_writer.torch.save", full)
+    with pytest.raises(
+        UserError, match=r"resharded-.* could not be written .*PytorchStreamWriter.*make room"
+    ):
+        resume(elastic, tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+    output = tmp_path / "universal"
+    assert main(["checkpoint", "convert", str(elastic.folder / "stage2"), "--output", str(output)]) == 2
     assert not list(tmp_path.iterdir())
 
 

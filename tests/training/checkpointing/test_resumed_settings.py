@@ -27,6 +27,7 @@ from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.token_count import TokenCount
 from tests.conftest import ROOT
+from tests.sealed import rewrite
 from tests.training.step.test_module import GENTLE, SMALL, environment
 
 STEPS, MORE = 6, 9
@@ -153,8 +154,7 @@ def test_embeddings_that_decay_in_an_older_checkpoint_are_refused_too(
     run = tmp_path / "run"
     shutil.copytree(finished, run, symlinks=True)
     newest = find_checkpoint(run)
-    metadata = {name: value for name, value in newest.metadata.items() if name != "settings"}
-    (newest.folder / "checkpoint.json").write_text(json.dumps(metadata))
+    rewrite(newest.folder, settings="removed")
     capsys.readouterr()
     assert main(arguments(tiny_dataset, run, MORE, "--optim.decay_embeddings", "true")) == 2
     assert "optim.decay_embeddings false and this run asks for true" in capsys.readouterr().err
@@ -246,8 +246,7 @@ def test_best_follows_the_validation_set_of_the_run(
     folder = run / "checkpoints"
     newest = find_checkpoint(run)
     # a loss that no later one beats, measured on other text
-    lucky = {**newest.metadata, "val_loss": 0.1}
-    (newest.folder / "checkpoint.json").write_text(json.dumps(lucky))
+    rewrite(newest.folder, val_loss=0.1)
     more = ["--data.val_tokens", "256", "--checkpoint.keep_last", "1"]
     assert main(arguments(tiny_dataset, run, MORE, *more)) == 0
     assert (folder / "best").resolve().name == f"step-{MORE:08d}"

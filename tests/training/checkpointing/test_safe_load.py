@@ -63,12 +63,12 @@ def test_a_resume_runs_no_code_of_any_file_that_it_reads(tiny_dataset, tmp_path)
     assert "whole states are resumed" in result.stdout
     assert not list(tmp_path.glob("run-by-*"))
     attempts = re.findall(r"^([\w-]+) (\S+): status (\d), (.*)$", result.stdout, re.M)
-    assert len(attempts) == 1 + 1 + 2 + 2 + 7 + 7
+    assert len(attempts) == 1 + 1 + 2 + 2 + 2 * (3 + 2)
     for _, file, status, line in attempts:
         if status != "0":
             assert file in line
             assert "which is neither a tensor nor a plain value" in line
-    # of a universal checkpoint, which serves both stages, some files are read at one of them only
+    # of an index, which serves both stages, some files are read at one of them only
     passed = [(layout, file) for layout, file, status, _ in attempts if status == "0"]
     assert len(passed) <= 3
     assert all("-to-" in layout for layout, _ in passed)

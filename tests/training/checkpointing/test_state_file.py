@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from dualroute.cli import main
-from dualroute.model.checkpoint_format import find_checkpoint, verify_checkpoint
-from dualroute.training.checkpointing.state_file import StateFile, saving_with
+from dualroute.model.checkpoint_format import describe_files, find_checkpoint, verify_checkpoint
+from dualroute.training.checkpointing.capture import captured
+from dualroute.training.checkpointing.own_part import OwnPart
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.strategy import OneProcessStrategy
 from tests.training.step.test_module import command
@@ -33,14 +34,17 @@ def test_a_state_is_written_without_a_second_copy_of_it(tmp_path, no_temporary_f
     state = {"weight": torch.arange(2**23, dtype=torch.float32)}  # 32 MiB
     tracemalloc.start()
     try:
-        with saving_with(trainer, StateFile()):
+        part = OwnPart(tmp_path, 0, 1, later=False)
+        with captured(trainer, part):
             trainer.strategy.save_checkpoint(state, tmp_path / "state.ckpt")
+        note = part.write()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 4 * 2**20
     assert torch.equal(torch.load(tmp_path / "state.ckpt")["weight"], state["weight"])
     assert {p.name for p in tmp_path.iterdir()} == {"state.ckpt"}
+    assert note.files == describe_files(tmp_path)
     assert trainer.strategy.checkpoint_io is own
 
 

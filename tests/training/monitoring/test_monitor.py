@@ -252,6 +252,7 @@ def test_only_training_counts_as_training_time(tmp_path: Path, interruption: str
     speed = watch._clock.read()
     assert speed.tokens_per_second * speed.step_time == pytest.approx(80)
     assert speed.data_wait_share == pytest.approx(60 / 70 if interruption == "none" else 0.0)
+    assert speed.checkpoint_time == (60.0 if interruption == "checkpoint" else 0.0)
 
 
 def test_perplexity_never_overflows() -> None:

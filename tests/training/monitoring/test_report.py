@@ -2,8 +2,10 @@
 
 import pytest
 
+from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.training.monitoring.report import _corpus, _data_of
+from tests.training.checkpointing.runs import KEPT, pretrain
 
 
 def test_the_data_are_those_of_the_configuration(tmp_path, tiny_dataset):
@@ -28,3 +30,27 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
     with pytest.raises(UserError, match=r"config\.yaml is damaged") as refused:
         _data_of(path)
     assert str(refused.value).isprintable()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_rest_is_reported(tmp_path, tiny_dataset, capsys):
+    run = tmp_path / "run"
+    assert pretrain(tiny_dataset, run, 8, *KEPT) == 0
+    first, second = (run / "checkpoints" / f"step-{step:08d}" for step in (4, 8))
+
+    def reported():
+        assert main(["report", "--run", str(run), "--sample_tokens", "2"]) == 0
+        return (run / "report.md").read_text()
+
+    assert "| damaged checkpoint |" not in reported()
+    (second / "checkpoint.json").write_text("{")
+    text = reported()
+    assert f"| damaged checkpoint | {second}/checkpoint.json is damaged" in text
+    assert f"| newest checkpoint | `{first}` |" in text
+    assert "| trained | 4 steps" in text
+    weights = first / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    text = reported()
+    assert text.count("| damaged checkpoint | ") == 2
+    assert "none that can be read" in text
+    assert "| validation loss | " in text
+    capsys.readouterr()

@@ -64,6 +64,22 @@ def test_each_reading_begins_anew() -> None:
     assert speed.data_wait_share == pytest.approx(1.5 / 4)
 
 
+def test_a_checkpoint_has_a_time_of_its_own() -> None:
+    time = Time()
+    clock = StepClock(time)
+    batch(clock, time, wait=1.0, compute=3.0, tokens=80)
+    clock.batch_ended()
+    time.passes(5.0)  # a validation before it
+    clock.checkpoint_started()
+    time.passes(7.0)
+    batch(clock, time, wait=0.0, compute=3.0, tokens=80)
+    speed = clock.read()
+    assert speed.checkpoint_time == 7.0
+    assert speed.step_time == pytest.approx(7.0 / 2)
+    batch(clock, time, wait=0.0, compute=3.0, tokens=80)
+    assert clock.read().checkpoint_time == 0.0
+
+
 def test_interruptions_are_neither_training_nor_waiting() -> None:
     """A validation or a checkpoint between two batches changes none of the figures."""
     readings = []

@@ -123,12 +123,19 @@ def run(
     save: str | None = None,
     load: str | None = None,
     first_step: int = 0,
+    hpz: int = 1,
+    gradient_reduction: Any = "auto",
 ) -> dict[str, Any]:
     """One training; what every rank saw (lists over steps) and how Lightning and DeepSpeed counted."""
     world = detect_world()
     data = Slices(world, accumulation, first_step)
     config = ParallelConfig(
-        strategy, zero_stage, offload_optimizer=offload, deepspeed_config=deepspeed_config
+        strategy,
+        zero_stage,
+        offload_optimizer=offload,
+        deepspeed_config=deepspeed_config,
+        zero_hpz_partition_size=hpz,
+        gradient_reduction=gradient_reduction,
     )
     trainer = Trainer(
         strategy=build_strategy(
@@ -170,6 +177,7 @@ def run(
         "global_step": trainer.global_step,
         "world_size": trainer.world_size,
         "engine_steps": None if engine is None else engine.global_steps,
+        "reduced_in": None if engine is None else str(engine.communication_data_type),
     }
 
 

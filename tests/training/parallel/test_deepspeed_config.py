@@ -120,3 +120,36 @@ def test_unreadable_file(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(UserError, match=name) as caught:
         deepspeed_config(ParallelConfig(deepspeed_config=str(tmp_path / name)), micro_batch=1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_second_partition_and_sums_in_float32_are_written(tmp_path: Path) -> None:
+    config = ParallelConfig(zero_stage=3, zero_hpz_partition_size=4, gradient_reduction="fp32")
+    made = deepspeed_config(config, micro_batch=1, world_size=8, precision="bf16-mixed")
+    assert made["zero_optimization"]["zero_hpz_partition_size"] == 4
+    assert made["communication_data_type"] == "fp32"
+    plain = deepspeed_config(ParallelConfig(zero_stage=3), micro_batch=1, world_size=8)
+    assert "zero_hpz_partition_size" not in plain["zero_optimization"]
+    assert "communication_data_type" not in plain
+    own = {"communication_data_type": "fp32", "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    path = written(tmp_path, own)
+    made = deepspeed_config(ParallelConfig(deepspeed_config=path), micro_batch=1, world_size=8)
+    assert made["zero_optimization"]["zero_hpz_partition_size"] == 2
+    assert made["communication_data_type"] == "fp32"
+    both = ParallelConfig(zero_hpz_partition_size=4, deepspeed_config=path)
+    with pytest.raises(UserError, match="zero_hpz_partition_size is 2, but zero_hpz_partition_size is 4"):
+        deepspeed_config(both, micro_batch=1, world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "message"),
+    [
+        ({"zero_stage": 2}, 8, "zero_hpz_partition_size 4 needs zero_stage 3, not 2"),
+        ({"zero_stage": 3}, 6, "zero_hpz_partition_size 4 does not divide the 6 ranks: use 3"),
+        ({"zero_stage": 3}, 2, "does not divide the 2 ranks: use 2"),
+        ({"zero_stage": 3, "offload_parameters": True}, 8, "offload_parameters on the host: use one of them"),
+    ],
+)
+def test_second_partitions_that_cannot_be(config: dict[str, Any], world_size: int, message: str) -> None:
+    parallel = ParallelConfig(zero_hpz_partition_size=4, **config)
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(parallel, micro_batch=1, world_size=world_size)

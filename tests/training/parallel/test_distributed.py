@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -101,6 +102,20 @@ def test_ranks_that_share_texts_train_as_one_process_does(alone, tiny_dataset, t
     output = tmp_path / "run"
     more = ("--parallel.zero_stage", str(stage), "--parallel.sequence_parallel", "2")
     launch_warm(ranks, tiny_dataset, output, STEPS, *more)
+    assert_same_losses(output, alone)
+
+
+def test_a_second_partition_beside_shared_texts_and_a_resume_without_either(alone, tiny_dataset, tmp_path):
+    output, settings = tmp_path / "run", tmp_path / "settings.yaml"
+    settings.write_text("zero_optimization: {stage3_param_persistence_threshold: 0}\n")  # partition all
+    more = ("--parallel.zero_stage", "3", "--parallel.deepspeed_config", str(settings))
+    more += ("--checkpoint.keep_last", "9")
+    groups = ("--parallel.zero_hpz_partition_size", "2", "--parallel.sequence_parallel", "2")
+    launch_warm(4, tiny_dataset, output, STEPS, *more, *groups)
+    assert_same_losses(output, alone)
+    for step in (32, 36, 40):
+        shutil.rmtree(output / "checkpoints" / f"step-{step:08d}")
+    launch_warm(2, tiny_dataset, output, STEPS, *more)
     assert_same_losses(output, alone)
 
 

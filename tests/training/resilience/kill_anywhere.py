@@ -4,9 +4,9 @@
 
 Each life of the run is the same command.  It ends by ``kill -9`` of one rank, chosen at random, at one of
 three kinds of moments, in turn: some time after the start (imports, loading, the first validation), some
-steps later, or while a checkpoint is being written.  The other ranks are left alone: they have to notice by
-themselves.  At the end every loss that was logged and every weight is compared with the unbroken run's, for
-equality.  Exit status 1 if anything differs.
+steps later, or while a checkpoint is being written ("next save": one that has another before it).  The other
+ranks are left alone: they have to notice by themselves.  At the end every loss that was logged and every
+weight is compared with the unbroken run's, for equality.  Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Moment:
             # lines past the checkpoint are dropped on resume, so a smaller number is news as well
             if self.kind == "step" and logged(self.run) not in range(first - 20, first + steps):
                 return True
-            if self.kind == "save" and writing(self.run) - old:
+            if self.kind == "next save" and not newest(self.run):
+                old = writing(self.run)
+            elif self.kind.endswith("save") and writing(self.run) - old:
                 time.sleep(delay)
                 stand_still(processes)
                 if writing(self.run) - old:

@@ -23,19 +23,28 @@ def test_killed_anywhere_the_run_is_the_same(tiny_dataset: Path, tmp_path: Path)
     assert compare(tmp_path / "killed", tmp_path / "unbroken") != []
 
 
+ZERO = ("deepspeed", "--parallel.zero_stage", "3")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_rank_killed_while_a_thread_writes_the_checkpoint(tiny_dataset: Path, tmp_path: Path) -> None:
-    """DDP on two ranks: the half-written one is passed over, and the run is the same to the last bit."""
+@pytest.mark.parametrize("strategy", [("ddp",), ZERO], ids=["ddp", "zero3"])
+def test_a_rank_killed_while_threads_write_a_checkpoint(
+    tiny_dataset: Path, tmp_path: Path, strategy: tuple[str, ...]
+) -> None:
+    """Two ranks: it is passed over for the one before, and the run is the same to the last bit."""
+    if strategy == ZERO:
+        pytest.importorskip("deepspeed")
     kills, problems = campaign(
         tiny_dataset,
         tmp_path,
         times=1,
-        steps=16,
+        steps=12,
         ranks=2,
-        strategy="ddp",
-        more=("--checkpoint.asynchronous", "true"),
-        moments=("save",),
+        strategy=strategy[0],
+        more=(*strategy[1:], "--checkpoint.asynchronous", "true"),
+        moments=("next save",),
     )
     assert [kill.half_written for kill in kills] == [True]
+    assert kills[0].newest > 0
     assert problems == []

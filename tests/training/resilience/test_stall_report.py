@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from dualroute import compat
+from dualroute.training.resilience import flight_record
+from dualroute.training.resilience.flight_record import summary
 from dualroute.training.resilience.heartbeat import (
     CUT_OFF,
     FAILED,
@@ -22,7 +26,17 @@ from dualroute.training.resilience.heartbeat import (
     started_at,
     this_place,
 )
-from dualroute.training.resilience.stall_report import describe, place_of, ranks, waiting_in, write_stacks
+from dualroute.training.resilience.stall_report import (
+    describe,
+    flight_of_this_rank,
+    place_of,
+    ranks,
+    started_collectives,
+    waiting_in,
+    write_flight_dump,
+    write_stacks,
+)
+from tests.training.resilience.nccl_dumps import PAIRS, SITUATIONS, dump, step
 
 
 def beat(rank: int, **values: object) -> Beat:
@@ -74,6 +88,73 @@ def test_ranks_that_wait_for_each_other() -> None:
 def test_many_ranks_are_written_shortly() -> None:
     assert ranks([3]) == "rank 3"
     assert ranks([7, 0, 1, 2, 5]) == "ranks 0-2, 5, 7"
+    assert ranks(range(0, 200, 2)).endswith("28, 30 and 84 more")
+
+
+def on_nccl(rank: int, record: dict[str, object]) -> Beat:
+    """The beat of a rank whose main thread stands in ``.item()``, where no collective is to be seen."""
+    flight = summary([record])
+    waits = flight_record.waiting_text(flight)
+    return beat(rank, waits_in=waits, waits_by_record=bool(waits), flight=flight, where="step.py:9 in check")
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_on_nccl_the_flight_recorder_decides(situation: str) -> None:
+    dumps, words = SITUATIONS[situation]
+    line = describe({rank: on_nccl(rank, record) for rank, record in dumps.items()}, [], "")
+    for said in words:
+        assert said in line
+    assert "\n" not in line
+
+
+def test_a_line_about_a_thousand_ranks_can_be_read() -> None:
+    groups = {"0": list(range(1024))}
+    behind = set(range(0, 1024, 3))
+    beats = {
+        rank: on_nccl(rank, dump(step("" if rank in behind else "scheduled"), groups)) for rank in range(1024)
+    }
+    assert len(describe(beats, [], "")) < 2500
+    everywhere = {rank: beat(rank, waits_in=f"collective {rank}", where="x") for rank in range(1, 1024)}
+    assert len(describe({0: beat(0, where="x"), **everywhere}, [], "")) < 2500
+    apart_groups = {**groups, "1": list(range(1, 1024, 2))}
+    apart = {
+        rank: on_nccl(rank, dump(step("scheduled", group=f"{rank % 2}"), apart_groups))
+        for rank in range(1024)
+    }
+    assert len(describe(apart, [], "")) < 2500
+
+
+def test_a_stack_that_shows_a_collective_goes_before_the_recorder() -> None:
+    flight = summary([dump(step("scheduled"), PAIRS[0])])
+    waits = {rank: beat(rank, waits_in="torch.distributed.barrier", flight=flight) for rank in range(2)}
+    assert "all ranks wait in torch.distributed.barrier" in describe(waits, [], "")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{}, {"entries": [7]}, {"entries": [{"record_id": 0}]}, {"entries": [{}], "pg_status": {"None": {}}}],
+    ids=str,
+)
+def test_a_dump_of_another_format_says_less_and_breaks_nothing(record: dict[str, object]) -> None:
+    flights = {rank: summary([record]) for rank in range(2)}
+    assert isinstance(
+        flight_record.verdict({rank: flight for rank, flight in flights.items() if flight}), str
+    )
+
+
+def test_what_cannot_be_recorded_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flight_of_this_rank() == {}
+    assert started_collectives({}) == -1
+    assert started_collectives(summary([dump(step("scheduled"), PAIRS[0])])) == 3
+    write_flight_dump(tmp_path / "nccl_trace_rank_0")
+    assert (tmp_path / "nccl_trace_rank_0").stat().st_size > 0
+    monkeypatch.setattr(compat, "flight_records", lambda: 1 / 0)
+    monkeypatch.setattr(compat, "flight_dump", lambda: 1 / 0)
+    assert flight_of_this_rank() == {}
+    write_flight_dump(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr(compat, "flight_records", lambda: time.sleep(60))
+    assert flight_of_this_rank(limit=0.05) == {}  # one that hangs is left alone
 
 
 def test_a_beat_is_read_as_it_was_written_and_half_of_one_is_none(tmp_path: Path) -> None:

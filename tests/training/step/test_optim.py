@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,13 @@ from torch import nn
 
 from dualroute.errors import UserError
 from dualroute.training.config import OptimConfig, SpikeGuardConfig
-from dualroute.training.step.optim import build_optimizer, lr_at, parameter_groups
+from dualroute.training.step.optim import (
+    HyperParameters,
+    build_optimizer,
+    lr_at,
+    parameter_groups,
+    place_counts,
+)
 from dualroute.training.step.spike_guard import SpikeGuard, TrainingDiverged
 
 Schedule = st.sampled_from(["cosine", "wsd", "constant"])
@@ -152,6 +160,63 @@ def test_known_points_of_the_schedules() -> None:
 def test_bad_values_name_their_key(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         OptimConfig(**values)  # type: ignore[arg-type]
+
+
+def stepped(config: OptimConfig, count: int, state: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small model after ``count`` steps on seeded gradients, from the weights and state of ``state``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8))
+    optimizer = build_optimizer(model, config)
+    hyper = HyperParameters(optimizer, config)
+    if state is not None:
+        model.load_state_dict(state[0].state_dict())
+        optimizer.load_state_dict(state[1].state_dict())
+    draw = torch.Generator().manual_seed(5)
+    for _ in range(count):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        hyper.write(optimizer, config.lr)
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+def test_fused_steps_are_the_same_but_for_rounding_and_follow_the_run_that_resumes(
+    before: bool, after: bool
+) -> None:
+    loop = OptimConfig(fused=False, lr=1e-2)
+    usual, _ = stepped(loop, 5, stepped(loop, 5))
+    model, optimizer = stepped(
+        dataclasses.replace(loop, fused=after), 5, stepped(dataclasses.replace(loop, fused=before), 5)
+    )
+    for ours, theirs in zip(model.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert {bool(group["fused"]) for group in optimizer.param_groups} == {after}
+
+
+def test_a_fused_optimizer_is_clipped_by_lightning_and_is_chosen_on_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    model, optimizer = stepped(OptimConfig(fused=True), 1)
+    MixedPrecision("bf16-mixed", "cpu").clip_gradients(optimizer, 0.5)
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert float(total) == pytest.approx(0.5, rel=1e-4)
+    assert not build_optimizer(model, OptimConfig()).param_groups[0]["fused"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert build_optimizer(model, OptimConfig()).param_groups[0]["fused"]
+    assert not build_optimizer(model, OptimConfig(fused=False)).param_groups[0]["fused"]
+
+
+def test_counts_of_steps_come_to_their_parameters() -> None:
+    """As a fused step needs them, where a state comes from a step that kept them on the host."""
+    parameter = nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.state[parameter] = {"step": torch.tensor(3.0, dtype=torch.float64), "exp_avg": torch.zeros(2)}
+    place_counts(optimizer)
+    count = optimizer.state[parameter]["step"]
+    assert (count.device.type, count.dtype) == ("meta", torch.float32)
 
 
 def steps(count: int, seed: int = 0) -> list[tuple[float, float]]:

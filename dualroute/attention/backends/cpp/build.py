@@ -60,7 +60,7 @@ def load() -> ctypes.CDLL:
     compiler = _compiler()
     name = f"attention-{_fingerprint(compiler)}"
     reasons: list[str] = []
-    for folder in _caches(reasons):
+    for folder in cache_folders(reasons):
         try:
             library = _load(_find(folder, name) or _compile(compiler, folder, name))
         except CacheError as error:
@@ -87,10 +87,10 @@ def _compiler() -> str:
     raise BuildError("there is no C++ compiler: install g++, or name one in CXX")
 
 
-def _caches(reasons: list[str]) -> Iterator[Path]:
-    """Folders that may hold the library, the best first; why one is not tried goes to `reasons`.
+def cache_folders(reasons: list[str]) -> Iterator[Path]:
+    """Folders that may hold what was made for this machine, the best first.
 
-    A folder that the user has named is the only one.
+    Why one is not tried goes to `reasons`. A folder that the user has named is the only one.
     """
     if os.environ.get(CACHE):
         yield Path(os.environ[CACHE])

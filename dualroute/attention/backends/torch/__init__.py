@@ -7,6 +7,7 @@
     dispatch.py         (token, block) pairs sorted into tiles, for `selected`
     far.py              the blocks that a token does not read, one pseudo-key each
     tile_attention.py   attention over tiles with its log-sum-exp; the only user of a private torch operator
+    device.py           how much at once, by device
     full.py             the whole document
     local.py            a sliding window
     decode.py           new tokens against a cache
@@ -39,6 +40,14 @@ class TorchBackend:
 
     def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
         return True
+
+    def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
+        if self.supports(query, causal=causal, block=block):
+            return None
+        kind = str(query.dtype).removeprefix("torch.")
+        route = "the local route" if block is None else f"block {block}"
+        asked = f"{route} of {kind}, head_dim {query.shape[-1]}, causal={causal}, on {query.device.type}"
+        return f"{self.description()}: not {asked}"
 
     select_blocks = staticmethod(select_blocks)
     routed_attention = staticmethod(routed_attention)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.backends.torch.device import at_once
+
 TILE = 64  # tokens per tile
 MAX_PAIRS = 1 << 17  # (token, block) pairs dispatched at once: bounds the memory of a pair's row
 JOIN_PAIRS = 1 << 15  # short heads are dispatched together up to this many
@@ -39,15 +41,16 @@ class Plan(NamedTuple):
     pair: Tensor  # (rows of the piece, pairs per row) int32 tile row of each pair, -1 = no such pair
 
 
-def pieces(kv_heads: int, slots: int, pairs_per_slot: int) -> Iterator[Piece]:
-    """Cover all heads and slots with pieces of at most MAX_PAIRS pairs: several short heads, or part of one.
+def pieces(kv_heads: int, slots: int, pairs_per_slot: int, device: torch.device) -> Iterator[Piece]:
+    """Cover all heads and slots with pieces of MAX_PAIRS pairs on a CPU: several short heads, or part of one.
 
     A part of a head has fewer tokens for each block, which fill their tiles less well.
     """
     if pairs_per_slot == 0:
         return
-    heads = max(1, min(JOIN_PAIRS, MAX_PAIRS) // (slots * pairs_per_slot))
-    step = slots if heads > 1 else max(1, MAX_PAIRS // pairs_per_slot)
+    join, most = at_once(JOIN_PAIRS, device), at_once(MAX_PAIRS, device)
+    heads = max(1, min(join, most) // (slots * pairs_per_slot))
+    step = slots if heads > 1 else max(1, most // pairs_per_slot)
     for head in range(0, kv_heads, heads):
         for begin in range(0, slots, step):
             yield Piece((head, min(head + heads, kv_heads)), (begin, min(begin + step, slots)))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dualroute.attention.backends.torch.device import at_once, least_ranges
 from dualroute.attention.core.far_summary import Summary, far_query_features
 from dualroute.attention.core.layout import Bucket, Stream, query_chunks
 from dualroute.attention.core.precision import NEG_INF
@@ -43,7 +44,8 @@ def _far_chunks(
         chosen_here = selected[:, part, 1:].unflatten(1, (documents, blocks * block))
         base = first + blocks * torch.arange(documents, device=device).view(-1, 1, 1)
         bias = log_tokens[first : first + documents * blocks].view(documents, 1, blocks)
-        for begin, end in query_chunks(blocks, query_heads * documents * block * blocks, MAX_LOGITS):
+        cost = query_heads * documents * block * blocks
+        for begin, end in query_chunks(blocks, cost, at_once(MAX_LOGITS, device), least_ranges(device)):
             columns = slice(1, end - 1 if causal else blocks)
             count = columns.stop - 1
             if count < chosen:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.backends.torch.device import is_cpu
 from dualroute.attention.core.layout import Bucket, Stream
 
 
@@ -57,9 +58,12 @@ def _bucket_attention(
         mask = stream.slot_valid[begin : begin + shape[0] * shape[1]].view(shape)[:, None, None]
     if window is not None and shape[1] > window:
         mask, causal = _window_mask(stream, shape[1], window), False
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=query.shape[0] != key.shape[0]
-    )
+    grouped = query.shape[0] != key.shape[0]
+    if grouped and mask is not None and not is_cpu(query.device):
+        # on a GPU only the kernel that holds all length x length logits takes grouped heads behind a mask
+        k, v = (rows.repeat_interleave(q.shape[1] // rows.shape[1], dim=1) for rows in (k, v))
+        grouped = False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(0, 1).flatten(1, 2)
 
 

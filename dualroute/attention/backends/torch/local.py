@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.backends.torch.device import at_once
 from dualroute.attention.backends.torch.full import full_attention
 from dualroute.attention.backends.torch.tile_attention import attend, attend_backward
 from dualroute.attention.core.layout import Stream, attend_by_length
@@ -177,7 +178,7 @@ def _tiles(rows: Tensor, band: _Band, first: int, last: int) -> Tensor:
 def _chunks(query: Tensor, stream: Stream, band: _Band) -> list[tuple[int, int]]:
     """Ranges (first, end) of query blocks that are worked on at once."""
     heads, _, dim = query.shape
-    step = max(1, MAX_CHUNK // (heads * band.span * dim))
+    step = max(1, at_once(MAX_CHUNK, query.device) // (heads * band.span * dim))
     return stream.cached(("chunks", band, step), lambda: _compute_chunks(stream, band, step))
 
 

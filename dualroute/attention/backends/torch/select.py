@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dualroute.attention.backends.torch.device import at_once, least_ranges
 from dualroute.attention.core.layout import Bucket, Stream, query_chunks
 from dualroute.attention.core.router import block_features, block_scores, top_blocks
 
@@ -68,7 +69,8 @@ def _select_in_bucket(
         return
     parts = features.shape[3]
     cost = kv_heads * documents * block * blocks * parts
-    for begin, end in query_chunks(blocks, cost, MAX_SCORES):
+    device = query.device
+    for begin, end in query_chunks(blocks, cost, at_once(MAX_SCORES, device), least_ranges(device)):
         candidates = slice(1, end - 1 if causal else blocks)  # the sink is read anyway
         count = candidates.stop - 1
         if count < 1:

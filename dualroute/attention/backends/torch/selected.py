@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dualroute.attention.backends.torch.device import at_once, is_cpu
 from dualroute.attention.backends.torch.dispatch import (
     TILE,
     Piece,
@@ -53,7 +54,7 @@ def merge_selected(
     """
     kv_heads, slots, group, dim = query.shape
     planned: Planned = []
-    for piece in pieces(kv_heads, slots, chosen.shape[2]):
+    for piece in pieces(kv_heads, slots, chosen.shape[2], query.device):
         tiles = plan(chosen, piece, num_blocks)
         if tiles is None:
             continue
@@ -113,16 +114,30 @@ def selected_backward(
                 mask=None if mask is None else mask.index_select(0, chunk.tile_block),
             )
             part[rows] = to_query.view(-1, group, dim)
-            grad_key.index_add_(0, chunk.tile_block, to_key)
-            grad_value.index_add_(0, chunk.tile_block, to_value)
+            _add_tiles(grad_key, chunk.tile_block, to_key)
+            _add_tiles(grad_value, chunk.tile_block, to_value)
         rows_grad = grad_query[head:last_head, begin:end]
         rows_grad.add_(sum_pairs(part, tiles.pair).view(rows_grad.shape))
         del part  # before the next piece makes its own
 
 
+def _add_tiles(total: Tensor, block: Tensor, tiles: Tensor) -> None:
+    """Add tiles (n, 1, block, d) to the blocks, ascending, of total (blocks, 1, block, d), in a fixed order.
+
+    On a GPU `index_add_` adds up in whatever order its threads arrive.
+    """
+    if is_cpu(total.device):
+        total.index_add_(0, block, tiles)
+        return
+    number = torch.arange(max(len(total) + 1, len(tiles)), device=block.device)
+    first = torch.searchsorted(block, number[: len(total) + 1])  # the first tile of each block
+    sums = torch.embedding_bag(tiles.flatten(1), number[: len(tiles)], first, include_last_offset=True)[0]
+    total.add_(sums.view(total.shape))
+
+
 def _chunks(tiles: Plan, group: int) -> Iterator[tuple[slice, Plan]]:
     """A plan in portions of at most CHUNK_ROWS query rows: tile rows of each, and its part of the plan."""
-    step = max(1, CHUNK_ROWS // (TILE * group))
+    step = max(1, at_once(CHUNK_ROWS, tiles.row.device) // (TILE * group))
     for first in range(0, len(tiles.tile_block), step):
         rows = slice(first * TILE, min(first + step, len(tiles.tile_block)) * TILE)
         yield rows, Plan(tiles.tile_block[first : first + step], tiles.row[rows], tiles.pair)

@@ -11,7 +11,8 @@ the joint softmax with respect to this part. So a token may read its keys in sev
 is ever saved.
 
 On a CPU this is `aten::_scaled_dot_product_flash_attention_for_cpu`, which is private; elsewhere, or should
-torch take it away, plain matmuls do the same.
+torch take it away, plain matmuls do the same. Logits and all sums are float32 there too; the weights, and the
+gradients of logits, are multiplied in the type of the keys, as flash attention does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype, wide_product
 
 _HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") and hasattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -88,7 +89,7 @@ def _logits(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Te
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, -1, dim)  # (b, h_kv, g * r, d)
-    logits = (grouped @ key.transpose(-1, -2)).to(accumulation_dtype(query.dtype))
+    logits = wide_product(grouped, key.transpose(-1, -2))
     logits = (logits / math.sqrt(dim)).view(batch, kv_heads, heads // kv_heads, rows, keys)
     if mask is not None:
         logits = logits + mask[:, :, None]
@@ -105,8 +106,8 @@ def _attend_plain(
     logits = _logits(query, key, mask, causal)
     lse = torch.logsumexp(logits, -1)
     weights = (logits - lse[..., None]).exp().to(value.dtype)
-    output = weights.flatten(2, 3) @ value  # (b, h_kv, g * r, d)
-    return output.view(batch, heads, rows, dim).to(lse.dtype), lse.view(batch, heads, rows)
+    output = wide_product(weights.flatten(2, 3), value)  # (b, h_kv, g * r, d)
+    return output.view(batch, heads, rows, dim), lse.view(batch, heads, rows)
 
 
 def _attend_backward_plain(
@@ -127,9 +128,9 @@ def _attend_backward_plain(
     weights = (logits - lse.reshape(batch, kv_heads, -1, rows, 1)).exp().flatten(2, 3)  # (b, h_kv, g * r, s)
     delta = (grad.to(accumulate) * output.to(accumulate)).sum(-1).reshape(batch, kv_heads, -1, 1)
     grad = grad.to(value.dtype).reshape(shape)
-    grad_value = weights.to(value.dtype).transpose(-1, -2) @ grad
-    grad_logits = weights * ((grad @ value.transpose(-1, -2)).to(accumulate) - delta) / math.sqrt(dim)
+    grad_value = wide_product(weights.to(value.dtype).transpose(-1, -2), grad)
+    grad_logits = weights * (wide_product(grad, value.transpose(-1, -2)) - delta) / math.sqrt(dim)
     grad_logits = grad_logits.to(query.dtype)
-    grad_query = (grad_logits @ key).view(batch, heads, rows, dim)
-    grad_key = grad_logits.transpose(-1, -2) @ query.reshape(shape)
-    return grad_query.to(accumulate), grad_key.to(accumulate), grad_value.to(accumulate)
+    grad_query = wide_product(grad_logits, key).view(batch, heads, rows, dim)
+    grad_key = wide_product(grad_logits.transpose(-1, -2), query.reshape(shape))
+    return grad_query, grad_key, grad_value

@@ -52,16 +52,32 @@ def available(query: Tensor, *, block: int = 1, causal: bool = True) -> bool:
     block that fit into its shared memory. The routed kernels are causal only; the local ones are not, and
     know no blocks: leave `block` and `causal` out for them.
     """
-    dim = query.shape[-1]
-    if query.dtype not in (*HALF, torch.float32) or not causal or block > MAX_BLOCK or dim > MAX_DIM:
-        return False
+    return why_not(query, block=block, causal=causal) is None
+
+
+def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None:
+    """Why the kernels cannot take these queries, None where they can; see `available`."""
+    dim, kind = query.shape[-1], str(query.dtype).removeprefix("torch.")
+    if query.dtype not in (*HALF, torch.float32):
+        return f"the Triton kernels have floats of 16 and 32 bits only, not {kind}"
+    if not causal:
+        return "the routed Triton kernels are causal only"
+    if block > MAX_BLOCK:
+        return f"block {block} is more than the {MAX_BLOCK} that the Triton kernels take"
+    if dim > MAX_DIM:
+        return f"head_dim {dim} is more than the {MAX_DIM} that the Triton kernels take"
     if triton.knobs.runtime.interpret:
-        return query.device.type == "cpu"
+        return None if query.device.type == "cpu" else "Triton's interpreter is for CPUs"
     if query.device.type != "cuda" or torch.version.hip is not None:
-        return False
+        return "the Triton kernels are for NVIDIA GPUs only"
     gpu = torch.cuda.get_device_properties(query.device)
+    if (gpu.major, gpu.minor) < MIN_CAPABILITY:
+        return f"compute capability {gpu.major}.{gpu.minor} is less than the 8.0 of the Triton kernels"
     limit = BLOCK_BYTES if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else BLOCK_BYTES // 2
     if query.dtype == torch.float32:
         limit //= 2
-    fits = pad_dim(block) * pad_dim(dim) * query.element_size() <= limit
-    return fits and (gpu.major, gpu.minor) >= MIN_CAPABILITY
+    needed = pad_dim(block) * pad_dim(dim) * query.element_size()
+    if needed > limit:
+        size = f"block {block} with head_dim {dim} in {kind}"
+        return f"{size} takes {needed} bytes of shared memory, and {limit} are there"
+    return None

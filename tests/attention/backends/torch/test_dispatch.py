@@ -46,7 +46,7 @@ def test_pieces_cover_everything_once(kv_heads: int, slots: int, pairs: int, bud
     dispatch.MAX_PAIRS = max(budget, slots * pairs // 50)
     try:
         seen = torch.zeros(kv_heads, slots)
-        for (head, last), (begin, end) in dispatch.pieces(kv_heads, slots, pairs):
+        for (head, last), (begin, end) in dispatch.pieces(kv_heads, slots, pairs, torch.device("cpu")):
             seen[head:last, begin:end] += 1
             assert (last - head) * (end - begin) * pairs <= dispatch.MAX_PAIRS or end - begin == 1
     finally:

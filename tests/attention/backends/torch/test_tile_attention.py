@@ -73,3 +73,28 @@ def test_half_precision_sums_in_float32(flash: bool, monkeypatch: pytest.MonkeyP
     wanted = kernels.attend_backward(*(t.double() for t in (grad, query, key, value)), exact, exact_lse)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("scale", [2.0, 4.0])
+def test_logits_and_sums_of_half_precision_are_not_rounded(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the CPU's operator, against float64: rounded to bfloat16 are the weights and the gradients
+    of logits, once. Logits in bfloat16 cost 0.01 and more, the more the larger they are."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        (factor * torch.randn(8, 1, 64, 64, generator=generator)).bfloat16()
+        for factor in (scale, scale, 1, 1)
+    )
+    exact = [rows.double().requires_grad_() for rows in (query, key, value)]
+    logits = exact[0] @ exact[1].mT / 8
+    wanted = logits.softmax(-1) @ exact[2]
+    monkeypatch.setattr(kernels, "_HAS_FLASH", False)
+    out, lse = kernels.attend(query, key, value)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=0, atol=2e-5)
+    assert (out.double() - wanted).norm() / wanted.norm() < 0.002
+    got = [out, *kernels.attend_backward(grad, query, key, value, out, lse)]
+    grads = torch.autograd.grad(wanted, exact, grad.double())
+    for ours, theirs in zip(got, [wanted, *grads], strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - theirs).norm() / theirs.norm() < 0.006

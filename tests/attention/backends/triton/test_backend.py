@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 
-from dualroute.attention import DualRouting, backend
+from dualroute.attention import DualRouting, Layout, backend
 from dualroute.attention.backends.triton.backend import TRITON
+from dualroute.attention.verification import check, decide, left_to_torch
+from dualroute.attention.verification.correctness import reference
 from tests.attention.backends.triton.helpers import DEVICE
+from tests.attention.verification.test_correctness import problem
 
 KERNELS = ("routed_attention", "local_attention", "decode_step")
 
@@ -31,6 +34,21 @@ def run(layer: DualRouting) -> list[torch.Tensor]:
         cache = layer.new_cache(1, 64)
         steps = [layer(hidden[:, part], cache=cache) for part in (slice(38), slice(38, 39), slice(39, 40))]
     return [output.detach(), *gradients, *steps[1:]]
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_runs_on_them_too(layer: DualRouting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    torch._dynamo.reset()
+    hidden = torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    layout = Layout.build(1, 40, 8, segment_ids=torch.arange(40)[None] // 30, device=DEVICE)
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        output = run(hidden, layout=layout)
+        gradients = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+        results.append([output.detach(), *gradients])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_gives_the_same_on_both(layer: DualRouting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +76,29 @@ def test_what_they_cannot_take_runs_in_torch(layer: DualRouting, monkeypatch: py
     assert backend.choose(rows.double()) is plain
     assert backend.choose(rows, causal=False, block=8) is plain
     assert backend.choose(rows, causal=False) is TRITON  # the local route
+
+
+def test_the_line_of_the_choice_names_what_they_cannot_take() -> None:
+    """Of each kind: blocks, heads and directions that the kernels have not."""
+    device = torch.device(DEVICE)
+    for given, said in (
+        ({"block": 256}, ("the global route: block 256 is more than the 128 that the Triton kernels take",)),
+        ({"causal": False}, ("the global route: the routed Triton kernels are causal only",)),
+        ({}, ()),
+    ):
+        assert left_to_torch(TRITON, [problem(**given)], device) == said  # type: ignore[arg-type]
+    wide = problem(head_dim=160)
+    assert left_to_torch(TRITON, [wide], device) is None
+    (finding,) = decide([wide], device, ("triton",)).findings[1:]
+    assert finding.why_not == "head_dim 160 is more than the 128 that the Triton kernels take"
+
+
+@pytest.mark.slow
+def test_values_gradients_blocks_and_a_step_are_right() -> None:
+    asked = problem(context=60)
+    errors = check(TRITON, asked, reference(asked, torch.device(DEVICE)))
+    assert errors.values < 1e-5
+    assert errors.gradients < 1e-5
 
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,110 @@
+"""What is worked on at once where every token meets every block: rectangles of slots by blocks.
+
+In: a stream. Out: `slabs` cuts it into as few rectangles as the memory allows, one as a rule; `closed` says
+which blocks of a rectangle a row may not read.
+
+Documents of one size are a batch of rectangles. A stream of several sizes is *one* rectangle, in which the
+blocks of other documents are closed: the number of launches must not depend on the documents of a batch, and
+a block stands for `block` keys, so the rectangle is small.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dualroute.attention.core.layout import Stream
+
+MEMORY_SHARE = 1 / 16  # of the device, for the largest matrix; a slab more is two dozen launches more
+LEAST_ENTRIES = 1 << 26  # numbers, 256 MiB in float32, on however small a device
+
+
+class Slab(NamedTuple):
+    """Blocks `rows` of each of `documents` and the blocks that they can read, numbered inside documents."""
+
+    documents: int
+    blocks: int  # of each document
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def whole(self) -> bool:
+        return self.rows == (0, self.blocks)
+
+    @property
+    def width(self) -> int:
+        return self.columns[1] - self.columns[0]
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """(X, S, ...) -> (X, documents, slots, ...), the slab's rows; a view."""
+        parts = rows.unflatten(1, (self.documents, self.blocks, -1))
+        return parts[:, :, slice(*self.rows)].flatten(2, 3)
+
+    def of_columns(self, blocks: Tensor) -> Tensor:
+        """(H_kv, nb, ...) -> (H_kv * documents, columns, ...)."""
+        return blocks.unflatten(1, (self.documents, self.blocks)).flatten(0, 1)[:, slice(*self.columns)]
+
+
+def slabs(stream: Stream, entries: int) -> list[Slab]:
+    """Cover the stream with `entries` float32 numbers for each pair of slot and block, as many at once as the
+    device's memory allows."""
+    return stream.cached(("slabs", entries), lambda: _slabs(stream, entries))
+
+
+@functools.cache
+def max_entries(device: torch.device) -> int:
+    """float32 numbers of one matrix on this device."""
+    if device.type != "cuda":
+        return LEAST_ENTRIES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(LEAST_ENTRIES, int(memory * MEMORY_SHARE) // 4)
+
+
+def _slabs(stream: Stream, entries: int) -> list[Slab]:
+    documents, blocks = _rectangle(stream)
+    number = -(-documents * blocks * stream.block * blocks * entries // max_entries(stream.device))
+    step = -(-blocks // max(1, min(number, blocks)))
+    owners = [
+        first for first, count, size in stream.buckets for first in range(first, first + count * size, size)
+    ]
+    result = []
+    for begin in range(0, blocks, step):
+        end = min(begin + step, blocks)
+        first = 0 if documents > 1 else max(owner for owner in owners if owner <= begin)
+        result.append(Slab(documents, blocks, (begin, end), (first, end)))
+    return result
+
+
+def _rectangle(stream: Stream) -> tuple[int, int]:
+    """(documents, blocks of each); a stream of several sizes is one document."""
+    if len(stream.buckets) == 1:
+        return stream.buckets[0].documents, stream.buckets[0].blocks
+    return 1, stream.num_blocks
+
+
+def first_of_documents(stream: Stream) -> Tensor:
+    """(documents, 1, 1) int32 the block with which each document of a stream of one size begins."""
+    return stream.first_blocks()[:: stream.buckets[0].blocks, None, None]
+
+
+def closed(stream: Stream, slab: Slab) -> Tensor:
+    """(rows, 1, columns) True where tokens of a block must not read another one through router or summary.
+
+    Open are the blocks between the first of the document, which is read anyway, and the token's own.
+    """
+    return stream.cached(("closed", slab), lambda: _closed(stream, slab))
+
+
+def _closed(stream: Stream, slab: Slab) -> Tensor:
+    own = torch.arange(*slab.rows, device=stream.device)[:, None]
+    column = torch.arange(*slab.columns, device=stream.device)
+    first = stream.first_blocks()[slice(*slab.rows)][:, None]  # of documents of one size: those of the first
+    return ((column <= first) | (column >= own))[:, None]
+
+
+def fill_closed(rows: Tensor, stream: Stream, slab: Slab, value: float) -> None:
+    """Put `value` where `closed` says so in rows (X, slots * n, columns), in place."""
+    rows.unflatten(1, (slab.rows[1] - slab.rows[0], -1)).masked_fill_(closed(stream, slab), value)

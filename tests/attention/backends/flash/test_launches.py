@@ -1,0 +1,101 @@
+"""How many kernels a layer launches, and that nothing is read back from the device.
+
+Fake tensors have shapes and no numbers: 64k tokens cost nothing, and whatever asks for a number raises. An
+operator that is no view counts as one launch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dualroute.attention import Layout, Routing, global_attention, local_attention
+from dualroute.attention import routes as attention_routes
+from dualroute.attention.backends.flash import select, slabs
+from dualroute.attention.backends.flash.backend import FLASH
+from dualroute.attention.core import precision
+
+FORWARD, BACKWARD = 60, 90
+VIEWS = {
+    "view", "_unsafe_view", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
+    "as_strided", "detach", "alias", "split", "split_with_sizes", "unbind", "unfold", "reshape",
+    "_reshape_alias", "empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "view_as",
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a device would be given to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        library, name = func.name().split("::")
+        name = name.split(".")[0]
+        if library != "prim" and name not in VIEWS:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches that a GPU of 80 GiB takes."""
+    monkeypatch.setattr(attention_routes, "choose", lambda *args, **kwargs: FLASH)
+    monkeypatch.setattr(precision, "has_wide_product", lambda rows: rows.dtype == torch.bfloat16)
+    monkeypatch.setattr(select, "takes_first_of_equals", lambda device: True)
+    monkeypatch.setattr(slabs, "max_entries", lambda device: int((80 << 30) * slabs.MEMORY_SHARE) // 4)
+
+
+def _packed(batch: int, length: int) -> torch.Tensor:
+    """Documents of many sizes, one of them long."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.rand(batch, length, generator=generator) < 1 / 700
+    starts[0, : length // 2] = False
+    return starts.cumsum(1) + 1
+
+
+CASES = {
+    "8k": (1, 8192, 4, 4, 64, 4, False),
+    "64k": (1, 65536, 4, 4, 64, 4, False),
+    "160m recipe, packed": (8, 4096, 6, 6, 64, 8, True),
+    "1b recipe, packed": (1, 16384, 8, 8, 128, 16, True),
+    "7b recipe": (1, 16384, 16, 4, 128, 16, False),
+    "64k, packed, grouped": (1, 65536, 8, 2, 64, 4, True),
+}
+
+
+@pytest.mark.parametrize("mode", ["routed", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) -> None:
+    batch, length, heads, kv_heads, dim, top_k, packed = CASES[case]
+    stream = Layout.build(batch, length, 64, _packed(batch, length) if packed else None).stream
+    limit = top_k + 2 if mode == "routed" else 2048 // 64
+    stream.prepare([limit])  # as the processes that load data do
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [
+            torch.randn(count, stream.num_slots, dim, dtype=torch.bfloat16, requires_grad=True)
+            for count in (heads, kv_heads, kv_heads)
+        ]
+
+        def layer() -> tuple[Launches, Launches]:
+            with Launches() as forward:
+                outs = [
+                    global_attention(*inputs, stream, routing=Routing(top_k), max_exact_blocks=limit),
+                    local_attention(*inputs, stream, window=256),
+                ]
+            grads = [torch.ones_like(out) for out in outs]
+            with Launches() as backward:
+                torch.autograd.grad(outs, inputs, grads)
+            return forward, backward
+
+        layer()  # what all layers of a batch share is made by the first
+        forward, backward = layer()
+    assert forward.names["_flash_attention_forward"] >= 3
+    assert forward.names.total() <= FORWARD, forward.names
+    assert backward.names.total() <= BACKWARD, backward.names
