@@ -5,7 +5,7 @@ give. `available` says whether the kernels can take a call; whoever gets a no us
 
 **What is tested.** Values and gradients against `reference`, in Triton's interpreter on a CPU, at tiny sizes;
 and that every kernel compiles to machine code for the GPUs that the test names. They have never run on a GPU,
-and no speed was ever measured: the sizes of tiles are guesses from the registers and the shared memory that
+and no speed was ever measured: the sizes of tiles follow from the registers and the shared memory that
 the compiler reports.
 
     selection.py         which blocks a token reads: scores and running top-k in one kernel
@@ -13,12 +13,12 @@ the compiler reports.
     routed.py            routed attention as a differentiable operator
     routed_forward.py    its forward kernels
     routed_backward.py   its backward kernels
-    far.py               logits and gradients of pseudo-keys
+    far.py               pseudo-keys: which are open to a row, and their gradients
     local.py             the local route as a differentiable operator
     windowed.py          kernels of attention to a window
-    gradients.py         the gradient of a softmax, one tile at a time
+    gradients.py         the gradient of a softmax, one tile at a time; rows that hold a NaN
     decode.py            one step of the global route from a cache
-    tiles.py             loading rows, running softmax, sizes
+    tiles.py             loading rows, running softmax, sizes of tiles by device
 
 Nothing here needs a GPU to be imported, only the package `triton`. With
 TRITON_INTERPRET=1 the same functions run, slowly, on tensors of the CPU.

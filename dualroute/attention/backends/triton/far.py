@@ -1,10 +1,14 @@
-"""The far summary's pseudo-keys inside the kernels: their logits, and their gradients.
+"""The far summary's pseudo-keys inside the kernels: which are open to a row, their logits, their gradients.
 
 In: queries (H, S, d) of a stream, the summaries of its blocks as `far_summary.summarise` gives them, and the
-selected blocks. Out: `far_logits`, which the kernels of both directions call; `far_gradients`, those of the
-summaries.
+selected blocks. Out: `open_bits`, a bit per row and pseudo-key; `half_square` and `far_words`, which the
+kernels of both directions call; `far_gradients`, those of the summaries.
 
 Causal, an incomplete block is never anybody's past: n in log n is the same for all pseudo-keys, the block.
+
+Which blocks are far is the same for all query heads of a group and for both directions. It is worked out once
+for a piece of the stream, 32 blocks to a word, and a tile tests a bit instead of comparing every pseudo-key
+with every chosen block.
 
 A few pseudo-keys stand for a whole text, so one thread block per tile of them would
 leave most of a GPU idle. The tokens behind them are split between many, whose partial sums torch adds up.
@@ -20,30 +24,97 @@ import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention.backends.triton.gradients import load_softmax
-from dualroute.attention.backends.triton.tiles import dot, load_rows, pad_dim, store_rows, tile_sizes
+from dualroute.attention.backends.triton.pair_lists import Piece
+from dualroute.attention.backends.triton.tiles import (
+    LOG2_E,
+    LOG_2_E,
+    dot,
+    dot_add,
+    load_rows,
+    pad_dim,
+    store_rows,
+    tile_for,
+)
 
 MAX_SPLITS = 32  # parts that the tokens behind a pseudo-key are divided into
 PROGRAMS = 512  # thread blocks that keep a large GPU busy
+FAR_TILE = 64  # pseudo-keys per pair of words; every tile of pseudo-keys begins at a multiple of its size
 
 
 @triton.jit
-def far_logits(
-    query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
-    COLUMNS: tl.constexpr, ORDER: tl.constexpr,
-):  # fmt: skip
-    """(rows, columns) of log n + q . mu / sqrt(d) [+ 1/2 (q^2) . sigma^2 / d], -inf where not far.
+def low_bits(count):
+    """int32 with the lowest `count` bits set: none below 0, all from 32 on."""
+    some = (1 << (count & 31)) - 1
+    return tl.where(count <= 0, 0, tl.where(count >= 32, -1, some))
 
-    Far is what lies after the document's first block, before the own one, and is not selected.
+
+@triton.jit
+def bits_kernel(
+    selected, first_block,  # (H_kv, S, 1 + TOP_K), (nb,)
+    open_bits,  # (heads of the piece, words, slots of the piece), written
+    slots, words, first_head, first_slot, piece_slots,
+    BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_PAD: tl.constexpr,
+    ROWS: tl.constexpr, GROUP_WORDS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS tokens of the piece, heads of the piece). A word has a bit per block.
+
+    Words outside of the tiles between the first and the own block of the rows are not written.
     """
-    logits = dot(query, tl.trans(mean)) * scale + log_block
-    if ORDER == 2:
-        scaled = query.to(tl.float32) * scale
-        logits += dot((scaled * scaled * 0.5).to(spread.dtype), tl.trans(spread))
-    open_column = (column[None, :] > first[:, None]) & (column[None, :] < own[:, None]) & row_mask[:, None]
-    for place in range(1, COLUMNS):
-        chosen = tl.load(selected_row + place, mask=row_mask, other=-1)
-        open_column = open_column & (column[None, :] != chosen[:, None])
-    return tl.where(open_column, logits, float("-inf"))
+    piece_head = tl.program_id(1).to(tl.int64)
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = local < piece_slots
+    rows = first_slot + tl.minimum(local, piece_slots - 1)
+    own = rows // BLOCK
+    first = tl.load(first_block + own)
+    place = tl.arange(0, TOP_PAD)
+    chosen = tl.load(
+        selected + (((first_head + piece_head) * slots + rows) * (1 + TOP_K))[:, None] + 1 + place[None, :],
+        mask=(place < TOP_K)[None, :],
+        other=-1,
+    )
+    open_bits += piece_head * words * piece_slots
+    begin = tl.min(first) // (32 * GROUP_WORDS) * GROUP_WORDS
+    for word in range(begin, tl.cdiv(tl.max(own), 32 * GROUP_WORDS) * GROUP_WORDS):
+        taken = tl.sum(tl.where(chosen >> 5 == word, 1 << (chosen & 31), 0), 1)
+        past = low_bits(own - 32 * word) & ~low_bits(first + 1 - 32 * word)
+        tl.store(open_bits + word * piece_slots + local, past & ~taken, mask=row_mask)
+
+
+def open_bits(selected: Tensor, first_block: Tensor, piece: Piece) -> Tensor:
+    """(heads, words, slots) int32 of a piece: bit i of word w is block 32 w + i, 1 where it is far.
+
+    Far is what lies after the document's first block, before the own one, and is not selected. The blocks of
+    a row of `selected` (H_kv, S, C) differ.
+    """
+    _, slots, columns = selected.shape
+    num_blocks = len(first_block)
+    words = triton.cdiv(num_blocks, FAR_TILE) * (FAR_TILE // 32)
+    bits = torch.empty(piece.heads, words, piece.slots, dtype=torch.int32, device=selected.device)
+    top_pad = triton.next_power_of_2(max(1, columns - 1))
+    rows = max(16, min(128, 4096 // top_pad))
+    bits_kernel[(triton.cdiv(piece.slots, rows), piece.heads)](
+        selected, first_block, bits, slots, words, piece.first_head, piece.first_slot, piece.slots,
+        BLOCK=slots // num_blocks, TOP_K=columns - 1, TOP_PAD=top_pad,
+        ROWS=rows, GROUP_WORDS=FAR_TILE // 32, num_warps=4,
+    )  # fmt: skip
+    return bits
+
+
+@triton.jit
+def half_square(query, scale):
+    """What a query multiplies variances with, but for a factor `scale`: 1/2 q^2 / sqrt(d)."""
+    wide = query.to(tl.float32)
+    return (wide * wide * (0.5 * scale)).to(query.dtype)
+
+
+@triton.jit
+def far_words(bits, word, word_stride, rows, row_mask, KEYS: tl.constexpr):
+    """The words (rows,) twice that hold the bits of KEYS pseudo-keys; the second counts when KEYS is 64."""
+    low = tl.load(bits + word * word_stride + rows, mask=row_mask, other=0)
+    high = low
+    if KEYS == 64:
+        high = tl.load(bits + (word + 1) * word_stride + rows, mask=row_mask, other=0)
+    return low, high
 
 
 @triton.jit
@@ -51,17 +122,20 @@ def far_kernel(
     grad_rows, query_rows,  # (H, S, DIM)
     lse_rows, delta_rows,  # (H, S)
     far_keys, far_values,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM)
-    selected, first_block, end_block,  # (H_kv, S, COLUMNS), (nb,) first and last + 1 block of the document
-    part_keys, part_values,  # (splits, H_kv, nb, ORDER * DIM), (splits, H_kv, nb, DIM) float32, written
-    slots, num_blocks, kv_heads, scale, log_block,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+    open_bits, end_block,  # see open_bits, (nb,) last + 1 block of the document
+    part_keys, part_values,  # (splits, heads of the piece, nb, ORDER * DIM) and DIM, float32, written
+    slots, num_blocks, words, kv_heads, first_head, first_slot, piece_slots, scale, log_block,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    TO_KEYS: tl.constexpr, TO_VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of KEYS pseudo-keys, H_kv, splits); split i looks at every splits-th tile of tokens.
+    """Grid (tiles of KEYS pseudo-keys, heads of the piece, splits); of rows every splits-th tile.
 
+    TO_KEYS and TO_VALUES say which of the gradients are wanted: of wide heads, three sums do not fit at once.
     d mu = dS^T q / sqrt(d), d sigma^2 = dS^T q^2 / 2 d, d v_bar = P^T dO.
     """
-    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    piece_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    kv_head = first_head + piece_head
     first_column = tl.program_id(0) * KEYS
     column = first_column + tl.arange(0, KEYS)
     inside = column < num_blocks
@@ -76,58 +150,69 @@ def far_kernel(
     to_spread = tl.zeros((KEYS, DIM_PAD), tl.float32)
     to_value = tl.zeros((KEYS, DIM_PAD), tl.float32)
 
-    first_slot = (first_column + 1) * BLOCK + split * ROWS
+    open_bits += piece_head * words * piece_slots
+    bit = column % 32
+    second = (tl.arange(0, KEYS) >= 32)[:, None]
+    begin = tl.maximum((first_column + 1) * BLOCK - first_slot, 0) + split * ROWS
+    end = tl.minimum(last_block * BLOCK - first_slot, piece_slots)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        for row_begin in range(first_slot, last_block * BLOCK, tl.num_programs(2) * ROWS):
-            rows = row_begin + tl.arange(0, ROWS)
-            row_mask = rows < slots
-            rows = tl.minimum(rows, slots - 1)
-            own = rows // BLOCK
-            first = tl.load(first_block + own)
-            query = load_rows(query_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
-            grad = load_rows(grad_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
+        for row_begin in range(begin, end, tl.num_programs(2) * ROWS):
+            local = row_begin + tl.arange(0, ROWS)
+            row_mask = local < end
+            rows = first_slot + local
             lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, rows, row_mask)
-            logits = far_logits(
-                query, mean, spread, selected + (kv_head * slots + rows) * COLUMNS, row_mask, column, first,
-                own, scale, log_block, COLUMNS, ORDER,
-            )  # fmt: skip
-            weights = tl.exp(logits - lse[:, None])
-            grad_logits = weights * (dot(grad, tl.trans(values)) - delta[:, None])
-            grad_columns = tl.trans(grad_logits.to(query.dtype))
-            to_value += dot(tl.trans(weights.to(grad.dtype)), grad)
-            to_mean += dot(grad_columns, query)
+            sound = row_mask & (tl.abs(delta) < float("inf"))  # else lse or delta hands on a NaN
+            query = load_rows(query_rows + head * slots * DIM, rows, sound, DIM, DIM_PAD, DIM)
+            grad = load_rows(grad_rows + head * slots * DIM, rows, sound, DIM, DIM_PAD, DIM)
+            low, high = far_words(open_bits, first_column // 32, piece_slots, local, row_mask, KEYS)
+            seen = ((tl.where(second, high[None, :], low[None, :]) >> bit[:, None]) & 1) != 0
+            logits = dot(mean, tl.trans(query))
             if ORDER == 2:
-                scaled = query.to(tl.float32) * scale
-                to_spread += dot(grad_columns, (scaled * scaled * 0.5).to(query.dtype))
+                square = half_square(query, scale)
+                logits = dot_add(spread, tl.trans(square), logits)
+            weights = tl.exp2(logits * (scale * LOG_2_E) + (log_block - lse)[None, :])
+            weights = tl.where(seen, weights, 0.0)
+            if TO_VALUES:
+                to_value += dot(weights.to(grad.dtype), grad)
+            if TO_KEYS:
+                grad_logits = weights * (dot(values, tl.trans(grad)) - delta[None, :])
+                grad_logits = tl.where(seen, grad_logits, 0.0).to(query.dtype)
+                to_mean += dot(grad_logits, query)
+                if ORDER == 2:
+                    to_spread += dot(grad_logits, square)
 
-    part = (split * kv_heads + kv_head) * num_blocks * DIM
-    store_rows(part_keys + part * ORDER, column, inside, to_mean * scale, DIM, DIM_PAD, ORDER * DIM)
-    if ORDER == 2:
-        store_rows(part_keys + part * ORDER + DIM, column, inside, to_spread, DIM, DIM_PAD, ORDER * DIM)
-    store_rows(part_values + part, column, inside, to_value, DIM, DIM_PAD, DIM)
+    part = (split * kv_heads + piece_head) * num_blocks * DIM
+    if TO_KEYS:
+        part_keys += part * ORDER
+        store_rows(part_keys, column, inside, to_mean * scale, DIM, DIM_PAD, ORDER * DIM)
+        if ORDER == 2:
+            store_rows(part_keys + DIM, column, inside, to_spread * scale, DIM, DIM_PAD, ORDER * DIM)
+    if TO_VALUES:
+        store_rows(part_values + part, column, inside, to_value, DIM, DIM_PAD, DIM)
 
 
 def far_gradients(
     grad: Tensor, query: Tensor, lse: Tensor, delta: Tensor,
-    far_keys: Tensor, far_values: Tensor, selected: Tensor, first_block: Tensor,
+    far_keys: Tensor, far_values: Tensor, bits: Tensor, end_block: Tensor, piece: Piece,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the summaries: (H_kv, nb, f) and (H_kv, nb, d)."""
+    """Float32 gradients of the summaries from the tokens of a piece: (heads, nb, f) and (heads, nb, d)."""
     heads, slots, dim = query.shape
     kv_heads, num_blocks, width = far_keys.shape
-    block, keys = slots // num_blocks, 16 if dim > 64 else 32
-    tiles = triton.cdiv(num_blocks, keys)
-    splits = max(1, min(MAX_SPLITS, PROGRAMS // (tiles * kv_heads), num_blocks // 8))
-    part_keys = torch.empty(splits, *far_keys.shape, dtype=torch.float32, device=query.device)
-    part_values = torch.empty(splits, *far_values.shape, dtype=torch.float32, device=query.device)
-    # (nb,) last + 1 block of each block's document: where its first block is the same for the last time
-    end_block = torch.searchsorted(first_block, first_block, right=True).to(torch.int32)
-    tile = tile_sizes(dim, query.dtype, backward=True)
-    far_kernel[(tiles, kv_heads, splits)](
-        grad, query, lse, delta, far_keys, far_values, selected, first_block, end_block,
-        part_keys, part_values, slots, num_blocks, kv_heads, 1 / math.sqrt(dim), math.log(block),
-        GROUP=heads // kv_heads, BLOCK=block, COLUMNS=selected.shape[2], ORDER=width // dim,
-        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.columns, KEYS=keys,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return part_keys.sum(0).to(far_keys.dtype), part_values.sum(0).to(far_values.dtype)
+    tile = tile_for("far", dim, query.dtype)
+    tiles = triton.cdiv(num_blocks, tile.columns)
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // (tiles * piece.heads), num_blocks // 8))
+    parts = [
+        torch.empty(splits, piece.heads, *rows.shape[1:], dtype=torch.float32, device=query.device)
+        for rows in (far_keys, far_values)
+    ]
+    for to_keys, to_values in ((True, True),) if dim <= 64 else ((True, False), (False, True)):
+        far_kernel[(tiles, piece.heads, splits)](
+            grad, query, lse, delta, far_keys, far_values, bits, end_block, *parts,
+            slots, num_blocks, bits.shape[1], piece.heads, piece.first_head, piece.first_slot, piece.slots,
+            1 / math.sqrt(dim), math.log(slots // num_blocks) * LOG2_E,
+            GROUP=heads // kv_heads, BLOCK=slots // num_blocks, ORDER=width // dim,
+            DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows if to_keys else 32, KEYS=tile.columns,
+            TO_KEYS=to_keys, TO_VALUES=to_values, num_warps=tile.warps, num_stages=2,
+        )  # fmt: skip
+    return parts[0].sum(0), parts[1].sum(0)

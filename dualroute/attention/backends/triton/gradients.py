@@ -15,22 +15,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualroute.attention.backends.triton.tiles import dot, load_rows, pad_dim
+from dualroute.attention.backends.triton.tiles import LOG_2_E, dot, load_rows, pad_dim
 
 
 @triton.jit
 def logit_gradients(query, keys, values, grad, lse, delta, seen, scale):
-    """Weights P and gradients dS of the logits, (rows, keys) in float32, 0 where not seen."""
-    logits = dot(query, tl.trans(keys)) * scale
-    weights = tl.where(seen, tl.exp(logits - lse[:, None]), 0.0)
-    return weights, weights * (dot(grad, tl.trans(values)) - delta[:, None])
+    """Weights P and gradients dS of the logits, (rows, keys) in float32, 0 where not seen.
+
+    `lse` and `scale` are in units of log 2, see `softmax_step`.
+    """
+    weights = tl.where(seen, tl.exp2(dot(query, tl.trans(keys)) * scale - lse[:, None]), 0.0)
+    return weights, tl.where(seen, weights * (dot(grad, tl.trans(values)) - delta[:, None]), 0.0)
+
+
+@triton.jit
+def key_logit_gradients(query, keys, values, grad, lse, delta, seen, scale):
+    """The same the other way round, (keys, rows): a product with the rows takes them from registers."""
+    weights = tl.where(seen, tl.exp2(dot(keys, tl.trans(query)) * scale - lse[None, :]), 0.0)
+    return weights, tl.where(seen, weights * (dot(values, tl.trans(grad)) - delta[None, :]), 0.0)
 
 
 @triton.jit
 def load_softmax(lse_rows, delta_rows, rows, row_mask):
-    """log-sum-exp and delta of rows; masked ones get the log-sum-exp inf, and so the weight 0 everywhere."""
+    """log-sum-exp in units of log 2, and delta of rows; masked ones get inf, and so weights of 0."""
     lse = tl.load(lse_rows + rows, mask=row_mask, other=float("inf"))
-    return lse, tl.load(delta_rows + rows, mask=row_mask, other=0.0)
+    return lse * LOG_2_E, tl.load(delta_rows + rows, mask=row_mask, other=0.0)
+
+
+@triton.jit
+def poison_kernel(rows, poison, num_rows, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Grid (tiles of ROWS rows)."""
+    offset = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    row_mask = offset + row < num_rows
+    numbers = load_rows(rows + offset * DIM, row, row_mask, DIM, DIM_PAD, DIM).to(tl.float32)
+    tl.store(poison + offset + row, tl.sum(numbers * 0.0, 1), mask=row_mask)
+
+
+def poison(rows: Tensor) -> Tensor:
+    """(H, n) float32 of contiguous rows (H, n, d): NaN where a row holds a number that is not finite, else 0.
+
+    A tile may hold rows of several documents, and 0 * NaN is NaN: a weight of 0 does not keep them apart.
+    So such rows count as 0 in products, and their NaN goes to the logits of those who see them.
+    """
+    found = torch.empty(rows.shape[:2], dtype=torch.float32, device=rows.device)
+    tile, dim = 64, rows.shape[2]
+    poison_kernel[(triton.cdiv(found.numel(), tile),)](
+        rows, found, found.numel(), DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile, num_warps=4
+    )
+    return found
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch import Tensor
 
 CHUNK = 256  # pairs per program: a block that everybody reads, such as the sink, is shared by many programs
 MAX_PAIR_ROWS = 1 << 22  # (pair, query head) rows worked on at once: bounds the memory of partial results
+BLOCKS_LIKE_A_ROW = 512  # their bits of a slot count like a row: 64 bytes
 
 
 class Piece(NamedTuple):
@@ -61,13 +62,15 @@ class PairList(NamedTuple):
         return len(self.program_bucket)
 
 
-def pieces(kv_heads: int, group: int, slots: int, columns: int) -> Iterator[Piece]:
+def pieces(kv_heads: int, group: int, slots: int, columns: int, num_blocks: int = 0) -> Iterator[Piece]:
     """Cover all heads and slots with pieces of at most MAX_PAIR_ROWS rows: whole heads, or a part of one.
 
-    Whole heads come first, since the lists of a part of the stream are short and fill their tiles badly.
+    Whole heads come first, since the lists of a part of the stream are short and fill their tiles badly. Of
+    very long texts the bits of `far.open_bits`, one per slot and block, set the limit: 256 MiB.
     """
-    heads = max(1, MAX_PAIR_ROWS // (slots * columns * group))
-    step = slots if slots * columns * group <= MAX_PAIR_ROWS else max(1, MAX_PAIR_ROWS // (columns * group))
+    width = max(columns * group, num_blocks // BLOCKS_LIKE_A_ROW)
+    heads = max(1, MAX_PAIR_ROWS // (slots * width))
+    step = slots if slots * width <= MAX_PAIR_ROWS else max(1, MAX_PAIR_ROWS // width)
     for head in range(0, kv_heads, heads):
         for slot in range(0, slots, step):
             yield Piece(head, min(head + heads, kv_heads), slot, min(slot + step, slots))

@@ -8,8 +8,8 @@ For each piece of the stream (see `pair_lists`, sorted again rather than kept):
                      pairs of a program; and each pair's share of dQ
     blocks_kernel    sums dK and dV over the programs of a block
     tokens_kernel    query-major: dQ from the own block, the far blocks and the shares of the token's pairs
-and once for the whole stream:
     far.far_kernel   gradients of the pseudo-keys, from all tokens behind them
+and once for the whole stream:
     windowed.key_gradient_kernel   dK and dV of own blocks, and the sum with those of the pairs
 
 There is no atomic addition, so two runs give the same bits. Every sum is taken by one
@@ -27,17 +27,24 @@ import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention.backends.triton import pair_lists, windowed
-from dualroute.attention.backends.triton.far import far_gradients, far_logits
-from dualroute.attention.backends.triton.gradients import load_softmax, logit_gradients, softmax_delta
+from dualroute.attention.backends.triton.far import far_gradients, far_words, half_square, open_bits
+from dualroute.attention.backends.triton.gradients import (
+    load_softmax,
+    logit_gradients,
+    poison,
+    softmax_delta,
+)
 from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair_list, pieces
 from dualroute.attention.backends.triton.tiles import (
+    LOG2_E,
+    LOG_2_E,
     dot,
+    dot_add,
     load_rows,
     on_device,
     pad_dim,
     store_rows,
-    tile_sizes,
-    token_tile,
+    tile_for,
 )
 
 
@@ -79,10 +86,13 @@ def pairs_kernel(
             grad = load_rows(grad_rows + head * slots * DIM, slot, entry_mask, DIM, DIM_PAD, DIM)
             lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, slot, entry_mask)
             seen = entry_mask[:, None] & key_mask[None, :]
-            weights, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale)
+            weights, grad_logits = logit_gradients(
+                query, keys, values, grad, lse, delta, seen, scale * LOG_2_E
+            )
+            grad_logits = grad_logits.to(query.dtype)
             to_value += dot(tl.trans(weights.to(grad.dtype)), grad)
-            to_key += dot(tl.trans(grad_logits.to(query.dtype)), query)
-            share = dot(grad_logits.to(keys.dtype), keys) * scale
+            to_key += dot(tl.trans(grad_logits), query)
+            share = dot(grad_logits, keys) * scale
             store_rows(shares, pair, entry_mask, share, DIM, DIM_PAD, DIM)
     place = program.to(tl.int64) * BLOCK * DIM
     store_rows(part_key + place, lane, key_mask, to_key * scale, DIM, DIM_PAD, DIM)
@@ -115,18 +125,48 @@ def blocks_kernel(
 
 
 @triton.jit
+def far_part(
+    query, square, grad, lse, delta, far_keys, far_values, far_poison, open_bits, column_begin,
+    num_blocks, piece_slots, local, row_mask, scale, log_block,
+    ORDER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the logits (rows, KEYS) of a tile of pseudo-keys, and their means and variances."""
+    column = column_begin + tl.arange(0, KEYS)
+    inside = column < num_blocks
+    sound = tl.load(far_poison + column, mask=inside, other=float("nan")) == 0.0
+    mean = load_rows(far_keys, column, sound, DIM, DIM_PAD, ORDER * DIM)
+    values = load_rows(far_values, column, inside, DIM, DIM_PAD, DIM)
+    low, high = far_words(open_bits, column_begin // 32, piece_slots, local, row_mask, KEYS)
+    second = (tl.arange(0, KEYS) >= 32)[None, :]
+    seen = ((tl.where(second, high[:, None], low[:, None]) >> (column % 32)[None, :]) & 1) != 0
+    logits = dot(query, tl.trans(mean))
+    spread = mean
+    if ORDER == 2:
+        spread = load_rows(far_keys + DIM, column, sound, DIM, DIM_PAD, ORDER * DIM)
+        logits = dot_add(square, tl.trans(spread), logits)
+    weights = tl.exp2(logits * (scale * LOG_2_E) + (log_block - lse)[:, None])
+    grad_logits = weights * (dot(grad, tl.trans(values)) - delta[:, None])
+    return tl.where(seen, grad_logits, 0.0).to(mean.dtype), mean, spread
+
+
+@triton.jit
 def tokens_kernel(
     grad_rows, query_rows, key_rows, value_rows,  # (H, S, DIM) twice, (H_kv, S, DIM) twice
     lse_rows, delta_rows,  # (H, S)
-    far_keys, far_values,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM)
+    far_keys, far_values, open_bits,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM), see `far.open_bits`
+    key_poison, far_poison,  # (H_kv, S), (H_kv, nb), see `gradients.poison`
     selected, first_block,  # (H_kv, S, COLUMNS), (nb,)
     pair_query,  # (GROUP, P, DIM)
     grad_query,  # (H, S, DIM), written
-    slots, num_blocks, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
+    slots, num_blocks, words, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of ROWS tokens of the piece, GROUP * heads of the piece): dQ."""
+    """Grid (tiles of ROWS tokens of the piece, GROUP * heads of the piece): dQ.
+
+    With S = dS of the far blocks, their share is (S mu + (S sigma^2) * q / sqrt(d)) / sqrt(d). The registers
+    hold only one of these two sums of wide heads: TWICE walks over the far blocks for each of them.
+    """
     piece_head = tl.program_id(1) // GROUP
     member = (tl.program_id(1) % GROUP).to(tl.int64)
     kv_head = (first_head + piece_head).to(tl.int64)
@@ -142,40 +182,51 @@ def tokens_kernel(
     lse, delta = load_softmax(lse_rows + head * slots, delta_rows + head * slots, rows, row_mask)
     total = tl.zeros((ROWS, DIM_PAD), tl.float32)
 
-    key_rows += kv_head * slots * DIM
-    value_rows += kv_head * slots * DIM
-    for key_begin in range(tl.min(own) * BLOCK, last, KEYS):
-        slot = key_begin + tl.arange(0, KEYS)
-        keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
-        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
-        seen = (slot[None, :] <= rows[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
-        _, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale)
-        total += dot(grad_logits.to(keys.dtype), keys)
-
-    selected_row = selected + (kv_head * slots + rows) * COLUMNS
     if ORDER > 0:
         first = tl.load(first_block + own)
+        square = half_square(query, scale)
         far_keys += kv_head * num_blocks * ORDER * DIM
         far_values += kv_head * num_blocks * DIM
-        for column_begin in range(tl.min(first) + 1, tl.max(own), KEYS):
-            column = column_begin + tl.arange(0, KEYS)
-            inside = column < num_blocks
-            mean = load_rows(far_keys, column, inside, DIM, DIM_PAD, ORDER * DIM)
-            spread = mean
-            if ORDER == 2:
-                spread = load_rows(far_keys + DIM, column, inside, DIM, DIM_PAD, ORDER * DIM)
-            values = load_rows(far_values, column, inside, DIM, DIM_PAD, DIM)
-            logits = far_logits(
-                query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
-                COLUMNS, ORDER,
+        far_poison += kv_head * num_blocks
+        open_bits += piece_head.to(tl.int64) * words * piece_slots
+        if ORDER == 2 and TWICE:
+            for column_begin in range(tl.min(first) // KEYS * KEYS, tl.max(own), KEYS):
+                grad_logits, mean, spread = far_part(
+                    query, square, grad, lse, delta, far_keys, far_values, far_poison, open_bits,
+                    column_begin, num_blocks, piece_slots, local, row_mask, scale, log_block,
+                    ORDER, DIM, DIM_PAD, KEYS,
+                )  # fmt: skip
+                total += dot(grad_logits, spread)
+            total *= query.to(tl.float32) * scale
+
+    key_rows += kv_head * slots * DIM
+    value_rows += kv_head * slots * DIM
+    key_poison += kv_head * slots
+    for key_begin in range(tl.min(own) * BLOCK, last, KEYS):
+        slot = key_begin + tl.arange(0, KEYS)
+        poison = tl.load(key_poison + slot, mask=slot < last, other=float("nan"))
+        keys = load_rows(key_rows, slot, poison == 0.0, DIM, DIM_PAD, DIM)
+        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        seen = (slot[None, :] <= rows[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
+        _, grad_logits = logit_gradients(query, keys, values, grad, lse, delta, seen, scale * LOG_2_E)
+        total += dot(grad_logits.to(keys.dtype), keys)
+
+    if ORDER > 0:
+        to_square = tl.zeros((ROWS, DIM_PAD), tl.float32)
+        for column_begin in range(tl.min(first) // KEYS * KEYS, tl.max(own), KEYS):
+            grad_logits, mean, spread = far_part(
+                query, square, grad, lse, delta, far_keys, far_values, far_poison, open_bits, column_begin,
+                num_blocks, piece_slots, local, row_mask, scale, log_block, ORDER, DIM, DIM_PAD, KEYS,
             )  # fmt: skip
-            weights = tl.exp(logits - lse[:, None])
-            grad_logits = weights * (dot(grad, tl.trans(values)) - delta[:, None])
-            total += dot(grad_logits.to(mean.dtype), mean)
-            if ORDER == 2:  # d/dq of 1/2 (q^2) . sigma^2 / d; a factor 1 / sqrt(d) follows below
-                total += dot(grad_logits.to(spread.dtype), spread) * query.to(tl.float32) * scale
+            total += dot(grad_logits, mean)
+            if ORDER == 2 and not TWICE:
+                to_square += dot(grad_logits, spread)
+        if ORDER == 2 and not TWICE:
+            again = load_rows(query_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
+            total += to_square * again.to(tl.float32) * scale  # loaded again: no registers for it in between
     total *= scale
 
+    selected_row = selected + (kv_head * slots + rows) * COLUMNS
     pair = (piece_head * piece_slots + local) * COLUMNS
     pair_query += member * num_pairs * DIM
     for place in range(COLUMNS):
@@ -207,27 +258,34 @@ def routed_backward(
     delta = softmax_delta(grad, out)
     grad_query = torch.empty_like(query)
     read_key, read_value = (torch.zeros_like(rows, dtype=torch.float32) for rows in (key, value))
-    to_far_keys, to_far_values = key.new_empty(0), key.new_empty(0)
+    to_far = [
+        key.new_empty(0) if rows is None else torch.zeros_like(rows, dtype=torch.float32)
+        for rows in (far_keys, far_values)
+    ]
     with on_device(query):
-        for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
+        poisons = poison(key), None if far_keys is None else poison(far_keys)
+        # (nb,) last + 1 block of each block's document: where its first block is the same for the last time
+        end_block = torch.searchsorted(first_block, first_block, right=True).to(torch.int32)
+        for piece in pieces(kv_heads, heads // kv_heads, slots, columns, num_blocks):
             listed = pair_list(selected, piece, num_blocks)
             pair_query = _backward_pairs(
                 grad, query, key, value, lse, delta, piece, listed, columns, read_key, read_value
             )
+            bits = None if far_keys is None else open_bits(selected, first_block, piece)
             _backward_tokens(
-                grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
-                pair_query, piece, grad_query,
+                grad, query, key, value, lse, delta, far_keys, far_values, bits, poisons, selected,
+                first_block, pair_query, piece, grad_query,
             )  # fmt: skip
-        if far_keys is not None and far_values is not None:
-            to_far_keys, to_far_values = far_gradients(
-                grad, query, lse, delta, far_keys, far_values, selected, first_block
-            )
+            if far_keys is not None and far_values is not None and bits is not None:
+                found = far_gradients(grad, query, lse, delta, far_keys, far_values, bits, end_block, piece)
+                for total, part in zip(to_far, found, strict=True):
+                    total[piece.first_head : piece.last_head] += part
         block = slots // num_blocks
         begin = torch.arange(slots, device=query.device, dtype=torch.int32) // block * block
         to_key, to_value = windowed.key_gradients(
             grad, query, key, value, lse, delta, begin, begin + block, block, True, (read_key, read_value)
         )
-    return grad_query, to_key, to_value, to_far_keys, to_far_values
+    return grad_query, to_key, to_value, to_far[0].to(key.dtype), to_far[1].to(key.dtype)
 
 
 @routed_backward.register_fake
@@ -251,14 +309,16 @@ def _backward_pairs(
     pair_query = torch.empty(group, num_pairs, dim, dtype=query.dtype, device=query.device)
     part_key = torch.empty(listed.programs, block, dim, dtype=torch.float32, device=query.device)
     part_value = torch.empty_like(part_key)
-    tile = tile_sizes(dim, query.dtype, backward=True)
+    tile = tile_for("pairs_key", max(dim, block), query.dtype)
+    if min(dim, block) > 64:  # keys, values and the sums of their gradients fill the registers
+        tile = tile._replace(rows=32)
     pairs_kernel[(listed.programs,)](
         grad, query, key, value, lse, delta, *listed, pair_query, part_key, part_value,
         slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
         1 / math.sqrt(dim),
         GROUP=group, BLOCK=block, BLOCK_PAD=pad_dim(block), COLUMNS=columns,
-        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.columns, CHUNK=pair_lists.CHUNK,
-        num_warps=4 if block * dim <= 64 * 64 else 8, num_stages=1,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, CHUNK=pair_lists.CHUNK,
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     step = 1024
     blocks_kernel[(listed.buckets, triton.cdiv(block * dim, step))](
@@ -271,20 +331,22 @@ def _backward_pairs(
 
 def _backward_tokens(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, delta: Tensor,
-    far_keys: Tensor | None, far_values: Tensor | None, selected: Tensor, first_block: Tensor,
+    far_keys: Tensor | None, far_values: Tensor | None, bits: Tensor | None,
+    poisons: tuple[Tensor, Tensor | None], selected: Tensor, first_block: Tensor,
     pair_query: Tensor, piece: Piece, grad_query: Tensor,
 ) -> None:  # fmt: skip
     heads, slots, dim = query.shape
     group, num_blocks = heads // len(key), len(first_block)
     block = slots // num_blocks
     order = 0 if far_keys is None else far_keys.shape[2] // dim
-    tile = token_tile(dim, query.dtype)
+    tile = tile_for("tokens_query", dim, query.dtype)
     tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
-        grad, query, key, value, lse, delta, far_keys, far_values, selected, first_block,
+        grad, query, key, value, lse, delta, far_keys, far_values, bits, *poisons, selected, first_block,
         pair_query, grad_query,
-        slots, num_blocks, pair_query.shape[1], piece.first_head, piece.first_slot, piece.slots,
-        1 / math.sqrt(dim), math.log(block),
+        slots, num_blocks, 0 if bits is None else bits.shape[1], pair_query.shape[1],
+        piece.first_head, piece.first_slot, piece.slots,
+        1 / math.sqrt(dim), math.log(block) * LOG2_E,
         GROUP=group, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
-        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns, TWICE=dim > 64,
         num_warps=tile.warps, num_stages=2,
     )  # fmt: skip

@@ -25,17 +25,21 @@ import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention.backends.triton import pair_lists
-from dualroute.attention.backends.triton.far import far_logits
+from dualroute.attention.backends.triton.far import far_words, half_square, open_bits
+from dualroute.attention.backends.triton.gradients import poison
 from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair_list, pieces
 from dualroute.attention.backends.triton.tiles import (
+    LN_2,
+    LOG2_E,
+    LOG_2_E,
     dot,
+    dot_add,
     load_rows,
     on_device,
     pad_dim,
     softmax_step,
     store_rows,
-    tile_sizes,
-    token_tile,
+    tile_for,
 )
 
 
@@ -43,7 +47,7 @@ from dualroute.attention.backends.triton.tiles import (
 def pairs_kernel(
     query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
     pairs, pair_start, program_bucket, program_start,  # see PairList
-    pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P), written
+    pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P) in units of log 2, written
     slots, num_blocks, buckets, num_pairs, first_head, first_slot, piece_slots, scale,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAD: tl.constexpr, COLUMNS: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -70,24 +74,26 @@ def pairs_kernel(
         pair = tl.load(pairs + entry, mask=entry_mask, other=0)
         slot = first_slot + (pair // COLUMNS) % piece_slots
         query = load_rows(query_rows, slot, entry_mask, DIM, DIM_PAD, DIM)
-        logits = dot(query, tl.trans(keys)) * scale
-        logits = tl.where((lane < BLOCK)[None, :], logits, float("-inf"))
+        logits = dot(query, tl.trans(keys)) * (scale * LOG_2_E)
+        if BLOCK < BLOCK_PAD:
+            logits = tl.where((lane < BLOCK)[None, :], logits, float("-inf"))
         peak = tl.max(logits, 1)
-        weights = tl.exp(logits - peak[:, None])
+        weights = tl.exp2(logits - peak[:, None])
         norm = tl.sum(weights, 1)
         out = dot(weights.to(values.dtype), values) / norm[:, None]
         store_rows(pair_out, pair, entry_mask, out, DIM, DIM_PAD, DIM)
-        tl.store(pair_lse + pair, peak + tl.log(norm), mask=entry_mask)
+        tl.store(pair_lse + pair, peak + tl.log2(norm), mask=entry_mask)
 
 
 @triton.jit
 def tokens_kernel(
     query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
-    far_keys, far_values,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM)
+    far_keys, far_values, open_bits,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM), see `far.open_bits`
+    value_poison, far_poison,  # (H_kv, S), (H_kv, nb), see `gradients.poison`
     selected, first_block,  # (H_kv, S, COLUMNS), (nb,)
     pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P)
     out_rows, lse_rows,  # (H, S, DIM), (H, S), written
-    slots, num_blocks, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
+    slots, num_blocks, words, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -109,33 +115,41 @@ def tokens_kernel(
 
     key_rows += kv_head * slots * DIM
     value_rows += kv_head * slots * DIM
+    value_poison += kv_head * slots
     for key_begin in range(tl.min(own) * BLOCK, last, KEYS):
         slot = key_begin + tl.arange(0, KEYS)
         keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
-        values = load_rows(value_rows, slot, slot < last, DIM, DIM_PAD, DIM)
+        poison = tl.load(value_poison + slot, mask=slot < last, other=float("nan"))
+        values = load_rows(value_rows, slot, poison == 0.0, DIM, DIM_PAD, DIM)
         seen = (slot[None, :] <= rows[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
-        logits = tl.where(seen, dot(query, tl.trans(keys)) * scale, float("-inf"))
-        total, peak, norm = softmax_step(total, peak, norm, logits, values)
+        logits = dot(query, tl.trans(keys)) * (scale * LOG_2_E) + poison[None, :]
+        total, peak, norm = softmax_step(total, peak, norm, tl.where(seen, logits, float("-inf")), values)
 
-    selected_row = selected + (kv_head * slots + rows) * COLUMNS
     if ORDER > 0:
         first = tl.load(first_block + own)
         far_keys += kv_head * num_blocks * ORDER * DIM
         far_values += kv_head * num_blocks * DIM
-        for column_begin in range(tl.min(first) + 1, tl.max(own), KEYS):
+        far_poison += kv_head * num_blocks
+        open_bits += piece_head.to(tl.int64) * words * piece_slots
+        bit = tl.arange(0, KEYS) % 32
+        second = (tl.arange(0, KEYS) >= 32)[None, :]
+        square = half_square(query, scale)
+        for column_begin in range(tl.min(first) // KEYS * KEYS, tl.max(own), KEYS):
             column = column_begin + tl.arange(0, KEYS)
             inside = column < num_blocks
             mean = load_rows(far_keys, column, inside, DIM, DIM_PAD, ORDER * DIM)
-            spread = mean
+            poison = tl.load(far_poison + column, mask=inside, other=float("nan"))
+            values = load_rows(far_values, column, poison == 0.0, DIM, DIM_PAD, DIM)
+            low, high = far_words(open_bits, column_begin // 32, piece_slots, local, row_mask, KEYS)
+            seen = ((tl.where(second, high[:, None], low[:, None]) >> bit[None, :]) & 1) != 0
+            logits = dot(query, tl.trans(mean))
             if ORDER == 2:
                 spread = load_rows(far_keys + DIM, column, inside, DIM, DIM_PAD, ORDER * DIM)
-            values = load_rows(far_values, column, inside, DIM, DIM_PAD, DIM)
-            logits = far_logits(
-                query, mean, spread, selected_row, row_mask, column, first, own, scale, log_block,
-                COLUMNS, ORDER,
-            )  # fmt: skip
-            total, peak, norm = softmax_step(total, peak, norm, logits, values)
+                logits = dot_add(square, tl.trans(spread), logits)
+            logits = logits * (scale * LOG_2_E) + (poison + log_block)[None, :]
+            total, peak, norm = softmax_step(total, peak, norm, tl.where(seen, logits, float("-inf")), values)
 
+    selected_row = selected + (kv_head * slots + rows) * COLUMNS
     pair = (piece_head * piece_slots + local) * COLUMNS
     pair_out += member * num_pairs * DIM
     pair_lse += member * num_pairs
@@ -145,14 +159,14 @@ def tokens_kernel(
         part = load_rows(pair_out, pair + place, reads, DIM, DIM_PAD, DIM).to(tl.float32)
         new_peak = tl.maximum(peak, part_lse)
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        decay, weight = tl.exp(peak - shift), tl.exp(part_lse - shift)
+        decay, weight = tl.exp2(peak - shift), tl.exp2(part_lse - shift)
         total = total * decay[:, None] + part * weight[:, None]
         norm = norm * decay + weight
         peak = new_peak
 
     norm = tl.where(row_mask, norm, 1.0)
     store_rows(out_rows + head * slots * DIM, rows, row_mask, total / norm[:, None], DIM, DIM_PAD, DIM)
-    tl.store(lse_rows + head * slots + rows, peak + tl.log(norm), mask=row_mask)
+    tl.store(lse_rows + head * slots + rows, (peak + tl.log2(norm)) * LN_2, mask=row_mask)
 
 
 @torch.library.custom_op("dualroute::routed_forward", mutates_args=())
@@ -171,11 +185,12 @@ def routed_forward(
     out = torch.empty_like(query)
     lse = torch.empty(heads, slots, dtype=torch.float32, device=query.device)
     with on_device(query):
-        for piece in pieces(kv_heads, heads // kv_heads, slots, columns):
+        poisons = poison(value), None if far_values is None else poison(far_values)
+        for piece in pieces(kv_heads, heads // kv_heads, slots, columns, len(first_block)):
             listed = pair_list(selected, piece, len(first_block))
             pair_out, pair_lse = _forward_pairs(query, key, value, piece, listed, columns)
             _forward_tokens(
-                query, key, value, far_keys, far_values, selected, first_block,
+                query, key, value, far_keys, far_values, poisons, selected, first_block,
                 pair_out, pair_lse, piece, out, lse,
             )  # fmt: skip
     return out, lse
@@ -197,7 +212,7 @@ def _forward_pairs(
     # Half precision, when that is what comes in: these rows are most of what the route reads and writes.
     pair_out = torch.empty(group, num_pairs, dim, dtype=query.dtype, device=query.device)
     pair_lse = torch.empty(group, num_pairs, dtype=torch.float32, device=query.device)
-    tile = tile_sizes(dim, query.dtype)
+    tile = tile_for("window", dim, query.dtype)
     pairs_kernel[(listed.programs, group)](
         query, key, value, *listed, pair_out, pair_lse,
         slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
@@ -211,19 +226,22 @@ def _forward_pairs(
 
 def _forward_tokens(
     query: Tensor, key: Tensor, value: Tensor, far_keys: Tensor | None, far_values: Tensor | None,
-    selected: Tensor, first_block: Tensor, pair_out: Tensor, pair_lse: Tensor,
-    piece: Piece, out: Tensor, lse: Tensor,
+    poisons: tuple[Tensor, Tensor | None], selected: Tensor, first_block: Tensor,
+    pair_out: Tensor, pair_lse: Tensor, piece: Piece, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Write the output and the log-sum-exp of the tokens of a piece."""
     heads, slots, dim = query.shape
     group, num_blocks = heads // len(key), len(first_block)
     block = slots // num_blocks
     order = 0 if far_keys is None else far_keys.shape[2] // dim
-    tile = token_tile(dim, query.dtype)
+    bits = None if far_keys is None else open_bits(selected, first_block, piece)
+    words = 0 if bits is None else bits.shape[1]
+    tile = tile_for("tokens", dim, query.dtype)
     tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
-        query, key, value, far_keys, far_values, selected, first_block, pair_out, pair_lse, out, lse,
-        slots, num_blocks, pair_lse.shape[1], piece.first_head, piece.first_slot, piece.slots,
-        1 / math.sqrt(dim), math.log(block),
+        query, key, value, far_keys, far_values, bits, *poisons, selected, first_block,
+        pair_out, pair_lse, out, lse,
+        slots, num_blocks, words, pair_lse.shape[1], piece.first_head, piece.first_slot, piece.slots,
+        1 / math.sqrt(dim), math.log(block) * LOG2_E,
         GROUP=group, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
         DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
         num_warps=tile.warps, num_stages=2,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualroute.attention.backends.triton.tiles import dot, load_rows, on_device, pad_dim
+from dualroute.attention.backends.triton.tiles import dot, load_rows, on_device, pad_dim, tile_for
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.options import ROUTERS
 from dualroute.attention.core.router import block_features
@@ -92,6 +92,38 @@ def part_scores(
 
 
 @triton.jit
+def lowest(best):
+    """(rows,) the smallest packed entry of each row, and the score that it holds, -inf for a free place."""
+    low = tl.min(best, 1)
+    ordered = (low >> 32).to(tl.int32)
+    bits = tl.where(ordered < 0, ordered ^ LAST, ordered)
+    return low, tl.where(low < NO_SCORE, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def vote_best(best, floor, scores, column):
+    """Put scores (rows, n) of ascending columns that beat their row's `floor` into `best`, the highest first.
+
+    The floor (rows,) is the lowest score in `best`. A tile that beats no floor costs a comparison: only when
+    the vote of all rows says so, one candidate per row is looked for, packed and put in its place. An equal
+    score does not count: the earlier block, which is there already, wins.
+    """
+    top = tl.max(scores, 1)
+    while tl.max((top > floor).to(tl.int32), 0) > 0:
+        number = tl.min(tl.where(scores == top[:, None], column[None, :], LAST), 1)
+        candidate = tl.where(top == 0.0, 0.0, top).to(tl.int32, bitcast=True)
+        candidate = tl.where(candidate < 0, candidate ^ LAST, candidate)
+        candidate = (candidate.to(tl.int64) << 32) | (number ^ LAST).to(tl.int64)
+        low, _ = lowest(best)
+        gain = (best == low[:, None]) & (top > floor)[:, None]
+        best = tl.where(gain, candidate[:, None], best)
+        _, floor = lowest(best)
+        scores = tl.where(column[None, :] == number[:, None], float("-inf"), scores)
+        top = tl.max(scores, 1)
+    return best, floor
+
+
+@triton.jit
 def select_kernel(
     query_rows,  # (H, S, DIM)
     feature_rows,  # (H_kv, nb, PARTS, DIM or 2 DIM)
@@ -102,34 +134,38 @@ def select_kernel(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr,
     TOP_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of ROWS tokens, H_kv); walks over COLUMNS blocks at a time."""
+    """Grid (tiles of ROWS tokens, H_kv), the last first; walks over COLUMNS blocks at a time."""
     kv_head = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < slots
     own = tl.minimum(rows, slots - 1) // BLOCK
     first = tl.load(first_block + own)
     width: tl.constexpr = DIM if ROUTER == "mean" else 2 * DIM
     feature_rows += kv_head * num_blocks * PARTS * width
+    query_rows += kv_head * GROUP * slots * DIM
     selected += kv_head * slots * (1 + TOP_K)
 
     best = empty_best(ROWS, TOP_K, TOP_PAD)
-    lane = tl.arange(0, COLUMNS * PARTS_PAD)  # column * PARTS_PAD + part
+    _, floor = lowest(best)
+    # part * COLUMNS + column: one thread then holds all parts of a block, and takes their maximum alone
+    lane = tl.arange(0, PARTS_PAD * COLUMNS)
+    part = lane // COLUMNS
+    query = load_rows(query_rows, rows, row_mask, DIM, DIM_PAD, DIM)
     for begin in range(tl.min(first) + 1, tl.max(own), COLUMNS):
-        feature_column = begin + lane // PARTS_PAD
-        part = lane % PARTS_PAD
+        feature_column = begin + lane % COLUMNS
         feature_mask = (feature_column < num_blocks) & (part < PARTS)
         feature = feature_column * PARTS + part
-        scores = tl.zeros((ROWS, COLUMNS * PARTS_PAD), tl.float32)
-        for member in range(GROUP):
-            query = load_rows(
-                query_rows + (kv_head * GROUP + member) * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM
-            )
-            scores += part_scores(query, feature_rows, feature, feature_mask, scale, ROUTER, DIM, DIM_PAD)
-        scores = tl.where((part < PARTS)[None, :], scores, float("-inf"))
-        scores = tl.max(tl.reshape(scores, (ROWS, COLUMNS, PARTS_PAD)), 2)
+        scores = part_scores(query, feature_rows, feature, feature_mask, scale, ROUTER, DIM, DIM_PAD)
+        for member in range(1, GROUP):
+            other = load_rows(query_rows + member * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
+            scores += part_scores(other, feature_rows, feature, feature_mask, scale, ROUTER, DIM, DIM_PAD)
+        if PARTS < PARTS_PAD:
+            scores = tl.where((part < PARTS)[None, :], scores, float("-inf"))
+        scores = tl.max(tl.reshape(scores, (ROWS, PARTS_PAD, COLUMNS)), 1)
         column = begin + tl.arange(0, COLUMNS)
         allowed = (column[None, :] > first[:, None]) & (column[None, :] < own[:, None])
-        best = keep_best(best, tl.where(allowed, pack(scores, column), NONE))
+        scores = tl.where(allowed, scores, float("-inf"))
+        best, floor = vote_best(best, floor, scores, column)
 
     place = tl.arange(0, TOP_PAD)
     tl.store(
@@ -175,7 +211,9 @@ def select(query: Tensor, features: Tensor, first_block: Tensor, top_k: int, rou
     kv_heads, num_blocks, parts, _ = features.shape
     selected = torch.empty(kv_heads, slots, 1 + top_k, dtype=torch.int32, device=query.device)
     parts_pad = triton.next_power_of_2(parts)
-    rows, columns = 32, max(16, 64 // parts_pad)
+    tile = tile_for("select", dim, query.dtype)
+    rows = tile.rows if parts_pad * dim <= 512 else 32  # else the features leave no shared memory
+    columns = max(16, min(32, 64 // parts_pad))
     with on_device(query):
         select_kernel[(triton.cdiv(slots, rows), kv_heads)](
             query, features, first_block, selected,
@@ -183,7 +221,7 @@ def select(query: Tensor, features: Tensor, first_block: Tensor, top_k: int, rou
             GROUP=heads // kv_heads, BLOCK=slots // num_blocks, TOP_K=top_k, ROUTER=router,
             DIM=dim, DIM_PAD=pad_dim(dim), PARTS=parts, PARTS_PAD=parts_pad,
             TOP_PAD=triton.next_power_of_2(max(1, top_k)), ROWS=rows, COLUMNS=columns,
-            num_warps=4 if dim <= 64 else 8, num_stages=2,
+            num_warps=tile.warps, num_stages=2,
         )  # fmt: skip
     return selected
 

@@ -22,6 +22,8 @@ from dualroute.attention.core.layout import Stream
 HALF = (torch.float16, torch.bfloat16)
 MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay on one SM
 MAX_DIM = 128
+LOG2_E = 1.4426950408889634
+LOG_2_E, LN_2 = tl.constexpr(LOG2_E), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -53,16 +55,23 @@ def dot(a, b):
 
 
 @triton.jit
+def dot_add(a, b, total):
+    """total + a @ b."""
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
 def softmax_step(total, peak, norm, logits, values):
     """Add keys with (rows, keys) logits, -inf = closed, and (keys, d) values to a running softmax.
 
-    `total` (rows, d) is the sum of exp(logit - peak) * value so far, `norm` (rows,) that of exp(logit - peak)
+    Logits are in units of log 2, so that exp2 needs no factor: multiply them by LOG2_E. `total` (rows, d) is
+    the sum of exp2(logit - peak) * value so far, `norm` (rows,) that of exp2(logit - peak)
     (Milakov and Gimelshein, arXiv 1805.02867; flash attention, arXiv 2205.14135).
     """
     new_peak = tl.maximum(peak, tl.max(logits, 1))
-    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing open yet: exp(-inf - 0) = 0
-    weights = tl.exp(logits - shift[:, None])
-    decay = tl.exp(peak - shift)
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing open yet: exp2(-inf - 0) = 0
+    weights = tl.exp2(logits - shift[:, None])
+    decay = tl.exp2(peak - shift)
     total = total * decay[:, None] + dot(weights.to(values.dtype), values)
     return total, new_peak, norm * decay + tl.sum(weights, 1)
 
@@ -75,16 +84,55 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile_sizes(dim: int, dtype: torch.dtype, *, backward: bool = False) -> Tile:
-    """Tiles that fit the shared memory and the registers of an SM: smaller for wide heads and float32."""
+# By the major number of the compute capability and the work of a kernel: tiles of half-precision heads of up
+# to 64 numbers, and of wider ones. They are the largest that do not spill (tests/attention/backends/triton/
+# test_compile.py), and for 9, 64 rows at least of what is held, which wgmma wants. No tile was timed.
+TILES: dict[int, dict[str, tuple[Tile, Tile]]] = {
+    8: {
+        "select": (Tile(128, 16, 4), Tile(32, 16, 4)),
+        "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
+        "window_key": (Tile(32, 64, 4), Tile(32, 64, 4)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4)),
+        "tokens_query": (Tile(64, 32, 4), Tile(32, 32, 4)),
+        "pairs_key": (Tile(32, 0, 4), Tile(32, 0, 8)),
+        "far": (Tile(32, 32, 4), Tile(16, 32, 4)),
+    },
+    9: {
+        "select": (Tile(128, 16, 4), Tile(128, 16, 4)),
+        "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
+        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 64, 4)),
+        "tokens_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
+        "pairs_key": (Tile(64, 0, 4), Tile(128, 0, 8)),
+        "far": (Tile(32, 64, 4), Tile(16, 64, 4)),
+    },
+    10: {
+        "select": (Tile(128, 16, 4), Tile(64, 16, 4)),
+        "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
+        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4)),
+        "tokens_query": (Tile(64, 64, 4), Tile(32, 32, 4)),
+        "pairs_key": (Tile(64, 0, 4), Tile(128, 0, 8)),
+        "far": (Tile(32, 64, 4), Tile(16, 64, 4)),
+    },
+}  # fmt: skip
+
+
+def tile_for(work: str, dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kind of work on the GPU that is launched on; small ones for float32."""
     if dtype not in HALF:
         return Tile(32, 32, 4)
-    return Tile(64, 32, 4) if backward and dim > 64 else Tile(64, 64, 4)
+    return TILES.get(_major(), TILES[8])[work][dim > 64]
 
 
-def token_tile(dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of kernels that walk over keys and pseudo-keys: their registers hold both, so more warps."""
-    return Tile(64, 32, 8) if dtype in HALF else Tile(32, 32, 4)
+def _major() -> int:
+    """Of the compute capability; the interpreter takes the tiles of an H100."""
+    if triton.knobs.runtime.interpret:
+        return 9
+    return triton.runtime.driver.active.get_current_target().arch // 10
 
 
 def pad_dim(dim: int) -> int:
