@@ -31,6 +31,11 @@ Route = Callable[[Tensor, Tensor, Tensor, Stream], Tensor]
 Edge = torch.autograd.graph.GradientEdge
 
 
+def tracing() -> bool:
+    """Whether `torch.compile` is recording what runs, so that the operators below are to be called."""
+    return torch.compiler.is_compiling()
+
+
 def global_attention(
     query: Tensor,
     key: Tensor,
@@ -56,7 +61,7 @@ def local_attention(
     return local_route(*rows, handle, window, causal, _records(*rows))[0]
 
 
-def lay_out(
+def lay_out_in_graph(
     given: Layout | None, batch: int, length: int, block: int, segment_ids: Tensor | None,
     attention_mask: Tensor | None, device: torch.device,
 ) -> Layout:  # fmt: skip

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualroute.attention import compiled
+from dualroute.attention.compiled import global_attention as compiled_global
+from dualroute.attention.compiled import lay_out_in_graph, tracing
+from dualroute.attention.compiled import local_attention as compiled_local
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.layout import Layout
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, check_routes, resolve_heads
@@ -172,7 +174,7 @@ class DualRouting(Projections):
             check_cache(cache, batch, length)
             if cache.length:
                 return decode(self, hidden_states, positions, cache)
-        lay_out = compiled.lay_out if torch.compiler.is_compiling() else Layout.of_batch
+        lay_out = lay_out_in_graph if tracing() else Layout.of_batch
         layout = lay_out(layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device)
         outputs = []
         if self.global_qkv is not None:
@@ -201,8 +203,8 @@ class DualRouting(Projections):
             how["max_exact_blocks"] = None if cache.exact else self.routing.top_k + 2
         if self.collect_statistics:
             self.statistics = routing_statistics(*rows, layout.stream, **how)
-        if torch.compiler.is_compiling():
-            return compiled.global_attention(*rows, layout.handle, **how)
+        if tracing():
+            return compiled_global(*rows, layout.handle, **how)
         return global_attention(*rows, layout.stream, **how)
 
     def _local(
@@ -212,8 +214,8 @@ class DualRouting(Projections):
         rows = self.stream_heads(self.local_qkv, hidden_states, layout, positions, cache is None)
         if cache is not None and cache.local_cache is not None:
             cache.local_cache.append(*(layout.text_rows(part) for part in rows[1:]))
-        if torch.compiler.is_compiling():
-            return compiled.local_attention(*rows, layout.handle, window=self.window, causal=self.causal)
+        if tracing():
+            return compiled_local(*rows, layout.handle, window=self.window, causal=self.causal)
         return local_attention(*rows, layout.stream, window=self.window, causal=self.causal)
 
     def stream_heads(

@@ -20,7 +20,10 @@ from dualroute import __version__
 
 PACKAGE = "dualroute"
 #: module → the one whose source stands in for it
-SUBSTITUTES = {f"{PACKAGE}.attention.backend": f"{PACKAGE}.export.plain_backend"}
+SUBSTITUTES = {
+    f"{PACKAGE}.attention.backend": f"{PACKAGE}.export.plain_backend",
+    f"{PACKAGE}.attention.compiled": f"{PACKAGE}.export.plain_compiled",
+}
 _IMPORT = re.compile(rf"^(?P<indent>\s*)from (?P<module>{PACKAGE}(?:\.\w+)*) import ", re.MULTILINE)
 
 
