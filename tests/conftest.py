@@ -13,8 +13,12 @@ threads.prepare()  # before any test loads torch
 ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["tests.budget"]
 to_terminal()  # as the command line does, for tests that call what it calls
-#: Folders whose files share something costly: with several workers, one of them runs all of it.
-ONE_WORKER = ("tests/training/checkpointing", "tests/slurm", "tests/attention/backends/triton")
+#: Files and folders that share something costly: with several workers, one of them runs all of a group.
+GROUPS = {
+    "tests/slurm": "slurm",
+    "tests/training/checkpointing/state": "elastic",
+    "tests/training/checkpointing/test_commands.py": "elastic",
+}
 WORDS = [
     "the", "old", "red", "small", "river", "stone", "bird", "house", "sees", "finds", "leaves", "under",
     "over", "with", "a", "green", "hill", "and", "then", "sleeps",
@@ -70,9 +74,19 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which looks for the marker once
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest -n 2 --dist loadgroup) a file's tests stay together, for its fixtures."""
+    """With several workers (see run.sh) a file's tests stay together, for its fixtures; slow files come first."""
+    slow = set()
     for item in items:
         file = item.nodeid.partition("::")[0]
-        group = next((folder for folder in ONE_WORKER if file.startswith(folder)), file)
+        group = next((name for path, name in GROUPS.items() if file.startswith(path)), file)
         item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("slow"):
+            slow.add(file)
+
+    def when(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return 0 if file.startswith("tests/slurm") else 1 if file in slow else 2  # for Slurm one mostly waits
+
+    items.sort(key=when)

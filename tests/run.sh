@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 bash launch/install.sh deepspeed,compress,export,dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 export DUALROUTE_DATA="${DUALROUTE_DATA:-$PWD/../shared/data}"
-# Two tests at a time, one thread each: DUALROUTE_TEST_WORKERS=0 runs one after the other in this process
-workers="${DUALROUTE_TEST_WORKERS:-2}"
+# Three tests at a time, one thread each, since some wait (for Slurm above all); DUALROUTE_TEST_WORKERS=0 runs one after
+# the other in this process
+workers="${DUALROUTE_TEST_WORKERS:-3}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$([ "$workers" -gt 1 ] && echo 1 || echo 2)}"
 # A Slurm for tests/slurm, an sshd and pdsh for tests/training/parallel/test_hostfile.py; where they cannot be had, those
 # tests are skipped and say why
@@ -35,4 +36,4 @@ ruff format --check .
 clang-format --dry-run --Werror dualroute/attention/backends/cpp/*.{h,cpp}
 mypy
 lint-imports
-exec pytest -n "$workers" --dist loadgroup "$@"
+exec pytest -n "$workers" --dist loadgroup --no-loadscope-reorder "$@"
