@@ -76,7 +76,7 @@ def real_data() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which looks for the marker once
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (see run.sh) a file's tests stay together, for its fixtures; slow files come first."""
+    """With several workers (see run.sh) a file's tests stay together for its fixtures, slow files first."""
     slow = set()
     for item in items:
         file = item.nodeid.partition("::")[0]
