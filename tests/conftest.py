@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,19 +75,30 @@ def real_data() -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which looks for the marker once
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (see run.sh) a file's tests stay together for its fixtures, slow files first."""
-    slow = set()
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = next((name for path, name in GROUPS.items() if file.startswith(path)), file)
-        item.add_marker(pytest.mark.xdist_group(group))
-        if item.get_closest_marker("slow"):
-            slow.add(file)
+    """Files with slow tests come first, so that no worker ends with a long one alone."""
+    slow = {_file(item.nodeid) for item in items if item.get_closest_marker("slow")}
 
     def when(item: pytest.Item) -> int:
-        file = item.nodeid.partition("::")[0]
+        file = _file(item.nodeid)
         return 0 if file.startswith("tests/slurm") else 1 if file in slow else 2  # for Slurm one mostly waits
 
     items.sort(key=when)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (pytest -n 3) a file's tests, and those of :data:`GROUPS`, stay together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = _file(nodeid)
+            return next((name for path, name in GROUPS.items() if file.startswith(path)), file)
+
+    config.option.loadscopereorder = False  # by number of tests, which says nothing of their time
+    return Together(config, log)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]

@@ -36,4 +36,4 @@ ruff format --check .
 clang-format --dry-run --Werror dualroute/attention/backends/cpp/*.{h,cpp}
 mypy
 lint-imports
-exec pytest -n "$workers" --dist loadgroup --no-loadscope-reorder "$@"
+exec pytest -n "$workers" "$@"
