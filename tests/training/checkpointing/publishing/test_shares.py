@@ -53,7 +53,7 @@ def counted(tiny_dataset, tmp_path_factory):
     found = {}
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    script = str(ROOT / "tests" / "training" / "checkpointing" / "share_ranks.py")
+    script = str(ROOT / "tests" / "training" / "checkpointing" / "publishing" / "share_ranks.py")
     for ranks, steps in STARTS:
         cases = [(lane, step) for step in steps for lane in LANES]
         (folder / "legs.json").write_text(
