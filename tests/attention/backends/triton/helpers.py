@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dualroute.attention import Layout
-from dualroute.attention.core.layout import Stream
 from tests.attention.helpers import heads, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,17 +16,7 @@ TOLERANCE = 2e-5
 
 def on_device(layout: Layout) -> Layout:
     """The layout where the kernels are."""
-
-    def move(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.to(DEVICE)
-
-    stream = layout.stream
-    return dataclasses.replace(
-        layout,
-        stream=Stream(stream.block, stream.buckets, move(stream.slot_valid), torch.device(DEVICE)),
-        slot_token=move(layout.slot_token),
-        token_slot=move(layout.token_slot),
-    )
+    return layout.to(DEVICE)
 
 
 def both(

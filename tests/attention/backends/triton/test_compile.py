@@ -32,7 +32,7 @@ BUDGETS = {
         "forward_kernel": (168, 620),
         "query_gradient_kernel": (168, 560),
         "key_gradient_kernel": (255, 760),
-        "poison_kernel": (48, 0),
+        "poison_kernel": (56, 0),
     },
     128: {
         "select_kernel": (255, 390),
@@ -43,7 +43,7 @@ BUDGETS = {
         "forward_kernel": (255, 770),
         "query_gradient_kernel": (200, 440),
         "key_gradient_kernel": (255, 560),
-        "poison_kernel": (48, 0),
+        "poison_kernel": (56, 0),
     },
 }
 
