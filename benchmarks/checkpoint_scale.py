@@ -17,7 +17,7 @@ GB = 1e9
 
 
 def table(parameters: list[float], ranks: list[int], zero_stage: int, machine: Machine) -> str:
-    """Markdown; the last two columns are what one process that does it alone would need."""
+    """Markdown; the last column is what one process that hashes all of it would need."""
     lines = [
         "| model | ranks | checkpoint | written and hashed a rank | read a rank at a resume | save | stall, "
         "asynchronous | resume | hashed by one process |",

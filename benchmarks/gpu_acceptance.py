@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from acceptance.rows import Row, markdown, read
 
 HERE = Path(__file__).parent
-#: parts in their order, the module of each, and its share of the time; quantized needs the model of training
+#: parts in their order, the module of each, and its share of the time; zero3 needs the text of training,
+#: quantized its model
 PARTS = {
     "kernels": ("acceptance.attention", 0.3),
     "speed": ("acceptance.attention", 0.15),
@@ -84,16 +84,12 @@ def machine(device: str) -> str:
     """Versions and card: the heading of the table."""
     import torch
 
+    from dualroute.doctor.machine import installed, nvidia_driver
+
     versions = {"Python": platform.python_version(), "torch": torch.__version__, "CUDA": torch.version.cuda}
-    for package in ("triton", "deepspeed", "lightning", "torchao"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    versions |= {package: installed(package) for package in ("triton", "deepspeed", "lightning", "torchao")}
     lines = [", ".join(f"{name} {version or 'none'}" for name, version in versions.items())]
     if device == "cuda":
-        from dualroute.model.kernel_choice import nvidia_driver
-
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             memory = f"{card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
@@ -126,7 +122,6 @@ def main() -> int:
     heading = f"# Acceptance, {'toy size on the CPU' if toy else 'GPU'}\n\n{machine(device)}\n"
     print(heading, flush=True)
     found: list[Row] = []
-    seen = 0
     began = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="dualroute-acceptance-"))
     parts = [part for part in PARTS if part in options.only]
@@ -139,10 +134,9 @@ def main() -> int:
             command = [sys.executable, "-m", module, part, "--device", device]
             command += ["--rows", str(rows), "--work", str(work / "work"), *(["--toy"] if toy else [])]
             log = options.output / f"{part}.log"
-            found += run_part(part, command, rows, log, 60 * share * options.minutes)
-            for row in found[seen:]:
-                print(f"{row.verdict}: {row.part}, {row.what}: {row.found}", flush=True)
-            seen = len(found)
+            of_part = run_part(part, command, rows, log, 60 * share * options.minutes)
+            print(*of_part, sep="\n", flush=True)
+            found += of_part
     finally:
         shutil.rmtree(work, ignore_errors=True)
     failed = [row for row in found if row.passed is False]

@@ -66,9 +66,6 @@ class Shape(NamedTuple):
     def pairs(self) -> int:
         return self.tokens * self.heads * min(self.top_k + 1, self.blocks // 2)
 
-    def routing(self) -> Routing:
-        return Routing(self.top_k, sub_block=min(16, self.block))
-
 
 SHAPES = (
     Shape("8k, 128/64/4", 8192, 4, 64, 128, 64, 4),

@@ -6,9 +6,8 @@ the versions that these were tested with.
 
 Three things of this kind stand elsewhere, because a function cannot hold them: the operators of torch that
 the attention calls, and how one of them records a backward pass (``dualroute/attention``, which knows no
-other folder), the hooks that our strategy
-overrides (``training/parallel/strategy.py``), and the keys of Lightning's and DeepSpeed's saved states
-(``training/checkpointing``, ``training/step/module.py``).
+other folder), the hooks that our strategy overrides (``training/parallel/strategy.py``), and the keys of
+Lightning's and DeepSpeed's saved states (``training/checkpointing``, ``training/step/module.py``).
 """
 
 from __future__ import annotations

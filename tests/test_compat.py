@@ -167,16 +167,14 @@ def test_the_compiler_has_what_decoding_sets():
     assert hasattr(dynamo, "cache_size_limit") or hasattr(dynamo, "recompile_limit")
 
 
-def test_what_whole_layers_are_compiled_with():
+def test_what_whole_layers_are_compiled_with(monkeypatch):
     """Without: a model of nine kinds of layers ends at the ninth, or each packing is compiled anew."""
     import torch._dynamo.config as dynamo
 
-    names = ("recompile_limit", "accumulated_recompile_limit", "optimize_ddp")
-    before = {name: getattr(dynamo, name) for name in names}
+    for name in ("recompile_limit", "accumulated_recompile_limit", "optimize_ddp"):
+        monkeypatch.setattr(dynamo, name, getattr(dynamo, name))  # what it was comes back
     compat.compile_regions()
     assert (dynamo.recompile_limit, dynamo.optimize_ddp) == (1024, False)
-    for name, value in before.items():
-        setattr(dynamo, name, value)
     torch._dynamo.reset()
     sizes = []
 

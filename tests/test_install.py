@@ -6,6 +6,7 @@ a torch with the requirements of either build (those of the CUDA build as publis
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -43,7 +44,10 @@ def build_editable(folder, settings=None, metadata=None):
 
 
 def write(folder, name, version, requires=(), extras=None, files=None):  # type: ignore[no-untyped-def]
-    """An empty wheel with this metadata; ``files``: {path: text} that it holds."""
+    """An empty wheel with this metadata; ``files``: {path: text} that it holds.
+
+    The build of the project's copy has it as a file of its own, so it imports what it needs.
+    """
     import zipfile
     from pathlib import Path
 
@@ -82,10 +86,7 @@ def install(tmp_path: Path):  # type: ignore[no-untyped-def]
     assert count == 1
     (project / "pyproject.toml").write_text(text)
     (project / "backend" / "ours.py").write_text(BACKEND)
-    source = Path(__file__).read_text()
-    (project / "backend" / "wheels.py").write_text(
-        source[source.index("def write(") : source.index("@pytest.fixture")]
-    )
+    (project / "backend" / "wheels.py").write_text(inspect.getsource(write))
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         name, _, version = line.partition("==")
         if version and name != "torch":

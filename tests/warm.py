@@ -1,8 +1,8 @@
 """Commands of dualroute in copies of one process that has imported everything: no seconds of imports each.
 
-``run`` is for tests about what a command does.  Tests about how it starts, dies or is launched use real
-processes.  The server is multiprocessing's: it only imports and forks, so no thread of OpenMP or of torch is
-alive when it does.
+``run`` and ``ranks`` are for tests about what a command does, :class:`Started` for those that kill it.
+Tests about how it starts or is launched use processes of their own.  The server is multiprocessing's: it
+only imports and forks, so no thread of OpenMP or of torch is alive when it does.
 """
 
 from __future__ import annotations

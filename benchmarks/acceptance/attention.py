@@ -1,11 +1,12 @@
 """Acceptance of the attention alone: kernels, speed against FlashAttention, decoding.
 
-python benchmarks/acceptance/attention.py kernels|speed|decode --device cuda --rows FILE [--toy]
+    PYTHONPATH=.:benchmarks python -m acceptance.attention kernels|speed|decode --rows FILE --work FOLDER
+
+FOLDER stays empty: only trainings leave something to the parts that follow.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -22,9 +23,9 @@ from decode import filled_cache, token_step
 from measure import medians, peak_mebibytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from acceptance.rows import Rows
+from acceptance.rows import Rows, given
 from dualroute.attention import DualRouting, backend
-from dualroute.attention.verification import Problem, problems_of
+from dualroute.attention.verification import Decision, Problem, problems_of
 from dualroute.doctor.kernels import recipe_problems
 from dualroute.model.kernel_choice import compared
 
@@ -52,9 +53,8 @@ def kernels(rows: Rows, device: torch.device, toy: bool) -> None:
                 found = f"values {finding.values:.0e}, gradients {finding.gradients:.0e}{taken}{left}"
                 wanted = "within rounding of float64"
                 rows.add(what, found, wanted, milliseconds=finding.milliseconds)
-    paths = [path for path in (TOY_TESTS if toy else TESTS) if (ROOT / path).exists()]
-    workers = [] if toy else ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "load"]
-    _tests(rows, [*paths, *workers])
+    workers = ["-n", str(min(8, os.cpu_count() or 1))]
+    _tests(rows, [*TOY_TESTS] if toy else [*TESTS, *workers])
 
 
 def _tests(rows: Rows, arguments: list[str]) -> None:
@@ -97,21 +97,20 @@ def speed(rows: Rows, device: torch.device, toy: bool) -> None:
     for text in texts:
         window, block, top_k = (int(number) for number in text.split("/"))
         route = Route(window, block, top_k, "minmax", 16, "second_order", "routed")
-        _decide(route, heads, dim, max(lengths), device)
+        layer = DualRouting(heads * dim, heads, window=window, block=block, top_k=top_k, global_mode="routed")
+        _decide(layer, max(lengths), device)
+        print(backend.describe(device))
         for length in lengths:
             shape = Shape(length, heads, dim, torch.bfloat16, device)
             for backward in (False, True):
                 _speed_row(rows, shape, route, backward, toy)
 
 
-def _decide(route: Route, heads: int, dim: int, context: int, device: torch.device) -> None:
+def _decide(layer: DualRouting, context: int, device: torch.device) -> Decision:
     """Let auto stand for the fastest kernels that are right at these shapes, as a run would."""
-    layer = DualRouting(
-        heads * dim, heads, window=route.window, block=route.block, top_k=route.top_k, global_mode="routed"
-    )
     decision = compared(problems_of(layer, torch.bfloat16, context, packed=False), device)
     backend.decide(device.type, decision.name, decision.line())
-    print(backend.describe(device))
+    return decision
 
 
 def _speed_row(rows: Rows, shape: Shape, route: Route, backward: bool, toy: bool) -> None:
@@ -145,8 +144,7 @@ def decode(rows: Rows, device: torch.device, toy: bool) -> None:
     dtype, block = torch.bfloat16, 16 if toy else 64
     for length in lengths:
         layer = DualRouting(heads * dim, heads, window=2 * block, block=block, top_k=4, global_mode="routed")
-        decision = compared(problems_of(layer, dtype, length, packed=False), device)
-        backend.decide(device.type, decision.name, decision.line())
+        decision = _decide(layer, length, device)
         layer = layer.to(device, dtype)
         wide = torch.randn(1, heads, 1, dim, device=device, dtype=dtype)
         keys = torch.randn(1, heads, length, dim, device=device, dtype=dtype)
@@ -159,18 +157,7 @@ def decode(rows: Rows, device: torch.device, toy: bool) -> None:
         rows.add(f"a step at {length:,} tokens", found, milliseconds=1e3 * times["dual"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"kernels": kernels, "speed": speed, "decode": decode}
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    parts[options.part](Rows(options.part, options.rows), device, options.toy)
-
-
 if __name__ == "__main__":
-    main()
+    parts = {"kernels": kernels, "speed": speed, "decode": decode}
+    asked = given(parts, __doc__.splitlines()[0])
+    parts[asked.part](asked.rows, torch.device(asked.device), asked.toy)

@@ -1,13 +1,15 @@
-"""A row of the acceptance table, and the file in which a part leaves its rows one by one.
+"""A row of the acceptance table, the file in which a part leaves its rows, and a part's command line.
 
-A part that dies half-way has left what it had found until then.
+Rows are left one by one: a part that dies half-way has left what it had found until then.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,9 @@ class Row:
     def verdict(self) -> str:
         return "skipped" if self.passed is None else "pass" if self.passed else "**FAIL**"
 
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.part}, {self.what}: {self.found}"
+
 
 class Rows:
     """The rows of one part, appended to a file."""
@@ -50,7 +55,20 @@ class Rows:
         row = Row(self.part, what, found, wanted, passed, **figures)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(dataclasses.asdict(row)) + "\n")
-        print(f"{row.verdict}: {self.part}, {what}: {found}", flush=True)
+        print(row, flush=True)
+
+
+def given(parts: Iterable[str], description: str) -> argparse.Namespace:
+    """The command line that all parts have; `rows` are the named part's."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rows", type=Path, required=True, help="file that gets a line for each row")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what parts of a run share")
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    options.rows = Rows(options.part, options.rows)
+    return options
 
 
 def read(path: Path) -> list[Row]:

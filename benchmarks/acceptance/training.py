@@ -9,25 +9,23 @@ training in fewer bits and measures it again.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 
-from acceptance.rows import Rows
+from acceptance.rows import Rows, given
 from dualroute.cli import main as dualroute
 from dualroute.cli import parse_stage
+from dualroute.doctor.smoke import write_text
 from dualroute.estimate.command import GIB, estimate
-from dualroute.training.config import TrainConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +45,6 @@ TOY = (
     "--monitor.log_every_steps 1 --monitor.peak_tflops 0.05"
 )
 LEAST_MFU = 0.1  # below it the GPU mostly waits
-WORDS = (
-    "the old red small river stone bird house sees finds leaves under over with a green hill and then sleeps"
-)
 SCHEMES = {  # scheme → largest rise of the loss, relative
     "int8_weight_only": 0.02, "int4_weight_only": 0.1, "int4_tile_packed": 0.1, "float8_dynamic": 0.02,
 }  # fmt: skip
@@ -107,12 +102,7 @@ def _memory(rows: Rows, line: dict[str, Any], given: list[str], device: torch.de
 
 def _prepare(work: Path, toy: bool) -> None:
     """Shards of a text whose documents are long enough to be routed."""
-    draw, words = random.Random(0), WORDS.split()
-    (work / "corpus").mkdir(parents=True)
-    for number in range(6):
-        count = 200 if toy else 8000
-        sentences = (" ".join(draw.choices(words, k=draw.randint(4, 12))) for _ in range(count))
-        (work / "corpus" / f"{number}.txt").write_text(". ".join(sentences), encoding="utf-8")
+    write_text(work / "corpus", documents=6, sentences=200 if toy else 8000)
     shards = ["--corpus", str(work / "corpus"), "--output", str(work / "shards"), "--progress", "false"]
     _run(["prepare", *shards, "--vocab_size", "320", "--reserved_tokens", "0", "--val_fraction", "0.2"])
 
@@ -143,7 +133,7 @@ def quantized(rows: Rows, device: torch.device, toy: bool, work: Path) -> None:
     """The loss of the trained model in int8, int4 and fp8 beside that in floats."""
     loss = _loss(work / "run", work, "float")
     rows.add("float", f"loss {loss:.4f}")
-    _fp8_training(rows, device, toy, work)
+    _fp8_training(rows, toy, work)
     for scheme, rise in SCHEMES.items():
         output = work / scheme
         try:
@@ -156,11 +146,8 @@ def quantized(rows: Rows, device: torch.device, toy: bool, work: Path) -> None:
         rows.add(scheme, f"loss {found:.4f}", f"at most {rise:.0%} more", found <= loss * (1 + rise))
 
 
-def _fp8_training(rows: Rows, device: torch.device, toy: bool, work: Path) -> None:
+def _fp8_training(rows: Rows, toy: bool, work: Path) -> None:
     """The first steps of training once more, in fp8."""
-    if "fp8" not in get_args(get_type_hints(TrainConfig)["precision"]):
-        rows.add("training in fp8", "train.precision has no fp8", "", None)
-        return
     steps = 10
     given = [*options(work, "fp8", toy, steps), "--train.precision", "fp8", "--monitor.log_every_steps", "1"]
     try:
@@ -217,17 +204,7 @@ def _launch(arguments: list[str], ranks: int) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = {"training": training, "zero3": zero3, "quantized": quantized}
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--toy", action="store_true")
-    given = parser.parse_args()
-    parts[given.part](Rows(given.part, given.rows), torch.device(given.device), given.toy, given.work)
-
-
 if __name__ == "__main__":
-    main()
+    parts = {"training": training, "zero3": zero3, "quantized": quantized}
+    asked = given(parts, __doc__.splitlines()[0])
+    parts[asked.part](asked.rows, torch.device(asked.device), asked.toy, asked.work)

@@ -5,8 +5,11 @@
     core/                 what every back end shares: layout, rotary embedding, caches, block statistics
     backends/torch/       the routes in plain torch
     backends/cpp/         the same routes in C++, for CPUs
+    backends/flash/       the same routes through flash attention's operators, for GPUs
     backends/triton/      the same routes in Triton, for GPUs
     backend.py            which of them runs
+    verification/         which of them are right on a device, and the fastest of those
+    compiled.py           the routes as operators of a compiled graph
     statistics.py         what the router does, in numbers for a monitor
     sequence_parallel.py  ranks that share one long text
 

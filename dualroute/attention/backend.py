@@ -11,8 +11,8 @@ environment, which overrides it. Out: `choose` gives the `Backend` that takes th
     triton    the Triton kernels on a GPU
 
 What the chosen back end cannot take (`supports`; `why_not` gives the reason) runs in plain torch, which takes
-everything: the same numbers but for rounding. Where that back end was named, a warning says so, once for each
-reason.
+everything: the same numbers but for rounding. On a GPU, where that back end was named, a warning says so,
+once for each reason.
 """
 
 from __future__ import annotations
@@ -173,11 +173,18 @@ def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> B
         ValueError: DUALROUTE_KERNELS is no known name, or a back end was named that cannot be had here.
     """
     backend = _wanted_for(query)
-    if backend.supports(query, causal=causal, block=block):
-        return backend if backend is not _cpp() or _compiled() is None else _TORCH
+    if _takes(backend, query, causal=causal, block=block):
+        return backend
     if query.device.type == "cuda" and _wanted()[0] != "auto" and not torch.compiler.is_compiling():
         _warn_once(str(backend.why_not(query, causal=causal, block=block)))
     return _TORCH
+
+
+def _takes(backend: Backend, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
+    """Whether it can be had here, and takes these queries."""
+    return backend.supports(query, causal=causal, block=block) and (
+        backend is not _cpp() or _compiled() is None
+    )
 
 
 def _wanted_for(rows: Tensor) -> Backend:
@@ -201,8 +208,7 @@ def token_kernels(rows: Tensor) -> ModuleType | None:
     They write the caches on the way, and have no gradients. None: there are none here.
     """
     backend = _wanted_for(rows)
-    usable = backend.supports(rows) and (backend is not _cpp() or _compiled() is None)
-    return backend.tokens if usable else None
+    return backend.tokens if _takes(backend, rows) else None
 
 
 def describe(device: torch.device | str) -> str:
@@ -219,7 +225,7 @@ def describe(device: torch.device | str) -> str:
         return f"attention: {_decided[device.type][1]}"
     if name == "flash":
         reason = _flash().why_not(torch.empty(0, 16, dtype=torch.bfloat16, device=device))
-        return f"attention: {(reason and f'plain torch: {reason}') or _flash().description()}"
+        return f"attention: {f'plain torch: {reason}' if reason else _flash().description()}"
     if device.type == "cpu" and name != "triton":
         reason = _compiled()
         return f"attention: plain torch, slower: {reason}" if reason else f"attention: {_cpp().description()}"

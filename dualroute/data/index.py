@@ -1,8 +1,8 @@
 """The index of a split: where each document lies inside the tars.
 
 In: rows that `data_prep.shards` collected while it wrote the tars. Here: their file, ``{split}.index.npy``,
-and the rules that they must keep. Out: a memory map, which `reader` takes the places of the documents' ids
-from, and their lengths for `plan`.
+and the rules that they must keep. Out: a memory map, of which `manifest` checks every row, and `IndexRows`,
+from which `reader` takes the places of the documents' ids, and their lengths for `plan`.
 
     int64 (documents, 4): shard number, byte offset of the first id inside the tar, number of tokens, UTF-8
     bytes of the text; in the order of the shards, and inside a shard in the order of the tar

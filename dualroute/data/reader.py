@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from dualroute.attention.core.layout import Layout, LayoutPlan
+from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.index import IndexRows
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import DocumentStream, Request, WindowPlan
@@ -89,11 +89,6 @@ class ShardReader:
     def open_shards(self) -> tuple[int, ...]:
         """Numbers of the shards that are open, least recently used first."""
         return tuple(self._open)
-
-    @property
-    def index(self) -> NDArray[np.int64]:
-        """The split's index (documents, 4), memory-mapped."""
-        return self.manifest.open_index(self.split.name)
 
     def read(self, document: int, start: int, count: int) -> NDArray[np.int64]:
         """Ids (count,) of ``document`` from its token ``start`` on.
@@ -219,7 +214,6 @@ def collate(
     }
     batch["num_targets"] = torch.tensor(int(windows[0]["num_targets"]))
     if layout is not None:
-        found: Layout = layout.build(batch["segment_ids"])
-        batch["layout"] = found
+        batch["layout"] = layout.build(batch["segment_ids"])
         batch["label_rows"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORE_INDEX))
     return batch

@@ -149,7 +149,7 @@ class Distill(Pretrain):
             with recording(self.teacher.model, watched, heads=heads) as of_teacher:
                 teacher = self._asked(self.teacher, batch)
         with recording(self.model, layers, heads=heads) as of_student:
-            hidden = self._student(batch)
+            hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX).flatten()
         sums = self._distances(hidden, teacher, labels, objective)
         total, others = sums.total, {"divergence": sums.divergence_sum}
@@ -157,14 +157,6 @@ class Distill(Pretrain):
             total = total + weight * value
             others[name] = value.detach()
         return TrainingSums(total, sums.loss_sum, sums.z_sum, sums.count, others)
-
-    def _student(self, batch: Batch) -> Tensor:
-        return self.model.hidden_states(
-            batch["input_ids"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            layout=batch.get("layout"),
-        )
 
     def _cached(self, batch: Batch) -> TopK:
         """What the batch says of the teacher, for this rank's tokens."""
@@ -219,7 +211,7 @@ class Distill(Pretrain):
             return
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX).flatten()
         teacher = self._asked(self.teacher, batch)
-        sums = self._distances(self._student(batch), teacher, labels, self.config.objective(0.0))
+        sums = self._distances(self.hidden_states(batch), teacher, labels, self.config.objective(0.0))
         self._val_sums += torch.stack([sums.loss_sum, sums.count, sums.divergence_sum]).double()
 
     def on_validation_epoch_end(self) -> None:

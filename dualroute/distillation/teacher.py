@@ -260,7 +260,7 @@ def open_divided(checkpoint: Checkpoint) -> tuple[DualRoutingTransformer, Tensor
     file = open_weights(checkpoint, verified=detect_world().rank == 0)
     with torch.device("meta"):
         model = DualRoutingTransformer(ModelConfig.from_file(checkpoint.folder / CONFIG))
-    check_weights(model, {name: shape for name, (_, shape) in file.layout.items()}, str(file.path))
+    check_weights(model, file.shapes, str(file.path))
     for name in file.layout:
         if not name.startswith("layers."):
             replace_parameter(model, name, nn.Parameter(file.read(name)))

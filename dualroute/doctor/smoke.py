@@ -61,13 +61,13 @@ def smoke(seconds: float = 300.0) -> Iterator[Verdict]:
         yield fail("smoke", found, "the loss did not fall: this machine computes wrongly; run the test suite")
 
 
-def write_text(folder: Path) -> None:
-    """A few dozen documents of a tiny grammar, learnable at once."""
+def write_text(folder: Path, documents: int = 40, sentences: int = 40) -> None:
+    """Documents of so many sentences of a tiny grammar, learnable at once."""
     draw = random.Random(0)
     folder.mkdir(parents=True)
-    for number in range(40):
-        sentences = (" ".join(draw.choices(_WORDS, k=draw.randint(4, 12))) + "." for _ in range(40))
-        (folder / f"text-{number:02d}.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    for number in range(documents):
+        lines = (" ".join(draw.choices(_WORDS, k=draw.randint(4, 12))) + "." for _ in range(sentences))
+        (folder / f"text-{number:02d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run(arguments: tuple[str, ...], seconds: float) -> str:

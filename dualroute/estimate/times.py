@@ -28,7 +28,7 @@ class Times:
     launches: float
     gradients_and_weights: float  # traffic that can hide behind the arithmetic
     texts: float  # all-to-alls of sequence parallelism, which cannot
-    waited: float  # of the former, what does not hide
+    waited: float  # of gradients_and_weights, what does not hide
     checkpoint: float
     micro_steps: int
 

@@ -123,9 +123,8 @@ def compared(problems: Sequence[Problem], device: torch.device, *, fresh: bool =
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)  # the run's own peak is what a monitor reports
-    if not any(
-        finding.raised for finding in decision.findings
-    ):  # what has failed once may work the next time
+    # what has failed once may work the next time
+    if not any(finding.raised for finding in decision.findings):
         _write(key, decision)
     return decision
 

@@ -77,10 +77,10 @@ class TrainConfig:
         float32_matmul_precision: How torch multiplies float32 matrices: highest (float32), high (TF32 on a
             GPU that has it), medium (bfloat16).  auto: high on CUDA in a run whose precision is of 16 bits,
             where factors are rounded further anyway; highest else.
-        kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), triton (on a GPU), or
-            auto: cpp on a CPU that can compile it; on a GPU the fastest of those whose values and gradients
-            are right on this run's shapes (compared once, then remembered).  DUALROUTE_KERNELS, where set,
-            goes first.
+        kernels: What the attention runs on: torch (plain, everywhere), cpp (on a CPU), flash or triton (on a
+            GPU), or auto: cpp on a CPU that can compile it; on a GPU the fastest of those whose values and
+            gradients are right on this run's shapes (compared once, then remembered).  DUALROUTE_KERNELS,
+            where set, goes first.
     """
 
     tokens_per_batch: int = 16384

@@ -21,14 +21,13 @@ from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import (
     CONFIG,
-    WEIGHTS,
     Checkpoint,
     check_weights,
     find_checkpoint,
     load_model,
+    open_weights,
     verify_checkpoint,
 )
-from dualroute.model.checkpoint.weights_file import TensorFile
 from dualroute.model.deferred_init import Draws, build_deferred
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.sharded_weights import InitialWeights
@@ -139,16 +138,14 @@ def _seeded_weights(draws: Draws, seed: int) -> InitialWeights:
 
 def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer) -> InitialWeights:
     """Those of a checkpoint, for ``model``, which has its parameters on the meta device."""
-    path = checkpoint.folder / WEIGHTS
 
     def check() -> None:
-        for name in (CONFIG, WEIGHTS):
-            verify_checkpoint(checkpoint, only=name)
-        layout = TensorFile(path).layout
-        check_weights(model, {name: shape for name, (_, shape) in layout.items()}, str(path))
+        verify_checkpoint(checkpoint, only=CONFIG)
+        file = open_weights(checkpoint)
+        check_weights(model, file.shapes, str(file.path))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        file = TensorFile(path)
+        file = open_weights(checkpoint, verified=False)  # compared by check
         for name in order:
             yield name, file.read(name)
 

@@ -11,7 +11,7 @@
    (:mod:`dualroute.training.resilience.preemption`).
 
     OUTPUT/config.yaml      what was run, every value resolved
-    OUTPUT/checkpoints/     see dualroute.model.checkpoint.format
+    OUTPUT/checkpoints/     see dualroute.model.checkpoint.folder
     OUTPUT/tensorboard/     event files
     OUTPUT/metrics.jsonl    the same figures, one JSON object a line
     OUTPUT/log.txt          what was said, with time and rank
@@ -373,8 +373,8 @@ def _with_start(prepared: Prepared) -> Prepared:
     """With the checkpoint that rank 0 finds in the folder which is now its own, compared with all there is.
 
     Raises:
-        UserError: On every rank, as :func:`choose_start` and :func:`check_start` do; or one rank does not see
-            the folder that the others see.
+        UserError: On every rank, as :func:`choose_start`, :func:`check_start` and :func:`refuse_damaged` do;
+            or one rank does not see the folder that the others see.
     """
     config, output = prepared.config, prepared.output
     start = decided_by_rank_zero(lambda: choose_start(output, config.resume))

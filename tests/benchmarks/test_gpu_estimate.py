@@ -27,8 +27,9 @@ def test_it_prints_every_kernel_of_a_shape(tmp_path: Path, pytestconfig: pytest.
         assert name in done.stdout
     with (tmp_path / "gpu_estimate.csv").open(newline="") as stream:
         short, long, *_ = csv.DictReader(stream)
-    slow, fast = (float(row["with backward ms"].split("-")[1]) for row in (long, short))
-    # four times the tokens: more than four times the work, for each reads more pseudo-keys; less than dense
-    assert 3 < slow / fast < 16
+    # the fast end of either range: launches, as many for one length as for the other, take the least there
+    slow, fast = (float(row["with backward ms"].split("-")[0]) for row in (long, short))
+    # four times the tokens: about four times the time, less where launches count; dense takes sixteen
+    assert 2 < slow / fast < 8
     gains = [float(row["x with backward"].split("-")[0]) for row in (short, long)]
     assert gains[1] > gains[0] > 0

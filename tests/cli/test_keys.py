@@ -42,7 +42,7 @@ WRONG = {
     "control": "a\nb\x1b[31m",
     "digits": "9" * 5000,
 }
-#: Sections whose own checks say what they accept; their ranges are held by tests/training/test_config.py.
+#: Sections whose own checks say what they accept; their ranges are held by tests/test_settings.py.
 TRAINING = ("model", "data", "train", "optim", "spike_guard", "checkpoint", "monitor", "parallel", "watchdog")
 MAY_BE_NEGATIVE = {"layer_map", "seed"}
 

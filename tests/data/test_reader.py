@@ -151,13 +151,13 @@ class TestWalkSequence:
 
 class TestShardReader:
     def test_webdataset_streams_the_same_documents(self, manifest: Manifest) -> None:
-        reader = ShardReader(manifest, "train")
+        reader, index = ShardReader(manifest, "train"), manifest.open_index("train")
         shards = [str(path) for path in manifest.shard_paths("train")]
         streamed = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
         assert len(streamed) == len(LENGTHS)
         for number, sample in enumerate(streamed):
             assert sample["npy"].tolist() == reader.read(number, 0, LENGTHS[number]).tolist()
-            assert sample["json"]["bytes"] == reader.index[number, 3]
+            assert sample["json"]["bytes"] == index[number, 3]
 
     @pytest.mark.parametrize("vocab_size", [1 << 16, (1 << 16) + 1])
     def test_both_id_types(self, tmp_path: Path, vocab_size: int) -> None:
@@ -292,6 +292,9 @@ class TestMemory:
         assert kept < total  # bytes a document: 8 with all cumulative lengths
         assert peak < 8 * total
         assert _mapped(tmp_path / "train.index.npy") == 0
+        held = np.load(tmp_path / "train.index.npy", mmap_mode="r")
+        assert held[0, 2] == 9
+        assert _mapped(tmp_path / "train.index.npy") > 0  # what is mapped is seen
         assert len(pickle.dumps(stream)) < total
 
     def test_an_index_that_has_become_shorter_is_named(self, manifest: Manifest) -> None:

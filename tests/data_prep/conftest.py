@@ -1,4 +1,4 @@
-"""A small corpus and shortcuts that several tests use."""
+"""A small corpus, a web server and shortcuts that several tests use."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from dualroute.doctor.verdict import Verdict, guarded, ok
 from dualroute.errors import UserError
 from tests.attention.verification.doubles import no_triton
 from tests.conftest import ROOT
-from tests.training.parallel.test_distributed import free_port
+from tests.training.launchers import torchrun
 from tests.training.step.test_module import environment
 
 QUICK = ("--no-kernels", "--disk_mib", "8", "--network_mib", "1")
@@ -62,8 +62,7 @@ def test_alone_it_lets_two_processes_talk(tmp_path: Path) -> None:
 def test_two_ranks_of_a_launcher_examine_each_other(tmp_path: Path) -> None:
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", free_port(), "launch/doctor.py", "--no-smoke"),
+            *(sys.executable, *torchrun(2), "launch/doctor.py", "--no-smoke"),
             *("--output", str(tmp_path), *QUICK),
         ],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280,

@@ -65,11 +65,11 @@ def test_windows_label_each_target_once(length, context, stride):
 def test_shards_are_scored_document_by_document(checkpoint, tiny_dataset):
     loaded = load(checkpoint)
     manifest = Manifest.load(tiny_dataset)
-    reader = ShardReader(manifest, "val")
-    context = max(reader.index[:, 2].tolist())  # so long that the only window cuts are document ends
+    reader, index = ShardReader(manifest, "val"), manifest.open_index("val")
+    context = max(index[:, 2].tolist())  # so long that the only window cuts are document ends
     loaded.model.config.max_context = 10**6
     total, count = 0.0, 0
-    for document, (_, _, tokens, _) in enumerate(reader.index.tolist()):
+    for document, (_, _, tokens, _) in enumerate(index.tolist()):
         ids = torch.from_numpy(reader.read(document, 0, tokens))
         logits = loaded.model(ids[None, :-1])[0]
         total += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
@@ -78,7 +78,7 @@ def test_shards_are_scored_document_by_document(checkpoint, tiny_dataset):
     from dualroute.evaluate.perplexity import evaluate_shards
 
     # one window for everything: documents stay apart by their segments
-    score = evaluate_shards(loaded, tiny_dataset, "val", int(reader.index[:, 2].sum()), 1, None)
+    score = evaluate_shards(loaded, tiny_dataset, "val", int(index[:, 2].sum()), 1, None)
     assert (score.targets, score.loss) == (count, pytest.approx(total / count, rel=1e-5))
     split = manifest.split("val")
     assert score.bits_per_byte == pytest.approx(total / math.log(2) / split.bytes, rel=1e-5)

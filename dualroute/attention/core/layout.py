@@ -290,7 +290,7 @@ class Layout:
         """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers.
 
         Positions that were made in inference mode count no versions: whether they have changed cannot be
-        told, so nothing is kept for them.  Nor does a compiled graph keep anything: there a table is one that
+        told, so nothing is kept for them. Nor does a compiled graph keep anything: there a table is one that
         was kept before by the same layout, or part of the graph.
         """
         dtype = accumulation_dtype(dtype)

@@ -1,7 +1,7 @@
 """Types of numbers, and the modes of torch that change tensors behind one's back.
 
-In: a type, or a function of tensors. Out: the type that sums over many numbers are taken in; the function
-without autocast, or outside of inference mode.
+In: a type, factors of a product, or a function of tensors. Out: the type that sums over many numbers are
+taken in; the product with sums of that type; the function without autocast, or outside of inference mode.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
+HALF = (torch.float16, torch.bfloat16)
 NEG_INF = float("-inf")  # the logit of a key that a query may not see
 
 
@@ -26,7 +27,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def has_wide_product(rows: Tensor) -> bool:
     """CUDA can keep the float32 sums of a product of half-precision factors."""
-    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+    return rows.is_cuda and rows.dtype in HALF
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

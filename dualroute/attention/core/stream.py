@@ -129,14 +129,10 @@ class Stream:
 
     def tokens_in_block(self) -> Tensor:
         """(num_blocks,) how many slots of each block hold a token, at least 1."""
-        if self.slot_valid is None:
+        valid = self.slot_valid
+        if valid is None:
             return torch.full((self.num_blocks,), self.block, device=self.device)
-        return self.cached("tokens_in_block", lambda: self._valid().view(-1, self.block).sum(1))
-
-    def _valid(self) -> Tensor:
-        if self.slot_valid is None:
-            return torch.ones(self.num_slots, dtype=torch.bool, device=self.device)
-        return self.slot_valid
+        return self.cached("tokens_in_block", lambda: valid.view(-1, self.block).sum(1))
 
     def split(self, max_blocks: int) -> tuple[Stream, Stream]:
         """The documents of at most `max_blocks` blocks, and the longer ones that follow: two streams."""

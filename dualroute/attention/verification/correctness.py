@@ -222,6 +222,8 @@ def _check_selection(found: Tensor, right: Tensor, problem: Problem, stream: Str
 
 def _check_scores(chosen: Tensor, best: Tensor, problem: Problem, stream: Stream, rows: Rows) -> None:
     """Compare the worst score of those that were chosen with the worst of the right ones, head by head."""
+    if not problem.top_k:
+        return
     grouped = rows.query.unflatten(0, (len(rows.key), -1)).double()  # (H_kv, group, S, d)
     blocks = rows.key.double().unflatten(1, (-1, stream.block))
     valid = stream.slot_valid
@@ -229,16 +231,13 @@ def _check_scores(chosen: Tensor, best: Tensor, problem: Problem, stream: Stream
     features = block_features(blocks, problem.router, problem.sub_block, valid)
     tolerance = SCORE_TOLERANCE[rows.query.dtype]
     for head in range(len(rows.key)):
-        scores = block_scores(grouped[head : head + 1], features[head : head + 1], problem.router)[
-            0
-        ]  # (S, nb)
+        part = slice(head, head + 1)
+        scores = block_scores(grouped[part], features[part], problem.router)[0]  # (S, nb)
         scale = scores.std(dim=-1) if scores.shape[-1] > 1 else scores.abs()[:, 0]
         lowest = [
             scores.gather(1, picked[head].clamp_min(0)).masked_fill_(picked[head] < 0, torch.inf)
             for picked in (chosen, best)
         ]
-        if not problem.top_k:
-            return
         short = (lowest[1].amin(-1) - lowest[0].amin(-1)).nan_to_num_(0.0) / scale.clamp_min(1e-30)
         if float(short.max()) > tolerance:
             raise Wrong(

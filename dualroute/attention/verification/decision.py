@@ -107,9 +107,8 @@ def decide(
             findings.append(Finding(name, why_not=_line(error)))
     best = findings[0]
     for finding in findings[1:]:
-        if finding.milliseconds is not None and finding.milliseconds < CLEARLY * (
-            best.milliseconds or math.inf
-        ):
+        limit = CLEARLY * (best.milliseconds or math.inf)
+        if finding.milliseconds is not None and finding.milliseconds < limit:
             best = finding
     return Decision(best.name, tuple(findings))
 

@@ -1,7 +1,7 @@
 """What a layer asks of its back end: shapes of the rows, what the routes read, how documents lie.
 
 In: a model, the type of its rows, and what it is going to read. Out: `Problem`, one for each kind of layer,
-and `Rows`, drawn for it on a device.
+and from `draw` a `Batch` of rows for it, on a device.
 
 Lengths are capped: kernels that are right on a few thousand tokens, with documents that are read in full and
 documents that are routed, full blocks and half-filled ones, walk the same code on more of them.
@@ -81,12 +81,8 @@ class Problem:
         longest = min(self.context, TIMED_TOKENS)
         if not self.packed or longest < 16:
             return [longest]
-        return [
-            longest // 2,
-            longest // 4,
-            longest // 8,
-            longest - longest // 2 - longest // 4 - longest // 8,
-        ]
+        parts = [longest // 2, longest // 4, longest // 8]
+        return [*parts, longest - sum(parts)]
 
 
 def problems_of(

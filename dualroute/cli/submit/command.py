@@ -297,7 +297,7 @@ def _checked(
             micro_batch=train.micro_batch,
             accumulation=steps,
             gradient_clip=config.optim.grad_clip,
-            precision=train.precision,
+            precision=train.mixed_precision,
             world_size=world.world_size,
         )
     return config

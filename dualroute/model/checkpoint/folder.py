@@ -101,9 +101,9 @@ def _wrong_value(metadata: Any) -> str:
     """What is not as :func:`write_description` writes it, or ""."""
     if not isinstance(metadata, dict):
         return "it is not a table of keys and values"
-    if not _is_count(metadata.get("step")):
+    if not tree_hash.is_count(metadata.get("step")):
         return f"step is {metadata.get('step')!r}"
-    if not _is_count(metadata.get("tokens", 0)):
+    if not tree_hash.is_count(metadata.get("tokens", 0)):
         return f"tokens is {metadata['tokens']!r}"
     for name in ("train_loss", "val_loss"):
         value = metadata.get(name)
@@ -142,10 +142,6 @@ def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write ``checkpoint.json``, sealed; the last file of a checkpoint."""
     sealed = {**metadata, SEAL: seal(metadata)}
     (folder / METADATA).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)

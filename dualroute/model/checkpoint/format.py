@@ -24,8 +24,6 @@ from dualroute.model.checkpoint.folder import (
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
-    NotFinishedError,
-    Scan,
     damages,
     describe_files,
     find_checkpoint,
@@ -34,7 +32,6 @@ from dualroute.model.checkpoint.folder import (
     refuse_quantized,
     scan_checkpoints,
     step_folder,
-    step_of,
     verify_checkpoint,
     write_metadata,
 )
@@ -50,8 +47,6 @@ __all__ = [
     "TOKENIZER",
     "WEIGHTS",
     "Checkpoint",
-    "NotFinishedError",
-    "Scan",
     "check_weights",
     "damages",
     "describe_files",
@@ -63,10 +58,8 @@ __all__ = [
     "save_model",
     "scan_checkpoints",
     "step_folder",
-    "step_of",
     "verify_checkpoint",
     "write_description",
-    "write_metadata",
 ]
 
 
@@ -141,7 +134,7 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> Dua
         return assemble(config, dict(file.tensors()), checkpoint.metadata["quantization"], str(file.path))
     with torch.device("meta"):
         model = DualRoutingTransformer(config)
-    check_weights(model, {name: shape for name, (_, shape) in file.layout.items()}, str(file.path))
+    check_weights(model, file.shapes, str(file.path))
     dtypes = {dtype for dtype, _ in file.layout.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     for name, value in file.tensors():

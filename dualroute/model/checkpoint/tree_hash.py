@@ -80,14 +80,14 @@ def wrong_entry(said: Any) -> bool:
     """Whether ``said``, as read, is no entry of a file, or one that contradicts itself."""
     if (
         not isinstance(said, dict)
-        or not _is_count(said.get("size"))
+        or not is_count(said.get("size"))
         or not isinstance(said.get("sha256"), str)
     ):
         return True
     if "chunks" not in said:
         return False
     chunks, chunk_bytes = said["chunks"], said.get("chunk_bytes")
-    if not isinstance(chunks, list) or not _is_count(chunk_bytes) or chunk_bytes == 0:
+    if not isinstance(chunks, list) or not is_count(chunk_bytes) or chunk_bytes == 0:
         return True
     try:
         return len(chunks) != -(-said["size"] // chunk_bytes) or digest_of_chunks(chunks) != said["sha256"]
@@ -95,7 +95,8 @@ def wrong_entry(said: Any) -> bool:
         return True
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether ``value``, as read, is a whole number from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -223,9 +224,6 @@ class HashedFile:
         self.written += len(view)
         TRAFFIC.add(written=len(view), hashed=len(view))
         return len(view)
-
-    def flush(self) -> None:
-        """For torch.save; nothing is held back."""
 
     def _end_chunk(self) -> None:
         self.chunks.append(self._hash.hexdigest())

@@ -172,6 +172,11 @@ class TensorFile:
     def _unreadable(self, reason: str) -> UserError:
         return UserError(f"{self.path} cannot be read ({reason}): {_REMEDY}")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of every tensor."""
+        return {name: shape for name, (_, shape) in self.layout.items()}
+
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows [start, stop) along the first axis, on the CPU.
 

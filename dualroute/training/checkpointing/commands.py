@@ -1,9 +1,8 @@
 """``dualroute checkpoint export | convert``: taking checkpoints elsewhere.
 
 In: a run folder or a checkpoint folder.  Here: the weights alone (:func:`export`), or the whole state as
-DeepSpeed's universal checkpoint (:func:`convert`).  Next:
-``dualroute generate`` and ``evaluate`` take an exported folder as they take a checkpoint; so does anything
-that reads safetensors.
+DeepSpeed's universal checkpoint (:func:`convert`).  Next: ``dualroute generate`` and ``evaluate`` take an
+exported folder as they take a checkpoint; so does anything that reads safetensors.
 
 An export is read back and compared, with the optimizer's weights and with those in the
 checkpoint, before its folder gets its name.  A folder that is there has passed.
@@ -27,7 +26,7 @@ from dualroute.model.checkpoint.weights_file import write_weights
 from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.reader import WEIGHT, TrainingState, open_state
 from dualroute.training.checkpointing.state.reshard import Reporter, check_room
-from dualroute.training.checkpointing.state.writer import write_failures, write_universal
+from dualroute.training.checkpointing.state.writer import write_universal
 
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _MODULE = "model."  # where the model sits in the LightningModule
@@ -121,7 +120,7 @@ def convert(checkpoint: str, output: str) -> int:
     source = checkpoint_folder.find_checkpoint(checkpoint)
     checkpoint_folder.verify_checkpoint(source)
     state = open_state(source)
-    with appearing_folder(output) as aside, write_failures():
+    with appearing_folder(output) as aside:
         check_room(state, aside)
         write_universal(state, aside, Reporter())
     layout = StateLayout.read(source)

@@ -57,22 +57,13 @@ def deepspeed_config(
     for name, enabled in (("bf16", precision.startswith("bf16")), ("fp16", precision.startswith("16"))):
         if isinstance(user.get(name), dict):
             _agree(where, user[name], f"{name}.enabled", f"with precision={precision}, {name}", enabled)
-    hpz = config.zero_hpz_partition_size
-    hpz = (
-        _agree(
-            where,
-            zero,
-            "zero_optimization.zero_hpz_partition_size",
-            "zero_hpz_partition_size",
-            None if hpz == 1 else hpz,
-        )
-        or 1
-    )
+    key, hpz = "zero_hpz_partition_size", config.zero_hpz_partition_size
+    hpz = _agree(where, zero, f"zero_optimization.{key}", key, None if hpz == 1 else hpz) or 1
     check_hpz(hpz, stage, world_size, offload=config.offload_parameters or "offload_param" in zero)
     section = _zero_section(config, stage, zero, on_cpu)
     _check_nvme(section, where)
     if hpz > 1:
-        section["zero_hpz_partition_size"] = hpz
+        section[key] = hpz
     reduced_in = "fp32" if config.gradient_reduction == "fp32" else None
     reduced_in = _agree(where, user, "communication_data_type", "parallel.gradient_reduction", reduced_in)
     if stage == 0 and precision.startswith("16"):

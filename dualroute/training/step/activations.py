@@ -3,7 +3,8 @@
 - In: a model whose layers hold an attention and a feed-forward.
 - Here: :func:`keep_fewer_activations` makes chosen parts forget their insides and compute them again in the
   backward pass (Chen et al. 2016, https://arxiv.org/abs/1604.06174), or moves what is kept to the host.
-- Next: ``training/run.py`` builds the model so; its losses and gradients are the plain model's, to the bit.
+- Next: ``training/initial_model.py`` builds the model so; its losses and gradients are the plain model's, to
+  the bit.
 
 The attention is the cheap part to keep.  It holds its inputs, its output and one number
 a row, at any length; the feed-forward holds three times its own width.  So ``feed_forward`` frees most of a

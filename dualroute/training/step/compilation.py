@@ -3,7 +3,7 @@
 - In: a model that is about to be trained.
 - Here: :func:`compile_layers` has all blocks run through one compiled program.  The routes of the attention
   are operators in it (:mod:`dualroute.attention.compiled`), which run as they do without.
-- Next: ``training/run.py`` builds the model so; parameters and their names stay.
+- Next: ``training/initial_model.py`` builds the model so; parameters and their names stay.
 
 All layers of one shape share a program: one for training and one for validation, each for packed texts and
 for whole ones.  Packings differ in their slots, and a program takes any number of them from the start, so

@@ -23,9 +23,8 @@ from dualroute.model.quantized import require_torchao
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.deepspeed_config import asked_stage
 
-MULTIPLE = (
-    16  # of both sizes of a weight, and of the tokens of a micro-batch: what the products of a GPU want
-)
+#: Of both sizes of a weight, and of the tokens of a micro-batch: what the products of a GPU want.
+MULTIPLE = 16
 CAPABILITY = (8, 9)  # of the first GPUs that have them
 
 

@@ -132,13 +132,17 @@ class Pretrain(LightningModule):
             self._hyper_parameters.write(self.trainer.optimizers[0], lr)
         return None
 
-    def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
-        hidden = self.model.hidden_states(
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """(B, n, dim) after the last norm; of this rank's tokens where ranks share texts."""
+        return self.model.hidden_states(
             batch["input_ids"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             layout=batch.get("layout"),
         )
+
+    def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
+        hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
         # those of the whole batch: a rank that shares texts has to find its own
         rows = batch.get("label_rows") if self.model.sequence_group is None else None

@@ -1,6 +1,7 @@
 """Objects behind tensors live as long as the tensors' memory, and are found by nothing else."""
 
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -58,8 +59,6 @@ def test_a_copy_of_the_number_is_refused():
 
 
 def test_a_layout_that_was_pickled_stands_for_its_own_stream():
-    import pickle
-
     layout = Layout.build(2, 20, 8)
     layout.rotary_table(None, 8, 1e4, torch.float32)
     other = pickle.loads(pickle.dumps(layout))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def test_what_is_left_to_plain_torch_is_named() -> None:
     assert "cpp not: C++ kernels" in both_ways.line()
 
 
-def test_all_problems_count_with_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_problems_count_with_their_layers() -> None:
     one = problem(context=64)
     many = dataclasses.replace(one, layers=1000)
     spent = [decide([asked], CPU, ("torch",)).findings[0].milliseconds for asked in (one, many)]
@@ -93,6 +92,7 @@ def test_all_problems_count_with_their_layers(monkeypatch: pytest.MonkeyPatch) -
         [problem(local_heads=0, global_heads=4), one], CPU, ("cpp",), {"cpp": Double("values")}
     )
     assert wrong_in_the_second.name == "torch"
+    assert wrong_in_the_second.findings[1].why_not.startswith("WRONG, local values off by")
 
 
 def test_a_device_that_answers_no_more_ends_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +125,3 @@ def test_plain_torch_that_does_not_fit_is_no_reason_to_stop(monkeypatch: pytest.
     found = decided(cpp=load("cpp"))
     assert found.name == "cpp"
     assert "torch not: it cannot be timed: CUDA out of memory" in found.line()
-
-
-@pytest.fixture(autouse=True)
-def _open() -> Iterator[None]:
-    yield
-    backend.set_backend("auto")

@@ -96,6 +96,13 @@ def test_ranks_that_share_texts_share_the_batch_too(work, tiny_dataset, capsys):
     assert "zero_hpz_partition_size 3 does not divide the 4 ranks: use 2" in refused(capsys, *more)
 
 
+def test_fp8_is_bfloat16_to_deepspeed(work, tiny_dataset, capsys):
+    (work / "deepspeed.yaml").write_text("bf16: {enabled: true}\n")
+    more = ("pretrain", "--config", configuration(work, tiny_dataset), "--nodes", 4, "--")
+    more += ("--train.precision", "fp8", "--parallel.deepspeed_config", work / "deepspeed.yaml")
+    assert "--nodes=4\n" in scripts(capsys, *more)[0]
+
+
 def test_on_cpus_a_node_has_one_process_and_options_of_the_stage_follow(work, tiny_dataset, capsys):
     config = configuration(work, tiny_dataset)
     prompt = "it's a $HOME"

@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
-import json
-import lzma
 import re
-import tarfile
 import zipfile
 
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from data_prep.readers.formats import ReadOptions, read_documents, supported
 from dualroute.errors import UserError
+from tests.data_prep import samples
+from tests.data_prep.samples import jsonl, read, tar, written
 
 TEXTS = [f"Text {n}: naïve\n\tline\n" + "abc def " * (40 * n) for n in range(20)]
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".bz2": bz2.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
-}
-
-
-def tar(members: dict[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
-
-
-def jsonl(texts, key="text") -> bytes:
-    return b"".join(json.dumps({"id": n, key: t}).encode() + b"\n" for n, t in enumerate(texts))
-
-
-def read(path, **options):
-    return list(read_documents(path, path.name, ReadOptions(**options)))
-
-
-def written(folder, name, data):
-    path = folder / name
-    path.write_bytes(data)
-    return path
+COMPRESS = {"": bytes, **samples.COMPRESS}
 
 
 @pytest.mark.parametrize("ending", COMPRESS)

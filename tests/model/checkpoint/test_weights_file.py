@@ -23,7 +23,9 @@ def test_tensors_and_rows_are_those_of_the_library(tmp_path):
     write_tensors(path, TENSORS)
     file, theirs = TensorFile(path), load_file(path)
     assert file.layout == {name: (t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
-    for name, tensor in file.tensors():
+    ours = dict(file.tensors())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name])
     assert torch.equal(file.read("a", rows=(1, 3)), TENSORS["a"][1:3])

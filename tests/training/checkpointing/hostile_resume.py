@@ -44,12 +44,8 @@ def train(data, output, steps, layout):
 
 
 def states(folder):
-    """The files of one state that unpickling reads: of parameters of a universal checkpoint one is enough."""
-    if folder.is_file():
-        return [folder]
-    found = sorted(folder.rglob("*.pt"))
-    one = next((path.parent for path in found if path.name == "exp_avg.pt"), None)
-    return [path for path in found if path.parent.parent.name != "zero" or path.parent == one]
+    """The files of one state that unpickling reads."""
+    return [folder] if folder.is_file() else sorted(folder.rglob("*.pt"))
 
 
 def attack(data, run, layout, label, state):

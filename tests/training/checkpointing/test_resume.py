@@ -1,4 +1,4 @@
-"""A starting point is one once; a start that is refused changes nothing; a lost folder is not begun anew."""
+"""A path is a starting point once; a start that is refused changes nothing; a folder is claimed first."""
 
 import shutil
 import subprocess

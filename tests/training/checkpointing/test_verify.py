@@ -51,10 +51,7 @@ def test_a_state_that_is_spoken_of_must_be_described(checkpoint, capsys, layout,
     [
         ('"step": 1', '"step": 2'),
         ('"tokens": 0', '"tokens": 7'),
-        (
-            "}",
-            "",
-        ),
+        ("}", ""),
         ('"sha256": "', '"sha256": "0'),
     ],
     ids=["step", "tokens", "cut", "hash"],

@@ -1,4 +1,4 @@
-"""Ranks that share texts, against one that reads them alone; started by test_sequence_parallel.py.
+"""Ranks that share texts, against one that reads them alone; started by test_sequence.py.
 
 torchrun --nproc_per_node P tests/training/parallel/sequence_ranks.py
 """

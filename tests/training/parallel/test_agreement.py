@@ -11,7 +11,7 @@ from dualroute.training.parallel import agreement
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.environment import World
 from tests.conftest import ROOT
-from tests.training.parallel.test_distributed import free_port
+from tests.training.launchers import free_port
 from tests.training.step.test_module import environment
 
 

@@ -13,6 +13,7 @@ import pytest
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from tests import warm
 from tests.conftest import ROOT
+from tests.training.launchers import deepspeed, torchrun
 from tests.training.step.test_module import SMALL, curve, environment, train
 
 pytest.importorskip("deepspeed")
@@ -23,23 +24,20 @@ STEPS = 40
 STABLE = ("--monitor.sample_every_steps", "20", "--optim.lr", "0.003")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def deepspeed(ranks=2):
-    return ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", free_port()]
-
-
-def torchrun():
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-
-
-def launch(launcher, dataset, output, steps, *more, expect=0):
-    words = arguments(dataset, output, steps, *more)
-    return run_script(launcher, "launch/pretrain.py", words, expect=expect)
+def launch(launcher, dataset, output, steps, *more):
+    """What the ranks print that ``launcher`` starts."""
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "launch/pretrain.py", *arguments(dataset, output, steps, *more)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=280)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, whatever happened
+    assert process.returncode == 0, text[-3000:]
+    return text
 
 
 def launch_warm(ranks, dataset, output, steps, *more):
@@ -50,22 +48,6 @@ def launch_warm(ranks, dataset, output, steps, *more):
 def arguments(dataset, output, steps, *more):
     run = ["--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps)]
     return [*SMALL, *STABLE, *run, *more]
-
-
-def run_script(launcher, script, words, *, expect=0):
-    """What a script prints that ``launcher`` starts on its ranks."""
-    process = subprocess.Popen(
-        [sys.executable, *launcher, script, *words],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        text, _ = process.communicate(timeout=280)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher and its ranks, whatever happened
-    assert process.returncode == expect, text[-3000:]
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +69,7 @@ def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_
     output = tmp_path / "run"
     zero = ("--parallel.zero_stage", str(stage))
     if stage == 1:
-        launch(deepspeed(), tiny_dataset, output, STEPS, *zero)
+        launch(deepspeed(2), tiny_dataset, output, STEPS, *zero)
     else:
         launch_warm(2, tiny_dataset, output, STEPS, *zero)
     assert_same_losses(output, alone)
@@ -122,7 +104,7 @@ def test_a_second_partition_beside_shared_texts_and_a_resume_without_either(alon
 def test_two_ranks_stop_and_resume_exactly(alone, tiny_dataset, tmp_path):
     output = tmp_path / "run"
     # the schedule is that of 40 steps; a kill cannot be placed exactly, so later checkpoints are taken away
-    launch(torchrun(), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
+    launch(torchrun(2), tiny_dataset, output, STEPS, "--checkpoint.keep_last", "9")
     whole = curve(output)
     for step in (20, 24, 28, 32, 36, 40):
         subprocess.run(["rm", "-r", str(output / "checkpoints" / f"step-{step:08d}")], check=True)

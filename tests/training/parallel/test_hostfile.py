@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.training.parallel.test_distributed import STABLE, STEPS, assert_same_losses, free_port, launch
+from tests.training.launchers import free_port
+from tests.training.parallel.test_distributed import STABLE, STEPS, assert_same_losses, launch
 from tests.training.step.test_module import train
 
 pytest.importorskip("deepspeed")

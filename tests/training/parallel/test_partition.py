@@ -9,6 +9,7 @@ import pytest
 
 from tests import warm
 from tests.conftest import ROOT
+from tests.training.parallel import strategy_runs
 from tests.training.parallel.test_strategy import assert_same, plain_torch
 from tests.training.step.test_module import environment
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("four")
     words = [str(folder / name) for name in ("settings.json", "results.json")]
-    env = {**environment(), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    env = {**environment(), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     warm.ranks(4, "tests/training/parallel/partition_ranks.py", words, cwd=ROOT, env=env)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results
@@ -32,7 +33,8 @@ def test_two_groups_of_two_train_like_plain_torch(
 ) -> None:
     """And twice in one process, as after a roll-back."""
     assert_same(four_ranks[name], plain_torch(steps=8, **run))
-    parameters = sum(p.numel() for p in _net().parameters())
+    net = strategy_runs.Module({}, [], "adamw", 0).net
+    parameters = sum(p.numel() for p in net.parameters())
     # half of them on each of the two ranks of a group, each parameter rounded up to even parts
     assert all(parameters / 2 <= elements <= parameters / 2 + 16 for elements in four_ranks[name]["second"])
     assert four_ranks["flat"]["second"] == [0] * 8
@@ -51,9 +53,3 @@ def test_gradients_are_summed_in_float32_where_that_is_asked(four_ranks: dict[st
     assert usual["losses"] != wide["losses"]
     for got in (usual, wide):
         assert_same(got, plain_torch(steps=8), tolerance=0.022)
-
-
-def _net() -> Any:
-    from tests.training.parallel import strategy_runs
-
-    return strategy_runs.Module({}, [], "adamw", 0).net

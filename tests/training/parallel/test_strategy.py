@@ -19,6 +19,7 @@ import torch
 from dualroute.errors import UserError
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.strategy import OneProcessStrategy, ParallelConfig, build_strategy
+from tests.training.launchers import deepspeed, torchrun
 from tests.training.parallel import strategy_runs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,21 +78,6 @@ def launch(command: list[str], folder: Path, cases: list[dict[str, Any]], **vari
     if process.returncode:
         return output
     return json.loads((folder / "results.json").read_text())
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def deepspeed(ranks: int) -> list[str]:
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(free_port())]
-
-
-def torchrun(ranks: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
 
 
 def plain_torch(

@@ -3,10 +3,10 @@
     python -m tests.training.resilience.kill_anywhere --times 50 [--ranks 2 --strategy ddp] [--asynchronous]
 
 Each life of the run is the same command.  It ends by ``kill -9`` of one rank, chosen at random, at one of
-three kinds of moments, in turn: some time after the start (imports, loading, the first validation), some
-steps later, or while a checkpoint is being written ("next save": one that has another before it).  The other
-ranks are left alone: they have to notice by themselves.  At the end every loss that was logged and every
-weight is compared with the unbroken run's, for equality.  Exit status 1 if anything differs.
+three kinds of moments, in turn: some time after the start (loading, the first validation), some steps later,
+or while a checkpoint is being written ("next save": one that has another before it).  The other ranks are
+left alone: they have to notice by themselves.  At the end every loss that was logged and every weight is
+compared with the unbroken run's, for equality.  Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from safetensors.torch import load_file
 from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint, list_checkpoints
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.resilience.heartbeat import read_beat
+from tests import warm
 from tests.training.resilience.ranks import finish, start
 
 MOMENTS = ("step", "save", "start")
@@ -63,7 +63,7 @@ class Moment:
         self.kind, self.run, self.draw = kind, run, draw
         self.typical_start = typical_start
 
-    def wait(self, processes: list[subprocess.Popen[str]]) -> bool:
+    def wait(self, processes: list[warm.Started]) -> bool:
         """False when the run ended before."""
         began, first, old = time.monotonic(), logged(self.run), writing(self.run)
         steps, delay = self.draw.randint(1, 9), self.draw.uniform(0, 0.05)
@@ -87,7 +87,7 @@ class Moment:
         return False
 
 
-def stand_still(processes: list[subprocess.Popen[str]]) -> None:
+def stand_still(processes: list[warm.Started]) -> None:
     """Stop processes where they are, and wait until they have stopped, so that what is seen next stays so."""
     for process in processes:
         process.send_signal(signal.SIGSTOP)
@@ -97,7 +97,7 @@ def stand_still(processes: list[subprocess.Popen[str]]) -> None:
                 time.sleep(0.001)
 
 
-def go_on(processes: list[subprocess.Popen[str]]) -> None:
+def go_on(processes: list[warm.Started]) -> None:
     for process in processes:
         process.send_signal(signal.SIGCONT)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests import warm
 from tests.conftest import ROOT
-from tests.training.parallel.test_distributed import free_port
+from tests.training.launchers import free_port
 from tests.training.step.test_module import SMALL, environment
 
 SCRIPT = str(Path(__file__).with_name("faulty_rank.py"))

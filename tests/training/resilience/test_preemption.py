@@ -16,6 +16,7 @@ from dualroute.model.checkpoint.format import list_checkpoints
 from dualroute.training.resilience.preemption import PREEMPTED
 from tests import warm
 from tests.conftest import ROOT
+from tests.training.launchers import deepspeed
 from tests.training.step.test_module import command, curve, environment, train, wait_for_step
 
 STEPS = 24  # validated every 7 steps, saved every 4
@@ -155,13 +156,9 @@ def test_a_second_ctrl_c_ends_it_at_once_and_spoils_nothing(unbroken, tiny_datas
 def test_ranks_of_deepspeed_stop_with_their_launcher(tiny_dataset, tmp_path, kind):
     """Of its two processes the outer one passes nothing on; of a terminal's Ctrl-C all get one, ranks two."""
     pytest.importorskip("deepspeed")
-    from tests.training.parallel.test_distributed import free_port
-
     output = tmp_path / "run"
-    options = ["--num_accelerators", "2", "--master_port", free_port()]
     arguments = command(tiny_dataset, output, 400)[4:]
-    program = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
-    line = [*program, str(ROOT / "launch" / "pretrain.py"), *arguments]
+    line = [sys.executable, *deepspeed(2), str(ROOT / "launch" / "pretrain.py"), *arguments]
     process = start(line, DS_ACCELERATOR="cpu")
     wait_for_step(process, output / "metrics.jsonl", 2)
     if kind == "killed":

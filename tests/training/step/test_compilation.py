@@ -16,7 +16,7 @@ from dualroute.training.step.compilation import compile_layers
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from tests import warm
 from tests.conftest import ROOT
-from tests.training.step.test_module import curve, environment
+from tests.training.step.test_module import SMALL, curve, environment
 
 SHAPE = {
     "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 64, "max_context": 96,
@@ -46,9 +46,9 @@ def batch(length=64, seed=0):
     return {"input_ids": ids, "segment_ids": segments, "positions": positions}
 
 
-def loss_and_gradients(model, inputs):
+def loss_and_gradients(model, inputs, half=False):
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=model.half):
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
         logits = model(**inputs).float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["input_ids"].flatten())
     loss.backward()
@@ -65,12 +65,11 @@ def loss_and_gradients(model, inputs):
 )
 def test_losses_and_gradients_are_those_of_eager_layers(activations, half):
     plain, compiled = model(), model()
-    plain.half = compiled.half = half
     keys = list(compiled.state_dict())
     compile_layers(compiled, "aot_eager")
     keep_fewer_activations(compiled, activations)
     for seed in range(3):  # three packings, by one program
-        got, want = (loss_and_gradients(each, batch(seed=seed)) for each in (compiled, plain))
+        got, want = (loss_and_gradients(each, batch(seed=seed), half) for each in (compiled, plain))
         for one, other in zip(got, want, strict=True):
             most = (0.02 if half else 1e-5) * float(other.abs().max())
             torch.testing.assert_close(one, other, rtol=0, atol=most)
@@ -101,7 +100,6 @@ def test_what_asks_the_host_for_numbers_goes_the_plain_way():
 @pytest.mark.slow
 def test_rounded_weights_are_rounded_in_compiled_layers_too():
     plain, compiled = model(), model()
-    plain.half = compiled.half = False
     for each in (plain, compiled):
         round_weights_in_forward(each, "int8_weight_only", 32)
     compile_layers(compiled, "aot_eager")
@@ -111,12 +109,9 @@ def test_rounded_weights_are_rounded_in_compiled_layers_too():
 
 
 RUN = (
-    "--model.dim 32 --model.num_layers 2 --model.num_heads 4 --model.window 8 --model.block 16 "
-    "--model.top_k 1 --model.global_mode routed --data.context 64 --data.val_tokens 256 "
-    "--train.micro_batch 2 --train.tokens_per_batch 256 --train.val_every_steps 3 "
+    "--data.val_tokens 256 --train.tokens_per_batch 256 --train.val_every_steps 3 "
     "--optim.lr 0.003 --optim.schedule constant --optim.warmup_steps 1 --checkpoint.every_steps 3 "
-    "--monitor.log_every_steps 1 --monitor.sample_every_steps 6 --monitor.router_statistics_every 3 "
-    "--monitor.sample_tokens 4 --monitor.peak_tflops 0.1"
+    "--monitor.sample_every_steps 6 --monitor.router_statistics_every 3 --monitor.sample_tokens 4"
 ).split()
 STEPS = 6
 WAYS = {
@@ -138,8 +133,9 @@ def two_ranks(tiny_dataset, tmp_path_factory):
         if "zero2" in name:
             legs_of_way.insert(1, ("compiled", "true", STEPS // 2))
         for kind, compiled, steps in legs_of_way:
-            output = ("--output", str(folder / name / kind), "--data.path", str(tiny_dataset))
-            legs.append([*RUN, *output, *more, "--train.compile", compiled, "--train.max_steps", str(steps)])
+            own = ("--output", str(folder / name / kind), "--data.path", str(tiny_dataset))
+            own += ("--train.compile", compiled, "--train.max_steps", str(steps))
+            legs.append([*SMALL, *RUN, *own, *more])
     (folder / "runs.json").write_text(json.dumps(legs))
     words = [str(folder / "runs.json")]
     warm.ranks(2, "tests/training/step/compiled_runs.py", words, cwd=ROOT, env=environment())

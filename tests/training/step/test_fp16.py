@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dualroute import compat
-from tests.training.parallel.test_strategy import SPOILT, assert_same, launch, plain_torch, torchrun
+from tests.training.launchers import torchrun
+from tests.training.parallel.test_strategy import SPOILT, assert_same, launch, plain_torch
 from tests.training.step.test_module import curve, train
 
 pytest.importorskip("deepspeed")

@@ -26,10 +26,10 @@ from torch import Tensor
 from dualroute.attention.backends.flash.documents import attend_documents
 from dualroute.attention.backends.flash.routed import routed_attention
 from dualroute.attention.backends.flash.select import select_blocks
+from dualroute.attention.core.precision import HALF
 
 __all__ = ["attend_documents", "routed_attention", "select_blocks", "why_not"]
 
-HALF = (torch.float16, torch.bfloat16)
 MAX_DIM = 256
 MIN_CAPABILITY = (8, 0)  # Ampere
 

@@ -84,7 +84,7 @@ def columns(rows: Tensor, summary: Summary, exact: Tensor, stream: Stream, slab:
 def _column_numbers(exact: Tensor, stream: Stream, slab: Slab) -> Tensor:
     part = slab.of_rows(exact)  # (H_kv, documents, slots, C)
     if slab.documents > 1:
-        part = part - stream.cached(("first of documents", slab), lambda: first_of_documents(stream))
+        part = part - first_of_documents(stream)
     elif slab.columns[0]:
         part = part - slab.columns[0]
     return part.flatten(0, 1)
@@ -99,18 +99,13 @@ def fill_logits(logits: Tensor, far: Columns, stream: Stream, slab: Slab) -> Non
     """Write the logits (X, R, J) of the far blocks, -inf where a block is not far."""
     bias = stream.cached(("log block", logits.dtype), lambda: _log_block(logits, stream.block))
     torch.baddbmm(bias.expand_as(logits), far.features, far.keys.transpose(1, 2), out=logits)
-    _hide(logits, far, stream, slab, NEG_INF)
+    fill_closed(logits, stream, slab, NEG_INF)
+    by_slot = logits.unflatten(1, (far.exact.shape[1], -1))  # (X, slots, group, J)
+    by_slot.scatter_(-1, far.exact[:, :, None].expand(-1, -1, by_slot.shape[2], -1), NEG_INF)
 
 
 def _log_block(logits: Tensor, block: int) -> Tensor:
     return torch.full((1, 1, 1), math.log(block), dtype=logits.dtype, device=logits.device)
-
-
-def _hide(rows: Tensor, far: Columns, stream: Stream, slab: Slab, value: float) -> None:
-    """Put `value` at the blocks that are closed, or read exactly, into rows (X, R, J)."""
-    fill_closed(rows, stream, slab, value)
-    by_slot = rows.unflatten(1, (far.exact.shape[1], -1))  # (X, slots, group, J)
-    by_slot.scatter_(-1, far.exact[:, :, None].expand(-1, -1, by_slot.shape[2], -1), value)
 
 
 def backward(

@@ -66,9 +66,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> tuple[Te
         _rows(value),
         spans.query,
         spans.key,
-        max(
-            spans.max_query, 2
-        ),  # a bound: of single queries and grouped heads the kernel makes another shape
+        max(spans.max_query, 2),  # for 1 and grouped heads, the operator makes another shape
         spans.max_key,
         0.0,
         spans.causal,

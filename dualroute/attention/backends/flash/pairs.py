@@ -39,18 +39,18 @@ def plan(read: Tensor, stream: Stream) -> Plan:
     kv_heads, slots, chosen = read.shape
     pairs, buckets = read.numel(), kv_heads * stream.num_blocks
     key = torch.empty_like(read, dtype=torch.int32)  # narrow keys sort faster
-    torch.add(read, _numbers(stream, kv_heads, stream.num_blocks)[:, None, None], out=key)
+    torch.add(read, numbers(stream, kv_heads, stream.num_blocks)[:, None, None], out=key)
     ordered, order = torch.sort(key.flatten(), stable=True)
-    start = torch.searchsorted(ordered, _numbers(stream, buckets + 1), out_int32=True)
+    start = torch.searchsorted(ordered, numbers(stream, buckets + 1), out_int32=True)
     # a sequence ends where a block ends, and after ROWS pairs at the latest
-    bound = torch.cat([start, _numbers(stream, -(-pairs // ROWS), ROWS)]).sort().values
+    bound = torch.cat([start, numbers(stream, -(-pairs // ROWS), ROWS)]).sort().values
     block = torch.searchsorted(start[1:-1], bound[:-1], right=True, out_int32=True)
     token = torch.div(order, chosen, rounding_mode="floor", out=torch.empty_like(ordered))
-    place = torch.empty_like(token).scatter_(0, order, _numbers(stream, pairs))
+    place = torch.empty_like(token).scatter_(0, order, numbers(stream, pairs))
     return Plan(token, place.view(kv_heads * slots, chosen), bound, block)
 
 
-def _numbers(stream: Stream, count: int, step: int = 1) -> Tensor:
+def numbers(stream: Stream, count: int, step: int = 1) -> Tensor:
     """(count,) int32: 0, step, 2 * step ...; made once for all layers."""
 
     def compute() -> Tensor:
@@ -60,7 +60,7 @@ def _numbers(stream: Stream, count: int, step: int = 1) -> Tensor:
 
 
 def _spans(plan: Plan, stream: Stream) -> Spans:
-    return Spans(plan.bound, _numbers(stream, len(plan.bound), stream.block), ROWS, stream.block)
+    return Spans(plan.bound, numbers(stream, len(plan.bound), stream.block), ROWS, stream.block)
 
 
 def _query_rows(rows: Tensor, plan: Plan) -> Tensor:
@@ -91,11 +91,11 @@ def bag_sum(rows: Tensor, place: Tensor, stream: Stream, weights: Tensor | None 
     """
     chosen, group = place.shape[1], rows.shape[1]
     if group > 1:
-        place = torch.add(_numbers(stream, group)[:, None], place[:, None], alpha=group)
+        place = torch.add(numbers(stream, group)[:, None], place[:, None], alpha=group)
     return torch.embedding_bag(
         rows.to(accumulation_dtype(rows.dtype)).flatten(0, 1),
         place.flatten(),
-        _numbers(stream, place.numel() // chosen, chosen),
+        numbers(stream, place.numel() // chosen, chosen),
         per_sample_weights=None if weights is None else weights.reshape(-1),
     )[0]
 
@@ -128,11 +128,11 @@ def backward(
         _spans(plan, stream),
     )
     # a block's sequences follow each other: their gradients are summed in this order
-    first = torch.searchsorted(plan.block, _numbers(stream, buckets + 1), out_int32=True)
+    first = torch.searchsorted(plan.block, numbers(stream, buckets + 1), out_int32=True)
     to_key, to_value = (
         torch.embedding_bag(
             part.view(-1, stream.block * dim).to(accumulation_dtype(part.dtype)),
-            _numbers(stream, len(plan.block)),
+            numbers(stream, len(plan.block)),
             first,
             include_last_offset=True,
         )[0].view(kv_heads, slots, dim)

@@ -21,7 +21,7 @@ from torch import Tensor
 from dualroute.attention.backends.flash import far, operators, pairs
 from dualroute.attention.backends.flash.operators import Spans
 from dualroute.attention.backends.flash.pairs import Plan
-from dualroute.attention.backends.flash.slabs import Slab, slabs
+from dualroute.attention.backends.flash.slabs import Slab, first_of_slots, slabs
 from dualroute.attention.core.far_summary import Summary
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import NEG_INF, without_autocast
@@ -60,21 +60,12 @@ def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
 
 def _read(selected: Tensor, stream: Stream) -> Tensor:
     """selected, int64, with the first block of the document in the place of -1: it is below all others."""
-
-    def compute() -> Tensor:
-        first = stream.first_blocks().long()
-        return first.repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
-
-    return torch.maximum(selected, stream.cached("first blocks of slots", compute))
+    return torch.maximum(selected, first_of_slots(stream))
 
 
 def _own_spans(stream: Stream) -> Spans:
     """Each block with itself."""
-
-    def compute() -> Tensor:
-        return stream.block * torch.arange(stream.num_blocks + 1, dtype=torch.int32, device=stream.device)
-
-    bounds = stream.cached("bounds of blocks", compute)
+    bounds = pairs.numbers(stream, stream.num_blocks + 1, stream.block)
     return Spans(bounds, bounds, stream.block, stream.block, -1, 0)
 
 

@@ -16,7 +16,13 @@ import math
 import torch
 from torch import Tensor
 
-from dualroute.attention.backends.flash.slabs import Slab, fill_closed, first_of_documents, slabs
+from dualroute.attention.backends.flash.slabs import (
+    Slab,
+    fill_closed,
+    first_of_documents,
+    first_of_slots,
+    slabs,
+)
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import accumulation_dtype, wide_product
 from dualroute.attention.core.router import block_features, query_features
@@ -36,7 +42,13 @@ def select_blocks(
     sub_block: int = 16,
     causal: bool = True,
 ) -> Tensor:
-    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none."""
+    """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none.
+
+    Raises:
+        ValueError: not causal.
+    """
+    if not causal:
+        raise ValueError("causal=False has no flash attention: use dualroute.attention.select_blocks")
     kv_heads = len(key)
     columns = _columns(key.unflatten(1, (-1, stream.block)), router, sub_block, len(query) // kv_heads)
     rows = _query_rows(query.unflatten(0, (kv_heads, -1)), router, stream)  # (H_kv, S, f)
@@ -45,12 +57,6 @@ def select_blocks(
         _select_in_slab(selected, rows, columns, stream, slab)
     none = stream.cached(("nothing to choose", top_k), lambda: _nothing_to_choose(stream, top_k))
     return selected.masked_fill_(none, -1)
-
-
-def _sink_column(stream: Stream) -> Tensor:
-    """(1, S, 1): the first block of the document of each slot."""
-    column = stream.first_blocks().long().repeat_interleave(stream.block, output_size=stream.num_slots)
-    return column[None, :, None]
 
 
 def _nothing_to_choose(stream: Stream, top_k: int) -> Tensor:
@@ -95,9 +101,8 @@ def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Str
     rows = slab.of_rows(rows).flatten(0, 1)  # (H_kv * documents, slots, f)
     of_slab = columns.unflatten(2, (slab.documents, slab.blocks))[:, :, :, slice(*slab.columns)]
     of_slab = of_slab.transpose(1, 2).reshape(len(rows), parts * slab.width, -1)
-    scores = wide_product(rows, of_slab.transpose(1, 2)).to(
-        torch.float32
-    )  # (H_kv * documents, slots, parts * columns)
+    scores = wide_product(rows, of_slab.transpose(1, 2))  # (H_kv * documents, slots, parts * columns)
+    scores = scores.to(torch.float32)
     if parts > 1:
         scores = scores.unflatten(2, (parts, slab.width)).amax(2)
     fill_closed(scores, stream, slab, -math.inf)
@@ -106,10 +111,10 @@ def _select_in_slab(selected: Tensor, rows: Tensor, columns: Tensor, stream: Str
     _, number = first_best(scores, top_k, places)
     number = number.unflatten(0, (kv_heads, -1))  # (H_kv, documents, slots, top_k)
     if slab.documents > 1:
-        number = number.add_(stream.cached(("first of documents", slab), lambda: first_of_documents(stream)))
+        number = number.add_(first_of_documents(stream))
     elif slab.columns[0]:
         number = number.add_(slab.columns[0])
-    sink = stream.cached("sink column", lambda: _sink_column(stream)).expand(kv_heads, -1, 1)
+    sink = first_of_slots(stream).expand(kv_heads, -1, 1)
     torch.cat([slab.of_rows(sink), number], dim=-1, out=slab.of_rows(selected)[..., : 1 + top_k])
 
 

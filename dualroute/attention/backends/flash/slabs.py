@@ -1,7 +1,7 @@
 """What is worked on at once where every token meets every block: rectangles of slots by blocks.
 
-In: a stream. Out: `slabs` cuts it into as few rectangles as the memory allows, one as a rule; `closed` says
-which blocks of a rectangle a row may not read.
+In: a stream. Out: `slabs` cuts it into as few rectangles as the memory allows, one as a rule; `fill_closed`
+marks what a row of a rectangle may not read.
 
 Documents of one size are a batch of rectangles. A stream of several sizes is *one* rectangle, in which the
 blocks of other documents are closed: the number of launches must not depend on the documents of a batch, and
@@ -29,10 +29,6 @@ class Slab(NamedTuple):
     blocks: int  # of each document
     rows: tuple[int, int]
     columns: tuple[int, int]
-
-    @property
-    def whole(self) -> bool:
-        return self.rows == (0, self.blocks)
 
     @property
     def width(self) -> int:
@@ -90,15 +86,21 @@ def first_of_documents(stream: Stream) -> Tensor:
     return stream.first_blocks()[:: stream.buckets[0].blocks, None, None]
 
 
-def closed(stream: Stream, slab: Slab) -> Tensor:
+def first_of_slots(stream: Stream) -> Tensor:
+    """(S, 1) int64 the first block of the document of each slot."""
+
+    def compute() -> Tensor:
+        first = stream.first_blocks().long()
+        return first.repeat_interleave(stream.block, output_size=stream.num_slots)[:, None]
+
+    return stream.cached("first of slots", compute)
+
+
+def _closed(stream: Stream, slab: Slab) -> Tensor:
     """(rows, 1, columns) True where tokens of a block must not read another one through router or summary.
 
     Open are the blocks between the first of the document, which is read anyway, and the token's own.
     """
-    return stream.cached(("closed", slab), lambda: _closed(stream, slab))
-
-
-def _closed(stream: Stream, slab: Slab) -> Tensor:
     own = torch.arange(*slab.rows, device=stream.device)[:, None]
     column = torch.arange(*slab.columns, device=stream.device)
     first = stream.first_blocks()[slice(*slab.rows)][:, None]  # of documents of one size: those of the first
@@ -106,5 +108,6 @@ def _closed(stream: Stream, slab: Slab) -> Tensor:
 
 
 def fill_closed(rows: Tensor, stream: Stream, slab: Slab, value: float) -> None:
-    """Put `value` where `closed` says so in rows (X, slots * n, columns), in place."""
-    rows.unflatten(1, (slab.rows[1] - slab.rows[0], -1)).masked_fill_(closed(stream, slab), value)
+    """Put `value` where `_closed` says so in rows (X, slots * n, columns), in place."""
+    closed = stream.cached(("closed", slab), lambda: _closed(stream, slab))
+    rows.unflatten(1, (slab.rows[1] - slab.rows[0], -1)).masked_fill_(closed, value)

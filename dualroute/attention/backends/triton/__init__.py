@@ -1,7 +1,7 @@
 """The CUDA path of DualRouting attention: Triton kernels behind the functions of the folder above.
 
 In and out: what `routed_attention`, `select_blocks`, `local_attention` and a step of `decode_global` get and
-give. `available` says whether the kernels can take a call; whoever gets a no uses the plain path.
+give. `why_not` says what keeps the kernels from a call; such a call goes to plain torch.
 
 **What is tested.** Values and gradients against `reference`, in Triton's interpreter on a CPU, at tiny sizes;
 and that every kernel compiles to machine code for the GPUs that the test names. They have never run on a GPU,
@@ -36,27 +36,23 @@ from dualroute.attention.backends.triton.decode import decode_step
 from dualroute.attention.backends.triton.local import local_attention
 from dualroute.attention.backends.triton.routed import routed_attention
 from dualroute.attention.backends.triton.selection import select_blocks
-from dualroute.attention.backends.triton.tiles import HALF, MAX_BLOCK, MAX_DIM, pad_dim
+from dualroute.attention.backends.triton.tiles import MAX_BLOCK, MAX_DIM, pad_dim
+from dualroute.attention.core.precision import HALF
 
-__all__ = ["available", "decode_step", "local_attention", "routed_attention", "select_blocks"]
+__all__ = ["decode_step", "local_attention", "routed_attention", "select_blocks", "why_not"]
 
 MIN_CAPABILITY = (8, 0)  # Ampere: tensor cores for bfloat16
 LARGE_SHARED_MEMORY = 160 << 10  # bytes per SM that A100 and H100 have, and smaller cards have not
 BLOCK_BYTES = 32 << 10  # a block's keys on such a card; half of it where memory is smaller, or for float32
 
 
-def available(query: Tensor, *, block: int = 1, causal: bool = True) -> bool:
-    """Whether the kernels can take queries (..., d) of a route with blocks of `block` tokens.
+def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None:
+    """Why the kernels cannot take queries (..., d) of a route with blocks of `block` tokens, or None.
 
     They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and keys of a
     block that fit into its shared memory. The routed kernels are causal only; the local ones are not, and
     know no blocks: leave `block` and `causal` out for them.
     """
-    return why_not(query, block=block, causal=causal) is None
-
-
-def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None:
-    """Why the kernels cannot take these queries, None where they can; see `available`."""
     dim, kind = query.shape[-1], str(query.dtype).removeprefix("torch.")
     if query.dtype not in (*HALF, torch.float32):
         return f"the Triton kernels have floats of 16 and 32 bits only, not {kind}"

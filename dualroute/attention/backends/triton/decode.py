@@ -31,8 +31,9 @@ from dualroute.attention.backends.triton.selection import (
     part_scores,
     unpack,
 )
-from dualroute.attention.backends.triton.tiles import HALF, dot, load_rows, on_device, pad_dim, store_rows
+from dualroute.attention.backends.triton.tiles import dot, load_rows, on_device, pad_dim, store_rows
 from dualroute.attention.core.cache import GlobalCache
+from dualroute.attention.core.precision import HALF
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -80,7 +81,7 @@ def choose_kernel(
         for begin in range(1, own, COLUMNS):
             column = begin + tl.arange(0, COLUMNS)
             found = tl.load(scores + row * own + column, mask=column < own, other=0.0)[None, :]
-            best = keep_best(best, tl.where((column < own)[None, :], pack(found, column), NONE))
+            best = keep_best(best, tl.where((column < own)[None, :], pack(found, column[None, :]), NONE))
         place = tl.arange(0, TOP_PAD)
         tl.store(read + place[None, :], unpack(best), mask=(place < TOP_K)[None, :])
     tl.store(read + TOP_K, tl.where(own > 0, 0, -1))

@@ -1,4 +1,4 @@
-"""The far summary's pseudo-keys inside the kernels: which are open to a row, their logits, their gradients.
+"""The far summary's pseudo-keys inside the kernels: which are open to a row, and their gradients.
 
 In: queries (H, S, d) of a stream, the summaries of its blocks as `far_summary.summarise` gives them, and the
 selected blocks. Out: `open_bits`, a bit per row and pseudo-key; `half_square` and `far_words`, which the

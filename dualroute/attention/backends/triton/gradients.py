@@ -1,7 +1,7 @@
 """The gradient of a softmax, one tile at a time: what all backward kernels share.
 
 In: a tile of queries and keys, and of the *whole* softmax its log-sum-exp and delta = sum(dO * O). Out: the
-weights of these keys and the gradients of their logits.
+weights of these keys and the gradients of their logits; `poison` marks rows that hold a NaN.
 
 A tile needs nothing of the other tiles. With P = exp(q k^T / sqrt(d) - lse),
     dV = P^T dO     dS = P * (dO V^T - delta)     dQ = dS K / sqrt(d)     dK = dS^T Q / sqrt(d)

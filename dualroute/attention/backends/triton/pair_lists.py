@@ -62,7 +62,7 @@ class PairList(NamedTuple):
         return len(self.program_bucket)
 
 
-def pieces(kv_heads: int, group: int, slots: int, columns: int, num_blocks: int = 0) -> Iterator[Piece]:
+def pieces(kv_heads: int, group: int, slots: int, columns: int, num_blocks: int) -> Iterator[Piece]:
     """Cover all heads and slots with pieces of at most MAX_PAIR_ROWS rows: whole heads, or a part of one.
 
     Whole heads come first, since the lists of a part of the stream are short and fill their tiles badly. Of

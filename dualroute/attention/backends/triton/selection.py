@@ -33,11 +33,12 @@ LAST = tl.constexpr((1 << 31) - 1)  # number ^ LAST = LAST - number
 
 @triton.jit
 def pack(score, number):
-    """Scores (rows, n) float32 and block numbers (n,) as sortable int64: higher score, then lower number."""
+    """Scores float32 and block numbers, of shapes that broadcast, as sortable int64: higher score, then lower
+    number."""
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 and 0.0 are a tie
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ LAST, bits)  # negative floats sort backwards as integers
-    return (ordered.to(tl.int64) << 32) | (number ^ LAST).to(tl.int64)[None, :]
+    return (ordered.to(tl.int64) << 32) | (number ^ LAST).to(tl.int64)
 
 
 @triton.jit
@@ -111,12 +112,9 @@ def vote_best(best, floor, scores, column):
     top = tl.max(scores, 1)
     while tl.max((top > floor).to(tl.int32), 0) > 0:
         number = tl.min(tl.where(scores == top[:, None], column[None, :], LAST), 1)
-        candidate = tl.where(top == 0.0, 0.0, top).to(tl.int32, bitcast=True)
-        candidate = tl.where(candidate < 0, candidate ^ LAST, candidate)
-        candidate = (candidate.to(tl.int64) << 32) | (number ^ LAST).to(tl.int64)
         low, _ = lowest(best)
         gain = (best == low[:, None]) & (top > floor)[:, None]
-        best = tl.where(gain, candidate[:, None], best)
+        best = tl.where(gain, pack(top, number)[:, None], best)
         _, floor = lowest(best)
         scores = tl.where(column[None, :] == number[:, None], float("-inf"), scores)
         top = tl.max(scores, 1)

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention.core.layout import Stream
+from dualroute.attention.core.precision import HALF
 
-HALF = (torch.float16, torch.bfloat16)
 MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay on one SM
 MAX_DIM = 128
 LOG2_E = 1.4426950408889634
@@ -77,7 +77,7 @@ def softmax_step(total, peak, norm, logits, values):
 
 
 class Tile(NamedTuple):
-    """Sizes of a launch: query rows, key columns, warps."""
+    """Sizes of a launch: query rows, key columns (0 where they do not depend on the device), warps."""
 
     rows: int
     columns: int
@@ -89,7 +89,7 @@ class Tile(NamedTuple):
 # test_compile.py), and for 9, 64 rows at least of what is held, which wgmma wants. No tile was timed.
 TILES: dict[int, dict[str, tuple[Tile, Tile]]] = {
     8: {
-        "select": (Tile(128, 16, 4), Tile(32, 16, 4)),
+        "select": (Tile(128, 0, 4), Tile(32, 0, 4)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
         "window_key": (Tile(32, 64, 4), Tile(32, 64, 4)),
@@ -99,7 +99,7 @@ TILES: dict[int, dict[str, tuple[Tile, Tile]]] = {
         "far": (Tile(32, 32, 4), Tile(16, 32, 4)),
     },
     9: {
-        "select": (Tile(128, 16, 4), Tile(128, 16, 4)),
+        "select": (Tile(128, 0, 4), Tile(128, 0, 4)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
         "window_key": (Tile(64, 64, 4), Tile(32, 64, 4)),
@@ -109,7 +109,7 @@ TILES: dict[int, dict[str, tuple[Tile, Tile]]] = {
         "far": (Tile(32, 64, 4), Tile(16, 64, 4)),
     },
     10: {
-        "select": (Tile(128, 16, 4), Tile(64, 16, 4)),
+        "select": (Tile(128, 0, 4), Tile(64, 0, 4)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
         "window_key": (Tile(64, 64, 4), Tile(32, 64, 4)),

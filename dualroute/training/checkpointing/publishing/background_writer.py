@@ -23,13 +23,14 @@ from torch import Tensor
 _UNCHANGING = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device, type)
 
 
-def copy_to_host(value: Any, copies: dict[Any, Tensor]) -> Any:
+def copy_to_host(value: Any) -> Any:
     """``value`` with everything in it that may change copied to the CPU; to pinned memory from a GPU.
 
     Tensors that were one (tied weights) stay one.
     """
+    copies: dict[Any, Tensor] = {}
     copied = _copy(value, copies)
-    if any(tensor.is_pinned() for tensor in copies.values() if torch.cuda.is_available()):
+    if torch.cuda.is_available() and any(tensor.is_pinned() for tensor in copies.values()):
         torch.cuda.synchronize()
     return copied
 

@@ -4,6 +4,9 @@ In: a Trainer that is asked to save.  Here: inside :func:`captured` Lightning (o
 hand each file's content to an :class:`~dualroute.training.checkpointing.publishing.own_part.OwnPart`, which
 writes it when it is time to.  Next: ``training/checkpointing/publishing/publisher.py``.
 
+Lightning's own writer would put the whole state into memory first, and then into a temporary file of
+``$TMPDIR``: a second copy of weights and moments each, on a disk that need not have room for them.
+
 At stages 1 and 2 DeepSpeed's rank 0 would write, and every rank read, all weights once more, rounded, beside
 the partitions of their float32 originals.  They are left out (:func:`without_partitioned_weights`), and a
 resume has them from the partitions (:class:`WeightsOfPartitions`), by the very rounding that each step
@@ -23,9 +26,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from dualroute.errors import UserError
 from dualroute.training.checkpointing.publishing.own_part import OwnPart
-
-IN_PARTITIONS = "weights_in_partitions"
-"""In DeepSpeed's file of model states: the weights that are missing there are those of the partitions."""
+from dualroute.training.checkpointing.state.reader import IN_PARTITIONS
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class OwnPart:
 
     def take_state(self, state: Any, path: Path) -> None:
         """A file of tensors and plain values, which only this rank writes."""
-        self._states.append((path, copy_to_host(state, {}) if self.later else state))
+        self._states.append((path, copy_to_host(state) if self.later else state))
 
     def copied_weights(self) -> dict[str, Tensor]:
         """The weights in a copy that was taken of a whole state, by their names there; else none."""
@@ -93,7 +93,7 @@ class OwnPart:
         chunk_bytes = tree_hash.shared_chunk_bytes(size, self.ranks)
         self._shared = (path, start, chunk_bytes)
         if self.later:
-            self._bytes = list(own) if copied else [copy_to_host(piece, {}) for piece in own]
+            self._bytes = list(own) if copied else [copy_to_host(piece) for piece in own]
             return
         self._write_shared(own)
 
@@ -115,12 +115,10 @@ class OwnPart:
 
     def write(self) -> Note:
         """Write what was taken and is not written yet, flush it, and say what it is.  Raises OSError."""
+        if self._bytes:  # copied before
+            self._write_shared(self._bytes)
         if self._failure is not None:
             raise self._failure
-        if self.later and self._shared is not None and self._bytes:
-            self._write_shared(self._bytes)
-            if self._failure is not None:
-                raise self._failure
         for path, state in self._states:
             self._note.files[str(path.relative_to(self.folder))] = _save(state, path)
         self._describe_swapped()

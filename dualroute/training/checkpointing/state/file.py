@@ -1,11 +1,8 @@
-"""The training state of one process or DDP, as one file.
+"""The training state of one process or DDP, read from its one file.
 
-In: the Trainer's state at a step boundary, and a path in the folder that is to be published.  Here: it is
-written to that path and nowhere else.  Next: ``training/checkpointing/publishing/publisher.py`` makes the
-folder durable and gives it its name.
-
-Lightning's own writer would put the whole state into memory first, and then into a temporary file of
-``$TMPDIR``: a second copy of weights and moments each, on a disk that need not have room for them.
+In: the path of a checkpoint's ``state.ckpt``.  Here: it is read without running code in it
+(``training/checkpointing/state/safe_load.py``).  Next: Lightning hands it to model, optimizer and callbacks.
+``training/checkpointing/publishing/own_part.py`` has written it.
 """
 
 from __future__ import annotations
@@ -13,17 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from dualroute.training.checkpointing.state.safe_load import load_file
 
 
 class StateFile(TorchCheckpointIO):
-    """Writes a state straight to its file, tensor by tensor, and reads it without running code in it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        torch.save(checkpoint, path)
+    """Reads a state without running code in it."""
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None

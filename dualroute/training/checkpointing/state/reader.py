@@ -34,16 +34,18 @@ WEIGHT = "fp32"  #: key of the weight that the optimizer steps: float32 under Ze
 KEYS = (WEIGHT, "exp_avg", "exp_avg_sq")
 PARAMETER_NAMES = "parameter_names"  #: in the trainer's state: names in the order of the optimizer's groups
 
+IN_PARTITIONS = "weights_in_partitions"
+"""In DeepSpeed's file of model states: the weights that are missing there are those of the partitions."""
+
 # Read pages of a mapped file count as memory of the process until it is unmapped.
 _REMAP_BYTES = 256 * 2**20
 
-# Keys that DeepSpeed adds to the trainer's state.
+# Keys that DeepSpeed, or ``publishing/capture.py``, adds to the trainer's state.
 _ENGINE_KEYS = frozenset(
     "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments "
     "lr_scheduler data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info "
-    "weights_in_partitions".split()
-)
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
+) | {IN_PARTITIONS}
 
 
 class TrainingState(ABC):

@@ -1,9 +1,10 @@
 """Writing a training state in another layout than it was saved in.
 
-In: a :class:`~dualroute.training.checkpointing.state.reader.TrainingState`.  Here: three forms of it.
+In: a :class:`~dualroute.training.checkpointing.state.reader.TrainingState`.  Here: four forms of it.
 :func:`write_universal` writes DeepSpeed's universal checkpoint, a folder per parameter, which any number of
-ranks can load at stages 1 to 3; :func:`write_one_file` the plain file of one process or DDP;
-:func:`write_stage_zero` DeepSpeed's file at stage 0.  Next: ``reshard.py`` resumes from them.
+ranks can load at stages 1 to 3; :func:`write_index` what such a checkpoint holds besides parameters;
+:func:`write_one_file` the plain file of one process or DDP; :func:`write_stage_zero` DeepSpeed's file at
+stage 0.  Next: ``commands.py`` keeps the first, ``reshard.py`` resumes from the others.
 
 DeepSpeed's own converter writes stage 3 flat and stages 1 and 2 in shape, and the
 global state of one or the other, which is why it cannot go from 2 to 3 or back.  Written in shape, with the

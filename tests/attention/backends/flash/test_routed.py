@@ -116,6 +116,15 @@ def test_half_precision_is_as_close_as_its_parts(flash: FlashBackend) -> None:
         assert error < 0.01, (name, float(error))
 
 
+def test_refuses_what_it_cannot_do(flash: FlashBackend) -> None:
+    rows, stream = torch.zeros(1, 16, 4), Layout.build(1, 16, BLOCK).stream
+    with pytest.raises(ValueError, match="causal=False"):
+        flash.select_blocks(rows, rows, stream, top_k=1, causal=False)
+    selected = flash.select_blocks(rows, rows, stream, top_k=1, sub_block=4)
+    with pytest.raises(ValueError, match="causal=False"):
+        flash.routed_attention(rows, rows, rows, stream, Routing(1), selected=selected, causal=False)
+
+
 def test_twice_the_same_gives_the_same_bits(flash: FlashBackend) -> None:
     layout = BATCHES["packed"]
     runs = []

@@ -62,7 +62,7 @@ def test_grouped_heads_behind_a_mask_are_no_square_matrix(
     assert any(masked)
 
 
-def test_a_gpu_is_given_more_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_given_more_at_once() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert (device.at_once(8, cpu), device.at_once(8, cuda)) == (8, 8 * device.LARGER)
     assert device.least_ranges(cuda) < device.least_ranges(cpu)

@@ -14,11 +14,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5
 
 
-def on_device(layout: Layout) -> Layout:
-    """The layout where the kernels are."""
-    return layout.to(DEVICE)
-
-
 def both(
     batch: int,
     length: int,
@@ -37,7 +32,7 @@ def both(
 
 def run_on_device(route: Callable[..., Tensor], layout: Layout, inputs: tuple[Tensor, ...]) -> Tensor:
     """A route on a batch, (B, H, n, d)."""
-    return run(route, on_device(layout), inputs)
+    return run(route, layout.to(DEVICE), inputs)
 
 
 def assert_close_with_gradients(

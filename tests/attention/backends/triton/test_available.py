@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from dualroute.attention.backends.triton import available
+from dualroute.attention.backends.triton import why_not
 from tests.attention.backends.triton.helpers import DEVICE
 
 
 def test_takes_what_fits_and_refuses_the_rest() -> None:
     query = torch.zeros(1, 8, 64, device=DEVICE, dtype=torch.float16)
-    assert available(query)
-    assert available(query, block=64)
-    assert not available(query, block=256)
-    assert not available(query, causal=False)
-    assert not available(query.double())
-    assert not available(torch.zeros(1, 8, 256, device=DEVICE, dtype=torch.float16))
-    assert not available(query.to("meta"))
+    assert why_not(query) is None
+    assert why_not(query, block=64) is None
+    assert why_not(query, block=256)
+    assert why_not(query, causal=False)
+    assert why_not(query.double())
+    assert why_not(torch.zeros(1, 8, 256, device=DEVICE, dtype=torch.float16))
+    assert why_not(query.to("meta"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dualroute.attention import Layout, Routing
 from dualroute.attention.backends.triton import local_attention, routed_attention, select_blocks
-from tests.attention.backends.triton.helpers import DEVICE, on_device
+from tests.attention.backends.triton.helpers import DEVICE
 
 LENGTHS = (1, 21, 40, 9, 3)  # of the documents
 DIM = 8
@@ -16,7 +16,7 @@ DIM = 8
 
 def _layout() -> Layout:
     segments = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))[None]
-    return on_device(Layout.build(1, sum(LENGTHS), 8, segments))
+    return Layout.build(1, sum(LENGTHS), 8, segments).to(DEVICE)
 
 
 def _results(layout: Layout, inputs: list[Tensor], route: str) -> list[Tensor]:

@@ -38,11 +38,15 @@ def test_nothing_selected_is_no_program() -> None:
     assert (listed.program_bucket == listed.buckets).all()
 
 
+@pytest.mark.parametrize(("num_blocks", "width"), [(5, 8), (20 * pair_lists.BLOCKS_LIKE_A_ROW, 20)])
 @pytest.mark.parametrize("rows", [1, 30, 100, 1 << 22])
-def test_pieces_cover_everything_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_cover_everything_once(
+    rows: int, num_blocks: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the pairs of a slot set the limit, or its bits."""
     monkeypatch.setattr(pair_lists, "MAX_PAIR_ROWS", rows)
     seen = torch.zeros(3, 10, dtype=torch.int32)
-    for piece in pieces(3, 2, 10, 4):
+    for piece in pieces(3, 2, 10, 4, num_blocks):
         seen[piece.first_head : piece.last_head, piece.first_slot : piece.last_slot] += 1
-        assert piece.heads * piece.slots * 8 <= max(rows, 8)
+        assert piece.heads * piece.slots * width <= max(rows, width)
     assert (seen == 1).all()

@@ -13,7 +13,6 @@ from tests.attention.backends.triton.helpers import (
     DEVICE,
     assert_close_with_gradients,
     both,
-    on_device,
     run_on_device,
 )
 from tests.attention.helpers import ORDERS, batches, expected, from_stream, to_stream
@@ -81,7 +80,8 @@ def test_pieces_and_chunks_change_nothing(rows: int, count: int, monkeypatch: py
     monkeypatch.setattr(pair_lists, "MAX_PAIR_ROWS", rows)
     monkeypatch.setattr(pair_lists, "CHUNK", 16)
     layout = Layout.build(1, 46, BLOCK)
-    assert len(list(pair_lists.pieces(2, 2, layout.stream.num_slots, 2))) == count
+    stream = layout.stream
+    assert len(list(pair_lists.pieces(2, 2, stream.num_slots, 2, stream.num_blocks))) == count
     _compare(layout, both(1, 46), Routing(1, sub_block=SUB_BLOCK))
 
 
@@ -89,7 +89,7 @@ def test_pieces_and_chunks_change_nothing(rows: int, count: int, monkeypatch: py
 def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
     layout = Layout.build(1, 60, BLOCK)
     low, wide = both(1, 60, 2, 1, 16, dtype)
-    moved = on_device(layout)
+    moved = layout.to(DEVICE)
     query, key = (to_stream(moved, x.detach()) for x in low[:2])
     selected = select_blocks(query, key, moved.stream, top_k=2, sub_block=SUB_BLOCK)
     actual = _routed(layout, low, Routing(2, sub_block=SUB_BLOCK))
@@ -115,7 +115,7 @@ def test_later_tokens_change_nothing() -> None:
 
 
 def test_slots_without_a_token_change_nothing() -> None:
-    layout = on_device(Layout.build(1, 45, BLOCK))
+    layout = Layout.build(1, 45, BLOCK).to(DEVICE)
     low, _ = both(1, 45, 2, 1)
     rows = [to_stream(layout, x.detach()) for x in low]
     before = routed_attention(*rows, layout.stream, Routing(1, sub_block=SUB_BLOCK))
@@ -129,7 +129,7 @@ def test_slots_without_a_token_change_nothing() -> None:
 
 @pytest.mark.parametrize("order", ["first_order", "none"])
 def test_operators(order: str) -> None:
-    layout = on_device(Layout.build(1, 3, 1))
+    layout = Layout.build(1, 3, 1).to(DEVICE)
     query, key, value = (torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(3))
     far = [torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
     selected = select_blocks(query.detach(), key.detach(), layout.stream, top_k=0, sub_block=1)
@@ -147,7 +147,7 @@ def test_operators(order: str) -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    layout = on_device(Layout.build(1, 16, BLOCK))
+    layout = Layout.build(1, 16, BLOCK).to(DEVICE)
     rows = torch.zeros(1, 16, 4, device=DEVICE)
     with pytest.raises(ValueError, match="causal=False"):
         routed_attention(rows, rows, rows, layout.stream, Routing(1), causal=False)

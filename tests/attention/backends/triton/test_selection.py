@@ -12,14 +12,14 @@ from dualroute.attention import Layout, reference
 from dualroute.attention.backends.torch import select
 from dualroute.attention.backends.triton import select_blocks
 from dualroute.attention.backends.triton.selection import pack
-from tests.attention.backends.triton.helpers import DEVICE, both, on_device, slots_of
+from tests.attention.backends.triton.helpers import DEVICE, both, slots_of
 from tests.attention.helpers import ROUTERS, batches, to_stream
 
 BLOCK, SUB_BLOCK = 8, 4
 
 
 def _select(layout: Layout, inputs: tuple[Tensor, ...], **options: object) -> Tensor:
-    moved = on_device(layout)
+    moved = layout.to(DEVICE)
     query, key = (to_stream(moved, x.detach()) for x in inputs[:2])
     return select_blocks(query, key, moved.stream, **options).cpu()
 
@@ -74,7 +74,7 @@ def test_more_blocks_than_a_tile_holds() -> None:
 def test_of_equal_blocks_the_earlier_wins() -> None:
     layout = Layout.build(1, 96, BLOCK)
     query = torch.ones(1, 96, 4, device=DEVICE)
-    stream = on_device(layout).stream
+    stream = layout.to(DEVICE).stream
     selected = select_blocks(query, torch.zeros_like(query), stream, top_k=3, sub_block=SUB_BLOCK).cpu()
     assert selected[0, -1].sort().values.tolist() == [0, 1, 2, 3]
 
@@ -82,7 +82,7 @@ def test_of_equal_blocks_the_earlier_wins() -> None:
 @triton.jit
 def _pack_kernel(scores, packed, SIZE: tl.constexpr):
     lane = tl.arange(0, SIZE)
-    tl.store(packed + lane[None, :], pack(tl.load(scores + lane)[None, :], lane * 0 + 5))
+    tl.store(packed + lane[None, :], pack(tl.load(scores + lane), lane * 0 + 5)[None, :])
 
 
 def test_packed_scores_sort_like_scores() -> None:
@@ -101,7 +101,7 @@ def test_half_precision_chooses_what_the_plain_path_does(chooser: str, dtype: to
     query, key, _ = (to_stream(layout, x.detach().cpu()) for x in low)
     options = {"top_k": 3, "router": chooser, "sub_block": SUB_BLOCK}
     plain = select.select_blocks(query, key, layout.stream, **options)
-    selected = select_blocks(query.to(DEVICE), key.to(DEVICE), on_device(layout).stream, **options).cpu()
+    selected = select_blocks(query.to(DEVICE), key.to(DEVICE), layout.to(DEVICE).stream, **options).cpu()
     same = (selected.sort(-1).values == plain.sort(-1).values).all(-1)
     assert same.float().mean() > 0.99  # sums in another order may settle a near tie differently
 
@@ -126,7 +126,7 @@ def test_operator() -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    layout = on_device(Layout.build(1, 16, BLOCK))
+    layout = Layout.build(1, 16, BLOCK).to(DEVICE)
     rows = torch.zeros(1, 16, 4, device=DEVICE)
     with pytest.raises(ValueError, match="causal=False"):
         select_blocks(rows, rows, layout.stream, top_k=1, causal=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def main(cases: str) -> None:
 
     def on_train_start(self: CheckpointPublisher, trainer: Any, module: Any) -> None:
         begin(self, trainer, module)
-        counted["resume"] = {"read": TRAFFIC.read, "hashed": TRAFFIC.hashed, "written": TRAFFIC.written}
+        counted["resume"] = asdict(TRAFFIC)
         if trainer.global_step:
             loaded = self.folder.parent.with_name(f"{self.folder.parent.name}-{trainer.global_step}.loaded")
             loaded.mkdir(exist_ok=True)
@@ -51,7 +52,7 @@ def main(cases: str) -> None:
     for arguments in json.loads(Path(cases).read_text()):
         TRAFFIC.reset()
         run_pretraining(parse_stage("pretrain", arguments))
-        counted["save"] = {"read": TRAFFIC.read, "hashed": TRAFFIC.hashed, "written": TRAFFIC.written}
+        counted["save"] = asdict(TRAFFIC)
         found.append(dict(counted))
         gc.collect()
     torch.distributed.destroy_process_group()

@@ -49,7 +49,7 @@ def test_a_copy_is_apart_and_keeps_what_is_tied():
         "list": [torch.zeros(2), 3],
         "pair": (weight, "x"),
     }
-    copy = copy_to_host(state, {})
+    copy = copy_to_host(state)
     weight.fill_(-1)
     assert copy["a"].tolist() == [0, 1, 2, 3]
     assert copy["slice"].tolist() == [1, 2, 3]

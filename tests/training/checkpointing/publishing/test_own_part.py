@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
 from dualroute.model.checkpoint import tree_hash
-from dualroute.model.checkpoint.folder import Checkpoint, damages, find_checkpoint
+from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, damages, find_checkpoint
 from dualroute.training.checkpointing.publishing import own_part
 from dualroute.training.checkpointing.publishing.capture import (
-    IN_PARTITIONS,
     WeightsOfPartitions,
     without_partitioned_weights,
 )
@@ -25,9 +24,8 @@ from dualroute.training.checkpointing.publishing.own_part import (
     remove_notes,
 )
 from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
+from dualroute.training.checkpointing.state.reader import IN_PARTITIONS
 from dualroute.training.config import CheckpointConfig
-
-WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Trainings that go on with other ranks and layouts, as test_elastic.py asks for them.
+"""Trainings that go on with other ranks and layouts, as the fixture ``elastic`` asks for them.
 
 :func:`launch` starts N ranks (one: a plain process); they run this file, which trains one leg
 of every lane after the other, in the same processes.  A leg is the argument list of ``dualroute pretrain``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from dualroute.cli import parse_stage
 from dualroute.log import to_terminal
 from dualroute.training.parallel.environment import detect_world, strip_local_rank
 from tests import warm
+from tests.conftest import ROOT
+from tests.training.step.test_module import environment
 
-ROOT = Path(__file__).resolve().parents[4]
 STEPS_PER_LEG = 3
 RANKS = (2, 1, 4, 2)
 ZERO = {
@@ -52,16 +52,14 @@ def launch(folder: Path, ranks: int, legs: list[list[str]]) -> str:
     """Train ``legs`` on ``ranks`` ranks; what they printed."""
     cases = folder / "legs.json"
     cases.write_text(json.dumps(legs))
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return warm.ranks(ranks, __file__, [str(cases)], cwd=ROOT, env=environment)
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    return warm.ranks(ranks, __file__, [str(cases)], cwd=ROOT, env=env)
 
 
 def main(argv: list[str]) -> None:
     from dualroute.training.run import run_pretraining
 
     to_terminal()
-
     (cases,) = strip_local_rank(argv)
     for arguments in json.loads(Path(cases).read_text()):
         run_pretraining(parse_stage("pretrain", arguments))
