@@ -162,14 +162,10 @@ def load_body(checkpoint: Checkpoint, config: ModelConfig, seed: int) -> DualRou
     with torch.device("meta"):
         model = DualRoutingTransformer(config)
     new = new_head(checkpoint, config, seed)
-    taken = {
-        name: shape
-        for name, shape in file.shapes.items()
-        if not is_head(name) or keeps_head(checkpoint, config)
-    }
-    check_weights(
-        model, {**taken, **{name: tuple(value.shape) for name, value in new.items()}}, str(file.path)
-    )
+    keeps = keeps_head(checkpoint, config)
+    taken = {name: shape for name, shape in file.shapes.items() if keeps or not is_head(name)}
+    drawn = {name: tuple(value.shape) for name, value in new.items()}
+    check_weights(model, {**taken, **drawn}, str(file.path))
     for name in taken:
         replace_parameter(model, name, nn.Parameter(file.read(name).float()))
     for name, value in new.items():
@@ -183,7 +179,7 @@ def is_head(name: str) -> bool:
 
 
 def keeps_head(checkpoint: Checkpoint, config: ModelConfig) -> bool:
-    """Whether the head of ``checkpoint`` is that of ``config``: the next token's, or one of the same labels."""
+    """Whether ``checkpoint`` has the head of ``config``: the next token's, or one of the same labels."""
     theirs = ModelConfig.from_file(checkpoint.folder / CONFIG)
     return theirs.task_head == config.task_head
 

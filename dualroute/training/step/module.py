@@ -214,7 +214,7 @@ class Pretrain(LightningModule):
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
-        """Nats per target → {"bits_per_byte": …} of the text of that split; empty where targets are no text."""
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text."""
         density = self.targets_per_byte[split]
         return {} if density is None else {"bits_per_byte": loss * density / math.log(2)}
 
