@@ -13,6 +13,7 @@ from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
+from dualroute.training.finetuning.config import StrategyConfig
 
 MOST_MINUTES = 1e6  # about two years; more does not fit into the clocks of the libraries
 
@@ -351,6 +352,7 @@ class PretrainConfig:
         data: What is read.
         train: How much is trained, and in what portions.
         optim: Optimizer and learning rate.
+        finetune: Which weights are trained, how fast by their depth, and when to stop.
         spike_guard: When the step of a bad batch is left out.
         checkpoint: When checkpoints are written and which ones stay.
         monitor: What is logged.
@@ -366,6 +368,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    finetune: StrategyConfig = field(default_factory=StrategyConfig)
     spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

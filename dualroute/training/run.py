@@ -64,7 +64,14 @@ from dualroute.training.checkpointing.resume import (
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.checkpointing.state.reshard import converted_states, remove_resharded, resumable_state
 from dualroute.training.config import PretrainConfig
-from dualroute.training.initial_model import build_model, build_sharded_model, with_given
+from dualroute.training.finetuning.check import check_strategy
+from dualroute.training.finetuning.early_stopping import has_stopped
+from dualroute.training.initial_model import (
+    build_model,
+    build_sharded_model,
+    weights_beneath_adapters,
+    with_given,
+)
 from dualroute.training.kernels import compare_kernels, device, with_kernels
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
@@ -126,7 +133,10 @@ class Prepared:
     def finished(self) -> bool:
         """The checkpoint to go on from has all steps."""
         checkpoint = self.start.checkpoint
-        return checkpoint is not None and checkpoint.step >= self.total_steps
+        if checkpoint is None:
+            return False
+        patience = self.config.finetune.early_stopping
+        return checkpoint.step >= self.total_steps or has_stopped(checkpoint.metadata, patience)
 
 
 def check(config: PretrainConfig) -> Prepared:
@@ -175,6 +185,7 @@ def check(config: PretrainConfig) -> Prepared:
     if initial is not None:
         check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
+    check_strategy(config)
     prepared = Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
     check_course(prepared)
     return prepared
@@ -291,7 +302,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
 def module_arguments(prepared: Prepared) -> dict[str, Any]:
     """What every kind of training makes its LightningModule of."""
     config, data = prepared.config, prepared.data
-    resumed, weights = prepared.start.checkpoint is not None, None
+    resumed, weights = prepared.start.checkpoint, None
     if prepared.sharded:
         model, weights = build_sharded_model(config, resumed=resumed)
     else:
@@ -305,6 +316,8 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
         "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
         "spike_guard": config.spike_guard,
         "token_count": prepared.token_count,
+        "strategy": config.finetune,
+        "parent": weights_beneath_adapters(config),
     }
 
 
@@ -364,7 +377,9 @@ def _nothing_to_do(prepared: Prepared) -> int:
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
         refuse_damaged(checkpoint, digests=prepared.config.checkpoint.verify, together=False)
-        log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
+        early = checkpoint.step < prepared.total_steps
+        said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
+        log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
         log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
 
@@ -49,6 +50,7 @@ RULES: dict[str, Rule] = {
     "optim.decay_fraction": "obeyed",
     "optim.grad_clip": "obeyed",
     "optim.fused": "obeyed",
+    **STRATEGY_RULES,
     "spike_guard": "obeyed",
     "checkpoint": "obeyed",
     "monitor": "obeyed",

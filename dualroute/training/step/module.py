@@ -28,6 +28,9 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
+from dualroute.training.finetuning.config import StrategyConfig
+from dualroute.training.finetuning.depth import DepthCourse, course_of
+from dualroute.training.finetuning.freezing import with_frozen, without_frozen
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
@@ -49,8 +52,11 @@ class Pretrain(LightningModule):
         spike_guard: When a step is skipped.
         token_count: Tokens by step; null is that of a run that begins.
         weights: Those of a ``model`` that was built without any, to be divided among the ranks (ZeRO-3).
+        strategy: Which weights are trained, and how fast by their depth; ``model`` has its adapters already.
+        parent: sha256 of the weights that adapters are added to.
 
     Attributes:
+        best_by: The figure of a validation that says which one is the best, and whether higher is better.
         step_metrics: Figures of the step that was just finished, equal on all ranks.
         validation_metrics: Figures of the last validation, equal on all ranks.
     """
@@ -65,8 +71,11 @@ class Pretrain(LightningModule):
         spike_guard: SpikeGuardConfig | None = None,
         token_count: TokenCount | None = None,
         weights: InitialWeights | None = None,
+        strategy: StrategyConfig | None = None,
+        parent: str | None = None,
     ) -> None:
         super().__init__()
+        self.strategy, self.parent = strategy or StrategyConfig(), parent
         self.model = model
         self.weights = weights
         self.optim_config = optim
@@ -92,6 +101,8 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.token_count.at(self.steps_done)
 
+    best_by: tuple[str, bool] = ("loss", False)
+
     #: (number, position in the data) of the first step of those that were skipped without a good one since
     skipped_since: tuple[int, int] | None = None
 
@@ -116,9 +127,20 @@ class Pretrain(LightningModule):
         return self.model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(self.trained, self.optim_config)
+        course = self.course
+        optimizer = build_optimizer(
+            self.trained, self.optim_config, unit_of=None if course is None else course.unit
+        )
+        if course is not None:
+            course.hold_back(self.trained, lambda: self.trainer.global_step)
         self._hyper_parameters = HyperParameters(optimizer, self.optim_config)
         return optimizer
+
+    @property
+    def course(self) -> DepthCourse | None:
+        """How layers are stepped by their depth; null: all alike."""
+        steps = self.token_count.total_steps(self.train_config)
+        return course_of(self.strategy, self.model.config, steps)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
@@ -128,8 +150,11 @@ class Pretrain(LightningModule):
         if self.trainer.should_stop:
             return -1  # Lightning's sign to leave the loop before this batch
         if self._micro_steps == 0:
-            lr = self.learning_rate(self.trainer.global_step)
-            self._hyper_parameters.write(self.trainer.optimizers[0], lr)
+            step, course = self.trainer.global_step, self.course
+            lr = self.learning_rate(step)
+            self._hyper_parameters.write(self.trainer.optimizers[0], lr, course, step)
+            if course is not None and self.trainer.is_global_zero:
+                course.tell_unfrozen(step)
         return None
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -204,6 +229,8 @@ class Pretrain(LightningModule):
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
         }
+        if (course := self.course) is not None:
+            self.step_metrics |= course.figures(self.trainer.global_step - 1, self.step_metrics["lr"])
         for name, value in self._figures.items():
             self.step_metrics[name] = float(self.trainer.strategy.reduce(value, reduce_op="mean"))
         self._start_step()
@@ -240,11 +267,19 @@ class Pretrain(LightningModule):
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
         # by these names a state can be cut up otherwise (see training/checkpointing/state/reader.py)
         checkpoint["parameter_names"] = self._names_by_group()
+        checkpoint["parent"] = self.parent
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
     def _names_by_group(self) -> list[list[str]]:
         """Names of the parameters in each group of the optimizer."""
         config = self.optim_config
-        groups = parameter_groups(self.trained, config.weight_decay, decay_embeddings=config.decay_embeddings)
+        groups = parameter_groups(
+            self.trained,
+            config.weight_decay,
+            decay_embeddings=config.decay_embeddings,
+            unit_of=None if self.course is None else self.course.unit,
+        )
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
@@ -252,7 +287,14 @@ class Pretrain(LightningModule):
         missing = {"spike_guard", ShardDataModule.__qualname__} - checkpoint.keys()
         if missing:  # Lightning would go on without, from the first sample
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
+        if checkpoint.get("parent") != self.parent:
+            raise UserError(
+                f"the checkpoint's adapters were trained beside other weights ({_digest(checkpoint['parent'])} "
+                f"there, {_digest(self.parent)} here): give the init_from that the run began with"
+            )
         self._refuse_other_groups(checkpoint.get("parameter_names"))
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"])
         self.spike_guard.load_state_dict(checkpoint["spike_guard"])
         self._count_micro_batches(checkpoint)
 
@@ -278,6 +320,10 @@ class Pretrain(LightningModule):
                 counts["ready"] - counts["completed"]
             )  # 1 where it was saved inside a batch's last hook
             counts.update(ready=ready, started=ready, processed=ready, completed=ready - unfinished)
+
+
+def _digest(of_weights: str | None) -> str:
+    return "none" if of_weights is None else f"sha256 {of_weights[:12]}…"
 
 
 class StepBoundary(Callback):
