@@ -25,7 +25,10 @@ from dualroute.model.checkpoint.format import (
     Checkpoint,
     check_weights,
     find_checkpoint,
-    load_model,
+    is_head,
+    keeps_head,
+    load_body,
+    new_head,
     open_weights,
     verify_checkpoint,
 )
@@ -95,7 +98,7 @@ def build_model(config: PretrainConfig, *, resumed: Checkpoint | None = None) ->
     if source is None:
         model = DualRoutingTransformer(config.model)
     else:
-        model = load_model(source, config.model).float().train()
+        model = load_body(source, config.model, config.seed).float().train()
     if config.finetune.adapter != "none":
         add_adapters(model, config.finetune, config.seed)
     return _as_trained(model, config)
@@ -124,7 +127,7 @@ def build_sharded_model(
     model, draws = build_deferred(config.model)
     source = _source(config, resumed)
     if source is not None:
-        weights = _weights_of(source, model)
+        weights = _weights_of(source, model, config.seed)
     elif resumed is not None:
         weights = InitialWeights(draws.order)
     else:
@@ -161,18 +164,25 @@ def _seeded_weights(draws: Draws, seed: int) -> InitialWeights:
     return InitialWeights(draws.order, tensors)
 
 
-def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer) -> InitialWeights:
-    """Those of a checkpoint, for ``model``, which has its parameters on the meta device."""
+def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer, seed: int) -> InitialWeights:
+    """Those of a checkpoint, for ``model``, which has its parameters on the meta device.
+
+    As :func:`~dualroute.model.checkpoint.format.load_body` takes them: another head is drawn with ``seed``.
+    """
+    new = new_head(checkpoint, model.config, seed)
 
     def check() -> None:
         verify_checkpoint(checkpoint, only=CONFIG)
         file = open_weights(checkpoint)
-        check_weights(model, file.shapes, str(file.path))
+        keeps = keeps_head(checkpoint, model.config)
+        taken = {name: shape for name, shape in file.shapes.items() if keeps or not is_head(name)}
+        taken |= {name: tuple(value.shape) for name, value in new.items()}
+        check_weights(model, taken, str(file.path))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         file = open_weights(checkpoint, verified=False)  # compared by check
         for name in order:
-            yield name, file.read(name)
+            yield name, new[name] if name in new else file.read(name)
 
     order = [name for name, _ in model.named_parameters()]
     return InitialWeights(order, tensors, check)

@@ -46,7 +46,7 @@ class EarlyStopping(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.global_step == self._seen:
             return
-        name, higher = pl_module.best_by
+        name, higher = pl_module.best_by or ("loss", False)
         step, value = trainer.global_step, float(pl_module.validation_metrics[name])
         self._seen = step
         if self._better(value, higher):
