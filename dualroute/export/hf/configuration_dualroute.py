@@ -10,7 +10,7 @@ leads: who changes ``config.num_hidden_layers`` gets as many layers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -36,9 +36,12 @@ class DualRoutingConfig(PretrainedConfig):
 
     Args:
         dualroute: The fields of `ModelConfig`.
-        use_cache: Whether a call returns a cache unless it is told.
+        use_cache: Whether a call returns a cache unless it is told; null: where the model is causal.
         initializer_range: Standard deviation of weights that begin at random.
         classifier_dropout: Share of features that the head of a token classifier drops in training.
+        pooling: Where a classifier of texts reads its output: at the "last" token, the "first", or over the
+            "mean" of all; null: as the model was trained, else the last of a causal model and the first of
+            one that reads both sides.
         kwargs: As for `PretrainedConfig`, and the names of :data:`STANDARD`, which override ``dualroute``.
     """
 
@@ -48,9 +51,10 @@ class DualRoutingConfig(PretrainedConfig):
     def __init__(
         self,
         dualroute: dict[str, Any] | None = None,
-        use_cache: bool = True,
+        use_cache: bool | None = None,
         initializer_range: float = 0.02,
         classifier_dropout: float = 0.0,
+        pooling: Literal["last", "first", "mean"] | None = None,
         **kwargs: Any,
     ) -> None:
         fields = dict(dualroute or {})
@@ -62,7 +66,10 @@ class DualRoutingConfig(PretrainedConfig):
         standard = {name: fields[field] for name, field in STANDARD.items()}
         super().__init__(**{**kwargs, **standard})
         self.dualroute = fields
-        self.use_cache = use_cache
+        causal = fields.get("causal", True)
+        trained = (fields.get("task_head") or {}).get("pooling")
+        self.use_cache = causal if use_cache is None else use_cache
+        self.pooling = pooling or trained or ("last" if causal else "first")
         self.initializer_range = initializer_range
         self.classifier_dropout = classifier_dropout
 

@@ -32,12 +32,12 @@ from dualroute.export import parity
 from dualroute.export.hf import check_folder
 from dualroute.export.hf.bundle import bundle
 from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer
-from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
 from dualroute.model.checkpoint.weights_file import write_tensors
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 24
-ROOTS = ["dualroute.export.hf.configuration_dualroute", "dualroute.export.hf.modeling_dualroute"]
+ROOTS = [f"dualroute.export.hf.{name}_dualroute" for name in ("configuration", "modeling", "heads")]
 
 
 def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
@@ -60,6 +60,17 @@ def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
     }
 
 
+def _classes(shape: ModelConfig) -> list[tuple[str, str]]:
+    """What a model may be loaded for, and the module with its class."""
+    heads = ["SequenceClassification", "TokenClassification", "QuestionAnswering"]
+    whole = ("CausalLM", "modeling_dualroute") if _causal(shape) else ("MaskedLM", "heads_dualroute")
+    return [whole, *((task, "heads_dualroute") for task in heads)]
+
+
+def _causal(shape: ModelConfig) -> bool:
+    return getattr(shape, "causal", True)
+
+
 def config_of(loaded: Loaded) -> dict[str, Any]:
     """config.json."""
     shape = loaded.model.config
@@ -75,7 +86,7 @@ def config_of(loaded: Loaded) -> dict[str, Any]:
         "auto_map": {
             "AutoConfig": "configuration_dualroute.DualRoutingConfig",
             "AutoModel": "modeling_dualroute.DualRoutingModel",
-            "AutoModelForCausalLM": "modeling_dualroute.DualRoutingForCausalLM",
+            **{f"AutoModelFor{task}": f"{module}.DualRoutingFor{task}" for task, module in _classes(shape)},
         },
         "dtype": str(loaded.model.embedding.weight.dtype).removeprefix("torch."),
         "dualroute": shape.to_dict(),

@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from dualroute.attention.core.cache import LayerCache
@@ -167,6 +161,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         self, tokens: NewTokens, segment_ids: Tensor | None, use_cache: bool | None
     ) -> DualRoutingCache | None:
         """A cache for a call that was given none: filled by it if asked for, else deferred or null."""
+        if not self.layers[0].attention.causal:  # type: ignore[union-attr]
+            return None
         if use_cache is None:
             training = self.training and torch.is_grad_enabled()
             if not self.config.use_cache or training or segment_ids is not None or _packed(tokens):
