@@ -3,8 +3,8 @@
 In: what `DualRoutingModel` takes, and labels.  Out: scores and a loss, as transformers' models for the same
     tasks give them.
 
-The head's weights are ``task_head.project.weight`` and ``.bias``, as in a checkpoint of this package; one that
-a folder does not have begins at random, and transformers says so.
+The head's weights are ``task_head.project.weight`` and ``.bias``, as in a checkpoint of this package; one
+that a folder does not have begins at random, and transformers says so.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_a_cache_goes_on_where_it_was():
 @pytest.mark.parametrize("asked", [True, None])
 @torch.no_grad()
 def test_turns_of_unequal_length_go_on_from_one_cache(asked):
-    """Each row gives what it gives alone; null: a cache that was not asked for, filled when it is continued."""
+    """Each row gives what it gives alone; null: a cache that was not asked for."""
     ours, model = wrapped()
     generator = torch.Generator().manual_seed(0)
     masks = [torch.rand(4, n, generator=generator) < share for n, share in ((40, 0.6), (3, 0.4), (30, 0.7))]
