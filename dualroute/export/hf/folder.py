@@ -9,8 +9,8 @@ In: a loaded checkpoint and a folder that is not published yet.  Here: all of th
     folder is loaded in another process that cannot import this package, and its logits, token ids and greedy
     texts are compared with ours.
 
-Weights are written under the names of this package with "model." in front.  Nothing is
-renamed, transposed or split, so going back is as easy.
+Weights are written under the names of this package with "model." in front, an untied head as lm_head.weight.
+Nothing is transposed or split, so going back is as easy.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ from dualroute.export import parity
 from dualroute.export.hf import check_folder
 from dualroute.export.hf.bundle import bundle
 from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer
-from dualroute.model import SamplingConfig, generate
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
 from dualroute.model.checkpoint.weights_file import write_tensors
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 24
-ROOTS = ["dualroute.export.hf.configuration_dualroute", "dualroute.export.hf.modeling_dualroute"]
+ROOTS = [f"dualroute.export.hf.{name}_dualroute" for name in ("configuration", "modeling", "heads")]
 
 
 def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
     """Write everything but the model card; returns what is worth knowing of it."""
-    parameters = {f"model.{name}": value for name, value in loaded.model.named_parameters()}
-    write_tensors(folder / "model.safetensors", parameters)
+    write_tensors(folder / "model.safetensors", named_weights(loaded.model))
     source, code = write_tokenizer(loaded.tokenizer, folder)
     code += bundle(ROOTS, folder)
     config = config_of(loaded)
@@ -51,6 +50,25 @@ def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
     specials = {name: value for name, value in config.items() if name.endswith("_token_id")}
     _write_json(folder / "generation_config.json", {"do_sample": False, **specials})
     return {"tokenizer": source, "source_files": sorted(set(code))}
+
+
+def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
+    """The parameters of ``model`` under the names that they have in an exported folder; a tied head once."""
+    return {
+        "lm_head.weight" if name == "head.weight" else f"model.{name}": value
+        for name, value in model.named_parameters()
+    }
+
+
+def _classes(shape: ModelConfig) -> list[tuple[str, str]]:
+    """What a model may be loaded for, and the module with its class."""
+    heads = ["SequenceClassification", "TokenClassification", "QuestionAnswering"]
+    whole = ("CausalLM", "modeling_dualroute") if _causal(shape) else ("MaskedLM", "heads_dualroute")
+    return [whole, *((task, "heads_dualroute") for task in heads)]
+
+
+def _causal(shape: ModelConfig) -> bool:
+    return getattr(shape, "causal", True)
 
 
 def config_of(loaded: Loaded) -> dict[str, Any]:
@@ -67,7 +85,8 @@ def config_of(loaded: Loaded) -> dict[str, Any]:
         "model_type": "dualroute",
         "auto_map": {
             "AutoConfig": "configuration_dualroute.DualRoutingConfig",
-            "AutoModelForCausalLM": "modeling_dualroute.DualRoutingForCausalLM",
+            "AutoModel": "modeling_dualroute.DualRoutingModel",
+            **{f"AutoModelFor{task}": f"{module}.DualRoutingFor{task}" for task, module in _classes(shape)},
         },
         "dtype": str(loaded.model.embedding.weight.dtype).removeprefix("torch."),
         "dualroute": shape.to_dict(),
