@@ -30,9 +30,8 @@ from dualroute.training.finetuning.config import StrategyConfig
 
 FOLDER = "adapter"  #: in a checkpoint
 _NAME = "default"  # peft's, of the one adapter of a model
-#: What stands before a layer's name in an exported model and in peft's own files.
-_EXPORTED, _OF_PEFT = "model.", "base_model.model."
-_HEAD = "head"
+_OF_PEFT = "base_model.model."  #: what stands before a layer's name in peft's own files
+_HEAD, _EXPORTED_HEAD = "head", "lm_head"
 _OF_TASK = "task_head."
 
 
@@ -203,7 +202,7 @@ def adapter_files(model: nn.Module) -> dict[str, bytes]:
 
     config: StrategyConfig = model.adapter_config  # type: ignore[assignment]
     tensors = {
-        f"{_OF_PEFT}{_EXPORTED}{name.replace(f'.{_NAME}.', '.')}": parameter.detach().cpu().contiguous()
+        f"{_OF_PEFT}{_exported(name).replace(f'.{_NAME}.', '.')}": parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
         if _is_adapter(name)
     }
@@ -218,6 +217,13 @@ def adapter_files(model: nn.Module) -> dict[str, bytes]:
         f"{FOLDER}/adapter_config.json": f"{json.dumps(json.loads(text), indent=1)}\n".encode(),
         f"{FOLDER}/adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
+
+
+def _exported(name: str) -> str:
+    """The name of a layer, or of what is in it, in an exported folder."""
+    if name == _HEAD or name.startswith(f"{_HEAD}."):
+        return f"{_EXPORTED_HEAD}{name.removeprefix(_HEAD)}"
+    return f"model.{name}"
 
 
 def _as_saved(name: str) -> str:
@@ -238,4 +244,6 @@ def _shortest(model: nn.Module) -> list[str]:
         and ".lora_" not in name
         and not name.endswith(".base_layer")
     }
-    return sorted(ends) if alike <= adapted else sorted(adapted)
+    if not alike <= adapted:
+        return sorted(map(_exported, adapted))
+    return sorted(_EXPORTED_HEAD if end == _HEAD else end for end in ends)

@@ -72,6 +72,11 @@ class StrategyConfig:
             raise UserError("finetune.targets is empty: name layers, or give all")
 
     @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        return self.adapter != "none" and self.dropout > 0
+
+    @property
     def by_depth(self) -> bool:
         """Whether layers differ in how they are stepped, so that each has groups of the optimizer."""
         return self.unfreeze_share > 0 or self.layer_lr_decay != 1

@@ -30,6 +30,7 @@ from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.depth import DepthCourse, course_of
+from dualroute.training.finetuning.draws import draw_seed
 from dualroute.training.finetuning.freezing import with_frozen, without_frozen
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
@@ -161,12 +162,21 @@ class Pretrain(LightningModule):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """(B, n, dim) after the last norm; of this rank's tokens where ranks share texts."""
+        if self.training and self.strategy.draws:
+            self._seed_draws()
         return self.model.hidden_states(
             batch["input_ids"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             layout=batch.get("layout"),
         )
+
+    def _seed_draws(self) -> None:
+        """Make what adapters drop a function of the seed and of which micro-batch this is of the run."""
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        number = self._micro_steps * ranks["num_replicas"] + ranks["rank"]
+        seed = self.trainer.datamodule.seed  # type: ignore[attr-defined]
+        torch.manual_seed(draw_seed(seed, self.trainer.global_step, number))
 
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.hidden_states(batch)
