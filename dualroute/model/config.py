@@ -3,7 +3,8 @@
 `ModelConfig` is written by people (``configs/model/*.yaml``), travels inside every checkpoint as
 ``model.json`` and is all that :class:`~dualroute.model.transformer.DualRoutingTransformer` needs.
 ``attention: dense`` is not another model.  It is the same code with every head on
-the full global route, so that a comparison with the dense baseline differs in nothing else.
+the full global route, so that a comparison with the dense baseline differs in nothing else.  Nor is an
+encoder: with ``causal: false`` both routes read what follows a token as they read what precedes it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dualroute.settings import above, at_least, check_fields
 C = TypeVar("C")
 
 _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
+#: Fields that a file leaves out at these values, so that it stays what it was before there were such fields.
+_LEFT_OUT = {"causal": True}
 _RANGES = {
     **dict.fromkeys(
         ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
@@ -53,7 +56,7 @@ def _noting_what_is_given(cls: type[C]) -> type[C]:
 @_noting_what_is_given
 @dataclass
 class ModelConfig:
-    """Shape of a decoder-only Transformer with DualRouting attention.
+    """Shape of a Transformer with DualRouting attention: a decoder, or with causal false an encoder.
 
     Args:
         vocab_size: Number of token ids; null takes it from the data set's tokenizer.
@@ -66,12 +69,16 @@ class ModelConfig:
         max_context: Longest sequence, in tokens, that the model is meant to read (its RoPE range).
         attention: dual sums a global and a local route; dense is the plain Transformer with the same
             parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
+        causal: Each token sees itself and what precedes it, and the model predicts the next token.  false:
+            each token sees both sides of its document on both routes, and the model is trained to find
+            masked tokens (train.objective masked); it cannot continue a text.
         dense_every: With attention interleaved, every n-th layer is dense (6: five local ones, then a
             dense one, as in Gemma 3, https://arxiv.org/abs/2503.19786).
         global_heads: Query heads of the global route; null means those of half of the key/value heads,
             rounded down.
         local_heads: Query heads of the local route; null means the others.
-        window: Keys that the local route sees, the token itself included.
+        window: Keys that the local route sees, the token itself included; with causal false so many to each
+            side, the token itself counted in both: 2 * window - 1 in all.
         layer_windows: The window of each layer, where they differ; null means window for all.
         global_mode: full reads every key; routed reads top_k blocks chosen per token; auto is full in
             documents of up to auto_break_even tokens and routed in longer ones.
@@ -103,6 +110,7 @@ class ModelConfig:
     ffn_dim: int | None = None
     max_context: int = 2048
     attention: Literal["dual", "dense", "local", "interleaved"] = "dual"
+    causal: bool = True
     dense_every: int = 6
     global_heads: int | None = None
     local_heads: int | None = None
@@ -221,8 +229,23 @@ class ModelConfig:
         return heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as it was given, JSON-ready, in the order of the class."""
-        return dataclasses.asdict(self)
+        """Every field as it was given, JSON-ready, in the order of the class.
+
+        Those that came later are left out where they say what was so before."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if _LEFT_OUT.get(name, ...) != value}
+
+    def require_causal(self, what: str) -> None:
+        """Refuse ``what``, which reads from left to right, where the model does not.
+
+        Raises:
+            UserError: ``causal`` is false.
+        """
+        if not self.causal:
+            raise UserError(
+                f"{what} predicts the next token, and this model sees both sides of each token (model.causal "
+                f"false): give a model with model.causal true"
+            )
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The model: token ids in, next-token logits out.
+"""The model: token ids in, logits out, of the next token or, where it is not causal, of the token itself.
 
 ``DualRoutingTransformer(config)(input_ids)`` runs in a plain Python shell; nothing here knows of a
 trainer, a device or a rank.  Ids come from :mod:`dualroute.data.reader`, with ``segment_ids`` that say
@@ -26,7 +26,8 @@ INIT_STD = 0.02
 
 
 class DualRoutingTransformer(nn.Module):
-    """Decoder-only Transformer: RMSNorm, DualRouting attention with RoPE, SwiGLU.
+    """Transformer: RMSNorm, DualRouting attention with RoPE, SwiGLU; a decoder, or with ``causal`` false an
+    encoder, which reads both sides of each token.
 
     Args:
         config: Shape of the model; ``vocab_size`` must be set.
@@ -176,11 +177,17 @@ class DualRoutingTransformer(nn.Module):
         return self._through_layers(hidden, ids, segment_ids, positions, attention_mask, layout)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Next-token logits (B, n, V); arguments as in :meth:`hidden_states`."""
+        """Logits (B, n, V), of the next token or, not causal, of the token itself; arguments as in
+        :meth:`hidden_states`."""
         return self.head(self.hidden_states(input_ids, **inputs))
 
     def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:
-        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8."""
+        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8.
+
+        Raises:
+            UserError: The model is not causal.
+        """
+        self.config.require_causal("decoding token by token")
         weight = self.norm.weight  # floats in a quantised model too
         return [
             layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype, int8=int8)  # type: ignore[union-attr,operator]
@@ -204,14 +211,17 @@ class DualRoutingTransformer(nn.Module):
         return 6.0 * matmul_weights + 12.0 * self.config.head_dim * keys
 
     def _keys_read(self, layer: nn.Module, context: int) -> float:
-        """Keys that one token of a causal context reads on average, summed over the heads of a layer."""
+        """Keys that one token of the context reads on average, summed over the heads of a layer."""
         assert isinstance(layer, TransformerBlock)
         attention, config = layer.attention, self.config
-        everything = (context + 1) / 2
         window = min(attention.window, context)
-        local = window - window * (window - 1) / (2 * context)
+        before = window - window * (window - 1) / (2 * context)  # those within the window, the token included
+        if attention.causal:
+            everything, local, own = (context + 1) / 2, before, 0.5
+        else:
+            everything, local, own = context, 2 * before - 1, 1.0
         exact_blocks = attention.max_exact_blocks
         if exact_blocks is None or context <= exact_blocks * config.block:
             return attention.global_heads * everything + attention.local_heads * local
-        routed = (attention.routing.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one
+        routed = (attention.routing.top_k + 1 + own) * config.block  # sink, chosen blocks, the own one
         return attention.global_heads * min(everything, routed) + attention.local_heads * local

@@ -15,6 +15,7 @@ mounted than lost.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -240,8 +241,8 @@ def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]
     Raises:
         UserError: Its model or data are others.
     """
-    theirs = ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG).to_dict()
-    ours = model.to_dict()
+    theirs = dataclasses.asdict(ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG))
+    ours = dataclasses.asdict(model)
     differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
     if differing:
         raise UserError(

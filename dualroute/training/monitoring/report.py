@@ -109,7 +109,11 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             ),
             ("trained", _trained(checkpoint)),
         ]
-        sample = _sample(checkpoint, model, config)
+        sample = (
+            _sample(checkpoint, model, config)
+            if model.config.causal
+            else "(the model sees both sides of each token: it continues no text)"
+        )
     rows = [
         *_corpus(data),
         *of_checkpoint,
@@ -123,8 +127,9 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
         *(("damaged checkpoint", problem) for problem in problems),
         ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
         ("TensorBoard", f"`tensorboard --logdir {run / 'tensorboard'}`"),
-        ("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'),
     ]
+    if model is None or model.config.causal:
+        rows.append(("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'))
     table = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
 
