@@ -76,6 +76,16 @@ STAGES = {
         ("dualroute.training.run", "run_pretraining"),
         "shards → trained model",
     ),
+    "finetune": Stage(
+        ("dualroute.tasks.config", "FinetuneConfig"),
+        ("dualroute.tasks.run", "run_finetuning"),
+        "rows of your data → a model for a task",
+    ),
+    "predict": Stage(
+        ("dualroute.tasks.config", "PredictConfig"),
+        ("dualroute.tasks.predict", "predict_command"),
+        "answers of such a model, row by row",
+    ),
     "evaluate": Stage(
         ("dualroute.evaluate.config", "EvaluateConfig"),
         ("dualroute.evaluate.perplexity", "evaluate_command"),

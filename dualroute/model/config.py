@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, Heads, check_routes, resolve_heads
 from dualroute.errors import UserError
 from dualroute.files import read_json
-from dualroute.settings import above, at_least, check_fields
+from dualroute.settings import DERIVED, above, at_least, check_fields
 
 C = TypeVar("C")
 
 _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
 #: Fields that a file leaves out at these values, so that it stays what it was before there were such fields.
+<<<<<<< HEAD
 _LEFT_OUT = {"causal": True}
+=======
+_LEFT_OUT: dict[str, Any] = {"task_head": None}
+>>>>>>> tasks
 _RANGES = {
     **dict.fromkeys(
         ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
@@ -51,6 +55,35 @@ def _noting_what_is_given(cls: type[C]) -> type[C]:
 
     cls.__init__ = note_and_initialise  # type: ignore[method-assign]
     return cls
+
+
+@dataclass
+class TaskHeadConfig:
+    """What leaves a model instead of the next token.
+
+    Args:
+        kind: sequence (one class for a text), number (one number for it), token (a class for each token),
+            span (scores of being an answer's first and last token) or ctc (a character or none for each
+            frame).
+        labels: Names of the classes, or the characters, in the order of the outputs; empty for number and
+            span.
+        pooling: Where a text's one output is read: at its last token, its first, or over the mean of all.
+    """
+
+    kind: Literal["sequence", "number", "token", "span", "ctc"] = "sequence"
+    labels: list[str] = field(default_factory=list)
+    pooling: Literal["last", "first", "mean"] = "last"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.task_head")
+        named = self.kind in ("sequence", "token", "ctc")
+        if named != bool(self.labels):
+            raise UserError(f"model.task_head of kind {self.kind} has {'no' if named else 'names of'} labels")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that leave for each token."""
+        return {"number": 1, "span": 2}.get(self.kind, len(self.labels))
 
 
 @_noting_what_is_given
@@ -99,6 +132,7 @@ class ModelConfig:
         gate: A learned gate per head, 1 at the start.
         tie_embeddings: Use the input embedding as the output projection.
         norm_eps: Epsilon of every RMSNorm.
+        task_head: What leaves instead of the next token; ``dualroute finetune`` sets it from task and data.
     """
 
     vocab_size: int | None = None
@@ -131,8 +165,11 @@ class ModelConfig:
     gate: bool = False
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    task_head: TaskHeadConfig | None = field(default=None, metadata=DERIVED)
 
     def __post_init__(self) -> None:
+        if isinstance(self.task_head, dict):  # of a model.json
+            self.task_head = TaskHeadConfig(**self.task_head)
         self._derived()  # raises where the numbers contradict each other
 
     #: fields that were given, by position, by name or (see ``dualroute.cli``) in files and flags
@@ -234,6 +271,7 @@ class ModelConfig:
         Those that came later are left out where they say what was so before."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if _LEFT_OUT.get(name, ...) != value}
+<<<<<<< HEAD
 
     def require_causal(self, what: str) -> None:
         """Refuse ``what``, which reads from left to right, where the model does not.
@@ -246,6 +284,8 @@ class ModelConfig:
                 f"{what} predicts the next token, and this model sees both sides of each token (model.causal "
                 f"false): give a model with model.causal true"
             )
+=======
+>>>>>>> tasks
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:

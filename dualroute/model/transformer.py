@@ -1,9 +1,11 @@
-"""The model: token ids in, logits out, of the next token or, where it is not causal, of the token itself.
+"""The model: token ids in; logits out, of the next token or, where it is not causal, of the token itself, or
+what a task asks for.
 
 ``DualRoutingTransformer(config)(input_ids)`` runs in a plain Python shell; nothing here knows of a
 trainer, a device or a rank.  Ids come from :mod:`dualroute.data.reader`, with ``segment_ids`` that say
 which document each token belongs to; the layout of documents and blocks is computed once here and shared
-by all layers; hidden states leave through :mod:`dualroute.model.lm_head`.
+by all layers; hidden states leave through :mod:`dualroute.model.lm_head`, or
+:mod:`dualroute.model.task_heads`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.lm_head import NextTokenHead
+from dualroute.model.task_heads import TaskHead
 
 INIT_STD = 0.02
 
@@ -47,8 +50,11 @@ class DualRoutingTransformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
+        # a model with a task's head writes no text: its output weight is the embedding's, and not used
+        tied = config.tie_embeddings or config.task_head is not None
+        own = None if tied else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.head = NextTokenHead(self.embedding.weight if own is None else own)
+        self.task_head = None if config.task_head is None else TaskHead(config.task_head, config.dim)
         # counted now: a trainer that shards the model leaves parameters of size 0 behind
         vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
         self._parameters_in_vocabulary = sum(vocabulary.values())
@@ -64,6 +70,8 @@ class DualRoutingTransformer(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
         nn.init.normal_(self.head.weight, std=INIT_STD)
+        if self.task_head is not None:
+            self.task_head.init_weights(INIT_STD)
         for layer in self.layers:
             assert isinstance(layer, TransformerBlock)
             nn.init.normal_(layer.attention.out_proj.weight, std=residual_std)
@@ -177,9 +185,13 @@ class DualRoutingTransformer(nn.Module):
         return self._through_layers(hidden, ids, segment_ids, positions, attention_mask, layout)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Logits (B, n, V), of the next token or, not causal, of the token itself; arguments as in
-        :meth:`hidden_states`."""
-        return self.head(self.hidden_states(input_ids, **inputs))
+        """Logits (B, n, V), of the next token or, not causal, of the token itself, or a task's outputs for each
+        token; arguments as in :meth:`hidden_states`."""
+        hidden = self.hidden_states(input_ids, **inputs)
+        if self.task_head is not None:
+            outputs: Tensor = self.task_head(hidden, segment_ids=inputs.get("segment_ids"))
+            return outputs
+        return self.head(hidden)
 
     def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:
         """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8.
@@ -206,7 +218,9 @@ class DualRoutingTransformer(nn.Module):
         product and a weighted sum, 4·head_dim forward, twice that backward.
         """
         assert self.config.head_dim is not None
-        matmul_weights = self._parameters_in_layers + (self.config.vocab_size or 0) * self.config.dim
+        matmul_weights = self._parameters_in_layers  # a task's head is among them
+        if self.task_head is None:
+            matmul_weights += (self.config.vocab_size or 0) * self.config.dim
         keys = sum(self._keys_read(layer, context) for layer in self.layers)
         return 6.0 * matmul_weights + 12.0 * self.config.head_dim * keys
 

@@ -24,7 +24,10 @@ from dualroute.model.checkpoint.format import (
     Checkpoint,
     check_weights,
     find_checkpoint,
-    load_model,
+    is_head,
+    keeps_head,
+    load_body,
+    new_head,
     open_weights,
     verify_checkpoint,
 )
@@ -90,7 +93,7 @@ def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRouting
     if config.init_from is None or resumed:
         model = DualRoutingTransformer(config.model)
     else:
-        model = load_model(find_checkpoint(config.init_from), config.model).float().train()
+        model = load_body(find_checkpoint(config.init_from), config.model, config.seed).float().train()
     return _as_trained(model, config)
 
 
@@ -102,7 +105,7 @@ def build_sharded_model(
     if resumed:
         weights = InitialWeights(draws.order)
     elif config.init_from is not None:
-        weights = _weights_of(find_checkpoint(config.init_from), model)
+        weights = _weights_of(find_checkpoint(config.init_from), model, config.seed)
     else:
         weights = _seeded_weights(draws, config.seed)
     return _as_trained(model, config), weights
@@ -136,18 +139,25 @@ def _seeded_weights(draws: Draws, seed: int) -> InitialWeights:
     return InitialWeights(draws.order, tensors)
 
 
-def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer) -> InitialWeights:
-    """Those of a checkpoint, for ``model``, which has its parameters on the meta device."""
+def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer, seed: int) -> InitialWeights:
+    """Those of a checkpoint, for ``model``, which has its parameters on the meta device.
+
+    As :func:`~dualroute.model.checkpoint.format.load_body` takes them: another head is drawn with ``seed``.
+    """
+    new = new_head(checkpoint, model.config, seed)
 
     def check() -> None:
         verify_checkpoint(checkpoint, only=CONFIG)
         file = open_weights(checkpoint)
-        check_weights(model, file.shapes, str(file.path))
+        keeps = keeps_head(checkpoint, model.config)
+        taken = {name: shape for name, shape in file.shapes.items() if keeps or not is_head(name)}
+        taken |= {name: tuple(value.shape) for name, value in new.items()}
+        check_weights(model, taken, str(file.path))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         file = open_weights(checkpoint, verified=False)  # compared by check
         for name in order:
-            yield name, file.read(name)
+            yield name, new[name] if name in new else file.read(name)
 
     order = [name for name, _ in model.named_parameters()]
     return InitialWeights(order, tensors, check)

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from dualroute import compat
-from dualroute.data.module import ShardDataModule
+from dualroute.data.module import ShardDataModule, WindowDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
@@ -53,6 +53,7 @@ from dualroute.model.checkpoint.format import (
     find_checkpoint,
     refuse_quantized,
 )
+from dualroute.model.config import TaskHeadConfig
 from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.resume import (
     Start,
@@ -97,12 +98,13 @@ class Prepared:
             what was chosen.
         roll_back: The roll-back that this attempt begins with, if any.
         sharded: The strategy divides the weights, so the model is to be built without them.
+        extra_files: What every checkpoint holds besides, by name.
     """
 
     config: PretrainConfig
     world: World
     output: Path
-    data: ShardDataModule
+    data: WindowDataModule
     tokenizer: Tokenizer
     accumulation: int
     start: Start
@@ -111,6 +113,7 @@ class Prepared:
     sharded: bool = False
     operation: str = "pretrain"
     teacher: dict[str, Any] | None = None
+    extra_files: dict[str, bytes] | None = None
 
     @property
     def token_count(self) -> TokenCount:
@@ -129,8 +132,28 @@ class Prepared:
         return checkpoint is not None and checkpoint.step >= self.total_steps
 
 
-def check(config: PretrainConfig) -> Prepared:
-    """Find what is wrong with a run before anything is started.  Reads only.
+@dataclass
+class Begun:
+    """What was found sound of a configuration before its data were looked at.
+
+    Attributes:
+        config: With the model of ``init_from`` and the kernels of this machine.
+        start: What a glance into the run folder has shown.
+        initial: The checkpoint whose model and tokenizer the run has, if any.
+    """
+
+    config: Any  # PretrainConfig, or one of its kind
+    world: World
+    output: Path
+    start: Start
+    initial: Checkpoint | None
+    accumulation: int
+
+
+def begin(config: PretrainConfig) -> Begun:
+    """Find what is wrong with folder, machine, model and batch arithmetic, which every kind of training has.
+
+    It only reads.
 
     Raises:
         UserError: Naming the key, file or folder, and the remedy.
@@ -159,25 +182,61 @@ def check(config: PretrainConfig) -> Prepared:
         check_fp8(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
-    _ = train.total_steps  # refused where neither steps nor tokens are given
+    if train.epochs is None:
+        _ = train.total_steps  # refused where neither steps nor tokens are given
+    return Begun(config, world, output, start, initial, accumulation)
+
+
+def check(config: PretrainConfig) -> Prepared:
+    """Find what is wrong with a run before anything is started.  Reads only.
+
+    Raises:
+        UserError: Naming the key, file or folder, and the remedy.
+    """
+    begun = begin(config)
+    train, data = begun.config.train, begun.config.data
     module = ShardDataModule(
         data.path,
         data.context,
         train.micro_batch,
         train.tokens_per_batch,
-        seed=config.seed,
+        seed=begun.config.seed,
         num_workers=data.num_workers,
         val_tokens=data.val_tokens,
         verify=data.verify,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
-    if initial is not None:
-        check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
-    config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
-    prepared = Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
+    if begun.initial is not None:
+        check_same_tokenizer(begun.initial.folder / TOKENIZER, tokenizer, data.path)
+    prepared = prepare(begun, module, tokenizer, pretraining_module)
     check_course(prepared)
     return prepared
+
+
+def prepare(
+    begun: Begun,
+    data: WindowDataModule,
+    tokenizer: Tokenizer,
+    make_module: Callable[[Prepared], Pretrain],
+    task_head: TaskHeadConfig | None = None,
+) -> Prepared:
+    """A run of these data, with its vocabulary, what leaves its model, and its length in tokens.
+
+    Raises:
+        UserError: The model has another vocabulary.
+    """
+    config = begun.config
+    model = _with_vocabulary(config.model, tokenizer, config.data.path)
+    model = dataclasses.replace(model, task_head=task_head).resolved()
+    train = config.train
+    if train.epochs is not None:
+        tokens = data.plan.samples_in(train.epochs) * data.context
+        train = dataclasses.replace(train, epochs=None, max_tokens=tokens)
+    config = dataclasses.replace(config, model=model, train=train)
+    return Prepared(
+        config, begun.world, begun.output, data, tokenizer, begun.accumulation, begun.start, make_module
+    )
 
 
 def check_course(prepared: Prepared) -> None:
@@ -188,7 +247,7 @@ def check_course(prepared: Prepared) -> None:
     """
     config, checkpoint = prepared.config, prepared.start.checkpoint
     if checkpoint is not None:
-        refuse_changes(checkpoint, config, prepared.data.manifest.fingerprint)
+        refuse_changes(checkpoint, config, prepared.data.fingerprint)
     if prepared.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
@@ -285,7 +344,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
             f"model.vocab_size is {model.vocab_size} and the tokenizer of {path} has {tokenizer.vocab_size} "
             f"ids: leave model.vocab_size out"
         )
-    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size).resolved()
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
 
 
 def module_arguments(prepared: Prepared) -> dict[str, Any]:
@@ -393,7 +452,7 @@ def _with_start(prepared: Prepared) -> Prepared:
 
 def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
     """Raise UserError where ``checkpoint`` is of another model or other data."""
-    config, fingerprint = prepared.config, prepared.data.manifest.fingerprint
+    config, fingerprint = prepared.config, prepared.data.fingerprint
     data = {"fingerprint": fingerprint, "seed": config.seed, "context": config.data.context}
     check_start(checkpoint, config.model, data)
 

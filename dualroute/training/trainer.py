@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from dualroute.attention import backend
 from dualroute.errors import one_line
 from dualroute.paths import absolute_paths
+from dualroute.settings import given_fields
 from dualroute.training.checkpointing.publishing.first_write import FirstWrite, LateTensorBoardLogger
 from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 def resolved_yaml(config: PretrainConfig) -> str:
     """Every value of a run as YAML that ``--config`` reads again, from any folder."""
     values = json.loads(json.dumps(dataclasses.asdict(absolute_paths(config))))
+    for derived in {field.name for field in dataclasses.fields(config.model)} - {
+        field.name for field in given_fields(config.model)
+    }:
+        del values["model"][derived]
     return f"# {one_line(backend.describe(device()))}\n{yaml.safe_dump(values, sort_keys=False)}"
 
 
@@ -78,6 +83,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         prepared.tokenizer.path,
         train.val_every_steps,
         patience_minutes=config.parallel.timeout_minutes,
+        extra=prepared.extra_files,
     )
     preemption = Preemption(publisher)
     watchdog = Watchdog(config.watchdog, world, output, reduces_in_backward=config.parallel.strategy == "ddp")

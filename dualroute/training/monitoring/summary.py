@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dualroute.attention.backend import describe
-from dualroute.data.module import ShardDataModule
+from dualroute.data.window_module import WindowDataModule
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint.format import Checkpoint
 from dualroute.training.checkpointing.resumed_settings import learning_rate_note
@@ -32,7 +32,7 @@ MANY_EPOCHS = 4
 log = logging.getLogger(__name__)
 
 
-def epochs(tokens: int, data: ShardDataModule) -> float:
+def epochs(tokens: int, data: WindowDataModule) -> float:
     """Passes over the training data that ``tokens`` are."""
     return tokens / (data.plan.windows_per_epoch * data.context)
 
@@ -41,7 +41,7 @@ def what_is_trained(
     operation: str,
     model: DualRoutingTransformer,
     config: PretrainConfig,
-    data: ShardDataModule,
+    data: WindowDataModule,
     world: World,
     count: TokenCount,
     device: torch.device,
@@ -64,7 +64,7 @@ def what_is_trained(
 
 def warnings_at_start(
     config: PretrainConfig,
-    data: ShardDataModule,
+    data: WindowDataModule,
     world: World,
     count: TokenCount,
     resumed: Checkpoint | None,

@@ -22,9 +22,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dualroute.data.module import Batch, ShardDataModule
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.window_module import Batch, WindowDataModule
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
@@ -45,7 +45,8 @@ class Pretrain(LightningModule):
         optim: Optimizer and learning-rate schedule.
         train: Batch arithmetic and loss.
         tokenizer: For samples during training.
-        targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.
+        targets_per_byte: Targets per byte of text, by split; turns nats into bits per byte.  Null where
+            targets are not text.
         spike_guard: When a step is skipped.
         token_count: Tokens by step; null is that of a run that begins.
         weights: Those of a ``model`` that was built without any, to be divided among the ranks (ZeRO-3).
@@ -55,13 +56,17 @@ class Pretrain(LightningModule):
         validation_metrics: Figures of the last validation, equal on all ranks.
     """
 
+    #: Which of the validation's figures makes a checkpoint the best, and whether more of it is better; null
+    #: for the loss.
+    best_by: tuple[str, bool] | None = None
+
     def __init__(
         self,
         model: DualRoutingTransformer,
         optim: OptimConfig,
         train: TrainConfig,
         tokenizer: Tokenizer,
-        targets_per_byte: dict[str, float],
+        targets_per_byte: dict[str, float | None],
         spike_guard: SpikeGuardConfig | None = None,
         token_count: TokenCount | None = None,
         weights: InitialWeights | None = None,
@@ -102,7 +107,7 @@ class Pretrain(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.model.set_sequence_group(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
-        if isinstance(data := self.trainer.datamodule, ShardDataModule):  # type: ignore[attr-defined]
+        if isinstance(data := self.trainer.datamodule, WindowDataModule):  # type: ignore[attr-defined]
             data.layout_plan = self.model.layout_plan()
 
     def configure_model(self) -> None:
@@ -197,7 +202,7 @@ class Pretrain(LightningModule):
             "loss": self._outcome.loss,
             "grad_norm": self._outcome.grad_norm,
             "lr": self.learning_rate(self.trainer.global_step - 1),
-            "bits_per_byte": self.bits_per_byte(self._outcome.loss, "train"),
+            **self.bits_per_byte(self._outcome.loss, "train"),
             "tokens": self.tokens_seen,
             "epoch": self.trainer.datamodule.epoch,  # type: ignore[attr-defined]
             "tokens_in_step": self.train_config.tokens_per_batch,
@@ -208,9 +213,10 @@ class Pretrain(LightningModule):
             self.step_metrics[name] = float(self.trainer.strategy.reduce(value, reduce_op="mean"))
         self._start_step()
 
-    def bits_per_byte(self, loss: float, split: str) -> float:
-        """Nats per target → bits per byte of the text of that split."""
-        return loss * self.targets_per_byte[split] / math.log(2)
+    def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text."""
+        density = self.targets_per_byte[split]
+        return {} if density is None else {"bits_per_byte": loss * density / math.log(2)}
 
     # ------------------------------------------------------------------ validation
 
@@ -224,7 +230,7 @@ class Pretrain(LightningModule):
     def on_validation_epoch_end(self) -> None:
         nll, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         loss = nll / max(count, 1)
-        self.validation_metrics = {"loss": loss, "bits_per_byte": self.bits_per_byte(loss, "val")}
+        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val")}
 
     def generate_sample(self, prompt: str, max_new_tokens: int, seed: int) -> str:
         """A continuation of ``prompt`` by the model as it stands."""
@@ -249,7 +255,8 @@ class Pretrain(LightningModule):
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        missing = {"spike_guard", ShardDataModule.__qualname__} - checkpoint.keys()
+        data = type(self.trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+        missing = {"spike_guard", data} - checkpoint.keys()
         if missing:  # Lightning would go on without, from the first sample
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
         self._refuse_other_groups(checkpoint.get("parameter_names"))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,7 @@ class CheckpointPublisher(Callback):
         described: What every checkpoint says of this run besides; ``validation`` is what its losses were
             measured on, and only those measured on the same are compared.
         patience_minutes: How long rank 0's thread waits for the parts of the others.
+        extra: Other files for every checkpoint, by name.
 
     Attributes:
         lineage: What the checkpoints of this training descend from
@@ -90,8 +91,10 @@ class CheckpointPublisher(Callback):
         val_every_steps: int,
         described: dict[str, Any] | None = None,
         patience_minutes: float = 30.0,
+        extra: Mapping[str, bytes] | None = None,
     ) -> None:
         self.described = described or {}
+        self.extra = extra
         self.patience = 60 * patience_minutes
         self.folder = folder
         self.config = config
@@ -101,6 +104,7 @@ class CheckpointPublisher(Callback):
         self._writer = BackgroundWriter()
         self._published: int | None = None
         self._val_loss: tuple[int, float] | None = None
+        self._score: dict[str, Any] | None = None  # of the same validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a resumed run starts at a published step
@@ -128,6 +132,12 @@ class CheckpointPublisher(Callback):
             return
         step = trainer.global_step
         self._val_loss = (step, pl_module.validation_metrics["loss"])
+        self._score = None
+        best_by = getattr(pl_module, "best_by", None)
+        if best_by is not None:
+            name, higher = best_by
+            value = float(pl_module.validation_metrics[name])
+            self._score = {"name": name, "value": value, "higher_is_better": higher}
         if step % self.config.every_steps == 0 or step == trainer.max_steps:
             self.publish(trainer, pl_module)
 
@@ -195,10 +205,11 @@ class CheckpointPublisher(Callback):
             "token_changes": pl_module.token_count.changes,
             "train_loss": pl_module.step_metrics.get("loss"),
             "val_loss": self._val_loss[1] if measured and self._val_loss else None,
+            **({"score": self._score} if measured and self._score else {}),
             "world_size": trainer.world_size,
             "state_layout": str(StateLayout.of(trainer)),
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
-            "data_fingerprint": trainer.datamodule.manifest.fingerprint,  # type: ignore[attr-defined]
+            "data_fingerprint": trainer.datamodule.fingerprint,  # type: ignore[attr-defined]
             "seed": trainer.datamodule.seed,  # type: ignore[attr-defined]
             starting_points.KEY: self.lineage,
             **self.described,
@@ -215,7 +226,7 @@ class CheckpointPublisher(Callback):
     ) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
         folder, described = part.folder, entries(notes, checkpoint_format.WEIGHTS, layout)
-        checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described)
+        checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described, self.extra)
         _flush(folder, described)
         published = self.folder / checkpoint_format.step_folder(metadata["step"])
         if os.path.lexists(published):  # copied in part, or not ours: a rename onto it would fail for ever

@@ -1,0 +1,53 @@
+"""Losses of a task's outputs, summed over targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dualroute.data.reader import IGNORE_INDEX
+from dualroute.tasks.kind import LossSums
+
+
+def classification(
+    outputs: Tensor,
+    labels: Tensor,
+    *,
+    smoothing: float = 0.0,
+    weights: Sequence[float] | None = None,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """Cross-entropy of classes.
+
+    Args:
+        outputs: (R, classes), in any float type; the arithmetic is float32 at least.
+        labels: (R,) int64, ``IGNORE_INDEX`` where nothing is to be learnt.
+        smoothing: Share of a target's weight that is spread over all classes (Szegedy et al. 2016, §7).
+        weights: Of each class; their mean over the training targets is 1, so that the sum may be divided by
+            the number of targets.
+        z_loss: Factor of the squared log-normalisers in the total.
+    """
+    outputs = outputs.float() if outputs.dtype != torch.float64 else outputs
+    wanted = labels != IGNORE_INDEX
+    outputs, labels = outputs[wanted], labels[wanted]
+    log_normaliser = outputs.logsumexp(1)
+    nll = log_normaliser - outputs.gather(1, labels[:, None]).squeeze(1)
+    z_sum = log_normaliser.square().sum()
+    trained = nll
+    if smoothing:
+        trained = (1 - smoothing) * nll + smoothing * (log_normaliser - outputs.mean(1))
+    if weights is not None:
+        trained = trained * torch.tensor(weights, dtype=trained.dtype, device=trained.device)[labels]
+    total = trained.sum() + (z_loss * z_sum if z_loss else 0.0)
+    return LossSums(total, nll.sum().detach(), z_sum.detach(), labels.new_tensor(len(labels)))
+
+
+def regression(outputs: Tensor, targets: Tensor) -> LossSums:
+    """Squared error of numbers: ``outputs`` (R, 1), ``targets`` (R,) float, NaN where there is none."""
+    wanted = ~torch.isnan(targets)
+    errors = outputs.float().squeeze(1)[wanted] - targets[wanted].float()
+    loss = F.mse_loss(errors, torch.zeros_like(errors), reduction="sum")
+    return LossSums(loss, loss.detach(), torch.zeros_like(loss.detach()), wanted.sum())
