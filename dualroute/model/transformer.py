@@ -21,6 +21,7 @@ from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
+from dualroute.model.frontends import Frontend
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.task_heads import TaskHead
@@ -47,11 +48,15 @@ class DualRoutingTransformer(nn.Module):
         config = config.resolved()
         self.config = config
         self.sequence_group: Group | None = None  # see set_sequence_group
-        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.embedding: nn.Embedding | Frontend
+        if config.frontend is None:
+            self.embedding = nn.Embedding(vocab_size, config.dim)
+        else:
+            self.embedding = Frontend(config.frontend, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         # a model with a task's head writes no text: its output weight is the embedding's, and not used
-        tied = config.tie_embeddings or config.task_head is not None
+        tied = config.tie_embeddings or config.task_head is not None or config.frontend is not None
         own = None if tied else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.head = NextTokenHead(self.embedding.weight if own is None else own)
         self.task_head = None if config.task_head is None else TaskHead(config.task_head, config.dim)
@@ -70,6 +75,8 @@ class DualRoutingTransformer(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
         nn.init.normal_(self.head.weight, std=INIT_STD)
+        if isinstance(self.embedding, Frontend):
+            self.embedding.init_weights(INIT_STD)
         if self.task_head is not None:
             self.task_head.init_weights(INIT_STD)
         for layer in self.layers:
@@ -90,7 +97,7 @@ class DualRoutingTransformer(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, n) token ids.
+            input_ids: (B, n) token ids; (B, n, features) inputs of a model with a frontend.
             segment_ids: (B, n) document number of each token, 0 for padding; null is one document.
             positions: (B, n) position for RoPE; null counts from 0 within each document.
             attention_mask: (B, n), False for padding; null derives it from ``segment_ids``.
@@ -115,7 +122,8 @@ class DualRoutingTransformer(nn.Module):
     def layout_plan(self) -> LayoutPlan:
         """How batches are laid out for this model, to be done where they are loaded."""
         limits: set[int | None] = {layer.attention.max_exact_blocks for layer in self.layers}  # type: ignore
-        return LayoutPlan(self.config.block, tuple(sorted(limit for limit in limits if limit is not None)))
+        exact = tuple(sorted(limit for limit in limits if limit is not None))
+        return LayoutPlan(self.config.block, exact, self.config.grid)
 
     def _through_layers(
         self,
@@ -127,7 +135,7 @@ class DualRoutingTransformer(nn.Module):
         layout: Layout | None,
     ) -> Tensor:
         if layout is None:
-            batch, length = input_ids.shape
+            batch, length = input_ids.shape[:2]
             layout = Layout.build(
                 batch,
                 length,
@@ -135,8 +143,11 @@ class DualRoutingTransformer(nn.Module):
                 segment_ids=segment_ids,
                 attention_mask=attention_mask,
                 device=input_ids.device,
+                grid=self.config.grid,
             )
         layout = layout.at_positions(positions)
+        if isinstance(self.embedding, Frontend):
+            hidden = self.embedding.at_places(hidden, self.local_shard(layout.positions))
         for layer in self.layers:
             layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
             hidden = layer(hidden, layout=layout)
@@ -177,7 +188,7 @@ class DualRoutingTransformer(nn.Module):
         if ids.shape != input_ids.shape:
             layout = None
             if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+                attention_mask = input_ids.new_ones(input_ids.shape[:2], dtype=torch.bool)
             attention_mask = self._padded(attention_mask, 0)
             segment_ids = None if segment_ids is None else self._padded(segment_ids, 0)
             positions = None if positions is None else self._padded(positions, 0)
@@ -191,6 +202,8 @@ class DualRoutingTransformer(nn.Module):
         if self.task_head is not None:
             outputs: Tensor = self.task_head(hidden, segment_ids=inputs.get("segment_ids"))
             return outputs
+        if self.config.frontend is not None:
+            raise UserError("a model with a frontend has no vocabulary to write: give it a task_head")
         return self.head(hidden)
 
     def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:

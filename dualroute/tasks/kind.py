@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.examples import Example
 
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
 Floats = NDArray[np.float32]
 
 
@@ -122,6 +123,8 @@ class Kind:
     metrics: ClassVar[dict[str, bool]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, task: TaskConfig, setting: Setting) -> None:
         self.task, self.setting = task, setting
@@ -148,6 +151,19 @@ class Kind:
 
     def head(self) -> TaskHeadConfig | None:
         """What leaves the model; null for the next token."""
+        return None
+
+    def frontend(self) -> FrontendConfig | None:
+        """What enters the model, an example's field ``inputs``; null for token ids."""
+        return None
+
+    def num_ids(self) -> int | None:
+        """Ids of a model whose ``input_ids`` are no text; null for those of the tokenizer."""
+        return None
+
+    def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]] | None:
+        """Parts of rows that the kind divides by itself (train, validation, test); null leaves it to
+        ``data.validation`` and ``data.validation_share``."""
         return None
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dualroute.attention.core.options import check_at_least
+
+if TYPE_CHECKING:  # configurations are read without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Grid:
 
     def region_of_patch(self, device: torch.device | str = "cpu") -> Tensor:
         """(patches,) number of the region of each patch."""
+        import torch
+
         row, column = self.row_and_column(torch.arange(self.patches, device=device))
         return row // self.region_height * self.regions[1] + column // self.region_width
 
@@ -78,6 +82,8 @@ class Grid:
 
 @functools.lru_cache(maxsize=16)
 def _slot_of_patch(grid: Grid) -> Tensor:
+    import torch
+
     region = grid.region_of_patch()
     order = torch.argsort(region, stable=True)  # by region, in raster order inside of each
     counts = torch.bincount(region)

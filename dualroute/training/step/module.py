@@ -140,7 +140,7 @@ class Pretrain(LightningModule):
     def hidden_states(self, batch: Batch) -> Tensor:
         """(B, n, dim) after the last norm; of this rank's tokens where ranks share texts."""
         return self.model.hidden_states(
-            batch["input_ids"],
+            batch["inputs"] if "inputs" in batch else batch["input_ids"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             layout=batch.get("layout"),
