@@ -88,8 +88,8 @@ STAGES = {
     ),
     "evaluate": Stage(
         ("dualroute.evaluate.config", "EvaluateConfig"),
-        ("dualroute.evaluate.perplexity", "evaluate_command"),
-        "loss of a checkpoint",
+        ("dualroute.tasks.evaluate", "evaluate_command"),
+        "loss of a checkpoint, or its task's metrics",
     ),
     "generate": Stage(
         ("dualroute.evaluate.config", "GenerateConfig"),

@@ -1,8 +1,8 @@
 """What enters a model instead of token ids: patches of images, frames of sound, or single values.
 
-In: numbers for each step, (B, n, features), of any type; integers of 8 bits (pixels) are taken as -1 to 1.  Here:
-one linear map onto the residual stream, and, if wanted, a learned vector for each place of an image.  Next:
-the layers of :class:`~dualroute.model.transformer.DualRoutingTransformer`.  Where a patch lies is told to the
+In: numbers for each step, (B, n, features), of any type; integers of 8 bits (pixels) are taken as -1 to 1.
+Here: one linear map onto the residual stream, and, if wanted, a learned vector for each place of an image.
+Next: the layers of :class:`~dualroute.model.transformer.DualRoutingTransformer`.  Where a patch lies is told to the
 attention by its layout (:mod:`dualroute.attention.core.grid`).
 
 :func:`patches_of` cuts an image into the patches that a model reads.
@@ -36,7 +36,7 @@ class Frontend(nn.Linear):
         self.places = nn.Embedding(grid.patches, dim) if grid is not None and config.learned_places else None
 
     def init_weights(self, std: float) -> None:
-        """Normal(0, ``std``).  The bias too: without one the first norm would leave of a single value its sign."""
+        """Normal(0, ``std``); the bias too, or the first norm would leave of a single value its sign."""
         nn.init.normal_(self.weight, std=std)
         nn.init.normal_(self.bias, std=std)
         if self.places is not None:

@@ -16,7 +16,7 @@ from dualroute.settings import above, at_least, check_fields
 from dualroute.training.config import DataConfig, OptimConfig, PretrainConfig
 
 Rule = Literal["obeyed", "refused", "compared"]
-Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll"]
+Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "npz", "ratings"]
 
 
 @dataclass
@@ -105,6 +105,7 @@ class TaskConfig:
         stride: Tokens that the windows over a text have in common which is longer than the model may read
             (span).
         prompt: Text before the answer, with columns in braces (text).
+        keep: Which part of a column stays that is too long for a prompt (text).
         max_new_tokens: Longest answer that is written (text).
         image: How images are read (image).
         audio: How recordings are read (speech, recognition).
@@ -118,7 +119,8 @@ class TaskConfig:
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = 0.0
     stride: int = 128
-    prompt: str = "{source}"
+    prompt: str = "{source}\n"
+    keep: Literal["beginning", "end"] = "beginning"
     max_new_tokens: int = 64
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
@@ -199,6 +201,7 @@ RESUME_RULES: dict[str, Rule] = {
     "task.label_smoothing": "obeyed",
     "task.stride": "compared",
     "task.prompt": "compared",
+    "task.keep": "compared",
     "task.max_new_tokens": "obeyed",
     **{
         f"task.image.{name}": "compared"
