@@ -130,13 +130,14 @@ def run_examples(
 ) -> Iterator[tuple[int, Any]]:
     """(number of the example, what the kind keeps of its outputs), window by window."""
     plan = PackedSequence(examples.lengths, examples.targets, context)
-    windows = PackedWindows(examples, plan, {"input_ids": max(loaded.tokenizer.pad_id, 0)})
+    windows = PackedWindows(examples, plan, {"input_ids": max(loaded.tokenizer.pad_id, 0), **kind.fills})
     for numbers in batched(range(plan.windows), batch_size):
         batch = collate_examples([windows[number] for number in numbers])
         order = batch.pop("examples").tolist()
         batch = {name: value.to(loaded.device) for name, value in batch.items()}
         hidden = loaded.model.hidden_states(
-            batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+            batch["inputs"] if "inputs" in batch else batch["input_ids"],
+            segment_ids=batch["segment_ids"], positions=batch["positions"]
         )
         yield from reduced(kind, examples, order, task_outputs(loaded.model, batch, hidden))
 

@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.examples import Example
 
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
 Floats = NDArray[np.float32]
+#: (training rows, rows to answer) → a prediction for each
+Baseline = Callable[[Sequence[Row], Sequence[Row]], list[Row]]
 
 
 class BadRow(ValueError):
@@ -120,8 +123,12 @@ class Kind:
     roles: ClassVar[dict[str, Role]] = {}
     #: {metric: whether more of it is better}; the first is the one that the best checkpoint is known by
     metrics: ClassVar[dict[str, bool]] = {}
+    #: {field: value} of empty slots in a window, where that is not 0
+    fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, task: TaskConfig, setting: Setting) -> None:
         self.task, self.setting = task, setting
@@ -141,6 +148,12 @@ class Kind:
                 f"loss"
             )
 
+        if self.writes_text and task.metric not in (None, "loss"):
+            raise UserError(
+                f"task.metric {task.metric} is measured by dualroute evaluate, where the model writes: a "
+                f"training of kind {self.name} knows its best checkpoint by loss"
+            )
+
     # ------------------------------------------------------------------ what a kind says
 
     def fit(self, rows: Iterable[Row]) -> None:
@@ -148,6 +161,19 @@ class Kind:
 
     def head(self) -> TaskHeadConfig | None:
         """What leaves the model; null for the next token."""
+        return None
+
+    def frontend(self) -> FrontendConfig | None:
+        """What enters the model, an example's field ``inputs``; null for token ids."""
+        return None
+
+    def num_ids(self) -> int | None:
+        """Ids of a model whose ``input_ids`` are no text; null for those of the tokenizer."""
+        return None
+
+    def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]] | None:
+        """Parts of rows that the kind divides by itself (train, validation, test); null leaves it to
+        ``data.validation`` and ``data.validation_share``."""
         return None
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
@@ -174,9 +200,16 @@ class Kind:
         """The metrics of :attr:`metrics`."""
         raise NotImplementedError
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> tuple[str, list[Row]]:
-        """Name and predictions of the trivial baseline."""
-        raise NotImplementedError
+    def baselines(self) -> dict[str, Baseline]:
+        """Trivial predictions by name, (training rows, rows) → predictions; the first is the one to beat."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`fit` has learnt besides labels, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state` gave."""
 
     def loss(self, outputs: Any, batch: dict[str, Any], z_loss: float = 0.0) -> LossSums:
         """Summed loss of a micro-batch.

@@ -56,8 +56,8 @@ def check(config: FinetuneConfig) -> Prepared:
     begun = run.begin(config)
     if begun.initial is None:  # of a run that began from scratch, and is resumed
         begun = dataclasses.replace(begun, initial=begun.start.checkpoint)
-    train, validation = read_parts(config.data)
     asking = make(config.task, Setting(None, 0))  # type: ignore[arg-type]  # asked for columns alone
+    train, validation = read_parts(config.data, asking)
     for part in (train, validation):
         asking.check_columns(part.rows[0][1], source=part.source)
     tokenizer = tokenizer_of(
@@ -88,13 +88,13 @@ def check(config: FinetuneConfig) -> Prepared:
         seed=config.seed,
         num_workers=config.data.num_workers,
         val_tokens=config.data.val_tokens,
-        fills={"input_ids": max(tokenizer.pad_id, 0)},
+        fills={"input_ids": max(tokenizer.pad_id, 0), **kind.fills},
     )
 
     def make_module(prepared: Prepared) -> Pretrain:
         return Finetune(kind, encoded[1], **run.module_arguments(prepared))
 
-    prepared = run.prepare(begun, data, tokenizer, make_module, kind.head())
+    prepared = run.prepare(begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids())
     sources = {
         name: getattr(config.data, name) for name in ("path", "validation", "test", "format", "column_names")
     }
@@ -105,7 +105,7 @@ def check(config: FinetuneConfig) -> Prepared:
     return prepared
 
 
-def read_parts(data: TaskDataConfig) -> tuple[Part, Part]:
+def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
     """Training and validation rows.
 
     Raises:
@@ -119,7 +119,15 @@ def read_parts(data: TaskDataConfig) -> tuple[Part, Part]:
         )
     problems = Problems()
     rows = read_source(data, data.path, problems)
-    if data.validation is not None:
+    whole = list(rows) if type(kind).divide is not Kind.divide else None
+    own = None if whole is None else kind.divide(whole)
+    if own is not None:
+        _refuse_other_parts(data, kind)
+        train = Part(data.path, own["train"], problems)
+        rest = own["validation"]
+        validation = Part(f"{data.path} (validation)", rest, Problems(rows=len(rest)))
+        problems.rows = max(problems.bad + len(train.rows), 1)
+    elif data.validation is not None:
         train = Part(data.path, list(rows), problems)
         other = Problems()
         validation = Part(data.validation, list(read_source(data, data.validation, other)), other)
@@ -137,6 +145,15 @@ def read_parts(data: TaskDataConfig) -> tuple[Part, Part]:
         if not part.rows:
             raise UserError(f"{part.source} has no rows to use: {remedy}")
     return train, validation
+
+
+def _refuse_other_parts(data: TaskDataConfig, kind: Kind) -> None:
+    for name in ("validation", "test", "group"):
+        if getattr(data, name) is not None:
+            raise UserError(
+                f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by itself: "
+                f"leave it out"
+            )
 
 
 def read_source(data: TaskDataConfig, source: str, problems: Problems) -> Any:

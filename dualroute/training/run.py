@@ -53,7 +53,7 @@ from dualroute.model.checkpoint.format import (
     find_checkpoint,
     refuse_quantized,
 )
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.resume import (
     Start,
@@ -230,15 +230,30 @@ def prepare(
     tokenizer: Tokenizer,
     make_module: Callable[[Prepared], Pretrain],
     task_head: TaskHeadConfig | None = None,
+    frontend: FrontendConfig | None = None,
+    num_ids: int | None = None,
 ) -> Prepared:
-    """A run of these data, with its vocabulary, what leaves its model, and its length in tokens.
+    """A run of these data, with its vocabulary, what enters and leaves its model, and its length in tokens.
+
+    ``num_ids`` are those of a model whose ids are no text; null means the tokenizer's.
 
     Raises:
         UserError: The model has another vocabulary.
     """
     config = begun.config
-    model = _with_vocabulary(config.model, tokenizer, config.data.path)
-    model = dataclasses.replace(model, task_head=task_head).resolved()
+    if num_ids is None:
+        model = _with_vocabulary(config.model, tokenizer, config.data.path)
+    else:
+        model = dataclasses.replace(config.model, vocab_size=num_ids)
+    if begun.initial is not None and (config.model.frontend, config.model.vocab_size) != (
+        frontend,
+        model.vocab_size,
+    ):
+        raise UserError(
+            f"{begun.initial.folder} holds a model of other inputs than the task has: take the weights of a "
+            f"model that was trained on such inputs, or begin from scratch (leave init_from out)"
+        )
+    model = dataclasses.replace(model, task_head=task_head, frontend=frontend).resolved()
     train = config.train
     if train.epochs is not None:
         tokens = data.plan.samples_in(train.epochs) * data.context
@@ -439,7 +454,9 @@ def _nothing_to_do(prepared: Prepared) -> int:
         early = checkpoint.step < prepared.total_steps
         said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
         log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
-        log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
+        log.info(
+            "%s", summary.what_comes_next(prepared.output, prepared.config.data.path, prepared.operation)
+        )
     return 0
 
 
@@ -524,7 +541,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last, prepared.operation))
     return 0
 
 
@@ -533,7 +550,8 @@ def tell_start(prepared: Prepared, module: Pretrain) -> None:
     config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
     lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
     summary.tell(lines)
-    summary.warn(summary.warnings_at_start(config, data, world, count, prepared.start.checkpoint))
+    resumed = prepared.start.checkpoint
+    summary.warn(summary.warnings_at_start(config, data, world, count, resumed, prepared.operation))
 
 
 def _quiet_lightning() -> None:

@@ -165,7 +165,7 @@ class Pretrain(LightningModule):
         if self.training and self.strategy.draws:
             self._seed_draws()
         return self.model.hidden_states(
-            batch["input_ids"],
+            batch["inputs"] if "inputs" in batch else batch["input_ids"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             layout=batch.get("layout"),
