@@ -80,7 +80,7 @@ class DualRoutingCache(Cache):
         Groups are split where their rows get unequally many tokens, and a row without any waits.
 
         Raises:
-            ValueError: Another number of rows than before, or a row that begins with no token at all.
+            ValueError: Another number of rows than before.
         """
         hidden, mask = tokens.embeddings, tokens.mask
         batch, count = hidden.shape[:2]
@@ -88,8 +88,6 @@ class DualRoutingCache(Cache):
             raise ValueError(f"the cache has {self.batch_size} rows and the call {batch}")
         counts = torch.full((batch,), count) if mask is None else mask.sum(1).cpu()
         if not self.groups:
-            if int(counts.min()) == 0:
-                raise ValueError("attention_mask: a row has no token at all; leave it away, or give it <bos>")
             self.groups = [self._begin(rows, hidden.device) for rows in _of_equal(counts)]
         elif mask is not None:
             self.groups = [part for group in self.groups for part in _split(group, counts)]

@@ -221,6 +221,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
             whole = [
                 rows.index_put(places, part.flatten(0, 1)) for rows, part in zip(whole, parts, strict=True)
             ]
+        if not whole:  # padding alone
+            whole = [torch.zeros_like(hidden)] * (1 if states is None else len(self.layers) + 2)
         if states is not None:
             states += whole[:-1]
         return whole[-1]
@@ -296,21 +298,29 @@ class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         """Called by `generate`: gives it a cache that knows how long the texts may become."""
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.any(1).all()):
+            raise ValueError("attention_mask: a row has no token at all; leave it away, or give it <bos>")
         given = model_kwargs.get("past_key_values")
         if isinstance(given, DualRoutingCache):
-            given.grow(generation_config.max_length)
+            given.grow(max_cache_length + 1)
         if generation_config.use_cache is False or given is not None:
             prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-            return prepare(generation_config, model_kwargs, *args, **kwargs)
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation}: this model has a cache of "
                 f"its own; leave the option away"
             )
-        model_kwargs["past_key_values"] = self.model.new_cache(generation_config.max_length)
+        model_kwargs["past_key_values"] = self.model.new_cache(max_cache_length + 1)
         return None
 
 
