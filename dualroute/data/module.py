@@ -8,7 +8,8 @@ In: the path of a dataset folder and the batch arithmetic. Here: `plan` (which s
 Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
 `WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
 all ranks and micro batches. A loss summed over its own labels and divided by ``num_targets`` adds up to the
-global mean without communication. `num_targets` stays on the host, which divides by it. A module that sets
+global mean without communication. `num_targets` stays on the host, which divides by it. With a
+``mask_share`` labels are tokens that were hidden, see `dualroute.data.masking`. A module that sets
 ``layout_plan`` also gets ``layout`` and ``label_rows``, see `dualroute.data.reader.collate`.
 
 The position is the number of samples trained on, not the number that the loader has
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.manifest import Manifest
+from dualroute.data.masking import MaskedBatchPlan, MaskedSequentialPlan, MaskedWindows, Masking
 from dualroute.data.plan import (
     BatchPlan,
     SequentialPlan,
@@ -40,6 +42,7 @@ from dualroute.data.plan import (
     sample_numbers,
 )
 from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.verify import verify_once
 from dualroute.errors import UserError
 
@@ -65,6 +68,7 @@ class ShardDataModule(pl.LightningDataModule):
         val_tokens: validate on the first so many tokens of the split ``val``; None: on all of them.
         verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per copy
             of the data).
+        mask_share: of the tokens that are hidden, to be found from both sides; None: labels are next tokens.
 
     Attributes:
         samples_consumed: position in the run's samples, over all ranks; see `advance`.
@@ -81,12 +85,15 @@ class ShardDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         val_tokens: int | None = None,
         verify: Literal["size", "sha256"] = "size",
+        mask_share: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= num_workers <= MAX_WORKERS:
             raise UserError(f"num_workers must be from 0 to {MAX_WORKERS}, not {num_workers}")
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
+        if mask_share is not None and not 0 < mask_share <= 1:
+            raise UserError(f"mask_share must be above 0 and at most 1, not {mask_share}")
         derive_accumulation(tokens_per_batch, context, micro_batch, world_size=1)
         self.path = Path(path)
         self.context = context
@@ -96,6 +103,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.val_tokens = val_tokens
         self.verify = verify
+        self.mask_share = mask_share
         self.samples_consumed = 0
         self.skipped_samples: list[Span] = []
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
@@ -121,7 +129,8 @@ class ShardDataModule(pl.LightningDataModule):
             UserError: the data are unusable or shorter than one window.
         """
         stream = open_stream(self.manifest, "train")
-        return BatchPlan(stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+        order = (stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+        return BatchPlan(*order) if self.mask_share is None else MaskedBatchPlan(*order, self.mask_share)
 
     @cached_property
     def val_plan(self) -> SequentialPlan:
@@ -135,7 +144,24 @@ class ShardDataModule(pl.LightningDataModule):
                 f"{self.path}: the split 'val' has no documents; prepare the data with a validation share, "
                 "or train without validation (limit_val_batches=0)"
             )
-        return SequentialPlan(open_stream(self.manifest, "val"), self.context, self.val_tokens)
+        order = (open_stream(self.manifest, "val"), self.context, self.val_tokens)
+        return (
+            SequentialPlan(*order)
+            if self.mask_share is None
+            else MaskedSequentialPlan(*order, self.mask_share)
+        )
+
+    @cached_property
+    def masking(self) -> Masking | None:
+        """How tokens are hidden, made on first use; None where they are not.
+
+        Raises:
+            UserError: the tokenizer cannot be read, or has no id for a hidden token.
+        """
+        if self.mask_share is None:
+            return None
+        tokenizer = Tokenizer(self.manifest.folder / self.manifest.tokenizer.file)
+        return Masking.of(tokenizer, self.mask_share, self.manifest.fingerprint, self.seed)
 
     @property
     def accumulation(self) -> int:
@@ -168,7 +194,7 @@ class ShardDataModule(pl.LightningDataModule):
         """
         if stage not in ("fit", None):
             return
-        _ = self.plan, self.accumulation
+        _ = self.plan, self.accumulation, self.masking
         if self.trainer is not None and self.trainer.lightning_module.automatic_optimization:
             configured = self.trainer.accumulate_grad_batches
             if configured != self.accumulation:
@@ -190,7 +216,7 @@ class ShardDataModule(pl.LightningDataModule):
             lambda: self.skipped_samples,
         )
         windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan)
-        return self._loader(windows if self.extend is None else self.extend(windows), sampler)
+        return self._loader(self._masked(windows) if self.extend is None else self.extend(windows), sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once over all ranks, in order; as many batches on every rank.
@@ -203,7 +229,11 @@ class ShardDataModule(pl.LightningDataModule):
         """
         rank, world_size = self._place()
         sampler = WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
-        return self._loader(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan), sampler)
+        windows = WindowDataset(ShardReader(self.manifest, "val"), self.val_plan)
+        return self._loader(self._masked(windows), sampler)
+
+    def _masked(self, windows: WindowDataset) -> Dataset[Any]:
+        return windows if self.masking is None else MaskedWindows(windows, self.masking)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """All but `num_targets`, which the host would have to ask for again."""

@@ -149,6 +149,7 @@ def check(config: PretrainConfig) -> Prepared:
             f"data.context {data.context} is longer than model.max_context {model.max_context}, the range "
             f"of its RoPE: lower the one or raise the other"
         )
+    _check_objective(config)
     groups = check_sequence_parallel(config.parallel.sequence_parallel, world, model)
     accumulation = derive_accumulation(train.tokens_per_batch, data.context, train.micro_batch, groups)
     if train.precision == "16-mixed" and not torch.cuda.is_available():
@@ -169,11 +170,13 @@ def check(config: PretrainConfig) -> Prepared:
         num_workers=data.num_workers,
         val_tokens=data.val_tokens,
         verify=data.verify,
+        mask_share=data.mask_share if data.objective == "masked" else None,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
     if initial is not None:
         check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
+    _ = module.masking  # refused where the tokenizer has no id for a hidden token
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
     prepared = Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
     check_course(prepared)
@@ -250,6 +253,17 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
         raise UserError(
             "train.precision 16-mixed needs a CUDA device, or a processor with fp16 arithmetic "
             "(avx512_fp16): use bf16-mixed or 32 here"
+        )
+
+
+def _check_objective(config: PretrainConfig) -> None:
+    """A model that sees the next token has nothing to predict, and one that does not see it finds no mask."""
+    causal, objective = config.model.causal, config.data.objective
+    if causal != (objective == "next_token"):
+        raise UserError(
+            f"data.objective {objective} cannot be trained with model.causal {str(causal).lower()}: give "
+            f"{'model.causal false' if causal else 'data.objective masked'}, or "
+            f"{'data.objective next_token' if causal else 'model.causal true'}"
         )
 
 
@@ -365,7 +379,7 @@ def _nothing_to_do(prepared: Prepared) -> int:
         _compare(checkpoint, prepared)
         refuse_damaged(checkpoint, digests=prepared.config.checkpoint.verify, together=False)
         log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
-        log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
+        log.info("%s", summary.what_comes_next(prepared.output, prepared.config))
     return 0
 
 
@@ -450,7 +464,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+        summary.tell(summary.what_was_trained(prepared.output, config, last))
     return 0
 
 

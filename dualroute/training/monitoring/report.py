@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -122,7 +123,7 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             f"{first['val/loss']:.3f} at step {first['step']} → "
             f"{last['val/loss']:.3f} at step {last['step']}",
         ),
-        ("bits per byte", f"{first['val/bits_per_byte']:.3f} → {last['val/bits_per_byte']:.3f}"),
+        *_bits_per_byte(first, last),
         ("speed", f"{statistics.median(m['speed/tokens_per_second'] for m in train):,.0f} tokens/s (median)"),
         *(("damaged checkpoint", problem) for problem in problems),
         ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
@@ -132,6 +133,12 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
         rows.append(("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'))
     table = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
+
+
+def _bits_per_byte(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]:
+    """Nothing of a run that finds masked tokens, which spell a part of the text."""
+    key = "val/bits_per_byte"
+    return [("bits per byte", f"{first[key]:.3f} → {last[key]:.3f}")] if key in first and key in last else []
 
 
 def _trained(checkpoint: Checkpoint) -> str:

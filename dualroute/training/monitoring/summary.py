@@ -93,21 +93,23 @@ def warnings_at_start(
             yield jump
 
 
-def what_comes_next(output: Path, data: str) -> str:
+def what_comes_next(output: Path, config: PretrainConfig) -> str:
     """Commands for a trained model."""
-    run, shards = shlex.quote(str(output)), shlex.quote(data)
+    run, shards = shlex.quote(str(output)), shlex.quote(config.data.path)
+    if not config.model.causal:
+        return f"next: dualroute pretrain --init_from {run} …, dualroute report --run {run}"
     return (
         f'next: dualroute generate --checkpoint {run} --prompt "…", dualroute evaluate --checkpoint {run} '
         f"--data {shards}, dualroute report --run {run}"
     )
 
 
-def what_was_trained(output: Path, data: str, checkpoint: Checkpoint) -> Iterator[str]:
+def what_was_trained(output: Path, config: PretrainConfig, checkpoint: Checkpoint) -> Iterator[str]:
     """Where the model lies, and what can be done with it: two lines."""
     said: dict[str, Any] = checkpoint.metadata
     loss = f", validation loss {checkpoint.val_loss:.4f}" if checkpoint.val_loss is not None else ""
     yield f"done: {checkpoint.folder} ({checkpoint.step:,} steps, {said.get('tokens', 0):,} tokens{loss})"
-    yield what_comes_next(output, data)
+    yield what_comes_next(output, config)
 
 
 def tell(lines: Iterator[str]) -> None:

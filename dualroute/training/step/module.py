@@ -38,7 +38,7 @@ from dualroute.training.step.token_count import TokenCount
 
 
 class Pretrain(LightningModule):
-    """Next-token training of a :class:`DualRoutingTransformer`.
+    """Training of a :class:`DualRoutingTransformer` on the labels of its batches: next tokens or masked ones.
 
     Args:
         model: The model to train.
@@ -197,7 +197,7 @@ class Pretrain(LightningModule):
             "loss": self._outcome.loss,
             "grad_norm": self._outcome.grad_norm,
             "lr": self.learning_rate(self.trainer.global_step - 1),
-            "bits_per_byte": self.bits_per_byte(self._outcome.loss, "train"),
+            **self.bits_per_byte(self._outcome.loss, "train"),
             "tokens": self.tokens_seen,
             "epoch": self.trainer.datamodule.epoch,  # type: ignore[attr-defined]
             "tokens_in_step": self.train_config.tokens_per_batch,
@@ -208,9 +208,12 @@ class Pretrain(LightningModule):
             self.step_metrics[name] = float(self.trainer.strategy.reduce(value, reduce_op="mean"))
         self._start_step()
 
-    def bits_per_byte(self, loss: float, split: str) -> float:
-        """Nats per target → bits per byte of the text of that split."""
-        return loss * self.targets_per_byte[split] / math.log(2)
+    def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
+        """Nats per target → bits per byte of the text of that split; nothing where targets are masked tokens,
+        which spell a part of it."""
+        if not self.model.config.causal:
+            return {}
+        return {"bits_per_byte": loss * self.targets_per_byte[split] / math.log(2)}
 
     # ------------------------------------------------------------------ validation
 
@@ -224,7 +227,7 @@ class Pretrain(LightningModule):
     def on_validation_epoch_end(self) -> None:
         nll, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         loss = nll / max(count, 1)
-        self.validation_metrics = {"loss": loss, "bits_per_byte": self.bits_per_byte(loss, "val")}
+        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val")}
 
     def generate_sample(self, prompt: str, max_new_tokens: int, seed: int) -> str:
         """A continuation of ``prompt`` by the model as it stands."""
