@@ -205,6 +205,7 @@ def check(config: PretrainConfig) -> Prepared:
     """
     begun = begin(config)
     train, data = begun.config.train, begun.config.data
+    _check_objective(begun.config)
     module = ShardDataModule(
         data.path,
         data.context,
@@ -214,9 +215,11 @@ def check(config: PretrainConfig) -> Prepared:
         num_workers=data.num_workers,
         val_tokens=data.val_tokens,
         verify=data.verify,
+        mask_share=data.mask_share if data.objective == "masked" else None,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
+    _ = module.masking  # refused where the tokenizer has no id for a hidden token
     if begun.initial is not None:
         check_same_tokenizer(begun.initial.folder / TOKENIZER, tokenizer, data.path)
     prepared = prepare(begun, module, tokenizer, pretraining_module)
@@ -338,6 +341,17 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
         )
 
 
+def _check_objective(config: PretrainConfig) -> None:
+    """A model that sees the next token has nothing to predict, and one that does not see it finds no mask."""
+    causal, objective = config.model.causal, config.data.objective
+    if causal != (objective == "next_token"):
+        raise UserError(
+            f"data.objective {objective} cannot be trained with model.causal {str(causal).lower()}: give "
+            f"{'model.causal false' if causal else 'data.objective masked'}, or "
+            f"{'data.objective next_token' if causal else 'model.causal true'}"
+        )
+
+
 def _check_compile(config: PretrainConfig) -> None:
     if asked_stage(config.parallel) == 3:
         raise UserError(
@@ -454,9 +468,7 @@ def _nothing_to_do(prepared: Prepared) -> int:
         early = checkpoint.step < prepared.total_steps
         said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
         log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
-        log.info(
-            "%s", summary.what_comes_next(prepared.output, prepared.config.data.path, prepared.operation)
-        )
+        log.info("%s", summary.what_comes_next(prepared.output, prepared.config, prepared.operation))
     return 0
 
 
@@ -541,7 +553,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last, prepared.operation))
+        summary.tell(summary.what_was_trained(prepared.output, config, last, prepared.operation))
     return 0
 
 

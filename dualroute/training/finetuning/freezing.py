@@ -44,7 +44,9 @@ def matches(name: str, pattern: str) -> bool:
 
 def _shown(names: list[str]) -> str:
     """The kinds of names there are: those of one layer stand for all."""
-    kinds = list(dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names))
+    kinds = list(
+        dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names)
+    )
     return ", ".join(kinds[:_SHOWN]) + (f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import peft
@@ -13,17 +12,13 @@ from safetensors.torch import load_file
 from dualroute.errors import UserError
 from dualroute.export.hf.folder import named_weights
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from dualroute.training.finetuning.adapters import (
     adapter_files,
     add_adapters,
-    has_adapters,
     merged_parameters,
     targets,
 )
 from dualroute.training.finetuning.config import StrategyConfig
-from dualroute.training.monitoring.metrics_log import read_metrics
-from tests.training.checkpointing.runs import killed_in, pretrain
 
 ALL = {"global_qkv", "local_qkv", "out_proj", "gate", "up", "down"}
 
