@@ -92,6 +92,11 @@ class WindowDataModule(pl.LightningDataModule):
     #: the windows of validation
     val_plan: SequencePlan
 
+    @property
+    def val_fingerprint(self) -> str:
+        """sha256 of what is validated on, with ``val_plan``."""
+        return self.fingerprint
+
     def train_windows(self) -> Dataset[Any]:
         """Request → window of the training data."""
         raise NotImplementedError

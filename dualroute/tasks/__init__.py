@@ -23,7 +23,7 @@ One trainer, one data path, one architecture file; a *kind* of task is one short
    of a prediction from those of all the row's examples, ``score(targets, predictions)`` the metrics, by the
    field's libraries (:mod:`~dualroute.tasks.metrics`).  A kind that writes text (``writes_text``) has
    ``prompt(row)`` and is asked with the model's own decoding instead.
-7. ``baseline(train, rows)`` is the trivial prediction to compare with (:mod:`~dualroute.tasks.baselines`).
+7. ``baselines()`` are the trivial predictions to compare with (:mod:`~dualroute.tasks.baselines`).
 
 ``task.json`` in a checkpoint holds what prediction needs (:mod:`~dualroute.tasks.description`).  The commands
 are :mod:`~dualroute.tasks.run` (finetune), :mod:`~dualroute.tasks.predict` and

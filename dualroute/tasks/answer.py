@@ -130,7 +130,7 @@ def run_examples(
 ) -> Iterator[tuple[int, Any]]:
     """(number of the example, what the kind keeps of its outputs), window by window."""
     plan = PackedSequence(examples.lengths, examples.targets, context)
-    windows = PackedWindows(examples, plan, {"input_ids": max(loaded.tokenizer.pad_id, 0)})
+    windows = PackedWindows(examples, plan, {"input_ids": max(loaded.tokenizer.pad_id, 0), **kind.fills})
     for numbers in batched(range(plan.windows), batch_size):
         batch = collate_examples([windows[number] for number in numbers])
         order = batch.pop("examples").tolist()

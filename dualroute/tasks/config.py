@@ -35,6 +35,7 @@ class TaskConfig:
         stride: Tokens that the windows over a text have in common which is longer than the model may read
             (span).
         prompt: Text before the answer, with columns in braces (text).
+        keep: Which part of a column stays that is too long for a prompt (text).
         max_new_tokens: Longest answer that is written (text).
     """
 
@@ -46,7 +47,8 @@ class TaskConfig:
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = 0.0
     stride: int = 128
-    prompt: str = "{source}"
+    prompt: str = "{source}\n"
+    keep: Literal["beginning", "end"] = "beginning"
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -121,6 +123,7 @@ RESUME_RULES: dict[str, Rule] = {
     "task.label_smoothing": "obeyed",
     "task.stride": "compared",
     "task.prompt": "compared",
+    "task.keep": "compared",
     "task.max_new_tokens": "obeyed",
     **{
         f"data.{name}": "compared"

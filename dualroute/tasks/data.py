@@ -126,6 +126,11 @@ class TaskDataModule(WindowDataModule):
         return self.train.fingerprint()
 
     @cached_property
+    def val_fingerprint(self) -> str:  # type: ignore[override]
+        """Of the validation examples."""
+        return self.val.fingerprint()
+
+    @cached_property
     def plan(self) -> PackedPlan:  # type: ignore[override]
         """The order of training."""
         train = self.train

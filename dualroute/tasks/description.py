@@ -32,6 +32,7 @@ def describe_task(kind: Kind, sources: dict[str, Any]) -> bytes:
         "version": VERSION,
         "task": dataclasses.asdict(kind.task),
         "labels": kind.labels,
+        "state": kind.state(),
         "max_length": kind.setting.max_length,
         "too_long": kind.setting.too_long,
         "data": sources,
@@ -75,4 +76,5 @@ def task_of(checkpoint: Checkpoint, tokenizer: Tokenizer, causal: bool) -> tuple
         raise UserError(f"{checkpoint.folder / TASK} is damaged ({error}): use another checkpoint") from error
     kind = find_kind(task.kind)(task, setting)
     kind.labels = labels
+    kind.load_state(said.get("state") or {})
     return kind, said

@@ -28,6 +28,8 @@ from dualroute.tasks.examples import Example
 
 Row = dict[str, Any]
 Floats = NDArray[np.float32]
+#: (training rows, rows to answer) → a prediction for each
+Baseline = Callable[[Sequence[Row], Sequence[Row]], list[Row]]
 
 
 class BadRow(ValueError):
@@ -120,6 +122,8 @@ class Kind:
     roles: ClassVar[dict[str, Role]] = {}
     #: {metric: whether more of it is better}; the first is the one that the best checkpoint is known by
     metrics: ClassVar[dict[str, bool]] = {}
+    #: {field: value} of empty slots in a window, where that is not 0
+    fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
 
@@ -139,6 +143,12 @@ class Kind:
             raise UserError(
                 f"task.metric is {task.metric}: a task of kind {self.name} has {', '.join(self.metrics)}, "
                 f"loss"
+            )
+
+        if self.writes_text and task.metric not in (None, "loss"):
+            raise UserError(
+                f"task.metric {task.metric} is measured by dualroute evaluate, where the model writes: a "
+                f"training of kind {self.name} knows its best checkpoint by loss"
             )
 
     # ------------------------------------------------------------------ what a kind says
@@ -174,9 +184,16 @@ class Kind:
         """The metrics of :attr:`metrics`."""
         raise NotImplementedError
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> tuple[str, list[Row]]:
-        """Name and predictions of the trivial baseline."""
-        raise NotImplementedError
+    def baselines(self) -> dict[str, Baseline]:
+        """Trivial predictions by name, (training rows, rows) → predictions; the first is the one to beat."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`fit` has learnt besides labels, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state` gave."""
 
     def loss(self, outputs: Any, batch: dict[str, Any], z_loss: float = 0.0) -> LossSums:
         """Summed loss of a micro-batch.

@@ -51,3 +51,32 @@ def regression(outputs: Tensor, targets: Tensor) -> LossSums:
     errors = outputs.float().squeeze(1)[wanted] - targets[wanted].float()
     loss = F.mse_loss(errors, torch.zeros_like(errors), reduction="sum")
     return LossSums(loss, loss.detach(), torch.zeros_like(loss.detach()), wanted.sum())
+
+
+def within_segments(
+    outputs: Tensor, labels: Tensor, bits: Sequence[int], segment_ids: Tensor, rows: Tensor
+) -> LossSums:
+    """Mean of several cross-entropies over the tokens of a text: which one begins an answer, which ends it.
+
+    Args:
+        outputs: (R, len(bits)) scores of each token.
+        labels: (R,) int64; the bits of those that a token is the right one for.
+        bits: Of each column of ``outputs``.
+        segment_ids: (B, n) which text a slot belongs to.
+        rows: (R,) places of ``outputs`` in (B · n,).
+    """
+    outputs = outputs.float() if outputs.dtype != torch.float64 else outputs
+    batch, length = segment_ids.shape
+    texts = torch.arange(batch, device=rows.device)[:, None] * (length + 1) + segment_ids
+    names, group = texts.flatten()[rows].unique(return_inverse=True)  # (G,), (R,)
+    highest = outputs.detach().new_full((len(names), outputs.shape[1]), -torch.inf)
+    highest = highest.index_reduce_(0, group, outputs.detach(), "amax")
+    sums = outputs.new_zeros(len(names), outputs.shape[1])
+    sums = sums.index_add(0, group, (outputs - highest[group]).exp())
+    log_normaliser = sums.log() + highest  # (G, columns)
+    wanted = torch.stack([(labels & bit) > 0 for bit in bits], 1) & (labels != IGNORE_INDEX)[:, None]
+    nll = (log_normaliser[group] - outputs)[wanted].sum() / len(bits)
+    answered = torch.zeros(len(names), dtype=torch.long, device=rows.device)
+    answered.index_add_(0, group, wanted.any(1).long())
+    z_sum = log_normaliser.detach().square().sum()
+    return LossSums(nll, nll.detach(), z_sum, (answered > 0).sum())

@@ -88,7 +88,7 @@ def check(config: FinetuneConfig) -> Prepared:
         seed=config.seed,
         num_workers=config.data.num_workers,
         val_tokens=config.data.val_tokens,
-        fills={"input_ids": max(tokenizer.pad_id, 0)},
+        fills={"input_ids": max(tokenizer.pad_id, 0), **kind.fills},
     )
 
     def make_module(prepared: Prepared) -> Pretrain:

@@ -439,7 +439,9 @@ def _nothing_to_do(prepared: Prepared) -> int:
         early = checkpoint.step < prepared.total_steps
         said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
         log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
-        log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
+        log.info(
+            "%s", summary.what_comes_next(prepared.output, prepared.config.data.path, prepared.operation)
+        )
     return 0
 
 
@@ -524,7 +526,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last, prepared.operation))
     return 0
 
 
@@ -533,7 +535,8 @@ def tell_start(prepared: Prepared, module: Pretrain) -> None:
     config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
     lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
     summary.tell(lines)
-    summary.warn(summary.warnings_at_start(config, data, world, count, prepared.start.checkpoint))
+    resumed = prepared.start.checkpoint
+    summary.warn(summary.warnings_at_start(config, data, world, count, resumed, prepared.operation))
 
 
 def _quiet_lightning() -> None:

@@ -15,9 +15,9 @@ import numpy as np
 
 from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
-from dualroute.tasks.baselines import tfidf_classifier
+from dualroute.tasks.baselines import majority, tfidf_classifier
 from dualroute.tasks.examples import Example
-from dualroute.tasks.kind import BadRow, Floats, Kind, Part, Role, Row, register
+from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, register
 from dualroute.tasks.metrics import classification_metrics
 
 MOST_LABELS = 10_000
@@ -114,14 +114,16 @@ class Sequences(Kind):
     def score(self, targets: Sequence[Any], predictions: Sequence[Row]) -> dict[str, float]:
         return classification_metrics(targets, [row["prediction"] for row in predictions])
 
-    def baseline(self, train: Sequence[Row], rows: Sequence[Row]) -> tuple[str, list[Row]]:
-        def text(row: Row) -> str:
-            return " \n ".join(self.texts(row))
+    def baselines(self) -> dict[str, Baseline]:
+        def tfidf(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+            texts = [[" \n ".join(self.texts(row)) for row in some] for some in (train, rows)]
+            names = tfidf_classifier(texts[0], [self.target(row) for row in train], texts[1])
+            return [{"prediction": name} for name in names]
 
-        names = tfidf_classifier(
-            [text(row) for row in train], [self.target(row) for row in train], [text(row) for row in rows]
-        )
-        return "TF-IDF + logistic regression", [{"prediction": name} for name in names]
+        def most(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+            return [{"prediction": majority([self.target(row) for row in train])}] * len(rows)
+
+        return {"TF-IDF + logistic regression": tfidf, "majority": most}
 
 
 def label_name(value: Any) -> str | None:

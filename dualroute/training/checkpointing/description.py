@@ -43,7 +43,7 @@ def describe_run(
         **({"teacher": teacher} if teacher else {}),
         "settings": settings_of(config),
         "validation": {
-            "data_fingerprint": data.fingerprint,
+            "data_fingerprint": data.val_fingerprint,
             "tokens": data.val_plan.tokens,
             "context": config.data.context,
             "rounded": _rounding(config),

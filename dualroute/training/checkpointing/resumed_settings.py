@@ -74,10 +74,11 @@ def refuse_changes(checkpoint: Checkpoint, config: PretrainConfig, data_fingerpr
         UserError: Naming all keys that cannot change, with both values.
     """
     saved, ours = _flat(checkpoint.metadata.get("settings")), _flat(settings_of(config))
+    rules = {**RULES, **getattr(config, "resume_rules", {})}
     changed = [
         f"{key} was {_shown(saved[key])} and is {_shown(ours[key])}"
         for key in ours
-        if RULES.get(key) == "refused" and key in saved and saved[key] != ours[key]
+        if rules.get(key) == "refused" and key in saved and saved[key] != ours[key]
     ]
     their_data = checkpoint.metadata.get("data_fingerprint", data_fingerprint)
     if their_data != data_fingerprint:
