@@ -29,6 +29,11 @@ from dualroute.training.run import Prepared, run_training
 from dualroute.training.step.module import Pretrain
 
 log = logging.getLogger(__name__)
+#: What task.json says of where the rows came from, so that an evaluation finds those that were held out.
+_TOLD = (
+    *("path", "validation", "test", "format", "column_names", "hub_config", "validation_share", "group"),
+    "max_rows",
+)
 PlacedRows = list[tuple[str, Row]]
 
 
@@ -97,9 +102,7 @@ def check(config: FinetuneConfig) -> Prepared:
         return own or Finetune(kind, encoded[1], **run.module_arguments(prepared))
 
     prepared = run.prepare(begun, data, tokenizer, make_module, kind.head())
-    sources = {
-        name: getattr(config.data, name) for name in ("path", "validation", "test", "format", "column_names")
-    }
+    sources = {name: getattr(config.data, name) for name in _TOLD}
     prepared = dataclasses.replace(
         prepared, operation="finetune", extra_files={TASK: describe_task(kind, sources)}
     )
