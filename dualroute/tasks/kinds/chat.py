@@ -14,6 +14,7 @@ import numpy as np
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.errors import UserError
+from dualroute.evaluate.conversation import without_oldest
 from dualroute.tasks.baselines import majority, nearest_source
 from dualroute.tasks.conversations import Message, messages_of, text_of
 from dualroute.tasks.examples import Example
@@ -192,11 +193,3 @@ class Chats(Kind):
             return [{"prediction": majority([self.target(row) for row in train])}] * len(rows)
 
         return {"nearest question": memory, "majority": most}
-
-
-def without_oldest(messages: Sequence[Message]) -> list[Message] | None:
-    """A chat without its oldest question and what answered it; null where only one question is left."""
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = list(messages[len(system) :])
-    begins = [number for number, message in enumerate(turns) if message["role"] == "user"]
-    return [*system, *turns[begins[1] :]] if len(begins) > 1 else None
