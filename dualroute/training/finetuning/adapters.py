@@ -13,6 +13,7 @@ added to the weight; its rows are then those that ``peft`` computes.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from dualroute.errors import UserError
 from dualroute.model.lm_head import NextTokenHead
+from dualroute.model.quantized import require_torchao
 from dualroute.training.finetuning.config import StrategyConfig
 
 FOLDER = "adapter"  #: in a checkpoint
@@ -45,6 +47,8 @@ def require_peft() -> Any:
         import peft
     except ImportError as error:
         raise UserError("finetune.adapter needs the package peft: pip install peft") from error
+    if importlib.util.find_spec("torchao") is not None:  # peft imports it
+        require_torchao("finetune.adapter")
     return peft
 
 

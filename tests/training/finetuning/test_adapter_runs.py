@@ -142,7 +142,7 @@ def ranks(dataset: Path, output: Path, count: int, steps: int, *more: str) -> No
         *("pretrain", *SMALL, "--data.path", str(dataset), "--output", str(output)),
         *("--train.max_steps", str(steps), "--monitor.sample_every_steps", "0", *more),
     ]
-    warm.ranks(count, "dualroute.cli", words, cwd=ROOT, env=environment())
+    warm.ranks(count, "launch/pretrain.py", words[1:], cwd=ROOT, env=environment())
 
 
 @pytest.mark.slow
