@@ -9,8 +9,8 @@ In: a loaded checkpoint and a folder that is not published yet.  Here: all of th
     folder is loaded in another process that cannot import this package, and its logits, token ids and greedy
     texts are compared with ours.
 
-Weights are written under the names of this package with "model." in front, an untied head as lm_head.weight.
-Nothing is transposed or split, so going back is as easy.
+Weights are written under the names of this package with "model." in front, heads under those of transformers'
+own models (:func:`named_weights`).  Nothing is transposed or split, so going back is as easy.
 """
 
 from __future__ import annotations
@@ -52,12 +52,44 @@ def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
     return {"tokenizer": source, "source_files": sorted(set(code))}
 
 
+#: kind of `model.task_head` → what transformers calls such a model, and the name of its head there
+TASKS = {
+    "sequence": ("SequenceClassification", "score"),
+    "number": ("SequenceClassification", "score"),
+    "token": ("TokenClassification", "score"),
+    "span": ("QuestionAnswering", "qa_outputs"),
+}
+
+
 def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
     """The parameters of ``model`` under the names that they have in an exported folder; a tied head once."""
-    return {
-        "lm_head.weight" if name == "head.weight" else f"model.{name}": value
-        for name, value in model.named_parameters()
-    }
+    task = _task(model.config)
+    named: dict[str, torch.Tensor] = {}
+    for name, value in model.named_parameters():
+        if name == "head.weight":
+            named["lm_head.weight"] = value
+        elif task is not None and name.startswith("task_head.project."):
+            named[name.replace("task_head.project", TASKS[task][1])] = value
+        else:
+            named[f"model.{name}"] = value
+    return named
+
+
+def _task(shape: ModelConfig) -> str | None:
+    """The kind of the model's task; null for a model of texts.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    head = getattr(shape, "task_head", None)
+    if head is None:
+        return None
+    if head.kind not in TASKS:
+        raise UserError(
+            f"a model with model.task_head.kind {head.kind} has no counterpart in transformers, as "
+            f"{', '.join(TASKS)} have: use dualroute predict"
+        )
+    return str(head.kind)
 
 
 def _classes(shape: ModelConfig) -> list[tuple[str, str]]:
