@@ -55,11 +55,12 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
             result["logits"][str(ids.shape[1])] = float(difference)
     bos = tokenizer.bos_token_id
     wrong = []
+    as_text = {"split_special_tokens": True}  # as in training: a special token that a text spells is text
     for text, ids in expected["texts"]:
         with_bos = ids if bos is None else [bos, *ids]
         if (
-            tokenizer(text).input_ids != with_bos
-            or tokenizer(text, add_special_tokens=False).input_ids != ids
+            tokenizer(text, **as_text).input_ids != with_bos
+            or tokenizer(text, add_special_tokens=False, **as_text).input_ids != ids
         ):
             wrong.append(text[:80])
     result["texts"], result["texts_differing"] = len(expected["texts"]), wrong
