@@ -34,9 +34,9 @@ class DualRoutingForSequenceClassification(DualRoutingPreTrainedModel):
 
     def __init__(self, config: DualRoutingConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 2)
         self.model = DualRoutingModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -84,10 +84,10 @@ class DualRoutingForTokenClassification(DualRoutingPreTrainedModel):
 
     def __init__(self, config: DualRoutingConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 2)
         self.model = DualRoutingModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

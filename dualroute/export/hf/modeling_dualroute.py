@@ -125,7 +125,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         if cache is None and use_cache is not False:
             cache = self._own_cache(tokens, segment_ids, use_cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states: list[Tensor] | None = [] if wanted is not False and wanted is not None else None
+        wanted = False if wanted is None else wanted
+        states: list[Tensor] | None = None if wanted is False else []
         if cache is None or cache.deferred is tokens:
             last = self._whole(tokens, segment_ids, states)
         else:
@@ -135,7 +136,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=None if use_cache is False else cache,
-            hidden_states=None if states is None else _chosen(states, wanted),
+            hidden_states=None if states is None else _chosen(states, wanted),  # type: ignore[arg-type]
         )
 
     def new_cache(self, expected: int | None = None) -> DualRoutingCache:
