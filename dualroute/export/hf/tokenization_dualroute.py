@@ -84,7 +84,8 @@ class DualRoutingTokenizer(PreTrainedTokenizer):
     def _marked(self, first: list[int], second: list[int] | None) -> list[tuple[int, int]]:
         """Ids of one text or two with what is put around them, which is marked 1."""
         begin = [(self.bos_token_id, 1)] if self.bos_token_id is not None else []
-        end = [(self.eos_token_id, 1)] if self.end_with_eos and self.eos_token_id is not None else []
+        eos = self._own.eos_id if self._own.eos_id >= 0 else self._own.bos_id
+        end = [(eos, 1)] if self.end_with_eos and eos >= 0 else []
         marked = begin + [(token, 0) for token in first] + end
         if second is None:
             return marked

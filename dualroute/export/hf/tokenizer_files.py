@@ -187,10 +187,15 @@ def _merges(scores: dict[str, float]) -> list[list[str]]:
     ]
 
 
+def end_of(tokenizer: Tokenizer) -> int:
+    """What a model of a task has read behind each text; -1 for nothing."""
+    return tokenizer.eos_id if tokenizer.eos_id >= 0 else tokenizer.bos_id
+
+
 def _around(tokenizer: Tokenizer, ends: bool) -> dict[str, Any] | None:
     """What stands around one text or two: <bos>, and with ``ends`` <eos> behind each."""
     pieces = tokenizer.pieces()
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id if ends else -1
+    bos, eos = tokenizer.bos_id, (end_of(tokenizer) if ends else -1)
 
     def tokens(number: int, kind: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": pieces[number], "type_id": kind}}] if number >= 0 else []
