@@ -52,13 +52,15 @@ class DualRoutingCache(Cache):
     Args:
         new_caches: Makes the caches of a group.
         num_layers: Layers of the model.
-        max_length: Tokens at most; also decides, once, whether the global route of ``global_mode="auto"``
-            reads everything or is routed.
+        expected: Tokens of a text when it is finished, which decides, once, whether the global route of
+            ``global_mode="auto"`` reads everything or is routed.
+        max_length: Tokens at most.
     """
 
-    def __init__(self, new_caches: NewCaches, num_layers: int, max_length: int) -> None:
+    def __init__(self, new_caches: NewCaches, num_layers: int, expected: int, max_length: int) -> None:
         super().__init__(layers=[])
-        self._new_caches, self._num_layers, self.max_length = new_caches, num_layers, max_length
+        self._new_caches, self._num_layers = new_caches, num_layers
+        self.expected, self.max_length = expected, max_length
         self.groups: list[Group] = []
         self.deferred: NewTokens | None = None
         self.width = 0  # columns of the batch seen, padding included
@@ -71,8 +73,7 @@ class DualRoutingCache(Cache):
         """Let texts become longer than was said at first."""
         self.max_length = max(max_length, self.max_length)
         for group in self.groups:
-            for cache in group.caches:
-                cache.max_length = self.max_length
+            self._limit(group.caches)
 
     def parts(self, tokens: NewTokens) -> Iterator[tuple[Group, Tensor | None]]:
         """The groups that ``tokens`` belong to, and which of these (B, n) are theirs: null = all of them.
@@ -103,7 +104,12 @@ class DualRoutingCache(Cache):
                 yield group, chosen
 
     def _begin(self, rows: Tensor, device: torch.device) -> Group:
-        return Group(rows.to(device), self._new_caches(len(rows), self.max_length, device))
+        return Group(rows.to(device), self._limit(self._new_caches(len(rows), self.expected, device)))
+
+    def _limit(self, caches: list[LayerCache]) -> list[LayerCache]:
+        for cache in caches:
+            cache.max_length = self.max_length
+        return caches
 
     # ---------------------------------------------------------------- what transformers asks for
 
