@@ -19,7 +19,7 @@ from dualroute.model.frontends import patches_of
 from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.examples import Example
 from dualroute.tasks.images import pixels_of
-from dualroute.tasks.kind import BadRow, Baseline, Kind, Role, Row, at_place, register
+from dualroute.tasks.kind import BadRow, Baseline, Role, Row, at_place, register
 from dualroute.tasks.kinds.sequence import Sequences
 
 
@@ -30,19 +30,6 @@ class Images(Sequences):
         "image": Role("the image: an array of pixels or a file"),
         "label": Role("the class", is_target=True),
     }
-
-    def column(self, role: str) -> str:
-        """Files of a folder are images without being told so."""
-        return self.task.columns.get(role, "file" if role == "image" and self._folder else role)
-
-    _folder = False
-
-    def check_columns(
-        self, present: Iterable[str], *, with_target: bool = True, source: str = "data"
-    ) -> None:
-        present = list(present)
-        self._folder = "file" in present and "image" not in present
-        super().check_columns(present, with_target=with_target, source=source)
 
     def fit(self, rows: Iterable[Row]) -> None:
         rows = list(rows)
@@ -112,5 +99,3 @@ class Images(Sequences):
 
         return {"nearest mean image": centroids}
 
-
-__all__ = ["Images", "Kind"]
