@@ -137,7 +137,8 @@ def run_examples(
         batch = {name: value.to(loaded.device) for name, value in batch.items()}
         hidden = loaded.model.hidden_states(
             batch["inputs"] if "inputs" in batch else batch["input_ids"],
-            segment_ids=batch["segment_ids"], positions=batch["positions"]
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
         )
         yield from reduced(kind, examples, order, task_outputs(loaded.model, batch, hidden))
 

@@ -18,7 +18,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
-from dualroute.tasks.kind import BadRow, Row
+from dualroute.tasks.kind import BadRow, Kind, Row
 from dualroute.tasks.rows import Problems, read_rows
 
 
@@ -46,13 +46,17 @@ def evaluate_task(answerer: Answerer, source: str, max_rows: int | None = None) 
     kind, data = answerer.kind, answerer.said.get("data") or {}
     problems = Problems()
     rows: list[Row] = []
-    for place, row in read_rows(
+    read = read_rows(
         source,
         problems,
         format=data.get("format") or "auto",
         column_names=data.get("column_names"),
         limit=max_rows,
-    ):
+    )
+    if type(kind).divide is not Kind.divide:
+        parts = kind.divide(list(read))
+        read = iter(parts["test"] if parts else [])
+    for place, row in read:
         if not rows:
             kind.check_columns(row, source=source)
         try:
@@ -85,6 +89,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
     answerer = Answerer(config.checkpoint, config.device, config.dtype, config.batch_size)
     data = answerer.said.get("data") or {}
     source = config.data or data.get("test") or data.get("validation")
+    if source is None and type(answerer.kind).divide is not Kind.divide:
+        source = data.get("path")  # whose test part is known
     if source is None:
         raise UserError("give --data: a file or folder of rows to score on")
     score = evaluate_task(answerer, source)

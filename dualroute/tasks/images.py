@@ -32,10 +32,14 @@ def pixels_of(row: Row, column: str, config: ImageConfig, *, any_size: bool = Fa
     image = _of_file(row, value) if isinstance(value, str) else _of_array(value, column)
     mode = "L" if config.channels == 1 else "RGB"
     if image.mode != mode:
-        image = image.convert("RGBA").convert("RGB").convert(mode) if image.mode == "P" else image.convert(mode)
+        image = (
+            image.convert("RGBA").convert("RGB").convert(mode) if image.mode == "P" else image.convert(mode)
+        )
     if not any_size and image.size != (config.width, config.height):
         if not config.resize:
-            raise BadRow(f"an image of another size than {config.height} x {config.width} (task.image.resize)")
+            raise BadRow(
+                f"an image of another size than {config.height} x {config.width} (task.image.resize)"
+            )
         image = image.resize((config.width, config.height))
     return np.asarray(image, dtype=np.uint8).reshape(image.size[1], image.size[0], config.channels)
 

@@ -57,13 +57,15 @@ def array_rows(file: Path) -> Iterator[tuple[str, Row]]:
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > MOST_BYTES:
-            raise UserError(f"{file} holds {size:,} bytes, more than {MOST_BYTES:,}: divide it into several files")
+            raise UserError(
+                f"{file} holds {size:,} bytes, more than {MOST_BYTES:,}: divide it into several files"
+            )
         with np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} cannot be read as arrays ({error}): copy it again, or write it with np.savez") from (
-            error
-        )
+        raise UserError(
+            f"{file} cannot be read as arrays ({error}): copy it again, or write it with np.savez"
+        ) from (error)
     lengths = {name: len(values) if values.ndim else 0 for name, values in arrays.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise UserError(f"{file} holds arrays of lengths {lengths}: give arrays with one entry for each row")

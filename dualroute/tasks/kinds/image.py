@@ -98,4 +98,3 @@ class Images(Sequences):
             return [{"prediction": name} for name in names]
 
         return {"nearest mean image": centroids}
-
