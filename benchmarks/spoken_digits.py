@@ -3,8 +3,10 @@
     python benchmarks/spoken_digits.py --source fsdd.tar.xz --output digits
 
     digits/train/DIGIT/*.wav, digits/test/DIGIT/*.wav    single digits, in folders of classes
-    digits/strings_train.jsonl, strings_test.jsonl       {"audio": file, "text": "three one four"}: utterances of
-                                                         3 to 8 digits of one speaker, joined from single takes
+    digits/strings_train.jsonl, strings_test.jsonl       {"audio": file, "text": "three one four"}: utterances
+    of
+                                                         3 to 8 digits of one speaker, joined from single
+                                                         takes
 
 Takes 0 to 4 of each digit and speaker are the test part, as the data set has it; no take is in both parts.
 """

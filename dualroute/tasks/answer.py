@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from dualroute.data.reader import IGNORE_INDEX
 from dualroute.evaluate.load import Loaded, load
 from dualroute.model.checkpoint.folder import Checkpoint, find_checkpoint
 from dualroute.tasks.data import PackedWindows, collate_examples
@@ -100,6 +103,20 @@ class Answerer:
             for row, found in zip(rows, parts, strict=True)
         ]
 
+    @torch.no_grad()
+    def next_token_loss(self, rows: Sequence[Row]) -> float:
+        """Mean loss of the targets' tokens in nats, of a kind without a head."""
+        examples = Examples((k, one) for k, row in enumerate(rows) for one in self.kind.encode(row))
+        loaded, total, count = self.loaded, 0.0, 0
+        for batch in window_batches(loaded, self.kind, examples, self.context, self.batch_size):
+            labels = batch["labels"].flatten()
+            wanted = labels != IGNORE_INDEX
+            hidden = hidden_states(loaded, batch).flatten(0, 1)[wanted]
+            logits = loaded.model.head(hidden).float()
+            total += float(F.cross_entropy(logits, labels[wanted], reduction="sum"))
+            count += int(wanted.sum())
+        return total / max(count, 1)
+
     def _predictions(self, asked: list[tuple[Row, list[Example]]]) -> list[Row]:
         kind, loaded = self.kind, self.loaded
         if not asked:
@@ -124,23 +141,36 @@ class Answerer:
         return [kind.decode(row, mine) for row, mine in zip(encoded.rows, found, strict=True)]
 
 
+def window_batches(
+    loaded: Loaded, kind: Kind, examples: Examples, context: int, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Batches of packed examples on the model's device; ``examples`` in them is a list."""
+    plan = PackedSequence(examples.lengths, examples.targets, context)
+    fills = {"input_ids": max(loaded.tokenizer.pad_id, 0), **kind.fills}
+    windows = PackedWindows(examples, plan, fills)
+    for numbers in batched(range(plan.windows), batch_size):
+        batch = collate_examples([windows[number] for number in numbers])
+        order = batch.pop("examples").tolist()
+        yield {**{name: value.to(loaded.device) for name, value in batch.items()}, "examples": order}
+
+
+def hidden_states(loaded: Loaded, batch: dict[str, Any]) -> Tensor:
+    """(B, n, dim) of a batch."""
+    return loaded.model.hidden_states(
+        batch["inputs"] if "inputs" in batch else batch["input_ids"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
+    )
+
+
 @torch.no_grad()
 def run_examples(
     loaded: Loaded, kind: Kind, examples: Examples, context: int, batch_size: int
 ) -> Iterator[tuple[int, Any]]:
     """(number of the example, what the kind keeps of its outputs), window by window."""
-    plan = PackedSequence(examples.lengths, examples.targets, context)
-    windows = PackedWindows(examples, plan, {"input_ids": max(loaded.tokenizer.pad_id, 0), **kind.fills})
-    for numbers in batched(range(plan.windows), batch_size):
-        batch = collate_examples([windows[number] for number in numbers])
-        order = batch.pop("examples").tolist()
-        batch = {name: value.to(loaded.device) for name, value in batch.items()}
-        hidden = loaded.model.hidden_states(
-            batch["inputs"] if "inputs" in batch else batch["input_ids"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-        )
-        yield from reduced(kind, examples, order, task_outputs(loaded.model, batch, hidden))
+    for batch in window_batches(loaded, kind, examples, context, batch_size):
+        outputs = task_outputs(loaded.model, batch, hidden_states(loaded, batch))
+        yield from reduced(kind, examples, batch["examples"], outputs)
 
 
 def batched(values: Iterable[Any], count: int) -> Iterator[list[Any]]:

@@ -1,7 +1,7 @@
 """Recordings as frames of log-mel energies; soundfile reads, transformers' numpy functions make the frames.
 
-In: a value of a row: a file, or samples.  Out: an array (steps, stack * mels) of float32, of mean 0 and deviation
-1 in each recording.
+In: a value of a row: a file, or samples.  Out: an array (steps, stack * mels) of float32, of mean 0 and
+deviation 1 in each recording.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class TaskDataModule(WindowDataModule):
         return self.train.fingerprint()
 
     @cached_property
-    def val_fingerprint(self) -> str:  # type: ignore[override]
+    def val_fingerprint(self) -> str:
         """Of the validation examples."""
         return self.val.fingerprint()
 

@@ -92,7 +92,8 @@ def within_segments(
     texts = torch.arange(batch, device=rows.device)[:, None] * (length + 1) + segment_ids
     names, group = texts.flatten()[rows].unique(return_inverse=True)  # (G,), (R,)
     highest = outputs.detach().new_full((len(names), outputs.shape[1]), -torch.inf)
-    highest = highest.index_reduce_(0, group, outputs.detach(), "amax")
+    places = group[:, None].expand_as(outputs)
+    highest = highest.scatter_reduce(0, places, outputs.detach(), "amax")
     sums = outputs.new_zeros(len(names), outputs.shape[1])
     sums = sums.index_add(0, group, (outputs - highest[group]).exp())
     log_normaliser = sums.log() + highest  # (G, columns)

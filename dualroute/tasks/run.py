@@ -29,6 +29,11 @@ from dualroute.training.run import Prepared, run_training
 from dualroute.training.step.module import Pretrain
 
 log = logging.getLogger(__name__)
+#: What task.json says of where the rows came from, so that an evaluation finds those that were held out.
+_TOLD = (
+    *("path", "validation", "test", "format", "column_names", "hub_config", "validation_share", "group"),
+    "max_rows",
+)
 PlacedRows = list[tuple[str, Row]]
 
 
@@ -95,9 +100,7 @@ def check(config: FinetuneConfig) -> Prepared:
         return Finetune(kind, encoded[1], **run.module_arguments(prepared))
 
     prepared = run.prepare(begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids())
-    sources = {
-        name: getattr(config.data, name) for name in ("path", "validation", "test", "format", "column_names")
-    }
+    sources = {name: getattr(config.data, name) for name in _TOLD}
     prepared = dataclasses.replace(
         prepared, operation="finetune", extra_files={TASK: describe_task(kind, sources)}
     )
@@ -119,14 +122,13 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
         )
     problems = Problems()
     rows = read_source(data, data.path, problems)
-    whole = list(rows) if type(kind).divide is not Kind.divide else None
-    own = None if whole is None else kind.divide(whole)
-    if own is not None:
+    if type(kind).divide is not Kind.divide:
+        own = kind.divide(list(rows))
+        problems.refuse_above(data.max_bad_rows, data.path)
         _refuse_other_parts(data, kind)
         train = Part(data.path, own["train"], problems)
         rest = own["validation"]
         validation = Part(f"{data.path} (validation)", rest, Problems(rows=len(rest)))
-        problems.rows = max(problems.bad + len(train.rows), 1)
     elif data.validation is not None:
         train = Part(data.path, list(rows), problems)
         other = Problems()

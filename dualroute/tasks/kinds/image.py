@@ -1,8 +1,8 @@
 """A class for an image: digits, animals, defects.
 
-Row: ``image`` (an array of pixels, or the path of a file), ``label``.  Input: patches in raster order, with the
-grid known to the attention; or single pixels as one long line.  Output: the mean over all of them, or at one
-(``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probability``.
+Row: ``image`` (an array of pixels, or the path of a file), ``label``.  Input: patches in raster order, with
+the grid known to the attention; or single pixels as one long line.  Output: the mean over all of them, or at
+one (``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probability``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Rows of the data are events: ``user``, ``item`` and ``time`` (MovieLens' own files, or any table); they become
 one row a user, ``items`` in the order of time.  The last item of a user is the test, the one before the
 validation, those before are learnt from (leave-one-out).  Input: items, read from left to right.  Output: at
-each item a score for every item, by which the next one is asked for.  Prediction: ``prediction``, the best item
-that the user has not had, and ``items``, the best ten.
+each item a score for every item, by which the next one is asked for.  Prediction: ``prediction``, the best
+item that the user has not had, and ``items``, the best ten.
 
 HR@10 and NDCG@10 are over all items, not over a sample of them.  An item that the training does not have is
 counted as missed where it is asked for.
@@ -45,6 +45,7 @@ class Items(Kind):
         "item": Role("what", required=False),
         "time": Role("when, as a number", required=False),
         "items": Role("the items of one user, the latest last"),
+        "next": Role("the item that follows", required=False, is_target=True),
     }
     metrics = {"ndcg@10": True, "hr@10": True}
 
@@ -54,8 +55,8 @@ class Items(Kind):
             known = items if len(items) < 3 else items[:-2]
             parts["train"].append((place, {"user": user, "items": known}))
             if len(items) >= 3:
-                parts["validation"].append((place, {"user": user, "items": items[:-1], "asks": True}))
-                parts["test"].append((place, {"user": user, "items": items, "asks": True}))
+                parts["validation"].append((place, asked(user, items[:-1])))
+                parts["test"].append((place, asked(user, items)))
         return parts
 
     def _histories(self, rows: Sequence[PlacedRow]) -> Iterable[tuple[str, str, list[str]]]:
@@ -129,25 +130,27 @@ class Items(Kind):
         return [" ".join(map(str, row["items"][:100]))]
 
     def target(self, row: Row) -> str:
-        return str(row["items"][-1])
+        return str(row["next"])
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         items = row.get(self.column("items"))
         if not isinstance(items, list) or not items:
             raise BadRow(f"{self.column('items')} is no list of items")
         items = [str(item) for item in items]
-        asks = not with_target or bool(row.get("asks"))
-        if with_target and len(items) < 2:
-            self.tally.add("users with one event, from whom nothing is learnt")
-            return []
         ids = [self.numbers.get(item, UNKNOWN - 1) + 1 for item in items]
-        if with_target and asks and ids[-1] == UNKNOWN:
-            self.tally.add("users who are asked for an item that the training does not have (missed)")
-        return [self._asked(ids, with_target)] if asks else self._learnt(ids)
+        following = UNKNOWN
+        if with_target and "next" in row:
+            following = self.numbers.get(self.target(row), UNKNOWN - 1) + 1
+            if following == UNKNOWN:
+                self.tally.add("of users who are asked for an item that the training does not have (missed)")
+        elif with_target:
+            if len(ids) < 2:
+                self.tally.add("of users with one event, from whom nothing is learnt")
+            return self._learnt(ids)
+        return [self._asked(ids, following)]
 
-    def _asked(self, ids: list[int], with_target: bool) -> Example:
-        """The score of what follows the latest items."""
-        history, following = (ids[:-1], ids[-1]) if with_target else (ids, UNKNOWN)
+    def _asked(self, history: list[int], following: int) -> Example:
+        """The scores of what follows the latest items."""
         shown = history[-self.setting.max_length :]
         outputs = np.zeros(len(shown), dtype=bool)
         outputs[-1] = True
@@ -190,14 +193,14 @@ class Items(Kind):
     def baselines(self) -> dict[str, Baseline]:
         def by(score: Any) -> Baseline:
             def answer(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-                def known(some: Sequence[Row], end: int | None) -> list[list[int]]:
-                    found = [[self.numbers.get(str(item), -1) for item in row["items"][:end]] for row in some]
+                def known(some: Sequence[Row]) -> list[list[int]]:
+                    found = [[self.numbers.get(str(item), -1) for item in row["items"]] for row in some]
                     return [[number for number in numbers if number >= 0] for numbers in found]
 
-                asked = known(rows, -1)
+                histories = known(rows)
                 predictions = []
                 for history, scores in zip(
-                    asked, score(known(train, None), asked, len(self.labels)), strict=True
+                    histories, score(known(train), histories, len(self.labels)), strict=True
                 ):
                     scores = np.array(scores, dtype=np.float64)
                     scores[history] = -math.inf
@@ -207,6 +210,11 @@ class Items(Kind):
             return answer
 
         return {"item-item cosine": by(cosine_neighbours), "popularity": by(popular)}
+
+
+def asked(user: str, items: list[str]) -> Row:
+    """The row that asks for the last of a user's items."""
+    return {"user": user, "items": items[:-1], "next": items[-1]}
 
 
 def best_of(scores: Any) -> list[int]:

@@ -1,8 +1,8 @@
 """What is said in a recording: characters, found with connectionist temporal classification (CTC).
 
-Row: ``audio`` (a file, or samples), ``text``.  Input: frames of log-mel energies (``task.audio``).  Output: at
-each step a character or none; the loss sums over all ways in which the steps can spell the text (Graves et al.
-2006).  Prediction: ``prediction``, the best character of each step, repetitions and nones left out.
+Row: ``audio`` (a file, or samples), ``text``.  Input: frames of log-mel energies (``task.audio``).  Output:
+at each step a character or none; the loss sums over all ways in which the steps can spell the text (Graves et
+al. 2006).  Prediction: ``prediction``, the best character of each step, repetitions and nones left out.
 
 A text needs a step for each character, and one more between two equal ones: a recording that is too short
 for its text is left out, counted.

@@ -1,7 +1,7 @@
 """A class for a recording: a spoken command, a digit, a speaker.
 
-Row: ``audio`` (a file, or samples), ``label``.  Input: frames of log-mel energies (``task.audio``).  Output: the
-mean over all of them, or at one (``task.pooling``; auto is the mean).  Prediction: ``prediction``,
+Row: ``audio`` (a file, or samples), ``label``.  Input: frames of log-mel energies (``task.audio``).  Output:
+the mean over all of them, or at one (``task.pooling``; auto is the mean).  Prediction: ``prediction``,
 ``probability``.
 """
 

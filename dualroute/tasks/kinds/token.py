@@ -58,6 +58,9 @@ class Tokens(Kind):
             return value.split()
         return [str(one) for one in value] if isinstance(value, list | tuple) else []
 
+    def texts(self, row: Row) -> list[str]:
+        return [" ".join(self._listed(row, "tokens"))]
+
     def target(self, row: Row) -> list[str]:
         return self._listed(row, "tags")
 

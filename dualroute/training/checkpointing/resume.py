@@ -15,7 +15,6 @@ mounted than lost.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket

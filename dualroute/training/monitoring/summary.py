@@ -115,7 +115,7 @@ def what_was_trained(
     said: dict[str, Any] = checkpoint.metadata
     loss = f", validation loss {checkpoint.val_loss:.4f}" if checkpoint.val_loss is not None else ""
     score = said.get("score")
-    if score is not None:
+    if score is not None and score["name"] != "loss":
         best = (output / "checkpoints" / "best").resolve().name
         loss += f", {score['name']} {score['value']:.4f}; best by it: {best}"
     yield f"done: {checkpoint.folder} ({checkpoint.step:,} steps, {said.get('tokens', 0):,} tokens{loss})"
