@@ -21,9 +21,11 @@ Tree = int | tuple[str, list["Tree"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter) parser.add_argument("--output", type=Path,
-    required=True, help="folder to write") parser.add_argument("--train", type=int, default=96_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--train", type=int, default=96_000)
     parser.add_argument("--validation", type=int, default=2_000)
     parser.add_argument("--test", type=int, default=2_000)
     parser.add_argument("--min_length", type=int, default=500)

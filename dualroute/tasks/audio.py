@@ -53,9 +53,10 @@ def samples_of(row: Row, column: str, rate: int) -> Samples:
         samples, theirs = _of_file(row, value)
     else:
         if isinstance(value, dict):
-            theirs, value = value.get("sampling_rate"), value.get("array")
-            if not isinstance(theirs, int) or theirs < 1:
+            said, value = value.get("sampling_rate"), value.get("array")
+            if not isinstance(said, int) or said < 1:
                 raise BadRow(f"{column} without a sampling_rate")
+            theirs = said
         try:
             samples = np.asarray(value, dtype=np.float32)
         except (TypeError, ValueError) as error:

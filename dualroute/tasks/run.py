@@ -153,8 +153,8 @@ def _refuse_other_parts(data: TaskDataConfig, kind: Kind) -> None:
     for name in ("validation", "test", "group"):
         if getattr(data, name) is not None:
             raise UserError(
-                f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by itself: "
-                f"leave it out"
+                f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by "
+                f"itself: leave it out"
             )
 
 

@@ -77,8 +77,8 @@ class Images(Sequences):
         steps = patches_of(self.pixels(row), self.task.image.patch)
         if len(steps) > self.setting.max_length:
             raise UserError(
-                f"an image has {len(steps):,} steps, more than the {self.setting.max_length:,} that are read: "
-                f"raise data.context (and data.max_length), or task.image.patch"
+                f"an image has {len(steps):,} steps, more than the {self.setting.max_length:,} that are "
+                f"read: raise data.context (and data.max_length), or task.image.patch"
             )
         place = 0 if self.pooling() == "first" else len(steps) - 1
         return [Example({"inputs": steps, **at_place(len(steps), place, number)})]

@@ -75,8 +75,8 @@ class Items(Kind):
                     time = float(row[names["time"]])
                 except (TypeError, ValueError) as error:
                     raise UserError(
-                        f"{place}: column {names['time']!r} is {row[names['time']]!r}, not a number: give the "
-                        f"time as seconds (task.columns {{time: …}})"
+                        f"{place}: column {names['time']!r} is {row[names['time']]!r}, not a number: give "
+                        f"the time as seconds (task.columns {{time: …}})"
                     ) from error
             events.setdefault(user, []).append((time, number, item))
             places.setdefault(user, place)
@@ -102,7 +102,8 @@ class Items(Kind):
         if self.column("items") not in present:
             raise UserError(
                 f"{source} has no column {self.column('items')!r} (a list of one user's items, the latest "
-                f"last), it has {', '.join(map(repr, present))}: name the right one (task.columns {{items: …}})"
+                f"last), it has {', '.join(map(repr, present))}: name the right one (task.columns "
+                f"{{items: …}})"
             )
 
     def fit(self, rows: Iterable[Row]) -> None:
