@@ -2,8 +2,8 @@
 
 In: numbers for each step, (B, n, features), of any type; integers of 8 bits (pixels) are taken as -1 to 1.
 Here: one linear map onto the residual stream, and, if wanted, a learned vector for each place of an image.
-Next: the layers of :class:`~dualroute.model.transformer.DualRoutingTransformer`.  Where a patch lies is told to the
-attention by its layout (:mod:`dualroute.attention.core.grid`).
+Next: the layers of :class:`~dualroute.model.transformer.DualRoutingTransformer`.  Where a patch lies is told
+to the attention by its layout (:mod:`dualroute.attention.core.grid`).
 
 :func:`patches_of` cuts an image into the patches that a model reads.
 """
@@ -49,7 +49,8 @@ class Frontend(nn.Linear):
         return super().forward(inputs.to(self.weight.dtype))
 
     def at_places(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states (B, n, dim) with the vectors of their places; ``positions`` (B, n) in raster order."""
+        """Hidden states (B, n, dim) with the vectors of their places; ``positions`` (B, n) in raster
+        order."""
         if self.places is None:
             return hidden_states
         places: Tensor = self.places(positions)

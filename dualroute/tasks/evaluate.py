@@ -21,7 +21,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
-from dualroute.tasks.kind import BadRow, Row
+from dualroute.tasks.kind import BadRow, Kind, Row
 from dualroute.tasks.rows import Problems, divided, read_rows
 
 
@@ -95,6 +95,8 @@ def _rows(
         hub_config=data.get("hub_config"),
         limit=data.get("max_rows") if whole is None else None,
     )
+    if type(answerer.kind).divide is not Kind.divide:
+        return name, iter(answerer.kind.divide(list(placed))["test"])
     if whole is None:
         placed = iter(divided(placed, float(data.get("validation_share", 0.1)), data.get("group"))[1])
     return name, placed

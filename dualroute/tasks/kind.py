@@ -179,10 +179,10 @@ class Kind:
         """Ids of a model whose ``input_ids`` are no text; null for those of the tokenizer."""
         return None
 
-    def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]] | None:
-        """Parts of rows that the kind divides by itself (train, validation, test); null leaves it to
-        ``data.validation`` and ``data.validation_share``."""
-        return None
+    def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]]:
+        """The parts train, validation and test, of a kind that divides rows by itself; with one that does not
+        have this of its own, ``data.validation`` and ``data.validation_share`` say it."""
+        raise NotImplementedError
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         """The examples of a row, each of at most ``setting.max_length`` tokens.

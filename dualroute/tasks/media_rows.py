@@ -3,8 +3,8 @@
 In: a file or folder.  Out: ``(place, row)`` for :mod:`~dualroute.tasks.rows`.
 
 An .npz holds arrays of one length, and a row is an entry of each (``x`` an image, ``y`` its class).  In a
-folder of files a row has ``file``, and ``label``, the folder that the file lies in, where they lie in folders of
-classes.
+folder of files a row has ``image`` or ``audio``, the file, and ``label``, the folder that it lies in, where
+they lie in folders of classes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def media_files(folder: Path) -> list[Path]:
 def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
     """A row for each file; the class is the folder that it lies in."""
     for file in media_files(folder):
-        row: Row = {"file": str(file)}
+        row: Row = {"image" if file.suffix.lower() in IMAGES else "audio": str(file)}
         if file.parent != folder:
             row["label"] = file.parent.name
         yield str(file), row
@@ -82,7 +82,8 @@ def said(value: Any) -> str:
 
 
 def path_in(row: Row, value: Any) -> Path | None:
-    """The file that a value of a row names, from the folder of the row's own file; null where it is no text."""
+    """The file that a value of a row names, from the folder of the row's own file; null where it is no
+    text."""
     if not isinstance(value, str) or not value:
         return None
     return Path(getattr(row, "folder", ".")) / value

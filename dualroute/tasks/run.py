@@ -124,14 +124,13 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
         )
     problems = Problems()
     rows = read_source(data, data.path, problems)
-    whole = list(rows) if type(kind).divide is not Kind.divide else None
-    own = None if whole is None else kind.divide(whole)
-    if own is not None:
+    if type(kind).divide is not Kind.divide:
+        own = kind.divide(list(rows))
+        problems.refuse_above(data.max_bad_rows, data.path)
         _refuse_other_parts(data, kind)
         train = Part(data.path, own["train"], problems)
         rest = own["validation"]
         validation = Part(f"{data.path} (validation)", rest, Problems(rows=len(rest)))
-        problems.rows = max(problems.bad + len(train.rows), 1)
     elif data.validation is not None:
         train = Part(data.path, list(rows), problems)
         other = Problems()
@@ -156,8 +155,8 @@ def _refuse_other_parts(data: TaskDataConfig, kind: Kind) -> None:
     for name in ("validation", "test", "group"):
         if getattr(data, name) is not None:
             raise UserError(
-                f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by itself: "
-                f"leave it out"
+                f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by "
+                f"itself: leave it out"
             )
 
 

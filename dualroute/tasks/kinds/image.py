@@ -1,8 +1,8 @@
 """A class for an image: digits, animals, defects.
 
-Row: ``image`` (an array of pixels, or the path of a file), ``label``.  Input: patches in raster order, with the
-grid known to the attention; or single pixels as one long line.  Output: the mean over all of them, or at one
-(``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probability``.
+Row: ``image`` (an array of pixels, or the path of a file), ``label``.  Input: patches in raster order, with
+the grid known to the attention; or single pixels as one long line.  Output: the mean over all of them, or at
+one (``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probability``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dualroute.model.frontends import patches_of
 from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.examples import Example
 from dualroute.tasks.images import pixels_of
-from dualroute.tasks.kind import BadRow, Baseline, Kind, Role, Row, at_place, register
+from dualroute.tasks.kind import BadRow, Baseline, Role, Row, at_place, register
 from dualroute.tasks.kinds.sequence import Sequences
 
 
@@ -30,19 +30,6 @@ class Images(Sequences):
         "image": Role("the image: an array of pixels or a file"),
         "label": Role("the class", is_target=True),
     }
-
-    def column(self, role: str) -> str:
-        """Files of a folder are images without being told so."""
-        return self.task.columns.get(role, "file" if role == "image" and self._folder else role)
-
-    _folder = False
-
-    def check_columns(
-        self, present: Iterable[str], *, with_target: bool = True, source: str = "data"
-    ) -> None:
-        present = list(present)
-        self._folder = "file" in present and "image" not in present
-        super().check_columns(present, with_target=with_target, source=source)
 
     def fit(self, rows: Iterable[Row]) -> None:
         rows = list(rows)
@@ -90,8 +77,8 @@ class Images(Sequences):
         steps = patches_of(self.pixels(row), self.task.image.patch)
         if len(steps) > self.setting.max_length:
             raise UserError(
-                f"an image has {len(steps):,} steps, more than the {self.setting.max_length:,} that are read: "
-                f"raise data.context (and data.max_length), or task.image.patch"
+                f"an image has {len(steps):,} steps, more than the {self.setting.max_length:,} that are "
+                f"read: raise data.context (and data.max_length), or task.image.patch"
             )
         place = 0 if self.pooling() == "first" else len(steps) - 1
         return [Example({"inputs": steps, **at_place(len(steps), place, number)})]
@@ -111,6 +98,3 @@ class Images(Sequences):
             return [{"prediction": name} for name in names]
 
         return {"nearest mean image": centroids}
-
-
-__all__ = ["Images", "Kind"]
