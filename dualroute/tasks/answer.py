@@ -157,7 +157,9 @@ def window_batches(
 def hidden_states(loaded: Loaded, batch: dict[str, Any]) -> Tensor:
     """(B, n, dim) of a batch."""
     return loaded.model.hidden_states(
-        batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        batch["inputs"] if "inputs" in batch else batch["input_ids"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
     )
 
 

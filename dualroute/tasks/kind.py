@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.examples import Example
 
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
 Floats = NDArray[np.float32]
 #: (training rows, rows to answer) → a prediction for each
 Baseline = Callable[[Sequence[Row], Sequence[Row]], list[Row]]
@@ -130,6 +131,8 @@ class Kind:
     fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, task: TaskConfig, setting: Setting) -> None:
         self.task, self.setting = task, setting
@@ -157,12 +160,33 @@ class Kind:
 
     # ------------------------------------------------------------------ what a kind says
 
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Refuse settings of a run that this kind cannot be trained with.
+
+        Raises:
+            UserError: Naming the key and the remedy.
+        """
+
     def fit(self, rows: Iterable[Row]) -> None:
         """Look over the training rows; ``rows`` may be read once."""
 
     def head(self) -> TaskHeadConfig | None:
         """What leaves the model; null for the next token."""
         return None
+
+    def frontend(self) -> FrontendConfig | None:
+        """What enters the model, an example's field ``inputs``; null for token ids."""
+        return None
+
+    def num_ids(self) -> int | None:
+        """Ids of a model whose ``input_ids`` are no text; null for those of the tokenizer."""
+        return None
+
+    def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]]:
+        """The parts train, validation and test, of a kind that divides rows by itself; with one that does not
+        have this of its own, ``data.validation`` and ``data.validation_share`` say it."""
+        raise NotImplementedError
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         """The examples of a row, each of at most ``setting.max_length`` tokens.
@@ -213,6 +237,18 @@ class Kind:
         return classification(
             outputs, labels, smoothing=self.task.label_smoothing, weights=self.class_weights, z_loss=z_loss
         )
+
+    def training(
+        self, encoded: Sequence[Any], prepared: Any, arguments: Callable[[], dict[str, Any]]
+    ) -> Any | None:
+        """The module that trains the model, where it is another than :class:`~dualroute.tasks.module.Finetune`.
+
+        Args:
+            encoded: Rows and examples, of training and of validation.
+            prepared: The run.
+            arguments: Makes what every module is made of, the model among it.
+        """
+        return None
 
     def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
         """What of the training rows may not be meant, a line each."""

@@ -1,5 +1,4 @@
-"""What users give by mistake: each is one line that names it, never a traceback, never trained on in "
-"silence."""
+"""What users give by mistake: one line names it; never a traceback, never trained on in silence."""
 
 import re
 from pathlib import Path
