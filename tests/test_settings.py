@@ -23,6 +23,7 @@ NEEDED = {
     "QuantizeConfig": {"checkpoint": "run", "output": "out"},
     "VerifyDataConfig": {"data": "data"},
     "ShowDataConfig": {"data": "data"},
+    "ChatConfig": {"checkpoint": "run"},
     "PredictConfig": {"checkpoint": "run", "input": "rows.csv", "output": "out"},
     "ExportConfig": {"checkpoint": "run", "output": "out", "format": "hf"},
 }
@@ -100,7 +101,7 @@ def test_no_value_gets_through_that_nobody_can_mean(cls: type, field: dataclasse
         assert all(value is True for value in taken), taken
     if kind.split(" |")[0] in ("str", "LocalPath", "ConfigFile", "ResumePath") or kind.startswith("Literal"):
         assert all(isinstance(value, str) for value in taken if value is not None), taken
-        assert field.name == "prompt" or "" not in taken
+        assert field.name in ("prompt", "system") or "" not in taken
     if "None" not in kind:
         assert None not in taken
 
