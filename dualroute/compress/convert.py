@@ -30,6 +30,7 @@ from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
 from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import SETTINGS
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
@@ -45,6 +46,7 @@ from dualroute.model.conversion import (
     random_groups,
 )
 from dualroute.model.foreign.hub import is_foreign, load_dense
+from dualroute.model.foreign.own_export import exported_lineage, wrote
 from dualroute.model.generation import continue_batch
 
 _ROWS = 32  # texts that are sampled together
@@ -80,9 +82,11 @@ def convert(config: ConvertConfig) -> Conversion:
         tokenizer = _tokenizer(config, beside, Path(folder))
         model = _with_vocabulary(model, tokenizer, config.source)
         groups = mass = None
-        note: dict[str, Any] = {"source": config.source, "attention": config.attention}
+        comes_back = wrote(Path(config.source)) and model.config.attention != "dense" and not config.changes
+        attention = model.config.attention if comes_back else config.attention
+        note: dict[str, Any] = {"source": config.source, "attention": attention}
         converted = model
-        if config.attention == "dual":
+        if config.attention == "dual" and not comes_back:
             check_dense(model.config)
             shape = dual_config(
                 model.config, both=config.heads == "both", local_heads=config.local_heads, **config.routing
@@ -97,14 +101,15 @@ def convert(config: ConvertConfig) -> Conversion:
                     note["mass_beyond_window"] = [[round(x, 6) for x in row] for row in mass.tolist()]
                 converted = divide_heads(model, shape, groups)
         metadata = {**_carried(Path(config.source)), "conversion": note}
-        checkpoint = save_model(converted, config.output, tokenizer.path, metadata)
+        extra = {SETTINGS: tokenizer.settings.to_bytes()}
+        checkpoint = save_model(converted, config.output, tokenizer.path, metadata, extra)
     return Conversion(checkpoint, groups, mass, model.config.heads_per_group)
 
 
 def _carried(source: Path) -> dict[str, Any]:
     """What stays true of a checkpoint when it is converted."""
     if is_foreign(source):
-        return imported(source.name)
+        return {**imported(source.name), **exported_lineage(source)}
     checkpoint = find_checkpoint(source)
     said = checkpoint.metadata
     kept: dict[str, Any] = {name: said[name] for name in ("context", "data_fingerprint") if name in said}
@@ -190,7 +195,8 @@ def _shards(
         UserError: The shards were made with another tokenizer, or are damaged.
     """
     manifest = Manifest.load(folder)
-    if manifest.tokenizer.sha256 != tokenizer.sha256:
+    theirs = manifest.folder / manifest.tokenizer.file
+    if manifest.tokenizer.sha256 != tokenizer.sha256 and not tokenizer.same_ids(Tokenizer(theirs)):
         raise UserError(
             f"{folder} was made with another tokenizer than the one of {config.source}: leave --data out, or "
             f"prepare it with that one"

@@ -29,6 +29,7 @@ from dualroute.export.config import ExportConfig
 from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
 from dualroute.model.checkpoint.format import WEIGHTS, Checkpoint, find_checkpoint, verify_checkpoint
+from dualroute.model.checkpoint.lineage import continued
 
 Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]]
 #: format → the module whose `write_export` fills the folder and returns its figures; the packages it needs.
@@ -130,10 +131,12 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         "data_fingerprint",
         "context",
         "operation",
+        "teacher",
         "lineage",
     )
     weights = metadata.get("files", {}).get(WEIGHTS, {})
     found = {name: metadata[name] for name in kept if metadata.get(name) is not None}
+    found["folder"] = continued(checkpoint)[-1]["folder"]
     return {**found, **({"sha256": weights["sha256"]} if "sha256" in weights else {})}
 
 

@@ -27,6 +27,9 @@ class ExportConfig:
         max_tokens: Measure on this many tokens at most.
         license: What the model card says of the weights, an SPDX identifier such as apache-2.0; null says
             nothing.
+        layout: With hf, whose class the folder names: auto takes one of transformers (Llama, Qwen2, Qwen3,
+            Mistral) where it computes the same and ours elsewhere; own takes ours; transformers refuses a
+            model that none of its classes computes.
         quantize: With onnx, also write an int8 file (dynamic, per channel) and say what it costs.
         opset: Of the ONNX file.
     """
@@ -40,6 +43,7 @@ class ExportConfig:
     context: int | None = None
     max_tokens: int | None = None
     license: str | None = None
+    layout: Literal["auto", "own", "transformers"] = "auto"
     quantize: bool = False
     opset: int = 20
 
@@ -49,5 +53,7 @@ class ExportConfig:
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
         if self.quantize and self.format != "onnx":
             raise UserError(f"quantize works with --format onnx only, not {self.format}: leave it away")
+        if self.layout != "auto" and self.format != "hf":
+            raise UserError(f"layout works with --format hf only, not {self.format}: leave it away")
         if self.format != "hf" and self.dtype == "bfloat16":
             raise UserError(f"dtype bfloat16 works with --format hf only: {self.format} files hold float32")

@@ -35,7 +35,7 @@ def write_export(
     config: ExportConfig, loaded: Loaded, folder: Path, quality: dict[str, Any]
 ) -> dict[str, Any]:
     """Write and verify the Hugging Face folder, its card last; returns the figures."""
-    written = huggingface.write(loaded, folder)
+    written = huggingface.write(loaded, folder, config.layout)
     figures = {**written, "parity": huggingface.verify(loaded, folder, samples(config, loaded))}
     (folder / "README.md").write_text(card(config, loaded, folder, quality, figures), encoding="utf-8")
     return figures

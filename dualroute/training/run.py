@@ -43,6 +43,7 @@ from dualroute import compat
 from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import read_settings
 from dualroute.errors import UserError
 from dualroute.log import to_file
 from dualroute.model import ModelConfig
@@ -174,6 +175,7 @@ def check(config: PretrainConfig) -> Prepared:
     tokenizer = _tokenizer(module)
     if initial is not None:
         check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
+        tokenizer = with_settings_of(tokenizer, initial)
     config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
     prepared = Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
     check_course(prepared)
@@ -236,6 +238,16 @@ def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
             f"{theirs} is not the tokenizer that {data} was made with ({tokenizer.path}): the ids would mean "
             f"other text; prepare the data with it (dualroute prepare --tokenizer {theirs})"
         )
+
+
+def with_settings_of(tokenizer: Tokenizer, initial: Checkpoint) -> Tokenizer:
+    """The tokenizer of the data, with the chat template and the ends of a text that ``initial`` came with,
+    where it has none of its own."""
+    return (
+        tokenizer
+        if tokenizer.settings
+        else tokenizer.with_settings(read_settings(initial.folder / TOKENIZER))
+    )
 
 
 def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:

@@ -39,9 +39,13 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(expected["threads"])
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=expected["own_model"], dtype=expected["dtype"]
+    )
     model.eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=expected["own_tokenizer"]
+    )
     result: dict[str, Any] = {
         "transformers": transformers.__version__,
         "class": type(model).__name__,
@@ -55,14 +59,19 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
             result["logits"][str(ids.shape[1])] = float(difference)
     bos = tokenizer.bos_token_id
     wrong = []
+    as_text = {"split_special_tokens": True}  # as in training: a special token that a text spells is text
     for text, ids in expected["texts"]:
         with_bos = ids if bos is None else [bos, *ids]
         if (
-            tokenizer(text).input_ids != with_bos
-            or tokenizer(text, add_special_tokens=False).input_ids != ids
+            tokenizer(text, **as_text).input_ids != with_bos
+            or tokenizer(text, add_special_tokens=False, **as_text).input_ids != ids
         ):
             wrong.append(text[:80])
-    result["texts"], result["texts_differing"] = len(expected["texts"]), wrong
+    for text, ids in expected["marked"]:  # as templates and trainers need it: the token itself
+        if tokenizer(text, add_special_tokens=False).input_ids != ids:
+            wrong.append(text[:80])
+    result["texts"] = len(expected["texts"]) + len(expected["marked"])
+    result["texts_differing"] = wrong
     result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
     return result
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import TEMPLATE
 from dualroute.export.hf.bundle import bundle
 
 SPACE_MARK = "\u2581"
@@ -44,6 +45,14 @@ def trial_texts(tokenizer: Tokenizer, samples: list[str], seed: int = 0) -> list
     return TRICKY + samples + drawn + few
 
 
+def marked_texts(tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+    """Texts that end with a special token, and the ids that they have where it is one."""
+    ends = {piece: token.id for piece, token in tokenizer.special_tokens.items() if not token.eats_before}
+    return [(f"The end.{piece}", [*tokenizer.encode("The end."), number]) for piece, number in ends.items()][
+        :50
+    ]
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]:
     """Write all that ``AutoTokenizer.from_pretrained(folder)`` needs.
 
@@ -56,9 +65,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own number for "no limit"
         "padding_side": "left",  # what generate() wants
-        "split_special_tokens": True,
+        # as everywhere: a special token that a text spells is one, which templates and trainers count on
+        "split_special_tokens": False,
         **special,
     }
+    if tokenizer.settings.chat_template is not None:
+        (folder / TEMPLATE).write_text(tokenizer.settings.chat_template, encoding="utf-8")
     fast = tokenizer_json(tokenizer)
     code: list[str] = []
     if not is_json(tokenizer):
@@ -68,6 +80,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]
         code = bundle([module], folder)
         settings["tokenizer_class"] = "DualRoutingTokenizer"
         settings["auto_map"] = {"AutoTokenizer": ["tokenization_dualroute.DualRoutingTokenizer", None]}
+        settings["added_tokens_decoder"] = {
+            str(token.id): _added(piece) for piece, token in tokenizer.special_tokens.items()
+        }
     else:
         (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -91,7 +106,10 @@ def _specials(tokenizer: Tokenizer) -> dict[str, str]:
         "pad_token": tokenizer.pad_id,
         "unk_token": tokenizer.unk_id,
     }
-    return {name: pieces[number] for name, number in named.items() if number >= 0}
+    found = {name: pieces[number] for name, number in named.items() if number >= 0}
+    # its source said so: an answer ends with another token than a document
+    said = tokenizer.settings.named.get("eos_token")
+    return {**found, "eos_token": said} if said in tokenizer.special_tokens else found
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -133,13 +151,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
         vocabulary[text] = number
     pieces = tokenizer.pieces()
     control = sorted({*_specials(tokenizer).values(), *_controls(model)}, key=vocabulary.__getitem__)
-    added = [
-        {
-            "id": vocabulary[piece], "content": piece, "special": True,
-            "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-        }
-        for piece in control
-    ]  # fmt: skip
+    added = [{"id": vocabulary[piece], **_added(piece)} for piece in control]
     return {
         "version": "1.0",
         "truncation": None,
@@ -164,6 +176,14 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
             "vocab": vocabulary,
             "merges": _merges(scores),
         },
+    }  # fmt: skip
+
+
+def _added(piece: str) -> dict[str, Any]:
+    """A special token as both formats describe one."""
+    return {
+        "content": piece, "special": True,
+        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from dualroute.model.checkpoint.folder import (
     METADATA,
     STATE,
     TOKENIZER,
+    TOKENIZER_SETTINGS,
     WEIGHTS,
     Checkpoint,
     damages,
@@ -45,6 +46,7 @@ __all__ = [
     "METADATA",
     "STATE",
     "TOKENIZER",
+    "TOKENIZER_SETTINGS",
     "WEIGHTS",
     "Checkpoint",
     "check_weights",
@@ -91,9 +93,7 @@ def save_model(
         tensors = dict(model.named_parameters())
     with appearing_folder(output) as aside:
         write_tensors(aside / WEIGHTS, tensors)
-        for name, content in (extra or {}).items():
-            (aside / name).write_bytes(content)
-        write_description(aside, model.config, tokenizer, metadata)
+        write_description(aside, model.config, tokenizer, metadata, extra=extra)
     return read_checkpoint(output)
 
 
@@ -103,13 +103,20 @@ def write_description(
     tokenizer: str | Path,
     metadata: dict[str, Any],
     described: Mapping[str, dict[str, Any]] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> None:
     """Add to ``folder`` all that makes weights a checkpoint, its metadata last.
 
-    ``described`` are the entries of files that were hashed while they were written.
+    ``described`` are the entries of files that were hashed while they were written; ``extra`` other files to
+    put there, by name.
     """
+    for name, content in (extra or {}).items():
+        (folder / name).write_bytes(content)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     shutil.copyfile(tokenizer, folder / TOKENIZER)
+    beside = Path(tokenizer).with_name(TOKENIZER_SETTINGS)
+    if beside.is_file() and TOKENIZER_SETTINGS not in (extra or {}):
+        shutil.copyfile(beside, folder / TOKENIZER_SETTINGS)
     standard = {"format": "dualroute-checkpoint", "version": 1, "step": 0, "tokens": 0}
     write_metadata(folder, {**standard, **metadata, "files": describe_files(folder, described)})
 

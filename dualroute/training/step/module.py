@@ -231,8 +231,8 @@ class Pretrain(LightningModule):
         ids = self.tokenizer.encode(prompt, bos=True)
         room = self.model.config.max_context - len(ids)
         sampling = SamplingConfig(max_new_tokens=max(1, min(max_new_tokens, room)), seed=seed)
-        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_id))
-        return self.tokenizer.decode(ids + [token for token in new if token != self.tokenizer.eos_id])
+        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_ids))
+        return self.tokenizer.decode(ids + [token for token in new if token not in self.tokenizer.eos_ids])
 
     # ------------------------------------------------------------------ state
 

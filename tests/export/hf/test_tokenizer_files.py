@@ -8,8 +8,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from data_prep.train_tokenizer import cut, train_tokenizer  # noqa: E402
 from dualroute.data.tokenizer import Tokenizer  # noqa: E402
+from dualroute.data.tokenizer_settings import TokenizerSettings  # noqa: E402
 from dualroute.evaluate.perplexity import read_text  # noqa: E402
-from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer  # noqa: E402
+from dualroute.export.hf.tokenizer_files import marked_texts, trial_texts, write_tokenizer  # noqa: E402
 from tests.conftest import WORDS  # noqa: E402
 
 
@@ -28,10 +29,16 @@ def exported(tmp_path):
 
 
 def same_ids(ours, theirs, texts):
+    """Of text as text; and a special token at its end is one, as for every tokenizer of transformers."""
+    as_text = {"split_special_tokens": True}
     for text in texts:
         ids = ours.encode(text)
-        assert theirs(text, add_special_tokens=False).input_ids == ids, repr(text)
-        assert theirs(text).input_ids == [ours.bos_id, *ids]
+        assert theirs(text, add_special_tokens=False, **as_text).input_ids == ids, repr(text)
+        assert theirs(text, **as_text).input_ids == [ours.bos_id, *ids]
+    marked = marked_texts(ours)
+    assert marked
+    for text, ids in marked:
+        assert theirs(text, add_special_tokens=False).input_ids == ids, text
 
 
 def random_texts(pieces, count=300):
@@ -110,3 +117,23 @@ def test_a_model_with_habits_of_its_own(exported, real_data):
     ours, theirs, source = exported(path)
     assert source == "tokenizer.model"
     same_ids(ours, theirs, trial_texts(ours, []))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_chat_has_the_ids_of_ours(kind, tmp_path):
+    """The template, and an end of answers of its own, travel; a template's specials are ids."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 50))) for _ in range(300)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_tokenizer(texts, 315, kind, 4))
+    source = Tokenizer(path).chat_template.source
+    said = TokenizerSettings(source.replace("<eos>", "<reserved_1>"), {"eos_token": "<reserved_1>"}, (2, 5))
+    ours = Tokenizer(path, said)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    messages = [{"role": "user", "content": "the old river"}, {"role": "assistant", "content": "a house"}]
+    assert theirs.apply_chat_template(messages, return_dict=True)["input_ids"] == ours.chat(messages).ids
+    assert ours.chat(messages).ids[0] == ours.bos_id
+    assert theirs.eos_token_id == 5
+    assert Tokenizer(tmp_path / "out" / "tokenizer.model").settings.chat_template == said.chat_template

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,7 @@ class CheckpointPublisher(Callback):
         described: What every checkpoint says of this run besides; ``validation`` is what its losses were
             measured on, and only those measured on the same are compared.
         patience_minutes: How long rank 0's thread waits for the parts of the others.
+        extra: Other files for every checkpoint, by name.
 
     Attributes:
         lineage: What the checkpoints of this training descend from
@@ -90,8 +91,10 @@ class CheckpointPublisher(Callback):
         val_every_steps: int,
         described: dict[str, Any] | None = None,
         patience_minutes: float = 30.0,
+        extra: Mapping[str, bytes] | None = None,
     ) -> None:
         self.described = described or {}
+        self.extra = extra
         self.patience = 60 * patience_minutes
         self.folder = folder
         self.config = config
@@ -215,7 +218,7 @@ class CheckpointPublisher(Callback):
     ) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
         folder, described = part.folder, entries(notes, checkpoint_format.WEIGHTS, layout)
-        checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described)
+        checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described, self.extra)
         _flush(folder, described)
         published = self.folder / checkpoint_format.step_folder(metadata["step"])
         if os.path.lexists(published):  # copied in part, or not ours: a rename onto it would fail for ever
