@@ -36,6 +36,7 @@ Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]
 #: Imported when asked for: each takes seconds
 WRITERS: dict[str, tuple[str, list[str]]] = {
     "hf": ("dualroute.export.model_card", ["transformers"]),
+    "gguf": ("dualroute.export.gguf_file", ["gguf"]),
     "onnx": ("dualroute.export.onnx_file", ["onnx", "onnxscript", "onnxruntime"]),
     "torch-export": ("dualroute.export.torch_program", []),
 }
@@ -83,8 +84,8 @@ def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
     saved = saved_dtype(checkpoint)
     writer = _writer(config.format)
     dtype: str = config.dtype
-    if dtype == "auto":
-        dtype = saved if config.format == "hf" else "float32"
+    if dtype == "auto" or config.format == "gguf":  # a GGUF file is rounded when it is written
+        dtype = saved if config.format in ("hf", "gguf") else "float32"
     return load(checkpoint.folder, "cpu", dtype), writer
 
 
@@ -92,7 +93,8 @@ def _writer(format: str) -> Writer:
     module, needed = WRITERS[format]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install -e '.[export]'")
+        extra = "gguf" if format == "gguf" else "export"
+        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
     writer: Writer = importlib.import_module(module).write_export
     return writer
 

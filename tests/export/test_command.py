@@ -34,7 +34,7 @@ def test_a_folder_for_transformers(checkpoint, tiny_dataset, tmp_path, capsys):
 
     card = (output / "README.md").read_text()
     assert "| trained on | 1,234 tokens in all (see History) |" in card
-    assert "1. pretrain: c (1,234 tokens in 7 steps)" in card
+    assert "1. pretrain: c (1,234 tokens in 7 steps; context 64; validation loss 3.5000)" in card
     assert "license: cc0-1.0" in card.split("---")[1]
     quality = figures["quality"]
     assert quality["tokens"] > 100
