@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dualroute.compress.config import ConvertConfig
+from dualroute.data.added_tokens import with_added_tokens
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
 from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.tokenizer import Tokenizer
-from dualroute.data.tokenizer_settings import SETTINGS
+from dualroute.data.tokenizer_settings import SETTINGS, read_settings
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
@@ -117,15 +118,21 @@ def _carried(source: Path) -> dict[str, Any]:
 
 
 def _tokenizer(config: ConvertConfig, beside: Path | None, folder: Path) -> Tokenizer:
-    """The source's tokenizer; one of llama2.c is rewritten as a sentencepiece model into ``folder``."""
+    """The source's tokenizer; into ``folder`` one of llama2.c is rewritten as a sentencepiece model, and a
+    sentencepiece model with the tokens that were added beside it."""
     path = beside if config.tokenizer is None else Path(config.tokenizer)
     if path is None:
         raise UserError(f"{config.source} has no tokenizer beside it: give the file with --tokenizer")
+    settings = None
     if path.suffix == ".bin":
-        data = sentencepiece_model(path)
+        data: bytes | None = sentencepiece_model(path)
+    else:
+        data = with_added_tokens(path) if is_foreign(config.source) and path.suffix == ".model" else None
+        settings = read_settings(path)
+    if data is not None:
         path = folder / "tokenizer.model"
         path.write_bytes(data)
-    return Tokenizer(path)
+    return Tokenizer(path, settings)
 
 
 def _with_vocabulary(

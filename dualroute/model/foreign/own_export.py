@@ -68,6 +68,9 @@ def own_config(values: Mapping[str, Any], place: str) -> ModelConfig:
 
 def theirs(name: str) -> tuple[str, ...]:
     """Names that a parameter of ours may have in the folder, the usual one first."""
+    if name.startswith("task_head.project."):
+        kind = name.rpartition(".")[2]
+        return f"score.{kind}", f"qa_outputs.{kind}"
     usual = f"model.{name}"
     return ("lm_head.weight", usual) if name == "head.weight" else (usual, name)
 
