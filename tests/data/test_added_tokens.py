@@ -13,7 +13,7 @@ from dualroute.errors import UserError
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(train_tokenizer(["some words\n"] * 50, 268, "unigram", 0))
+    path.write_bytes(train_tokenizer(["some words of the river\n"] * 50, 275, "bpe", 0))
     return path
 
 
