@@ -259,7 +259,8 @@ def compare(loaded: Loaded, path: Path, kind: str) -> dict[str, Any]:
         if tensor is None or tensor.tensor_type != quantised or tensor.data.tobytes() != wanted.tobytes():
             raise UserError(f"the GGUF file's {name} is not what was to be written: not published")
         read = torch.from_numpy(np.array(dequantize(tensor.data, quantised)).reshape(weight.shape))
-        largest = max(largest, float((_rows(config, theirs, read, back=True) - weight.float()).abs().max()))
+        difference = _rows(config, theirs, read, back=True) - weight.detach().float()
+        largest = max(largest, float(difference.abs().max()))
     if (kind == "float32" or kind == saved_type(loaded)) and largest:
         raise UserError(f"the GGUF file's weights are off by {largest:g}: not published")
     _compare_words(reader.get_field, loaded)
