@@ -23,7 +23,7 @@ _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder{tokenizer})
+tokenizer = AutoTokenizer.from_pretrained(folder{tokenizer}){pad}
 model = AutoModelForCausalLM.from_pretrained(folder{model})
 inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
 texts = model.generate(**inputs, max_new_tokens=50, do_sample=True, top_p=0.95)
@@ -91,7 +91,11 @@ def card(
 def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
     own = figures.get("class") == OWN_CLASS
     own_tokenizer = (folder / huggingface.TOKENIZER_CODE).is_file()
-    code = _TRANSFORMERS.format(model=_TRUST if own else "", tokenizer=_TRUST if own or own_tokenizer else "")
+    code = _TRANSFORMERS.format(
+        model=_TRUST if own else "",
+        tokenizer=_TRUST if own or own_tokenizer else "",
+        pad="" if loaded.tokenizer.pad_id >= 0 else "\ntokenizer.pad_token = tokenizer.eos_token",
+    )
     kept = (
         "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not."
         if own
