@@ -44,6 +44,13 @@ from dualroute.model.foreign.hf_config import LLAMA_LIKE, llama_like_config
 from dualroute.model.foreign.llama2c import read_llama2c
 from dualroute.model.transformer import DualRoutingTransformer
 
+_LEARNED = "its learned positions, LayerNorm after each layer and GELU have no counterpart here"
+#: encoders that people ask for → why none of their layers computes the same in RMSNorm, SwiGLU and RoPE
+_ENCODERS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "distilbert"), _LEARNED),
+    "modernbert": "its first layer has no norm, its feed-forward is gated by GELU, and its local layers turn "
+    "positions by another base than its global ones",
+}
 _MAX_TOKENIZER_BYTES = 256 << 20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: In a layer of ours → in a layer of theirs; queries, keys and values are joined.
@@ -118,6 +125,11 @@ def load_causal_lm(
     if family == own_export.MODEL_TYPE:
         config = own_export.own_config(values, str(source / "config.json"))
         return filled(config, read_own_export(source, config), str(source), dtype), tokenizer_file(source)
+    if family in _ENCODERS:
+        raise UserError(
+            f"{source / 'config.json'}: a {family} cannot be read: {_ENCODERS[family]}; masked pretraining "
+            f"(model.causal false) makes an encoder here"
+        )
     if family not in LLAMA_LIKE:
         raise UserError(
             f"{source / 'config.json'}: model_type '{family}' is not supported: llama, mistral, qwen2, "
