@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dualroute.compress.added_tokens import with_added_tokens
 from dualroute.compress.config import ConvertConfig
-from dualroute.data.added_tokens import with_added_tokens
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
@@ -102,7 +102,9 @@ def convert(config: ConvertConfig) -> Conversion:
                     note["mass_beyond_window"] = [[round(x, 6) for x in row] for row in mass.tolist()]
                 converted = divide_heads(model, shape, groups)
         metadata = {**_carried(Path(config.source)), "conversion": note}
-        extra = {SETTINGS: tokenizer.settings.to_bytes()}
+        source = Path(config.source)
+        extra = {} if is_foreign(source) else find_checkpoint(source).task_file()
+        extra[SETTINGS] = tokenizer.settings.to_bytes()
         checkpoint = save_model(converted, config.output, tokenizer.path, metadata, extra)
     return Conversion(checkpoint, groups, mass, model.config.heads_per_group)
 

@@ -37,7 +37,26 @@ model = Llama("path/to/this/folder/model.gguf", n_ctx=0)
 print(model("Once upon a time", max_tokens=50)["choices"][0]["text"])
 ```"""
 _TRUST = ", trust_remote_code=True"
-OWN_CLASS = "DualRoutingForCausalLM"
+OWN_CLASS = "DualRoutingFor"
+
+
+_USE_PIPELINE = """\
+```python
+from transformers import pipeline
+
+run = pipeline("TASK", model="path/to/this/folder", trust_remote_code=True)
+```"""
+_GENERATE = (
+    "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not. "
+)
+#: what transformers calls a model → a hub's name of its task, and the words for it
+_PURPOSES = {
+    "CausalLM": ("text-generation", "A causal language model"),
+    "MaskedLM": ("fill-mask", "A model that reads both sides of each token and finds masked ones,"),
+    "SequenceClassification": ("text-classification", "A classifier of texts"),
+    "TokenClassification": ("token-classification", "A classifier of tokens"),
+    "QuestionAnswering": ("question-answering", "A model that finds answers in texts,"),
+}
 
 
 def write_export(
@@ -63,19 +82,21 @@ def card(
 ) -> str:
     """The text of README.md."""
     gguf = config.format == "gguf"
-    own = figures.get("class") == OWN_CLASS
+    own = figures.get("class", "").startswith(OWN_CLASS)
+    tag, kind = _PURPOSES[huggingface.purpose_of(loaded.model.config)]
     tags = ["dualroute", "gguf"] if gguf else ["dualroute", "custom_code"] if own else ["dualroute"]
-    front = ["pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]"]
+    front = [f"pipeline_tag: {tag}", f"tags: [{', '.join(tags)}]"]
     front = [*([] if gguf else ["library_name: transformers"]), *front]
     if config.license is not None:
         front.append(f"license: {config.license}")
     name = Path(config.output).name
-    kind = "DualRouting" if own else "dense" if loaded.model.config.attention == "dense" else "sliding-window"
+    dense = loaded.model.config.attention == "dense"
+    attention = "DualRouting" if own else "dense" if dense else "sliding-window"
     return "\n".join(
         [
             "---", *front, "---", "",
             f"# {name}", "",
-            f"A causal language model of {loaded.model.num_parameters():,} parameters with {kind} "
+            f"{kind} of {loaded.model.num_parameters():,} parameters with {attention} "
             f"attention, {_attention(loaded.model.config)}", "",
             "## Use", "", *(_use_of_gguf(loaded, figures) if gguf else _use(loaded, folder, figures)), "",
             "## Figures", "", *_table(loaded, folder, quality, figures), "",
@@ -89,27 +110,28 @@ def card(
 
 
 def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
-    own = figures.get("class") == OWN_CLASS
+    shape = loaded.model.config
+    purpose = huggingface.purpose_of(shape)
+    own = str(figures.get("class", "")).startswith(OWN_CLASS)
     own_tokenizer = (folder / huggingface.TOKENIZER_CODE).is_file()
-    code = _TRANSFORMERS.format(
-        model=_TRUST if own else "",
-        tokenizer=_TRUST if own or own_tokenizer else "",
-        pad="" if loaded.tokenizer.pad_id >= 0 else "\ntokenizer.pad_token = tokenizer.eos_token",
-    )
-    kept = (
-        "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not."
-        if own
-        else f"The model is a `{figures['class']}`, which other software that knows this class runs as well."
-    )
-    needs = "torch and transformers" + (
-        "" if figures.get("tokenizer") == "tokenizer.json" else ", sentencepiece"
-    )
+    code = _USE_PIPELINE.replace("TASK", _PURPOSES[purpose][0])
+    if purpose == "CausalLM":
+        code = _TRANSFORMERS.format(
+            model=_TRUST if own else "",
+            tokenizer=_TRUST if own or own_tokenizer else "",
+            pad="" if loaded.tokenizer.pad_id >= 0 else "\ntokenizer.pad_token = tokenizer.eos_token",
+        )
+    how = _GENERATE if purpose == "CausalLM" else ""
+    if not own:
+        how = (
+            f"The model is a `{figures['class']}`, which other software that knows this class runs as well. "
+        )
+    needs = "torch and transformers" + (", and sentencepiece" if own_tokenizer else "")
     return [
         code,
         "",
-        f"It needs {needs}; the `dualroute` package is not needed. {_begin(loaded)} Batches may be padded on "
-        f"the left; the attention mask says where. {kept} At most "
-        f"{loaded.model.config.max_context:,} tokens.",
+        f"It needs {needs}; the `dualroute` package is not needed. {_begin(loaded)} Batches may be padded; "
+        f"the attention mask says where. {how}At most {shape.max_context:,} tokens.",
     ]
 
 

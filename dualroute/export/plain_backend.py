@@ -10,11 +10,17 @@ from torch import Tensor
 
 from dualroute.attention.backends.torch import TorchBackend
 
+Backend = TorchBackend  # the only one there is
 _TORCH = TorchBackend()
 
 
 def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> TorchBackend:
     """Plain torch."""
+    return _TORCH
+
+
+def plain() -> TorchBackend:
+    """Plain torch, which takes everything."""
     return _TORCH
 
 

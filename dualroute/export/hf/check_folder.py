@@ -39,9 +39,8 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(expected["threads"])
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=expected["own_model"], dtype=expected["dtype"]
-    )
+    auto = getattr(transformers, f"AutoModelFor{expected['purpose']}")
+    model = auto.from_pretrained(folder, trust_remote_code=expected["own_model"], dtype=expected["dtype"])
     model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, trust_remote_code=expected["own_tokenizer"]
@@ -54,16 +53,16 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
     }
     with torch.no_grad():
         for ids, positions, logits in expected["logits"]:
-            got = model(input_ids=ids, logits_to_keep=positions).logits
+            got = _outputs(model, expected["purpose"], ids, positions)
             difference = (got.double() - logits.double()).abs().max()
             result["logits"][str(ids.shape[1])] = float(difference)
     bos = tokenizer.bos_token_id
     wrong = []
     as_text = {"split_special_tokens": True}  # as in training: a special token that a text spells is text
     for text, ids in expected["texts"]:
-        with_bos = ids if bos is None else [bos, *ids]
+        whole = [*([] if bos is None else [bos]), *ids, *expected["end"]]
         if (
-            tokenizer(text, **as_text).input_ids != with_bos
+            tokenizer(text, **as_text).input_ids != whole
             or tokenizer(text, add_special_tokens=False, **as_text).input_ids != ids
         ):
             wrong.append(text[:80])
@@ -72,8 +71,24 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
             wrong.append(text[:80])
     result["texts"] = len(expected["texts"]) + len(expected["marked"])
     result["texts_differing"] = wrong
-    result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
+    result["generation"] = {}
+    if expected["prompts"]:
+        result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
     return result
+
+
+def _outputs(model: Any, purpose: str, ids: Any, places: Any) -> Any:
+    """What leaves at some places of texts, (B, places, outputs); for a text as a whole there is one place."""
+    import torch
+
+    if purpose == "CausalLM":
+        return model(input_ids=ids, logits_to_keep=places).logits
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids))  # else <pad> among them were padding
+    if purpose == "SequenceClassification":
+        return out.logits[:, None]
+    if purpose == "QuestionAnswering":
+        return torch.stack([out.start_logits, out.end_logits], -1)[:, places]
+    return out.logits[:, places]
 
 
 def _generate(model: Any, prompts: list[list[int]], wanted: list[list[int]]) -> dict[str, bool]:

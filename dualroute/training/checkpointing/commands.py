@@ -66,6 +66,8 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
         settings = source.folder / checkpoint_folder.TOKENIZER_SETTINGS
         if settings.is_file():
             shutil.copyfile(settings, aside / settings.name)
+        for name, content in source.task_file().items():
+            (aside / name).write_bytes(content)
         metadata = source.metadata | {"state_layout": None, "files": checkpoint_folder.describe_files(aside)}
         checkpoint_folder.write_metadata(aside, metadata)
     print(f"{output}: {compared} tensors, read back and equal to those of {source.folder}")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep.train_tokenizer import train_tokenizer
-from dualroute.data.added_tokens import with_added_tokens
+from dualroute.compress.added_tokens import with_added_tokens
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 
