@@ -186,6 +186,8 @@ def evaluate(config: EvaluateConfig) -> Score:
     Raises:
         UserError: Any of the inputs cannot be used.
     """
+    if config.data is None and config.text is None:
+        raise UserError("give --data (a folder of shards) or --text (a file)")
     loaded = load(config.checkpoint, config.device, config.dtype)
     context = config.context or int(
         loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)

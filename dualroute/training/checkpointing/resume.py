@@ -15,7 +15,6 @@ mounted than lost.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import socket
@@ -241,9 +240,13 @@ def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]
     Raises:
         UserError: Its model or data are others.
     """
-    theirs = dataclasses.asdict(ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG))
-    ours = dataclasses.asdict(model)
-    differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    theirs = ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG).to_dict()
+    ours = model.to_dict()
+    differing = [
+        f"{key} {theirs.get(key)} → {ours.get(key)}"
+        for key in {**ours, **theirs}
+        if theirs.get(key) != ours.get(key)
+    ]
     if differing:
         raise UserError(
             f"{checkpoint.folder} holds another model than the configuration asks for (model."

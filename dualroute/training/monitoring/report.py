@@ -110,11 +110,12 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             ),
             ("trained", _trained(checkpoint)),
         ]
-        sample = (
-            _sample(checkpoint, model, config)
-            if model.config.causal
-            else "(the model sees both sides of each token: it continues no text)"
-        )
+        if model.task_head is not None:
+            sample = "(a model with a task's head writes no text)"
+        elif model.config.causal:
+            sample = _sample(checkpoint, model, config)
+        else:
+            sample = "(the model sees both sides of each token: it continues no text)"
     rows = [
         *_corpus(data),
         *of_checkpoint,
@@ -123,7 +124,7 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             f"{first['val/loss']:.3f} at step {first['step']} → "
             f"{last['val/loss']:.3f} at step {last['step']}",
         ),
-        *_bits_per_byte(first, last),
+        *_figures(first, last),
         ("speed", f"{statistics.median(m['speed/tokens_per_second'] for m in train):,.0f} tokens/s (median)"),
         *(("damaged checkpoint", problem) for problem in problems),
         ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
@@ -135,10 +136,14 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
 
 
-def _bits_per_byte(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]:
-    """Nothing of a run that finds masked tokens, which spell a part of the text."""
-    key = "val/bits_per_byte"
-    return [("bits per byte", f"{first[key]:.3f} → {last[key]:.3f}")] if key in first and key in last else []
+def _figures(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured at validations besides the loss: bits per byte of text, or a task's metrics."""
+    names = [name for name in last if name.startswith("val/") and name not in ("val/loss", "val/perplexity")]
+    return [
+        (name.removeprefix("val/").replace("_", " "), f"{first[name]:.3f} → {last[name]:.3f}")
+        for name in names
+        if name in first
+    ]
 
 
 def _trained(checkpoint: Checkpoint) -> str:
