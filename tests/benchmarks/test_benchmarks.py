@@ -51,11 +51,21 @@ def test_it_runs_and_writes_its_table(name: str, tmp_path: Path, pytestconfig: p
 
 
 @pytest.mark.slow
-def test_the_ceiling_is_the_ratio_of_what_is_read(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    rows = run(pytestconfig.rootpath, COMMANDS["speed"], tmp_path)
+@pytest.mark.parametrize(
+    ("more", "ceiling"),
+    [
+        # dense: 2 x 128.5 keys; here: sink, two blocks and half of the own one, and a window of 16
+        ("", 257 / (3.5 * 16 + 16 - 16 * 15 / 512)),
+        # 2 x 256 keys; sink, two blocks and the own one, and the window to both sides
+        ("--bidirectional --clock cpu", 512 / (4 * 16 + 31 - 16 * 15 / 256)),
+    ],
+)
+def test_the_ceiling_is_the_ratio_of_what_is_read(
+    more: str, ceiling: float, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    rows = run(pytestconfig.rootpath, f"{COMMANDS['speed']} {more}", tmp_path)
     long = next(row for row in rows if row["tokens"] == "256" and row["attention"] == "16/16/2")
-    # dense: 2 x 128.5 keys; here: sink, two blocks and half of the own one, and a window of 16
-    assert float(long["ceiling"]) == pytest.approx(257 / (3.5 * 16 + 16 - 16 * 15 / 512), abs=0.06)
+    assert float(long["ceiling"]) == pytest.approx(ceiling, abs=0.06)
 
 
 @pytest.mark.slow

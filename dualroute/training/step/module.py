@@ -248,8 +248,8 @@ class Pretrain(LightningModule):
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
-        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked tokens,
-        which spell a part of it."""
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked
+        tokens, which spell a part of it."""
         density = self.targets_per_byte[split]
         if density is None or not self.model.config.causal:
             return {}
