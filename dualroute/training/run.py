@@ -371,11 +371,6 @@ def _check_compile(config: PretrainConfig) -> None:
             "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
             "the compiled code: use stage 2, or leave it out"
         )
-    if config.train.offload_activations:
-        raise UserError(
-            "train.compile cannot be used with train.offload_activations, which moves what a compiled layer "
-            "has kept: use train.activation_checkpointing, or leave one of them out"
-        )
     if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")
 

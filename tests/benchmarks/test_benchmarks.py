@@ -31,6 +31,22 @@ COMMANDS = {
     "--steps 4 --patience 4 --tokens 256 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
 }
 
+#: quality.py, whose trainings are not processes of their own
+IN_ONE_PROCESS = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, {folder!r})
+import quality
+from dualroute.cli import main
+
+def run(command, check):
+    assert check and command[:3] == [sys.executable, "-m", "dualroute.cli"]
+    assert main(command[3:]) == 0
+
+quality.subprocess = SimpleNamespace(run=run)
+quality.main()
+"""
+
 
 def run(root: Path, command: str, output: Path) -> list[dict[str, str]]:
     script, *options = command.split()
@@ -76,8 +92,9 @@ def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestc
     )
     smaller = "--data.context 32 --train.tokens_per_batch 64 --optim.warmup_steps 1 --data.val_tokens 128"
     words = [*options.split(), "--variants", *variants, "--extra", *smaller.split()]
-    script = str(pytestconfig.rootpath / "benchmarks" / "quality.py")
-    warm.ranks(1, script, words, cwd=pytestconfig.rootpath, env=os.environ)
+    script = tmp_path / "in_one_process.py"
+    script.write_text(IN_ONE_PROCESS.format(folder=str(pytestconfig.rootpath / "benchmarks")))
+    warm.ranks(1, str(script), words, cwd=pytestconfig.rootpath, env=os.environ)
     with (tmp_path / "quality.csv").open(newline="") as stream:
         rows = {row["attention"]: row for row in csv.DictReader(stream)}
     assert list(rows) == variants

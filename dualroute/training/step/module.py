@@ -181,10 +181,13 @@ class Pretrain(LightningModule):
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
-        # those of the whole batch: a rank that shares texts has to find its own
-        rows = batch.get("label_rows") if self.model.sequence_group is None else None
+        rows = self._label_rows(batch)
         loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss, rows=rows)
         return self.model.head(hidden.flatten(0, 1), loss)
+
+    def _label_rows(self, batch: Batch) -> Tensor | None:
+        """What the loader found: rows of the whole batch, so that ranks that share texts find their own."""
+        return batch.get("label_rows") if self.model.sequence_group is None else None
 
     @property
     def at_first_micro_batch(self) -> bool:
