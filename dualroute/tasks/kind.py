@@ -104,6 +104,10 @@ class Tally:
     def add(self, what: str) -> None:
         self.counts[what] += 1
 
+    def lines(self) -> Iterator[str]:
+        """A line for each."""
+        yield from (f"{what}: {count:,}" for what, count in self.counts.items())
+
 
 class Kind:
     """A kind of task.
@@ -341,7 +345,9 @@ class Kind:
                 f"a row has {length} tokens, more than the {self.setting.max_length} that are read: raise "
                 f"data.max_length or data.context, or set data.too_long to truncate or drop"
             )
-        self.tally.add("truncated")
+        self.tally.add(
+            f"examples truncated to {self.setting.max_length} tokens (data.max_length, data.too_long)"
+        )
 
     def pooling(self) -> Any:
         """Where a text's one output is read."""
