@@ -221,7 +221,7 @@ class Kind:
     def training(
         self, encoded: Sequence[Any], prepared: Any, arguments: Callable[[], dict[str, Any]]
     ) -> Any | None:
-        """The module that trains the model, where it is another than :class:`~dualroute.tasks.module.Finetune`.
+        """The module that trains the model; null: :class:`~dualroute.tasks.module.Finetune`.
 
         Args:
             encoded: Rows and examples, of training and of validation.

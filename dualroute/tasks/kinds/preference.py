@@ -1,7 +1,7 @@
 """Preference pairs: of two answers to one chat the better is to become likelier than the other (DPO).
 
-Row: ``chosen`` and ``rejected``, texts beside a ``prompt``, or whole chats that begin alike; ``prompt`` may be a
-list of messages too.  An example is both chats, side by side as two documents.  The loss is
+Row: ``chosen`` and ``rejected``, texts beside a ``prompt``, or whole chats that begin alike; ``prompt`` may
+be a list of messages too.  An example is both chats, side by side as two documents.  The loss is
 :mod:`dualroute.tasks.preference`'s.  Prediction: ``prediction``, the answer that the model writes.
 """
 

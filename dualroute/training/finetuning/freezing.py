@@ -1,8 +1,8 @@
 """Weights that stay as they are, named by patterns.
 
-In: a model and ``finetune.freeze``.  Here: parameters are told not to be trained.  Next: the optimizer has only
-the others, and a training's state too (:func:`without_frozen`): what is frozen is read again from where it
-came from, so a resume puts it back (:func:`with_frozen`).
+In: a model and ``finetune.freeze``.  Here: parameters are told not to be trained.  Next: the optimizer has
+only the others, and a training's state too (:func:`without_frozen`): what is frozen is read again from where
+it came from, so a resume puts it back (:func:`with_frozen`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def matches(name: str, pattern: str) -> bool:
 
 def _shown(names: list[str]) -> str:
     """The kinds of names there are: those of one layer stand for all."""
-    kinds = list(dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names))
+    kinds = list(
+        dict.fromkeys(".".join("*" if p.isdigit() else p for p in name.split(".")) for name in names)
+    )
     return ", ".join(kinds[:_SHOWN]) + (f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else "")
 
 

@@ -303,8 +303,8 @@ class Pretrain(LightningModule):
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
         if checkpoint.get("parent") != self.parent:
             raise UserError(
-                f"the checkpoint's adapters were trained beside other weights ({_digest(checkpoint['parent'])} "
-                f"there, {_digest(self.parent)} here): give the init_from that the run began with"
+                f"the checkpoint's adapters were trained beside other weights "
+                f"({_digest(checkpoint.get('parent'))} there, {_digest(self.parent)} here): give the init_from that the run began with"
             )
         self._refuse_other_groups(checkpoint.get("parameter_names"))
         if "state_dict" in checkpoint:

@@ -45,13 +45,20 @@ def test_a_run_leaves_an_ordinary_model_and_its_adapter_beside_it(
     assert ours.keys() == parent.keys()
     same = {name for name in ours if torch.equal(ours[name], parent[name])}
     assert same == {name for name in ours if "norm" in name or name.startswith("embedding")}
-    found = evaluate(EvaluateConfig(str(unbroken), data=str(tiny_dataset), device="cpu", context=64, max_tokens=512))
+    found = evaluate(
+        EvaluateConfig(str(unbroken), data=str(tiny_dataset), device="cpu", context=64, max_tokens=512)
+    )
     assert found.loss == pytest.approx(curve(unbroken, "validation")[STEPS], abs=1e-5)
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= checkpoint.metadata["files"].keys()
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= checkpoint.metadata[
+        "files"
+    ].keys()
     assert json.loads((checkpoint.folder / "adapter/adapter_config.json").read_text())["r"] == 4
     state = torch.load(checkpoint.state, weights_only=False)
     assert all(".lora_" in name for name in state["state_dict"])
-    assert main(["generate", "--checkpoint", str(unbroken), "--prompt", "The", "--sampling.max_new_tokens", "3"]) == 0
+    assert (
+        main(["generate", "--checkpoint", str(unbroken), "--prompt", "The", "--sampling.max_new_tokens", "3"])
+        == 0
+    )
 
 
 def test_killed_it_goes_on_as_if_nothing_had_happened(
@@ -114,7 +121,9 @@ def test_the_weights_beneath_have_to_be_there_and_the_same(
 def test_what_cannot_be_is_refused_by_name(
     base: Path, tiny_dataset: Path, tmp_path: Path, capsys: Any, more: list[str], said: str
 ) -> None:
-    assert pretrain(tiny_dataset, tmp_path / "run", 2, *options(base), "--optim.warmup_steps", "1", *more) == 2
+    assert (
+        pretrain(tiny_dataset, tmp_path / "run", 2, *options(base), "--optim.warmup_steps", "1", *more) == 2
+    )
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import peft
@@ -13,17 +12,13 @@ from safetensors.torch import load_file
 from dualroute.errors import UserError
 from dualroute.export.hf.folder import named_weights
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from dualroute.training.finetuning.adapters import (
     adapter_files,
     add_adapters,
-    has_adapters,
     merged_parameters,
     targets,
 )
 from dualroute.training.finetuning.config import StrategyConfig
-from dualroute.training.monitoring.metrics_log import read_metrics
-from tests.training.checkpointing.runs import killed_in, pretrain
 
 ALL = {"global_qkv", "local_qkv", "out_proj", "gate", "up", "down"}
 
@@ -31,8 +26,8 @@ ALL = {"global_qkv", "local_qkv", "out_proj", "gate", "up", "down"}
 def build(tie: bool = False, **more: object) -> DualRoutingTransformer:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=50, dim=32, num_layers=2, num_heads=4, window=8, block=16, tie_embeddings=tie, qkv_bias=True,
-        **more,  # type: ignore[arg-type]
+        vocab_size=50, dim=32, num_layers=2, num_heads=4, window=8, block=16, tie_embeddings=tie,
+        qkv_bias=True, **more,  # type: ignore[arg-type]
     )  # fmt: skip
     return DualRoutingTransformer(config)
 
