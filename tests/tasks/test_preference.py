@@ -190,8 +190,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(parent: Path, data: Path, output: Path, steps: int, *more: str) -> int:
     words = (
         "finetune --task.kind preference --data.context 128 --data.validation_share 0.2 "
-        "--train.micro_batch 2 --train.tokens_per_batch 256 --train.val_every_steps 50 --optim.lr 0.003 --optim.warmup_steps 2 "
-        "--checkpoint.every_steps 4 --monitor.sample_every_steps 0 --monitor.peak_tflops 0.1 "
+        "--train.micro_batch 2 --train.tokens_per_batch 256 --train.val_every_steps 50 "
+        "--optim.lr 0.003 --optim.warmup_steps 2 --checkpoint.every_steps 4 --monitor.sample_every_steps 0 --monitor.peak_tflops 0.1 "
         "--monitor.log_every_steps 1"
     ).split()
     said = ["--init_from", str(parent), "--data.path", str(data), "--output", str(output)]

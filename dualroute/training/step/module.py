@@ -281,6 +281,7 @@ class Pretrain(LightningModule):
         # by these names a state can be cut up otherwise (see training/checkpointing/state/reader.py)
         checkpoint["parameter_names"] = self._names_by_group()
         checkpoint["parent"] = self.parent
+        checkpoint["frozen"] = sorted(n for n, p in self.named_parameters() if not p.requires_grad)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 

@@ -53,6 +53,9 @@ def test_a_run_leaves_an_ordinary_model_and_its_adapter_beside_it(
         "files"
     ].keys()
     assert json.loads((checkpoint.folder / "adapter/adapter_config.json").read_text())["r"] == 4
+    taken = unbroken.with_name("taken")
+    assert main(["checkpoint", "export", str(unbroken), "--output", str(taken)]) == 0
+    assert all(torch.equal(value, ours[name]) for name, value in weights_of(taken).items())
     state = torch.load(checkpoint.state, weights_only=False)
     assert all(".lora_" in name for name in state["state_dict"])
     assert (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
@@ -64,6 +65,9 @@ def test_what_is_frozen_is_that_of_the_parent(frozen: Path, base: Path) -> None:
     ours, theirs = state(frozen), state(base)
     same = {name for name in ours if torch.equal(ours[name], theirs[name])}
     assert same == {n for n in ours if n.startswith(("embedding", "layers.0.")) or "norm" in n}
+    taken = frozen.with_name("taken")
+    assert main(["checkpoint", "export", str(frozen), "--output", str(taken)]) == 0
+    assert all(torch.equal(value, ours[name]) for name, value in state(taken).items())
     saved = torch.load(find_checkpoint(frozen).state, weights_only=False)["state_dict"]
     assert {name.removeprefix("model.") for name in saved} == ours.keys() - same
 
