@@ -106,6 +106,8 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.token_count.at(self.steps_done)
 
+    label_smoothing = 0.0  #: in the loss that is trained; see :func:`chunked_cross_entropy`
+
     #: (number, position in the data) of the first step of those that were skipped without a good one since
     skipped_since: tuple[int, int] | None = None
 
@@ -183,7 +185,13 @@ class Pretrain(LightningModule):
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
         # those of the whole batch: a rank that shares texts has to find its own
         rows = batch.get("label_rows") if self.model.sequence_group is None else None
-        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss, rows=rows)
+        loss = partial(
+            chunked_cross_entropy,
+            labels=labels.flatten(),
+            z_loss=z_loss,
+            rows=rows,
+            label_smoothing=self.label_smoothing,
+        )
         return self.model.head(hidden.flatten(0, 1), loss)
 
     @property
