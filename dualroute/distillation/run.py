@@ -45,6 +45,7 @@ def check(config: DistillConfig) -> Prepared:
     """
     _check_settings(config)
     prepared = run.check(config)
+    prepared.config.model.require_causal("distillation")
     if prepared.finished:  # whose teacher may be gone
         return prepared
     pairs: Pairs = []

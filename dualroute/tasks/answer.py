@@ -106,7 +106,7 @@ class Answerer:
     @torch.no_grad()
     def next_token_loss(self, rows: Sequence[Row]) -> float:
         """Mean loss of the targets' tokens in nats, of a kind without a head."""
-        examples = Examples((k, one) for k, row in enumerate(rows) for one in self.kind.encode(row))
+        examples = Examples((k, one) for k, row in enumerate(rows) for one in self.kind.answer_examples(row))
         loaded, total, count = self.loaded, 0.0, 0
         for batch in window_batches(loaded, self.kind, examples, self.context, self.batch_size):
             labels = batch["labels"].flatten()
@@ -157,7 +157,9 @@ def window_batches(
 def hidden_states(loaded: Loaded, batch: dict[str, Any]) -> Tensor:
     """(B, n, dim) of a batch."""
     return loaded.model.hidden_states(
-        batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        batch["inputs"] if "inputs" in batch else batch["input_ids"],
+        segment_ids=batch["segment_ids"],
+        positions=batch["positions"],
     )
 
 

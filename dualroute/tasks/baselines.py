@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dualroute.tasks.metrics import answer_metrics, library
 from dualroute.tasks.spans import is_wide, units
@@ -17,6 +20,38 @@ _ANSWER_WORDS, _QUESTIONS = range(1, 13), 200
 def majority(targets: Sequence[Any]) -> Any:
     """The commonest target, the first of equals."""
     return Counter(targets).most_common(1)[0][0]
+
+
+Histories = Sequence[Sequence[int]]
+
+
+def popular(train: Histories, asked: Histories, items: int) -> Iterator[NDArray[Any]]:
+    """Scores of items, for each asked user: how often an item is in the training."""
+    counts = np.bincount([item for history in train for item in history], minlength=items)
+    for _ in asked:
+        yield counts.astype(np.float64)
+
+
+def cosine_neighbours(train: Histories, asked: Histories, items: int) -> Iterator[NDArray[Any]]:
+    """Scores of items, for each asked user: the sum of their cosines with the user's own, an item being the
+    set of its users."""
+    sparse = library("scipy.sparse")
+    users = np.repeat(np.arange(len(train)), [len(history) for history in train])
+    of = np.array([item for history in train for item in history], dtype=np.int64)
+    matrix = sparse.csr_matrix((np.ones(len(of)), (users, of)), shape=(len(train), items))
+    matrix.data[:] = 1.0  # a pair that is there twice was added up
+    sizes = np.sqrt(np.maximum(np.asarray(matrix.sum(0)).ravel(), 1.0))
+    matrix = matrix.multiply(1 / sizes[None]).tocsr()
+    for history in asked:
+        own = np.bincount(list(history), minlength=items) > 0
+        yield np.asarray(matrix.T @ (matrix @ own.astype(np.float64))).ravel()
+
+
+def nearest_centroid(features: Sequence[Any], targets: Sequence[str], asked: Sequence[Any]) -> list[str]:
+    """The class whose mean of features is nearest to those of ``asked``."""
+    neighbors = library("sklearn.neighbors")
+    model = neighbors.NearestCentroid().fit(list(features), list(targets))
+    return [str(name) for name in model.predict(list(asked))]
 
 
 def tfidf_classifier(texts: Sequence[str], targets: Sequence[str], asked: Sequence[str]) -> list[str]:

@@ -10,12 +10,82 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from dualroute.errors import UserError
 from dualroute.paths import LocalPath, NameOrModule, PathOrName
 from dualroute.settings import above, at_least, check_fields
 from dualroute.training.config import DataConfig, OptimConfig, PretrainConfig
 
 Rule = Literal["obeyed", "refused", "compared"]
-Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll"]
+Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "npz", "ratings"]
+
+
+@dataclass
+class ImageConfig:
+    """How images are read.
+
+    Args:
+        height, width: Of every image, in pixels; null takes those of the first training image.
+        channels: 1 (grey) or 3 (red, green, blue); images of other modes are converted.
+        resize: Bring images of other sizes to this one; false leaves them out, counted.
+        patch: Pixels a side of a patch; 1 reads single pixels as one long line, without a grid.
+        region_height, region_width: Patches of a region, which the global route chooses: together
+            model.block.
+        learned_places: Add a learned vector for each place of the grid, besides the rotary embedding.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    channels: int = 1
+    resize: bool = False
+    patch: int = 7
+    region_height: int = 2
+    region_width: int = 2
+    learned_places: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("height", "width", "patch"), at_least(1, 1 << 14))
+        regions = dict.fromkeys(("region_height", "region_width"), at_least(1, 1 << 10))
+        check_fields(self, "task.image", {**sizes, **regions})
+        if self.channels not in (1, 3):
+            raise UserError(f"task.image.channels is {self.channels}: give 1 (grey) or 3 (red, green, blue)")
+
+
+@dataclass
+class AudioConfig:
+    """How recordings are read: as frames of log-mel energies, normalised to mean 0 and deviation 1 in each
+    recording.
+
+    Args:
+        rate: Samples a second; recordings of another rate are resampled, several channels are averaged.
+        mels: Energies of a frame.
+        hop: Samples from one frame to the next.
+        frame: Samples of a frame.
+        stack: Frames that are one step of the model.
+    """
+
+    rate: int = 16000
+    mels: int = 40
+    hop: int = 160
+    frame: int = 400
+    stack: int = 2
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "task.audio",
+            {
+                "rate": at_least(1000, 192_000),
+                "mels": at_least(2, 512),
+                "hop": at_least(1, 1 << 16),
+                "frame": at_least(4, 1 << 16),
+                "stack": at_least(1, 64),
+            },
+        )
+        if self.hop > self.frame:
+            raise UserError(
+                f"task.audio.hop {self.hop} is above task.audio.frame {self.frame}: samples between frames "
+                f"would not be read; use {self.frame} at most"
+            )
 
 
 @dataclass
@@ -38,6 +108,8 @@ class TaskConfig:
         keep: Which part of a column stays that is too long for a prompt (text).
         max_new_tokens: Longest answer that is written (text, chat, preference).
         beta: How much a difference from the model that the run began with counts (preference).
+        image: How images are read (image).
+        audio: How recordings are read (speech, recognition).
     """
 
     kind: NameOrModule = "sequence"
@@ -52,8 +124,14 @@ class TaskConfig:
     keep: Literal["beginning", "end"] = "beginning"
     max_new_tokens: int = 64
     beta: float = 0.1
+    image: ImageConfig = field(default_factory=ImageConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.image, dict):  # of a task.json
+            self.image = ImageConfig(**self.image)
+        if isinstance(self.audio, dict):
+            self.audio = AudioConfig(**self.audio)
         ranges = {
             "label_smoothing": at_least(0, 1),
             "stride": at_least(0),
@@ -133,6 +211,14 @@ RESUME_RULES: dict[str, Rule] = {
     "task.keep": "compared",
     "task.max_new_tokens": "obeyed",
     "task.beta": "obeyed",
+    **{
+        f"task.image.{name}": "compared"
+        for name in (
+            *("height", "width", "channels", "resize", "patch"),
+            *("region_height", "region_width", "learned_places"),
+        )
+    },
+    **{f"task.audio.{name}": "compared" for name in ("rate", "mels", "hop", "frame", "stack")},
     **{
         f"data.{name}": "compared"
         for name in (

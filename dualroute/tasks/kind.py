@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.examples import Example
 
 Row = dict[str, Any]
+PlacedRow = tuple[str, Row]
 Floats = NDArray[np.float32]
 #: (training rows, rows to answer) → a prediction for each
 Baseline = Callable[[Sequence[Row], Sequence[Row]], list[Row]]
@@ -126,6 +127,8 @@ class Kind:
     fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
+    reads_text: ClassVar[bool] = True
 
     def __init__(self, task: TaskConfig, setting: Setting) -> None:
         self.task, self.setting = task, setting
@@ -168,6 +171,19 @@ class Kind:
         """What leaves the model; null for the next token."""
         return None
 
+    def frontend(self) -> FrontendConfig | None:
+        """What enters the model, an example's field ``inputs``; null for token ids."""
+        return None
+
+    def num_ids(self) -> int | None:
+        """Ids of a model whose ``input_ids`` are no text; null for those of the tokenizer."""
+        return None
+
+    def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]]:
+        """The parts train, validation and test, of a kind that divides rows by itself; with one that does not
+        have this of its own, ``data.validation`` and ``data.validation_share`` say it."""
+        raise NotImplementedError
+
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         """The examples of a row, each of at most ``setting.max_length`` tokens.
 
@@ -175,6 +191,10 @@ class Kind:
             BadRow: It cannot be used.
         """
         raise NotImplementedError
+
+    def answer_examples(self, row: Row) -> list[Example]:
+        """What the perplexity of a text's answer is measured on."""
+        return self.encode(row)
 
     def target(self, row: Row) -> Any:
         """What :meth:`score` compares with: of a row that :meth:`encode` takes."""

@@ -45,6 +45,28 @@ def classification(
     return LossSums(total, nll.sum().detach(), z_sum.detach(), labels.new_tensor(len(labels)))
 
 
+def ctc(outputs: Tensor, labels: Tensor, segments: Tensor) -> LossSums:
+    """Connectionist temporal classification of packed recordings, by torch; output 0 is no character.
+
+    Args:
+        outputs: (R, characters) of all steps, recording after recording.
+        labels: (R,) the characters of each recording at the first of its steps, ``IGNORE_INDEX`` behind them.
+        segments: (R,) a number of its own for each recording.
+    """
+    outputs = outputs.float() if outputs.dtype != torch.float64 else outputs
+    log_probs = outputs.log_softmax(1)
+    _, lengths = segments.unique_consecutive(return_counts=True)
+    sizes = lengths.tolist()
+    wanted = labels != IGNORE_INDEX
+    counts = torch.stack([part.sum() for part in wanted.split(sizes)]) if sizes else lengths
+    loss = outputs.sum() * 0.0  # of a batch without recordings
+    if sizes:
+        padded = torch.nn.utils.rnn.pad_sequence(log_probs.split(sizes))  # (steps, recordings, characters)
+        loss = F.ctc_loss(padded, labels[wanted], lengths, counts, reduction="sum")
+    none = torch.zeros_like(loss.detach())
+    return LossSums(loss, loss.detach(), none, wanted.sum())
+
+
 def regression(outputs: Tensor, targets: Tensor) -> LossSums:
     """Squared error of numbers: ``outputs`` (R, 1), ``targets`` (R,) float, NaN where there is none."""
     wanted = ~torch.isnan(targets)

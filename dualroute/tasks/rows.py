@@ -5,8 +5,9 @@ that are none are counted by what is wrong with them, with the first places (:cl
 above a share.  Next: a kind encodes the rows (:mod:`~dualroute.tasks.encode`).
 
 Files: .csv (quoted), .tsv and .txt (tabs, nothing quoted), .jsonl (.ndjson), .json (a list of objects, or
-SQuAD's), .parquet, .conll; each but parquet also as .gz, .xz or .bz2.  A folder is all such files in it, by
-name.
+SQuAD's), .parquet, .conll, .npz (arrays, a row of each), .dat and .data (MovieLens); each but parquet and npz
+also as .gz, .xz or .bz2.  A folder is all such files in it, by name, or the images or recordings in it
+(:mod:`~dualroute.tasks.media_rows`).  A row from a file knows the file's folder, where paths in it begin.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import IO, Any
 
 from dualroute.errors import UserError
 from dualroute.files import require_regular
+from dualroute.tasks import media_rows
 from dualroute.tasks.kind import Row
 
 #: Characters of one row; more is no text of a task.
@@ -46,8 +48,23 @@ _FORMATS = {
     ".json": "json",
     ".parquet": "parquet",
     ".conll": "conll",
+    ".npz": "npz",
+    ".data": "ratings",
+    ".dat": "ratings",
 }
 _SHOWN = 3
+
+
+class FileRow(dict[str, Any]):
+    """A row that knows the folder of its file, where the paths in it begin.
+
+    Attributes:
+        folder: Of the file.
+    """
+
+    def __init__(self, row: Row, folder: Path) -> None:
+        super().__init__(row)
+        self.folder = folder
 
 
 @dataclass
@@ -120,8 +137,14 @@ def read_rows(
     """
     rows: Iterator[tuple[str, Row]]
     if is_local(source):
-        parts = (_file_rows(file, problems, format, column_names) for file in files_of(source))
-        rows = (row for part in parts for row in part)
+        if media_rows.holds_media(source) and not _row_files(Path(source)):
+            rows = media_rows.folder_rows(Path(source))
+        else:
+            rows = (
+                (place, FileRow(row, file.parent))
+                for file in files_of(source)
+                for place, row in _file_rows(file, problems, format, column_names)
+            )
     else:
         rows = _hub_rows(source, hub_config)
     for place, row in islice(rows, limit):
@@ -148,10 +171,16 @@ def files_of(source: str) -> list[Path]:
     if not path.is_dir():
         require_regular(path)
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and format_of(file) is not None)
+    found = _row_files(path)
+    if not found:
+        found = media_rows.media_files(path)
     if not found:
         raise UserError(f"{source} holds no file of rows: it reads {', '.join(_FORMATS)}")
     return found
+
+
+def _row_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and format_of(file) is not None)
 
 
 def format_of(file: Path) -> str | None:
@@ -184,6 +213,10 @@ def _file_rows(
             yield from _parquet_rows(file)
         elif kind in ("csv", "tsv"):
             yield from _table_rows(file, problems, kind, column_names)
+        elif kind == "npz":
+            yield from media_rows.array_rows(file)
+        elif kind == "ratings":
+            yield from _ratings_rows(file, problems)
         elif kind == "jsonl":
             yield from _jsonl_rows(file, problems)
         elif kind == "json":
@@ -315,6 +348,19 @@ def _json_rows(file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
             _bad(problems, "no JSON object", f"{file}[{number}]")
 
 
+def _ratings_rows(file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
+    """MovieLens: user, item, rating and time between tabs (100K: u.data) or '::' (1M, 10M: ratings.dat)."""
+    with _open(file) as stream:
+        for place, line in _lines(stream, file, problems):
+            if not line.strip():
+                continue
+            fields = line.split("::" if "::" in line else "\t")
+            if len(fields) != 4:
+                _bad(problems, "not user, item, rating and time between tabs or '::'", place)
+                continue
+            yield place, dict(zip(("user", "item", "rating", "time"), fields, strict=True))
+
+
 def _squad_rows(data: list[Any], file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
     """SQuAD 1.1's nesting as rows: id, title, context, question, answers [{text, answer_start}]."""
     for number, article in enumerate(data):
@@ -427,7 +473,7 @@ def divided(
             columns = ", ".join(map(repr, row))
             raise UserError(f"data.group is {group!r}, and {place} has only {columns}: name one of these")
         said = row if group is None else row[group]
-        text = json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
+        text = json.dumps(said, sort_keys=True, ensure_ascii=False, default=media_rows.said)
         draw = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
         (validation if draw < share else train).append((place, row))
     return train, validation

@@ -62,8 +62,8 @@ def check(config: FinetuneConfig) -> Prepared:
     begun = run.begin(config)
     if begun.initial is None:  # of a run that began from scratch, and is resumed
         begun = dataclasses.replace(begun, initial=begun.start.checkpoint)
-    train, validation = read_parts(config.data)
     asking = make(config.task, Setting(None, 0))  # type: ignore[arg-type]  # asked for columns alone
+    train, validation = read_parts(config.data, asking)
     for part in (train, validation):
         asking.check_columns(part.rows[0][1], source=part.source)
     tokenizer = tokenizer_of(
@@ -101,7 +101,7 @@ def check(config: FinetuneConfig) -> Prepared:
         own = kind.training(encoded, prepared, lambda: run.module_arguments(prepared))
         return own or Finetune(kind, encoded[1], **run.module_arguments(prepared))
 
-    prepared = run.prepare(begun, data, tokenizer, make_module, kind.head())
+    prepared = run.prepare(begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids())
     sources = {name: getattr(config.data, name) for name in _TOLD}
     prepared = dataclasses.replace(
         prepared, operation="finetune", extra_files={TASK: describe_task(kind, sources)}
@@ -110,7 +110,7 @@ def check(config: FinetuneConfig) -> Prepared:
     return prepared
 
 
-def read_parts(data: TaskDataConfig) -> tuple[Part, Part]:
+def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
     """Training and validation rows.
 
     Raises:
@@ -124,7 +124,14 @@ def read_parts(data: TaskDataConfig) -> tuple[Part, Part]:
         )
     problems = Problems()
     rows = read_source(data, data.path, problems)
-    if data.validation is not None:
+    if type(kind).divide is not Kind.divide:
+        own = kind.divide(list(rows))
+        problems.refuse_above(data.max_bad_rows, data.path)
+        _refuse_other_parts(data, kind)
+        train = Part(data.path, own["train"], problems)
+        rest = own["validation"]
+        validation = Part(f"{data.path} (validation)", rest, Problems(rows=len(rest)))
+    elif data.validation is not None:
         train = Part(data.path, list(rows), problems)
         other = Problems()
         validation = Part(data.validation, list(read_source(data, data.validation, other)), other)
@@ -142,6 +149,15 @@ def read_parts(data: TaskDataConfig) -> tuple[Part, Part]:
         if not part.rows:
             raise UserError(f"{part.source} has no rows to use: {remedy}")
     return train, validation
+
+
+def _refuse_other_parts(data: TaskDataConfig, kind: Kind) -> None:
+    for name in ("validation", "test", "group"):
+        if getattr(data, name) is not None:
+            raise UserError(
+                f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by "
+                f"itself: leave it out"
+            )
 
 
 def read_source(data: TaskDataConfig, source: str, problems: Problems) -> Any:

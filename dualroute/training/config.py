@@ -28,6 +28,9 @@ class DataConfig:
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.
         verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
+        objective: What is to be found: next_token, by a causal model, or masked tokens, by one with
+            model.causal false.
+        mask_share: With objective masked, the share of the tokens that are hidden, whole words of them.
     """
 
     path: LocalPath = "data/stdlib"
@@ -35,13 +38,12 @@ class DataConfig:
     num_workers: int = 0
     val_tokens: int | None = None
     verify: Literal["size", "sha256"] = "sha256"
+    objective: Literal["next_token", "masked"] = "next_token"
+    mask_share: float = 0.3
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "data",
-            {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)},
-        )
+        ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
+        check_fields(self, "data", {**ranges, "mask_share": above(0, 1)})
 
 
 def as_saved(precision: str) -> str:

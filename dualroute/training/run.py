@@ -53,7 +53,7 @@ from dualroute.model.checkpoint.format import (
     find_checkpoint,
     refuse_quantized,
 )
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.resume import (
     Start,
@@ -205,6 +205,7 @@ def check(config: PretrainConfig) -> Prepared:
     """
     begun = begin(config)
     train, data = begun.config.train, begun.config.data
+    _check_objective(begun.config)
     module = ShardDataModule(
         data.path,
         data.context,
@@ -214,9 +215,11 @@ def check(config: PretrainConfig) -> Prepared:
         num_workers=data.num_workers,
         val_tokens=data.val_tokens,
         verify=data.verify,
+        mask_share=data.mask_share if data.objective == "masked" else None,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
+    _ = module.masking  # refused where the tokenizer has no id for a hidden token
     if begun.initial is not None:
         check_same_tokenizer(begun.initial.folder / TOKENIZER, tokenizer, data.path)
     prepared = prepare(begun, module, tokenizer, pretraining_module)
@@ -230,15 +233,30 @@ def prepare(
     tokenizer: Tokenizer,
     make_module: Callable[[Prepared], Pretrain],
     task_head: TaskHeadConfig | None = None,
+    frontend: FrontendConfig | None = None,
+    num_ids: int | None = None,
 ) -> Prepared:
-    """A run of these data, with its vocabulary, what leaves its model, and its length in tokens.
+    """A run of these data, with its vocabulary, what enters and leaves its model, and its length in tokens.
+
+    ``num_ids`` are those of a model whose ids are no text; null means the tokenizer's.
 
     Raises:
         UserError: The model has another vocabulary.
     """
     config = begun.config
-    model = _with_vocabulary(config.model, tokenizer, config.data.path)
-    model = dataclasses.replace(model, task_head=task_head).resolved()
+    if num_ids is None:
+        model = _with_vocabulary(config.model, tokenizer, config.data.path)
+    else:
+        model = dataclasses.replace(config.model, vocab_size=num_ids)
+    if begun.initial is not None and (config.model.frontend, config.model.vocab_size) != (
+        frontend,
+        model.vocab_size,
+    ):
+        raise UserError(
+            f"{begun.initial.folder} holds a model of other inputs than the task has: take the weights of a "
+            f"model that was trained on such inputs, or begin from scratch (leave init_from out)"
+        )
+    model = dataclasses.replace(model, task_head=task_head, frontend=frontend).resolved()
     train = config.train
     if train.epochs is not None:
         tokens = data.plan.samples_in(train.epochs) * data.context
@@ -320,6 +338,17 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
         raise UserError(
             "train.precision 16-mixed needs a CUDA device, or a processor with fp16 arithmetic "
             "(avx512_fp16): use bf16-mixed or 32 here"
+        )
+
+
+def _check_objective(config: PretrainConfig) -> None:
+    """A model that sees the next token has nothing to predict, and one that does not see it finds no mask."""
+    causal, objective = config.model.causal, config.data.objective
+    if causal != (objective == "next_token"):
+        raise UserError(
+            f"data.objective {objective} cannot be trained with model.causal {str(causal).lower()}: give "
+            f"{'model.causal false' if causal else 'data.objective masked'}, or "
+            f"{'data.objective next_token' if causal else 'model.causal true'}"
         )
 
 
@@ -439,9 +468,7 @@ def _nothing_to_do(prepared: Prepared) -> int:
         early = checkpoint.step < prepared.total_steps
         said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
         log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
-        log.info(
-            "%s", summary.what_comes_next(prepared.output, prepared.config.data.path, prepared.operation)
-        )
+        log.info("%s", summary.what_comes_next(prepared.output, prepared.config, prepared.operation))
     return 0
 
 
@@ -526,7 +553,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last, prepared.operation))
+        summary.tell(summary.what_was_trained(prepared.output, config, last, prepared.operation))
     return 0
 
 

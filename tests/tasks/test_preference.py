@@ -216,6 +216,17 @@ def test_a_run_begins_at_the_reference_and_learns_the_preference(run: Path) -> N
     assert find_checkpoint(run).metadata["score"]["name"] == "accuracy"
 
 
+def test_its_answers_are_written_and_compared_with_the_better_ones(run: Path, data: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(data.read_text().splitlines(keepends=True)[:4]))
+    figures = tmp_path / "figures.json"
+    asked = ["evaluate", "--checkpoint", str(run), "--data", str(some), "--output", str(figures)]
+    assert main(asked) == 0
+    metrics = json.loads(figures.read_text())["metrics"]
+    assert {"bleu", "exact_match", "perplexity"} <= metrics.keys()
+    assert metrics["perplexity"] > 1
+
+
 def test_the_reference_is_asked_once_and_the_parent_may_go(
     run: Path, parent: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

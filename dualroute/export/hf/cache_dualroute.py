@@ -52,13 +52,15 @@ class DualRoutingCache(Cache):
     Args:
         new_caches: Makes the caches of a group.
         num_layers: Layers of the model.
-        max_length: Tokens at most; also decides, once, whether the global route of ``global_mode="auto"``
-            reads everything or is routed.
+        expected: Tokens of a text when it is finished, which decides, once, whether the global route of
+            ``global_mode="auto"`` reads everything or is routed.
+        max_length: Tokens at most.
     """
 
-    def __init__(self, new_caches: NewCaches, num_layers: int, max_length: int) -> None:
+    def __init__(self, new_caches: NewCaches, num_layers: int, expected: int, max_length: int) -> None:
         super().__init__(layers=[])
-        self._new_caches, self._num_layers, self.max_length = new_caches, num_layers, max_length
+        self._new_caches, self._num_layers = new_caches, num_layers
+        self.expected, self.max_length = expected, max_length
         self.groups: list[Group] = []
         self.deferred: NewTokens | None = None
         self.width = 0  # columns of the batch seen, padding included
@@ -71,8 +73,7 @@ class DualRoutingCache(Cache):
         """Let texts become longer than was said at first."""
         self.max_length = max(max_length, self.max_length)
         for group in self.groups:
-            for cache in group.caches:
-                cache.max_length = self.max_length
+            self._limit(group.caches)
 
     def parts(self, tokens: NewTokens) -> Iterator[tuple[Group, Tensor | None]]:
         """The groups that ``tokens`` belong to, and which of these (B, n) are theirs: null = all of them.
@@ -80,7 +81,7 @@ class DualRoutingCache(Cache):
         Groups are split where their rows get unequally many tokens, and a row without any waits.
 
         Raises:
-            ValueError: Another number of rows than before, or a row that begins with no token at all.
+            ValueError: Another number of rows than before.
         """
         hidden, mask = tokens.embeddings, tokens.mask
         batch, count = hidden.shape[:2]
@@ -88,8 +89,6 @@ class DualRoutingCache(Cache):
             raise ValueError(f"the cache has {self.batch_size} rows and the call {batch}")
         counts = torch.full((batch,), count) if mask is None else mask.sum(1).cpu()
         if not self.groups:
-            if int(counts.min()) == 0:
-                raise ValueError("attention_mask: a row has no token at all; leave it away, or give it <bos>")
             self.groups = [self._begin(rows, hidden.device) for rows in _of_equal(counts)]
         elif mask is not None:
             self.groups = [part for group in self.groups for part in _split(group, counts)]
@@ -105,7 +104,12 @@ class DualRoutingCache(Cache):
                 yield group, chosen
 
     def _begin(self, rows: Tensor, device: torch.device) -> Group:
-        return Group(rows.to(device), self._new_caches(len(rows), self.max_length, device))
+        return Group(rows.to(device), self._limit(self._new_caches(len(rows), self.expected, device)))
+
+    def _limit(self, caches: list[LayerCache]) -> list[LayerCache]:
+        for cache in caches:
+            cache.max_length = self.max_length
+        return caches
 
     # ---------------------------------------------------------------- what transformers asks for
 

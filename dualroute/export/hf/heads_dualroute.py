@@ -3,8 +3,9 @@
 In: what `DualRoutingModel` takes, and labels.  Out: scores and a loss, as transformers' models for the same
     tasks give them.
 
-The head's weights are ``task_head.project.weight`` and ``.bias``, as in a checkpoint of this package; one
-that a folder does not have begins at random, and transformers says so.
+The head is called ``score``, or ``qa_outputs`` for answers, as in transformers' own models: peft knows by
+these names what it has to train whole.  A head that a folder does not have begins at random, and transformers
+says so.
 """
 
 from __future__ import annotations
@@ -27,36 +28,16 @@ from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
 from dualroute.export.hf.modeling_dualroute import DualRoutingModel, DualRoutingPreTrainedModel
 
 
-class TaskHead(nn.Module):
-    """Projection of hidden states onto a task's outputs."""
-
-    def __init__(self, dim: int, outputs: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(dim, outputs)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(…, dim) → (…, outputs)."""
-        outputs: Tensor = self.project(hidden_states)
-        return outputs
-
-
-class _WithTaskHead(DualRoutingPreTrainedModel):
-    """A backbone and `outputs` numbers for each token."""
-
-    def __init__(self, config: DualRoutingConfig, outputs: int) -> None:
-        super().__init__(config)
-        self.num_labels = outputs
-        self.model = DualRoutingModel(config)
-        self.task_head = TaskHead(config.hidden_size, outputs)
-        self.post_init()
-
-
-class DualRoutingForSequenceClassification(_WithTaskHead):
+class DualRoutingForSequenceClassification(DualRoutingPreTrainedModel):
     """Classes, or one number, for a text: read at its last token, its first, or over the mean of all
     (``config.pooling``)."""
 
     def __init__(self, config: DualRoutingConfig) -> None:
-        super().__init__(config, config.num_labels)
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 2)
+        self.model = DualRoutingModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -86,7 +67,7 @@ class DualRoutingForSequenceClassification(_WithTaskHead):
         hidden = outputs.last_hidden_state
         assert hidden is not None
         kept = _tokens(hidden, input_ids, attention_mask, self.config.pad_token_id)
-        logits = self.task_head(_pooled(hidden, kept, self.config.pooling))
+        logits = self.score(_pooled(hidden, kept, self.config.pooling))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -98,12 +79,16 @@ class DualRoutingForSequenceClassification(_WithTaskHead):
         )
 
 
-class DualRoutingForTokenClassification(_WithTaskHead):
+class DualRoutingForTokenClassification(DualRoutingPreTrainedModel):
     """Classes of tokens."""
 
     def __init__(self, config: DualRoutingConfig) -> None:
-        super().__init__(config, config.num_labels)
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 2)
+        self.model = DualRoutingModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -127,16 +112,19 @@ class DualRoutingForTokenClassification(_WithTaskHead):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.task_head(self.dropout(outputs.last_hidden_state))
+        logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class DualRoutingForQuestionAnswering(_WithTaskHead):
+class DualRoutingForQuestionAnswering(DualRoutingPreTrainedModel):
     """Scores of being an answer's first and last token."""
 
     def __init__(self, config: DualRoutingConfig) -> None:
-        super().__init__(config, 2)
+        super().__init__(config)
+        self.model = DualRoutingModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -161,7 +149,7 @@ class DualRoutingForQuestionAnswering(_WithTaskHead):
             use_cache=use_cache,
             **kwargs,
         )
-        start, end = self.task_head(outputs.last_hidden_state).unbind(-1)
+        start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start, end, start_positions, end_positions)

@@ -25,6 +25,7 @@ from dualroute.attention.core.layout import Layout
 from dualroute.attention.layer import DualRouting
 from dualroute.export.hf.cache_dualroute import DualRoutingCache, NewTokens
 from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
+from dualroute.model.config import ModelConfig
 from dualroute.model.layers import TransformerBlock
 
 CAPACITY = 512  # tokens that a cache has room for at first
@@ -32,6 +33,11 @@ CAPACITY = 512  # tokens that a cache has room for at first
 
 class DualRoutingLayer(GradientCheckpointingLayer, TransformerBlock):
     """The block of the model, which transformers can recompute in the backward pass."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        for projection in (self.attention.out_proj, self.ffn.down):
+            projection.into_residual = True  # type: ignore[assignment]
 
 
 class DualRoutingPreTrainedModel(PreTrainedModel):
@@ -48,6 +54,8 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "into_residual", False):  # see `DualRoutingTransformer.init_weights`
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -55,10 +63,6 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, DualRouting) and module.gate_weight is not None:
             nn.init.zeros_(module.gate_weight)
-        elif isinstance(module, DualRoutingLayer):  # after its parts: see `DualRoutingTransformer`
-            residual = std / math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.attention.out_proj.weight, std=residual)
-            nn.init.normal_(module.ffn.down.weight, std=residual)
 
 
 class DualRoutingModel(DualRoutingPreTrainedModel):
@@ -121,7 +125,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         if cache is None and use_cache is not False:
             cache = self._own_cache(tokens, segment_ids, use_cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states: list[Tensor] | None = [] if wanted is not False and wanted is not None else None
+        wanted = False if wanted is None else wanted
+        states: list[Tensor] | None = None if wanted is False else []
         if cache is None or cache.deferred is tokens:
             last = self._whole(tokens, segment_ids, states)
         else:
@@ -131,12 +136,13 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             past_key_values=None if use_cache is False else cache,
-            hidden_states=None if states is None else _chosen(states, wanted),
+            hidden_states=None if states is None else _chosen(states, wanted),  # type: ignore[arg-type]
         )
 
-    def new_cache(self, max_length: int | None = None) -> DualRoutingCache:
-        """An empty cache for texts of up to ``max_length`` tokens (null: the model's context)."""
-        layers = self.layers
+    def new_cache(self, expected: int | None = None) -> DualRoutingCache:
+        """An empty cache for texts of ``expected`` tokens when they are finished (null: the model's context);
+        more may come, up to the context."""
+        layers, context = self.layers, self.config.max_position_embeddings
 
         def new_caches(batch: int, length: int, device: torch.device) -> list[LayerCache]:
             caches = []
@@ -146,7 +152,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
                 caches.append(layer.attention.new_cache(batch, length, place, capacity=CAPACITY))  # type: ignore[union-attr,operator]
             return caches
 
-        return DualRoutingCache(new_caches, len(layers), max_length or self.config.max_position_embeddings)
+        expected = expected or context
+        return DualRoutingCache(new_caches, len(layers), expected, max(expected, context))
 
     def _given_cache(self, given: Cache | None) -> DualRoutingCache | None:
         if given is None or isinstance(given, DualRoutingCache):
@@ -221,6 +228,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
             whole = [
                 rows.index_put(places, part.flatten(0, 1)) for rows, part in zip(whole, parts, strict=True)
             ]
+        if not whole:  # padding alone
+            whole = [torch.zeros_like(hidden)] * (1 if states is None else len(self.layers) + 2)
         if states is not None:
             states += whole[:-1]
         return whole[-1]
@@ -296,21 +305,29 @@ class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         """Called by `generate`: gives it a cache that knows how long the texts may become."""
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.any(1).all()):
+            raise ValueError("attention_mask: a row has no token at all; leave it away, or give it <bos>")
         given = model_kwargs.get("past_key_values")
         if isinstance(given, DualRoutingCache):
-            given.grow(generation_config.max_length)
+            given.grow(max_cache_length + 1)
         if generation_config.use_cache is False or given is not None:
             prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-            return prepare(generation_config, model_kwargs, *args, **kwargs)
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation}: this model has a cache of "
                 f"its own; leave the option away"
             )
-        model_kwargs["past_key_values"] = self.model.new_cache(generation_config.max_length)
+        model_kwargs["past_key_values"] = self.model.new_cache(max_cache_length + 1)
         return None
 
 

@@ -105,6 +105,9 @@ class Preferences(Chats):
         }
         return [Example(fields, targets=1)]
 
+    def answer_examples(self, row: Row) -> list[Example]:
+        return super().encode(row)  # the better answer
+
     def _of_last(self, messages: Sequence[Message], room: int) -> tuple[list[int], list[int]]:
         """(ids, labels) of a chat of which only the last answer counts: the turns before are equal."""
         ids, labels = self.learnt(messages, room)

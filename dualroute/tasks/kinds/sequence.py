@@ -77,16 +77,23 @@ class Sequences(Kind):
         texts = [self.text(row)]
         if self.column("pair") in row:
             texts.append(self.text(row, "pair"))
-        number = None
-        if with_target:
-            name = self._name(row)
-            if name is None:
-                raise BadRow(f"no {self.column('label')}")
-            number = self.numbers.get(name)
-            if number is None:
-                raise BadRow(f"{self.column('label')} that the training rows do not have")
+        number = self.label_number(row) if with_target else None
         ids = self.joined(*(self.setting.tokenizer.encode(text) for text in texts))
         return [Example(self.pooled(ids, number))]
+
+    def label_number(self, row: Row) -> int:
+        """The output of a row's label.
+
+        Raises:
+            BadRow: It has none, or one that the training rows do not have.
+        """
+        name = self._name(row)
+        if name is None:
+            raise BadRow(f"no {self.column('label')}")
+        number = self.numbers.get(name)
+        if number is None:
+            raise BadRow(f"{self.column('label')} that the training rows do not have")
+        return number
 
     def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
         names = [self._name(row) for row in rows]

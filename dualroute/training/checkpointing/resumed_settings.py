@@ -38,6 +38,8 @@ RULES: dict[str, Rule] = {
     "data.num_workers": "obeyed",
     "data.val_tokens": "obeyed",
     "data.verify": "obeyed",
+    "data.objective": "refused",
+    "data.mask_share": "obeyed",
     "train": "obeyed",
     "optim.lr": "obeyed",
     "optim.betas": "obeyed",

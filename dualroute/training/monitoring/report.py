@@ -110,10 +110,12 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             ),
             ("trained", _trained(checkpoint)),
         ]
-        if model.task_head is None:
+        if model.task_head is not None:
+            sample = "(a model with a task's head writes no text)"
+        elif model.config.causal:
             sample = _sample(checkpoint, model, config)
         else:
-            sample = "(a model with a task's head writes no text)"
+            sample = "(the model sees both sides of each token: it continues no text)"
     rows = [
         *_corpus(data),
         *of_checkpoint,
@@ -127,8 +129,9 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
         *(("damaged checkpoint", problem) for problem in problems),
         ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
         ("TensorBoard", f"`tensorboard --logdir {run / 'tensorboard'}`"),
-        ("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'),
     ]
+    if model is None or model.config.causal:
+        rows.append(("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'))
     table = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
 

@@ -42,7 +42,7 @@ from dualroute.training.step.token_count import TokenCount
 
 
 class Pretrain(LightningModule):
-    """Next-token training of a :class:`DualRoutingTransformer`.
+    """Training of a :class:`DualRoutingTransformer` on the labels of its batches: next tokens or masked ones.
 
     Args:
         model: The model to train.
@@ -167,7 +167,7 @@ class Pretrain(LightningModule):
         if self.training and self.strategy.draws:
             self._seed_draws()
         return self.model.hidden_states(
-            batch["input_ids"],
+            batch["inputs"] if "inputs" in batch else batch["input_ids"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             layout=batch.get("layout"),
@@ -256,9 +256,12 @@ class Pretrain(LightningModule):
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
-        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text."""
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked tokens,
+        which spell a part of it."""
         density = self.targets_per_byte[split]
-        return {} if density is None else {"bits_per_byte": loss * density / math.log(2)}
+        if density is None or not self.model.config.causal:
+            return {}
+        return {"bits_per_byte": loss * density / math.log(2)}
 
     # ------------------------------------------------------------------ validation
 

@@ -14,32 +14,15 @@ from dualroute.attention.backend import plain_torch  # noqa: E402
 from dualroute.errors import UserError  # noqa: E402
 from dualroute.export.hf import check_folder  # noqa: E402
 from dualroute.export.hf import folder as huggingface  # noqa: E402
-from dualroute.export.hf.configuration_dualroute import DualRoutingConfig  # noqa: E402
 from dualroute.export.hf.modeling_dualroute import DualRoutingForCausalLM  # noqa: E402
-from dualroute.model import SamplingConfig, generate  # noqa: E402
-from tests.export.conftest import KINDS, tiny_model  # noqa: E402
+from tests.export.conftest import KINDS  # noqa: E402
+from tests.export.hf.models import GREEDY, greedy_of, ids_of, wrapped  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def from_folder(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def wrapped(**options):
-    """A tiny model, and the same inside the transformers class."""
-    ours = tiny_model(**options)
-    config = DualRoutingConfig(ours.config.to_dict(), bos_token_id=1, pad_token_id=0)
-    model = DualRoutingForCausalLM(config).eval()
-    left = model.load_state_dict(huggingface.named_weights(ours), strict=False)
-    assert left.missing_keys == (["lm_head.weight"] if ours.config.tie_embeddings else [])
-    assert not left.unexpected_keys
-    return ours, model
-
-
-def ids_of(length, batch=1, seed=0):
-    return torch.randint(4, 320, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +30,6 @@ def plain_kernels():
     """The folder has no other kernels than torch's: what it must equal to the last bit uses them too."""
     with plain_torch():
         yield
-
-
-def greedy_of(ours, prompt, count):
-    return list(generate(ours, prompt, SamplingConfig(max_new_tokens=count, temperature=0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
