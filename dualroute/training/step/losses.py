@@ -6,7 +6,7 @@ of the whole global batch.  Per token, with logits s = W h and label y:
 
     loss = logsumexp(s) - s_y                   next-token loss, nats
     z    = logsumexp(s)²                        keeps the normaliser near 1 (PaLM, Chowdhery et al. 2022, §5)
-    u    = logsumexp(s) - mean(s)               smoothed labels (Szegedy et al. 2016, §7): (1 - a) · loss + a · u
+    u    = logsumexp(s) - mean(s)               smoothed labels: (1 - a) · loss + a · u (Szegedy et al. 2016)
     dloss/ds = softmax(s) - onehot(y),  dz/ds = 2 · logsumexp(s) · softmax(s)
 
 The gradient is computed in the *forward*.  A chunk's logits are made, turned into the

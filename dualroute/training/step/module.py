@@ -316,7 +316,8 @@ class Pretrain(LightningModule):
         if checkpoint.get("parent") != self.parent:
             raise UserError(
                 f"the checkpoint's adapters were trained beside other weights "
-                f"({_digest(checkpoint.get('parent'))} there, {_digest(self.parent)} here): give the init_from that the run began with"
+                f"({_digest(checkpoint.get('parent'))} there, {_digest(self.parent)} here): "
+                f"give the init_from that the run began with"
             )
         self._refuse_other_groups(checkpoint.get("parameter_names"))
         if "state_dict" in checkpoint:
