@@ -107,7 +107,7 @@ def test_a_wrong_pattern_ends_the_run_before_it_starts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["0", "2", "3"])
+@pytest.mark.parametrize("stage", ["0", "3"])
 def test_ranks_leave_the_same_as_they_are(base: Path, tiny_dataset: Path, tmp_path: Path, stage: str) -> None:
     """Two ranks under DeepSpeed, resumed by the same, then by one process alone."""
     gentle = ("--init_from", str(base), *FROZEN, "--optim.lr", "0.003", "--optim.schedule", "constant")
