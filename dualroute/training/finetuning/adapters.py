@@ -46,7 +46,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("finetune.adapter needs the package peft: pip install peft") from error
+        raise UserError("finetune.adapter needs peft: pip install -e '.[lora]'") from error
     if importlib.util.find_spec("torchao") is not None:  # peft imports it
         require_torchao("finetune.adapter")
     return peft

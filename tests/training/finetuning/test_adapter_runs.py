@@ -137,7 +137,7 @@ def test_without_peft_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     assert pretrain(tiny_dataset, tmp_path / "run", 2, *options(base), "--optim.warmup_steps", "1") == 2
-    assert "pip install peft" in capsys.readouterr().err
+    assert "needs peft: pip install" in capsys.readouterr().err
 
 
 def ranks(dataset: Path, output: Path, count: int, steps: int, *more: str) -> None:
