@@ -196,6 +196,10 @@ class Kind:
         """
         raise NotImplementedError
 
+    def answer_examples(self, row: Row) -> list[Example]:
+        """What the perplexity of a text's answer is measured on."""
+        return self.encode(row)
+
     def target(self, row: Row) -> Any:
         """What :meth:`score` compares with: of a row that :meth:`encode` takes."""
         raise NotImplementedError
@@ -241,7 +245,7 @@ class Kind:
     def training(
         self, encoded: Sequence[Any], prepared: Any, arguments: Callable[[], dict[str, Any]]
     ) -> Any | None:
-        """The module that trains the model, where it is another than :class:`~dualroute.tasks.module.Finetune`.
+        """The module that trains the model; null: :class:`~dualroute.tasks.module.Finetune`.
 
         Args:
             encoded: Rows and examples, of training and of validation.

@@ -106,6 +106,8 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.token_count.at(self.steps_done)
 
+    label_smoothing = 0.0  #: in the loss that is trained; see :func:`chunked_cross_entropy`
+
     #: (number, position in the data) of the first step of those that were skipped without a good one since
     skipped_since: tuple[int, int] | None = None
 
@@ -181,8 +183,13 @@ class Pretrain(LightningModule):
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
-        rows = self._label_rows(batch)
-        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss, rows=rows)
+        loss = partial(
+            chunked_cross_entropy,
+            labels=labels.flatten(),
+            z_loss=z_loss,
+            rows=self._label_rows(batch),
+            label_smoothing=self.label_smoothing,
+        )
         return self.model.head(hidden.flatten(0, 1), loss)
 
     def _label_rows(self, batch: Batch) -> Tensor | None:
@@ -287,6 +294,7 @@ class Pretrain(LightningModule):
         # by these names a state can be cut up otherwise (see training/checkpointing/state/reader.py)
         checkpoint["parameter_names"] = self._names_by_group()
         checkpoint["parent"] = self.parent
+        checkpoint["frozen"] = sorted(n for n, p in self.named_parameters() if not p.requires_grad)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
@@ -309,8 +317,9 @@ class Pretrain(LightningModule):
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
         if checkpoint.get("parent") != self.parent:
             raise UserError(
-                f"the checkpoint's adapters were trained beside other weights ({_digest(checkpoint['parent'])} "
-                f"there, {_digest(self.parent)} here): give the init_from that the run began with"
+                f"the checkpoint's adapters were trained beside other weights "
+                f"({_digest(checkpoint.get('parent'))} there, {_digest(self.parent)} here): "
+                f"give the init_from that the run began with"
             )
         self._refuse_other_groups(checkpoint.get("parameter_names"))
         if "state_dict" in checkpoint:
