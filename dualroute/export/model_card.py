@@ -37,6 +37,15 @@ from transformers import pipeline
 
 run = pipeline("TASK", model="path/to/this/folder", trust_remote_code=True)
 ```"""
+_USE_CLASS = """\
+```python
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
+scores = model(**tokenizer("Who came?", "The old man came.", return_tensors="pt"))
+```"""
 _GENERATE = (
     "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not. "
 )
@@ -77,7 +86,7 @@ def card(
             f"# {name}", "",
             f"{kind} of {loaded.model.num_parameters():,} parameters with DualRouting "
             f"attention, {_attention(shape)}", "",
-            "## Use", "", _USE if purpose == "CausalLM" else _USE_PIPELINE.replace("TASK", tag), "",
+            "## Use", "", _use(purpose, tag), "",
             f"It needs torch and transformers; the `dualroute` package is not needed. Texts begin with "
             f"{_begin(loaded)}. Batches may be padded; the attention mask says where. "
             + (_GENERATE if purpose == "CausalLM" else "")
@@ -90,6 +99,12 @@ def card(
             f"only their imports were rewritten. {_license(config)}", "",
         ]
     )  # fmt: skip
+
+
+def _use(purpose: str, tag: str) -> str:
+    if purpose == "QuestionAnswering":  # transformers 5 has no pipeline for it
+        return _USE_CLASS
+    return _USE if purpose == "CausalLM" else _USE_PIPELINE.replace("TASK", tag)
 
 
 def _attention(shape: ModelConfig) -> str:
