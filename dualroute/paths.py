@@ -28,13 +28,28 @@ class PathField:
     Args:
         words: Values that mean something else ("auto", the name of a corpus).
         included: A configuration file, which always starts where it is named.
+        or_name: A value is a path only where it is there, or ends in ``suffix`` if there is one; else it is a
+            name that is known elsewhere.
+        suffix: See ``or_name``.
     """
 
     words: tuple[str, ...] = ()
     included: bool = False
+    or_name: bool = False
+    suffix: str = ""
+
+    def is_word(self, value: str) -> bool:
+        """Whether ``value`` means something else than a path."""
+        if self.or_name:
+            return not (value.endswith(self.suffix) if self.suffix else os.path.lexists(value))
+        return value in self.words
 
 
 LocalPath = Annotated[str, PathField()]
+#: A file or folder, or the name of a data set elsewhere
+PathOrName = Annotated[str, PathField(or_name=True)]
+#: One of our names, or a Python file
+NameOrModule = Annotated[str, PathField(or_name=True, suffix=".py")]
 ConfigFile = Annotated[str, PathField(included=True)]
 #: ``--resume``
 ResumePath = Annotated[str, PathField(words=("auto", "never"))]
@@ -86,6 +101,6 @@ def absolute_paths(config: Any) -> Any:
         path = path_field(hints[field.name])
         if dataclasses.is_dataclass(value):
             values[field.name] = absolute_paths(value)
-        elif path is not None and isinstance(value, str) and value not in path.words:
+        elif path is not None and isinstance(value, str) and not path.is_word(value):
             values[field.name] = os.path.abspath(value).replace("$", "$$")
     return dataclasses.replace(config, **values)

@@ -47,6 +47,8 @@ class Range(NamedTuple):
         return f"it must be {'0 or more' if not self.least else f'at least {self.least:g}'}"
 
 
+#: Metadata of a field that no one gives: it follows from others, and is no option of a command.
+DERIVED = {"derived": True}
 SEEDS = Range(-(2**63), 2**63 - 1)  # what torch takes
 
 
@@ -154,6 +156,11 @@ def _container_problem(value: Any, origin: Any, inside: tuple[Any, ...], allowed
 def _shown(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def given_fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a configuration class that are options of a command."""
+    return tuple(one for one in dataclasses.fields(cls) if not one.metadata.get("derived"))
 
 
 def note_given(config: Any, keys: Iterable[str]) -> None:

@@ -202,6 +202,11 @@ def _of_name(name: str) -> Backend:
     return loaders[name]() if name in loaders else _TORCH
 
 
+def plain() -> Backend:
+    """Plain torch, which takes everything."""
+    return _TORCH
+
+
 def token_kernels(rows: Tensor) -> ModuleType | None:
     """Kernels that take one new token of each text, like `rows` (B, ...), through both routes at once.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dualroute.attention import routes
+from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.held import held, hold
 from dualroute.attention.core.layout import Layout, Stream
 from dualroute.attention.core.routing import Routing
@@ -63,11 +64,15 @@ def local_attention(
 
 def lay_out_in_graph(
     given: Layout | None, batch: int, length: int, block: int, segment_ids: Tensor | None,
-    attention_mask: Tensor | None, device: torch.device,
+    attention_mask: Tensor | None, device: torch.device, grid: Grid | None = None,
 ) -> Layout:  # fmt: skip
     """`Layout.of_batch`; one that is not given is made by an operator, and has no stream in the graph."""
     if given is not None:
-        return Layout.of_batch(given, batch, length, block, segment_ids, attention_mask, device)
+        return Layout.of_batch(given, batch, length, block, segment_ids, attention_mask, device, grid)
+    if grid is not None:
+        raise ValueError(
+            "a compiled layer with a grid is given no layout: give it one, Layout.build(grid=...)"
+        )
     parts = new_layout(segment_ids, attention_mask, batch, length, block, device)
     handle, positions, documents, slot_token, token_slot = parts
     stream: Any = None

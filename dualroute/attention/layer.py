@@ -21,6 +21,7 @@ from dualroute.attention.compiled import global_attention as compiled_global
 from dualroute.attention.compiled import lay_out_in_graph, tracing
 from dualroute.attention.compiled import local_attention as compiled_local
 from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.grid import Grid, check_grid
 from dualroute.attention.core.layout import Layout
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, check_routes, resolve_heads
 from dualroute.attention.core.rope import RopeScaling
@@ -58,6 +59,10 @@ class DualRouting(Projections):
         sub_block: tokens per bound of the minmax router.
         far_summary: "second_order", "first_order" or "none"; see `far_summary`.
         causal: False reads both directions; such a layer has no cache.
+        grid: every document is an image of this size (see `core.grid`), its patches in raster order: blocks
+            are regions, `window` counts patches in each direction of both axes, and the rotary embedding
+            turns half of each head by the row, half by the column. Not causal; block is that of the grid's
+            regions.
         rope_theta: base of the rotary embedding.
         rope_scaling: how its frequencies are lowered; None = not at all.
         qkv_bias: add a bias to queries, keys and values (as Qwen2 does); 0 at the start.
@@ -95,6 +100,7 @@ class DualRouting(Projections):
         sub_block: int = 16,
         far_summary: str = "second_order",
         causal: bool = True,
+        grid: Grid | None = None,
         rope_theta: float = 10000.0,
         rope_scaling: RopeScaling | None = None,
         qkv_bias: bool = False,
@@ -121,7 +127,11 @@ class DualRouting(Projections):
             local_heads=local_heads,
         )
         super().__init__(dim, heads, qkv_bias=qkv_bias, qk_norm=qk_norm, gate=gate)
-        self.window, self.block, self.causal = window, block, causal
+        if grid is not None:
+            check_grid(
+                grid, block=block, causal=causal, head_dim=heads.head_dim, scaled=rope_scaling is not None
+            )
+        self.window, self.block, self.causal, self.grid = window, block, causal, grid
         self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.global_mode, self.auto_break_even = global_mode, auto_break_even
         self.routing = Routing(top_k, router, far_summary, sub_block)
@@ -175,7 +185,9 @@ class DualRouting(Projections):
             if cache.length:
                 return decode(self, hidden_states, positions, cache)
         lay_out = lay_out_in_graph if tracing() else Layout.of_batch
-        layout = lay_out(layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device)
+        layout = lay_out(
+            layout, batch, length, self.block, segment_ids, attention_mask, hidden_states.device, self.grid
+        )
         outputs = []
         if self.global_qkv is not None:
             outputs.append(self._global(hidden_states, layout, positions, cache))

@@ -11,6 +11,7 @@ For one head, with scale 1/sqrt(d):
     routed   one softmax over
                q_t . k_s / sqrt(d)           s in the own block, the first block (sink) or a selected one: v_s
                log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]      other past blocks b: vbar_b
+    images   blocks are regions of a grid of patches, local is a square of patches (`regions`, `grid_local`)
     dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
 
 Nothing here is shared with the fast code, not even the mean of a block. Keep it slow.
@@ -50,6 +51,27 @@ def local(query: Tensor, key: Tensor, value: Tensor, *, window: int, causal: boo
     return attend(query, key, value, _pairs(length, causal) & (distance.abs() < window))
 
 
+def grid_local(query: Tensor, key: Tensor, value: Tensor, *, height: int, width: int, window: int) -> Tensor:
+    """Attention of an image of height x width patches, in raster order, to the patches nearer than `window`
+    in rows and in columns (Chebyshev distance)."""
+    key, value = repeat_heads(query, key, value)
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (n, 2) row, column
+    distance = (place[:, None] - place).abs().amax(-1)
+    return attend(query, key, value, distance < window)
+
+
+def regions(height: int, width: int, region_height: int, region_width: int) -> Tensor:
+    """(height * width,) the region that each patch of an image lies in, counted row by row."""
+    across = math.ceil(width / region_width)
+    return torch.tensor(
+        [
+            row // region_height * across + column // region_width
+            for row in range(height)
+            for column in range(width)
+        ]
+    )
+
+
 def block_local(query: Tensor, key: Tensor, value: Tensor, *, block: int, causal: bool = True) -> Tensor:
     """Attention inside each block of a document of whole blocks: einsum('bnid,bnjd->bnij').
 
@@ -73,31 +95,43 @@ def routed(
     sub_block: int = 16,
     causal: bool = True,
     selected: Tensor | None = None,
+    owner: Tensor | None = None,
 ) -> Tensor:
-    """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary."""
+    """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary.
+
+    `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
+    """
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
+    if owner is None:
+        owner = torch.arange(length) // block
     if selected is None:
         selected = select(
-            query, key, block=block, top_k=top_k, router=router, sub_block=sub_block, causal=causal
+            query,
+            key,
+            block=block,
+            top_k=top_k,
+            router=router,
+            sub_block=sub_block,
+            causal=causal,
+            owner=owner,
         )
-    own, past, sink = _block_relations(length, block, causal)  # each (n, nb)
+    own, past, sink = _block_relations(owner, causal)  # each (n, nb)
     read = (own | sink | selected).repeat_interleave(heads // kv_heads, 0)  # (H, n, nb)
     far = (past & ~sink & ~selected).repeat_interleave(heads // kv_heads, 0)
-    owner = torch.arange(length) // block
     key, value = repeat_heads(query, key, value)
 
     logits, values = [_logits(query, key)], [value]
     allowed = [read[:, :, owner] & _pairs(length, causal)]
     if far_summary != "none":
         for number in range(read.shape[2]):
-            keys = key[:, number * block : (number + 1) * block]  # (H, n_b, d); the last block may be shorter
+            keys = key[:, owner == number]  # (H, n_b, d); the last block may be shorter
             mean, variance = keys.mean(1), keys.var(1, unbiased=False)
             logit = math.log(keys.shape[1]) + (query * mean[:, None]).sum(-1) / math.sqrt(dim)
             if far_summary == "second_order":
                 logit = logit + 0.5 * (query**2 * variance[:, None]).sum(-1) / dim
             logits.append(logit[..., None])
-            values.append(value[:, number * block : (number + 1) * block].mean(1, keepdim=True))
+            values.append(value[:, owner == number].mean(1, keepdim=True))
             allowed.append(far[:, :, number, None])
     weights = softmax(torch.cat(logits, -1), torch.cat(allowed, -1))
     return weights @ torch.cat(values, 1)
@@ -112,17 +146,18 @@ def select(
     router: str = "minmax",
     sub_block: int = 16,
     causal: bool = True,
+    owner: Tensor | None = None,
 ) -> Tensor:
     """(H_kv, n, nb) True at the top_k candidates of each token: past blocks except the sink.
 
     Query heads that share a key head choose together: their scores are summed. Scores are compared as
     float32, the earlier of two equal blocks wins.
     """
-    _, length, _ = query.shape
-    _, past, sink = _block_relations(length, block, causal)
+    if owner is None:
+        owner = torch.arange(query.shape[1]) // block
+    _, past, sink = _block_relations(owner, causal)
     scores = [
-        block_score(query, key[:, begin : begin + block], router, sub_block)
-        for begin in range(0, length, block)
+        block_score(query, key[:, owner == number], router, sub_block) for number in range(past.shape[1])
     ]
     ranking = torch.stack(scores, -1).float()  # (H_kv, n, nb)
     ranking = ranking.masked_fill(~(past & ~sink), -torch.inf)
@@ -168,6 +203,16 @@ def rotate(rows: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     return torch.cat([turned.real, turned.imag], -1).to(rows.dtype)
 
 
+def grid_rotate(rows: Tensor, height: int, width: int, theta: float = 10000.0) -> Tensor:
+    """Rotary embedding of the patches (H, height * width, d) of an image, raster order: the pairs
+    (x_i, x_{i + d/2}) of i < d/4 are turned by the row, the others by the column."""
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    quarters = rows.chunk(4, -1)
+    by_row = rotate(torch.cat(quarters[0::2], -1), place[:, 0], theta).chunk(2, -1)
+    by_column = rotate(torch.cat(quarters[1::2], -1), place[:, 1], theta).chunk(2, -1)
+    return torch.cat([by_row[0], by_column[0], by_row[1], by_column[1]], -1)
+
+
 def per_document(
     route: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, documents: Tensor
 ) -> Tensor:
@@ -204,10 +249,10 @@ def _pairs(length: int, causal: bool) -> Tensor:
     return everything.tril() if causal else everything
 
 
-def _block_relations(length: int, block: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _block_relations(owner: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(n, nb) each: is this the token's own block, a past one (not causal: any other one), the sink?"""
-    number = torch.arange(-(-length // block))
-    token = torch.arange(length)[:, None] // block
+    number = torch.arange(int(owner.max()) + 1)
+    token = owner[:, None]
     own = token == number
     past = number < token if causal else ~own
     return own, past, past & (number == 0)

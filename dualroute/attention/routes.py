@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dualroute.attention.backend import choose
+from dualroute.attention.backend import Backend, choose, plain
 from dualroute.attention.core.arguments import (
     check_parts,
     check_rows,
@@ -68,7 +68,7 @@ def full_attention(
         TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
     check_rows(stream, query, key, value)
-    return choose(query, causal=causal).full_attention(query, key, value, stream, causal=causal)
+    return _backend(stream, query, causal).full_attention(query, key, value, stream, causal=causal)
 
 
 @without_autocast
@@ -106,8 +106,17 @@ def routed_attention(
             sub_block=routing.sub_block,
             causal=causal,
         )
-    backend = choose(query, causal=causal, block=stream.block)
+    backend = _backend(stream, query, causal, stream.block)
     return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
+
+
+def _backend(stream: Stream, query: Tensor, causal: bool, block: int | None = None) -> Backend:
+    """The back end for these queries; `block` is that of the global route, None asks for the local one."""
+    if stream.grid is None:
+        return choose(query, causal=causal, block=block)
+    if causal:
+        raise ValueError("causal=True with a grid: an image has no past; use causal=False")
+    return plain()  # the others take the slots without a token to lie at the end of a document
 
 
 @torch.no_grad()
@@ -134,7 +143,7 @@ def select_blocks(
     check_whole(1, sub_block=sub_block)
     check_name("router", router, ROUTERS)
     check_parts(router, stream.block, sub_block)
-    backend = choose(query, causal=causal, block=stream.block)
+    backend = _backend(stream, query, causal, stream.block)
     return backend.select_blocks(
         query, key, stream, top_k=top_k, router=router, sub_block=sub_block, causal=causal
     )
@@ -146,10 +155,12 @@ def local_attention(
 ) -> Tensor:
     """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own.
 
+    In images the window is a square: the patches nearer than `window` in both axes.
+
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
     check_rows(stream, query, key, value)
     check_whole(1, window=window)
-    backend = choose(query, causal=causal)
+    backend = _backend(stream, query, causal)
     return backend.local_attention(query, key, value, stream, window=window, causal=causal)

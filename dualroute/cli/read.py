@@ -25,6 +25,7 @@ from dualroute.cli.schema import Schema, takes_text
 from dualroute.cli.shipped import find_config
 from dualroute.cli.yaml_file import Node, Place, read_file, read_text
 from dualroute.errors import UserError
+from dualroute.settings import given_fields
 
 
 @dataclass
@@ -227,7 +228,7 @@ def build(schema: Schema, values: dict[str, Any], nulls: set[str], name: str = "
         return _section(schema, values, nulls, name)
     arguments: dict[str, Any] = {}
     missing = []
-    for one in dataclasses.fields(group.make):
+    for one in given_fields(group.make):
         key = f"{name}.{one.name}" if name else one.name
         if key in schema.groups:
             arguments[one.name] = build(schema, values, nulls, key)

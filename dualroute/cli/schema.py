@@ -15,6 +15,7 @@ from functools import cache
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from dualroute.pipeline.section import SectionOf
+from dualroute.settings import given_fields
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def schema_of(config_class: type) -> Schema:
 
 def _add(schema: Schema, config_class: type, prefix: str, *, section: bool) -> None:
     hints = get_type_hints(config_class, include_extras=True)
-    for one in dataclasses.fields(config_class):
+    for one in given_fields(config_class):
         key, hint = f"{prefix}{one.name}", hints[one.name]
         of = _section(hint)
         if of is not None:

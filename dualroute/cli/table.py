@@ -76,10 +76,25 @@ STAGES = {
         ("dualroute.training.run", "run_pretraining"),
         "shards → trained model",
     ),
+    "finetune": Stage(
+        ("dualroute.tasks.config", "FinetuneConfig"),
+        ("dualroute.tasks.run", "run_finetuning"),
+        "rows of your data → a model for a task",
+    ),
+    "predict": Stage(
+        ("dualroute.tasks.config", "PredictConfig"),
+        ("dualroute.tasks.predict", "predict_command"),
+        "answers of such a model, row by row",
+    ),
     "evaluate": Stage(
         ("dualroute.evaluate.config", "EvaluateConfig"),
-        ("dualroute.evaluate.perplexity", "evaluate_command"),
-        "loss of a checkpoint",
+        ("dualroute.tasks.evaluate", "evaluate_command"),
+        "loss of a checkpoint, or its task's metrics",
+    ),
+    "chat": Stage(
+        ("dualroute.evaluate.config", "ChatConfig"),
+        ("dualroute.evaluate.chat", "chat_command"),
+        "a conversation with a checkpoint in the terminal",
     ),
     "generate": Stage(
         ("dualroute.evaluate.config", "GenerateConfig"),

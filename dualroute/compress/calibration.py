@@ -83,7 +83,8 @@ def calibrate(options: CalibrationOptions) -> tuple[Loaded, list[Batch], int]:
     """The checkpoint, windows to calibrate it on, and their length in tokens.
 
     Raises:
-        UserError: The output exists already, or checkpoint, data and context do not fit together.
+        UserError: The output exists already, the model is not causal, or checkpoint, data and context do not
+            fit together.
     """
     if Path(options.output).exists():
         raise UserError(f"--output {options.output} exists already: choose another folder")
@@ -91,6 +92,7 @@ def calibrate(options: CalibrationOptions) -> tuple[Loaded, list[Batch], int]:
         find_checkpoint(options.checkpoint), "only floats are pruned; give the checkpoint it was made from"
     )
     loaded = load(options.checkpoint, options.device)
+    loaded.model.config.require_causal("the loss that decides what is pruned")
     limit = loaded.model.config.max_context
     context = options.context or int(loaded.checkpoint.metadata.get("context", limit))
     if context > limit:

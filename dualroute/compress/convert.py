@@ -97,7 +97,9 @@ def convert(config: ConvertConfig) -> Conversion:
                     note["mass_beyond_window"] = [[round(x, 6) for x in row] for row in mass.tolist()]
                 converted = divide_heads(model, shape, groups)
         metadata = {**_carried(Path(config.source)), "conversion": note}
-        checkpoint = save_model(converted, config.output, tokenizer.path, metadata)
+        source = Path(config.source)
+        extra = {} if is_foreign(source) else find_checkpoint(source).task_file()
+        checkpoint = save_model(converted, config.output, tokenizer.path, metadata, extra)
     return Conversion(checkpoint, groups, mass, model.config.heads_per_group)
 
 

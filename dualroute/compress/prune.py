@@ -73,7 +73,7 @@ def prune(config: PruneConfig) -> None:
         }
     _show(account)
     metadata = described(loaded, "prune", pruned_from=str(loaded.checkpoint.folder), context=context)
-    extra = {REPORT: json.dumps(account, indent=1).encode()}
+    extra = {REPORT: json.dumps(account, indent=1).encode(), **loaded.checkpoint.task_file()}
     save_model(small.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
     print(
         f"{config.output}: next, dualroute distill --init_from {config.output} --teacher {config.checkpoint}"

@@ -176,7 +176,7 @@ def save_quantized(
     }
     metadata |= derived(source, "quantize")
     metadata |= {"quantization": described, "source": str(source.folder)}
-    return save_model(model, output, source.folder / TOKENIZER, metadata, tensors=tensors)
+    return save_model(model, output, source.folder / TOKENIZER, metadata, source.task_file(), tensors)
 
 
 def quantize(config: QuantizeConfig) -> Checkpoint:

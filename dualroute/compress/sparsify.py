@@ -39,7 +39,8 @@ def sparsify(config: SparsifyConfig) -> None:
     after = loss_on(loaded.model, batches, loaded.device)
     sparsity = {"method": config.method, "share": config.sparsity, "pattern": config.pattern}
     metadata = described(loaded, "sparsify", sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
-    save_model(loaded.model.cpu(), config.output, loaded.tokenizer.path, metadata)
+    extra = loaded.checkpoint.task_file()
+    save_model(loaded.model.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
     print(
         f"{config.output}: {config.sparsity:.0%} of the layers' weights are 0 ({config.method}, "
         f"{config.pattern}); calibration loss {before:.4f} → {after:.4f}.  Saved dense: no smaller, no faster"

@@ -1,74 +1,48 @@
-"""The data as Lightning sees it: loaders for training and validation, and a position that is saved and
-restored.
+"""The shards as Lightning sees them: which windows are read, in which order.
 
 In: the path of a dataset folder and the batch arithmetic. Here: `plan` (which samples, in which order) and
-`reader` (their tensors) are put together for this rank. Out: batches for the training module's
-``training_step``, which calls `ShardDataModule.advance` once per optimizer step.
+`reader` (their tensors) are put together. Out: batches for the training module's ``training_step``, by the
+loaders of :class:`~dualroute.data.window_module.WindowDataModule`.
 
 Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
 `WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
 all ranks and micro batches. A loss summed over its own labels and divided by ``num_targets`` adds up to the
-global mean without communication. `num_targets` stays on the host, which divides by it. A module that sets
+global mean without communication. `num_targets` stays on the host, which divides by it. With a
+``mask_share`` labels are tokens that were hidden, see `dualroute.data.masking`. A module that sets
 ``layout_plan`` also gets ``layout`` and ``label_rows``, see `dualroute.data.reader.collate`.
-
-The position is the number of samples trained on, not the number that the loader has
-fetched. Lightning does not fast-forward a loader on resume, and need not: the loader starts where
-``samples_consumed`` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.manifest import Manifest
-from dualroute.data.plan import (
-    BatchPlan,
-    SequentialPlan,
-    Span,
-    WalkPlan,
-    WalkSequence,
-    derive_accumulation,
-    merge_spans,
-    sample_numbers,
-)
-from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
+from dualroute.data.masking import MaskedBatchPlan, MaskedSequentialPlan, MaskedWindows, Masking
+from dualroute.data.plan import BatchPlan, SequentialPlan
+from dualroute.data.reader import ShardReader, WindowDataset, open_stream
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.verify import verify_once
+from dualroute.data.window_module import MAX_WORKERS, Batch, WindowDataModule
 from dualroute.errors import UserError
 
-Batch = dict[str, Any]
-MAX_WORKERS = 1024
+__all__ = ["MAX_WORKERS", "Batch", "ShardDataModule", "WindowDataModule"]
 
 
-class ShardDataModule(pl.LightningDataModule):
+class ShardDataModule(WindowDataModule):
     """Training and validation batches of a dataset folder made by `dualroute prepare`.
-
-    The order depends on (data, seed, context) alone: not on the number of ranks, workers or micro batches,
-    nor on how often the run was stopped. Set ``use_distributed_sampler=False`` and
-    ``accumulate_grad_batches=accumulation`` on the Trainer.
 
     Args:
         path: the dataset folder.
-        context: tokens per sample.
-        micro_batch: samples per rank in one forward pass.
-        tokens_per_batch: tokens per optimizer step over all ranks; a multiple of context * micro_batch *
-            world size.
-        seed: of the order.
-        num_workers: processes that read ahead; 0 reads in the training process.
+        context, micro_batch, tokens_per_batch, seed, num_workers: see `WindowDataModule`.
         val_tokens: validate on the first so many tokens of the split ``val``; None: on all of them.
         verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per copy
             of the data).
-
-    Attributes:
-        samples_consumed: position in the run's samples, over all ranks; see `advance`.
-        skipped_samples: spans of these samples that are passed over, because training on them failed.
+        mask_share: of the tokens that are hidden, to be found from both sides; None: labels are next tokens.
     """
 
     def __init__(
@@ -81,50 +55,43 @@ class ShardDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         val_tokens: int | None = None,
         verify: Literal["size", "sha256"] = "size",
+        mask_share: float | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 <= num_workers <= MAX_WORKERS:
-            raise UserError(f"num_workers must be from 0 to {MAX_WORKERS}, not {num_workers}")
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
-        derive_accumulation(tokens_per_batch, context, micro_batch, world_size=1)
+        if mask_share is not None and not 0 < mask_share <= 1:
+            raise UserError(f"mask_share must be above 0 and at most 1, not {mask_share}")
+        super().__init__(str(path), context, micro_batch, tokens_per_batch, seed, num_workers)
         self.path = Path(path)
-        self.context = context
-        self.micro_batch = micro_batch
-        self.tokens_per_batch = tokens_per_batch
-        self.seed = seed
-        self.num_workers = num_workers
         self.val_tokens = val_tokens
         self.verify = verify
-        self.samples_consumed = 0
-        self.skipped_samples: list[Span] = []
+        self.mask_share = mask_share
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
         self.extend: Callable[[WindowDataset], Dataset[Any]] | None = None
-        #: of the model that is trained; the loaders' processes then lay out the documents of each batch
-        self.layout_plan: LayoutPlan | None = None
-
-    @property
-    def samples_per_batch(self) -> int:
-        """Samples per optimizer step over all ranks."""
-        return self.tokens_per_batch // self.context
 
     @cached_property
     def manifest(self) -> Manifest:
         """The manifest, read on first use."""
         return Manifest.load(self.path)
 
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """The manifest's."""
+        return self.manifest.fingerprint
+
     @cached_property
-    def plan(self) -> BatchPlan:
+    def plan(self) -> BatchPlan:  # type: ignore[override]
         """The order of training, made on first use.
 
         Raises:
             UserError: the data are unusable or shorter than one window.
         """
         stream = open_stream(self.manifest, "train")
-        return BatchPlan(stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+        order = (stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+        return BatchPlan(*order) if self.mask_share is None else MaskedBatchPlan(*order, self.mask_share)
 
     @cached_property
-    def val_plan(self) -> SequentialPlan:
+    def val_plan(self) -> SequentialPlan:  # type: ignore[override]
         """The windows of validation, made on first use.
 
         Raises:
@@ -135,24 +102,27 @@ class ShardDataModule(pl.LightningDataModule):
                 f"{self.path}: the split 'val' has no documents; prepare the data with a validation share, "
                 "or train without validation (limit_val_batches=0)"
             )
-        return SequentialPlan(open_stream(self.manifest, "val"), self.context, self.val_tokens)
+        order = (open_stream(self.manifest, "val"), self.context, self.val_tokens)
+        return (
+            SequentialPlan(*order)
+            if self.mask_share is None
+            else MaskedSequentialPlan(*order, self.mask_share)
+        )
 
-    @property
-    def accumulation(self) -> int:
-        """Micro batches per optimizer step, for the trainer's world size.
+    @cached_property
+    def masking(self) -> Masking | None:
+        """How tokens are hidden, made on first use; None where they are not.
 
         Raises:
-            UserError: tokens_per_batch cannot be divided so.
+            UserError: the tokenizer cannot be read, or has no id for a hidden token.
         """
-        return derive_accumulation(self.tokens_per_batch, self.context, self.micro_batch, self._place()[1])
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training data so far; see `BatchPlan.epochs`."""
-        return self.plan.epochs(self.samples_consumed)
+        if self.mask_share is None:
+            return None
+        tokenizer = Tokenizer(self.manifest.folder / self.manifest.tokenizer.file)
+        return Masking.of(tokenizer, self.mask_share, self.manifest.fingerprint, self.seed)
 
     def targets_per_byte(self, split: str) -> float:
-        """Targets per UTF-8 byte of text: nats per target times this is nats per byte."""
+        """See `WindowDataModule.targets_per_byte`."""
         return self.manifest.split(split).targets_per_byte
 
     def prepare_data(self) -> None:
@@ -160,143 +130,16 @@ class ShardDataModule(pl.LightningDataModule):
         verify_once(self.manifest, self.verify)
 
     def setup(self, stage: str | None = None) -> None:
-        """Find what is wrong with data and batch arithmetic before the first step.
+        super().setup(stage)
+        if stage in ("fit", None):
+            _ = self.masking
 
-        Raises:
-            UserError: see `plan` and `accumulation`; or the Trainer accumulates another number of micro
-                batches.
-        """
-        if stage not in ("fit", None):
-            return
-        _ = self.plan, self.accumulation
-        if self.trainer is not None and self.trainer.lightning_module.automatic_optimization:
-            configured = self.trainer.accumulate_grad_batches
-            if configured != self.accumulation:
-                raise UserError(
-                    f"the trainer has accumulate_grad_batches={configured}, but "
-                    f"tokens_per_batch={self.tokens_per_batch} needs {self.accumulation} "
-                    f"(context={self.context}, micro_batch={self.micro_batch}, world size {self._place()[1]})"
-                )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Endless; each new iterator starts at ``samples_consumed``."""
-        rank, world_size = self._place()
-        sampler = WalkPlan(
-            self.plan,
-            rank,
-            world_size,
-            self.micro_batch,
-            lambda: self.samples_consumed,
-            lambda: self.skipped_samples,
-        )
+    def train_windows(self) -> Dataset[Any]:
         windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan)
-        return self._loader(windows if self.extend is None else self.extend(windows), sampler)
+        return self._masked(windows) if self.extend is None else self.extend(windows)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation window once over all ranks, in order; as many batches on every rank.
+    def val_windows(self) -> Dataset[Any]:
+        return self._masked(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan))
 
-        Windows without labels (segment_ids all 0) make up what is missing; ``num_targets`` counts one batch
-        over all ranks.
-
-        Raises:
-            UserError: there are no validation documents.
-        """
-        rank, world_size = self._place()
-        sampler = WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
-        return self._loader(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan), sampler)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """All but `num_targets`, which the host would have to ask for again."""
-        on_host = batch.pop("num_targets")
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return {**moved, "num_targets": on_host}
-
-    def advance(self) -> None:
-        """Count one global batch as trained on; to be called once per optimizer step."""
-        _, self.samples_consumed = sample_numbers(
-            self.samples_consumed, self.samples_per_batch, self.skipped_samples
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position and what it is a position in, as plain JSON values."""
-        state: dict[str, Any] = {
-            "fingerprint": self.manifest.fingerprint,
-            "seed": self.seed,
-            "context": self.context,
-            "samples_per_batch": self.samples_per_batch,
-            "samples_consumed": self.samples_consumed,
-        }
-        if self.skipped_samples:
-            # the name that checkpoints have had from the beginning
-            state["left_out"] = [list(span) for span in self.skipped_samples]
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
-
-        World size, micro_batch and tokens_per_batch may differ from the saved run: samples are
-        counted one by one.
-
-        Raises:
-            UserError: the saved run had other data, another seed or another context; or a key is missing or
-                of a wrong type. Nothing has changed then.
-        """
-        mine = self.state_dict()
-        for key in ("fingerprint", "seed", "context", "samples_consumed"):
-            if key not in state_dict:
-                raise UserError(
-                    f"the checkpoint's data state has no {key!r}: this data module did not write it"
-                )
-            if key != "samples_consumed" and state_dict[key] != mine[key]:
-                raise UserError(
-                    f"the checkpoint was trained with data {key} {state_dict[key]!r}, but "
-                    f"{self.path} is opened with {mine[key]!r}: resume with the same data, seed and context, "
-                    "or start a new run"
-                )
-        consumed, skipped_samples = state_dict["samples_consumed"], state_dict.get("left_out", [])
-        if not _is_position(consumed):
-            raise UserError(
-                f"the checkpoint's data state has samples_consumed {consumed!r:.80}, which is no number of "
-                "samples: the checkpoint is damaged, resume from another"
-            )
-        if not isinstance(skipped_samples, list | tuple) or not all(map(_is_span, skipped_samples)):
-            raise UserError(
-                f"the checkpoint's data state has left_out {skipped_samples!r:.80}, which are no spans of "
-                "samples: the checkpoint is damaged, resume from another"
-            )
-        self.samples_consumed = consumed
-        # what this module was told to leave out stays: a roll-back knows more than the checkpoint it goes to
-        self.skipped_samples = merge_spans([*self.skipped_samples, *skipped_samples])
-
-    def _place(self) -> tuple[int, int]:
-        """(rank, size) of the data-parallel group; (0, 1) without a trainer.
-
-        Asks the strategy as Lightning does for its own samplers: ranks that share a sample (sequence
-        parallelism) must be given the same data, and only the strategy knows which those are.
-        """
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
-    def _loader(self, dataset: Dataset[Any], sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=partial(collate, layout=self.layout_plan),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-
-def _is_position(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
-def _is_span(value: Any) -> bool:
-    """Whether a value from a checkpoint is a [start, stop) of sample numbers."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 2
-        and all(map(_is_position, value))
-        and value[0] <= value[1]
-    )
+    def _masked(self, windows: WindowDataset) -> Dataset[Any]:
+        return windows if self.masking is None else MaskedWindows(windows, self.masking)

@@ -24,6 +24,7 @@ the processes of a node share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -175,6 +176,49 @@ class WindowPlan(Protocol):
         ...
 
 
+class SamplePlan(Protocol):
+    """What the loaders need of the order of a training: `BatchPlan`, or that of packed examples."""
+
+    @property
+    def samples_per_batch(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def windows_per_epoch(self) -> int: ...
+
+    def epochs(self, samples: int) -> float:
+        """Passes over the training data that the first ``samples`` samples of the run make."""
+        ...
+
+    def samples_in(self, epochs: float) -> int:
+        """The samples of so many passes, rounded up."""
+        ...
+
+    def ids(self, numbers: Int64) -> Int64:
+        """Ids of the samples that have these numbers in the run."""
+        ...
+
+    def num_targets(self, samples: ArrayLike) -> int:
+        """Labels other than -100 in these samples together."""
+        ...
+
+
+class SequencePlan(Protocol):
+    """What the loaders need of the windows of a validation."""
+
+    @property
+    def windows(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    def num_targets(self, samples: ArrayLike) -> int:
+        """Labels other than -100 in these samples together; `EMPTY` has none."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
     """The order of a training run. Everything is a pure function of the fields and the arguments.
@@ -215,6 +259,10 @@ class BatchPlan:
         window has been read twice. `int(epochs(samples_consumed))` is the number of the present pass, from 0.
         """
         return samples / self.windows_per_epoch
+
+    def samples_in(self, epochs: float) -> int:
+        """See `SamplePlan.samples_in`."""
+        return math.ceil(round(epochs * self.windows_per_epoch, 6))
 
     def sample_ids(self, first: int, count: int) -> Int64:
         """Ids (count,) of the samples numbered first, first + 1, ... of the run."""
@@ -369,7 +417,7 @@ class WalkPlan:
 
     def __init__(
         self,
-        plan: BatchPlan,
+        plan: SamplePlan,
         rank: int,
         world_size: int,
         micro_batch: int,
@@ -394,13 +442,13 @@ class WalkPlan:
 
 
 class WalkSequence:
-    """Batch sampler of one rank over all windows of a `SequentialPlan`, each read by exactly one rank.
+    """Batch sampler of one rank over all windows of a `SequencePlan`, each read by exactly one rank.
 
     Every rank has the same number of batches, all full: what is missing is made up with `EMPTY` windows.
     ``num_targets`` counts a batch over all ranks.
     """
 
-    def __init__(self, plan: SequentialPlan, rank: int, world_size: int, micro_batch: int) -> None:
+    def __init__(self, plan: SequencePlan, rank: int, world_size: int, micro_batch: int) -> None:
         self.plan = plan
         self.rank = rank
         self.world_size = world_size

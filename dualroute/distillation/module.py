@@ -217,7 +217,7 @@ class Distill(Pretrain):
     def on_validation_epoch_end(self) -> None:
         nll, count, distance = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         loss = nll / max(count, 1)
-        self.validation_metrics = {"loss": loss, "bits_per_byte": self.bits_per_byte(loss, "val")}
+        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val")}
         if self.teacher is not None:
             self.validation_metrics["divergence"] = distance / max(count, 1)
 

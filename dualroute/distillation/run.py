@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dualroute.data.module import ShardDataModule
 from dualroute.distillation.config import DistillConfig
 from dualroute.distillation.intermediate import Pairs, check_heads, layer_pairs
 from dualroute.distillation.liger import check_liger
@@ -44,6 +45,7 @@ def check(config: DistillConfig) -> Prepared:
     """
     _check_settings(config)
     prepared = run.check(config)
+    prepared.config.model.require_causal("distillation")
     if prepared.finished:  # whose teacher may be gone
         return prepared
     pairs: Pairs = []
@@ -93,10 +95,11 @@ def _use_cache(config: DistillConfig, prepared: Prepared) -> str:
     """Compare the cache with the run, and have the data module read it; the digest of its teacher."""
     settings, data = config.distill, prepared.data
     assert settings.cached_logits is not None
+    assert isinstance(data, ShardDataModule)
     cache = LogitCache(settings.cached_logits)
     wanted = dataclasses.replace(
         cache.identity,
-        fingerprint=data.manifest.fingerprint,
+        fingerprint=data.fingerprint,
         seed=config.seed,
         context=config.data.context,
         vocab_size=prepared.tokenizer.vocab_size,

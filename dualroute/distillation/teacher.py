@@ -230,6 +230,7 @@ def load_teacher(
     refuse_quantized(checkpoint, "a teacher's head must be floats; give the checkpoint it was made from")
     check_same_tokenizer(checkpoint.folder / TOKENIZER, tokenizer, data)
     config = ModelConfig.from_file(checkpoint.folder / CONFIG)
+    config.require_causal(f"the teacher {checkpoint.folder}")
     if config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"the teacher {checkpoint.folder} has a vocabulary of {config.vocab_size} and the tokenizer of "

@@ -7,17 +7,18 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.sampling_config import SamplingConfig
-from dualroute.paths import LocalPath
+from dualroute.paths import LocalPath, PathOrName
 from dualroute.settings import at_least, check_fields
 
 
 @dataclass
 class EvaluateConfig:
-    """Measure a checkpoint on held-out text.
+    """Measure a checkpoint on held-out text, or one of a task on rows.
 
     Args:
         checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
-        data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer.
+        data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer; for a checkpoint
+            of a task a file or folder of rows, null taking data.test or data.validation of its training.
         text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
         split: Which split of ``data``.
         context: Tokens the model sees at once; null takes the context it was trained with.
@@ -31,7 +32,7 @@ class EvaluateConfig:
     """
 
     checkpoint: LocalPath
-    data: LocalPath | None = None
+    data: PathOrName | None = None
     text: LocalPath | None = None
     split: Literal["train", "val"] = "val"
     context: int | None = None
@@ -44,7 +45,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "", dict.fromkeys(("context", "stride", "max_tokens", "batch_size"), at_least(1)))
-        if (self.data is None) == (self.text is None):
+        if self.data is not None and self.text is not None:
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
@@ -78,3 +79,28 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "", may_be_empty=("prompt",))
+
+
+@dataclass
+class ChatConfig:
+    """Talk with a checkpoint.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        system: What the system says before the chat; empty for nothing.
+        sampling: How tokens are drawn.
+        cache_dtype: How keys and values of the chat are kept: auto is the arithmetic's type, int8 a quarter
+            of float32.
+        device: auto, cpu, cuda, ….
+        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+    """
+
+    checkpoint: LocalPath
+    system: str = ""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", may_be_empty=("system",))

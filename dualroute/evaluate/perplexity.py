@@ -88,8 +88,9 @@ def evaluate_shards(
     """Score a split of a shard folder.
 
     Raises:
-        UserError: The shards were made with another tokenizer, or are damaged.
+        UserError: The model is not causal, or the shards were made with another tokenizer or are damaged.
     """
+    loaded.model.config.require_causal("the perplexity of a text")
     manifest = Manifest.load(folder)
     if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
         raise UserError(
@@ -115,8 +116,9 @@ def evaluate_text(
     """Score a text file as one document, in windows of ``context`` tokens that start ``stride`` apart.
 
     Raises:
-        UserError: The file is missing, not UTF-8, or too short to hold a target.
+        UserError: The model is not causal, or the file is missing, not UTF-8, or too short to hold a target.
     """
+    loaded.model.config.require_causal("the perplexity of a text")
     text = read_text(path)
     ids = loaded.tokenizer.encode(text, bos=True, eos=True)
     size = len(text.encode())
@@ -184,6 +186,8 @@ def evaluate(config: EvaluateConfig) -> Score:
     Raises:
         UserError: Any of the inputs cannot be used.
     """
+    if config.data is None and config.text is None:
+        raise UserError("give --data (a folder of shards) or --text (a file)")
     loaded = load(config.checkpoint, config.device, config.dtype)
     context = config.context or int(
         loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dualroute.attention.backends.traceable import traceable_attention
+from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.layers import TransformerBlock
 
@@ -22,10 +23,18 @@ class MaskedTransformer(nn.Module):
         model: Whose parameters are used, not copied.
         for_onnx: Choose blocks by top-k instead of a stable sort, which ONNX does not have.  Of equal scores
             its own TopK takes the first, as the router does; torch's takes any.
+
+    Raises:
+        UserError: The model is not causal.
     """
 
     def __init__(self, model: DualRoutingTransformer, for_onnx: bool = False) -> None:
         super().__init__()
+        if not model.config.causal:
+            raise UserError(
+                "a graph of fixed operators is made of causal models only, and this one has model.causal "
+                "false: export it with --format hf"
+            )
         self.model, self.for_onnx = model, for_onnx
 
     def forward(self, input_ids: Tensor) -> Tensor:

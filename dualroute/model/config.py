@@ -3,25 +3,29 @@
 `ModelConfig` is written by people (``configs/model/*.yaml``), travels inside every checkpoint as
 ``model.json`` and is all that :class:`~dualroute.model.transformer.DualRoutingTransformer` needs.
 ``attention: dense`` is not another model.  It is the same code with every head on
-the full global route, so that a comparison with the dense baseline differs in nothing else.
+the full global route, so that a comparison with the dense baseline differs in nothing else.  Nor is an
+encoder: with ``causal: false`` both routes read what follows a token as they read what precedes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from dualroute.attention.core.grid import Grid, check_grid
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, Heads, check_routes, resolve_heads
 from dualroute.errors import UserError
 from dualroute.files import read_json
-from dualroute.settings import above, at_least, check_fields
+from dualroute.settings import DERIVED, above, at_least, check_fields
 
 C = TypeVar("C")
 
 _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
+#: Fields that a file leaves out at these values, so that it stays what it was before there were such fields.
+_LEFT_OUT: dict[str, Any] = {"causal": True, "task_head": None, "frontend": None}
 _RANGES = {
     **dict.fromkeys(
         ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
@@ -50,10 +54,85 @@ def _noting_what_is_given(cls: type[C]) -> type[C]:
     return cls
 
 
+@dataclass
+class TaskHeadConfig:
+    """What leaves a model instead of the next token.
+
+    Args:
+        kind: sequence (one class for a text), number (one number for it), token (a class for each token),
+            span (scores of being an answer's first and last token), ctc (a character or none for each
+            frame) or item (which one comes next).
+        labels: Names of the classes, characters or items, in the order of the outputs; empty for number and
+            span.
+        pooling: Where a text's one output is read: at its last token, its first, or over the mean of all.
+    """
+
+    kind: Literal["sequence", "number", "token", "span", "ctc", "item"] = "sequence"
+    labels: list[str] = field(default_factory=list)
+    pooling: Literal["last", "first", "mean"] = "last"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.task_head")
+        named = self.kind not in ("number", "span")
+        if named != bool(self.labels):
+            raise UserError(f"model.task_head of kind {self.kind} has {'no' if named else 'names of'} labels")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that leave for each token."""
+        return {"number": 1, "span": 2}.get(self.kind, len(self.labels))
+
+
+@dataclass
+class FrontendConfig:
+    """What enters a model instead of token ids: a few numbers for each step, (B, n, features).
+
+    Args:
+        kind: patches (of an image, whose rows and columns the attention knows), frames (of sound) or values
+            (a number or a few for each step, such as one pixel).
+        features: Numbers of one step.
+        grid: Rows and columns of patches of an image.
+        region: Rows and columns of patches in a region, which the global route chooses: a block of the model.
+        learned_places: Add a learned vector for each place of the grid, besides the rotary embedding.
+    """
+
+    kind: Literal["patches", "frames", "values"] = "values"
+    features: int = 1
+    grid: list[int] | None = None
+    region: list[int] | None = None
+    learned_places: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.frontend", {"features": at_least(1, 1 << 20)})
+        sizes = [size for size in (self.grid, self.region) if size is not None]
+        if self.kind != "patches":
+            if sizes or self.learned_places:
+                raise UserError(
+                    f"model.frontend: grid, region and learned_places are of patches, not of {self.kind}"
+                )
+        elif len(sizes) < 2 or any(len(size) != 2 for size in sizes):
+            raise UserError("model.frontend of patches has a grid and a region: give two numbers for each")
+        else:
+            self.grid_of_patches()
+
+    def grid_of_patches(self) -> Grid | None:
+        """What the attention is to know of an image; null where inputs are no patches.
+
+        Raises:
+            UserError: The region is larger than the grid.
+        """
+        if self.grid is None or self.region is None:
+            return None
+        try:
+            return Grid(*self.grid, *self.region)
+        except ValueError as error:
+            raise UserError(f"model.frontend: {error}") from error
+
+
 @_noting_what_is_given
 @dataclass
 class ModelConfig:
-    """Shape of a decoder-only Transformer with DualRouting attention.
+    """Shape of a Transformer with DualRouting attention: a decoder, or with causal false an encoder.
 
     Args:
         vocab_size: Number of token ids; null takes it from the data set's tokenizer.
@@ -66,12 +145,16 @@ class ModelConfig:
         max_context: Longest sequence, in tokens, that the model is meant to read (its RoPE range).
         attention: dual sums a global and a local route; dense is the plain Transformer with the same
             parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
+        causal: Each token sees itself and what precedes it, and the model predicts the next token.  false:
+            each token sees both sides of its document on both routes, and the model is trained to find
+            masked tokens (data.objective masked); it cannot continue a text.
         dense_every: With attention interleaved, every n-th layer is dense (6: five local ones, then a
             dense one, as in Gemma 3, https://arxiv.org/abs/2503.19786).
         global_heads: Query heads of the global route; null means those of half of the key/value heads,
             rounded down.
         local_heads: Query heads of the local route; null means the others.
-        window: Keys that the local route sees, the token itself included.
+        window: Keys that the local route sees, the token itself included; with causal false so many to each
+            side, the token itself counted in both: 2 * window - 1 in all.
         layer_windows: The window of each layer, where they differ; null means window for all.
         global_mode: full reads every key; routed reads top_k blocks chosen per token; auto is full in
             documents of up to auto_break_even tokens and routed in longer ones.
@@ -92,6 +175,8 @@ class ModelConfig:
         gate: A learned gate per head, 1 at the start.
         tie_embeddings: Use the input embedding as the output projection.
         norm_eps: Epsilon of every RMSNorm.
+        frontend: What enters instead of token ids; ``dualroute finetune`` sets it from the task.
+        task_head: What leaves instead of the next token; ``dualroute finetune`` sets it from task and data.
     """
 
     vocab_size: int | None = None
@@ -103,6 +188,7 @@ class ModelConfig:
     ffn_dim: int | None = None
     max_context: int = 2048
     attention: Literal["dual", "dense", "local", "interleaved"] = "dual"
+    causal: bool = True
     dense_every: int = 6
     global_heads: int | None = None
     local_heads: int | None = None
@@ -123,12 +209,23 @@ class ModelConfig:
     gate: bool = False
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    task_head: TaskHeadConfig | None = field(default=None, metadata=DERIVED)
+    frontend: FrontendConfig | None = field(default=None, metadata=DERIVED)
 
     def __post_init__(self) -> None:
+        if isinstance(self.frontend, dict):  # of a model.json
+            self.frontend = FrontendConfig(**self.frontend)
+        if isinstance(self.task_head, dict):  # of a model.json
+            self.task_head = TaskHeadConfig(**self.task_head)
         self._derived()  # raises where the numbers contradict each other
 
     #: fields that were given, by position, by name or (see ``dualroute.cli``) in files and flags
     given: ClassVar[frozenset[str]]
+
+    @property
+    def grid(self) -> Grid | None:
+        """The patches of an image, where the model reads images."""
+        return None if self.frontend is None else self.frontend.grid_of_patches()
 
     @property
     def heads_per_group(self) -> int:
@@ -211,6 +308,11 @@ class ModelConfig:
                 global_heads=given[0],
                 local_heads=given[1],
             )
+            if self.grid is not None:
+                scaled = self.rope_scaling is not None
+                check_grid(
+                    self.grid, block=self.block, causal=self.causal, head_dim=heads.head_dim, scaled=scaled
+                )
         except ValueError as error:
             raise UserError(f"model.{error}") from error
         if self.attention == "dual" and not (heads.global_heads and heads.local_heads):
@@ -221,8 +323,23 @@ class ModelConfig:
         return heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as it was given, JSON-ready, in the order of the class."""
-        return dataclasses.asdict(self)
+        """Every field as it was given, JSON-ready, in the order of the class.
+
+        Those that came later are left out where they say what was so before."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if _LEFT_OUT.get(name, ...) != value}
+
+    def require_causal(self, what: str) -> None:
+        """Refuse ``what``, which reads from left to right, where the model does not.
+
+        Raises:
+            UserError: ``causal`` is false.
+        """
+        if not self.causal:
+            raise UserError(
+                f"{what} predicts the next token, and this model sees both sides of each token (model.causal "
+                f"false): give a model with model.causal true"
+            )
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:

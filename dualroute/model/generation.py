@@ -70,7 +70,9 @@ def generate(
 
     Raises:
         ValueError: The prompt is empty, or leaves no room in the model's context.
+        UserError: The model is not causal.
     """
+    model.config.require_causal("generation")
     limit = model.config.max_context
     if not prompt:
         raise ValueError("the prompt is empty: give at least the <bos> token")
@@ -114,7 +116,9 @@ def continue_batch(
 
     Raises:
         ValueError: The texts would be longer than the model's context.
+        UserError: The model is not causal.
     """
+    model.config.require_causal("generation")
     batch, length = prompts.shape
     if not length or length + new_tokens > model.config.max_context:
         raise ValueError(

@@ -56,6 +56,8 @@ class TransformerBlock(nn.Module):
             router=config.router,
             sub_block=config.sub_block,
             far_summary=config.far_summary,
+            causal=config.causal,
+            grid=config.grid,
             rope_theta=config.rope_theta,
             rope_scaling=None if config.rope_scaling is None else RopeScaling(**config.rope_scaling),
             qkv_bias=config.qkv_bias,

@@ -1,9 +1,11 @@
-"""The model: token ids in, next-token logits out.
+"""The model: token ids in; logits out, of the next token or, where it is not causal, of the token itself, or
+what a task asks for.
 
 ``DualRoutingTransformer(config)(input_ids)`` runs in a plain Python shell; nothing here knows of a
 trainer, a device or a rank.  Ids come from :mod:`dualroute.data.reader`, with ``segment_ids`` that say
 which document each token belongs to; the layout of documents and blocks is computed once here and shared
-by all layers; hidden states leave through :mod:`dualroute.model.lm_head`.
+by all layers; hidden states leave through :mod:`dualroute.model.lm_head`, or
+:mod:`dualroute.model.task_heads`.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
+from dualroute.model.frontends import Frontend
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.lm_head import NextTokenHead
+from dualroute.model.task_heads import TaskHead
 
 INIT_STD = 0.02
 
 
 class DualRoutingTransformer(nn.Module):
-    """Decoder-only Transformer: RMSNorm, DualRouting attention with RoPE, SwiGLU.
+    """Transformer: RMSNorm, DualRouting attention with RoPE, SwiGLU; a decoder, or with ``causal`` false an
+    encoder, which reads both sides of each token.
 
     Args:
         config: Shape of the model; ``vocab_size`` must be set.
@@ -43,11 +48,18 @@ class DualRoutingTransformer(nn.Module):
         config = config.resolved()
         self.config = config
         self.sequence_group: Group | None = None  # see set_sequence_group
-        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.embedding: nn.Embedding | Frontend
+        if config.frontend is None:
+            self.embedding = nn.Embedding(vocab_size, config.dim)
+        else:
+            self.embedding = Frontend(config.frontend, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        own = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
+        # a model with a task's head writes no text: its output weight is the embedding's, and not used
+        tied = config.tie_embeddings or config.task_head is not None or config.frontend is not None
+        own = None if tied else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.head = NextTokenHead(self.embedding.weight if own is None else own)
+        self.task_head = None if config.task_head is None else TaskHead(config.task_head, config.dim)
         # counted now: a trainer that shards the model leaves parameters of size 0 behind
         vocabulary = {id(p): p.numel() for p in (self.embedding.weight, self.head.weight)}
         self._parameters_in_vocabulary = sum(vocabulary.values())
@@ -63,6 +75,10 @@ class DualRoutingTransformer(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
         nn.init.normal_(self.head.weight, std=INIT_STD)
+        if isinstance(self.embedding, Frontend):
+            self.embedding.init_weights(INIT_STD)
+        if self.task_head is not None:
+            self.task_head.init_weights(INIT_STD)
         for layer in self.layers:
             assert isinstance(layer, TransformerBlock)
             nn.init.normal_(layer.attention.out_proj.weight, std=residual_std)
@@ -81,7 +97,7 @@ class DualRoutingTransformer(nn.Module):
         """Hidden states after the final norm.
 
         Args:
-            input_ids: (B, n) token ids.
+            input_ids: (B, n) token ids; (B, n, features) inputs of a model with a frontend.
             segment_ids: (B, n) document number of each token, 0 for padding; null is one document.
             positions: (B, n) position for RoPE; null counts from 0 within each document.
             attention_mask: (B, n), False for padding; null derives it from ``segment_ids``.
@@ -106,7 +122,8 @@ class DualRoutingTransformer(nn.Module):
     def layout_plan(self) -> LayoutPlan:
         """How batches are laid out for this model, to be done where they are loaded."""
         limits: set[int | None] = {layer.attention.max_exact_blocks for layer in self.layers}  # type: ignore
-        return LayoutPlan(self.config.block, tuple(sorted(limit for limit in limits if limit is not None)))
+        exact = tuple(sorted(limit for limit in limits if limit is not None))
+        return LayoutPlan(self.config.block, exact, self.config.grid)
 
     def _through_layers(
         self,
@@ -118,7 +135,7 @@ class DualRoutingTransformer(nn.Module):
         layout: Layout | None,
     ) -> Tensor:
         if layout is None:
-            batch, length = input_ids.shape
+            batch, length = input_ids.shape[:2]
             layout = Layout.build(
                 batch,
                 length,
@@ -126,8 +143,11 @@ class DualRoutingTransformer(nn.Module):
                 segment_ids=segment_ids,
                 attention_mask=attention_mask,
                 device=input_ids.device,
+                grid=self.config.grid,
             )
         layout = layout.at_positions(positions)
+        if isinstance(self.embedding, Frontend):
+            hidden = self.embedding.at_places(hidden, self.local_shard(layout.positions))
         for layer in self.layers:
             layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
             hidden = layer(hidden, layout=layout)
@@ -168,7 +188,7 @@ class DualRoutingTransformer(nn.Module):
         if ids.shape != input_ids.shape:
             layout = None
             if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+                attention_mask = input_ids.new_ones(input_ids.shape[:2], dtype=torch.bool)
             attention_mask = self._padded(attention_mask, 0)
             segment_ids = None if segment_ids is None else self._padded(segment_ids, 0)
             positions = None if positions is None else self._padded(positions, 0)
@@ -176,11 +196,24 @@ class DualRoutingTransformer(nn.Module):
         return self._through_layers(hidden, ids, segment_ids, positions, attention_mask, layout)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Next-token logits (B, n, V); arguments as in :meth:`hidden_states`."""
-        return self.head(self.hidden_states(input_ids, **inputs))
+        """Logits (B, n, V), of the next token or, not causal, of the token itself, or a task's outputs for
+        each
+        token; arguments as in :meth:`hidden_states`."""
+        hidden = self.hidden_states(input_ids, **inputs)
+        if self.task_head is not None:
+            outputs: Tensor = self.task_head(hidden, segment_ids=inputs.get("segment_ids"))
+            return outputs
+        if self.config.frontend is not None:
+            raise UserError("a model with a frontend has no vocabulary to write: give it a task_head")
+        return self.head(hidden)
 
     def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:
-        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8."""
+        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8.
+
+        Raises:
+            UserError: The model is not causal.
+        """
+        self.config.require_causal("decoding token by token")
         weight = self.norm.weight  # floats in a quantised model too
         return [
             layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype, int8=int8)  # type: ignore[union-attr,operator]
@@ -199,19 +232,24 @@ class DualRoutingTransformer(nn.Module):
         product and a weighted sum, 4·head_dim forward, twice that backward.
         """
         assert self.config.head_dim is not None
-        matmul_weights = self._parameters_in_layers + (self.config.vocab_size or 0) * self.config.dim
+        matmul_weights = self._parameters_in_layers  # a task's head is among them
+        if self.task_head is None:
+            matmul_weights += (self.config.vocab_size or 0) * self.config.dim
         keys = sum(self._keys_read(layer, context) for layer in self.layers)
         return 6.0 * matmul_weights + 12.0 * self.config.head_dim * keys
 
     def _keys_read(self, layer: nn.Module, context: int) -> float:
-        """Keys that one token of a causal context reads on average, summed over the heads of a layer."""
+        """Keys that one token of the context reads on average, summed over the heads of a layer."""
         assert isinstance(layer, TransformerBlock)
         attention, config = layer.attention, self.config
-        everything = (context + 1) / 2
         window = min(attention.window, context)
-        local = window - window * (window - 1) / (2 * context)
+        before = window - window * (window - 1) / (2 * context)  # those within the window, the token included
+        if attention.causal:
+            everything, local, own = (context + 1) / 2, before, 0.5
+        else:
+            everything, local, own = context, 2 * before - 1, 1.0
         exact_blocks = attention.max_exact_blocks
         if exact_blocks is None or context <= exact_blocks * config.block:
             return attention.global_heads * everything + attention.local_heads * local
-        routed = (attention.routing.top_k + 1.5) * config.block  # sink, chosen blocks, half of the own one
+        routed = (attention.routing.top_k + 1 + own) * config.block  # sink, chosen blocks, the own one
         return attention.global_heads * min(everything, routed) + attention.local_heads * local

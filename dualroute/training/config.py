@@ -13,6 +13,7 @@ from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
+from dualroute.training.finetuning.config import StrategyConfig
 
 MOST_MINUTES = 1e6  # about two years; more does not fit into the clocks of the libraries
 
@@ -27,6 +28,9 @@ class DataConfig:
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.
         verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
+        objective: What is to be found: next_token, by a causal model, or masked tokens, by one with
+            model.causal false.
+        mask_share: With objective masked, the share of the tokens that are hidden, whole words of them.
     """
 
     path: LocalPath = "data/stdlib"
@@ -34,13 +38,12 @@ class DataConfig:
     num_workers: int = 0
     val_tokens: int | None = None
     verify: Literal["size", "sha256"] = "sha256"
+    objective: Literal["next_token", "masked"] = "next_token"
+    mask_share: float = 0.3
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "data",
-            {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)},
-        )
+        ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
+        check_fields(self, "data", {**ranges, "mask_share": above(0, 1)})
 
 
 def as_saved(precision: str) -> str:
@@ -58,6 +61,8 @@ class TrainConfig:
         micro_batch: Windows that one rank reads in one forward pass.
         max_steps: Optimizer steps of the whole run.  Give this or max_tokens.
         max_tokens: Tokens of the whole run, rounded up to whole steps.
+        epochs: Passes over the training data instead of either, rounded up to whole steps; it becomes
+            max_tokens once the data are known.
         precision: Arithmetic: 32, bf16-mixed (float32 weights), bf16-true, 16-mixed (fp16 with a loss
             scale that adapts; on CUDA, or with DeepSpeed on a processor that has fp16 arithmetic), or fp8:
             bf16-mixed, whose linear layers multiply 8-bit floats (compute capability 8.9 or more; emulated
@@ -87,6 +92,7 @@ class TrainConfig:
     micro_batch: int = 8
     max_steps: int | None = None
     max_tokens: int | None = None
+    epochs: float | None = None
     precision: Literal["32", "bf16-mixed", "bf16-true", "16-mixed", "fp8"] = "32"
     z_loss: float = 0.0
     activation_checkpointing: Literal["none", "full", "feed_forward"] = "none"
@@ -105,9 +111,12 @@ class TrainConfig:
             "recompute_every_layers",
         )
         group = {"quantization_group_size": at_least(1, 2**20)}
+        group["epochs"] = above(0, 1e6)
         check_fields(self, "train", {**dict.fromkeys(counts, at_least(1)), **group})
-        if self.max_steps is not None and self.max_tokens is not None:
-            raise UserError("train.max_steps and train.max_tokens are both given: keep one of them")
+        given = [name for name in ("max_steps", "max_tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            names = " and ".join(f"train.{name}" for name in given)
+            raise UserError(f"{names} are {'both' if len(given) == 2 else 'all'} given: keep one of them")
 
     @property
     def mixed_precision(self) -> str:
@@ -121,7 +130,12 @@ class TrainConfig:
             return self.max_steps
         if self.max_tokens is not None:
             return -(-self.max_tokens // self.tokens_per_batch)
-        raise UserError("give train.max_steps or train.max_tokens: how long to train")
+        if self.epochs is not None:
+            raise UserError(
+                "train.epochs says how long to train only where the data are read: give train.max_steps or "
+                "train.max_tokens"
+            )
+        raise UserError("give train.max_steps, train.max_tokens or train.epochs: how long to train")
 
 
 @dataclass
@@ -351,6 +365,7 @@ class PretrainConfig:
         data: What is read.
         train: How much is trained, and in what portions.
         optim: Optimizer and learning rate.
+        finetune: Which weights are trained, how fast by their depth, and when to stop.
         spike_guard: When the step of a bad batch is left out.
         checkpoint: When checkpoints are written and which ones stay.
         monitor: What is logged.
@@ -366,6 +381,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    finetune: StrategyConfig = field(default_factory=StrategyConfig)
     spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

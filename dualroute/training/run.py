@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from dualroute import compat
-from dualroute.data.module import ShardDataModule
+from dualroute.data.module import ShardDataModule, WindowDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
@@ -53,6 +53,7 @@ from dualroute.model.checkpoint.format import (
     find_checkpoint,
     refuse_quantized,
 )
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.training.checkpointing.description import describe_run
 from dualroute.training.checkpointing.resume import (
     Start,
@@ -64,7 +65,14 @@ from dualroute.training.checkpointing.resume import (
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.checkpointing.state.reshard import converted_states, remove_resharded, resumable_state
 from dualroute.training.config import PretrainConfig
-from dualroute.training.initial_model import build_model, build_sharded_model, with_given
+from dualroute.training.finetuning.check import check_strategy
+from dualroute.training.finetuning.early_stopping import has_stopped
+from dualroute.training.initial_model import (
+    build_model,
+    build_sharded_model,
+    weights_beneath_adapters,
+    with_given,
+)
 from dualroute.training.kernels import compare_kernels, device, with_kernels
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
@@ -97,12 +105,13 @@ class Prepared:
             what was chosen.
         roll_back: The roll-back that this attempt begins with, if any.
         sharded: The strategy divides the weights, so the model is to be built without them.
+        extra_files: What every checkpoint holds besides, by name.
     """
 
     config: PretrainConfig
     world: World
     output: Path
-    data: ShardDataModule
+    data: WindowDataModule
     tokenizer: Tokenizer
     accumulation: int
     start: Start
@@ -111,6 +120,7 @@ class Prepared:
     sharded: bool = False
     operation: str = "pretrain"
     teacher: dict[str, Any] | None = None
+    extra_files: dict[str, bytes] | None = None
 
     @property
     def token_count(self) -> TokenCount:
@@ -126,11 +136,34 @@ class Prepared:
     def finished(self) -> bool:
         """The checkpoint to go on from has all steps."""
         checkpoint = self.start.checkpoint
-        return checkpoint is not None and checkpoint.step >= self.total_steps
+        if checkpoint is None:
+            return False
+        patience = self.config.finetune.early_stopping
+        return checkpoint.step >= self.total_steps or has_stopped(checkpoint.metadata, patience)
 
 
-def check(config: PretrainConfig) -> Prepared:
-    """Find what is wrong with a run before anything is started.  Reads only.
+@dataclass
+class Begun:
+    """What was found sound of a configuration before its data were looked at.
+
+    Attributes:
+        config: With the model of ``init_from`` and the kernels of this machine.
+        start: What a glance into the run folder has shown.
+        initial: The checkpoint whose model and tokenizer the run has, if any.
+    """
+
+    config: Any  # PretrainConfig, or one of its kind
+    world: World
+    output: Path
+    start: Start
+    initial: Checkpoint | None
+    accumulation: int
+
+
+def begin(config: PretrainConfig) -> Begun:
+    """Find what is wrong with folder, machine, model and batch arithmetic, which every kind of training has.
+
+    It only reads.
 
     Raises:
         UserError: Naming the key, file or folder, and the remedy.
@@ -159,25 +192,80 @@ def check(config: PretrainConfig) -> Prepared:
         check_fp8(config)
     if train.offload_activations and not torch.cuda.is_available():
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
-    _ = train.total_steps  # refused where neither steps nor tokens are given
+    if train.epochs is None:
+        _ = train.total_steps  # refused where neither steps nor tokens are given
+    return Begun(config, world, output, start, initial, accumulation)
+
+
+def check(config: PretrainConfig) -> Prepared:
+    """Find what is wrong with a run before anything is started.  Reads only.
+
+    Raises:
+        UserError: Naming the key, file or folder, and the remedy.
+    """
+    begun = begin(config)
+    train, data = begun.config.train, begun.config.data
+    _check_objective(begun.config)
     module = ShardDataModule(
         data.path,
         data.context,
         train.micro_batch,
         train.tokens_per_batch,
-        seed=config.seed,
+        seed=begun.config.seed,
         num_workers=data.num_workers,
         val_tokens=data.val_tokens,
         verify=data.verify,
+        mask_share=data.mask_share if data.objective == "masked" else None,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
-    if initial is not None:
-        check_same_tokenizer(initial.folder / TOKENIZER, tokenizer, data.path)
-    config = dataclasses.replace(config, model=_with_vocabulary(model, tokenizer, data.path))
-    prepared = Prepared(config, world, output, module, tokenizer, accumulation, start, pretraining_module)
+    _ = module.masking  # refused where the tokenizer has no id for a hidden token
+    if begun.initial is not None:
+        check_same_tokenizer(begun.initial.folder / TOKENIZER, tokenizer, data.path)
+    prepared = prepare(begun, module, tokenizer, pretraining_module)
     check_course(prepared)
     return prepared
+
+
+def prepare(
+    begun: Begun,
+    data: WindowDataModule,
+    tokenizer: Tokenizer,
+    make_module: Callable[[Prepared], Pretrain],
+    task_head: TaskHeadConfig | None = None,
+    frontend: FrontendConfig | None = None,
+    num_ids: int | None = None,
+) -> Prepared:
+    """A run of these data, with its vocabulary, what enters and leaves its model, and its length in tokens.
+
+    ``num_ids`` are those of a model whose ids are no text; null means the tokenizer's.
+
+    Raises:
+        UserError: The model has another vocabulary.
+    """
+    config = begun.config
+    if num_ids is None:
+        model = _with_vocabulary(config.model, tokenizer, config.data.path)
+    else:
+        model = dataclasses.replace(config.model, vocab_size=num_ids)
+    if begun.initial is not None and (config.model.frontend, config.model.vocab_size) != (
+        frontend,
+        model.vocab_size,
+    ):
+        raise UserError(
+            f"{begun.initial.folder} holds a model of other inputs than the task has: take the weights of a "
+            f"model that was trained on such inputs, or begin from scratch (leave init_from out)"
+        )
+    model = dataclasses.replace(model, task_head=task_head, frontend=frontend).resolved()
+    train = config.train
+    if train.epochs is not None:
+        tokens = data.plan.samples_in(train.epochs) * data.context
+        train = dataclasses.replace(train, epochs=None, max_tokens=tokens)
+    config = dataclasses.replace(config, model=model, train=train)
+    check_strategy(config)
+    return Prepared(
+        config, begun.world, begun.output, data, tokenizer, begun.accumulation, begun.start, make_module
+    )
 
 
 def check_course(prepared: Prepared) -> None:
@@ -188,7 +276,7 @@ def check_course(prepared: Prepared) -> None:
     """
     config, checkpoint = prepared.config, prepared.start.checkpoint
     if checkpoint is not None:
-        refuse_changes(checkpoint, config, prepared.data.manifest.fingerprint)
+        refuse_changes(checkpoint, config, prepared.data.fingerprint)
     if prepared.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
@@ -253,6 +341,17 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
         )
 
 
+def _check_objective(config: PretrainConfig) -> None:
+    """A model that sees the next token has nothing to predict, and one that does not see it finds no mask."""
+    causal, objective = config.model.causal, config.data.objective
+    if causal != (objective == "next_token"):
+        raise UserError(
+            f"data.objective {objective} cannot be trained with model.causal {str(causal).lower()}: give "
+            f"{'model.causal false' if causal else 'data.objective masked'}, or "
+            f"{'data.objective next_token' if causal else 'model.causal true'}"
+        )
+
+
 def _check_compile(config: PretrainConfig) -> None:
     if asked_stage(config.parallel) == 3:
         raise UserError(
@@ -285,13 +384,13 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
             f"model.vocab_size is {model.vocab_size} and the tokenizer of {path} has {tokenizer.vocab_size} "
             f"ids: leave model.vocab_size out"
         )
-    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size).resolved()
+    return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
 
 
 def module_arguments(prepared: Prepared) -> dict[str, Any]:
     """What every kind of training makes its LightningModule of."""
     config, data = prepared.config, prepared.data
-    resumed, weights = prepared.start.checkpoint is not None, None
+    resumed, weights = prepared.start.checkpoint, None
     if prepared.sharded:
         model, weights = build_sharded_model(config, resumed=resumed)
     else:
@@ -305,6 +404,8 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
         "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
         "spike_guard": config.spike_guard,
         "token_count": prepared.token_count,
+        "strategy": config.finetune,
+        "parent": weights_beneath_adapters(config),
     }
 
 
@@ -364,8 +465,10 @@ def _nothing_to_do(prepared: Prepared) -> int:
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
         refuse_damaged(checkpoint, digests=prepared.config.checkpoint.verify, together=False)
-        log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
-        log.info("%s", summary.what_comes_next(prepared.output, prepared.config.data.path))
+        early = checkpoint.step < prepared.total_steps
+        said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
+        log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
+        log.info("%s", summary.what_comes_next(prepared.output, prepared.config, prepared.operation))
     return 0
 
 
@@ -393,7 +496,7 @@ def _with_start(prepared: Prepared) -> Prepared:
 
 def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
     """Raise UserError where ``checkpoint`` is of another model or other data."""
-    config, fingerprint = prepared.config, prepared.data.manifest.fingerprint
+    config, fingerprint = prepared.config, prepared.data.fingerprint
     data = {"fingerprint": fingerprint, "seed": config.seed, "context": config.data.context}
     check_start(checkpoint, config.model, data)
 
@@ -450,7 +553,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last))
+        summary.tell(summary.what_was_trained(prepared.output, config, last, prepared.operation))
     return 0
 
 
@@ -459,7 +562,8 @@ def tell_start(prepared: Prepared, module: Pretrain) -> None:
     config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
     lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
     summary.tell(lines)
-    summary.warn(summary.warnings_at_start(config, data, world, count, prepared.start.checkpoint))
+    resumed = prepared.start.checkpoint
+    summary.warn(summary.warnings_at_start(config, data, world, count, resumed, prepared.operation))
 
 
 def _quiet_lightning() -> None:

@@ -19,9 +19,11 @@ from lightning.pytorch import Trainer
 from dualroute.attention import backend
 from dualroute.errors import one_line
 from dualroute.paths import absolute_paths
+from dualroute.settings import given_fields
 from dualroute.training.checkpointing.publishing.first_write import FirstWrite, LateTensorBoardLogger
 from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
+from dualroute.training.finetuning.early_stopping import early_stopping
 from dualroute.training.kernels import device
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 def resolved_yaml(config: PretrainConfig) -> str:
     """Every value of a run as YAML that ``--config`` reads again, from any folder."""
     values = json.loads(json.dumps(dataclasses.asdict(absolute_paths(config))))
+    for derived in {field.name for field in dataclasses.fields(config.model)} - {
+        field.name for field in given_fields(config.model)
+    }:
+        del values["model"][derived]
     return f"# {one_line(backend.describe(device()))}\n{yaml.safe_dump(values, sort_keys=False)}"
 
 
@@ -78,6 +84,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         prepared.tokenizer.path,
         train.val_every_steps,
         patience_minutes=config.parallel.timeout_minutes,
+        extra=prepared.extra_files,
     )
     preemption = Preemption(publisher)
     watchdog = Watchdog(config.watchdog, world, output, reduces_in_backward=config.parallel.strategy == "ddp")
@@ -109,6 +116,7 @@ def build_trainer(prepared: Prepared) -> Parts:
             StepBoundary(),  # before the others, which read what it writes
             monitor,
             Progress(),
+            *early_stopping(config.finetune, publisher),  # before what saves its state
             publisher,
             preemption,
             watchdog,  # last: what the others do belongs to the phase that it has marked before

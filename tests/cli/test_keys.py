@@ -16,7 +16,9 @@ from dualroute.training.config import PretrainConfig
 NEEDED = {
     "evaluate": {"checkpoint": "c", "data": "d"},
     "generate": {"checkpoint": "c"},
+    "chat": {"checkpoint": "c"},
     "report": {"run": "r"},
+    "predict": {"checkpoint": "c", "input": "i", "output": "o"},
     "convert": {"source": "s", "output": "o"},
     "prune": {"checkpoint": "c", "output": "o", "data": "d", "keep": 0.5},
     "sparsify": {"checkpoint": "c", "output": "o", "data": "d"},
@@ -43,14 +45,14 @@ WRONG = {
     "digits": "9" * 5000,
 }
 #: Sections whose own checks say what they accept; their ranges are held by tests/test_settings.py.
-TRAINING = ("model", "data", "train", "optim", "spike_guard", "checkpoint", "monitor", "parallel", "watchdog")
+TRAINING = ("model", "data", "train", "optim", "finetune", "spike_guard", "checkpoint", "monitor", "parallel", "watchdog")
 MAY_BE_NEGATIVE = {"layer_map", "seed"}
 
 
 def keys_of(stage):
     schema = schema_of(STAGES[stage].config_class())
     keys = [key for key in [*schema.options, *schema.groups] if key]
-    inherited = schema_of(PretrainConfig).options if stage in ("distill", "estimate") else {}
+    inherited = schema_of(PretrainConfig).options if stage in ("distill", "estimate", "finetune") else {}
     return [key for key in keys if key not in inherited]
 
 

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.held import hold
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
-from dualroute.attention.core.rope import RopeScaling, rotary_table
+from dualroute.attention.core.rope import RopeScaling, grid_rotary_table, rotary_table
 from dualroute.attention.core.stream import Bucket as Bucket
 from dualroute.attention.core.stream import Stream as Stream
 from dualroute.attention.core.stream import attend_by_length as attend_by_length
@@ -115,6 +116,7 @@ class Layout:
         segment_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         device: torch.device | str | None = None,
+        grid: Grid | None = None,
     ) -> Layout:
         """Lay out a batch.
 
@@ -125,9 +127,12 @@ class Layout:
             attention_mask: (B, n), nonzero = token, 0 = padding. Padding may lie anywhere; it is dropped
                 first.
             device: where the layout is needed; that of the given tensors by default.
+            grid: every document is an image of this size, its patches in raster order; they are laid out by
+                region.
 
         Raises:
-            ValueError: a shape does not fit, or `block` or the batch is empty.
+            ValueError: a shape does not fit, or `block` or the batch is empty, or a document has another
+            number of tokens than the grid has patches.
         """
         if min(batch, length, block) < 1:
             raise ValueError(f"batch {batch}, length {length} and block {block} must all be at least 1")
@@ -154,9 +159,9 @@ class Layout:
             segment_ids = segment_ids.to(device)
             if bool((segment_ids == segment_ids[:, :1]).all()):
                 segment_ids = None
-        if segment_ids is None and attention_mask is None and length % block == 0:
+        if grid is None and segment_ids is None and attention_mask is None and length % block == 0:
             return cls._trivial(batch, length, block, device)
-        return cls._general(batch, length, block, segment_ids, attention_mask, device)
+        return cls._general(batch, length, block, segment_ids, attention_mask, device, grid)
 
     @classmethod
     def of_batch(
@@ -168,6 +173,7 @@ class Layout:
         segment_ids: Tensor | None,
         attention_mask: Tensor | None,
         device: torch.device,
+        grid: Grid | None = None,
     ) -> Layout:
         """The layout that was `given`, if it fits the batch; else a new one of the other arguments.
 
@@ -175,13 +181,17 @@ class Layout:
             ValueError: it is for another batch, or both were given.
         """
         if given is None:
-            return cls.build(batch, length, block, segment_ids, attention_mask, device=device)
+            return cls.build(batch, length, block, segment_ids, attention_mask, device=device, grid=grid)
         if segment_ids is not None or attention_mask is not None:
             raise ValueError("layout already holds segment_ids and attention_mask: give either it or them")
         if (given.batch, given.length, given.block) != (batch, length, block):
             raise ValueError(
                 f"layout is for batch {given.batch}, length {given.length}, block {given.block}; "
                 f"the layer got batch {batch}, length {length} and has block={block}: build it for these"
+            )
+        if given.stream is not None and given.stream.grid != grid:
+            raise ValueError(
+                f"layout is for {given.stream.grid}, the layer has grid={grid}: build it for this"
             )
         return given
 
@@ -201,6 +211,7 @@ class Layout:
         segment_ids: Tensor | None,
         attention_mask: Tensor | None,
         device: torch.device,
+        grid: Grid | None,
     ) -> Layout:
         total = batch * length
         if attention_mask is None:
@@ -208,7 +219,7 @@ class Layout:
         else:
             tokens = attention_mask.flatten().nonzero()[:, 0]  # (T,) tokens that are not padding, in order
         if len(tokens) == 0:
-            return cls._empty(batch, length, block, device)
+            return cls._empty(batch, length, block, device, grid)
         key = tokens // length  # documents never cross rows
         starts = torch.ones_like(tokens, dtype=torch.bool)
         starts[1:] = key[1:] != key[:-1]
@@ -218,12 +229,19 @@ class Layout:
         document = starts.cumsum(0) - 1  # (T,)
         first = starts.nonzero()[:, 0]  # (documents,)
         position = torch.arange(len(tokens), device=device) - first[document]
-        sizes = (torch.bincount(document) + block - 1) // block  # blocks of each document
+        lengths = torch.bincount(document)
+        if grid is not None:
+            _check_images(lengths, block, grid)
+            lengths = torch.full_like(lengths, grid.slots)
+            place = grid.slot_of_patch(device)[position]
+        else:
+            place = position
+        sizes = (lengths + block - 1) // block  # blocks of each document
         order = torch.argsort(sizes, stable=True)
         sorted_sizes = sizes[order]
         offset = torch.empty_like(sizes)
         offset[order] = sorted_sizes.cumsum(0) - sorted_sizes  # first block of each document on the stream
-        slot = offset[document] * block + position  # (T,)
+        slot = offset[document] * block + place  # (T,)
 
         slots = int(sizes.sum()) * block
         slot_token = torch.full((slots,), -1, device=device)
@@ -242,25 +260,26 @@ class Layout:
             buckets.append(Bucket(first_block, count, size))
             first_block += size * count
         valid = None if slots == len(tokens) else slot_token >= 0
-        stream = Stream(block, tuple(buckets), valid, device)
+        stream = Stream(block, tuple(buckets), valid, device, grid)
         shape = (batch, length)
         return cls(
             batch, length, stream, positions.view(shape), documents.view(shape), slot_token, token_slot
         )
 
     @classmethod
-    def _empty(cls, batch: int, length: int, block: int, device: torch.device) -> Layout:
-        """Nothing but padding: one imaginary token keeps every route, and its gradients, defined."""
-        valid = torch.zeros(block, dtype=torch.bool, device=device)
-        valid[0] = True
+    def _empty(cls, batch: int, length: int, block: int, device: torch.device, grid: Grid | None) -> Layout:
+        """Nothing but padding: one imaginary token, or image, keeps every route and gradient defined."""
+        slots = block if grid is None else grid.slots
+        valid = torch.zeros(slots, dtype=torch.bool, device=device)
+        valid[0 if grid is None else grid.slot_of_patch(device)] = True
         none = torch.full((batch * length,), -1, device=device)
         return cls(
             batch,
             length,
-            Stream(block, (Bucket(0, 1, 1),), valid if block > 1 else None, device),
+            Stream(block, (Bucket(0, 1, slots // block),), valid if slots > 1 else None, device, grid),
             torch.zeros(batch, length, dtype=torch.long, device=device),
             none.view(batch, length),
-            torch.full((block,), -1, device=device),
+            torch.full((slots,), -1, device=device),
             none,
         )
 
@@ -335,6 +354,9 @@ class Layout:
         of_slot = positions.expand(self.batch, self.length).flatten().to(self.positions.device)
         if self.slot_token is not None:
             of_slot = of_slot[self.slot_token.clamp_min(0)]
+        grid = None if self.stream is None else self.stream.grid  # none: made inside of a graph
+        if grid is not None:
+            return grid_rotary_table(*grid.row_and_column(of_slot), head_dim, theta, dtype)
         return rotary_table(of_slot, head_dim, theta, dtype, scaling)
 
     def from_stream(self, rows: Tensor) -> Tensor:
@@ -356,19 +378,32 @@ class Layout:
         return documents.transpose(0, 1).flatten(0, 1)
 
 
+def _check_images(lengths: Tensor, block: int, grid: Grid) -> None:
+    """Whether documents of these lengths are images of the grid."""
+    if grid.block != block:
+        raise ValueError(f"block={block} is not the {grid.block} patches of a region of {grid}")
+    other = lengths[lengths != grid.patches]
+    if len(other):
+        raise ValueError(
+            f"a document has {int(other[0])} tokens: an image of {grid.height} x {grid.width} patches has "
+            f"{grid.patches}"
+        )
+
+
 class LayoutPlan(NamedTuple):
     """What a model wants to know of a batch's documents: worked out ahead, by the processes that load data.
 
     `block` is that of its layers, `limits` the numbers of blocks up to which one of them reads documents in
-    another way than longer ones.
+    another way than longer ones. With a `grid` documents are images of that size.
     """
 
     block: int
     limits: tuple[int, ...] = ()
+    grid: Grid | None = None
 
     def build(self, segment_ids: Tensor) -> Layout:
         """The layout of a batch on a CPU; segment_ids (B, n), 0 = padding."""
         batch, length = segment_ids.shape
-        layout = Layout.build(batch, length, self.block, segment_ids, segment_ids != 0)
+        layout = Layout.build(batch, length, self.block, segment_ids, segment_ids != 0, grid=self.grid)
         layout.stream.prepare(self.limits)
         return layout

@@ -54,6 +54,17 @@ def rotary_table(
     return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
 
 
+def grid_rotary_table(
+    row: Tensor, column: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each (S, 1, head_dim // 2), of places (S,) on a grid: the first half of the pairs is
+    turned by the row, the other half by the column, each as a head of half the size would be.
+    head_dim is a multiple of 4."""
+    tables = [rotary_table(axis, head_dim // 2, theta, dtype) for axis in (row, column)]
+    cosine, sine = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
+    return cosine, sine
+
+
 def rotate(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate (S, heads, head_dim) rows by their table; the result is (heads, S, head_dim), contiguous."""
     if torch.compiler.is_compiling():  # a compiler makes one loop of it, and its gradient too

@@ -51,9 +51,13 @@ def block_features(blocks: Tensor, router: str, sub_block: int, valid: Tensor | 
     token, the first of each block always does; None = all. Bounds are of the keys' type, moments see below.
     """
     if router == "minmax":
-        if valid is not None:  # repeat a real key where there is none: no bound changes
-            blocks = torch.where(valid[..., None], blocks, blocks[..., :1, :])
-        parts = blocks.unflatten(-2, (-1, sub_block))
+        parts = blocks.unflatten(-2, (-1, sub_block))  # (..., nb, parts, sub_block, d)
+        if valid is not None:
+            # a real key where there is none, so that no bound changes: the part's first one, or in a part
+            # without any the block's, whose point lies within the bounds of the first part
+            there = valid.unflatten(-1, (-1, sub_block))[..., None]
+            first = torch.where(there[..., :1, :], parts[..., :1, :], parts[..., :1, :1, :])
+            parts = torch.where(there, parts, first)
         return torch.cat([parts.amax(-2), parts.amin(-2)], dim=-1)
     mean, variance = key_moments(blocks, valid)
     features = mean if router == "mean" else torch.cat([mean, variance], dim=-1)

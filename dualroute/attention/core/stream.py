@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.precision import outside_inference_mode
 
 
@@ -29,16 +30,19 @@ class Stream:
     """A line of S = num_blocks * block slots that holds whole documents, shortest (in blocks) first.
 
     `slot_valid` (S,) is False at the slots that fill up the last block of a document, and None when there
-    are none.
+    are none. With a `grid` every document is an image of that size, whose blocks are regions; there any block
+    but the first of a document may have slots without a patch, at its end.
 
     Raises:
-        ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots.
+        ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots, or the blocks
+        are not the regions of the grid.
     """
 
     block: int
     buckets: tuple[Bucket, ...]
     slot_valid: Tensor | None
     device: torch.device
+    grid: Grid | None = None
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +56,11 @@ class Stream:
                     "hold documents with more blocks"
                 )
             end, blocks = end + bucket.documents * bucket.blocks, bucket.blocks
+        grid = self.grid
+        if grid is not None:
+            regions = grid.regions[0] * grid.regions[1]
+            if grid.block != self.block or any(bucket.blocks != regions for bucket in self.buckets):
+                raise ValueError(f"block={self.block} and buckets={self.buckets} are not regions of {grid}")
         valid = self.slot_valid
         if valid is not None and (valid.dtype != torch.bool or tuple(valid.shape) != (self.num_slots,)):
             raise ValueError(
@@ -152,7 +161,7 @@ class Stream:
         # a mask of nothing costs less than waiting for a GPU to say so
         if valid is not None and self.device.type == "cpu" and bool(valid.all()):
             valid = None
-        return Stream(self.block, buckets, valid, self.device)
+        return Stream(self.block, buckets, valid, self.device, self.grid)
 
     def prepare(self, limits: Iterable[int] = ()) -> None:
         """Make what every layer will ask for: tables of the documents, and the parts by these `max_blocks`.
@@ -179,7 +188,7 @@ def _map_stream(
     if id(stream) in done:  # a part may be the whole
         return done[id(stream)]
     valid = None if stream.slot_valid is None else move(stream.slot_valid)
-    moved = done[id(stream)] = Stream(stream.block, stream.buckets, valid, device)
+    moved = done[id(stream)] = Stream(stream.block, stream.buckets, valid, device, stream.grid)
 
     def through(value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -61,6 +61,7 @@ class Problem:
             f"{self.global_heads}+{self.local_heads} heads of {self.head_dim} ({self.group} a key head), "
             f"window {self.window}, block {self.block}, top_k {self.top_k}, exact up to {exact} blocks, "
             f"{self.dtype}, {'packed ' if self.packed else ''}texts of {self.context}"
+            f"{'' if self.causal else ', both sides of a token'}"
         )
 
     def checked_documents(self) -> list[int]:

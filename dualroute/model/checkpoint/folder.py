@@ -30,16 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.errors import UserError
-from dualroute.files import read_json
+from dualroute.files import read_json, read_limited
 from dualroute.model.checkpoint import tree_hash
 
-CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA = (
+CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA, TASK = (
     "model.json",
     "model.safetensors",
     "tokenizer.model",
     "state.ckpt",
     "checkpoint.json",
+    "task.json",  # of a model that was trained for a task: columns, labels, kind
 )
+LARGEST_TASK = 64 << 20  #: bytes of a task.json, most of which are names of labels
 SEAL = "tree_sha256"  #: key in METADATA
 
 
@@ -60,6 +62,23 @@ class Checkpoint:
     def val_loss(self) -> float | None:
         """Validation loss at this step, if it was measured."""
         return self.metadata.get("val_loss")
+
+    @property
+    def to_minimise(self) -> float | None:
+        """What the best checkpoint of a run has least of, if it was measured: a task's metric with the sign
+        that makes less of it better, else the validation loss."""
+        score = self.metadata.get("score")
+        if score is None or self.val_loss is None:
+            return self.val_loss
+        return -float(score["value"]) if score["higher_is_better"] else float(score["value"])
+
+    def task_file(self) -> dict[str, bytes]:
+        """{name: content} of the file that says what the model was trained for; empty for a language model.
+
+        What is made of a checkpoint (a smaller model, an export) hands it on.
+        """
+        path = self.folder / TASK
+        return {TASK: read_limited(path, LARGEST_TASK)} if path.exists() else {}
 
 
 def step_folder(step: int) -> str:
@@ -109,6 +128,9 @@ def _wrong_value(metadata: Any) -> str:
         value = metadata.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             return f"{name} is {value!r}"
+    score = metadata.get("score")
+    if score is not None and not _is_score(score):
+        return f"score is {score!r}"
     if not isinstance(metadata.get("state_layout"), str | None):
         return f"state_layout is {metadata['state_layout']!r}"
     if not isinstance(metadata.get("quantization"), dict | None):
@@ -122,6 +144,16 @@ def _wrong_value(metadata: Any) -> str:
         if tree_hash.wrong_entry(said):
             return f"files says {str(said)[:200]} of {name}"
     return ""
+
+
+def _is_score(score: Any) -> bool:
+    return (
+        isinstance(score, dict)
+        and isinstance(score.get("name"), str)
+        and isinstance(score.get("higher_is_better"), bool)
+        and isinstance(score.get("value"), int | float)
+        and not isinstance(score["value"], bool)
+    )
 
 
 def seal(metadata: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from dualroute.model.checkpoint.folder import (
     CONFIG,
     METADATA,
     STATE,
+    TASK,
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
@@ -38,12 +39,14 @@ from dualroute.model.checkpoint.folder import (
 from dualroute.model.checkpoint.weights_file import TensorFile, write_tensors
 from dualroute.model.config import ModelConfig
 from dualroute.model.quantized import assemble
-from dualroute.model.transformer import DualRoutingTransformer
+from dualroute.model.task_heads import TaskHead
+from dualroute.model.transformer import INIT_STD, DualRoutingTransformer
 
 __all__ = [
     "CONFIG",
     "METADATA",
     "STATE",
+    "TASK",
     "TOKENIZER",
     "WEIGHTS",
     "Checkpoint",
@@ -91,9 +94,7 @@ def save_model(
         tensors = dict(model.named_parameters())
     with appearing_folder(output) as aside:
         write_tensors(aside / WEIGHTS, tensors)
-        for name, content in (extra or {}).items():
-            (aside / name).write_bytes(content)
-        write_description(aside, model.config, tokenizer, metadata)
+        write_description(aside, model.config, tokenizer, metadata, extra=extra)
     return read_checkpoint(output)
 
 
@@ -103,11 +104,15 @@ def write_description(
     tokenizer: str | Path,
     metadata: dict[str, Any],
     described: Mapping[str, dict[str, Any]] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> None:
     """Add to ``folder`` all that makes weights a checkpoint, its metadata last.
 
-    ``described`` are the entries of files that were hashed while they were written.
+    ``described`` are the entries of files that were hashed while they were written; ``extra`` other files to
+    put there, by name.
     """
+    for name, content in (extra or {}).items():
+        (folder / name).write_bytes(content)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     shutil.copyfile(tokenizer, folder / TOKENIZER)
     standard = {"format": "dualroute-checkpoint", "version": 1, "step": 0, "tokens": 0}
@@ -140,6 +145,58 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> Dua
     for name, value in file.tensors():
         replace_parameter(model, name, nn.Parameter(value.to(dtype)))
     return model.eval()
+
+
+def load_body(checkpoint: Checkpoint, config: ModelConfig, seed: int) -> DualRoutingTransformer:
+    """:func:`load_model` for a model that may have another head than the checkpoint's.
+
+    A head that the checkpoint does not have, or has for other labels, is drawn anew with ``seed``; one that
+    the model does not have is left.
+
+    Raises:
+        UserError: As :func:`load_model` does; or the checkpoint is quantised.
+    """
+    refuse_quantized(checkpoint, "integers cannot be trained; give the checkpoint it was made from")
+    verify_checkpoint(checkpoint, only=CONFIG)
+    file = open_weights(checkpoint)
+    with torch.device("meta"):
+        model = DualRoutingTransformer(config)
+    new = new_head(checkpoint, config, seed)
+    keeps = keeps_head(checkpoint, config)
+    taken = {name: shape for name, shape in file.shapes.items() if keeps or not is_head(name)}
+    drawn = {name: tuple(value.shape) for name, value in new.items()}
+    check_weights(model, {**taken, **drawn}, str(file.path))
+    for name in taken:
+        replace_parameter(model, name, nn.Parameter(file.read(name).float()))
+    for name, value in new.items():
+        replace_parameter(model, name, nn.Parameter(value))
+    return model
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter of this name belongs to what leaves the model."""
+    return name.startswith(("task_head.", "head."))
+
+
+def keeps_head(checkpoint: Checkpoint, config: ModelConfig) -> bool:
+    """Whether ``checkpoint`` has the head of ``config``: the next token's, or one of the same labels."""
+    theirs = ModelConfig.from_file(checkpoint.folder / CONFIG)
+    return theirs.task_head == config.task_head
+
+
+def new_head(checkpoint: Checkpoint, config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """{name: float32 tensor} of the head that a model which begins with ``checkpoint`` has to draw."""
+    if keeps_head(checkpoint, config):
+        return {}
+    torch.manual_seed(seed)
+    if config.task_head is not None:
+        head = TaskHead(config.task_head, config.dim)
+        head.init_weights(INIT_STD)
+        return {f"task_head.{name}": parameter.detach() for name, parameter in head.named_parameters()}
+    if config.tie_embeddings:
+        return {}
+    assert config.vocab_size is not None
+    return {"head.weight": torch.empty(config.vocab_size, config.dim).normal_(std=INIT_STD)}
 
 
 def open_weights(checkpoint: Checkpoint, *, verified: bool = True) -> TensorFile:

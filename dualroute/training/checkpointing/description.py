@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dualroute.data.module import ShardDataModule
+from dualroute.data.window_module import WindowDataModule
 from dualroute.model.checkpoint import lineage
 from dualroute.model.checkpoint.folder import Checkpoint, find_checkpoint
 from dualroute.training.checkpointing.resumed_settings import settings_of
@@ -18,7 +18,7 @@ from dualroute.training.config import PretrainConfig
 
 def describe_run(
     config: PretrainConfig,
-    data: ShardDataModule,
+    data: WindowDataModule,
     resumed: Checkpoint | None,
     operation: str,
     teacher: dict[str, Any] | None,
@@ -30,7 +30,7 @@ def describe_run(
         data: What is trained and validated on.
         resumed: The checkpoint that the run goes on from; its history is then the run's, because the weights
             that the run once began with may be gone.
-        operation: ``pretrain`` or ``distill``.
+        operation: ``pretrain``, ``distill`` or ``finetune``.
         teacher: What is known of the teacher, in a distillation.
     """
     if resumed is not None and "lineage" in resumed.metadata:
@@ -43,10 +43,11 @@ def describe_run(
         **({"teacher": teacher} if teacher else {}),
         "settings": settings_of(config),
         "validation": {
-            "data_fingerprint": data.manifest.fingerprint,
+            "data_fingerprint": data.val_fingerprint,
             "tokens": data.val_plan.tokens,
             "context": config.data.context,
             "rounded": _rounding(config),
+            **({} if config.data.objective == "next_token" else {"masked": config.data.mask_share}),
         },
     }
 

@@ -242,7 +242,11 @@ def check_start(checkpoint: Checkpoint, model: ModelConfig, data: dict[str, Any]
     """
     theirs = ModelConfig.from_file(checkpoint.folder / checkpoint_folder.CONFIG).to_dict()
     ours = model.to_dict()
-    differing = [f"{key} {theirs[key]} → {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    differing = [
+        f"{key} {theirs.get(key)} → {ours.get(key)}"
+        for key in {**ours, **theirs}
+        if theirs.get(key) != ours.get(key)
+    ]
     if differing:
         raise UserError(
             f"{checkpoint.folder} holds another model than the configuration asks for (model."

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
 
@@ -37,6 +38,8 @@ RULES: dict[str, Rule] = {
     "data.num_workers": "obeyed",
     "data.val_tokens": "obeyed",
     "data.verify": "obeyed",
+    "data.objective": "refused",
+    "data.mask_share": "obeyed",
     "train": "obeyed",
     "optim.lr": "obeyed",
     "optim.betas": "obeyed",
@@ -49,6 +52,7 @@ RULES: dict[str, Rule] = {
     "optim.decay_fraction": "obeyed",
     "optim.grad_clip": "obeyed",
     "optim.fused": "obeyed",
+    **STRATEGY_RULES,
     "spike_guard": "obeyed",
     "checkpoint": "obeyed",
     "monitor": "obeyed",
@@ -72,10 +76,11 @@ def refuse_changes(checkpoint: Checkpoint, config: PretrainConfig, data_fingerpr
         UserError: Naming all keys that cannot change, with both values.
     """
     saved, ours = _flat(checkpoint.metadata.get("settings")), _flat(settings_of(config))
+    rules = {**RULES, **getattr(config, "resume_rules", {})}
     changed = [
         f"{key} was {_shown(saved[key])} and is {_shown(ours[key])}"
         for key in ours
-        if RULES.get(key) == "refused" and key in saved and saved[key] != ours[key]
+        if rules.get(key) == "refused" and key in saved and saved[key] != ours[key]
     ]
     their_data = checkpoint.metadata.get("data_fingerprint", data_fingerprint)
     if their_data != data_fingerprint:

@@ -131,8 +131,8 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._clock.batch_started()
-        if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor):
-            self._context = batch["input_ids"].shape[-1]
+        if isinstance(batch, Mapping) and isinstance(batch.get("segment_ids"), torch.Tensor):
+            self._context = batch["segment_ids"].shape[-1]
         # of a step's micro-batches the first stands for all
         if self._first_of_step and self._due(self._last_step + 1, self.config.router_statistics_every):
             self._router.begin(pl_module)
@@ -184,8 +184,9 @@ class Monitor(Callback):
 
     def _sample(self, step: int, pl_module: LightningModule) -> None:
         generate = getattr(pl_module, "generate_sample", None)
-        if generate is None:
-            return
+        shape = getattr(getattr(pl_module, "model", None), "config", None)
+        if generate is None or not getattr(shape, "causal", True):
+            return  # what sees both sides of a token continues no text
         samples = []
         for index, prompt in enumerate(self.config.sample_prompts):
             try:

@@ -118,10 +118,13 @@ class Progress(Callback):
         return "  ".join(parts)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = getattr(pl_module, "validation_metrics", {}).get("loss")
+        metrics: dict[str, float] = getattr(pl_module, "validation_metrics", {})
+        loss = metrics.get("loss")
         if self._console is not None and not trainer.sanity_checking and loss is not None:
             step = steps_done(trainer, pl_module)
-            self._print(f"step {step}  validation loss {loss:.4f}  perplexity {perplexity(loss):.4g}")
+            name, _ = getattr(pl_module, "best_by", None) or ("loss", False)
+            shown = f"perplexity {perplexity(loss):.4g}" if name == "loss" else f"{name} {metrics[name]:.4f}"
+            self._print(f"step {step}  validation loss {loss:.4f}  {shown}")
 
     def _print(self, line: str) -> None:
         assert self._console is not None

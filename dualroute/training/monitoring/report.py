@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -109,7 +110,12 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             ),
             ("trained", _trained(checkpoint)),
         ]
-        sample = _sample(checkpoint, model, config)
+        if model.task_head is not None:
+            sample = "(a model with a task's head writes no text)"
+        elif model.config.causal:
+            sample = _sample(checkpoint, model, config)
+        else:
+            sample = "(the model sees both sides of each token: it continues no text)"
     rows = [
         *_corpus(data),
         *of_checkpoint,
@@ -118,15 +124,26 @@ def _page(run: Path, data: Path, config: ReportConfig) -> str:
             f"{first['val/loss']:.3f} at step {first['step']} → "
             f"{last['val/loss']:.3f} at step {last['step']}",
         ),
-        ("bits per byte", f"{first['val/bits_per_byte']:.3f} → {last['val/bits_per_byte']:.3f}"),
+        *_figures(first, last),
         ("speed", f"{statistics.median(m['speed/tokens_per_second'] for m in train):,.0f} tokens/s (median)"),
         *(("damaged checkpoint", problem) for problem in problems),
         ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
         ("TensorBoard", f"`tensorboard --logdir {run / 'tensorboard'}`"),
-        ("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'),
     ]
+    if model is None or model.config.causal:
+        rows.append(("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'))
     table = "\n".join(f"| {name} | {printable(value)} |" for name, value in rows)
     return f"# {run.name}\n\n| | |\n|---|---|\n{table}\n\n## A sample\n\n```\n{sample}\n```\n"
+
+
+def _figures(first: dict[str, Any], last: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured at validations besides the loss: bits per byte of text, or a task's metrics."""
+    names = [name for name in last if name.startswith("val/") and name not in ("val/loss", "val/perplexity")]
+    return [
+        (name.removeprefix("val/").replace("_", " "), f"{first[name]:.3f} → {last[name]:.3f}")
+        for name in names
+        if name in first
+    ]
 
 
 def _trained(checkpoint: Checkpoint) -> str:

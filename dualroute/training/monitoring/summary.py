@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dualroute.attention.backend import describe
-from dualroute.data.module import ShardDataModule
+from dualroute.data.window_module import WindowDataModule
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint.format import Checkpoint
 from dualroute.training.checkpointing.resumed_settings import learning_rate_note
@@ -32,7 +32,7 @@ MANY_EPOCHS = 4
 log = logging.getLogger(__name__)
 
 
-def epochs(tokens: int, data: ShardDataModule) -> float:
+def epochs(tokens: int, data: WindowDataModule) -> float:
     """Passes over the training data that ``tokens`` are."""
     return tokens / (data.plan.windows_per_epoch * data.context)
 
@@ -41,7 +41,7 @@ def what_is_trained(
     operation: str,
     model: DualRoutingTransformer,
     config: PretrainConfig,
-    data: ShardDataModule,
+    data: WindowDataModule,
     world: World,
     count: TokenCount,
     device: torch.device,
@@ -64,14 +64,15 @@ def what_is_trained(
 
 def warnings_at_start(
     config: PretrainConfig,
-    data: ShardDataModule,
+    data: WindowDataModule,
     world: World,
     count: TokenCount,
     resumed: Checkpoint | None,
+    operation: str = "pretrain",
 ) -> Iterator[str]:
     """What may not be meant."""
     passes = epochs(count.at(count.total_steps(config.train)), data)
-    if passes > MANY_EPOCHS:
+    if passes > MANY_EPOCHS and operation != "finetune":  # whose metric and best checkpoint show it
         yield (
             f"the training text is read {passes:.3g} times: past about {MANY_EPOCHS} times it teaches less "
             f"and less, and a large model learns it by heart (Muennighoff et al. 2023, "
@@ -93,21 +94,34 @@ def warnings_at_start(
             yield jump
 
 
-def what_comes_next(output: Path, data: str) -> str:
+def what_comes_next(output: Path, config: PretrainConfig, operation: str = "pretrain") -> str:
     """Commands for a trained model."""
-    run, shards = shlex.quote(str(output)), shlex.quote(data)
+    run, shards = shlex.quote(str(output)), shlex.quote(str(config.data.path))
+    if operation == "finetune":
+        return (
+            f"next: dualroute evaluate --checkpoint {run}, dualroute predict --checkpoint {run} --input … "
+            f"--output …, dualroute report --run {run}"
+        )
+    if not config.model.causal:
+        return f"next: dualroute finetune --init_from {run} …, dualroute report --run {run}"
     return (
         f'next: dualroute generate --checkpoint {run} --prompt "…", dualroute evaluate --checkpoint {run} '
         f"--data {shards}, dualroute report --run {run}"
     )
 
 
-def what_was_trained(output: Path, data: str, checkpoint: Checkpoint) -> Iterator[str]:
+def what_was_trained(
+    output: Path, config: PretrainConfig, checkpoint: Checkpoint, operation: str = "pretrain"
+) -> Iterator[str]:
     """Where the model lies, and what can be done with it: two lines."""
     said: dict[str, Any] = checkpoint.metadata
     loss = f", validation loss {checkpoint.val_loss:.4f}" if checkpoint.val_loss is not None else ""
+    score = said.get("score")
+    if score is not None and score["name"] != "loss":
+        best = (output / "checkpoints" / "best").resolve().name
+        loss += f", {score['name']} {score['value']:.4f}; best by it: {best}"
     yield f"done: {checkpoint.folder} ({checkpoint.step:,} steps, {said.get('tokens', 0):,} tokens{loss})"
-    yield what_comes_next(output, data)
+    yield what_comes_next(output, config, operation)
 
 
 def tell(lines: Iterator[str]) -> None:

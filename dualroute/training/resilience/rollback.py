@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualroute.data.module import ShardDataModule
 from dualroute.data.plan import Span, merge_spans, sample_numbers
+from dualroute.data.window_module import WindowDataModule
 from dualroute.errors import UserError
 from dualroute.files import read_json, write_bytes_atomically
 from dualroute.model.checkpoint import folder as checkpoint_folder
@@ -52,7 +52,7 @@ class Divergence:
     reason: str
 
 
-def divergence(error: TrainingDiverged, module: Any, data: ShardDataModule, step: int) -> Divergence:
+def divergence(error: TrainingDiverged, module: Any, data: WindowDataModule, step: int) -> Divergence:
     """What is needed of a training that has failed, before it is taken down."""
     # the step that raised has not advanced the position
     _, stop = sample_numbers(data.samples_consumed, data.samples_per_batch, data.skipped_samples)
@@ -81,7 +81,7 @@ def read_rollbacks(output: Path) -> list[dict[str, Any]]:
     return found
 
 
-def leave_out(data: ShardDataModule, output: Path) -> None:
+def leave_out(data: WindowDataModule, output: Path) -> None:
     """Tell the data module of a starting run what earlier roll-backs have left out; every rank the same."""
     rollbacks = decided_by_rank_zero(lambda: read_rollbacks(output))
     spans = [entry["left_out_samples"] for entry in rollbacks]
@@ -109,7 +109,7 @@ class RollBack:
         )
 
 
-def roll_back(found: Divergence, output: Path, data: ShardDataModule, max_rollbacks: int) -> RollBack:
+def roll_back(found: Divergence, output: Path, data: WindowDataModule, max_rollbacks: int) -> RollBack:
     """Choose the checkpoint to go on from, and leave the bad samples out.
 
     Every rank calls it; rank 0 looks, and writes nothing yet.
@@ -122,7 +122,7 @@ def roll_back(found: Divergence, output: Path, data: ShardDataModule, max_rollba
     return decided
 
 
-def _decide(found: Divergence, output: Path, data: ShardDataModule, max_rollbacks: int) -> RollBack:
+def _decide(found: Divergence, output: Path, data: WindowDataModule, max_rollbacks: int) -> RollBack:
     before = read_rollbacks(output)
     if len(before) >= max_rollbacks:
         times = (
@@ -145,6 +145,6 @@ def _decide(found: Divergence, output: Path, data: ShardDataModule, max_rollback
         "resumed_from_step": target.step,
         "left_out_samples": list(found.samples),
         "left_out_tokens": (found.samples[1] - found.samples[0]) * data.context,
-        "data_fingerprint": data.manifest.fingerprint,
+        "data_fingerprint": data.fingerprint,
     }
     return RollBack(Start(target, lineage_of(target)), [*before, entry])

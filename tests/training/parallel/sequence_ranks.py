@@ -13,11 +13,11 @@ import torch.distributed as dist
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
 
-def model() -> DualRoutingTransformer:
+def model(causal: bool) -> DualRoutingTransformer:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=40, dim=32, num_layers=2, num_heads=8, num_kv_heads=4, window=8, block=16, top_k=1,
-        max_context=200, global_mode="routed", gate=True, qk_norm=True,
+        max_context=200, global_mode="routed", causal=causal, gate=True, qk_norm=True,
     )  # fmt: skip
     made = DualRoutingTransformer(config).double()
     for layer in made.layers:
@@ -37,8 +37,9 @@ def inputs(length: int, packed: bool) -> dict[str, torch.Tensor | None]:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    for length, packed in itertools.product((96, 101), (False, True)):  # 101: the text is filled up
-        whole, shared = model(), model()
+    cases = [(*case, True) for case in itertools.product((96, 101), (False, True))]  # 101: it is filled up
+    for length, packed, causal in (*cases, (101, False, False), (101, True, False)):
+        whole, shared = model(causal), model(causal)
         shared.set_sequence_group(dist.group.WORLD)
         batch = inputs(length, packed)
         generator = torch.Generator().manual_seed(1)

@@ -10,6 +10,7 @@
     device.py           how much at once, by device
     full.py             the whole document
     local.py            a sliding window
+    local_grid.py       a square around each patch of an image
     decode.py           new tokens against a cache
     static_decode.py    one new token, in shapes that never change
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dualroute.attention.backends.torch.device import at_once
 from dualroute.attention.backends.torch.full import full_attention
+from dualroute.attention.backends.torch.local_grid import grid_attention
 from dualroute.attention.backends.torch.tile_attention import attend, attend_backward
 from dualroute.attention.core.layout import Stream, attend_by_length
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype, without_autocast
@@ -39,8 +40,11 @@ def local_attention(
     """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own.
 
     Documents that fit into the window are attended to in full: there the two are the same thing. Up to twice
-    that length, causal attention in full behind a mask is still the faster one.
+    that length, causal attention in full behind a mask is still the faster one. In images the window is a
+    square, see `local_grid`.
     """
+    if stream.grid is not None:
+        return grid_attention(query, key, value, stream, window=window)
     in_full = (2 * window if causal else window) // stream.block
     return attend_by_length(
         partial(full_attention, causal=causal, window=window if causal else None),

@@ -29,7 +29,13 @@ from dualroute.attention.projections import Projections
 
 
 def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: bool = False) -> Tensor:
-    """What ``layer(hidden_states)`` gives, (B, n, dim), for one causal document in each row."""
+    """What ``layer(hidden_states)`` gives, (B, n, dim), for one causal document in each row.
+
+    Raises:
+        ValueError: the layer is not causal.
+    """
+    if not layer.causal:
+        raise ValueError("causal=False has no graph of fixed operators: run the layer itself")
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     table = _rotary_table(layer, positions, hidden_states.dtype)
     outputs = []

@@ -52,18 +52,20 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 
 
 def best_by_validation(checkpoints: list[Checkpoint]) -> dict[str, Checkpoint]:
-    """The checkpoint of lowest validation loss, the earlier of equals, for each thing it was measured on.
+    """The checkpoint of lowest validation loss, or best by its task's metric, the earlier of equals, for each
+    thing it was measured on.
 
-    In the order of the newest of each; losses that are no numbers do not count.
+    In the order of the newest of each; losses and metrics that are no numbers do not count.
     """
     best: dict[str, Checkpoint] = {}
     for checkpoint in sorted(checkpoints, key=lambda c: c.step):
-        loss = checkpoint.val_loss
-        if loss is None or not math.isfinite(loss):
+        value = checkpoint.to_minimise
+        if value is None or not math.isfinite(value):
             continue
-        measured_on = json.dumps(checkpoint.metadata.get("validation"), sort_keys=True)
+        by = (checkpoint.metadata.get("score") or {}).get("name")
+        measured_on = json.dumps([checkpoint.metadata.get("validation"), by], sort_keys=True)
         other = best.pop(measured_on, None)
-        best[measured_on] = other if other is not None and other.val_loss <= loss else checkpoint  # type: ignore[operator]
+        best[measured_on] = other if other is not None and other.to_minimise <= value else checkpoint  # type: ignore[operator]
     return best
 
 

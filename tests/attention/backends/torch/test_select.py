@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualroute.attention import Layout, reference, select_blocks
-from dualroute.attention.core.router import top_blocks
+from dualroute.attention.core.router import block_features, block_scores, top_blocks
 from tests.attention.helpers import ROUTERS, batches, heads, to_stream
 
 pytestmark = pytest.mark.usefixtures("each_kernels")
@@ -80,3 +80,18 @@ def test_the_minmax_score_bounds_every_product() -> None:
     query, key, _ = (rows[0].detach() for rows in heads(1, 16, 2, 2))
     bound = reference.block_score(query, key, "minmax", 4)
     assert (bound >= (query @ key.mT).amax(-1) - 1e-12).all()
+
+
+def test_bounds_of_a_half_filled_part_are_those_of_its_own_tokens() -> None:
+    """Both ways a document's last block is a candidate, however few tokens are in its last sub-block."""
+    layout, generator = Layout.build(1, 53, 8), torch.Generator().manual_seed(0)
+    stream, valid = layout.stream, torch.arange(56).view(-1, 8) < 53
+    key = torch.randn(2, 56, 4, generator=generator, dtype=torch.float64)
+    key[:, 53:] = 0
+    query = torch.randn(2, 1, 53, 4, generator=generator, dtype=torch.float64)
+    features = block_features(key.unflatten(1, (-1, 8)), "minmax", 4, valid)
+    for block in range(stream.num_blocks):
+        tokens = key[:, 8 * block : min(8 * block + 8, 53)]
+        wanted = reference.block_score(query[:, 0], tokens, "minmax", 4)
+        actual = block_scores(query, features[:, block : block + 1], "minmax")[..., 0]
+        torch.testing.assert_close(actual, wanted)

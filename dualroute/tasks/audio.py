@@ -1,0 +1,131 @@
+"""Recordings as frames of log-mel energies; soundfile reads, transformers' numpy functions make the frames.
+
+In: a value of a row: a file, or samples.  Out: an array (steps, stack * mels) of float32, of mean 0 and
+deviation 1 in each recording.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualroute.tasks.config import AudioConfig
+from dualroute.tasks.kind import BadRow, Row
+from dualroute.tasks.media_rows import path_in
+from dualroute.tasks.metrics import library
+
+Samples = NDArray[np.float32]
+
+#: Seconds of one recording.
+MOST_SECONDS = 3600
+
+
+def frames_of(row: Row, column: str, config: AudioConfig) -> Samples:
+    """(steps, stack * mels) of a row's recording.
+
+    Raises:
+        BadRow: It is missing, empty, cannot be read, or is shorter than a frame.
+    """
+    samples = samples_of(row, column, config.rate)
+    if len(samples) < config.frame:
+        raise BadRow("a recording that is shorter than one frame")
+    return stacked(log_mel(samples, config), config.stack)
+
+
+def samples_of(row: Row, column: str, rate: int) -> Samples:
+    """The samples of a row's recording at ``rate`` a second: one channel, the mean of all that there are.
+
+    A row has a file, or samples that are at this rate, or, as the ``datasets`` library decodes them,
+    {array, sampling_rate}.
+
+    Raises:
+        BadRow: It is missing, empty or cannot be read.
+    """
+    value = row.get(column)
+    if value is None:
+        raise BadRow(f"no {column}")
+    theirs = rate
+    if isinstance(value, str):
+        samples, theirs = _of_file(row, value)
+    else:
+        if isinstance(value, dict):
+            said, value = value.get("sampling_rate"), value.get("array")
+            if not isinstance(said, int) or said < 1:
+                raise BadRow(f"{column} without a sampling_rate")
+            theirs = said
+        try:
+            samples = np.asarray(value, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise BadRow(f"{column} is neither a file nor samples") from error
+    if samples.ndim == 2:  # (samples, channels)
+        samples = samples.mean(1)
+    if samples.ndim != 1 or not len(samples):
+        raise BadRow("an empty recording")
+    if not np.isfinite(samples).all():
+        raise BadRow("a recording with samples that are no numbers")
+    return resampled(samples, theirs, rate)
+
+
+def _of_file(row: Row, value: str) -> tuple[Samples, int]:
+    soundfile = library("soundfile", "audio")
+    path = path_in(row, value)
+    if path is None or not path.is_file():
+        raise BadRow("a file that is not there")
+    try:
+        with soundfile.SoundFile(path) as stream:
+            if stream.frames > MOST_SECONDS * stream.samplerate:
+                raise BadRow(f"a recording of more than {MOST_SECONDS:,} seconds")
+            return stream.read(dtype="float32", always_2d=True), int(stream.samplerate)
+    except BadRow:
+        raise
+    except Exception as error:  # of libsndfile, or of the operating system
+        raise BadRow("a file that is no recording, or is damaged") from error
+
+
+def resampled(samples: Samples, theirs: int, rate: int) -> Samples:
+    """Samples at another rate, by a polyphase filter (scipy's ``resample_poly``)."""
+    if theirs == rate:
+        return samples
+    signal = library("scipy.signal", "audio")
+    shared = math.gcd(theirs, rate)
+    return np.asarray(signal.resample_poly(samples, rate // shared, theirs // shared), dtype=np.float32)
+
+
+def log_mel(samples: Samples, config: AudioConfig) -> Samples:
+    """(frames, mels): log10 of the energies in bands of the mel scale, mean 0 and deviation 1 over all."""
+    audio = library("transformers.audio_utils", "audio")
+    window, filters, size = _filters(config.rate, config.mels, config.frame)
+    found = audio.spectrogram(
+        samples,
+        window,
+        frame_length=config.frame,
+        hop_length=config.hop,
+        fft_length=size,
+        power=2.0,
+        mel_filters=filters,
+        log_mel="log10",
+    ).T
+    # what is 80 dB below the loudest is silence, as Whisper has it
+    found = np.maximum(found, found.max() - 8.0)
+    return np.asarray((found - found.mean()) / max(float(found.std()), 1e-4), dtype=np.float32)
+
+
+@lru_cache(maxsize=8)
+def _filters(rate: int, mels: int, frame: int) -> tuple[Any, Any, int]:
+    audio = library("transformers.audio_utils", "audio")
+    size = 1 << (frame - 1).bit_length()
+    filters = audio.mel_filter_bank(
+        size // 2 + 1, mels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
+    )
+    return audio.window_function(frame, "hann"), filters, size
+
+
+def stacked(frames: Samples, stack: int) -> Samples:
+    """(frames, mels) -> (steps, stack * mels); the last step is filled up with its last frame."""
+    missing = -len(frames) % stack
+    padded = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+    return padded.reshape(len(padded) // stack, -1)

@@ -1,0 +1,100 @@
+"""A class for an image: digits, animals, defects.
+
+Row: ``image`` (an array of pixels, or the path of a file), ``label``.  Input: patches in raster order, with
+the grid known to the attention; or single pixels as one long line.  Output: the mean over all of them, or at
+one (``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probability``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualroute.errors import UserError
+from dualroute.model.config import FrontendConfig
+from dualroute.model.frontends import patches_of
+from dualroute.tasks.baselines import nearest_centroid
+from dualroute.tasks.examples import Example
+from dualroute.tasks.images import pixels_of
+from dualroute.tasks.kind import BadRow, Baseline, Role, Row, at_place, register
+from dualroute.tasks.kinds.sequence import Sequences
+
+
+@register("image")
+class Images(Sequences):
+    reads_text = False
+    roles = {
+        "image": Role("the image: an array of pixels or a file"),
+        "label": Role("the class", is_target=True),
+    }
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        rows = list(rows)
+        config = self.task.image
+        for row in rows:
+            if config.height is not None and config.width is not None:
+                break
+            try:
+                pixels = self.pixels(row, any_size=True)
+            except BadRow:
+                continue
+            config.height, config.width = pixels.shape[:2]
+        if config.height is None or config.width is None:
+            raise UserError("no training image can be read: give images (task.columns {image: …})")
+        super().fit(rows)
+
+    def pixels(self, row: Row, *, any_size: bool = False) -> NDArray[np.uint8]:
+        """(height, width, channels) of a row.
+
+        Raises:
+            BadRow: There is no such image.
+        """
+        return pixels_of(row, self.column("image"), self.task.image, any_size=any_size)
+
+    def frontend(self) -> FrontendConfig:
+        config = self.task.image
+        assert config.height is not None
+        assert config.width is not None
+        if config.patch == 1:
+            return FrontendConfig("values", config.channels)
+        grid = [-(-config.height // config.patch), -(-config.width // config.patch)]
+        return FrontendConfig(
+            "patches",
+            config.patch**2 * config.channels,
+            grid,
+            [config.region_height, config.region_width],
+            config.learned_places,
+        )
+
+    def pooling(self) -> Any:
+        return "mean" if self.task.pooling == "auto" else self.task.pooling
+
+    def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
+        number = self.label_number(row) if with_target else None
+        steps = patches_of(self.pixels(row), self.task.image.patch)
+        if len(steps) > self.setting.max_length:
+            raise UserError(
+                f"an image has {len(steps):,} steps, more than the {self.setting.max_length:,} that are "
+                f"read: raise data.context (and data.max_length), or task.image.patch"
+            )
+        place = 0 if self.pooling() == "first" else len(steps) - 1
+        return [Example({"inputs": steps, **at_place(len(steps), place, number)})]
+
+    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
+        yield from ()
+
+    def texts(self, row: Row) -> list[str]:
+        return ["image", self._name(row) or ""]
+
+    def baselines(self) -> dict[str, Baseline]:
+        def centroids(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+            def flat(some: Sequence[Row]) -> list[NDArray[Any]]:
+                return [self.pixels(row).ravel() for row in some]
+
+            names = nearest_centroid(flat(train), [self.target(row) for row in train], flat(rows))
+            return [{"prediction": name} for name in names]
+
+        return {"nearest mean image": centroids}
