@@ -1,17 +1,16 @@
 """Folders of models that were trained for a task, or read both sides of each token: loaded as such."""
 
-import dataclasses
-
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from dualroute.errors import UserError  # noqa: E402
 from dualroute.export.hf import check_folder  # noqa: E402
 from dualroute.export.hf import folder as huggingface  # noqa: E402
 from dualroute.model import ModelConfig  # noqa: E402
+from tests.export.conftest import TINY  # noqa: E402
 
-FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 TASKS = {
     "classes": ("SequenceClassification", {"kind": "sequence", "labels": ["bad", "good", "so so"]}),
     "first": ("SequenceClassification", {"kind": "sequence", "labels": ["a", "b"], "pooling": "first"}),
@@ -41,7 +40,6 @@ def checked(loaded, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.skipif("task_head" not in FIELDS, reason="models have no heads of tasks")
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_of_a_task(name, checked):
     purpose, head = TASKS[name]
@@ -53,7 +51,18 @@ def test_a_model_of_a_task(name, checked):
         assert {score["label"] for score in run("the old river", top_k=None)} == set(head["labels"])
 
 
-@pytest.mark.skipif("causal" not in FIELDS, reason="models read from left to right only")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task_head": {"kind": "ctc", "labels": ["a"]}}, r"model\.task_head\.kind ctc has no counterpart"),
+        ({"frontend": {"kind": "frames", "features": 4}}, r"reads frames .* not exported yet"),
+    ],
+)
+def test_what_transformers_has_no_model_for_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        huggingface.purpose_of(ModelConfig(**TINY, vocab_size=320, **options))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_encoder(tied, checked):
     model, folder = checked("MaskedLM", causal=False, tie_embeddings=tied)
