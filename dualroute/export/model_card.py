@@ -46,6 +46,15 @@ from transformers import pipeline
 
 run = pipeline("TASK", model="path/to/this/folder", trust_remote_code=True)
 ```"""
+_USE_CLASS = """\
+```python
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
+scores = model(**tokenizer("Who came?", "The old man came.", return_tensors="pt"))
+```"""
 _GENERATE = (
     "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not. "
 )
@@ -121,6 +130,8 @@ def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
             tokenizer=_TRUST if own or own_tokenizer else "",
             pad="" if loaded.tokenizer.pad_id >= 0 else "\ntokenizer.pad_token = tokenizer.eos_token",
         )
+    elif purpose == "QuestionAnswering":  # transformers 5 has no pipeline for it
+        code = _USE_CLASS
     how = _GENERATE if purpose == "CausalLM" else ""
     if not own:
         how = (

@@ -14,6 +14,11 @@ Backend = TorchBackend  # the only one there is
 _TORCH = TorchBackend()
 
 
+def plain() -> TorchBackend:
+    """Plain torch."""
+    return _TORCH
+
+
 def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> TorchBackend:
     """Plain torch."""
     return _TORCH

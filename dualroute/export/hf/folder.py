@@ -96,19 +96,20 @@ def purpose_of(shape: ModelConfig) -> str:
     Raises:
         UserError: transformers has no such model.
     """
-    head = _task_head(shape)
+    head = shape.task_head
+    if shape.frontend is not None:
+        raise UserError(
+            f"a model that reads {shape.frontend.kind} (model.frontend) is not exported yet: use dualroute "
+            f"predict"
+        )
     if head is None:
-        return "CausalLM" if getattr(shape, "causal", True) else "MaskedLM"
+        return "CausalLM" if shape.causal else "MaskedLM"
     if head.kind not in TASKS:
         raise UserError(
             f"a model with model.task_head.kind {head.kind} has no counterpart in transformers, as "
             f"{', '.join(TASKS)} have: use dualroute predict"
         )
     return TASKS[head.kind]
-
-
-def _task_head(shape: ModelConfig) -> Any:
-    return getattr(shape, "task_head", None)
 
 
 def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
@@ -138,7 +139,7 @@ def _classes(shape: ModelConfig) -> dict[str, str]:
 
 def _labels(shape: ModelConfig) -> dict[str, Any]:
     """What config.json says of a task's outputs."""
-    head = _task_head(shape)
+    head = shape.task_head
     if head is None or head.kind == "span":
         return {}
     if head.kind == "number":
@@ -251,7 +252,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_T
 
 def _trials(model: DualRoutingTransformer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(ids, places, outputs) of every length: logits, or what a task's head gives at these places."""
-    head = _task_head(model.config)
+    head = model.config.task_head
     for ids, places, logits in parity.trials(model):
         if head is None:
             yield ids, places, logits
