@@ -127,6 +127,8 @@ class Kind:
     fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: roles that are images or recordings; their column may be called as the role too, as in folders of files
+    media: ClassVar[tuple[str, ...]] = ()
     #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
     reads_text: ClassVar[bool] = True
 
@@ -257,6 +259,9 @@ class Kind:
             UserError: Naming it, and the columns there are.
         """
         present = list(present)
+        for name in self.media:  # files of a folder, asked of what was trained on rows
+            if name in present and self.column(name) not in present:
+                present.append(self.column(name))
         for name, role in self.roles.items():
             wanted = role.required or name in self.task.columns
             if not wanted or (role.is_target and not with_target) or self.column(name) in present:
@@ -274,6 +279,10 @@ class Kind:
                 f"stand in "
                 f"the question; name different columns"
             )
+
+    def medium(self, row: Row, role: str) -> Any:
+        """The image or recording of a row, null for none; see ``media``."""
+        return row.get(self.column(role), row.get(role))
 
     def text(self, row: Row, role: str = "text") -> str:
         """The text of a role.

@@ -43,7 +43,10 @@ def test_the_metric_rises_and_the_checkpoint_says_what_it_learnt(trained: Path) 
 
 
 def test_best_is_the_checkpoint_of_the_highest_metric(trained: Path) -> None:
-    scores = {c.folder.name: c.metadata.get("score", {}).get("value", -1) for c in list_checkpoints(trained / "checkpoints")}
+    scores = {
+        c.folder.name: c.metadata.get("score", {}).get("value", -1)
+        for c in list_checkpoints(trained / "checkpoints")
+    }
     best = (trained / "checkpoints" / "best").resolve().name
     assert scores[best] == max(scores.values())
 
