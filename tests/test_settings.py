@@ -23,6 +23,7 @@ NEEDED = {
     "QuantizeConfig": {"checkpoint": "run", "output": "out"},
     "VerifyDataConfig": {"data": "data"},
     "ShowDataConfig": {"data": "data"},
+    "PredictConfig": {"checkpoint": "run", "input": "rows.csv", "output": "out"},
     "ExportConfig": {"checkpoint": "run", "output": "out", "format": "hf"},
 }
 #: checked with what they belong to

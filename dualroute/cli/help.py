@@ -5,8 +5,11 @@ The text of each option is that of its field in the class's docstring.
 
 from __future__ import annotations
 
+import argparse
+
 from jsonargparse import ArgumentParser
 
+from dualroute.cli.schema import schema_of
 from dualroute.cli.table import STAGES
 
 
@@ -20,5 +23,11 @@ def stage_parser(stage: str) -> ArgumentParser:
         "`dualroute configs`); may be repeated.",
     )
     parser.add_argument("--print_config", action="store_true", help="Show the merged configuration and stop.")
-    parser.add_class_arguments(STAGES[stage].config_class(), sub_configs=True)
+    config_class = STAGES[stage].config_class()
+    parser.add_class_arguments(config_class, sub_configs=True)
+    known = {*schema_of(config_class).keys()}
+    for action in parser._actions:  # what follows from other settings is a field, and no option
+        name = action.dest.removesuffix(".help")
+        if "." in name and name not in known and name.rpartition(".")[0] in known:
+            action.help = argparse.SUPPRESS
     return parser

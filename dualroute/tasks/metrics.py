@@ -30,9 +30,7 @@ def library(module: str, extra: str = "tasks") -> Any:
         package = module.partition(".")[0]
         name = _PACKAGES.get(package, package)
         raise UserError(
-            f"the library {name} is not installed ({error}): pip install 'dualroute[{extra}]' (or pip "
-            f"install "
-            f"{name})"
+            f"this needs the library {name}, which is not installed ({error}): pip install -e '.[{extra}]'"
         ) from error
 
 

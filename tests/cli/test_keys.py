@@ -17,6 +17,7 @@ NEEDED = {
     "evaluate": {"checkpoint": "c", "data": "d"},
     "generate": {"checkpoint": "c"},
     "report": {"run": "r"},
+    "predict": {"checkpoint": "c", "input": "i", "output": "o"},
     "convert": {"source": "s", "output": "o"},
     "prune": {"checkpoint": "c", "output": "o", "data": "d", "keep": 0.5},
     "sparsify": {"checkpoint": "c", "output": "o", "data": "d"},
@@ -50,7 +51,7 @@ MAY_BE_NEGATIVE = {"layer_map", "seed"}
 def keys_of(stage):
     schema = schema_of(STAGES[stage].config_class())
     keys = [key for key in [*schema.options, *schema.groups] if key]
-    inherited = schema_of(PretrainConfig).options if stage in ("distill", "estimate") else {}
+    inherited = schema_of(PretrainConfig).options if stage in ("distill", "estimate", "finetune") else {}
     return [key for key in keys if key not in inherited]
 
 

@@ -118,7 +118,6 @@ def test_shards_of_another_tokenizer_are_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({}, "--data"),
         ({"text": "x", "data": "y"}, "not both"),
         ({"data": "y", "stride": 3}, "stride"),
         ({"text": "x", "context": 0}, "context is 0"),
@@ -135,6 +134,7 @@ def test_unusable_inputs_are_named(checkpoint, text, tmp_path):
             evaluate(EvaluateConfig(str(values.pop("run", checkpoint)), **values))
         return str(caught.value)
 
+    assert "--data" in refused()
     assert "max_context 128" in refused(text=str(text), context=129)
     assert "nowhere.txt" in refused(text=str(tmp_path / "nowhere.txt"))
     assert "stride 65" in refused(text=str(text), stride=65)

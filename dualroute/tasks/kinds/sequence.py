@@ -20,7 +20,8 @@ from dualroute.tasks.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, register
 from dualroute.tasks.metrics import classification_metrics
 
-MOST_LABELS = 10_000
+#: With more labels than these, most of which name one row, the column is no column of classes.
+FEW_LABELS = 50
 
 
 @register("sequence")
@@ -47,7 +48,7 @@ class Sequences(Kind):
                 f"the training rows have {shown} of the labels in column {self.column('label')!r}: a class "
                 f"cannot be learnt from fewer than two; give other rows, or another column (task.columns)"
             )
-        if len(self.labels) > MOST_LABELS:
+        if len(self.labels) > FEW_LABELS and len(self.labels) > sum(counts.values()) / 2:
             raise UserError(
                 f"column {self.column('label')!r} has {len(self.labels):,} different labels, which looks "
                 f"like a "
