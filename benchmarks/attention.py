@@ -5,10 +5,12 @@
     python benchmarks/attention.py router --lengths 4096 16384 65536 131072
     python benchmarks/attention.py sweep  --lengths 8192
 
-Dense is torch's scaled_dot_product_attention(is_causal=True) with `--heads` heads; DualRouting divides the
+With `--bidirectional`, tokens see both sides of themselves, in dense attention too. Else dense is
+torch's scaled_dot_product_attention(is_causal=True). It has `--heads` heads; DualRouting divides the
 same heads between its routes. Both read random queries, keys and values; projections, equal on both sides,
 are left out. All figures of a length come from one run in which the sides take turns; times are medians, a
-ratio is dense / DualRouting. The ceiling is the ratio of the pairs of tokens that are read exactly: router,
+ratio is dense / DualRouting. With `--clock cpu --threads 1` seconds are those that this process computed, for
+a machine that others use too. The ceiling is the ratio of the pairs of tokens that are read exactly: router,
 far summary and sorting count as losses. `--output` also writes CSV and, for speed and sweep, a PNG.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,8 @@ from torch import Tensor
 from dualroute.attention import Layout, Routing, global_attention, local_attention, select_blocks
 from dualroute.attention.core.routing import exact_blocks
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 class Shape(NamedTuple):
     """What is attended to."""
@@ -38,6 +43,7 @@ class Shape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    causal: bool = True
     document: int | None = None  # tokens of each packed document; None = one document
 
 
@@ -71,7 +77,7 @@ def dense(shape: Shape, backward: bool) -> Callable[[], Any]:
     rows = shape.document or shape.length
     size = (shape.length // rows, shape.heads, rows, shape.head_dim)
     inputs = [torch.randn(size, dtype=shape.dtype, device=shape.device) for _ in range(3)]
-    return _call(partial(F.scaled_dot_product_attention, is_causal=True), inputs, backward)
+    return _call(partial(F.scaled_dot_product_attention, is_causal=shape.causal), inputs, backward)
 
 
 def dual(shape: Shape, route: Route, backward: bool) -> Callable[[], Any]:
@@ -93,8 +99,9 @@ def dual(shape: Shape, route: Route, backward: bool) -> Callable[[], Any]:
             layout.stream,
             routing=routing,
             max_exact_blocks=exact_blocks(route.mode, route.block, route.top_k),
+            causal=shape.causal,
         )
-        return far, local_attention(*heads[3:], layout.stream, window=route.window)
+        return far, local_attention(*heads[3:], layout.stream, window=route.window, causal=shape.causal)
 
     return _call(attend, inputs, backward)
 
@@ -121,31 +128,33 @@ def _call(attend: Callable[..., Any], inputs: list[Tensor], backward: bool) -> C
     return both
 
 
-def dense_pairs(length: int) -> float:
-    """Keys that a token of causal attention reads, on average."""
-    return (length + 1) / 2
+def dense_pairs(length: int, causal: bool) -> float:
+    """Keys that a token of dense attention reads, on average."""
+    return (length + 1) / 2 if causal else length
 
 
-def exact_pairs(length: int, route: Route) -> tuple[float, float]:
+def exact_pairs(length: int, route: Route, causal: bool) -> tuple[float, float]:
     """Keys that a token reads exactly on the global and on the local route, on average."""
     limit = exact_blocks(route.mode, route.block, route.top_k)
     local = route.window - route.window * (route.window - 1) / (2 * length)
-    everything = dense_pairs(length)
+    local = local if causal else 2 * local - 1
+    everything = dense_pairs(length, causal)
     if limit is None or length <= limit * route.block:
         return everything, min(local, everything)
-    return min(everything, (route.top_k + 1.5) * route.block), local
+    own = 0.5 if causal else 1
+    return min(everything, (route.top_k + 1 + own) * route.block), local
 
 
-def flops(length: int, heads: int, head_dim: int, route: Route | None, backward: bool) -> float:
+def flops(length: int, heads: int, head_dim: int, route: Route | None, backward: bool, causal: bool) -> float:
     """Floating-point operations of the matrix products; backward adds 5/2 of the forward's attention."""
     grow = 3.5 if backward else 1.0
     if route is None:
-        return grow * 4 * heads * head_dim * length * dense_pairs(length)
+        return grow * 4 * heads * head_dim * length * dense_pairs(length, causal)
     half = heads / 2
-    total = grow * 4 * half * head_dim * length * sum(exact_pairs(length, route))
+    total = grow * 4 * half * head_dim * length * sum(exact_pairs(length, route, causal))
     limit = exact_blocks(route.mode, route.block, route.top_k)
     if limit is not None and length > limit * route.block:
-        blocks = length / route.block / 2  # past blocks of an average token
+        blocks = length / route.block / (2 if causal else 1)  # candidates of an average token
         width = {"mean": 1, "moment": 2, "minmax": 2 * route.block / route.sub_block}[route.router]
         order = {"none": 0, "first_order": 1, "second_order": 2}[route.far_summary]
         total += 2 * half * length * head_dim * blocks * width
@@ -160,12 +169,12 @@ def speed(options: argparse.Namespace, device: torch.device) -> None:
     rows = []
     points: dict[str, list[Point]] = {}
     for length, name in itertools.product(options.lengths, options.dtypes):
-        shape = Shape(length, options.heads, options.head_dim, getattr(torch, name), device)
+        shape = Shape(length, options.heads, options.head_dim, getattr(torch, name), device, options.causal)
         routes = [_route(options, text) for text in options.routes]
         for backward in (False, True):
             works = {"dense": dense(shape, backward)}
             works |= {route.name: dual(shape, route, backward) for route in routes}
-            times = medians(works, options.repeats, device)
+            times = medians(works, options.repeats, device, CLOCKS[options.clock])
             memory = {}
             if backward and options.memory:
                 memory["dense"] = peak_mebibytes(dense, shape, True, device=device)
@@ -177,8 +186,10 @@ def speed(options: argparse.Namespace, device: torch.device) -> None:
                 ratio = times["dense"] / times[which]
                 ceiling = 1.0
                 if route is not None:
-                    ceiling = 2 * dense_pairs(length) / sum(exact_pairs(length, route))
-                operations = flops(length, options.heads, options.head_dim, route, backward)
+                    read = sum(exact_pairs(length, route, options.causal))
+                    ceiling = 2 * dense_pairs(length, options.causal) / read
+                sizes = (length, options.heads, options.head_dim)
+                operations = flops(*sizes, route, backward, options.causal)
                 rate = operations / times[which] / 1e9
                 if backward:
                     point = Point(length, ratio, times[which], operations)
@@ -206,13 +217,13 @@ def packed(options: argparse.Namespace, device: torch.device) -> None:
     """Packed documents against one document of the same number of tokens."""
     rows = []
     for length in options.lengths:
-        one = Shape(length, options.heads, options.head_dim, torch.float32, device)
+        one = Shape(length, options.heads, options.head_dim, torch.float32, device, options.causal)
         many = one._replace(document=options.document)
         for text in options.routes:
             route = _route(options, text)
             works = {"one": dual(one, route, True), "packed": dual(many, route, True)}
             works |= {"dense one": dense(one, True), "dense packed": dense(many, True)}
-            times = medians(works, options.repeats, device)
+            times = medians(works, options.repeats, device, CLOCKS[options.clock])
             rows.append(
                 {
                     "tokens": f"{length:,}",
@@ -244,8 +255,9 @@ def router(options: argparse.Namespace, device: torch.device) -> None:
                 top_k=base.top_k,
                 router=options.router,
                 sub_block=sub_block,
+                causal=options.causal,
             )
-        times = medians(works, options.repeats, device)
+        times = medians(works, options.repeats, device, CLOCKS[options.clock])
         for name, seconds in times.items():
             rows.append(
                 {
@@ -261,12 +273,14 @@ def sweep(options: argparse.Namespace, device: torch.device) -> None:
     """Ratio to dense over window, block and top_k: what each of them costs."""
     rows = []
     for length in options.lengths:
-        shape = Shape(length, options.heads, options.head_dim, torch.float32, device)
-        base = medians({"dense": dense(shape, True)}, options.repeats, device)["dense"]
+        shape = Shape(length, options.heads, options.head_dim, torch.float32, device, options.causal)
+        base = medians({"dense": dense(shape, True)}, options.repeats, device, CLOCKS[options.clock])["dense"]
         for window, block, top_k in itertools.product((128, 256, 512), (32, 64, 128), (2, 4, 8, 16)):
             route = _route(options, f"{window}/{block}/{top_k}")
-            taken = medians({"dual": dual(shape, route, True)}, options.repeats, device)["dual"]
-            reads = sum(exact_pairs(length, route))
+            taken = medians(
+                {"dual": dual(shape, route, True)}, options.repeats, device, CLOCKS[options.clock]
+            )["dual"]
+            reads = sum(exact_pairs(length, route, options.causal))
             rows.append(
                 {
                     "tokens": f"{length:,}",
@@ -356,6 +370,8 @@ def main() -> None:
     parser.add_argument("--document", type=int, default=2048, help="packed: tokens of a document")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bidirectional", dest="causal", action="store_false", help="as encoders read")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: one thread on a shared machine")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for CSV and PNG")

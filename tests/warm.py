@@ -28,21 +28,35 @@ _IMPORTED = [
     "dualroute.training.run",
     "dualroute.distillation.run",
     "dualroute.evaluate.perplexity",
+    "torch.utils.tensorboard",
+    # what cannot be imported is left out; DeepSpeed loads these, and inductor, when it makes an optimizer
+    "deepspeed",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.module_inject.auto_ep_config",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.ops.op_builder.all_ops",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_IMPORTED)
 
 
 def run(
-    arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 240
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float = 240,
+    script: Path | str | None = None,
 ) -> CompletedProcess[str]:
     """``dualroute ARGUMENTS`` to its end, as :func:`subprocess.run` with text captured would give it.
 
     Args:
-        arguments: From the stage on.
+        arguments: From the stage on, or those of the script.
         cwd: Working folder.
         env: The whole environment; what a library reads while it is loaded is that of the first start.
         timeout: Seconds.
+        script: A file of Python to run in place of the command.
 
     Raises:
         TimeoutExpired: It was killed after that time.
@@ -50,7 +64,10 @@ def run(
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
-        (status,) = _to_the_end([(None, words, str(cwd), dict(env), str(out), str(err))], timeout)
+        (status,) = _to_the_end(
+            [(None if script is None else str(script), words, str(cwd), dict(env), str(out), str(err))],
+            timeout,
+        )
         return CompletedProcess(words, status, _text(out), _text(err))
 
 
@@ -65,12 +82,17 @@ def cpu_seconds() -> float:
 
 
 class Started:
-    """A script in a copy of that process, with the part of :class:`subprocess.Popen` that tests use."""
+    """A script, or a command of dualroute, in a copy of that process.
 
-    def __init__(self, script: str, words: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+    It has the part of :class:`subprocess.Popen` that tests use.
+    """
+
+    def __init__(
+        self, script: str | None, words: Sequence[str], *, cwd: Path, env: Mapping[str, str]
+    ) -> None:
         self._scratch = tempfile.TemporaryDirectory()
-        out, self._err = (str(Path(self._scratch.name, name)) for name in ("out", "err"))
-        call = (script, [str(word) for word in words], str(cwd), dict(env), out, self._err)
+        self._out, self._err = (str(Path(self._scratch.name, name)) for name in ("out", "err"))
+        call = (script, [str(word) for word in words], str(cwd), dict(env), self._out, self._err)
         self._process = _context.Process(target=_child, args=call)
         self._process.start()
         self.pid = int(self._process.pid or 0)
@@ -90,12 +112,17 @@ class Started:
         if self._process.exitcode is None:
             os.kill(self.pid, number)
 
-    def communicate(self, timeout: float) -> tuple[None, str]:
-        """Waits for the end; what was written to standard error."""
+    def wait(self, timeout: float) -> int | None:
+        """Waits for the end; its status, minus the number of the signal that ended it."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise TimeoutExpired(str(self._process), timeout, _text(Path(self._err)))
-        return None, _text(Path(self._err))
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Waits for the end; what was written to standard output and to standard error."""
+        self.wait(timeout)
+        return _text(Path(self._out)), _text(Path(self._err))
 
 
 def ranks(

@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from acceptance.rows import Rows, given
 from dualroute.attention import DualRouting, backend
 from dualroute.attention.verification import Decision, Problem, problems_of
-from dualroute.doctor.kernels import recipe_problems
 from dualroute.model.kernel_choice import compared
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +84,8 @@ def _tests(rows: Rows, arguments: list[str]) -> None:
 
 def _problems(device: torch.device, toy: bool) -> dict[str, list[Problem]]:
     if not toy:
+        from dualroute.doctor.kernels import recipe_problems  # with a trainer, seconds
+
         return {name: recipe_problems(name, device) for name in RECIPES}
     layer = DualRouting(64, 4, num_kv_heads=2, window=24, block=16, top_k=2, global_mode="routed")
     return {"toy": problems_of(layer, torch.bfloat16, 400, packed=True)}

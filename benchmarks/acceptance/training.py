@@ -114,7 +114,7 @@ def zero3(rows: Rows, device: torch.device, toy: bool, work: Path) -> None:
     each_step = ["--monitor.log_every_steps", "1"]
     sharded = ["--parallel.strategy", "deepspeed", "--parallel.zero_stage", "3"]
     _launch([*options(work, "zero3", toy, steps, ranks), *each_step, *sharded], ranks)
-    _launch([*options(work, "alone", toy, steps, ranks), *each_step], 1)
+    _run(["pretrain", *options(work, "alone", toy, steps, ranks), *each_step])
     curves, times = [], []
     for name in ("zero3", "alone"):
         lines = list(read_metrics(work / name / "metrics.jsonl", "train"))
@@ -194,8 +194,6 @@ def _launch(arguments: list[str], ranks: int) -> None:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += ["launch/pretrain.py", *arguments]
-    if ranks == 1 and "deepspeed" not in arguments:
-        command = [sys.executable, "launch/pretrain.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

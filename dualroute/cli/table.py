@@ -91,6 +91,11 @@ STAGES = {
         ("dualroute.tasks.evaluate", "evaluate_command"),
         "loss of a checkpoint, or its task's metrics",
     ),
+    "chat": Stage(
+        ("dualroute.evaluate.config", "ChatConfig"),
+        ("dualroute.evaluate.chat", "chat_command"),
+        "a conversation with a checkpoint in the terminal",
+    ),
     "generate": Stage(
         ("dualroute.evaluate.config", "GenerateConfig"),
         ("dualroute.evaluate.sample", "generate_command"),

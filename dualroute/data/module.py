@@ -7,7 +7,8 @@ loaders of :class:`~dualroute.data.window_module.WindowDataModule`.
 Batch: ``input_ids``, ``labels``, ``segment_ids``, ``positions``, int64 (micro_batch, context), as
 `WindowDataset` describes them, and ``num_targets``, 0-dim int64: labels to predict in the whole step, over
 all ranks and micro batches. A loss summed over its own labels and divided by ``num_targets`` adds up to the
-global mean without communication. `num_targets` stays on the host, which divides by it. A module that sets
+global mean without communication. `num_targets` stays on the host, which divides by it. With a
+``mask_share`` labels are tokens that were hidden, see `dualroute.data.masking`. A module that sets
 ``layout_plan`` also gets ``layout`` and ``label_rows``, see `dualroute.data.reader.collate`.
 """
 
@@ -21,8 +22,10 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from dualroute.data.manifest import Manifest
+from dualroute.data.masking import MaskedBatchPlan, MaskedSequentialPlan, MaskedWindows, Masking
 from dualroute.data.plan import BatchPlan, SequentialPlan
 from dualroute.data.reader import ShardReader, WindowDataset, open_stream
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.verify import verify_once
 from dualroute.data.window_module import MAX_WORKERS, Batch, WindowDataModule
 from dualroute.errors import UserError
@@ -39,6 +42,7 @@ class ShardDataModule(WindowDataModule):
         val_tokens: validate on the first so many tokens of the split ``val``; None: on all of them.
         verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per copy
             of the data).
+        mask_share: of the tokens that are hidden, to be found from both sides; None: labels are next tokens.
     """
 
     def __init__(
@@ -51,13 +55,17 @@ class ShardDataModule(WindowDataModule):
         num_workers: int = 0,
         val_tokens: int | None = None,
         verify: Literal["size", "sha256"] = "size",
+        mask_share: float | None = None,
     ) -> None:
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
+        if mask_share is not None and not 0 < mask_share <= 1:
+            raise UserError(f"mask_share must be above 0 and at most 1, not {mask_share}")
         super().__init__(str(path), context, micro_batch, tokens_per_batch, seed, num_workers)
         self.path = Path(path)
         self.val_tokens = val_tokens
         self.verify = verify
+        self.mask_share = mask_share
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
         self.extend: Callable[[WindowDataset], Dataset[Any]] | None = None
 
@@ -79,7 +87,8 @@ class ShardDataModule(WindowDataModule):
             UserError: the data are unusable or shorter than one window.
         """
         stream = open_stream(self.manifest, "train")
-        return BatchPlan(stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+        order = (stream, self.manifest.fingerprint, self.seed, self.context, self.samples_per_batch)
+        return BatchPlan(*order) if self.mask_share is None else MaskedBatchPlan(*order, self.mask_share)
 
     @cached_property
     def val_plan(self) -> SequentialPlan:  # type: ignore[override]
@@ -93,7 +102,24 @@ class ShardDataModule(WindowDataModule):
                 f"{self.path}: the split 'val' has no documents; prepare the data with a validation share, "
                 "or train without validation (limit_val_batches=0)"
             )
-        return SequentialPlan(open_stream(self.manifest, "val"), self.context, self.val_tokens)
+        order = (open_stream(self.manifest, "val"), self.context, self.val_tokens)
+        return (
+            SequentialPlan(*order)
+            if self.mask_share is None
+            else MaskedSequentialPlan(*order, self.mask_share)
+        )
+
+    @cached_property
+    def masking(self) -> Masking | None:
+        """How tokens are hidden, made on first use; None where they are not.
+
+        Raises:
+            UserError: the tokenizer cannot be read, or has no id for a hidden token.
+        """
+        if self.mask_share is None:
+            return None
+        tokenizer = Tokenizer(self.manifest.folder / self.manifest.tokenizer.file)
+        return Masking.of(tokenizer, self.mask_share, self.manifest.fingerprint, self.seed)
 
     def targets_per_byte(self, split: str) -> float:
         """See `WindowDataModule.targets_per_byte`."""
@@ -103,9 +129,17 @@ class ShardDataModule(WindowDataModule):
         """Check the files; Lightning calls it on one rank per node."""
         verify_once(self.manifest, self.verify)
 
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if stage in ("fit", None):
+            _ = self.masking
+
     def train_windows(self) -> Dataset[Any]:
         windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan)
-        return windows if self.extend is None else self.extend(windows)
+        return self._masked(windows) if self.extend is None else self.extend(windows)
 
     def val_windows(self) -> Dataset[Any]:
-        return WindowDataset(ShardReader(self.manifest, "val"), self.val_plan)
+        return self._masked(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan))
+
+    def _masked(self, windows: WindowDataset) -> Dataset[Any]:
+        return windows if self.masking is None else MaskedWindows(windows, self.masking)

@@ -20,7 +20,7 @@ def seeded_words(*parts: object, count: int) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(digests), dtype="<u8")[:count].astype(np.uint64)
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -47,9 +47,9 @@ def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> NDArray[
         left, right = np.divmod(result[walking], b)
         for number, key in enumerate(keys):
             if number % 2 == 0:
-                left = (left + _mix(right + key) % a) % a
+                left = (left + mix(right + key) % a) % a
             else:
-                right = (right + _mix(left + key) % b) % b
+                right = (right + mix(left + key) % b) % b
         result[walking] = left * b + right
         walking = walking[result[walking] >= np.uint64(size)]
     return result.astype(np.int64)

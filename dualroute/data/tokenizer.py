@@ -10,10 +10,11 @@ model trained by `data_prep`, ``decode(encode(text)) == text`` holds for every t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ import numpy as np
 import sentencepiece
 from numpy.typing import DTypeLike, NDArray
 
+from dualroute.data.chat import Chat, SpecialToken, chat_ids, template_of
+from dualroute.data.chat_template import ChatTemplate, Message
 from dualroute.data.text_parts import SPACE_MARK, TextParts
 from dualroute.data.tokenizer_json import JsonProcessor
+from dualroute.data.tokenizer_settings import TokenizerSettings, read_settings
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import read_limited
 
@@ -38,13 +42,20 @@ class Tokenizer:
         path: the model file.
         sha256: of the model file, hexadecimal.
         vocab_size: number of ids, specials included.
-        bos_id, eos_id, pad_id, unk_id: ids of the specials; -1 where the model has none.
+        bos_id, eos_id, pad_id, unk_id: ids of the specials; -1 where the model has none.  eos_id ends a
+            document of the training data.
+        settings: what stands beside the file (chat template, further ids that end a text); see
+            `TokenizerSettings`.
+
+    Args:
+        path: the model file.
+        settings: instead of what stands beside the file.
 
     Raises:
         UserError: the file is missing, or is neither.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], settings: TokenizerSettings | None = None) -> None:
         self.path = Path(path)
         try:
             data = read_limited(self.path, MAX_FILE_BYTES)
@@ -65,6 +76,10 @@ class Tokenizer:
                 f"tokenizer {self.path}: ids go up to {self.vocab_size - 1}, more than "
                 f"{MAX_VOCABULARY:,} are not supported; give another model"
             )
+        self.settings = read_settings(self.path) if settings is None else settings
+        named_eos = self.special_tokens.get(self.settings.named.get("eos_token", ""))
+        if self.eos_id < 0 and named_eos is not None:
+            self.eos_id = named_eos.id
         self._space_mark_ids: list[int] = []
         self._parts: Callable[[str], Iterator[str]]
         self._parts = processor.parts if json_file else self._sentencepiece_parts(data)
@@ -94,6 +109,65 @@ class Tokenizer:
         self._space_mark_ids = self._byte_pieces(SPACE_MARK) if parts.keeps_spaces else []
         return parts
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, SpecialToken]:
+        """The tokens that no text makes, by how they are written."""
+        if isinstance(self._processor, JsonProcessor):
+            return self._processor.special_tokens()
+        numbers = [
+            number
+            for number in range(self.vocab_size)
+            if self._processor.is_control(number) or self._processor.is_unknown(number)
+        ]
+        return {str(self._processor.id_to_piece(number)): SpecialToken(number) for number in numbers}
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids at which a generated text ends, `eos_id` first; none where the model has none."""
+        named = self.special_tokens.get(self.settings.named.get("eos_token", ""))
+        said = [self.eos_id, *([] if named is None else [named.id]), *self.settings.stop_ids]
+        return tuple(dict.fromkeys(number for number in said if 0 <= number < self.vocab_size))
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template that `chat` uses: the tokenizer's, or one spelt from its special tokens.
+
+        Raises:
+            UserError: it has none, and nothing that ends a turn.
+        """
+        return template_of(self)
+
+    def with_settings(self, settings: TokenizerSettings) -> Tokenizer:
+        """The same tokenizer with another template and other ends of a text."""
+        return Tokenizer(self.path, settings)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        answers: bool = True,
+    ) -> Chat:
+        """Ids of a chat, and which of them the assistant wrote.
+
+        The special tokens that the template writes become ids; a message that spells one stays text.  Nothing
+        is put around the chat: a template that wants <bos> writes it.
+
+        Args:
+            messages: tables with ``role`` (system, user, assistant or tool) and ``content``; see
+                `check_messages` for what is refused.
+            add_generation_prompt: end with the mark at which the assistant's answer begins.
+            tools: JSON schemas of what the assistant may call, for templates that know of tools.
+            answers: find the assistant's tokens; without it none is marked, which is quicker.
+
+        Raises:
+            UserError: the messages are no chat, or the template does not take them.
+        """
+        return chat_ids(
+            self, messages, add_generation_prompt=add_generation_prompt, tools=tools, answers=answers
+        )
+
     def pieces(self) -> list[str]:
         """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
         return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
@@ -107,8 +181,8 @@ class Tokenizer:
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
         return ids if all(self._processor.is_byte(i) for i in ids) else []
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        return Tokenizer, (self.path,)
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, TokenizerSettings]]:
+        return Tokenizer, (self.path, self.settings)
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of ``text``, optionally with <bos> before and <eos> after it.

@@ -15,11 +15,12 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from dualroute.data.chat import SpecialToken
 from dualroute.data.text_parts import JsonParts
 from dualroute.errors import UserError
 
 BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
-EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
+EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 UNK = ("<unk>", "[UNK]")
 
@@ -51,11 +52,16 @@ class JsonProcessor:
             json_values: dict[str, Any] = json.loads(data)
             pieces = self._tokenizer.get_vocab()
             self.parts = JsonParts(json_values)
-            self._specials = {
-                token["content"]: int(pieces[token["content"]])  # the library's id, whatever the file says
-                for token in json_values.get("added_tokens") or []
-                if token.get("special")
+            marked = [token for token in json_values.get("added_tokens") or [] if token.get("special")]
+            self._special_tokens = {
+                token["content"]: SpecialToken(
+                    int(pieces[token["content"]]),  # the library's id, whatever the file says
+                    bool(token.get("lstrip")),
+                    bool(token.get("rstrip")),
+                )
+                for token in marked
             }
+            self._specials = {piece: token.id for piece, token in self._special_tokens.items()}
         except BaseException as error:  # plain Exception, and BaseException for a panic in Rust
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -73,6 +79,10 @@ class JsonProcessor:
 
     def _special(self, names: Iterable[str]) -> int:
         return next((self._specials[name] for name in names if name in self._specials), -1)
+
+    def special_tokens(self) -> dict[str, SpecialToken]:
+        """The special tokens, by how they are written."""
+        return self._special_tokens
 
     def get_piece_size(self) -> int:
         """Ids from 0 to the largest."""

@@ -79,3 +79,28 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "", may_be_empty=("prompt",))
+
+
+@dataclass
+class ChatConfig:
+    """Talk with a checkpoint.
+
+    Args:
+        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        system: What the system says before the chat; empty for nothing.
+        sampling: How tokens are drawn.
+        cache_dtype: How keys and values of the chat are kept: auto is the arithmetic's type, int8 a quarter
+            of float32.
+        device: auto, cpu, cuda, ….
+        dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+    """
+
+    checkpoint: LocalPath
+    system: str = ""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "", may_be_empty=("system",))

@@ -31,6 +31,25 @@ print(tokenizer.batch_decode(texts, skip_special_tokens=True))
 ```"""
 
 
+_USE_PIPELINE = """\
+```python
+from transformers import pipeline
+
+run = pipeline("TASK", model="path/to/this/folder", trust_remote_code=True)
+```"""
+_GENERATE = (
+    "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not. "
+)
+#: what transformers calls a model → a hub's name of its task, and the words for it
+_PURPOSES = {
+    "CausalLM": ("text-generation", "A causal language model"),
+    "MaskedLM": ("fill-mask", "A model that reads both sides of each token and finds masked ones,"),
+    "SequenceClassification": ("text-classification", "A classifier of texts"),
+    "TokenClassification": ("token-classification", "A classifier of tokens"),
+    "QuestionAnswering": ("question-answering", "A model that finds answers in texts,"),
+}
+
+
 def write_export(
     config: ExportConfig, loaded: Loaded, folder: Path, quality: dict[str, Any]
 ) -> dict[str, Any]:
@@ -46,7 +65,9 @@ def card(
 ) -> str:
     """The text of README.md."""
     shape = loaded.model.config
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [dualroute, custom_code]"]
+    purpose = huggingface.purpose_of(shape)
+    tag, kind = _PURPOSES[purpose]
+    front = ["library_name: transformers", f"pipeline_tag: {tag}", "tags: [dualroute, custom_code]"]
     if config.license is not None:
         front.append(f"license: {config.license}")
     name = Path(config.output).name
@@ -54,13 +75,13 @@ def card(
         [
             "---", *front, "---", "",
             f"# {name}", "",
-            f"A causal language model of {loaded.model.num_parameters():,} parameters with DualRouting "
+            f"{kind} of {loaded.model.num_parameters():,} parameters with DualRouting "
             f"attention, {_attention(shape)}", "",
-            "## Use", "", _USE, "",
+            "## Use", "", _USE if purpose == "CausalLM" else _USE_PIPELINE.replace("TASK", tag), "",
             f"It needs torch and transformers; the `dualroute` package is not needed. Texts begin with "
-            f"{_begin(loaded)}. Batches may be padded on the left; the attention mask says where. "
-            f"`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding "
-            f"does not. At most {shape.max_context:,} tokens.", "",
+            f"{_begin(loaded)}. Batches may be padded; the attention mask says where. "
+            + (_GENERATE if purpose == "CausalLM" else "")
+            + f"At most {shape.max_context:,} tokens.", "",
             "## Figures", "", *_table(loaded, folder, quality, figures), "",
             "`export.json` holds all figures, those of the comparison at each length among them.", "",
             "## History", "", "Trainings and operations, oldest first:", "", *_history(loaded), "",

@@ -147,7 +147,7 @@ class ModelConfig:
             parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
         causal: Each token sees itself and what precedes it, and the model predicts the next token.  false:
             each token sees both sides of its document on both routes, and the model is trained to find
-            masked tokens (train.objective masked); it cannot continue a text.
+            masked tokens (data.objective masked); it cannot continue a text.
         dense_every: With attention interleaved, every n-th layer is dense (6: five local ones, then a
             dense one, as in Gemma 3, https://arxiv.org/abs/2503.19786).
         global_heads: Query heads of the global route; null means those of half of the key/value heads,

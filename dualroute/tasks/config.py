@@ -106,7 +106,8 @@ class TaskConfig:
             (span).
         prompt: Text before the answer, with columns in braces (text).
         keep: Which part of a column stays that is too long for a prompt (text).
-        max_new_tokens: Longest answer that is written (text).
+        max_new_tokens: Longest answer that is written (text, chat, preference).
+        beta: How much a difference from the model that the run began with counts (preference).
         image: How images are read (image).
         audio: How recordings are read (speech, recognition).
     """
@@ -122,6 +123,7 @@ class TaskConfig:
     prompt: str = "{source}\n"
     keep: Literal["beginning", "end"] = "beginning"
     max_new_tokens: int = 64
+    beta: float = 0.1
     image: ImageConfig = field(default_factory=ImageConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
 
@@ -130,7 +132,12 @@ class TaskConfig:
             self.image = ImageConfig(**self.image)
         if isinstance(self.audio, dict):
             self.audio = AudioConfig(**self.audio)
-        ranges = {"label_smoothing": at_least(0, 1), "stride": at_least(0), "max_new_tokens": at_least(1)}
+        ranges = {
+            "label_smoothing": at_least(0, 1),
+            "stride": at_least(0),
+            "max_new_tokens": at_least(1),
+            "beta": above(0, 1e3),
+        }
         check_fields(self, "task", ranges)
 
 
@@ -203,6 +210,7 @@ RESUME_RULES: dict[str, Rule] = {
     "task.prompt": "compared",
     "task.keep": "compared",
     "task.max_new_tokens": "obeyed",
+    "task.beta": "obeyed",
     **{
         f"task.image.{name}": "compared"
         for name in (

@@ -4,7 +4,8 @@ In: encoded examples.  Here: windows of ``context`` slots are laid out as :mod:`
 plans them.  Out: batches for :class:`~dualroute.tasks.module.Finetune`.
 
 Batch: the fields of the examples, (micro_batch, context, …), with ``segment_ids`` (1, 2, … for the examples
-of a window; 0 for padding) and ``positions`` (from 0 in each example), int64; ``num_targets``, as in
+of a window, or for the parts of each, where a field ``parts`` counts them from 0; 0 for padding) and
+``positions`` (from 0 in each of these), int64; ``num_targets``, as in
 pretraining; ``output_rows`` (R,), the places in (micro_batch · context,) whose outputs are wanted; and on the
 host ``examples`` (E,), the numbers of the examples, window after window.
 """
@@ -56,15 +57,19 @@ class PackedWindows(Dataset[dict[str, NDArray[Any]]]):
             window[name] = np.full((context, *values.shape[1:]), self.fills.get(name, 0), dtype=dtype)
         segment_ids = np.zeros(context, dtype=np.int64)
         positions = np.zeros(context, dtype=np.int64)
-        at = 0
-        for segment, number in enumerate(numbers.tolist(), start=1):
+        at = segment = 0
+        parts = self.examples.fields.get("parts")
+        for number in numbers.tolist():
             start, stop = self.examples.starts[number : number + 2].tolist()
             here = slice(at, at + stop - start)
             for name, values in self.examples.fields.items():
                 window[name][here] = values[start:stop]
-            segment_ids[here] = segment
-            positions[here] = np.arange(stop - start)
-            at = here.stop
+            lengths = [stop - start] if parts is None else np.bincount(parts[start:stop]).tolist()
+            for length in lengths:
+                segment += 1
+                segment_ids[at : at + length] = segment
+                positions[at : at + length] = np.arange(length)
+                at += length
         return {
             **window,
             "segment_ids": segment_ids,

@@ -158,6 +158,14 @@ class Kind:
 
     # ------------------------------------------------------------------ what a kind says
 
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Refuse settings of a run that this kind cannot be trained with.
+
+        Raises:
+            UserError: Naming the key and the remedy.
+        """
+
     def fit(self, rows: Iterable[Row]) -> None:
         """Look over the training rows; ``rows`` may be read once."""
 
@@ -227,6 +235,18 @@ class Kind:
         return classification(
             outputs, labels, smoothing=self.task.label_smoothing, weights=self.class_weights, z_loss=z_loss
         )
+
+    def training(
+        self, encoded: Sequence[Any], prepared: Any, arguments: Callable[[], dict[str, Any]]
+    ) -> Any | None:
+        """The module that trains the model, where it is another than :class:`~dualroute.tasks.module.Finetune`.
+
+        Args:
+            encoded: Rows and examples, of training and of validation.
+            prepared: The run.
+            arguments: Makes what every module is made of, the model among it.
+        """
+        return None
 
     def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
         """What of the training rows may not be meant, a line each."""

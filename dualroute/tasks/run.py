@@ -58,6 +58,7 @@ def check(config: FinetuneConfig) -> Prepared:
             "use 1"
         )
     make = find_kind(config.task.kind)
+    make.check_config(config)
     begun = run.begin(config)
     if begun.initial is None:  # of a run that began from scratch, and is resumed
         begun = dataclasses.replace(begun, initial=begun.start.checkpoint)
@@ -97,7 +98,8 @@ def check(config: FinetuneConfig) -> Prepared:
     )
 
     def make_module(prepared: Prepared) -> Pretrain:
-        return Finetune(kind, encoded[1], **run.module_arguments(prepared))
+        own = kind.training(encoded, prepared, lambda: run.module_arguments(prepared))
+        return own or Finetune(kind, encoded[1], **run.module_arguments(prepared))
 
     prepared = run.prepare(begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids())
     sources = {name: getattr(config.data, name) for name in _TOLD}

@@ -30,7 +30,7 @@ def write_texts(
             some = numbers[first : first + TOGETHER]
             for number, ids in zip(
                 some,
-                _continued(model, [prompts[k] for k in some], max_new_tokens, tokenizer.eos_id),
+                _continued(model, [prompts[k] for k in some], max_new_tokens, tokenizer.eos_ids),
                 strict=True,
             ):
                 texts[number] = tokenizer.decode(ids).strip()
@@ -38,7 +38,7 @@ def write_texts(
 
 
 def _continued(
-    model: DualRoutingTransformer, prompts: list[list[int]], max_new_tokens: int, eos_id: int
+    model: DualRoutingTransformer, prompts: list[list[int]], max_new_tokens: int, eos_ids: Sequence[int]
 ) -> list[list[int]]:
     device = model.norm.weight.device
     length = len(prompts[0])
@@ -51,7 +51,7 @@ def _continued(
         logits = model.head(model.hidden_states(fed, caches=caches)[:, -1])  # (B, V)
         chosen = logits.argmax(-1)
         for k, token in enumerate(chosen.tolist()):
-            done[k] = done[k] or token == eos_id
+            done[k] = done[k] or token in eos_ids
             if not done[k]:
                 written[k].append(token)
         if all(done):

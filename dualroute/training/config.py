@@ -13,6 +13,7 @@ from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
+from dualroute.training.finetuning.config import StrategyConfig
 
 MOST_MINUTES = 1e6  # about two years; more does not fit into the clocks of the libraries
 
@@ -27,6 +28,9 @@ class DataConfig:
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.
         verify: Check shards before the start by size, or by sha256 (remembered, so paid once).
+        objective: What is to be found: next_token, by a causal model, or masked tokens, by one with
+            model.causal false.
+        mask_share: With objective masked, the share of the tokens that are hidden, whole words of them.
     """
 
     path: LocalPath = "data/stdlib"
@@ -34,13 +38,12 @@ class DataConfig:
     num_workers: int = 0
     val_tokens: int | None = None
     verify: Literal["size", "sha256"] = "sha256"
+    objective: Literal["next_token", "masked"] = "next_token"
+    mask_share: float = 0.3
 
     def __post_init__(self) -> None:
-        check_fields(
-            self,
-            "data",
-            {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)},
-        )
+        ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
+        check_fields(self, "data", {**ranges, "mask_share": above(0, 1)})
 
 
 def as_saved(precision: str) -> str:
@@ -362,6 +365,7 @@ class PretrainConfig:
         data: What is read.
         train: How much is trained, and in what portions.
         optim: Optimizer and learning rate.
+        finetune: Which weights are trained, how fast by their depth, and when to stop.
         spike_guard: When the step of a bad batch is left out.
         checkpoint: When checkpoints are written and which ones stay.
         monitor: What is logged.
@@ -377,6 +381,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    finetune: StrategyConfig = field(default_factory=StrategyConfig)
     spike_guard: SpikeGuardConfig = field(default_factory=SpikeGuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

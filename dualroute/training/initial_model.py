@@ -21,6 +21,7 @@ from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import (
     CONFIG,
+    WEIGHTS,
     Checkpoint,
     check_weights,
     find_checkpoint,
@@ -33,6 +34,8 @@ from dualroute.model.checkpoint.format import (
 )
 from dualroute.model.deferred_init import Draws, build_deferred
 from dualroute.training.config import PretrainConfig
+from dualroute.training.finetuning.adapters import add_adapters
+from dualroute.training.finetuning.freezing import freeze
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.compilation import compile_layers
@@ -84,28 +87,49 @@ def with_given(initial: ModelConfig, asked: ModelConfig, source: str) -> ModelCo
     return dataclasses.replace(initial, **given)
 
 
-def build_model(config: PretrainConfig, *, resumed: bool = False) -> DualRoutingTransformer:
+def build_model(config: PretrainConfig, *, resumed: Checkpoint | None = None) -> DualRoutingTransformer:
     """The model of a run, with its seeded initial weights, or those of ``init_from``.
 
-    Where it is ``resumed`` its state replaces either, so that ``init_from`` need not be there any more.
+    Where a checkpoint is ``resumed`` its state replaces either, but for what is frozen: that comes from its
+    weights, or beneath adapters from ``init_from``, which has to be there still.
     """
     torch.manual_seed(config.seed)
-    if config.init_from is None or resumed:
+    source = _source(config, resumed)
+    if source is None:
         model = DualRoutingTransformer(config.model)
     else:
-        model = load_body(find_checkpoint(config.init_from), config.model, config.seed).float().train()
+        model = load_body(source, config.model, config.seed).float().train()
+    if config.finetune.adapter != "none":
+        add_adapters(model, config.finetune, config.seed)
     return _as_trained(model, config)
 
 
+def _source(config: PretrainConfig, resumed: Checkpoint | None) -> Checkpoint | None:
+    """Whose weights the model has before a state is loaded; null: seeded ones."""
+    strategy = config.finetune
+    if resumed is None or strategy.adapter != "none":
+        return None if config.init_from is None else find_checkpoint(config.init_from)
+    return resumed if strategy.freeze else None
+
+
+def weights_beneath_adapters(config: PretrainConfig) -> str | None:
+    """sha256 of the weights that a run adds adapters to; null without adapters."""
+    if config.finetune.adapter == "none" or config.init_from is None:
+        return None
+    digest: str = find_checkpoint(config.init_from).metadata["files"][WEIGHTS]["sha256"]
+    return digest
+
+
 def build_sharded_model(
-    config: PretrainConfig, *, resumed: bool = False
+    config: PretrainConfig, *, resumed: Checkpoint | None = None
 ) -> tuple[DualRoutingTransformer, InitialWeights]:
     """:func:`build_model` without its weights, and these one by one, for ranks that keep a part of each."""
     model, draws = build_deferred(config.model)
-    if resumed:
+    source = _source(config, resumed)
+    if source is not None:
+        weights = _weights_of(source, model, config.seed)
+    elif resumed is not None:
         weights = InitialWeights(draws.order)
-    elif config.init_from is not None:
-        weights = _weights_of(find_checkpoint(config.init_from), model, config.seed)
     else:
         weights = _seeded_weights(draws, config.seed)
     return _as_trained(model, config), weights
@@ -114,6 +138,7 @@ def build_sharded_model(
 def _as_trained(model: DualRoutingTransformer, config: PretrainConfig) -> DualRoutingTransformer:
     """``model`` with what training adds to its modules."""
     train = config.train
+    freeze(model, config.finetune.freeze)
     if train.quantization_aware is not None:
         round_weights_in_forward(model, train.quantization_aware, train.quantization_group_size)
     if train.precision == "fp8":

@@ -65,7 +65,14 @@ from dualroute.training.checkpointing.resume import (
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.checkpointing.state.reshard import converted_states, remove_resharded, resumable_state
 from dualroute.training.config import PretrainConfig
-from dualroute.training.initial_model import build_model, build_sharded_model, with_given
+from dualroute.training.finetuning.check import check_strategy
+from dualroute.training.finetuning.early_stopping import has_stopped
+from dualroute.training.initial_model import (
+    build_model,
+    build_sharded_model,
+    weights_beneath_adapters,
+    with_given,
+)
 from dualroute.training.kernels import compare_kernels, device, with_kernels
 from dualroute.training.monitoring import summary
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
@@ -129,7 +136,10 @@ class Prepared:
     def finished(self) -> bool:
         """The checkpoint to go on from has all steps."""
         checkpoint = self.start.checkpoint
-        return checkpoint is not None and checkpoint.step >= self.total_steps
+        if checkpoint is None:
+            return False
+        patience = self.config.finetune.early_stopping
+        return checkpoint.step >= self.total_steps or has_stopped(checkpoint.metadata, patience)
 
 
 @dataclass
@@ -195,6 +205,7 @@ def check(config: PretrainConfig) -> Prepared:
     """
     begun = begin(config)
     train, data = begun.config.train, begun.config.data
+    _check_objective(begun.config)
     module = ShardDataModule(
         data.path,
         data.context,
@@ -204,9 +215,11 @@ def check(config: PretrainConfig) -> Prepared:
         num_workers=data.num_workers,
         val_tokens=data.val_tokens,
         verify=data.verify,
+        mask_share=data.mask_share if data.objective == "masked" else None,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
+    _ = module.masking  # refused where the tokenizer has no id for a hidden token
     if begun.initial is not None:
         check_same_tokenizer(begun.initial.folder / TOKENIZER, tokenizer, data.path)
     prepared = prepare(begun, module, tokenizer, pretraining_module)
@@ -249,6 +262,7 @@ def prepare(
         tokens = data.plan.samples_in(train.epochs) * data.context
         train = dataclasses.replace(train, epochs=None, max_tokens=tokens)
     config = dataclasses.replace(config, model=model, train=train)
+    check_strategy(config)
     return Prepared(
         config, begun.world, begun.output, data, tokenizer, begun.accumulation, begun.start, make_module
     )
@@ -327,6 +341,17 @@ def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
         )
 
 
+def _check_objective(config: PretrainConfig) -> None:
+    """A model that sees the next token has nothing to predict, and one that does not see it finds no mask."""
+    causal, objective = config.model.causal, config.data.objective
+    if causal != (objective == "next_token"):
+        raise UserError(
+            f"data.objective {objective} cannot be trained with model.causal {str(causal).lower()}: give "
+            f"{'model.causal false' if causal else 'data.objective masked'}, or "
+            f"{'data.objective next_token' if causal else 'model.causal true'}"
+        )
+
+
 def _check_compile(config: PretrainConfig) -> None:
     if asked_stage(config.parallel) == 3:
         raise UserError(
@@ -365,7 +390,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, path: str) -> Mod
 def module_arguments(prepared: Prepared) -> dict[str, Any]:
     """What every kind of training makes its LightningModule of."""
     config, data = prepared.config, prepared.data
-    resumed, weights = prepared.start.checkpoint is not None, None
+    resumed, weights = prepared.start.checkpoint, None
     if prepared.sharded:
         model, weights = build_sharded_model(config, resumed=resumed)
     else:
@@ -379,6 +404,8 @@ def module_arguments(prepared: Prepared) -> dict[str, Any]:
         "targets_per_byte": {split: data.targets_per_byte(split) for split in ("train", "val")},
         "spike_guard": config.spike_guard,
         "token_count": prepared.token_count,
+        "strategy": config.finetune,
+        "parent": weights_beneath_adapters(config),
     }
 
 
@@ -438,10 +465,10 @@ def _nothing_to_do(prepared: Prepared) -> int:
     if prepared.world.rank == 0 and checkpoint is not None:
         _compare(checkpoint, prepared)
         refuse_damaged(checkpoint, digests=prepared.config.checkpoint.verify, together=False)
-        log.info("%s", f"{checkpoint.folder} has all {prepared.total_steps} steps: nothing to do")
-        log.info(
-            "%s", summary.what_comes_next(prepared.output, prepared.config.data.path, prepared.operation)
-        )
+        early = checkpoint.step < prepared.total_steps
+        said = "was stopped early" if early else f"has all {prepared.total_steps} steps"
+        log.info("%s", f"{checkpoint.folder} {said}: nothing to do")
+        log.info("%s", summary.what_comes_next(prepared.output, prepared.config, prepared.operation))
     return 0
 
 
@@ -526,7 +553,7 @@ def _fit_from_start(prepared: Prepared, parts: Parts) -> int | Divergence:
         return stop_for_requeue(trainer, parts.preemption)
     if world.rank == 0:
         last = find_checkpoint(prepared.output)
-        summary.tell(summary.what_was_trained(prepared.output, config.data.path, last, prepared.operation))
+        summary.tell(summary.what_was_trained(prepared.output, config, last, prepared.operation))
     return 0
 
 

@@ -23,6 +23,7 @@ from dualroute.settings import given_fields
 from dualroute.training.checkpointing.publishing.first_write import FirstWrite, LateTensorBoardLogger
 from dualroute.training.checkpointing.publishing.publisher import CheckpointPublisher
 from dualroute.training.config import PretrainConfig
+from dualroute.training.finetuning.early_stopping import early_stopping
 from dualroute.training.kernels import device
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
@@ -115,6 +116,7 @@ def build_trainer(prepared: Prepared) -> Parts:
             StepBoundary(),  # before the others, which read what it writes
             monitor,
             Progress(),
+            *early_stopping(config.finetune, publisher),  # before what saves its state
             publisher,
             preemption,
             watchdog,  # last: what the others do belongs to the phase that it has marked before

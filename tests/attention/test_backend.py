@@ -55,7 +55,7 @@ def test_the_configuration_is_the_default_and_the_environment_overrides_it(
 def test_what_a_back_end_does_not_take_runs_in_torch() -> None:
     backend.set_backend("cpp")
     plain = backend._TORCH
-    assert backend.choose(ROWS, causal=False) is plain
+    assert backend.choose(ROWS, causal=False, block=8) is CPP
     assert backend.choose(ROWS.to(torch.int8)) is plain
     assert backend.choose(ROWS.to("meta")) is plain
 

@@ -16,6 +16,7 @@ from dualroute.training.config import PretrainConfig
 NEEDED = {
     "evaluate": {"checkpoint": "c", "data": "d"},
     "generate": {"checkpoint": "c"},
+    "chat": {"checkpoint": "c"},
     "report": {"run": "r"},
     "predict": {"checkpoint": "c", "input": "i", "output": "o"},
     "convert": {"source": "s", "output": "o"},
@@ -44,7 +45,7 @@ WRONG = {
     "digits": "9" * 5000,
 }
 #: Sections whose own checks say what they accept; their ranges are held by tests/test_settings.py.
-TRAINING = ("model", "data", "train", "optim", "spike_guard", "checkpoint", "monitor", "parallel", "watchdog")
+TRAINING = ("model", "data", "train", "optim", "finetune", "spike_guard", "checkpoint", "monitor", "parallel", "watchdog")
 MAY_BE_NEGATIVE = {"layer_map", "seed"}
 
 

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -249,15 +247,13 @@ def test_the_export_of_a_training_state_is_the_student_alone(everything, tmp_pat
 @pytest.mark.slow
 def test_killed_it_continues_as_if_nothing_had_happened(everything, tiny_dataset, teacher, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "dualroute.cli", *arguments(tiny_dataset, teacher, output, *EVERYTHING)]
+    words = arguments(tiny_dataset, teacher, output, *EVERYTHING)
     for number, step in ((signal.SIGTERM, 2), (signal.SIGKILL, 6)):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = warm.Started(None, words, cwd=ROOT, env=environment())
         wait_for_step(process, output / "metrics.jsonl", step)
         process.send_signal(number)
         # asked to stop, it saves between two checkpoints of its own and says "run it again"
-        assert process.wait() == (75 if number == signal.SIGTERM else -number)
+        assert process.wait(timeout=120) == (75 if number == signal.SIGTERM else -number)
     assert find_checkpoint(output).step < STEPS
     assert main(arguments(tiny_dataset, teacher, output, *EVERYTHING)) == 0
     assert curve(output) == curve(everything)

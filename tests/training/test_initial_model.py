@@ -13,7 +13,7 @@ import torch
 from dualroute.cli import parse_stage
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
-from dualroute.model.checkpoint.format import save_model
+from dualroute.model.checkpoint.format import Checkpoint, save_model
 from dualroute.training.config import PretrainConfig
 from dualroute.training.initial_model import build_model, build_sharded_model, with_given
 
@@ -101,7 +101,8 @@ def test_weights_that_come_one_by_one_are_those_of_the_model_that_is_built_at_on
     assert list(given) == weights.order
     assert all(parameter.is_meta for parameter in model.parameters())
     assert all(torch.equal(given[name], value) for name, value in whole.named_parameters())
-    assert build_sharded_model(configuration(), resumed=True)[1].tensors is None
+    resumed = Checkpoint(Path("a checkpoint"), 4, {})
+    assert build_sharded_model(configuration(), resumed=resumed)[1].tensors is None
 
     (tmp_path / "tokenizer").write_bytes(b"")
     save_model(whole.to(torch.bfloat16), tmp_path / "saved", tmp_path / "tokenizer", {})

@@ -39,7 +39,8 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(expected["threads"])
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    auto = getattr(transformers, f"AutoModelFor{expected['purpose']}")
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     result: dict[str, Any] = {
@@ -50,21 +51,38 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
     }
     with torch.no_grad():
         for ids, positions, logits in expected["logits"]:
-            got = model(input_ids=ids, logits_to_keep=positions).logits
+            got = _outputs(model, expected["purpose"], ids, positions)
             difference = (got.double() - logits.double()).abs().max()
             result["logits"][str(ids.shape[1])] = float(difference)
     bos = tokenizer.bos_token_id
     wrong = []
+    as_text = {"split_special_tokens": True}  # as in training: a special token that a text spells is text
     for text, ids in expected["texts"]:
-        with_bos = ids if bos is None else [bos, *ids]
+        whole = [*([] if bos is None else [bos]), *ids, *expected["end"]]
         if (
-            tokenizer(text).input_ids != with_bos
-            or tokenizer(text, add_special_tokens=False).input_ids != ids
+            tokenizer(text, **as_text).input_ids != whole
+            or tokenizer(text, add_special_tokens=False, **as_text).input_ids != ids
         ):
             wrong.append(text[:80])
     result["texts"], result["texts_differing"] = len(expected["texts"]), wrong
-    result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
+    result["generation"] = {}
+    if expected["prompts"]:
+        result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
     return result
+
+
+def _outputs(model: Any, purpose: str, ids: Any, places: Any) -> Any:
+    """What leaves at some places of texts, (B, places, outputs); for a text as a whole there is one place."""
+    import torch
+
+    if purpose == "CausalLM":
+        return model(input_ids=ids, logits_to_keep=places).logits
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids))  # else <pad> among them were padding
+    if purpose == "SequenceClassification":
+        return out.logits[:, None]
+    if purpose == "QuestionAnswering":
+        return torch.stack([out.start_logits, out.end_logits], -1)[:, places]
+    return out.logits[:, places]
 
 
 def _generate(model: Any, prompts: list[list[int]], wanted: list[list[int]]) -> dict[str, bool]:

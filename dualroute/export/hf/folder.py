@@ -9,8 +9,8 @@ In: a loaded checkpoint and a folder that is not published yet.  Here: all of th
     folder is loaded in another process that cannot import this package, and its logits, token ids and greedy
     texts are compared with ours.
 
-Weights are written under the names of this package with "model." in front.  Nothing is
-renamed, transposed or split, so going back is as easy.
+Weights are written under the names of this package with "model." in front, heads under those of transformers'
+own models (:func:`named_weights`).  Nothing is transposed or split, so going back is as easy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,98 @@ from dualroute.evaluate.load import Loaded
 from dualroute.export import parity
 from dualroute.export.hf import check_folder
 from dualroute.export.hf.bundle import bundle
-from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer
-from dualroute.model import SamplingConfig, generate
+from dualroute.export.hf.tokenizer_files import end_of, trial_texts, write_tokenizer
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
 from dualroute.model.checkpoint.weights_file import write_tensors
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 24
-ROOTS = ["dualroute.export.hf.configuration_dualroute", "dualroute.export.hf.modeling_dualroute"]
+ROOTS = [f"dualroute.export.hf.{name}_dualroute" for name in ("configuration", "modeling", "heads")]
 
 
 def write(loaded: Loaded, folder: Path) -> dict[str, Any]:
     """Write everything but the model card; returns what is worth knowing of it."""
-    parameters = {f"model.{name}": value for name, value in loaded.model.named_parameters()}
-    write_tensors(folder / "model.safetensors", parameters)
-    source, code = write_tokenizer(loaded.tokenizer, folder)
+    write_tensors(folder / "model.safetensors", named_weights(loaded.model))
+    purpose = purpose_of(loaded.model.config)
+    source, code = write_tokenizer(loaded.tokenizer, folder, ends=purpose in HEADS)
     code += bundle(ROOTS, folder)
     config = config_of(loaded)
     _write_json(folder / "config.json", config)
     specials = {name: value for name, value in config.items() if name.endswith("_token_id")}
-    _write_json(folder / "generation_config.json", {"do_sample": False, **specials})
+    if purpose == "CausalLM":
+        _write_json(folder / "generation_config.json", {"do_sample": False, **specials})
     return {"tokenizer": source, "source_files": sorted(set(code))}
+
+
+#: kind of `model.task_head` → what transformers calls such a model
+TASKS = {
+    "sequence": "SequenceClassification",
+    "number": "SequenceClassification",
+    "token": "TokenClassification",
+    "span": "QuestionAnswering",
+}
+#: what transformers calls a model → the name of its head there
+HEADS = {"SequenceClassification": "score", "TokenClassification": "score", "QuestionAnswering": "qa_outputs"}
+
+
+def purpose_of(shape: ModelConfig) -> str:
+    """What transformers calls a model of this shape: CausalLM, MaskedLM, or after its task.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    head = _task_head(shape)
+    if head is None:
+        return "CausalLM" if getattr(shape, "causal", True) else "MaskedLM"
+    if head.kind not in TASKS:
+        raise UserError(
+            f"a model with model.task_head.kind {head.kind} has no counterpart in transformers, as "
+            f"{', '.join(TASKS)} have: use dualroute predict"
+        )
+    return TASKS[head.kind]
+
+
+def _task_head(shape: ModelConfig) -> Any:
+    return getattr(shape, "task_head", None)
+
+
+def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
+    """The parameters of ``model`` under the names that they have in an exported folder; a tied head once."""
+    head = HEADS.get(purpose_of(model.config), "")
+    named: dict[str, torch.Tensor] = {}
+    for name, value in model.named_parameters():
+        if name == "head.weight":
+            named["lm_head.weight"] = value
+        elif name.startswith("task_head.project."):
+            named[name.replace("task_head.project", head)] = value
+        else:
+            named[f"model.{name}"] = value
+    return named
+
+
+def _classes(shape: ModelConfig) -> dict[str, str]:
+    """auto_map of config.json: what the folder may be loaded for; weights of another head are left unread."""
+    purpose = purpose_of(shape)
+    modules = {"CausalLM": "modeling_dualroute", **dict.fromkeys(("MaskedLM", *HEADS), "heads_dualroute")}
+    return {
+        "AutoConfig": "configuration_dualroute.DualRoutingConfig",
+        "AutoModel": "modeling_dualroute.DualRoutingModel",
+        **{f"AutoModelFor{name}": f"{modules[name]}.DualRoutingFor{name}" for name in {purpose: 0, **HEADS}},
+    }
+
+
+def _labels(shape: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a task's outputs."""
+    head = _task_head(shape)
+    if head is None or head.kind == "span":
+        return {}
+    if head.kind == "number":
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = {
+        "id2label": dict(enumerate(head.labels)),
+        "label2id": {name: i for i, name in enumerate(head.labels)},
+    }
+    return names | ({"problem_type": "single_label_classification"} if head.kind == "sequence" else {})
 
 
 def config_of(loaded: Loaded) -> dict[str, Any]:
@@ -63,16 +136,14 @@ def config_of(loaded: Loaded) -> dict[str, Any]:
         "pad_token_id": tokenizer.pad_id,
     }
     return {
-        "architectures": ["DualRoutingForCausalLM"],
+        "architectures": [f"DualRoutingFor{purpose_of(shape)}"],
         "model_type": "dualroute",
-        "auto_map": {
-            "AutoConfig": "configuration_dualroute.DualRoutingConfig",
-            "AutoModelForCausalLM": "modeling_dualroute.DualRoutingForCausalLM",
-        },
+        "auto_map": _classes(shape),
         "dtype": str(loaded.model.embedding.weight.dtype).removeprefix("torch."),
         "dualroute": shape.to_dict(),
         "vocab_size": shape.vocab_size,
         **{name: number for name, number in ids.items() if number >= 0},
+        **_labels(shape),
     }
 
 
@@ -83,13 +154,16 @@ def verify(loaded: Loaded, folder: Path, samples: list[str]) -> dict[str, Any]:
         UserError: It cannot be loaded, or gives other logits, ids or texts; the message holds the figures.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    prompts = _prompts(loaded)
+    purpose = purpose_of(model.config)
+    prompts = _prompts(loaded) if purpose == "CausalLM" else []
     greedy = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0)
     eos = tokenizer.eos_id if tokenizer.eos_id >= 0 else None
     with plain_torch():  # as in the folder: two blocks may score the same but for rounding
         expected = {
             "threads": torch.get_num_threads(),
-            "logits": list(parity.trials(model)),
+            "purpose": purpose,
+            "end": [end_of(tokenizer)] if purpose in HEADS and end_of(tokenizer) >= 0 else [],
+            "logits": list(_trials(model)),
             "texts": [(text, tokenizer.encode(text)) for text in trial_texts(tokenizer, samples)],
             "prompts": prompts,
             "continuations": [list(generate(model, prompt, greedy, eos)) for prompt in prompts],
@@ -133,6 +207,20 @@ def run_check(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 #: Nothing here ever asks the network for anything.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def _trials(model: DualRoutingTransformer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(ids, places, outputs) of every length: logits, or what a task's head gives at these places."""
+    head = _task_head(model.config)
+    for ids, places, logits in parity.trials(model):
+        if head is None:
+            yield ids, places, logits
+            continue
+        with torch.no_grad():
+            outputs = model(ids)
+        if head.kind in ("sequence", "number"):  # one for a text; the mean stands at each of its tokens
+            places = torch.tensor([ids.shape[1] - 1 if head.pooling == "last" else 0])
+        yield ids, places, outputs[:, places]
 
 
 def _prompts(loaded: Loaded) -> list[list[int]]:

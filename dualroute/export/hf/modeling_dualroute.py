@@ -1,118 +1,43 @@
-"""`DualRoutingTransformer` as a transformers model: `from_pretrained`, `generate`, a loss from labels.
+"""A DualRouting model as transformers' models are: a backbone, and heads on it.
 
-In: token ids, with an attention mask where a batch is padded.  Out: logits.  The model itself is
-:mod:`dualroute.model.transformer`, unchanged; here is only what transformers wants to call.
+In: token ids or their embeddings, with an attention mask where a batch is padded.  Out: hidden states
+    (`DualRoutingModel`), logits and a loss (`DualRoutingFor…`).  The layers are those of
+    :mod:`dualroute.model.layers`, unchanged; here is only what transformers, peft and TRL want to call.
 
-Rows of a padded batch have caches of their own.  The model's caches hold rows of equal
-length and no padding, so the rows are sorted into groups of equal length, each group reads only its tokens,
-and a padded row gives the same text as alone.
+Weights have the names of this package with "model." in front, but for the head: ``lm_head.weight``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.layout import Layout
 from dualroute.attention.layer import DualRouting
+from dualroute.export.hf.cache_dualroute import DualRoutingCache, NewTokens
 from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
-from dualroute.model.transformer import DualRoutingTransformer
+from dualroute.model.config import ModelConfig
+from dualroute.model.layers import TransformerBlock
 
 CAPACITY = 512  # tokens that a cache has room for at first
 
 
-@dataclass
-class _Group:
-    """Rows of the batch that hold equally many tokens, and their caches, one per layer."""
+class DualRoutingLayer(GradientCheckpointingLayer, TransformerBlock):
+    """The block of the model, which transformers can recompute in the backward pass."""
 
-    rows: Tensor
-    caches: list[LayerCache]
-
-
-class DualRoutingCache(Cache):
-    """The keys, values and block statistics of a batch: grows with the texts, follows a beam search.
-
-    Args:
-        new_caches: (batch, max_length) → empty caches, one per layer.
-        max_length: Tokens at most; also decides, for ``global_mode="auto"``, whether the global route reads
-            everything or is routed.
-    """
-
-    def __init__(self, new_caches: Callable[[int, int], list[LayerCache]], max_length: int) -> None:
-        super().__init__(layers=[])
-        self._new_caches, self.max_length = new_caches, max_length
-        self.groups: list[_Group] = []
-        self.width = 0  # columns of the batch seen, padding included
-
-    def add_rows(self, rows: Tensor) -> None:
-        """Begin the texts of these rows of the batch, all of one length."""
-        self.groups.append(_Group(rows, self._new_caches(len(rows), self.max_length)))
-
-    # ---------------------------------------------------------------- what transformers asks for
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.width
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return self.max_length
-
-    def __len__(self) -> int:
-        return len(self.groups[0].caches) if self.groups else 0
-
-    @property
-    def batch_size(self) -> int:
-        return sum(len(group.rows) for group in self.groups) or -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return bool(self.groups)
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * len(self)
-
-    def reset(self) -> None:
-        self.groups, self.width = [], 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row r of the batch goes on with the text of row beam_idx[r]."""
-        groups = []
-        for group in self.groups:
-            found = beam_idx[:, None] == group.rows.to(beam_idx.device)  # (rows, rows of the group)
-            rows, texts = found.nonzero(as_tuple=True)
-            if len(rows):
-                for cache in group.caches:
-                    cache.select(texts)
-                groups.append(_Group(rows, group.caches))
-        self.groups = groups
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        device = self.groups[0].rows.device
-        self.reorder_cache(torch.arange(self.batch_size, device=device).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "a DualRouting cache cannot be cut back, its local heads keep only their window: use greedy "
-            "search, sampling or beam search, not assisted decoding"
-        )
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        for projection in (self.attention.out_proj, self.ffn.down):
+            projection.into_residual = True  # type: ignore[assignment]
 
 
 class DualRoutingPreTrainedModel(PreTrainedModel):
@@ -120,179 +45,297 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
 
     config_class = DualRoutingConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
-    _no_split_modules = ["TransformerBlock"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DualRoutingLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _input_embed_layer = "embedding"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.RMSNorm):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "into_residual", False):  # see `DualRoutingTransformer.init_weights`
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, DualRouting) and module.gate_weight is not None:
             nn.init.zeros_(module.gate_weight)
-        elif isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, DualRoutingTransformer):
-            module.init_weights()
 
 
-class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):
-    """A DualRouting model with its next-token head."""
-
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+class DualRoutingModel(DualRoutingPreTrainedModel):
+    """The backbone: ids or embeddings in, hidden states after the final norm out."""
 
     def __init__(self, config: DualRoutingConfig) -> None:
         super().__init__(config)
-        self.model = DualRoutingTransformer(config.shape)
+        shape = config.shape
+        assert shape.vocab_size is not None
+        self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
+        self.layers = nn.ModuleList(DualRoutingLayer(shape.of_layer(i)) for i in range(shape.num_layers))
+        self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head as the layer that transformers knows how to resize; it holds the same parameter."""
-        weight = self.model.head.weight
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = weight
-        return linear
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head.weight = new_embeddings.weight
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the loss of ``labels``.
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, n, dim).
 
         Args:
             input_ids: (B, n); with a filled cache the tokens that follow it.
-            attention_mask: (B, n), or (B, past + n) with a cache; 0 = padding, on either side.
+            attention_mask: (B, n), or (B, past + n) with a cache; 0 = padding, anywhere.
             position_ids: (B or 1, n).  Without a cache a document begins wherever it is 0: several texts
                 packed into a row do not see each other.
             past_key_values: What an earlier call returned.
-            labels: (B, n), usually the input_ids themselves: they are shifted here; -100 counts nothing.
-            use_cache: Return a cache; null does so where one is given.
-            logits_to_keep: How many positions, from the end, get logits (0: all), or which ones.
+            inputs_embeds: (B, n, dim), instead of ``input_ids``.
+            use_cache: Return a cache; null does so as config.use_cache says, but not for packed rows nor
+                in training, where a layer that is recomputed must not fill one twice.
             segment_ids: (B, n) document number of each token, instead of position_ids.
+            output_hidden_states: Return those before each layer and after the norm, or the ones of these
+                numbers.
 
         Raises:
-            ValueError: Attention weights are asked for, which never exist as a whole; padding among the
-                tokens that follow a cache; more tokens than the cache may hold.
+            ValueError: Both or none of ids and embeddings; attention weights are asked for, which never
+                exist as a whole; a cache for packed rows; more tokens than the cache may hold.
         """
-        if kwargs.pop("output_attentions", False):
+        if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError(
                 "output_attentions: the weights of DualRouting attention are never held as a whole"
             )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is not None:
-            position_ids = position_ids.expand(input_ids.shape)
-        if use_cache is None:
-            use_cache = past_key_values is not None
-        if use_cache:
-            cache = self._cache(past_key_values)
-            mask = _new_columns(attention_mask, cache.width, input_ids)
-            hidden = self._cached(input_ids, mask, position_ids, cache)
+            position_ids = position_ids.expand(hidden.shape[:2])
+        cache = self._given_cache(past_key_values)
+        mask = _new_columns(attention_mask, 0 if cache is None else cache.width, hidden)
+        tokens = NewTokens(hidden, mask, position_ids)
+        if cache is None and use_cache is not False:
+            cache = self._own_cache(tokens, segment_ids, use_cache)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wanted = False if wanted is None else wanted
+        states: list[Tensor] | None = None if wanted is False else []
+        if cache is None or cache.deferred is tokens:
+            last = self._whole(tokens, segment_ids, states)
         else:
-            if segment_ids is None and position_ids is not None:
-                segment_ids = (position_ids == 0).cumsum(-1) + 1
-            mask = _new_columns(attention_mask, 0, input_ids)
-            if mask is None:  # else a segment 0 would be taken for padding
-                mask = torch.ones_like(input_ids, dtype=torch.bool)
-            hidden = self.model.hidden_states(
-                input_ids, segment_ids=segment_ids, positions=position_ids, attention_mask=mask
-            )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.head(hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+            if segment_ids is not None:
+                raise ValueError("segment_ids: packed rows have no cache; give one text per row")
+            last = self._cached(tokens, cache, states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=None if use_cache is False else cache,
+            hidden_states=None if states is None else _chosen(states, wanted),  # type: ignore[arg-type]
+        )
 
-    def new_cache(self, max_length: int | None = None) -> DualRoutingCache:
-        """An empty cache for texts of up to ``max_length`` tokens (null: the model's context)."""
+    def new_cache(self, expected: int | None = None) -> DualRoutingCache:
+        """An empty cache for texts of ``expected`` tokens when they are finished (null: the model's context);
+        more may come, up to the context."""
+        layers, context = self.layers, self.config.max_position_embeddings
 
-        def new_caches(batch: int, length: int) -> list[LayerCache]:
-            return [
-                layer.attention.new_cache(batch, length, capacity=CAPACITY) for layer in self.model.layers
-            ]
+        def new_caches(batch: int, length: int, device: torch.device) -> list[LayerCache]:
+            caches = []
+            for layer in layers:
+                weight = layer.attention.out_proj.weight  # type: ignore[union-attr]
+                place = device if weight.device.type == "meta" else weight.device  # meta: offloaded
+                caches.append(layer.attention.new_cache(batch, length, place, capacity=CAPACITY))  # type: ignore[union-attr,operator]
+            return caches
 
-        return DualRoutingCache(new_caches, max_length or self.config.shape.max_context)
+        expected = expected or context
+        return DualRoutingCache(new_caches, len(layers), expected, max(expected, context))
 
-    def _cache(self, given: Cache | None) -> DualRoutingCache:
-        if isinstance(given, DualRoutingCache):
+    def _given_cache(self, given: Cache | None) -> DualRoutingCache | None:
+        if given is None or isinstance(given, DualRoutingCache):
+            if given is not None and self.gradient_checkpointing and self.training:
+                raise ValueError("past_key_values: with gradient checkpointing layers cannot read a cache")
             return given
-        if given is not None and given.get_seq_length():
+        if given.get_seq_length():
             raise ValueError(f"past_key_values is a {type(given).__name__}: give what this model returned")
         return self.new_cache()
 
-    def _cached(
-        self, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DualRoutingCache
-    ) -> Tensor:
-        """Hidden states (B, n, dim) of tokens that join the cache; 0 at padding."""
-        if cache.groups:
-            if mask is not None:
-                raise ValueError(
-                    "attention_mask: padding may only stand in the first call that fills a cache"
-                )
-            if cache.batch_size != len(input_ids):
-                raise ValueError(f"the cache has {cache.batch_size} rows and input_ids {len(input_ids)}")
-        else:
-            for rows in _rows_of_equal_length(input_ids, mask):
-                cache.add_rows(rows)
-        cache.width += input_ids.shape[1]
-        if len(cache.groups) == 1 and mask is None:
-            return self.model.hidden_states(input_ids, positions=positions, caches=cache.groups[0].caches)
-        hidden = None
-        for group in cache.groups:
-            kept = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-            chosen = torch.zeros_like(kept)
-            chosen[group.rows] = kept[group.rows]
+    def _own_cache(
+        self, tokens: NewTokens, segment_ids: Tensor | None, use_cache: bool | None
+    ) -> DualRoutingCache | None:
+        """A cache for a call that was given none: filled by it if asked for, else deferred or null."""
+        if not self.layers[0].attention.causal:  # type: ignore[union-attr]
+            return None
+        if use_cache is None:
+            training = self.training and torch.is_grad_enabled()
+            if not self.config.use_cache or training or segment_ids is not None or _packed(tokens):
+                return None
+            cache = self.new_cache()
+            cache.defer(tokens)
+            return cache
+        if segment_ids is not None or _packed(tokens):
+            raise ValueError("use_cache: packed rows have no cache; give one text per row")
+        if self.gradient_checkpointing and self.training:
+            return None
+        return self.new_cache()
+
+    def _whole(self, tokens: NewTokens, segment_ids: Tensor | None, states: list[Tensor] | None) -> Tensor:
+        """Whole texts, padded or packed, in one pass."""
+        hidden, positions = tokens.embeddings, tokens.positions
+        batch, length = hidden.shape[:2]
+        if segment_ids is None and positions is not None:
+            segment_ids = (positions == 0).cumsum(-1) + 1
+        layout = Layout.build(
+            batch,
+            length,
+            self.layers[0].attention.block,  # type: ignore[union-attr,arg-type]
+            segment_ids=segment_ids,
+            attention_mask=tokens.mask,
+            device=hidden.device,
+        ).at_positions(positions)
+        for layer in self.layers:
+            layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
+        return self._through(hidden, states, layout=layout)
+
+    def _cached(self, tokens: NewTokens, cache: DualRoutingCache, states: list[Tensor] | None) -> Tensor:
+        """Tokens that join the cache; 0 at padding."""
+        if cache.deferred is not None:
+            before, cache.deferred, cache.width = cache.deferred, None, 0
+            self._cached(before, cache, None)
+        hidden, positions = tokens.embeddings, tokens.positions
+        whole: list[Tensor] = []
+        for group, chosen in cache.parts(tokens):
+            of_group: list[Tensor] | None = None if states is None else []
+            if chosen is None:
+                last = self._through(hidden, of_group, positions=positions, caches=group.caches)
+                if states is not None:
+                    states += of_group or []
+                return last
             shape = (len(group.rows), -1)  # equally many tokens in each row
-            part = self.model.hidden_states(
-                input_ids[group.rows][kept[group.rows]].view(shape),
-                positions=None if positions is None else positions[group.rows][kept[group.rows]].view(shape),
+            last = self._through(
+                hidden[chosen].unflatten(0, shape),
+                of_group,
+                positions=None if positions is None else positions[chosen].view(shape),
                 caches=group.caches,
             )
-            if hidden is None:
-                hidden = part.new_zeros(*input_ids.shape, part.shape[-1])
-            place = torch.zeros_like(hidden[group.rows])
-            place[kept[group.rows]] = part.flatten(0, 1)
-            hidden[group.rows] = place
-        assert hidden is not None
+            parts = [*(of_group or []), last]
+            whole = whole or [part.new_zeros(*hidden.shape[:2], part.shape[-1]) for part in parts]
+            places = chosen.nonzero(as_tuple=True)
+            whole = [
+                rows.index_put(places, part.flatten(0, 1)) for rows, part in zip(whole, parts, strict=True)
+            ]
+        if not whole:  # padding alone
+            whole = [torch.zeros_like(hidden)] * (1 if states is None else len(self.layers) + 2)
+        if states is not None:
+            states += whole[:-1]
+        return whole[-1]
+
+    def _through(
+        self,
+        hidden: Tensor,
+        states: list[Tensor] | None,
+        caches: list[LayerCache] | None = None,
+        **attention: Any,
+    ) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(hidden)
+            own = {} if caches is None else {"cache": caches[number]}
+            hidden = layer(hidden, **attention, **own)
+        hidden = self.norm(hidden)
+        if states is not None:
+            states.append(hidden)
         return hidden
 
+
+class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):
+    """The backbone with a next-token head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DualRoutingConfig) -> None:
+        super().__init__(config)
+        self.model = DualRoutingModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss of ``labels``; the other arguments as for `DualRoutingModel`.
+
+        Args:
+            labels: (B, n), usually the input_ids themselves: they are shifted here; -100 counts nothing.
+            logits_to_keep: How many positions, from the end, get logits (0: all), or which ones.
+            kwargs: ``num_items_in_batch``: what the sum of the losses is divided by.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         """Called by `generate`: gives it a cache that knows how long the texts may become."""
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.any(1).all()):
+            raise ValueError("attention_mask: a row has no token at all; leave it away, or give it <bos>")
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, DualRoutingCache):
+            given.grow(max_cache_length + 1)
+        if generation_config.use_cache is False or given is not None:
             prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-            return prepare(generation_config, model_kwargs, *args, **kwargs)
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation}: this model has a cache of "
                 f"its own; leave the option away"
             )
-        model_kwargs["past_key_values"] = self.new_cache(generation_config.max_length)
+        model_kwargs["past_key_values"] = self.model.new_cache(max_cache_length + 1)
         return None
 
 
-def _new_columns(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Tensor | None:
+def _new_columns(attention_mask: Tensor | None, past: int, hidden: Tensor) -> Tensor | None:
     """(B, n) of the new tokens, False = padding; null where there is none."""
     if attention_mask is None:
         return None
-    batch, length = input_ids.shape
+    batch, length = hidden.shape[:2]
     if attention_mask.ndim != 2 or len(attention_mask) != batch:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: give ({batch}, length)")
     if attention_mask.shape[1] not in (length, past + length):
@@ -300,17 +343,24 @@ def _new_columns(attention_mask: Tensor | None, past: int, input_ids: Tensor) ->
             f"attention_mask has {attention_mask.shape[1]} columns: give {length} or, with the {past} tokens "
             f"in the cache, {past + length}"
         )
-    mask = attention_mask[:, -length:].bool()
+    mask = attention_mask[:, -length:].to(hidden.device, torch.bool)
     return None if bool(mask.all()) else mask
 
 
-def _rows_of_equal_length(input_ids: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """The rows of the batch, grouped by their number of tokens."""
-    if mask is None:
-        yield torch.arange(len(input_ids), device=input_ids.device)
-        return
-    lengths = mask.sum(1)
-    if int(lengths.min()) == 0:
-        raise ValueError("attention_mask: a row has no token at all; leave it away, or give it <bos>")
-    for length in lengths.unique():
-        yield (lengths == length).nonzero()[:, 0]
+def _packed(tokens: NewTokens) -> bool:
+    """Whether a row holds more than one text: a token after the first one has position 0."""
+    if tokens.positions is None:
+        return False
+    begins = tokens.positions == 0
+    if tokens.mask is None:
+        return bool(begins[:, 1:].any())
+    before = tokens.mask.cumsum(1) - tokens.mask.long()  # tokens of the row before this one
+    return bool((begins & tokens.mask & (before > 0)).any())
+
+
+def _chosen(states: list[Tensor], wanted: bool | int | Iterable[int]) -> tuple[Tensor | None, ...]:
+    """All hidden states, or null in the place of those that are not wanted."""
+    if isinstance(wanted, bool):
+        return tuple(states)
+    numbers = {number % len(states) for number in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if number in numbers else None for number, state in enumerate(states))

@@ -44,8 +44,13 @@ def trial_texts(tokenizer: Tokenizer, samples: list[str], seed: int = 0) -> list
     return TRICKY + samples + drawn + few
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, ends: bool = False) -> tuple[str, list[str]]:
     """Write all that ``AutoTokenizer.from_pretrained(folder)`` needs.
+
+    Args:
+        tokenizer: Whose ids are right.
+        folder: Where to.
+        ends: Put <eos> behind each text, as a model of a task has read them.
 
     Returns:
         "tokenizer.json" or "tokenizer.model", whichever the ids come from; and the names of the files that
@@ -56,17 +61,17 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, list[str]]
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own number for "no limit"
         "padding_side": "left",  # what generate() wants
-        "split_special_tokens": True,
+        "split_special_tokens": False,
         **special,
     }
-    fast = tokenizer_json(tokenizer)
+    fast = tokenizer_json(tokenizer, ends=ends)
     code: list[str] = []
     if not is_json(tokenizer):
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     if fast is None:
         module = "dualroute.export.hf.tokenization_dualroute"
         code = bundle([module], folder)
-        settings["tokenizer_class"] = "DualRoutingTokenizer"
+        settings |= {"tokenizer_class": "DualRoutingTokenizer", "end_with_eos": ends}
         settings["auto_map"] = {"AutoTokenizer": ["tokenization_dualroute.DualRoutingTokenizer", None]}
     else:
         (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False), encoding="utf-8")
@@ -94,7 +99,7 @@ def _specials(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: pieces[number] for name, number in named.items() if number >= 0}
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
+def tokenizer_json(tokenizer: Tokenizer, *, ends: bool = False) -> dict[str, Any] | None:
     """The model in the format of the tokenizers library; null where that cannot give the same ids.
 
     A file that is one already stays, but for what it puts around a text: <bos> in front, as in training.
@@ -105,7 +110,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """
     if is_json(tokenizer):
         given: dict[str, Any] = json.loads(tokenizer.path.read_bytes())
-        around = _bos_first(tokenizer.pieces(), tokenizer.bos_id)
+        around = _around(tokenizer, ends)
         return {**given, "truncation": None, "padding": None, "post_processor": around}
     from sentencepiece import sentencepiece_model_pb2
 
@@ -150,7 +155,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
         "pre_tokenizer": {
             "type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False,
         },
-        "post_processor": _bos_first(pieces, tokenizer.bos_id),
+        "post_processor": _around(tokenizer, ends),
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
@@ -182,20 +187,32 @@ def _merges(scores: dict[str, float]) -> list[list[str]]:
     ]
 
 
-def _bos_first(pieces: list[str], number: int) -> dict[str, Any] | None:
-    if number < 0:
+def end_of(tokenizer: Tokenizer) -> int:
+    """What a model of a task has read behind each text; -1 for nothing."""
+    return tokenizer.eos_id if tokenizer.eos_id >= 0 else tokenizer.bos_id
+
+
+def _around(tokenizer: Tokenizer, ends: bool) -> dict[str, Any] | None:
+    """What stands around one text or two: <bos>, and with ``ends`` <eos> behind each."""
+    pieces = tokenizer.pieces()
+    bos, eos = tokenizer.bos_id, (end_of(tokenizer) if ends else -1)
+
+    def tokens(number: int, kind: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": pieces[number], "type_id": kind}}] if number >= 0 else []
+
+    def text(name: str, kind: int) -> list[dict[str, Any]]:
+        return [{"Sequence": {"id": name, "type_id": kind}}, *tokens(eos, kind)]
+
+    numbers = [number for number in (bos, eos) if number >= 0]
+    if not numbers:
         return None
-    piece = pieces[number]
-
-    def token(kind: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": piece, "type_id": kind}}
-
-    def text(name: str, kind: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": kind}}
-
+    single = [*tokens(bos, 0), *text("A", 0)]
     return {
         "type": "TemplateProcessing",
-        "single": [token(0), text("A", 0)],
-        "pair": [token(0), text("A", 0), token(1), text("B", 1)],
-        "special_tokens": {piece: {"id": piece, "ids": [number], "tokens": [piece]}},
+        "single": single,
+        "pair": [*single, *([] if eos >= 0 else tokens(bos, 1)), *text("B", 1)],
+        "special_tokens": {
+            pieces[number]: {"id": pieces[number], "ids": [number], "tokens": [pieces[number]]}
+            for number in numbers
+        },
     }

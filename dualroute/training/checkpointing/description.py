@@ -47,6 +47,7 @@ def describe_run(
             "tokens": data.val_plan.tokens,
             "context": config.data.context,
             "rounded": _rounding(config),
+            **({} if config.data.objective == "next_token" else {"masked": config.data.mask_share}),
         },
     }
 

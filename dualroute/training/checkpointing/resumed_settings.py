@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
 
@@ -37,6 +38,8 @@ RULES: dict[str, Rule] = {
     "data.num_workers": "obeyed",
     "data.val_tokens": "obeyed",
     "data.verify": "obeyed",
+    "data.objective": "refused",
+    "data.mask_share": "obeyed",
     "train": "obeyed",
     "optim.lr": "obeyed",
     "optim.betas": "obeyed",
@@ -49,6 +52,7 @@ RULES: dict[str, Rule] = {
     "optim.decay_fraction": "obeyed",
     "optim.grad_clip": "obeyed",
     "optim.fused": "obeyed",
+    **STRATEGY_RULES,
     "spike_guard": "obeyed",
     "checkpoint": "obeyed",
     "monitor": "obeyed",

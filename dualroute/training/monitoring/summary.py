@@ -94,14 +94,16 @@ def warnings_at_start(
             yield jump
 
 
-def what_comes_next(output: Path, data: str, operation: str = "pretrain") -> str:
+def what_comes_next(output: Path, config: PretrainConfig, operation: str = "pretrain") -> str:
     """Commands for a trained model."""
-    run, shards = shlex.quote(str(output)), shlex.quote(str(data))
+    run, shards = shlex.quote(str(output)), shlex.quote(str(config.data.path))
     if operation == "finetune":
         return (
             f"next: dualroute evaluate --checkpoint {run}, dualroute predict --checkpoint {run} --input … "
             f"--output …, dualroute report --run {run}"
         )
+    if not config.model.causal:
+        return f"next: dualroute finetune --init_from {run} …, dualroute report --run {run}"
     return (
         f'next: dualroute generate --checkpoint {run} --prompt "…", dualroute evaluate --checkpoint {run} '
         f"--data {shards}, dualroute report --run {run}"
@@ -109,7 +111,7 @@ def what_comes_next(output: Path, data: str, operation: str = "pretrain") -> str
 
 
 def what_was_trained(
-    output: Path, data: str, checkpoint: Checkpoint, operation: str = "pretrain"
+    output: Path, config: PretrainConfig, checkpoint: Checkpoint, operation: str = "pretrain"
 ) -> Iterator[str]:
     """Where the model lies, and what can be done with it: two lines."""
     said: dict[str, Any] = checkpoint.metadata
@@ -119,7 +121,7 @@ def what_was_trained(
         best = (output / "checkpoints" / "best").resolve().name
         loss += f", {score['name']} {score['value']:.4f}; best by it: {best}"
     yield f"done: {checkpoint.folder} ({checkpoint.step:,} steps, {said.get('tokens', 0):,} tokens{loss})"
-    yield what_comes_next(output, data, operation)
+    yield what_comes_next(output, config, operation)
 
 
 def tell(lines: Iterator[str]) -> None:

@@ -173,6 +173,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
             config=dict(config),
             cluster_environment=DualRouteEnvironment(world),
             process_group_backend="gloo" if on_cpu else None,
+            exclude_frozen_parameters=True,  # they come from where they came from (training/finetuning)
             timeout=timeout,
         )
         self._state_of_parameters: Callable[[], TrainingState] | None = None

@@ -28,6 +28,10 @@ from dualroute.data.window_module import Batch, WindowDataModule
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
 from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
+from dualroute.training.finetuning.config import StrategyConfig
+from dualroute.training.finetuning.depth import DepthCourse, course_of
+from dualroute.training.finetuning.draws import draw_seed
+from dualroute.training.finetuning.freezing import with_frozen, without_frozen
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
@@ -38,7 +42,7 @@ from dualroute.training.step.token_count import TokenCount
 
 
 class Pretrain(LightningModule):
-    """Next-token training of a :class:`DualRoutingTransformer`.
+    """Training of a :class:`DualRoutingTransformer` on the labels of its batches: next tokens or masked ones.
 
     Args:
         model: The model to train.
@@ -50,6 +54,8 @@ class Pretrain(LightningModule):
         spike_guard: When a step is skipped.
         token_count: Tokens by step; null is that of a run that begins.
         weights: Those of a ``model`` that was built without any, to be divided among the ranks (ZeRO-3).
+        strategy: Which weights are trained, and how fast by their depth; ``model`` has its adapters already.
+        parent: sha256 of the weights that adapters are added to.
 
     Attributes:
         step_metrics: Figures of the step that was just finished, equal on all ranks.
@@ -70,8 +76,11 @@ class Pretrain(LightningModule):
         spike_guard: SpikeGuardConfig | None = None,
         token_count: TokenCount | None = None,
         weights: InitialWeights | None = None,
+        strategy: StrategyConfig | None = None,
+        parent: str | None = None,
     ) -> None:
         super().__init__()
+        self.strategy, self.parent = strategy or StrategyConfig(), parent
         self.model = model
         self.weights = weights
         self.optim_config = optim
@@ -121,9 +130,20 @@ class Pretrain(LightningModule):
         return self.model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(self.trained, self.optim_config)
+        course = self.course
+        optimizer = build_optimizer(
+            self.trained, self.optim_config, unit_of=None if course is None else course.unit
+        )
+        if course is not None:
+            course.hold_back(self.trained, lambda: self.trainer.global_step)
         self._hyper_parameters = HyperParameters(optimizer, self.optim_config)
         return optimizer
+
+    @property
+    def course(self) -> DepthCourse | None:
+        """How layers are stepped by their depth; null: all alike."""
+        steps = self.token_count.total_steps(self.train_config)
+        return course_of(self.strategy, self.model.config, steps)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step number ``step`` (the first is 0)."""
@@ -133,18 +153,30 @@ class Pretrain(LightningModule):
         if self.trainer.should_stop:
             return -1  # Lightning's sign to leave the loop before this batch
         if self._micro_steps == 0:
-            lr = self.learning_rate(self.trainer.global_step)
-            self._hyper_parameters.write(self.trainer.optimizers[0], lr)
+            step, course = self.trainer.global_step, self.course
+            lr = self.learning_rate(step)
+            self._hyper_parameters.write(self.trainer.optimizers[0], lr, course, step)
+            if course is not None and self.trainer.is_global_zero:
+                course.tell_unfrozen(step)
         return None
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """(B, n, dim) after the last norm; of this rank's tokens where ranks share texts."""
+        if self.training and self.strategy.draws:
+            self._seed_draws()
         return self.model.hidden_states(
             batch["inputs"] if "inputs" in batch else batch["input_ids"],
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             layout=batch.get("layout"),
         )
+
+    def _seed_draws(self) -> None:
+        """Make what adapters drop a function of the seed and of which micro-batch this is of the run."""
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        number = self._micro_steps * ranks["num_replicas"] + ranks["rank"]
+        seed = self.trainer.datamodule.seed  # type: ignore[attr-defined]
+        torch.manual_seed(draw_seed(seed, self.trainer.global_step, number))
 
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.hidden_states(batch)
@@ -209,14 +241,19 @@ class Pretrain(LightningModule):
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
         }
+        if (course := self.course) is not None:
+            self.step_metrics |= course.figures(self.trainer.global_step - 1, self.step_metrics["lr"])
         for name, value in self._figures.items():
             self.step_metrics[name] = float(self.trainer.strategy.reduce(value, reduce_op="mean"))
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
-        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text."""
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked tokens,
+        which spell a part of it."""
         density = self.targets_per_byte[split]
-        return {} if density is None else {"bits_per_byte": loss * density / math.log(2)}
+        if density is None or not self.model.config.causal:
+            return {}
+        return {"bits_per_byte": loss * density / math.log(2)}
 
     # ------------------------------------------------------------------ validation
 
@@ -246,11 +283,19 @@ class Pretrain(LightningModule):
         checkpoint["spike_guard"] = self.spike_guard.state_dict()
         # by these names a state can be cut up otherwise (see training/checkpointing/state/reader.py)
         checkpoint["parameter_names"] = self._names_by_group()
+        checkpoint["parent"] = self.parent
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
     def _names_by_group(self) -> list[list[str]]:
         """Names of the parameters in each group of the optimizer."""
         config = self.optim_config
-        groups = parameter_groups(self.trained, config.weight_decay, decay_embeddings=config.decay_embeddings)
+        groups = parameter_groups(
+            self.trained,
+            config.weight_decay,
+            decay_embeddings=config.decay_embeddings,
+            unit_of=None if self.course is None else self.course.unit,
+        )
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
@@ -259,7 +304,14 @@ class Pretrain(LightningModule):
         missing = {"spike_guard", data} - checkpoint.keys()
         if missing:  # Lightning would go on without, from the first sample
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
+        if checkpoint.get("parent") != self.parent:
+            raise UserError(
+                f"the checkpoint's adapters were trained beside other weights ({_digest(checkpoint['parent'])} "
+                f"there, {_digest(self.parent)} here): give the init_from that the run began with"
+            )
         self._refuse_other_groups(checkpoint.get("parameter_names"))
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"])
         self.spike_guard.load_state_dict(checkpoint["spike_guard"])
         self._count_micro_batches(checkpoint)
 
@@ -285,6 +337,10 @@ class Pretrain(LightningModule):
                 counts["ready"] - counts["completed"]
             )  # 1 where it was saved inside a batch's last hook
             counts.update(ready=ready, started=ready, processed=ready, completed=ready - unfinished)
+
+
+def _digest(of_weights: str | None) -> str:
+    return "none" if of_weights is None else f"sha256 {of_weights[:12]}…"
 
 
 class StepBoundary(Callback):

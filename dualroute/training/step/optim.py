@@ -19,11 +19,16 @@ from torch import nn
 from dualroute import compat
 from dualroute.errors import UserError
 from dualroute.training.config import OptimConfig, TrainConfig
+from dualroute.training.finetuning.depth import DepthCourse
 from dualroute.training.step.token_count import TokenCount
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decay_embeddings: bool = False,
+    unit_of: Callable[[str], int] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of ``model``, those with and those without weight decay.
 
@@ -31,8 +36,15 @@ def parameter_groups(
     (parameters named ``gate…``), nor embeddings unless asked.  A tied output weight is the embedding, and
     counted once.
 
+    Args:
+        model: Whose parameters.
+        weight_decay: Of those that decay.
+        decay_embeddings: The embedding does.
+        unit_of: By name, which parameters are stepped alike (``training/finetuning/depth.py``); null: all.
+
     Returns:
-        One or two AdamW groups (an empty one is left out), in the order of ``model.parameters()``.
+        One or two AdamW groups of each unit (an empty one is left out), in the order of
+        ``model.parameters()``; each has its ``unit`` where there are several.
 
     Raises:
         ValueError: Nothing in ``model`` is trainable.
@@ -40,33 +52,44 @@ def parameter_groups(
     embeddings = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         axes = len(getattr(parameter, "ds_shape", parameter.shape))
         is_gate = name.rpartition(".")[2].startswith("gate")  # not the weight of a layer called gate
         decays = axes >= 2 and not is_gate and (decay_embeddings or id(parameter) not in embeddings)
-        (decayed if decays else kept).append(parameter)
-    if not decayed and not kept:
+        found.setdefault((0 if unit_of is None else unit_of(name), not decays), []).append(parameter)
+    if not found:
         raise ValueError("the model has no trainable parameter: unfreeze some before building the optimizer")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": found[key], "weight_decay": 0.0 if key[1] else weight_decay}
+        | ({} if unit_of is None else {"unit": key[0]})
+        for key in sorted(found)
+    ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    offload: bool = False,
+    unit_of: Callable[[str], int] | None = None,
+) -> torch.optim.Optimizer:
     """AdamW over :func:`parameter_groups`; fused where ``config.fused`` says so, or is null on CUDA.
 
     Args:
         model: Already on its device, or partitioned by ZeRO-3.
         config: Peak learning rate, betas, eps, weight decay.
         offload: Use DeepSpeed's CPU Adam, for optimizer states that ZeRO keeps in the host's memory.
+        unit_of: See :func:`parameter_groups`.
 
     Raises:
         UserError: ``offload`` without DeepSpeed installed.
     """
-    groups = parameter_groups(model, config.weight_decay, decay_embeddings=config.decay_embeddings)
+    groups = parameter_groups(
+        model, config.weight_decay, decay_embeddings=config.decay_embeddings, unit_of=unit_of
+    )
     if not offload:
         fused = torch.cuda.is_available() if config.fused is None else config.fused
         optimizer = torch.optim.AdamW(
@@ -130,17 +153,29 @@ class HyperParameters:
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        self._units = [group.get("unit") for group in optimizer.param_groups]
         self._config = config
         self._fused = [group.get("fused") for group in optimizer.param_groups]
         self._state_is_placed = False
 
-    def write(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Write them, and ``lr``, into the groups of ``optimizer``."""
+    def write(
+        self, optimizer: torch.optim.Optimizer, lr: float, course: DepthCourse | None = None, step: int = 0
+    ) -> None:
+        """Write them, and ``lr``, into the groups of ``optimizer``.
+
+        Args:
+            optimizer: The one that is about to step.
+            lr: Of the step.
+            course: How groups of different units are stepped; null: all alike.
+            step: Finished steps.
+        """
         betas, eps = tuple(self._config.betas), self._config.eps
-        for group, weight_decay, fused in zip(
-            optimizer.param_groups, self._weight_decays, self._fused, strict=True
+        for group, weight_decay, fused, unit in zip(
+            optimizer.param_groups, self._weight_decays, self._fused, self._units, strict=True
         ):
             group.update(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+            if course is not None and unit is not None:
+                group.update(course.settings(unit, step, lr, eps, weight_decay, betas))
             if "fused" in group:
                 group["fused"] = fused
         if not self._state_is_placed and any(self._fused):

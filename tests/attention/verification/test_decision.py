@@ -64,8 +64,6 @@ def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_left_to_plain_torch_is_named() -> None:
-    """The C++ kernels read backwards only: nothing of a layer that reads both ways is theirs, in no route."""
-
     class LocalOnly(Double):
         def supports(self, query: torch.Tensor, *, causal: bool = True, block: int | None = None) -> bool:
             return block is None
@@ -78,9 +76,12 @@ def test_what_is_left_to_plain_torch_is_named() -> None:
     )
     chosen = dataclasses.replace(found, name="part")
     assert chosen.line().endswith(f"; plain torch takes {part.left_to_torch[0]}")
-    both_ways = decide([problem(causal=False)], CPU, ("cpp",))
-    assert both_ways.name == "torch"
-    assert "cpp not: C++ kernels" in both_ways.line()
+
+
+def test_the_kernels_of_a_cpu_are_right_both_ways() -> None:
+    (found,) = [one for one in decide([problem(causal=False)], CPU, ("cpp",)).findings if one.name == "cpp"]
+    assert not found.why_not
+    assert not found.left_to_torch
 
 
 def test_all_problems_count_with_their_layers() -> None:

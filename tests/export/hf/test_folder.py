@@ -14,30 +14,15 @@ from dualroute.attention.backend import plain_torch  # noqa: E402
 from dualroute.errors import UserError  # noqa: E402
 from dualroute.export.hf import check_folder  # noqa: E402
 from dualroute.export.hf import folder as huggingface  # noqa: E402
-from dualroute.export.hf.configuration_dualroute import DualRoutingConfig  # noqa: E402
 from dualroute.export.hf.modeling_dualroute import DualRoutingForCausalLM  # noqa: E402
-from dualroute.model import SamplingConfig, generate  # noqa: E402
-from tests.export.conftest import KINDS, tiny_model  # noqa: E402
+from tests.export.conftest import KINDS  # noqa: E402
+from tests.export.hf.models import GREEDY, greedy_of, ids_of, wrapped  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def from_folder(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def wrapped(**options):
-    """A tiny model, and the same inside the transformers class."""
-    ours = tiny_model(**options)
-    config = DualRoutingConfig(ours.config.to_dict(), bos_token_id=1, pad_token_id=0)
-    model = DualRoutingForCausalLM(config).eval()
-    model.model.load_state_dict(ours.state_dict())
-    return ours, model
-
-
-def ids_of(length, batch=1, seed=0):
-    return torch.randint(4, 320, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +30,6 @@ def plain_kernels():
     """The folder has no other kernels than torch's: what it must equal to the last bit uses them too."""
     with plain_torch():
         yield
-
-
-def greedy_of(ours, prompt, count):
-    return list(generate(ours, prompt, SamplingConfig(max_new_tokens=count, temperature=0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +51,7 @@ def test_every_kind_of_model(kind, loaded, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = from_folder(tmp_path / "again")
     assert torch.equal(again(input_ids=prompt).logits, made.model(prompt))
-    tied = again.model.head.weight is again.model.embedding.weight
+    tied = again.lm_head.weight is again.model.embedding.weight
     assert tied == made.model.config.tie_embeddings
 
 
@@ -154,6 +135,25 @@ def test_a_cache_goes_on_where_it_was():
     torch.testing.assert_close(got, ours(ids), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("asked", [True, None])
+@torch.no_grad()
+def test_turns_of_unequal_length_go_on_from_one_cache(asked):
+    """Each row gives what it gives alone; null: a cache that was not asked for."""
+    ours, model = wrapped()
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(4, n, generator=generator) < share for n, share in ((40, 0.6), (3, 0.4), (30, 0.7))]
+    rows = [ids_of(mask.shape[1], batch=4, seed=n) for n, mask in enumerate(masks)]
+    cache, logits = None, []
+    for ids, mask in zip(rows, masks, strict=True):
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=asked)
+        cache, _ = out.past_key_values, logits.append(out.logits)
+    assert cache.get_seq_length() == 73
+    for row in range(4):
+        text = torch.cat([ids[row][mask[row]] for ids, mask in zip(rows, masks, strict=True)])
+        got = torch.cat([part[row][mask[row]] for part, mask in zip(logits, masks, strict=True)])
+        torch.testing.assert_close(got, ours(text[None])[0], rtol=0, atol=1e-4)
+
+
 def test_the_loss_of_labels_is_that_of_next_tokens():
     ours, model = wrapped()
     ids = ids_of(50, batch=2)
@@ -207,8 +207,8 @@ def test_what_cannot_be_done_is_refused():
         cache.crop(3)
     with pytest.raises(ValueError, match="cache_implementation=static"):
         model.generate(input_ids=ids, max_new_tokens=2, cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match="padding may only stand in the first call"):
-        model(input_ids=ids[:, :2], past_key_values=cache, attention_mask=torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="the cache has 1 rows and the call 2"):
+        model(input_ids=ids_of(2, batch=2), past_key_values=cache)
     with pytest.raises(ValueError, match="output_attentions"):
         model(input_ids=ids, output_attentions=True)
     foreign = transformers.DynamicCache()

@@ -17,21 +17,23 @@ from tests.conftest import WORDS  # noqa: E402
 def exported(tmp_path):
     """Export a tokenizer file: (ours, the one that AutoTokenizer loads, where its ids come from)."""
 
-    def make(path):
+    def make(path, **options):
         ours = Tokenizer(path)
         folder = tmp_path / "exported"
-        folder.mkdir()
-        source, _ = write_tokenizer(ours, folder)
+        folder.mkdir(exist_ok=True)
+        source, _ = write_tokenizer(ours, folder, **options)
         return ours, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True), source
 
     return make
 
 
 def same_ids(ours, theirs, texts):
+    """Of text as text, as in training."""
+    as_text = {"split_special_tokens": True}
     for text in texts:
         ids = ours.encode(text)
-        assert theirs(text, add_special_tokens=False).input_ids == ids, repr(text)
-        assert theirs(text).input_ids == [ours.bos_id, *ids]
+        assert theirs(text, add_special_tokens=False, **as_text).input_ids == ids, repr(text)
+        assert theirs(text, **as_text).input_ids == [ours.bos_id, *ids]
 
 
 def random_texts(pieces, count=300):
@@ -110,3 +112,69 @@ def test_a_model_with_habits_of_its_own(exported, real_data):
     ours, theirs, source = exported(path)
     assert source == "tokenizer.model"
     same_ids(ours, theirs, trial_texts(ours, []))
+
+
+@pytest.fixture(params=["bpe", "unigram"])
+def trained(request, tmp_path):
+    """A tokenizer.model that becomes a tokenizer.json, and one that the class reads."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 50))) for _ in range(300)]
+    path = tmp_path / "trained.model"
+    path.write_bytes(train_tokenizer(texts, 320 if request.param == "bpe" else 315, request.param, 0))
+    return path
+
+
+def test_special_tokens_in_a_text(exported, trained):
+    ours, theirs, _ = exported(trained)
+    text = "the old river"
+    ids = [ours.bos_id, *ours.encode(text), ours.eos_id]
+    assert theirs(text + theirs.eos_token).input_ids == ids
+    assert theirs.decode(ids) == f"<bos>{text}<eos>"
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+    theirs.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "a house"}]
+    got = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+    first, second = (ours.encode(part) for part in ("user: the river", "assistant: a house"))
+    assert got == [ours.bos_id, *first, ours.eos_id, *second, ours.eos_id]
+
+
+def test_which_tokens_are_special(exported, trained):
+    ours, theirs, _ = exported(trained)
+    for texts in (("the old river",), ("the old", "river")):
+        out = theirs(*texts, return_special_tokens_mask=True)
+        assert len(out.special_tokens_mask) == len(out.input_ids)
+        assert [
+            token for token, mark in zip(out.input_ids, out.special_tokens_mask, strict=True) if mark
+        ] == [ours.bos_id] * len(texts)
+        assert theirs.get_special_tokens_mask(out.input_ids, already_has_special_tokens=True) == list(
+            out.special_tokens_mask
+        )
+
+
+def test_added_tokens(exported, trained, tmp_path):
+    ours, theirs, _ = exported(trained)
+    assert theirs.add_tokens(["<note>"]) == 1
+    assert theirs.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]}) == 1
+    assert len(theirs) == ours.vocab_size + 2
+    text = "the old<note>river<|im_end|>"
+    ids = theirs(text, add_special_tokens=False).input_ids
+    assert ids == [*ours.encode("the old"), ours.vocab_size, *ours.encode("river"), ours.vocab_size + 1]
+    assert theirs.decode(ids) == text
+    assert theirs.decode(ids, skip_special_tokens=True) == "the old<note>river"
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again(text, add_special_tokens=False).input_ids == ids
+    assert again.decode(ids) == text
+
+
+def test_the_tokenizer_of_a_model_of_a_task_ends_each_text(exported, trained, tmp_path):
+    ours, theirs, _ = exported(trained, ends=True)
+    first, second = ours.encode("the old"), ours.encode("river")
+    assert theirs("the old").input_ids == [ours.bos_id, *first, ours.eos_id]
+    pair = [ours.bos_id, *first, ours.eos_id, *second, ours.eos_id]
+    assert theirs("the old", "river").input_ids == pair
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again("the old", "river").input_ids == pair

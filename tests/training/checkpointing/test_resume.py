@@ -1,7 +1,6 @@
 """A path is a starting point once; a start that is refused changes nothing; a folder is claimed first."""
 
 import shutil
-import subprocess
 
 import pytest
 
@@ -14,10 +13,10 @@ from dualroute.training.checkpointing.resume import seen_here
 from dualroute.training.checkpointing.starting_points import spelled
 from dualroute.training.monitoring.metrics_log import ABANDONED, read_metrics
 from dualroute.training.parallel.strategy import OneProcessStrategy
-from tests.conftest import ROOT, write_corpus
+from tests.conftest import write_corpus
 from tests.sealed import redescribe, rewrite
 from tests.training.checkpointing.runs import KEPT, begun_at, killed_in, pretrain, snapshot, steps_in
-from tests.training.step.test_module import command, environment
+from tests.training.step.test_module import attempt, started
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +178,7 @@ def test_a_refused_resume_takes_its_converted_state_away(run, tiny_dataset):
     before = snapshot(run)
     more = ("--resume", str(run / "checkpoints" / "step-00000004"), "--parallel.strategy", "deepspeed")
     for seed, status in (("3", 2), ("0", 0)):
-        result = subprocess.run(
-            command(tiny_dataset, run, 16, *more, "--seed", seed, "--parallel.zero_stage", "1"),
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+        result = attempt(tiny_dataset, run, 16, *more, "--seed", seed, "--parallel.zero_stage", "1")
         assert result.returncode == status, result.stderr[-3000:]
         assert "converting" in result.stdout
         after = snapshot(run)
@@ -292,15 +288,13 @@ def test_stopped_by_a_signal_a_resumed_run_goes_on_with_the_same_command(run, ti
     from dualroute.training.resilience.preemption import PREEMPTED
     from tests.training.step.test_module import wait_for_step
 
-    line = command(tiny_dataset, run, 400, "--resume", str(run / "checkpoints" / "step-00000004"), *KEPT)
+    again = ("--resume", str(run / "checkpoints" / "step-00000004"), *KEPT)
     saved = 4
     for until in (17, 40):
-        process = subprocess.Popen(
-            line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = started(tiny_dataset, run, 400, *again)
         wait_for_step(process, run / "metrics.jsonl", until)
         process.send_signal(signal.SIGTERM)
-        text = process.communicate(timeout=120)[0]
+        text = "".join(process.communicate(timeout=120))
         assert process.returncode == PREEMPTED, text[-3000:]
         assert f"(step {saved} of 400)" in text
         saved = find_checkpoint(run).step
@@ -311,13 +305,7 @@ def test_stopped_by_a_signal_a_resumed_run_goes_on_with_the_same_command(run, ti
 def test_of_two_starts_in_the_same_second_one_trains(tiny_dataset, tmp_path):
     """The other is refused, or comes when all is done; no step is trained twice and nothing set aside."""
     run = tmp_path / "run"
-    both = [
-        subprocess.Popen(
-            command(tiny_dataset, run, 40, *KEPT, "--checkpoint.keep_last", "99"),
-            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    both = [started(tiny_dataset, run, 40, *KEPT, "--checkpoint.keep_last", "99") for _ in range(2)]
     said = [process.communicate(timeout=240) for process in both]
     lines = [out + error for out, error in said]
     trained = [line for line in lines if "step 40/40" in line]

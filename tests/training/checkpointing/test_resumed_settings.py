@@ -6,8 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from dualroute.training.checkpointing.state.reshard import refuse_other_precisio
 from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.token_count import TokenCount
+from tests import warm
 from tests.conftest import ROOT
 from tests.sealed import rewrite
 from tests.training.step.test_module import GENTLE, SMALL, environment
@@ -271,16 +270,15 @@ def test_under_zero_settings_are_obeyed_as_in_one_process(tiny_dataset: Path, tm
     script = """
 import json, shutil, sys
 from dualroute.cli import main
-first, copies, then = json.load(sys.stdin)
+first, copies, then = json.loads(sys.argv[1])
 assert all(main(leg) == 0 for leg in first)
 for source, target in copies:
     shutil.copytree(source, target, symlinks=True)
 assert all(main(leg) == 0 for leg in then)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps([first, copies, then]), cwd=ROOT,
-        env=environment(), text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    (tmp_path / "legs.py").write_text(script)
+    legs = [json.dumps([first, copies, then])]
+    result = warm.run(legs, cwd=ROOT, env=environment(), script=tmp_path / "legs.py", timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
 
     def losses(name: str) -> list[float]:

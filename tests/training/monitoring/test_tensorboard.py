@@ -6,8 +6,7 @@ import warnings
 import pytest
 
 from dualroute.training.monitoring.tensorboard import TensorBoard
-from tests.training.checkpointing.publishing.test_publisher import attempt
-from tests.training.step.test_module import curve
+from tests.training.step.test_module import attempt, curve
 
 
 def test_a_full_disk_is_one_warning_that_names_the_folder(tmp_path, capfd):

@@ -1,17 +1,13 @@
 """Rank 0 looks, all ranks know; and where one fails, all fail."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from dualroute.errors import RUN_AGAIN, UserError
 from dualroute.training.parallel import agreement
 from dualroute.training.parallel.agreement import all_succeed, decided_by_rank_zero, meet
 from dualroute.training.parallel.environment import World
+from tests import warm
 from tests.conftest import ROOT
-from tests.training.launchers import free_port
 from tests.training.step.test_module import environment
 
 
@@ -45,16 +41,6 @@ def test_a_rank_that_waits_for_the_others_in_vain_ends(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_two_ranks_come_to_the_same():
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.parallel.agreeing_ranks"],
-            cwd=ROOT, env={**environment(), **place, "RANK": str(rank), "PYTHONPATH": path},
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
+    text = warm.ranks(2, "tests/training/parallel/agreeing_ranks.py", [], cwd=ROOT, env=environment())
     right = ["zero", "UserError: refused", "UserError: seen by 1", None, "attention: plain torch"]
-    assert printed[0] == printed[1] == str(right)
+    assert text.splitlines().count(str(right)) == 2, text

@@ -1,12 +1,13 @@
-"""Ranks that really meet, on gloo, against a loop in plain torch; all stages in one pair of processes."""
+"""Ranks that really meet, on gloo, against a loop in plain torch; all stages in one pair of processes.
+
+Launchers start theirs in test_distributed.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import torch
 from dualroute.errors import UserError
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.strategy import OneProcessStrategy, ParallelConfig, build_strategy
-from tests.training.launchers import deepspeed, torchrun
+from tests import warm
 from tests.training.parallel import strategy_runs
+from tests.training.step.test_module import environment
 
 ROOT = Path(__file__).resolve().parents[3]
 pytest.importorskip("deepspeed")
@@ -49,34 +51,14 @@ RUNS: dict[str, dict[str, Any]] = {
 OFFLOADED = ["zero2", "zero3"]
 
 
-def launch(command: list[str], folder: Path, cases: list[dict[str, Any]], **variables: str) -> Any:
-    """Runs ``strategy_runs.py`` under a launcher; its results, or its output if it failed."""
+def launch(ranks: int, folder: Path, cases: list[dict[str, Any]]) -> Any:
+    """The results of ``strategy_runs.py`` in so many ranks."""
     (folder / "cases.json").write_text(json.dumps(cases))
     extensions = folder / "extensions"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-    }
-    script = [str(Path(strategy_runs.__file__)), str(folder / "cases.json"), str(folder / "results.json")]
-    process = subprocess.Popen(
-        [sys.executable, *command, *script],
-        env=environment | variables,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # launcher and ranks
+    words = [str(folder / "cases.json"), str(folder / "results.json")]
+    place = {**environment(), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    warm.ranks(ranks, strategy_runs.__file__, words, cwd=folder, env=place)
     assert not extensions.exists() or not any(extensions.iterdir()), "an op was compiled"
-    if process.returncode:
-        return output
     return json.loads((folder / "results.json").read_text())
 
 
@@ -127,8 +109,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
     named = {(way, name): WAYS[way] | run for way in WAYS for name, run in RUNS.items()}
     named |= {(way, "offloaded"): WAYS[way] | SPOILT | {"offload": True} for way in OFFLOADED}
     named |= {(way, "bf16"): WAYS[way] | SPOILT | {"precision": "bf16-mixed"} for way in WAYS}
-    results = launch(deepspeed(2), tmp_path_factory.mktemp("ranks"), list(named.values()))
-    assert isinstance(results, list), results
+    results = launch(2, tmp_path_factory.mktemp("ranks"), list(named.values()))
     return dict(zip(named, results, strict=True))
 
 
@@ -159,15 +140,14 @@ def test_bf16_stays_near_and_skips_alike(two_ranks: dict[tuple[str, str], Any], 
 
 
 def test_resume_continues_as_if_never_stopped(tmp_path: Path) -> None:
-    """Two ranks under torchrun, saved by Lightning in the middle, after a skipped step."""
+    """Two ranks, saved by Lightning in the middle, after a skipped step."""
     run = {"accumulation": 2, "clip": 0.5, "skip": [2]}
     half, cases = 6, []
     for name, way in WAYS.items():
         saved = str(tmp_path / name)
         cases.append(way | run | {"steps": half, "save": saved})
         cases.append(way | run | {"steps": 2 * half, "load": saved, "first_step": half})
-    results = launch(torchrun(2), tmp_path, cases)
-    assert isinstance(results, list), results
+    results = launch(2, tmp_path, cases)
     truth = plain_torch(steps=2 * half, **run)
     for name, first, second in zip(WAYS, results[::2], results[1::2], strict=True):
         assert second["global_step"] == 2 * half, name
@@ -178,8 +158,7 @@ def test_resume_continues_as_if_never_stopped(tmp_path: Path) -> None:
 def test_deepspeed_without_a_launcher(tmp_path: Path) -> None:
     """One process may want DeepSpeed too, for offloading; it finds its own port and compiles nothing."""
     case = WAYS["zero3"] | {"steps": 5, "offload": True}
-    results = launch([], tmp_path, [case])
-    assert isinstance(results, list), results
+    results = launch(1, tmp_path, [case])
     assert_same(results[0], plain_torch(steps=5))
 
 
@@ -190,11 +169,13 @@ def test_port_in_use_is_said_at_once(tmp_path: Path) -> None:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        output = launch([], tmp_path, [{"strategy": "ddp", "steps": 1}], **ranks, **meeting)
-    assert isinstance(output, str)
-    assert f"UserError: port {port} (MASTER_PORT)" in output
-    assert "--master_port N" in output
+        place = {**environment(), **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        (tmp_path / "cases.json").write_text(json.dumps([{"strategy": "ddp", "steps": 1}]))
+        words = [str(tmp_path / "cases.json"), str(tmp_path / "results.json")]
+        result = warm.run(words, cwd=tmp_path, env=place, script=strategy_runs.__file__)
+    assert result.returncode == 1
+    assert f"UserError: port {port} (MASTER_PORT)" in result.stderr
+    assert "--master_port N" in result.stderr
 
 
 def test_missing_deepspeed_names_the_extra(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_stopped_again_and_again_it_continues_exactly(unbroken, tiny_dataset, tm
     assert f"SIGTERM: stopped after step {saved} of {STEPS}" in finish(process, PREEMPTED)
     assert newest(output) == saved
 
-    finish(start(line), 0)
+    train(tiny_dataset, output, STEPS)
     assert_same_curves(output, unbroken)
 
 
@@ -128,7 +128,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_continues(unbroken, tiny_datas
     text = finish(process, PREEMPTED)
     assert f"SIGHUP: stopped after step {newest(output)} of {STEPS}" in text
 
-    finish(start(line), 0)
+    train(tiny_dataset, output, STEPS)
     assert_same_curves(output, unbroken)
 
 
@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_spoils_nothing(unbroken, tiny_datas
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) in (130, PREEMPTED)  # on a fast machine the step was done by then
     finish(process, process.returncode)
-    finish(start(command(tiny_dataset, output, STEPS)), 0)
+    train(tiny_dataset, output, STEPS)
     assert_same_curves(output, unbroken)
 
 

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +21,8 @@ SMALL = (
     "--model.top_k 1 --model.global_mode routed --data.context 64 --data.val_tokens 512 "
     "--train.micro_batch 2 --train.tokens_per_batch 512 --train.val_every_steps 7 "
     "--optim.lr 0.01 --optim.warmup_steps 4 --checkpoint.every_steps 4 "
-    "--monitor.log_every_steps 1 --monitor.sample_every_steps 10 --monitor.peak_tflops 0.1"
+    "--monitor.log_every_steps 1 --monitor.sample_every_steps 10 --monitor.sample_tokens 8 "
+    "--monitor.peak_tflops 0.1"
 ).split()
 
 
@@ -39,8 +38,19 @@ def environment():
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def attempt(dataset, output, steps, *more, script=None):
+    """The command, or a script with its arguments, whatever comes of it."""
+    words = command(dataset, output, steps, *more)[3:]
+    return warm.run(words, cwd=ROOT, env=environment(), script=script)
+
+
+def started(dataset, output, steps, *more):
+    """The command, which runs on and can be signalled."""
+    return warm.Started(None, command(dataset, output, steps, *more)[3:], cwd=ROOT, env=environment())
+
+
 def train(dataset, output, steps, *more):
-    result = warm.run(command(dataset, output, steps, *more)[3:], cwd=ROOT, env=environment())
+    result = attempt(dataset, output, steps, *more)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -93,13 +103,9 @@ def test_a_run_learns_and_leaves_what_it_promises(unbroken):
 def test_killed_three_times_it_continues_as_if_nothing_had_happened(unbroken, tiny_dataset, tmp_path):
     output = tmp_path / "run"
     for until in (6, 13, 18):
-        process = subprocess.Popen(
-            command(tiny_dataset, output, 24),
-            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = started(tiny_dataset, output, 24)
         wait_for_step(process, output / "metrics.jsonl", until)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
     train(tiny_dataset, output, 24)
     assert curve(output) == curve(unbroken)
     assert curve(output, "validation") == curve(unbroken, "validation")
@@ -178,13 +184,8 @@ def test_bf16_follows_float32_and_z_loss_is_logged(unbroken, tiny_dataset, tmp_p
 
 @pytest.mark.slow
 def test_the_resolved_configuration_runs_again_as_it_is(unbroken, tmp_path):
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "dualroute.cli", "pretrain", "--config", str(unbroken / "config.yaml")),
-            *("--output", str(tmp_path / "again"), "--train.max_steps", "6"),
-        ],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    words = ["pretrain", "--config", unbroken / "config.yaml", "--output", tmp_path / "again"]
+    result = warm.run([*words, "--train.max_steps", "6"], cwd=ROOT, env=environment())
     assert result.returncode == 0, result.stderr[-3000:]
     first = {step: loss for step, loss in curve(unbroken).items() if step <= 4}
     assert {step: loss for step, loss in curve(tmp_path / "again").items() if step <= 4} == first

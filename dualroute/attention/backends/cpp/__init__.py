@@ -1,6 +1,6 @@
 """The CPU path of DualRouting attention: C++ kernels behind the functions of the folder above.
 
-In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give, causal; a step of
+In and out: what `routed_attention`, `select_blocks` and `local_attention` get and give; a step of
 decoding of both routes, and the product with an int8 weight that is most of such a step. `available` and
 `can_decode` say whether the kernels can take a call; whoever gets a no uses the plain path.
 
@@ -63,7 +63,7 @@ def faster_in_full(query: Tensor) -> bool:
     return query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
 
-def available(query: Tensor, *, causal: bool = True) -> bool:
-    """Whether the kernels can take queries (..., d): causal floats in a CPU's memory, nothing that traces."""
+def available(query: Tensor) -> bool:
+    """Whether the kernels can take queries (..., d): floats in a CPU's memory, nothing that traces."""
     real = type(query) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    return real and causal and query.device.type == "cpu" and query.dtype in DTYPES
+    return real and query.device.type == "cpu" and query.dtype in DTYPES

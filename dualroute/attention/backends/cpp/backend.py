@@ -1,4 +1,4 @@
-"""The C++ kernels as a back end: causal attention on a CPU; what they have not, plain torch does."""
+"""The C++ kernels as a back end: attention on a CPU; what they have not, plain torch does."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class CppBackend(TorchBackend):
         return f"C++ kernels, {VECTORS.get(size, f'vectors of {8 * size} bits')}"
 
     def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
-        return cpp.available(query, causal=causal)
+        return cpp.available(query)
 
     def select_blocks(
         self, query: Tensor, key: Tensor, stream: Stream, *, causal: bool = True, **options: Any
     ) -> Tensor:
-        return cpp.select_blocks(query, key, stream, **options)
+        return cpp.select_blocks(query, key, stream, causal=causal, **options)
 
     def routed_attention(
         self,
@@ -44,7 +44,7 @@ class CppBackend(TorchBackend):
         selected: Tensor,
         causal: bool = True,
     ) -> Tensor:
-        return cpp.routed_attention(query, key, value, stream, routing, selected=selected)
+        return cpp.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
 
     def local_attention(
         self, query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
@@ -58,7 +58,7 @@ class CppBackend(TorchBackend):
         if not cpp.faster_in_full(query):
             return super().full_attention(query, key, value, stream, causal=causal)
         longest = max(bucket.blocks for bucket in stream.buckets) * stream.block
-        return cpp.local_attention(query, key, value, stream, window=longest)
+        return cpp.local_attention(query, key, value, stream, window=longest, causal=causal)
 
 
 CPP = CppBackend()

@@ -46,7 +46,17 @@
     }
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {
-    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], int(sizes[5]), first_block};
+    const long blocks = sizes[2] / sizes[3];
+    const bool causal = sizes[6] == 1;  // one table of blocks, else three
+    return {sizes[0],
+            sizes[1],
+            sizes[2],
+            sizes[3],
+            sizes[4],
+            int(sizes[5]),
+            first_block,
+            causal ? nullptr : first_block + blocks,
+            causal ? nullptr : first_block + 2 * blocks};
 }
 
 DUALROUTE_KERNELS(float, float, float32)

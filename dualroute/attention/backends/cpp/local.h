@@ -1,15 +1,17 @@
-// The local route: o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over 0 <= t - s < window in one document.
+// The local route: o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over 0 <= t - s < window in one document,
+// or over |t - s| < window where tokens see both sides.
 //
 // Work is cut into pieces of neighbouring tiles. A piece owns the gradients of its own keys; what it adds to
-// keys before them goes to a buffer of its own, and the buffers are added up at the end, in order. So the
+// keys outside of them goes to a buffer of its own, and the buffers are added up at the end, in order. So the
 // sums do not depend on how many threads there are.
 #pragma once
 
 #include "tiles.h"
 
 struct LocalTile {
-    long begin, document;  // slots
-    int rows;
+    long begin, document, end;  // slots; the end is that of the document's tokens, causal of its blocks
+    int rows, gap;              // slots without a token behind it, which are no rows of any tile
+    int count(long key_tile) const { return int(std::min<long>(TILE, end - key_tile)); }
 };
 
 // Tiles of at most TILE rows that never cross documents, counted from the beginning of their document.
@@ -18,11 +20,22 @@ inline std::vector<LocalTile> local_tiles(const Shape& shape) {
     for (long b = 0; b < shape.blocks();) {
         const long document = shape.document(b);
         while (b < shape.blocks() && shape.document(b) == document) ++b;
-        for (long slot = document; slot < b * shape.block; slot += TILE)
-            tiles.push_back({slot, document, int(std::min<long>(TILE, b * shape.block - slot))});
+        const long end = (b - 1) * shape.block + shape.tokens(b - 1);
+        for (long slot = document; slot < end; slot += TILE)
+            tiles.push_back({slot, document, end, int(std::min<long>(TILE, end - slot)), 0});
+        tiles.back().gap = int(b * shape.block - end);
     }
     return tiles;
 }
+
+// The keys that a token sees: up to `window - 1` before it, itself, and `ahead` behind it.
+struct Reach {
+    long window, ahead;
+    Reach(const Shape& shape, long window) : window(window), ahead(shape.causal() ? 0 : window - 1) {}
+    static long tiles(long keys) { return (keys + TILE - 1) / TILE; }
+    long back() const { return tiles(window - 1); }  // tiles before and behind a tile of queries
+    long forth() const { return tiles(ahead); }
+};
 
 // Turned tiles of keys and values, kept while the window moves over them.
 template <class T, class S>
@@ -31,7 +44,8 @@ struct LocalKeys {
     std::vector<TurnedKeys<T, S>> ring;
     std::vector<long> held;
 
-    LocalKeys(long window, long dim, bool values_too) : dim(dim), held((window + TILE - 2) / TILE + 2, -1) {
+    LocalKeys(const Reach& reach, long dim, bool values_too)
+        : dim(dim), held(reach.back() + reach.forth() + 2, -1) {
         for (size_t i = 0; i < held.size(); ++i) ring.emplace_back(dim, TILE, values_too);
     }
 
@@ -46,15 +60,14 @@ struct LocalKeys {
 
 // Calls step(keys, band, first slot) for the tiles of keys that a tile of queries sees.
 template <class T, class S, class Step>
-void for_local_keys(const LocalTile& tile, long window, const S* key, const S* value, LocalKeys<T, S>& cache,
-                    Step step) {
-    const long oldest = std::max(tile.document, tile.begin - window + 1);
+void for_local_keys(const LocalTile& tile, const Reach& reach, const S* key, const S* value,
+                    LocalKeys<T, S>& cache, Step step) {
+    const long oldest = std::max(tile.document, tile.begin - reach.window + 1);
     const long first = tile.document + (oldest - tile.document) / TILE * TILE;
-    for (long begin = first; begin <= tile.begin; begin += TILE) {
-        const int count = begin == tile.begin ? tile.rows : TILE;
-        step(cache.get(key, value, begin, tile.document, count), Band{true, tile.begin - begin, window},
-             begin);
-    }
+    const long newest = std::min(tile.end, tile.begin + tile.rows + reach.ahead);
+    for (long begin = first; begin < newest; begin += TILE)
+        step(cache.get(key, value, begin, tile.document, tile.count(begin)),
+             Band{true, tile.begin - begin, reach.window, reach.ahead}, begin);
 }
 
 struct LocalPieces {
@@ -71,17 +84,33 @@ struct LocalPieces {
     long last(long piece) const { return std::min<long>(tiles.size(), (piece + 1) * size); }
 };
 
+// The slots of a piece, and how many before and behind it its tokens see.
+struct LocalSpan {
+    long start, stop, past, future;
+    LocalSpan(const LocalPieces& pieces, long piece, const Reach& reach) {
+        const LocalTile &first = pieces.tiles[pieces.first(piece)],
+                        &last = pieces.tiles[pieces.last(piece) - 1];
+        start = first.begin;
+        stop = last.begin + last.rows + last.gap;
+        past = std::min(reach.back() * TILE, start - first.document);
+        future = std::max(0L, std::min(reach.forth() * TILE, last.end - stop));
+    }
+    // Where a slot outside of it stands among those.
+    long place(long slot) const { return past + slot - (slot < start ? start : stop); }
+};
+
 template <class T, class S>
 void local_forward(const Shape& shape, long window, T scale, const S* query, const S* key, const S* value,
                    S* out, T* lse) {
     const LocalPieces pieces(shape, window);
+    const Reach reach(shape, window);
     const long dim = shape.dim, row = shape.slots * dim;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(shape.threads)
     for (long head = 0; head < shape.heads; ++head)
         for (long piece = 0; piece < pieces.count; ++piece) {
             const long kv = head / shape.group();
             Scratch<T> scratch(dim, dim, TILE);
-            LocalKeys<T, S> cache(window, dim, false);
+            LocalKeys<T, S> cache(reach, dim, false);
             for (long i = pieces.first(piece); i < pieces.last(piece); ++i) {
                 const LocalTile& tile = pieces.tiles[i];
                 S* rows_out = out + head * row + tile.begin * dim;
@@ -91,7 +120,7 @@ void local_forward(const Shape& shape, long window, T scale, const S* query, con
                 std::fill_n(sums, tile.rows * dim, T(0));
                 std::fill_n(scratch.peak, TILE, T(UNSEEN));
                 std::fill_n(scratch.norm, TILE, T(0));
-                for_local_keys(tile, window, key + kv * row, value + kv * row, cache,
+                for_local_keys(tile, reach, key + kv * row, value + kv * row, cache,
                                [&](const Keys<T>& keys, const Band& band, long) {
                                    attend_tile<T>(scratch.query.data(), dim, tile.rows, keys, dim, band,
                                                   close_nothing<T>, sums, scratch);
@@ -101,6 +130,8 @@ void local_forward(const Shape& shape, long window, T scale, const S* query, con
                     lse[head * shape.slots + tile.begin + r] = scratch.peak[r] + std::log(scratch.norm[r]);
                 }
                 put_numbers(rows_out, sums, tile.rows * dim);
+                std::fill_n(rows_out + tile.rows * dim, tile.gap * dim, S{});
+                std::fill_n(lse + head * shape.slots + tile.begin + tile.rows, tile.gap, T(0));
             }
         }
 }
@@ -109,22 +140,20 @@ template <class T, class S>
 void local_backward(const Shape& shape, long window, T scale, const S* grad, const S* query, const S* key,
                     const S* value, const S* out, const T* lse, S* to_query, T* to_key, T* to_value) {
     const LocalPieces pieces(shape, window);
-    const long dim = shape.dim, row = shape.slots * dim, reach = (window + TILE - 2) / TILE * TILE;
-    // Gradients of the keys and values that lie before a piece: 2 * reach * dim numbers each.
-    std::vector<std::vector<T>> before(shape.kv_heads * pieces.count);
+    const Reach reach(shape, window);
+    const long dim = shape.dim, row = shape.slots * dim;
+    // Gradients of the keys, then of the values, that lie before a piece and behind it.
+    std::vector<std::vector<T>> outside(shape.kv_heads * pieces.count);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(shape.threads)
     for (long kv = 0; kv < shape.kv_heads; ++kv)
         for (long piece = 0; piece < pieces.count; ++piece) {
             Scratch<T> scratch(dim, dim, TILE);
-            LocalKeys<T, S> cache(window, dim, true);
-            const LocalTile& first = pieces.tiles[pieces.first(piece)];
-            const LocalTile& last = pieces.tiles[pieces.last(piece) - 1];
-            const long start = first.begin, past = std::min(reach, start - first.document);
-            std::vector<T>& earlier = before[kv * pieces.count + piece];
-            earlier.assign(2 * past * dim, T(0));
-            const long own = (last.begin + last.rows - start) * dim;
-            std::fill_n(to_key + kv * row + start * dim, own, T(0));
-            std::fill_n(to_value + kv * row + start * dim, own, T(0));
+            LocalKeys<T, S> cache(reach, dim, true);
+            const LocalSpan own(pieces, piece, reach);
+            std::vector<T>& others = outside[kv * pieces.count + piece];
+            others.assign(2 * (own.past + own.future) * dim, T(0));
+            std::fill_n(to_key + (kv * shape.slots + own.start) * dim, (own.stop - own.start) * dim, T(0));
+            std::fill_n(to_value + (kv * shape.slots + own.start) * dim, (own.stop - own.start) * dim, T(0));
             for (long i = pieces.first(piece); i < pieces.last(piece); ++i)
                 for (long head = kv * shape.group(); head < (kv + 1) * shape.group(); ++head) {
                     const LocalTile& tile = pieces.tiles[i];
@@ -134,13 +163,13 @@ void local_backward(const Shape& shape, long window, T scale, const S* grad, con
                     const T* rows_grad = widened<T>(grad + place, tile.rows * dim, scratch.grad.data());
                     T* sums = scratch.to_query.data();
                     std::fill_n(sums, tile.rows * dim, T(0));
-                    for_local_keys(tile, window, key + kv * row, value + kv * row, cache,
+                    for_local_keys(tile, reach, key + kv * row, value + kv * row, cache,
                                    [&](const Keys<T>& keys, const Band& band, long begin) {
-                                       T* key_sums = begin >= start
-                                                         ? to_key + kv * row + begin * dim
-                                                         : earlier.data() + (begin - start + past) * dim;
-                                       T* value_sums = begin >= start ? to_value + kv * row + begin * dim
-                                                                      : key_sums + past * dim;
+                                       const bool inside = begin >= own.start && begin < own.stop;
+                                       T* key_sums = inside ? to_key + kv * row + begin * dim
+                                                            : others.data() + own.place(begin) * dim;
+                                       T* value_sums = inside ? to_value + kv * row + begin * dim
+                                                              : key_sums + (own.past + own.future) * dim;
                                        attend_tile_backward<T>(
                                            scratch.query.data(), dim, rows_grad, tile.rows, keys, dim, band,
                                            close_nothing<T>, lse + head * shape.slots + tile.begin,
@@ -148,15 +177,18 @@ void local_backward(const Shape& shape, long window, T scale, const S* grad, con
                                    });
                     scale_row<T>(sums, sums, scale, tile.rows * dim);
                     put_numbers(to_query + place, sums, tile.rows * dim);
+                    std::fill_n(to_query + place + tile.rows * dim, tile.gap * dim, S{});
                 }
         }
 #pragma omp parallel for num_threads(shape.threads)
     for (long kv = 0; kv < shape.kv_heads; ++kv)
         for (long piece = 0; piece < pieces.count; ++piece) {
-            const std::vector<T>& earlier = before[kv * pieces.count + piece];
-            const long size = earlier.size() / 2,
-                       place = kv * row + pieces.tiles[pieces.first(piece)].begin * dim - size;
-            add_row<T>(to_key + place, earlier.data(), T(1), size);
-            add_row<T>(to_value + place, earlier.data() + size, T(1), size);
+            const LocalSpan own(pieces, piece, reach);
+            const T* sums = outside[kv * pieces.count + piece].data();
+            for (T* to : {to_key + kv * row, to_value + kv * row}) {
+                add_row<T>(to + (own.start - own.past) * dim, sums, T(1), own.past * dim);
+                add_row<T>(to + own.stop * dim, sums + own.past * dim, T(1), own.future * dim);
+                sums += (own.past + own.future) * dim;
+            }
         }
 }

@@ -3,7 +3,7 @@
 In and out: contiguous tensors on the CPU; heads of any size d, which are padded with zeros to a multiple of
 LANES. Queries, keys, values, outputs and their gradients are stored as float32, float64 or bfloat16; what is
 summed up over many of them (log-sum-exps, summaries, gradients of keys and values) is in `compute_dtype`.
-H query heads, H_kv key heads, S slots, nb blocks, C = 1 + top_k.
+H query heads, H_kv key heads, S slots, nb blocks, C = 1 + top_k. `blocks` are what `block_tables` gives.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dualroute.attention.backends.cpp.build import load
 from dualroute.attention.core.far_summary import Summary
+from dualroute.attention.core.layout import Stream
 
 LANES = 16  # numbers of the widest vector
 ROUTERS = {"minmax": 0, "moment": 1, "mean": 2}
@@ -36,14 +37,28 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
+def block_tables(stream: Stream, causal: bool) -> Tensor:
+    """(1, nb) int32: the first block of the document of each block. Not causal (3, nb): also the last + 1
+    block of the document, and how many tokens the block has."""
+    return stream.cached(("block tables", causal), lambda: _block_tables(stream, causal))
+
+
+def _block_tables(stream: Stream, causal: bool) -> Tensor:
+    first = stream.first_blocks()
+    if causal:
+        return first[None]
+    ends = first + stream.blocks_in_document().to(torch.int32)
+    return torch.stack([first, ends, stream.tokens_in_block().to(torch.int32)])
+
+
 def select(
-    query: Tensor, features: Tensor, first_block: Tensor, *, top_k: int, router: str, scale: float
+    query: Tensor, features: Tensor, blocks: Tensor, *, top_k: int, router: str, scale: float
 ) -> Tensor:
     """(H_kv, S, C) int32 for queries (H, S, d) and features (H_kv, tiles, f, parts, columns)."""
     kv_heads, _, _, parts, columns = features.shape
     selected = torch.full((kv_heads, query.shape[1], 1 + top_k), -1, dtype=torch.int32)
     _call(
-        "select", query, kv_heads, first_block,
+        "select", query, kv_heads, blocks,
         ROUTERS[router], scale, query, features, parts, columns, top_k, selected,
     )  # fmt: skip
     return selected
@@ -55,35 +70,36 @@ def routed_forward(
     value: Tensor,
     far: Summary | None,
     selected: Tensor,
-    first_block: Tensor,
+    blocks: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S).
 
     Raises:
-        ValueError: `selected` names a block that is no past one of the token's document.
+        ValueError: `selected` names a block that is no other one of the token's document, causal no past one.
     """
     out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
     done = _call(
-        "routed_forward", query, len(key), first_block,
+        "routed_forward", query, len(key), blocks,
         scale, query, key, value, *_far(far), selected, selected.shape[-1], out, lse,
     )  # fmt: skip
     if not done:
         raise ValueError(
-            "selected has a block that is no past one of its document: give what select_blocks gives"
+            f"selected has a block that is no {'past' if len(blocks) == 1 else 'other'} one of its document: "
+            f"give what select_blocks gives"
         )
     return out, lse
 
 
 def routed_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, far: Summary | None, selected: Tensor,
-    out: Tensor, lse: Tensor, first_block: Tensor, scale: float,
+    out: Tensor, lse: Tensor, blocks: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Summary | None]:  # fmt: skip
     """Gradients of query, key, value and the summary."""
     to_rows = torch.empty_like(query), _empty(key, key.shape), _empty(value, value.shape)
     to_far = None if far is None else Summary(*map(torch.empty_like, far))
     _call(
-        "routed_backward", query, len(key), first_block,
+        "routed_backward", query, len(key), blocks,
         scale, query, key, value, *_far(far), selected, selected.shape[-1], grad, out, lse,
         *to_rows, *(to_far or (None, None)),
     )  # fmt: skip
@@ -91,22 +107,22 @@ def routed_backward(
 
 
 def local_forward(
-    query: Tensor, key: Tensor, value: Tensor, first_block: Tensor, window: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (H, S, d) and log-sum-exp (H, S)."""
     out, lse = torch.empty_like(query), _empty(query, query.shape[:2])
-    _call("local_forward", query, len(key), first_block, _Long(window), scale, query, key, value, out, lse)
+    _call("local_forward", query, len(key), blocks, _Long(window), scale, query, key, value, out, lse)
     return out, lse
 
 
 def local_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    first_block: Tensor, window: int, scale: float,
+    blocks: Tensor, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value."""
     grads = torch.empty_like(query), _empty(key, key.shape), _empty(value, value.shape)
     _call(
-        "local_backward", query, len(key), first_block,
+        "local_backward", query, len(key), blocks,
         _Long(window), scale, grad, query, key, value, out, lse, *grads,
     )  # fmt: skip
     return grads
@@ -123,12 +139,12 @@ def _far(far: Summary | None) -> tuple[Any, ...]:
     return (None, None, _Long(0)) if far is None else (*far, _Long(far.keys.shape[-1]))
 
 
-def _call(name: str, query: Tensor, kv_heads: int, first_block: Tensor, *arguments: Any) -> Any:
+def _call(name: str, query: Tensor, kv_heads: int, blocks: Tensor, *arguments: Any) -> Any:
     heads, slots, dim = query.shape
-    sizes = (heads, kv_heads, slots, slots // len(first_block), dim, torch.get_num_threads())
+    sizes = (heads, kv_heads, slots, slots // blocks.shape[1], dim, torch.get_num_threads(), len(blocks))
     function = getattr(load(), f"{name}_{str(query.dtype).removeprefix('torch.')}")
     function.restype = ctypes.c_bool if name == "routed_forward" else None
-    return function((_Long * len(sizes))(*sizes), _argument(first_block), *map(_argument, arguments))
+    return function((_Long * len(sizes))(*sizes), _argument(blocks), *map(_argument, arguments))
 
 
 def _argument(value: Any) -> Any:

@@ -5,8 +5,9 @@
 // cut into pieces of neighbouring slots of one key head, which own their queries; as in local.h, a piece
 // collects what it adds to keys before its own in a buffer, and the buffers are added up in order.
 //
-// A block's turn comes once. First the later tokens that chose it read it, then its own
-// tokens read it, the sink and the summaries, and are done: they have already met all blocks before it.
+// A block's turn comes once. First the tokens that chose it read it, then its own tokens read it, the sink
+// and the summaries. Causal, they are done: they have already met all blocks before it. Where tokens see both
+// sides, all are done after the last block.
 #pragma once
 
 #include "tiles.h"
@@ -58,7 +59,7 @@ void for_pieces(const Shape& shape, Work work) {
         }
 }
 
-// Whether all chosen blocks are -1 or past blocks of the token's document.
+// Whether all chosen blocks are -1 or others of the token's document, causal past ones.
 inline bool readable(const Shape& shape, const int32_t* selected, int columns) {
     bool all = true;
 #pragma omp parallel for reduction(&& : all) num_threads(shape.threads)
@@ -67,7 +68,7 @@ inline bool readable(const Shape& shape, const int32_t* selected, int columns) {
         const int32_t first = shape.first_block[own];
         for (int c = 1; c < columns; ++c) {
             const int32_t block = selected[row * columns + c];
-            all = all && (block < 0 || (block >= first && block < own));
+            all = all && (block < 0 || (block >= first && block < shape.end(own) && block != own));
         }
     }
     return all;
@@ -100,8 +101,8 @@ struct Routed {
     const S *query, *key, *value;  // of the first head of the group
     const int32_t* selected;
     const int columns;
-    const long first, last, start;  // blocks of the piece; first block of the document where it begins
-    const long begin, slots;        // the same in slots: the first one, and how many
+    const long first, last, start, stop;  // blocks of the piece, and of all that its tokens may read
+    const long begin, slots;              // the same in slots: the first one, and how many
     const bool backward;
     const Readers readers;
     TurnedKeys<T, S> block_turned, sink_turned;
@@ -121,10 +122,11 @@ struct Routed {
           first(first),
           last(last),
           start(shape.first_block[first]),
+          stop(std::max(last, shape.end(last - 1))),
           begin(first * shape.block),
           slots((last - first) * shape.block),
           backward(backward),
-          readers(selected, columns, first * shape.block, last * shape.block, start, last),
+          readers(selected, columns, first * shape.block, last * shape.block, start, stop),
           block_turned(shape.dim, shape.block, backward),
           sink_turned(shape.dim, shape.block, backward),
           far_turned(far_tiles() * far.width * TILE),
@@ -133,7 +135,7 @@ struct Routed {
 
     const Keys<T>& turn(long block, TurnedKeys<T, S>& turned) const {
         const long place = block * shape.block * shape.dim;
-        return turned.turn(key + place, value + place, shape.block);
+        return turned.turn(key + place, value + place, shape.tokens(block));
     }
     const Keys<T>& sink_keys(long block) {
         if (sink == block) return sink_turned.view;
@@ -144,13 +146,13 @@ struct Routed {
     // Last + 1 block of a document, as far as this piece looks.
     long end_of(long document) const {
         long end = document;
-        while (end < last && shape.first_block[end] == document) ++end;
+        while (end < stop && shape.first_block[end] == document) ++end;
         return end;
     }
     // Tiles of summaries of the longest document.
     long far_tiles() const {
         long most = 0;
-        for (long document = start; far.width && document < last;) {
+        for (long document = start; far.width && document < stop;) {
             const long end = end_of(document);
             most = std::max(most, (end - document + TILE - 1) / TILE);
             document = end;
@@ -176,26 +178,32 @@ struct Routed {
     // Calls step(summaries, their first block) for the tiles of summaries that block `own` may read.
     template <class Step>
     void for_far(long own, Step step) {
-        const long document = shape.first_block[own];
-        if (!far.width || own <= document + 1) return;
+        const long document = shape.first_block[own], end = shape.end(own);
+        if (!far.width || end <= document + 1) return;
         turn_summaries(document);
-        for (long tile = 0; document + tile * TILE < own; ++tile) {
+        for (long tile = 0; document + tile * TILE < end; ++tile) {
             const long block = document + tile * TILE;
             step(Keys<T>{far.keys + block * far.width, far_turned.data() + tile * far.width * TILE,
                          far.values + block * shape.dim, far_values.data() + tile * shape.dim * TILE, TILE,
-                         int(std::min<long>(TILE, own - block))},
+                         int(std::min<long>(TILE, end - block))},
                  block);
         }
     }
 
     // Adds log n to a tile of logits of summaries, and closes those that the tokens from `slot` on do not
-    // read: the sink and chosen blocks.
+    // read: the sink, chosen blocks and their own.
     auto close_far(long slot, long document, long tile_begin) const {
         return [this, slot, document, tile_begin](T* logits, int, int rows, int from, int to) {
             const T log_tokens = std::log(T(shape.block));
+            const long own = slot / shape.block - tile_begin, last = shape.end(slot / shape.block) - 1;
             for (int r = 0; r < rows; ++r) {
                 T* line = logits + r * TILE;
                 for (int j = from; j < to; j += LANES<T>) store<T>(line + j, load<T>(line + j) + log_tokens);
+                if (!shape.causal()) {  // the last block alone may be a part of one
+                    if (last - tile_begin < to)
+                        line[last - tile_begin] += std::log(T(shape.tokens(last))) - log_tokens;
+                    if (own >= from && own < to) line[own] = NEG_INF<T>;
+                }
                 close_outside<T>(line, from, to, int(std::max(0L, document + 1 - tile_begin)), to);
                 const int32_t* chosen = selected + (slot + r) * columns;
                 for (int c = 1; c < columns; ++c) {
@@ -229,20 +237,34 @@ struct Routed {
     }
 
     // For all blocks: calls read(keys, block, member of the group, tokens, rows) for the tiles of its
-    // readers, and then, if the block is the piece's own, finish(keys, block, member, offset inside it, rows)
-    // for the tiles of its tokens.
-    template <class Read, class Finish>
-    void for_blocks(Read read, Finish finish) {
-        for (long block = start; block < last; ++block) {
-            const Keys<T> keys = turn(block, block_turned);
+    // readers, and then, if the block is the piece's own, own(keys, block, member, offset inside it, rows)
+    // for the tiles of its tokens; finish(block, member, offset, rows) when they have read all.
+    template <class Read, class Own, class Finish>
+    void for_blocks(Read read, Own own, Finish finish) {
+        for (long block = start; block < stop; ++block) {
+            const bool inside = block >= first && block < last;
             const int begin = readers.start[block - start], end = readers.start[block - start + 1];
+            if (begin == end && !inside) continue;
+            const Keys<T> keys = turn(block, block_turned);
             for (int at = begin; at < end; at += TILE)
                 for (long member = 0; member < shape.group(); ++member)
                     read(keys, block, member, readers.tokens.data() + at, std::min(TILE, end - at));
-            if (block < first) continue;
-            for (long member = 0; member < shape.group(); ++member)
-                for (long offset = 0; offset < shape.block; offset += TILE)
-                    finish(keys, block, member, offset, int(std::min<long>(TILE, shape.block - offset)));
+            if (!inside) continue;
+            for_rows([&](long member, long offset, int rows) {
+                own(keys, block, member, offset, rows);
+                if (shape.causal()) finish(block, member, offset, rows);
+            });
         }
+        for (long block = first; block < last && !shape.causal(); ++block)
+            for_rows([&](long member, long offset, int rows) { finish(block, member, offset, rows); });
     }
+    // The tiles of a block's tokens.
+    template <class Step>
+    void for_rows(Step step) const {
+        for (long member = 0; member < shape.group(); ++member)
+            for (long offset = 0; offset < shape.block; offset += TILE)
+                step(member, offset, int(std::min<long>(TILE, shape.block - offset)));
+    }
+    // What a block's own tokens see of it.
+    Band own_band(long offset) const { return shape.causal() ? Band{true, offset, shape.block} : Band{}; }
 };

@@ -1,6 +1,8 @@
 // Routed attention, backward: gradients of queries, keys, values and of the summaries.
 #pragma once
 
+#include <utility>
+
 #include "routed.h"
 
 // Where gradients go; all (heads, ...) like what they are the gradients of. Those to which several pieces add
@@ -11,8 +13,8 @@ struct RoutedGradients {
     T *key, *value, *far_keys, *far_values;
 };
 
-// Gradients that a piece cannot write to their place: of keys before it, and of summaries, which others read
-// too.
+// Gradients that a piece cannot write to their place: of keys outside of it, and of summaries, which others
+// read too.
 template <class T>
 struct Sums {
     std::vector<T> keys, values;
@@ -32,10 +34,10 @@ struct RoutedBackward : Routed<T, S> {
     T *to_key, *to_value;
     std::vector<T> deltas;
     Buffer<T> query_sums;
-    Sums<T>&before, &summaries;
+    Sums<T>&outside, &summaries;
 
     RoutedBackward(const RoutedProblem<T, S>& problem, long kv, long first, long last, const S* grad,
-                   const S* out, const T* lse, const RoutedGradients<T, S>& to, Sums<T>& before,
+                   const S* out, const T* lse, const RoutedGradients<T, S>& to, Sums<T>& outside,
                    Sums<T>& summaries)
         : Base(problem, kv, first, last, true),
           grad(grad + kv * shape.group() * shape.slots * shape.dim),
@@ -45,11 +47,11 @@ struct RoutedBackward : Routed<T, S> {
           to_value(to.value + kv * shape.slots * shape.dim),
           deltas(shape.group() * slots),
           query_sums(std::is_same_v<T, S> ? 0 : deltas.size() * shape.dim),
-          before(before),
+          outside(outside),
           summaries(summaries) {
-        const long dim = shape.dim, past = (first - this->start) * shape.block * dim,
-                   blocks = last - this->start;
-        before.clear(past, past);
+        const long dim = shape.dim, blocks = this->stop - this->start,
+                   others = (blocks - (last - first)) * shape.block * dim;
+        outside.clear(others, others);
         summaries.clear(blocks * far.width, far.width ? blocks * dim : 0);
         std::fill_n(to_key + begin * dim, slots * dim, T(0));
         std::fill_n(to_value + begin * dim, slots * dim, T(0));
@@ -67,15 +69,18 @@ struct RoutedBackward : Routed<T, S> {
                         query_sums.data() + (member * slots + token - begin) * shape.dim);
     }
 
-    T* key_sums(long block) { return sums(to_key, before.keys, block); }
-    T* value_sums(long block) { return sums(to_value, before.values, block); }
-    T* sums(T* all, std::vector<T>& earlier, long block) const {
+    T* key_sums(long block) { return sums(to_key, outside.keys, block); }
+    T* value_sums(long block) { return sums(to_value, outside.values, block); }
+    T* sums(T* all, std::vector<T>& others, long block) const {
         const long size = shape.block * shape.dim;
-        return block >= this->first ? all + block * size : earlier.data() + (block - this->start) * size;
+        if (block >= this->first && block < this->last) return all + block * size;
+        return others.data() +
+               (block - this->start - (block < this->first ? 0 : this->last - this->first)) * size;
     }
 
     void run() {
-        this->for_blocks([this](auto... part) { read(part...); }, [this](auto... part) { finish(part...); });
+        this->for_blocks([this](auto... part) { read(part...); }, [this](auto... part) { own(part...); },
+                         [this](auto... part) { finish(part...); });
     }
 
     // Tokens that chose the block.
@@ -97,7 +102,7 @@ struct RoutedBackward : Routed<T, S> {
     }
 
     // The block's own tokens: their block, the sink, the summaries.
-    void finish(const Keys<T>& keys, long block, long member, long offset, int rows) {
+    void own(const Keys<T>& keys, long block, long member, long offset, int rows) {
         const long dim = shape.dim, slot = block * shape.block + offset, row = member * shape.slots + slot,
                    document = shape.first_block[block];
         const T* delta = deltas.data() + member * slots + slot - begin;
@@ -109,11 +114,17 @@ struct RoutedBackward : Routed<T, S> {
         };
         scale_row<T>(query, this->query + row * dim, scale, rows * dim);
         std::fill_n(collected, rows * dim, T(0));
-        attend(keys, Band{true, offset, shape.block}, block);
+        attend(keys, this->own_band(offset), block);
         if (block > document) attend(this->sink_keys(document), Band{}, document);
         add_row<T>(sums, collected, scale, rows * dim);
         if (far.width) read_far(block, member, offset, rows, row_grad, sums);
-        put_numbers(to_query + row * dim, sums, rows * dim);
+    }
+
+    // They have read all.
+    void finish(long block, long member, long offset, int rows) {
+        const long slot = block * shape.block + offset;
+        put_numbers(to_query + (member * shape.slots + slot) * shape.dim, sums_of(member, slot),
+                    rows * shape.dim);
     }
 
     // The summaries; the scaled queries are in the scratch.
@@ -142,10 +153,10 @@ void routed_backward(const RoutedProblem<T, S>& problem, const S* grad, const S*
     const Shape& shape = problem.shape;
     const long dim = shape.dim, blocks = shape.blocks(), width = problem.far.width;
     const Pieces pieces(shape);
-    std::vector<Sums<T>> before(shape.kv_heads * pieces.count), summaries(shape.kv_heads * pieces.count);
+    std::vector<Sums<T>> outside(shape.kv_heads * pieces.count), summaries(shape.kv_heads * pieces.count);
     for_pieces(shape, [&](long piece, long kv, long first, long last) {
         const long place = kv * pieces.count + piece;
-        RoutedBackward<T, S>(problem, kv, first, last, grad, out, lse, to, before[place], summaries[place])
+        RoutedBackward<T, S>(problem, kv, first, last, grad, out, lse, to, outside[place], summaries[place])
             .run();
     });
     if (width) {
@@ -155,15 +166,23 @@ void routed_backward(const RoutedProblem<T, S>& problem, const S* grad, const S*
 #pragma omp parallel for num_threads(shape.threads)
     for (long kv = 0; kv < shape.kv_heads; ++kv)
         for (long piece = 0; piece < pieces.count; ++piece) {
-            const long start = kv * blocks + shape.first_block[piece * pieces.blocks];
-            const auto add = [start](T* to, const std::vector<T>& sums, long size) {
-                if (!sums.empty()) add_row<T>(to + start * size, sums.data(), T(1), sums.size());
-            };
-            const Sums<T>&earlier = before[kv * pieces.count + piece],
+            const long first = piece * pieces.blocks, last = std::min(blocks, first + pieces.blocks);
+            const long start = shape.first_block[first], size = shape.block * dim;
+            const Sums<T>&others = outside[kv * pieces.count + piece],
                   &far = summaries[kv * pieces.count + piece];
-            add(to.key, earlier.keys, shape.block * dim);
-            add(to.value, earlier.values, shape.block * dim);
-            add(to.far_keys, far.keys, width);
-            add(to.far_values, far.values, dim);
+            // `count` numbers of `sums`, from place `from` of them, to those of the head from block `block`
+            // on
+            const auto add = [&](T* to, long block, long size, const std::vector<T>& sums, long from,
+                                 long count) {
+                if (count > 0) add_row<T>(to + (kv * blocks + block) * size, sums.data() + from, T(1), count);
+            };
+            const long past = (first - start) * size;
+            for (const auto& [gradient, sums] :
+                 {std::pair{to.key, &others.keys}, std::pair{to.value, &others.values}}) {
+                add(gradient, start, size, *sums, 0, past);
+                add(gradient, last, size, *sums, past, long(sums->size()) - past);
+            }
+            add(to.far_keys, start, width, far.keys, 0, far.keys.size());
+            add(to.far_values, start, dim, far.values, 0, far.values.size());
         }
 }

@@ -31,7 +31,8 @@ struct RoutedForward : Routed<T, S> {
     }
 
     void run() {
-        this->for_blocks([this](auto... part) { read(part...); }, [this](auto... part) { finish(part...); });
+        this->for_blocks([this](auto... part) { read(part...); }, [this](auto... part) { own(part...); },
+                         [this](auto... part) { finish(part...); });
     }
 
     // Tokens that chose the block read it.
@@ -56,8 +57,8 @@ struct RoutedForward : Routed<T, S> {
         }
     }
 
-    // The block's own tokens read it, the sink and the summaries, and divide by the sum of their weights.
-    void finish(const Keys<T>& keys, long block, long member, long offset, int rows) {
+    // The block's own tokens read it, the sink and the summaries.
+    void own(const Keys<T>& keys, long block, long member, long offset, int rows) {
         const long dim = shape.dim, slot = block * shape.block + offset, document = shape.first_block[block],
                    row = member * shape.slots + slot;
         T *sums = sums_of(member, slot), *peak = peaks + row,
@@ -67,8 +68,7 @@ struct RoutedForward : Routed<T, S> {
         std::copy_n(norm, rows, scratch.norm);
         const T* query = scratch.query.data();
         scale_row<T>(scratch.query.data(), this->query + row * dim, scale, rows * dim);
-        attend_tile<T>(query, dim, rows, keys, dim, Band{true, offset, shape.block}, close_nothing<T>, sums,
-                       scratch);
+        attend_tile<T>(query, dim, rows, keys, dim, this->own_band(offset), close_nothing<T>, sums, scratch);
         if (block > document)
             attend_tile<T>(query, dim, rows, this->sink_keys(document), dim, Band{}, close_nothing<T>, sums,
                            scratch);
@@ -77,9 +77,17 @@ struct RoutedForward : Routed<T, S> {
             attend_tile<T>(scratch.to_query.data(), far.width, rows, tile, dim, Band{},
                            this->close_far(slot, document, tile_begin), sums, scratch);
         });
+        std::copy_n(scratch.peak, rows, peak);
+        std::copy_n(scratch.norm, rows, norm);
+    }
+
+    // They have read all, and divide by the sum of their weights.
+    void finish(long block, long member, long offset, int rows) {
+        const long dim = shape.dim, slot = block * shape.block + offset, row = member * shape.slots + slot;
+        T *sums = sums_of(member, slot), *norm = norms.data() + member * slots + slot - begin;
         for (int i = 0; i < rows; ++i) {
-            scale_row<T>(sums + i * dim, sums + i * dim, 1 / scratch.norm[i], dim);
-            peak[i] = scratch.peak[i] + std::log(scratch.norm[i]);
+            scale_row<T>(sums + i * dim, sums + i * dim, 1 / norm[i], dim);
+            peaks[row + i] += std::log(norm[i]);
         }
         put_numbers(out + row * dim, sums, rows * dim);
     }

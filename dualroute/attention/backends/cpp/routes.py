@@ -1,7 +1,7 @@
 """The routes on a CPU: differentiable functions around the C++ operators.
 
 In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: like the functions of the same names in
-`router`, `routed` and `local_route`, whose docstrings hold the formulas. Causal only.
+`router`, `routed` and `local_route`, whose docstrings hold the formulas.
 
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row, the summaries of the blocks and
 the selected ones. Half precision is computed in float32, tile by tile.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.backends.cpp import operators
-from dualroute.attention.backends.cpp.operators import compute_dtype, pad_heads
+from dualroute.attention.backends.cpp.operators import block_tables, compute_dtype, pad_heads
 from dualroute.attention.core.arguments import check_parts, check_rows, check_whole
 from dualroute.attention.core.far_summary import Summary, summarise, summarise_backward
 from dualroute.attention.core.layout import Stream
@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def select_blocks(
-    query: Tensor, key: Tensor, stream: Stream, *, top_k: int, router: str = "minmax", sub_block: int = 16
+    query: Tensor,
+    key: Tensor,
+    stream: Stream,
+    *,
+    top_k: int,
+    router: str = "minmax",
+    sub_block: int = 16,
+    causal: bool = True,
 ) -> Tensor:
     """(H_kv, S, 1 + top_k) int32 blocks of the stream: the sink, then the chosen ones; -1 = none.
 
@@ -45,18 +52,18 @@ def select_blocks(
     check_whole(1, sub_block=sub_block)
     check_parts(router, stream.block, sub_block)
     scale = 1 / math.sqrt(query.shape[-1])
-    # A part of a block that is not full may have wild bounds, but only complete blocks are candidates.
+    # Causal, a part of a block that is not full may have wild bounds: only complete blocks are candidates.
+    valid = None if causal or stream.slot_valid is None else stream.slot_valid.view(-1, stream.block)
     rows = pad_heads(key)
     if router != "minmax":  # sums, other than bounds, are not exact in half precision
         rows = _computed(rows)
-    features = _computed(block_features(rows.unflatten(1, (-1, stream.block)), router, sub_block))
+    features = _computed(block_features(rows.unflatten(1, (-1, stream.block)), router, sub_block, valid))
     kv_heads, blocks, parts, width = features.shape
     columns = 16 * max(1, 4 // parts)  # blocks that are scored at once
     padded = F.pad(features, (0, 0, 0, 0, 0, -blocks % columns))
     tiles = padded.view(kv_heads, -1, columns, parts, width).permute(0, 1, 4, 3, 2).contiguous()
-    selected = operators.select(
-        pad_heads(query), tiles, stream.first_blocks(), top_k=top_k, router=router, scale=scale
-    )
+    tables = block_tables(stream, causal)
+    selected = operators.select(pad_heads(query), tiles, tables, top_k=top_k, router=router, scale=scale)
     if stream.slot_valid is not None:
         selected.masked_fill_(~stream.slot_valid[:, None], -1)
     return selected
@@ -70,6 +77,7 @@ def routed_attention(
     routing: Routing,
     *,
     selected: Tensor,
+    causal: bool = True,
 ) -> Tensor:
     """Routed attention, (H, S, d), of a stream; see the function of the same name in `routed`.
 
@@ -84,25 +92,23 @@ def routed_attention(
             f"({len(key)}, {key.shape[1]}, 1 + top_k), as select_blocks does"
         )
     rows = (part.contiguous() for part in (query, key, value))
-    return _Routed.apply(*rows, selected.to(torch.int32).contiguous(), stream, routing.far_summary)
+    chosen = selected.to(torch.int32).contiguous()
+    return _Routed.apply(*rows, chosen, stream, routing.far_summary, causal)
 
 
 def local_attention(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, window: int, causal: bool = True
 ) -> Tensor:
-    """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own.
+    """Sliding-window attention, (H, S, d), of a stream; `window` keys including the token's own, not causal
+    so many to each side.
 
     Raises:
-        TypeError, ValueError: not causal, or an argument is of the wrong kind or does not fit the others.
+        TypeError, ValueError: an argument is of the wrong kind or does not fit the others.
     """
-    if not causal:
-        raise ValueError(
-            "causal=False has no kernel: use dualroute.attention.backends.torch.local.local_attention"
-        )
     _check(stream, query, key, value)
     check_whole(1, window=window)
     rows = (part.contiguous() for part in (query, key, value))
-    return _Local.apply(*rows, stream.first_blocks(), min(window, stream.num_slots))
+    return _Local.apply(*rows, block_tables(stream, causal), min(window, stream.num_slots))
 
 
 def _check(stream: Stream, query: Tensor, *others: Tensor) -> None:
@@ -135,14 +141,18 @@ class _Routed(torch.autograd.Function):
         selected: Tensor,
         stream: Stream,
         far_summary: str,
+        causal: bool,
     ) -> Tensor:
         dim = query.shape[-1]
         q, k, v = _padded(query, key, value)
-        far = summarise(_computed(k), _computed(v), stream, far_summary) if far_summary != "none" else None
+        far = None
+        if far_summary != "none":
+            far = summarise(_computed(k), _computed(v), stream, far_summary, causal)
         far = None if far is None else Summary(*(part.contiguous() for part in far))
-        out, lse = operators.routed_forward(q, k, v, far, selected, stream.first_blocks(), 1 / math.sqrt(dim))
+        tables = block_tables(stream, causal)
+        out, lse = operators.routed_forward(q, k, v, far, selected, tables, 1 / math.sqrt(dim))
         out = out[..., :dim].to(query.dtype)
-        ctx.stream = stream
+        ctx.stream, ctx.causal = stream, causal
         ctx.save_for_backward(query, key, value, selected, out, lse, *(far or ()))
         return out
 
@@ -152,35 +162,33 @@ class _Routed(torch.autograd.Function):
         query, key, value, selected, out, lse, *summary = ctx.saved_tensors
         far = Summary(*summary) if summary else None
         grad, q, k, v, o = _padded(grads[0], query, key, value, out)
-        first_blocks, scale = ctx.stream.first_blocks(), 1 / math.sqrt(query.shape[-1])
+        tables, scale = block_tables(ctx.stream, ctx.causal), 1 / math.sqrt(query.shape[-1])
         to_query, to_key, to_value, to_far = operators.routed_backward(
-            grad, q, k, v, far, selected, o, lse, first_blocks, scale
+            grad, q, k, v, far, selected, o, lse, tables, scale
         )
         if far is not None and to_far is not None:
-            summarise_backward(to_far, far, _computed(k), ctx.stream, True, to_key, to_value)
-        return *_unpadded((to_query, to_key, to_value), query), None, None, None
+            summarise_backward(to_far, far, _computed(k), ctx.stream, ctx.causal, to_key, to_value)
+        return *_unpadded((to_query, to_key, to_value), query), None, None, None, None
 
 
 class _Local(torch.autograd.Function):
     """The softmax over the window."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, first_blocks: Tensor, window: int
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tables: Tensor, window: int) -> Tensor:
         dim = query.shape[-1]
         q, k, v = _padded(query, key, value)
-        out, lse = operators.local_forward(q, k, v, first_blocks, window, 1 / math.sqrt(dim))
+        out, lse = operators.local_forward(q, k, v, tables, window, 1 / math.sqrt(dim))
         out = out[..., :dim].to(query.dtype)
         ctx.window = window
-        ctx.save_for_backward(query, key, value, out, lse, first_blocks)
+        ctx.save_for_backward(query, key, value, out, lse, tables)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, first_blocks = ctx.saved_tensors
+        query, key, value, out, lse, tables = ctx.saved_tensors
         grad, q, k, v, o = _padded(grads[0], query, key, value, out)
         scale = 1 / math.sqrt(query.shape[-1])
-        to_rows = operators.local_backward(grad, q, k, v, o, lse, first_blocks, ctx.window, scale)
+        to_rows = operators.local_backward(grad, q, k, v, o, lse, tables, ctx.window, scale)
         return *_unpadded(to_rows, query), None, None

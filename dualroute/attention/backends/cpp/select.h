@@ -64,24 +64,25 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
             for (long kv = 0; kv < shape.kv_heads; ++kv) {
                 const long own = blocks - 1 - order,
                            first = shape.first_block[own];  // the longest work first
-                if (own == first) continue;
+                const long end = shape.end(own);
+                if (own == first && shape.causal()) continue;
                 for (long offset = 0; offset < shape.block; offset += TILE) {
                     const int rows = std::min<long>(TILE, shape.block - offset);
                     const long slot = own * shape.block + offset;
                     int32_t* chosen = selected + (kv * shape.slots + slot) * (1 + top_k);
-                    for (int r = 0; r < rows; ++r) chosen[r * (1 + top_k)] = first;
+                    for (int r = 0; r < rows && own > first; ++r) chosen[r * (1 + top_k)] = first;
                     if (top_k == 0) continue;
                     query_features<T>(shape, router, scale,
                                       query + (kv * shape.group() * shape.slots + slot) * dim, rows,
                                       rows_features.data(), width);
                     std::fill(best.begin(), best.end(), -INFINITY);
                     std::fill(worst.begin(), worst.end(), -INFINITY);
-                    for (long tile = (first + 1) / columns; tile * columns < own; ++tile) {
+                    for (long tile = (first + 1) / columns; tile * columns < end; ++tile) {
                         multiply<T>(scores.data(), row, {rows_features.data(), width, 1},
                                     features + (kv * tiles + tile) * width * row, row, rows, row, width,
                                     false);
                         const int from = std::max(0L, first + 1 - tile * columns);
-                        const int to = std::min<long>(columns, own - tile * columns);
+                        const int to = std::min<long>(columns, end - tile * columns);
                         for (int r = 0; r < rows; ++r) {
                             const T* line = scores.data() + r * row;
                             float top = -INFINITY;
@@ -89,7 +90,8 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                                 T score = line[j];
                                 for (int part = 1; part < parts; ++part)
                                     score = std::max(score, line[part * columns + j]);
-                                compared[j] = j < from || j >= to ? -INFINITY : float(score);
+                                const bool closed = j < from || j >= to || tile * columns + j == own;
+                                compared[j] = closed ? -INFINITY : float(score);
                                 top = std::max(top, compared[j]);
                             }
                             if (!(top > worst[r])) continue;

@@ -17,13 +17,15 @@ constexpr int GROUP = 16;  // rows that share a range of columns where a tile is
 // The peak of a row that has seen nothing: finite, so that differences are numbers.
 constexpr float UNSEEN = -1e30f;
 
-// Row r of a tile sees columns r + offset - window + 1 .. r + offset; not `masked`, all of them.
+// Row r of a tile sees columns r + offset - window + 1 .. r + offset + ahead; not `masked`, all of them.
 struct Band {
     bool masked = false;
-    long offset = 0, window = 0;
+    long offset = 0, window = 0, ahead = 0;
     int first(int row) const { return int(std::max(0L, row + offset - window + 1)); }
-    int last(int row, int columns) const { return int(std::min<long>(columns, row + offset + 1)); }
-    bool cuts(int rows, int columns) const { return offset < columns - 1 || rows - 1 + offset >= window; }
+    int last(int row, int columns) const { return int(std::min<long>(columns, row + offset + ahead + 1)); }
+    bool cuts(int rows, int columns) const {
+        return offset + ahead < columns - 1 || rows - 1 + offset >= window;
+    }
 };
 
 // Keys (or pseudo-keys) of a tile. `transposed` is (width, row), row >= count a multiple of the lanes; what
@@ -205,9 +207,16 @@ inline void close_nothing(T*, int, int, int, int) {}
 struct Shape {
     long heads, kv_heads, slots, block, dim;  // dim: width of a row, a multiple of the lanes
     int threads;
-    const int32_t* first_block;  // (slots / block,)
+    // Of each block: the first block of its document; and where tokens see both sides of themselves the last
+    // + 1 one, and how many of its slots hold tokens. Causal, what follows a block is nobody's concern, and
+    // slots without a token lie behind all others.
+    const int32_t *first_block, *end_block, *block_tokens;
 
+    bool causal() const { return !end_block; }
     long blocks() const { return slots / block; }
+    // Last + 1 block, of those that are not its own, that the tokens of block b may read.
+    long end(long b) const { return causal() ? b : end_block[b]; }
+    int tokens(long b) const { return int(causal() ? block : block_tokens[b]); }
     long group() const { return heads / kv_heads; }
     long document(long b) const { return first_block[b] * block; }  // first slot of the document of a block
 };

@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from dualroute.errors import UserError
 from dualroute.training.checkpointing.publishing.own_part import OwnPart
 from dualroute.training.checkpointing.state.reader import IN_PARTITIONS
+from dualroute.training.finetuning.freezing import with_frozen
 
 
 @contextmanager
@@ -100,11 +101,16 @@ class WeightsOfPartitions:
     def __call__(self, content: Any, path: Any) -> Any:
         """What DeepSpeed is to load of a file: the weights that it has stay, until they are restored.
 
+        What is frozen is in no state, and stays.
+
         Raises:
             UserError: The run's own DeepSpeed configuration loads no float32 weights.
         """
-        if not isinstance(content, dict) or not content.pop(IN_PARTITIONS, False):
+        if not isinstance(content, dict):
             return content
+        if not content.pop(IN_PARTITIONS, False):
+            module = content.get("module")
+            return content | {"module": with_frozen(self._engine.module, module)} if module else content
         if not self._engine.zero_load_from_fp32_weights():
             raise UserError(
                 f"{path} holds its weights in float32 only, and zero_optimization.load_from_fp32_weights is "

@@ -59,6 +59,7 @@ from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.reshard import remove_resharded
 from dualroute.training.checkpointing.state.writer import write_failures
 from dualroute.training.config import CheckpointConfig
+from dualroute.training.finetuning.adapters import adapter_files, merged_parameters
 from dualroute.training.parallel.agreement import decided_by_rank_zero, told_by_all
 from dualroute.training.step.spike_guard import TrainingDiverged
 
@@ -81,6 +82,7 @@ class CheckpointPublisher(Callback):
     Attributes:
         lineage: What the checkpoints of this training descend from
             (:mod:`~dualroute.training.checkpointing.starting_points`).
+        save_now: Save after the validation that is going on, whatever its step; taken back then.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class CheckpointPublisher(Callback):
         self.tokenizer = tokenizer
         self.val_every_steps = val_every_steps
         self.lineage: list[starting_points.StartingPoint] = []
+        self.save_now = False
         self._writer = BackgroundWriter()
         self._published: int | None = None
         self._val_loss: tuple[int, float] | None = None
@@ -138,7 +141,8 @@ class CheckpointPublisher(Callback):
             name, higher = best_by
             value = float(pl_module.validation_metrics[name])
             self._score = {"name": name, "value": value, "higher_is_better": higher}
-        if step % self.config.every_steps == 0 or step == trainer.max_steps:
+        if step % self.config.every_steps == 0 or step == trainer.max_steps or self.save_now:
+            self.save_now = False
             self.publish(trainer, pl_module)
 
     def publish(self, trainer: Trainer, pl_module: Any) -> None:
@@ -151,15 +155,16 @@ class CheckpointPublisher(Callback):
             self._writer.wait()  # one copy at a time
         aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
         layout, config = _weights_layout(pl_module.model), pl_module.model.config
+        beside = adapter_files(pl_module.model) if trainer.is_global_zero else {}
         with _explaining_failures(aside, trainer.global_rank):
             part = self._taken(trainer, pl_module.model, layout, aside)
             metadata = self._metadata(trainer, pl_module, step)
             if self.config.asynchronous:
-                self._writer.submit(partial(self._write_later, part, layout, config, metadata))
+                self._writer.submit(partial(self._write_later, part, layout, config, metadata, beside))
                 return
             # told to all, so that no rank waits for one that has failed
             notes = told_by_all(partial(_written, part))
-            decided_by_rank_zero(partial(self._complete, part, layout, config, metadata, notes))
+            decided_by_rank_zero(partial(self._complete, part, layout, config, metadata, beside, notes))
 
     def _taken(self, trainer: Trainer, model: nn.Module, layout: Layout, aside: Path) -> OwnPart:
         """This rank's part, at a step boundary; all ranks."""
@@ -168,12 +173,18 @@ class CheckpointPublisher(Callback):
         with captured(trainer, part):
             trainer.save_checkpoint(aside / checkpoint_format.STATE, weights_only=False)
         copies = part.copied_weights()
-        weights = ((name, copies[f"model.{name}"]) for name in layout) if copies else gather_weights(model)
-        part.take_weights(aside / checkpoint_format.WEIGHTS, layout, weights, copied=bool(copies))
+        copied = all(f"model.{name}" in copies for name in layout)  # not what is frozen or merged
+        weights = ((name, copies[f"model.{name}"]) for name in layout) if copied else gather_weights(model)
+        part.take_weights(aside / checkpoint_format.WEIGHTS, layout, weights, copied=copied)
         return part
 
     def _write_later(
-        self, part: OwnPart, layout: Layout, config: ModelConfig, metadata: dict[str, Any]
+        self,
+        part: OwnPart,
+        layout: Layout,
+        config: ModelConfig,
+        metadata: dict[str, Any],
+        beside: dict[str, bytes],
     ) -> None:
         """In a thread of every rank: write its part, and on rank 0 wait for the others' and publish."""
         try:
@@ -189,7 +200,7 @@ class CheckpointPublisher(Callback):
                 return
             notes = [note, *await_notes(part.folder, part.ranks, self._seconds_left)]
             remove_notes(part.folder)
-            self._complete(part, layout, config, metadata, notes)
+            self._complete(part, layout, config, metadata, beside, notes)
 
     def _seconds_left(self) -> float:
         """Where the training has ended, a rank that says nothing has ended too."""
@@ -222,10 +233,14 @@ class CheckpointPublisher(Callback):
         layout: Layout,
         config: ModelConfig,
         metadata: dict[str, Any],
+        beside: dict[str, bytes],
         notes: Sequence[Note],
     ) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
         folder, described = part.folder, entries(notes, checkpoint_format.WEIGHTS, layout)
+        for name, content in beside.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
         checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described, self.extra)
         _flush(folder, described)
         published = self.folder / checkpoint_format.step_folder(metadata["step"])
@@ -250,15 +265,16 @@ class CheckpointPublisher(Callback):
 def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Whole parameters by name, one at a time, whatever ZeRO stage partitioned them.
 
-    Collective under ZeRO-3: every rank goes through all of them.
+    With adapters, those of the model that they make.  Collective under ZeRO-3: every rank goes through all of
+    them.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter, value in merged_parameters(model):
         with _whole(parameter):
-            yield name, parameter.detach()
+            yield name, value()
 
 
 def _weights_layout(model: nn.Module) -> Layout:
-    return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters()}
+    return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p, _ in merged_parameters(model)}
 
 
 def _make_empty(folder: Path) -> None:

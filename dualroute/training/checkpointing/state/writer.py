@@ -127,7 +127,8 @@ def _weights(state: TrainingState, progress: Progress) -> dict[str, Tensor]:
     for name, tensor in state.tensors(WEIGHT):
         weights[name] = tensor
         progress(len(weights), len(state.shapes))
-    return weights | {name: weights[shared] for name, shared in state.aliases.items()}
+    shared = {name: weights[of] for name, of in state.aliases.items() if of in weights}  # not what is frozen
+    return weights | shared
 
 
 def _adam(state: TrainingState) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Compile every kernel that the package launches, for a GPU that need not be there, and launch none.
 
-    python -m tests.attention.backends.triton.compile_kernels 80 bfloat16 64 64 1 512 1
+    python -m tests.attention.backends.triton.compile_kernels "80 bfloat16 64 64 1 512 1" …
                                                capability  dtype  head_dim block group tokens decode
 
-prints a JSON object per launch: the kernel and what its machine code uses. Runs without TRITON_INTERPRET.
+prints a JSON object per launch: the sizes, the kernel and what its machine code uses. Runs without
+TRITON_INTERPRET. Each of several sizes gets a copy of the process, since a kernel remembers what it became.
 
 The ordinary functions are called, on tensors of the CPU. So what is compiled is exactly
 what they would launch, with their types, constants and sizes of tiles.
@@ -12,6 +13,7 @@ what they would launch, with their types, constants and sizes of tiles.
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -50,12 +52,22 @@ def describe(kernel: Kernel, hopper: bool) -> dict[str, object]:
     return known
 
 
-def main() -> None:
-    capability, dtype, *sizes = sys.argv[1:]
+def show(given: str) -> None:
+    capability, dtype, *sizes = given.split()
     with compiled(int(capability)) as found:
         launch_everything(getattr(torch, dtype), *(int(size) for size in sizes))
     for kernel in found:
-        print(json.dumps(describe(kernel, capability == "90")))
+        print(json.dumps({"sizes": given, **describe(kernel, capability == "90")}), flush=True)
+
+
+def main() -> None:
+    for given in sys.argv[1:]:
+        child = os.fork()
+        if not child:
+            show(given)
+            return
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"no kernels for {given}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Checkpoints written while training goes on: the same files, and no failure is lost."""
 
-import subprocess
 import threading
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 from dualroute.model.checkpoint.format import find_checkpoint, list_checkpoints, verify_checkpoint
 from dualroute.training.checkpointing.publishing.background_writer import BackgroundWriter, copy_to_host
 from dualroute.training.checkpointing.state.reader import open_state
-from tests.conftest import ROOT
 from tests.training.checkpointing.state.test_reshard import assert_equal_states
-from tests.training.step.test_module import command, curve, environment, train
+from tests.training.step.test_module import attempt, curve, train
 
 ASYNCHRONOUS = ("--checkpoint.asynchronous", "true", "--checkpoint.keep_last", "9")
 
@@ -91,11 +89,8 @@ def save(*args):
 own_part._save = save
 sys.exit(cli.main(sys.argv[1:]))
 """
-    arguments = command(tiny_dataset, tmp_path / "run", 40, *ASYNCHRONOUS)
-    arguments[1:3] = ["-c", script]
-    result = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
+    (tmp_path / "full.py").write_text(script)
+    result = attempt(tiny_dataset, tmp_path / "run", 40, *ASYNCHRONOUS, script=tmp_path / "full.py")
     assert result.returncode == 2, result.stderr[-2000:]
     assert "step-00000008 could not be written" in result.stderr
     assert "make room" in result.stderr

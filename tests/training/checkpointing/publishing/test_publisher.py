@@ -12,17 +12,10 @@ from dualroute.model.checkpoint.format import find_checkpoint, list_checkpoints
 from dualroute.training.checkpointing.resume import choose_start
 from dualroute.training.config import CheckpointConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
-from tests.conftest import ROOT, write_corpus
-from tests.training.step.test_module import command, curve, environment, train
+from tests.conftest import write_corpus
+from tests.training.step.test_module import attempt, curve, train
 
 pytestmark = pytest.mark.slow
-
-
-def attempt(dataset, output, steps, *more):
-    return subprocess.run(
-        command(dataset, output, steps, *more),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +117,8 @@ def training_step(self, batch, batch_idx):
 Pretrain.training_step = training_step
 sys.exit(cli.main(sys.argv[1:]))
 """
-    arguments = command(tiny_dataset, tmp_path / "run", 12)
-    arguments[1:3] = ["-c", script]
-    result = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
-    )
+    (tmp_path / "spoilt.py").write_text(script)
+    result = attempt(tiny_dataset, tmp_path / "run", 12, script=tmp_path / "spoilt.py")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "step 6 is skipped" in result.stderr
     lines = {m["step"]: m for m in read_metrics(tmp_path / "run" / "metrics.jsonl", "train")}

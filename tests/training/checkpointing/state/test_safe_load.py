@@ -1,8 +1,6 @@
 """No code in a checkpoint is run, whoever reads it: not by a resume, and not by DeepSpeed's own readers."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 from dualroute.errors import UserError
 from dualroute.training.checkpointing.state.file import StateFile
 from dualroute.training.checkpointing.state.safe_load import deepspeed_loads_safely, load_file
+from tests import warm
 from tests.conftest import ROOT
 from tests.training.checkpointing.hostile_resume import Payload
 from tests.training.step.test_module import environment
@@ -54,11 +53,8 @@ def test_every_load_of_deepspeed_is_a_safe_one(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_resume_runs_no_code_of_any_file_that_it_reads(tiny_dataset, tmp_path):
     pytest.importorskip("deepspeed")
-    program = [sys.executable, "-m", "tests.training.checkpointing.hostile_resume"]
-    result = subprocess.run(
-        [*program, str(tiny_dataset), str(tmp_path)],
-        cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    words, script = [tiny_dataset, tmp_path], "tests/training/checkpointing/hostile_resume.py"
+    result = warm.run(words, cwd=ROOT, env=environment(), script=script, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "whole states are resumed" in result.stdout
     assert not list(tmp_path.glob("run-by-*"))

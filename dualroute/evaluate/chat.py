@@ -1,0 +1,141 @@
+"""``dualroute chat``: a conversation with a model in the terminal.
+
+In: lines of a terminal, or of a pipe.  Out: answers, each piece as soon as it is there.  Ctrl-C ends an answer,
+Ctrl-D the chat; a line that begins with ``/`` is a command (:data:`COMMANDS`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+
+from dualroute.errors import UserError, printable
+from dualroute.evaluate.config import ChatConfig
+from dualroute.evaluate.conversation import Conversation
+from dualroute.evaluate.load import Loaded, load
+
+log = logging.getLogger(__name__)
+COMMANDS = {"/reset": "begin a new chat", "/help": "show these lines", "/quit": "leave (also Ctrl-D)"}
+#: Characters of one turn.
+MOST_CHARACTERS = 1 << 20
+_PROMPT = "> "
+
+
+def chat_command(config: ChatConfig) -> None:
+    """Talk with a checkpoint; see the module's docstring.
+
+    Raises:
+        UserError: The checkpoint cannot be used, or makes no text.
+    """
+    loaded = load(config.checkpoint, config.device, config.dtype)
+    refuse_silent(loaded)
+    conversation = Conversation(
+        loaded.model,
+        loaded.tokenizer,
+        config.sampling,
+        config.system,
+        int8_cache=config.cache_dtype == "int8",
+    )
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        print(f"{loaded.checkpoint.folder}; {'; '.join(f'{name}: {what}' for name, what in COMMANDS.items())}")
+    talk(conversation, lines_of(terminal), printable if sys.stdout.isatty() else str)
+
+
+def refuse_silent(loaded: Loaded) -> None:
+    """Refuse a model that writes no text.
+
+    Raises:
+        UserError: Saying what it is for.
+    """
+    config = loaded.model.config
+    if getattr(config, "task_head", None) is not None:
+        raise UserError(
+            f"{loaded.checkpoint.folder} was trained for a task that writes no text: use dualroute predict"
+        )
+    if not getattr(config, "causal", True):
+        raise UserError(
+            f"{loaded.checkpoint.folder} reads both sides of a token (model.causal false) and cannot write text: "
+            f"give a causal model"
+        )
+
+
+def lines_of(terminal: bool) -> Callable[[], str | None]:
+    """Gives what the user says next, null at the end."""
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() then edits and remembers lines
+
+    def ask() -> str | None:
+        while True:
+            try:
+                return input(_PROMPT)
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return None
+
+    def read() -> str | None:
+        try:
+            line = sys.stdin.readline(MOST_CHARACTERS + 2)
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text ({error.reason}): convert it first") from error
+        return line.rstrip("\r\n") if line else None
+
+    return ask if terminal else read
+
+
+def talk(conversation: Conversation, ask: Callable[[], str | None], shown: Callable[[str], str]) -> None:
+    """Ask and answer until there is nothing more.
+
+    Args:
+        conversation: With the model.
+        ask: Gives the next turn.
+        shown: What of a text may reach standard output.
+
+    Raises:
+        UserError: A turn is too long to be read at all.
+    """
+    while (said := ask()) is not None:
+        said = said.strip()
+        if len(said) > MOST_CHARACTERS:
+            raise UserError(f"a turn has more than {MOST_CHARACTERS:,} characters: shorten it")
+        if not said:
+            continue
+        if said in COMMANDS:
+            if said == "/quit":
+                return
+            if said == "/reset":
+                conversation.reset()
+            for name, what in COMMANDS.items() if said == "/help" else ():
+                print(f"{name}: {what}")
+            continue
+        answer(conversation, said, shown)
+
+
+def answer(conversation: Conversation, said: str, shown: Callable[[str], str]) -> None:
+    """Print the answer to one turn; Ctrl-C ends it."""
+    gone = conversation.left_out
+    pieces = conversation.answer(said)
+    try:
+        for piece in pieces:
+            print(shown(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        log.warning("%s", error)
+        return
+    finally:
+        pieces.close()
+    print(flush=True)
+    if conversation.left_out > gone:
+        count = conversation.left_out - gone
+        log.warning(
+            "%s",
+            f"the context of {conversation.model.config.max_context} tokens was full: the oldest "
+            f"{'question' if count == 1 else f'{count} questions'} and what answered "
+            f"{'it' if count == 1 else 'them'} are forgotten",
+        )

@@ -1,0 +1,1 @@
+"""Fine-tuning strategies: adapters, freezing, gradual unfreezing, rates by depth, early stopping."""

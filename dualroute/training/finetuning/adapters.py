@@ -1,0 +1,253 @@
+"""Low-rank adapters (LoRA, DoRA) by the package ``peft``: what of a model is trained beside its weights.
+
+In: a model with the weights that it begins with.  Here: :func:`add_adapters` puts an adapter beside each chosen
+linear layer, both routes' projections, the feed-forward and the head among them, and freezes all else but the
+head of a task.  Out: to whoever publishes the model, :func:`merged_parameters`, ordinary weights under ordinary
+names with the adapters added, and :func:`adapter_files`, the adapters alone in peft's own format, under the
+names that layers have in an exported folder.
+
+The head lends its weight to a loss instead of multiplying (``model/lm_head.py``), so its adapter is
+added to the weight; its rows are then those that ``peft`` computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualroute.errors import UserError
+from dualroute.model.lm_head import NextTokenHead
+from dualroute.model.quantized import require_torchao
+from dualroute.training.finetuning.config import StrategyConfig
+
+FOLDER = "adapter"  #: in a checkpoint
+_NAME = "default"  # peft's, of the one adapter of a model
+_OF_PEFT = "base_model.model."  #: what stands before a layer's name in peft's own files
+_HEAD, _EXPORTED_HEAD = "head", "lm_head"
+_OF_TASK = "task_head."
+
+
+def require_peft() -> Any:
+    """The package.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("finetune.adapter needs the package peft: pip install peft") from error
+    if importlib.util.find_spec("torchao") is not None:  # peft imports it
+        require_torchao("finetune.adapter")
+    return peft
+
+
+def targets(model: nn.Module, patterns: list[str]) -> list[str]:
+    """Names of the layers of ``model`` that ``patterns`` choose; ``all`` leaves out a tied head.
+
+    Raises:
+        UserError: A pattern chooses nothing, or a head that shares its weight with the embedding.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | NextTokenHead) and not name.startswith(_OF_TASK)
+    ]
+    tied = model.config.tie_embeddings  # type: ignore[union-attr]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern == "all":
+            chosen |= {name for name in linear if name != _HEAD or not tied}
+            continue
+        found = {
+            name
+            for name in linear
+            if any(fnmatchcase(part, pattern) for part in (name, name.rpartition(".")[2]))
+            or fnmatchcase(name, f"{pattern}.*")
+        }
+        if not found:
+            there = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"finetune.targets: {pattern!r} names no linear layer; there are {', '.join(there)} (or all, or "
+                f"full names such as layers.0.ffn.*)"
+            )
+        chosen |= found
+    if _HEAD in chosen and tied:
+        raise UserError(
+            "finetune.targets: the head of this model is its embedding too (model.tie_embeddings), which an "
+            "adapter of the head would change with it: leave head out"
+        )
+    return [name for name in linear if name in chosen]
+
+
+def add_adapters(model: nn.Module, config: StrategyConfig, seed: int) -> None:
+    """Put adapters into ``model``, in place; they and the head of a task are all that is trained from now on.
+
+    They begin without effect: one of their two matrices is zero.
+
+    Args:
+        model: With its weights.
+        config: Kind, size and place of the adapters.
+        seed: Of the matrix that is not zero; the same whatever was drawn before.
+
+    Raises:
+        UserError: See :func:`targets`.
+    """
+    peft = require_peft()
+    chosen = targets(model, config.targets)
+    head = model.head
+    if _HEAD in chosen:
+        assert isinstance(head, NextTokenHead)
+        rows, width = head.weight.shape
+        linear = nn.Linear(width, rows, bias=False, device="meta")
+        linear.weight = head.weight  # type: ignore[assignment]
+        model.head = linear
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(_peft_config(config, chosen), model)
+    if _HEAD in chosen:
+        model.head.__class__ = _adapted_head()  # type: ignore[assignment]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_adapter(name) or name.startswith(_OF_TASK))
+    model.adapter_config = config  # type: ignore[assignment]
+
+
+def _peft_config(config: StrategyConfig, chosen: list[str]) -> Any:
+    return require_peft().LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=chosen,
+        use_dora=config.adapter == "dora",
+        bias="none",
+    )
+
+
+def _adapted_head() -> type[Any]:
+    from peft.tuners.lora import Linear
+
+    class AdaptedHead(Linear):  # type: ignore[misc,valid-type]
+        """A head that lends its weight with the adapter added."""
+
+        def forward(  # type: ignore[override]
+            self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Any] = F.linear
+        ) -> Any:
+            """As :class:`NextTokenHead`."""
+            return project(hidden_states, self.adapted_weight())
+
+        def adapted_weight(self) -> Tensor:
+            """(V, dim)."""
+            weight = self.get_base_layer().weight + self.get_delta_weight(_NAME)
+            if not self.use_dora[_NAME]:
+                return weight
+            length = self.lora_magnitude_vector[_NAME].weight
+            return weight * (length / weight.norm(dim=1).detach()).unsqueeze(1)
+
+    return AdaptedHead
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether :func:`add_adapters` has changed ``model``."""
+    return getattr(model, "adapter_config", None) is not None
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[], Tensor]]]:
+    """(name, parameter, its value) of the model that ``model`` is with its adapters added, in its own order.
+
+    Values are made when they are asked for, one layer's at a time.
+    """
+    layers = {
+        f"{name}.base_layer.weight": module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "merge")
+    }
+    for name, parameter in model.named_parameters():
+        if _is_adapter(name):
+            continue
+        layer = layers.get(name)
+        value = parameter.detach if layer is None else _merge_of(layer)
+        yield name.replace(".base_layer.", "."), parameter, value
+
+
+def _merge_of(layer: nn.Module) -> Callable[[], Tensor]:
+    @torch.no_grad()
+    def merge() -> Tensor:
+        alone: Any = copy.deepcopy(layer)
+        alone.merge()
+        weight: Tensor = alone.get_base_layer().weight.detach()
+        return weight
+
+    return merge
+
+
+def adapter_files(model: nn.Module) -> dict[str, bytes]:
+    """The adapters of ``model`` as peft writes them, by path in a checkpoint; none without adapters.
+
+    ``PeftModel.from_pretrained(exported model, folder)`` reads them, where the export is of the weights that the
+    run began with.
+    """
+    if not has_adapters(model):
+        return {}
+    from safetensors.torch import save
+
+    config: StrategyConfig = model.adapter_config  # type: ignore[assignment]
+    tensors = {
+        f"{_OF_PEFT}{_exported(name).replace(f'.{_NAME}.', '.')}": parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if _is_adapter(name)
+    }
+    tensors = {_as_saved(name): value for name, value in tensors.items()}
+    described = _peft_config(config, _shortest(model))
+    described.task_type = "CAUSAL_LM"
+    described.inference_mode = True
+    with tempfile.TemporaryDirectory() as scratch:
+        described.save_pretrained(scratch)
+        text = (Path(scratch) / "adapter_config.json").read_text(encoding="utf-8")
+    return {
+        f"{FOLDER}/adapter_config.json": f"{json.dumps(json.loads(text), indent=1)}\n".encode(),
+        f"{FOLDER}/adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def _exported(name: str) -> str:
+    """The name of a layer, or of what is in it, in an exported folder."""
+    if name == _HEAD or name.startswith(f"{_HEAD}."):
+        return f"{_EXPORTED_HEAD}{name.removeprefix(_HEAD)}"
+    return f"model.{name}"
+
+
+def _as_saved(name: str) -> str:
+    """peft writes the lengths of dora without the name of the parameter in them."""
+    vector = "lora_magnitude_vector.weight"
+    return name.removesuffix(".weight") if name.endswith(vector) else name
+
+
+def _shortest(model: nn.Module) -> list[str]:
+    """Last parts of the names of adapted layers where they mean the same layers, else the names in full."""
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    ends = {name.rpartition(".")[2] for name in adapted}
+    alike = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | NextTokenHead)
+        and name.rpartition(".")[2] in ends
+        and ".lora_" not in name
+        and not name.endswith(".base_layer")
+    }
+    if not alike <= adapted:
+        return sorted(map(_exported, adapted))
+    return sorted(_EXPORTED_HEAD if end == _HEAD else end for end in ends)

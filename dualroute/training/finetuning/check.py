@@ -1,0 +1,57 @@
+"""What can be wrong with the section ``finetune`` beside the rest of a configuration.
+
+In: a configuration whose model is known.  Next: ``training/run.py`` starts the run; ``initial_model.py`` gives
+the model its adapters and freezes what is to stay.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer
+from dualroute.training.config import PretrainConfig
+from dualroute.training.finetuning.adapters import require_peft, targets
+from dualroute.training.finetuning.freezing import freeze
+from dualroute.training.parallel.deepspeed_config import asked_stage
+
+
+def check_strategy(config: PretrainConfig) -> None:
+    """Refuse a strategy that this run cannot follow.
+
+    Raises:
+        UserError: Naming the key and the remedy.
+    """
+    strategy = config.finetune
+    if strategy.adapter == "none" and not strategy.freeze and not strategy.by_depth:
+        return
+    if strategy.adapter != "none":
+        _check_adapters(config)
+    if strategy.unfreeze_share and asked_stage(config.parallel) == 3:
+        raise UserError(
+            "finetune.unfreeze_share cannot be used with parallel.zero_stage 3: use stage 2, or 0 here"
+        )
+    if strategy.freeze and strategy.adapter == "none":
+        with torch.device("meta"):
+            freeze(DualRoutingTransformer(config.model), strategy.freeze)
+
+
+def _check_adapters(config: PretrainConfig) -> None:
+    strategy, train = config.finetune, config.train
+    require_peft()
+    if config.init_from is None:
+        raise UserError(
+            "finetune.adapter changes a trained model: give its checkpoint as init_from, or adapter none"
+        )
+    others = {
+        "parallel.zero_stage 3": asked_stage(config.parallel) == 3,
+        "train.quantization_aware": train.quantization_aware is not None,
+        "train.precision fp8": train.precision == "fp8",
+        "train.compile": train.compile,
+    }
+    for name in (name for name, given in others.items() if given):
+        raise UserError(
+            f"finetune.adapter {strategy.adapter} cannot be used with {name}: leave one of them out"
+        )
+    with torch.device("meta"):
+        targets(DualRoutingTransformer(config.model), strategy.targets)
