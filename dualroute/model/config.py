@@ -228,6 +228,11 @@ class ModelConfig:
         return None if self.frontend is None else self.frontend.grid_of_patches()
 
     @property
+    def reads_text(self) -> bool:
+        """Whether what enters are the ids of a tokenizer."""
+        return self.frontend is None and (self.task_head is None or self.task_head.kind != "item")
+
+    @property
     def heads_per_group(self) -> int:
         """Query heads that share a key/value head."""
         return self.num_heads // (self.num_kv_heads or self.num_heads)

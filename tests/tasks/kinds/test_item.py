@@ -104,7 +104,7 @@ def test_short_histories_and_unknown_items_are_counted() -> None:
         "of users with one event, from whom nothing is learnt": 3,
         "of users who are asked for an item that the training does not have (missed)": 2,
     }
-    missed = kind.score(["c", "x"], [{"items": ["a", "b"]}] * 2)
+    missed = kind.score(["c", "x"], [{"best": ["a", "b"]}] * 2)
     assert missed == {"ndcg@10": 0.0, "hr@10": 0.0}
 
 
@@ -126,7 +126,7 @@ def test_long_histories_are_learnt_in_pieces_and_asked_by_their_latest() -> None
 
 
 def test_the_measures_are_those_of_the_ranks() -> None:
-    predictions = [{"items": list("abc")}, {"items": list("abc")}, {"items": list("abc")}]
+    predictions = [{"best": list("abc")}] * 3
     found = kind_of().score(["a", "c", "z"], predictions)
     assert found["hr@10"] == pytest.approx(2 / 3)
     assert found["ndcg@10"] == pytest.approx((1 + 1 / math.log2(4)) / 3)
