@@ -55,7 +55,9 @@ def model_of(tokenizer: Tokenizer, seed: int = 0) -> DualRoutingTransformer:
     ).eval()  # fmt: skip
 
 
-def log_probability(model: DualRoutingTransformer, tokenizer: Tokenizer, pair: dict[str, str], side: str) -> Any:
+def log_probability(
+    model: DualRoutingTransformer, tokenizer: Tokenizer, pair: dict[str, str], side: str
+) -> Any:
     """log p of an answer and the end of its turn, given the prompt; alone, token by token."""
     ask = {"role": "user", "content": pair["prompt"]}
     chat = tokenizer.chat([ask, {"role": "assistant", "content": pair[side]}])
@@ -81,7 +83,9 @@ def test_loss_and_gradient_are_the_formula_in_float64(tokenizer: Tokenizer, smoo
     scores = reference_scores(other, examples, 200, 2)
     sides = ("chosen", "rejected")
     with torch.no_grad():
-        expected = [[float(log_probability(other, tokenizer, pair, side)) for side in sides] for pair in PAIRS]
+        expected = [
+            [float(log_probability(other, tokenizer, pair, side)) for side in sides] for pair in PAIRS
+        ]
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected, dtype=torch.float64))
 
     beta, losses, margins = 0.7, [], []
@@ -97,7 +101,9 @@ def test_loss_and_gradient_are_the_formula_in_float64(tokenizer: Tokenizer, smoo
 
     lay_out(examples, scores)
     batch = batch_of(examples, 200)
-    hidden = model.hidden_states(batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    hidden = model.hidden_states(
+        batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+    )
     sums = preference_sums(hidden.flatten(0, 1), model.head.weight, batch, beta=beta, smoothing=smoothing)
     assert int(sums.count) == 3
     torch.testing.assert_close(sums.total.detach(), sum(losses).detach(), rtol=1e-5, atol=1e-6)
@@ -176,9 +182,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shorter answer is the better one."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     words = ["bird", "stone", "river", "house", "hill", "small", "green"]
-    rows = [
-        {"prompt": f"say {a}", "chosen": b, "rejected": f"{b} and the {a}"} for a in words for b in words
-    ]
+    rows = [{"prompt": f"say {a}", "chosen": b, "rejected": f"{b} and the {a}"} for a in words for b in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -141,7 +141,10 @@ def test_what_is_not_trained_yet_has_not_moved(unfrozen: Path, tiny_dataset: Pat
     assert pretrain(tiny_dataset, tmp_path / "run", STEPS, *OPTIONS) == 0
     assert curve(tmp_path / "run") == curve(unfrozen)
     late = load_model(find_checkpoint(tmp_path / "run")).state_dict()
-    assert all(torch.equal(late[name], value) for name, value in load_model(find_checkpoint(unfrozen)).state_dict().items())
+    assert all(
+        torch.equal(late[name], value)
+        for name, value in load_model(find_checkpoint(unfrozen)).state_dict().items()
+    )
     assert not any(torch.equal(late[name], start[name]) for name in start)
 
 

@@ -41,7 +41,9 @@ def test_patterns_name_parameters_or_modules(tie: bool) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(UserError, match=r"'layer\.0' matches no parameter; there are embedding\.weight, layers\.\*"):
+    with pytest.raises(
+        UserError, match=r"'layer\.0' matches no parameter; there are embedding\.weight, layers\.\*"
+    ):
         freeze(build(True), ["layer.0"])
     with pytest.raises(UserError, match="leaves nothing to train"):
         freeze(build(True), ["*"])
@@ -81,13 +83,20 @@ def test_killed_it_goes_on_without_the_weights_that_it_began_with(
     assert all(torch.equal(value, theirs[name]) for name, value in state(tmp_path / "run").items())
 
 
-def test_other_patterns_are_refused_on_resume(frozen: Path, base: Path, tiny_dataset: Path, capsys: Any) -> None:
+def test_other_patterns_are_refused_on_resume(
+    frozen: Path, base: Path, tiny_dataset: Path, capsys: Any
+) -> None:
     more = ("--init_from", str(base), "--finetune.freeze", "[embedding]")
     assert pretrain(tiny_dataset, frozen, STEPS + 2, *more) == 2
-    assert "finetune.freeze was ['embedding', 'layers.0.*', '*norm*'] and is ['embedding']" in capsys.readouterr().err
+    assert (
+        "finetune.freeze was ['embedding', 'layers.0.*', '*norm*'] and is ['embedding']"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_wrong_pattern_ends_the_run_before_it_starts(tiny_dataset: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_wrong_pattern_ends_the_run_before_it_starts(
+    tiny_dataset: Path, tmp_path: Path, capsys: Any
+) -> None:
     assert pretrain(tiny_dataset, tmp_path / "run", STEPS, "--finetune.freeze", "[encoder]") == 2
     assert "'encoder' matches no parameter" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -98,7 +107,14 @@ def test_a_wrong_pattern_ends_the_run_before_it_starts(tiny_dataset: Path, tmp_p
 def test_ranks_leave_the_same_as_they_are(base: Path, tiny_dataset: Path, tmp_path: Path, stage: str) -> None:
     """Two ranks under DeepSpeed, resumed by the same, then by one process alone."""
     gentle = ("--init_from", str(base), *FROZEN, "--optim.lr", "0.003", "--optim.schedule", "constant")
-    how = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", stage, "--train.val_every_steps", "50")
+    how = (
+        "--parallel.strategy",
+        "deepspeed",
+        "--parallel.zero_stage",
+        stage,
+        "--train.val_every_steps",
+        "50",
+    )
     for until in (6, 8):
         ranks(tiny_dataset, tmp_path / "run", 2, until, *gentle, *how)
     assert pretrain(tiny_dataset, tmp_path / "run", STEPS, *gentle) == 0
