@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +22,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
-from dualroute.tasks.kind import BadRow, Kind, Row
+from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.rows import Problems, divided, read_rows
 
 
@@ -54,21 +55,8 @@ def evaluate_task(answerer: Answerer, source: str | None = None, max_rows: int |
     Raises:
         UserError: The rows cannot be used.
     """
-    kind, problems = answerer.kind, Problems()
-    rows: list[Row] = []
-    name, placed = _rows(answerer, source, problems)
-    for place, row in islice(placed, max_rows):
-        if not rows:
-            kind.check_columns(row, source=name)
-        try:
-            kind.encode(row)  # a target that the model cannot know is not scored
-        except BadRow as error:
-            problems.add(str(error), place)
-            continue
-        rows.append(row)
-    if not rows:
-        lines = list(problems.lines(name))
-        raise UserError(lines[0] if lines else f"{name} has no rows to score: give a file with rows")
+    kind = answerer.kind
+    name, rows, problems = usable_rows(answerer, source, max_rows)
     kind.tally.counts.clear()  # rows are encoded once more, to be answered
     predictions = [answer.prediction for answer in answerer.answers(rows)]
     scored = [(row, found) for row, found in zip(rows, predictions, strict=True) if found is not None]
@@ -78,28 +66,70 @@ def evaluate_task(answerer: Answerer, source: str | None = None, max_rows: int |
     return TaskScore(metrics, len(scored), list(problems.lines(name)), name)
 
 
-def _rows(
-    answerer: Answerer, source: str | None, problems: Problems
-) -> tuple[str, Iterator[tuple[str, Row]]]:
-    """What is scored on, and its rows."""
+def usable_rows(
+    answerer: Answerer, source: str | None = None, max_rows: int | None = None
+) -> tuple[str, list[Row], Problems]:
+    """What is scored on (see :func:`evaluate_task`), its rows with a target, and what was wrong with "
+    "others."""
     data = answerer.said.get("data") or {}
     whole = source or data.get("test") or data.get("validation")
-    name = whole or data.get("path")
+    name, problems = whole or data.get("path"), Problems()
     if name is None:
         raise UserError("give --data: a file or folder of rows to score on")
-    placed = read_rows(
+    placed = _read(data, name, problems, None if whole else data.get("max_rows"))
+    if answerer.kind.divides:
+        placed = iter(answerer.kind.divide(list(placed))["test"])
+    elif whole is None:
+        placed = iter(divided(placed, *_division(data))[1])
+    return name, _with_target(answerer, name, islice(placed, max_rows), problems), problems
+
+
+def training_rows(answerer: Answerer) -> list[Row]:
+    """The rows that a checkpoint was trained on, for a baseline to learn from."""
+    data, problems = answerer.said.get("data") or {}, Problems()
+    name = data["path"]
+    placed = _read(data, name, problems, data.get("max_rows"))
+    if answerer.kind.divides:
+        placed = iter(answerer.kind.divide(list(placed))["train"])
+    elif data.get("validation") is None:
+        placed = iter(divided(placed, *_division(data))[0])
+    return _with_target(answerer, name, placed, problems)
+
+
+def _division(data: dict[str, Any]) -> tuple[float, str | None]:
+    return float(data.get("validation_share", 0.1)), data.get("group")
+
+
+def _read(
+    data: dict[str, Any], name: str, problems: Problems, limit: int | None
+) -> Iterator[tuple[str, Row]]:
+    return read_rows(
         name,
         problems,
         format=data.get("format") or "auto",
         column_names=data.get("column_names"),
         hub_config=data.get("hub_config"),
-        limit=data.get("max_rows") if whole is None else None,
+        limit=limit,
     )
-    if type(answerer.kind).divide is not Kind.divide:
-        return name, iter(answerer.kind.divide(list(placed))["test"])
-    if whole is None:
-        placed = iter(divided(placed, float(data.get("validation_share", 0.1)), data.get("group"))[1])
-    return name, placed
+
+
+def _with_target(
+    answerer: Answerer, name: str, placed: Iterable[tuple[str, Row]], problems: Problems
+) -> list[Row]:
+    rows: list[Row] = []
+    for place, row in placed:
+        if not rows:
+            answerer.kind.check_columns(row, source=name)
+        try:
+            answerer.kind.encode(row)  # a target that the model cannot know is not scored
+        except BadRow as error:
+            problems.add(str(error), place)
+            continue
+        rows.append(row)
+    if not rows:
+        lines = list(problems.lines(name))
+        raise UserError(lines[0] if lines else f"{name} has no rows to score: give a file with rows")
+    return rows
 
 
 def evaluate_command(config: EvaluateConfig) -> None:

@@ -104,6 +104,10 @@ class Tally:
     def add(self, what: str) -> None:
         self.counts[what] += 1
 
+    def lines(self) -> Iterator[str]:
+        """A line for each."""
+        yield from (f"{what}: {count:,}" for what, count in self.counts.items())
+
 
 class Kind:
     """A kind of task.
@@ -185,6 +189,11 @@ class Kind:
         """The parts train, validation and test, of a kind that divides rows by itself; with one that does not
         have this of its own, ``data.validation`` and ``data.validation_share`` say it."""
         raise NotImplementedError
+
+    @property
+    def divides(self) -> bool:
+        """Whether the kind has a :meth:`divide` of its own."""
+        return type(self).divide is not Kind.divide
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         """The examples of a row, each of at most ``setting.max_length`` tokens.
@@ -350,7 +359,9 @@ class Kind:
                 f"a row has {length} tokens, more than the {self.setting.max_length} that are read: raise "
                 f"data.max_length or data.context, or set data.too_long to truncate or drop"
             )
-        self.tally.add("truncated")
+        self.tally.add(
+            f"examples truncated to {self.setting.max_length} tokens (data.max_length, data.too_long)"
+        )
 
     def pooling(self) -> Any:
         """Where a text's one output is read."""

@@ -66,8 +66,8 @@ def predict_command(config: PredictConfig) -> None:
         log.warning("%s", line)
     if unanswered:
         log.warning("%s", f"{unanswered:,} rows have no prediction: see their column {_PROBLEM!r}")
-    for what, count in answerer.kind.tally.counts.items():
-        log.warning("%s", f"{count:,} examples were {what}")
+    for line in answerer.kind.tally.lines():
+        log.warning("%s", line)
     log.info("%s", f"{problems.rows - problems.bad:,} rows → {output}")
 
 

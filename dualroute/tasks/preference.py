@@ -85,7 +85,9 @@ def answer_log_probabilities(
 
     with torch.no_grad():
         chunked_loss(hidden.detach(), weight.detach(), rows, of_chunk, [1.0])
-    return torch.zeros(count, dtype=torch.float64, device=hidden.device).index_add(0, numbers[rows], -nll[rows])
+    return torch.zeros(count, dtype=torch.float64, device=hidden.device).index_add(
+        0, numbers[rows], -nll[rows]
+    )
 
 
 def preference_loss(margin: Tensor, smoothing: float) -> Tensor:
@@ -112,7 +114,9 @@ def preference_sums(
     numbers, count = document_numbers(batch["segment_ids"])
     found = answer_log_probabilities(hidden, weight, labels, rows, numbers, count)
     inside = (numbers >= 0).nonzero().squeeze(1)
-    reference = torch.zeros_like(found).index_add(0, numbers[inside], batch["reference"].flatten()[inside].double())
+    reference = torch.zeros_like(found).index_add(
+        0, numbers[inside], batch["reference"].flatten()[inside].double()
+    )
     gain = (found - reference).view(-1, 2)  # (pairs, sides)
     present = torch.zeros_like(found).index_fill(0, numbers[rows], 1.0).view(-1, 2).amin(1) > 0
     margin = beta * (gain[:, 0] - gain[:, 1])
@@ -171,4 +175,8 @@ class Prefer(Finetune):
     def on_validation_epoch_end(self) -> None:
         loss, count, correct, margin = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         pairs = max(count, 1)
-        self.validation_metrics = {"loss": loss / pairs, "accuracy": correct / pairs, "margin": margin / pairs}
+        self.validation_metrics = {
+            "loss": loss / pairs,
+            "accuracy": correct / pairs,
+            "margin": margin / pairs,
+        }

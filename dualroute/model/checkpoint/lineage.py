@@ -14,7 +14,7 @@ from typing import Any
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint
 
 #: Operations whose tokens count.
-TRAININGS = ("pretrain", "distill")
+TRAININGS = ("pretrain", "distill", "finetune")
 _INFERRED = {
     "quantization": "quantize",
     "pruned_from": "prune",

@@ -143,9 +143,7 @@ class Chats(Kind):
             return [Example({"input_ids": np.array(self.prompt(row), dtype=np.int32)})]
         ids, labels = self.learnt(self.answered(row), self.setting.max_length)
         return [
-            Example(
-                {"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32)}
-            )
+            Example({"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32)})
         ]
 
     def prompt(self, row: Row) -> list[int]:

@@ -1,0 +1,187 @@
+"""The table of docs/tasks.md: each task with dual attention, its dense twin and its trivial baseline.
+
+    DUALROUTE_DATA=/path/to/data python benchmarks/tasks.py [NAME …] --output runs/tasks
+
+A row is an ordinary `dualroute finetune` run in OUTPUT/NAME-ATTENTION-sSEED, which goes on where it was cut
+short; what is measured is appended to OUTPUT/results.jsonl, and rows that stand there are not run again.
+Seconds and peak memory are those of the training's process. Settings behind `--` go to every training (`--
+--train.epochs 1`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import task_data
+
+from dualroute.tasks.answer import Answerer
+from dualroute.tasks.evaluate import evaluate_task, training_rows, usable_rows
+
+ATTENTIONS = ("dual", "dense")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row.
+
+    Attributes:
+        metric: That is shown.
+        baseline: Which of the kind's; empty for its first.
+        made: The data set is made by task_data.py.
+        most_rows: Of the rows that are scored, where the model writes its answers.
+    """
+
+    metric: str
+    baseline: str = ""
+    made: bool = False
+    most_rows: int | None = None
+
+
+TASKS = {
+    "sst2": Task("accuracy"),
+    "cola": Task("matthews"),
+    "mrpc": Task("f1"),
+    "rte": Task("accuracy"),
+    "chinese_source": Task("accuracy", made=True),
+    "wnut17": Task("f1"),
+    "xquad": Task("f1"),
+    "xquad_zh": Task("f1"),
+    "cmrc2018": Task("f1"),
+    "tatoeba_en_zh": Task("bleu", made=True, most_rows=1000),
+    "tatoeba_zh_en": Task("bleu", made=True, most_rows=1000),
+    "scitldr": Task("rouge1", "lead-1", made=True),
+    "sgd": Task("bleu", "majority", made=True, most_rows=1000),
+    "sgd_state": Task("exact_match", "majority", made=True, most_rows=1000),
+}
+
+
+def command(name: str, attention: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """The training of a row."""
+    return [
+        *("finetune", "--config", f"configs/task/{name}.yaml", "--model.attention", attention),
+        *("--seed", str(seed), "--output", str(folder(name, attention, seed, options.output)), *options.more),
+    ]
+
+
+def folder(name: str, attention: str, seed: int, output: Path) -> Path:
+    return output / f"{name}-{attention}-s{seed}"
+
+
+def measured(name: str, attention: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a row."""
+    task = TASKS[name]
+    words = command(name, attention, seed, options)
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "dualroute.cli", *words])
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(
+            f"{shlex.join(['dualroute', *words])} ended with {os.waitstatus_to_exitcode(status)}"
+        )
+    seconds = time.perf_counter() - begin
+    answerer = Answerer(folder(name, attention, seed, options.output))
+    score = evaluate_task(answerer, max_rows=task.most_rows)
+    steps = answerer.loaded.checkpoint.metadata
+    return {
+        "task": name,
+        "attention": attention,
+        "seed": seed,
+        "metrics": score.metrics,
+        "rows": score.rows,
+        "seconds": seconds,
+        "peak_mib": used.ru_maxrss / 1024,
+        "parameters": answerer.loaded.model.num_parameters(),
+        "best_step": steps.get("step"),
+        "command": shlex.join(["dualroute", *words]),
+    }
+
+
+def baseline(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Score the trivial baseline of a task, with the data of one of its rows."""
+    task = TASKS[name]
+    answerer = Answerer(folder(name, ATTENTIONS[0], options.seeds[0], options.output))
+    kind = answerer.kind
+    known = kind.baselines()
+    which = task.baseline or next(iter(known))
+    _, rows, _ = usable_rows(answerer, max_rows=task.most_rows)
+    predictions = known[which](training_rows(answerer), rows)
+    metrics = kind.score([kind.target(row) for row in rows], predictions)
+    return {"task": name, "attention": "baseline", "seed": None, "name": which, "metrics": metrics}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one line for each task that has a result."""
+    lines = ["| task | metric | dual | dense | baseline | seconds (dual / dense) | peak MiB (dual / dense) |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name, task in TASKS.items():
+        mine = [one for one in results if one["task"] == name]
+        by = {a: [one for one in mine if one["attention"] == a] for a in (*ATTENTIONS, "baseline")}
+        if not by["dual"] and not by["dense"]:
+            continue
+
+        def spread(some: list[dict[str, Any]], metric: str = task.metric) -> str:
+            values = [one["metrics"][metric] for one in some]
+            shown = f"{statistics.mean(values):.3f}" if values else "–"
+            return shown + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+        def means(key: str, some: dict[str, list[dict[str, Any]]] = by) -> str:
+            found = [statistics.mean(one[key] for one in some[a]) if some[a] else None for a in ATTENTIONS]
+            return " / ".join("–" if value is None else f"{value:,.0f}" for value in found)
+
+        trivial = f"{spread(by['baseline'])} ({by['baseline'][0]['name']})" if by["baseline"] else "–"
+        lines.append(
+            f"| `{name}` | {task.metric} | {spread(by['dual'])} | {spread(by['dense'])} | {trivial} "
+            f"| {means('seconds')} | {means('peak_mib')} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(TASKS)}; none means all")
+    parser.add_argument("--output", type=Path, default=Path("runs/tasks"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--attentions", nargs="+", default=list(ATTENTIONS), choices=ATTENTIONS)
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:split])
+    options.more = words[split + 1 :]
+    unknown = [name for name in options.names if name not in TASKS]
+    if unknown:
+        parser.error(f"{unknown[0]} is no task of {', '.join(TASKS)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "results.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def note(result: dict[str, Any]) -> None:
+        results.append(result)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+    done = {(one["task"], one["attention"], one["seed"]) for one in results}
+    for name in options.names or TASKS:
+        if TASKS[name].made:
+            task_data.make(name.replace("zh_en", "en_zh"), Path("data/tasks"))
+        for attention in options.attentions:
+            for seed in options.seeds:
+                if (name, attention, seed) not in done:
+                    note(measured(name, attention, seed, options))
+        if (name, "baseline", None) not in done and "dual" in options.attentions:
+            note(baseline(name, options))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
