@@ -40,7 +40,9 @@ def chat_command(config: ChatConfig) -> None:
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        print(f"{loaded.checkpoint.folder}; {'; '.join(f'{name}: {what}' for name, what in COMMANDS.items())}")
+        print(
+            f"{loaded.checkpoint.folder}; {'; '.join(f'{name}: {what}' for name, what in COMMANDS.items())}"
+        )
     talk(conversation, lines_of(terminal), printable if sys.stdout.isatty() else str)
 
 

@@ -84,7 +84,9 @@ def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
     dtype: str = config.dtype
     if dtype == "auto":
         dtype = saved if config.format == "hf" else "float32"
-    return load(checkpoint.folder, "cpu", dtype), writer
+    loaded = load(checkpoint.folder, "cpu", dtype)
+    loaded.model.config.require_tokens("dualroute export")
+    return loaded, writer
 
 
 def _writer(format: str) -> Writer:

@@ -92,6 +92,15 @@ def test_arrays_that_are_asked_are_not_copied_into_the_answers(trained: Path, tm
     assert all("x" not in line and line["y"] in range(4) for line in lines)
 
 
+@pytest.mark.parametrize("command", ["quantize", "export --format hf", "prune --ffn_dim 16 --data none"])
+def test_what_is_for_models_of_text_says_so(
+    command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--checkpoint", str(trained), "--output", str(tmp_path / "out")]
+    assert main([*command.split(), *where]) == 2
+    assert "this one reads patches" in capsys.readouterr().err
+
+
 def test_folders_of_classes_and_paths_in_rows_are_read(tmp_path: Path) -> None:
     """A path in a file of rows begins in that file's folder; a share of damaged files is left out,
     counted."""
