@@ -86,7 +86,9 @@ def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
     dtype: str = config.dtype
     if dtype == "auto" or config.format == "gguf":  # a GGUF file is rounded when it is written
         dtype = saved if config.format in ("hf", "gguf") else "float32"
-    return load(checkpoint.folder, "cpu", dtype), writer
+    loaded = load(checkpoint.folder, "cpu", dtype)
+    loaded.model.config.require_tokens("dualroute export")
+    return loaded, writer
 
 
 def _writer(format: str) -> Writer:
