@@ -24,11 +24,6 @@ def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> T
     return _TORCH
 
 
-def plain() -> TorchBackend:
-    """Plain torch, which takes everything."""
-    return _TORCH
-
-
 def token_kernels(rows: Tensor) -> None:
     """No kernels for single tokens."""
     return None
