@@ -1,7 +1,7 @@
 """``dualroute chat``: a conversation with a model in the terminal.
 
-In: lines of a terminal, or of a pipe.  Out: answers, each piece as soon as it is there.  Ctrl-C ends an answer,
-Ctrl-D the chat; a line that begins with ``/`` is a command (:data:`COMMANDS`).
+In: lines of a terminal, or of a pipe.  Out: answers, each piece as soon as it is there.  Ctrl-C ends an
+answer, Ctrl-D the chat; a line that begins with ``/`` is a command (:data:`COMMANDS`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def chat_command(config: ChatConfig) -> None:
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        print(f"{loaded.checkpoint.folder}; {'; '.join(f'{name}: {what}' for name, what in COMMANDS.items())}")
+        print(
+            f"{loaded.checkpoint.folder}; {'; '.join(f'{name}: {what}' for name, what in COMMANDS.items())}"
+        )
     talk(conversation, lines_of(terminal), printable if sys.stdout.isatty() else str)
 
 
@@ -57,8 +59,8 @@ def refuse_silent(loaded: Loaded) -> None:
         )
     if not getattr(config, "causal", True):
         raise UserError(
-            f"{loaded.checkpoint.folder} reads both sides of a token (model.causal false) and cannot write text: "
-            f"give a causal model"
+            f"{loaded.checkpoint.folder} reads both sides of a token (model.causal false) and cannot write "
+            f"text: give a causal model"
         )
 
 

@@ -1,8 +1,9 @@
 """A conversation with a model, turn by turn: what it has read stays in its caches.
 
-In: what the user says.  Here: the tokenizer's chat template makes ids of the whole chat; those that the caches
-hold already are not read again.  Where the chat outgrows the model's context its oldest turns go, and the caches
-are filled anew.  Out: the answer, in pieces of whole characters.  Next: :mod:`dualroute.evaluate.chat` shows it.
+In: what the user says.  Here: the tokenizer's chat template makes ids of the whole chat; those that the
+caches hold already are not read again.  Where the chat outgrows the model's context its oldest turns go, and
+the caches are filled anew.  Out: the answer, in pieces of whole characters.  Next:
+:mod:`dualroute.evaluate.chat` shows it.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ class Conversation:
             shorter = without_oldest(self.messages)
             if shorter is None:
                 raise UserError(
-                    f"this turn has {len(ids)} tokens with what stands before it, and the model reads at most "
-                    f"{limit}, {limit - room} of them for the answer: shorten it"
+                    f"this turn has {len(ids)} tokens with what stands before it, and the model reads at "
+                    f"most {limit}, {limit - room} of them for the answer: shorten it"
                 )
             self.messages, self.left_out = shorter, self.left_out + 1
 

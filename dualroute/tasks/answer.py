@@ -106,7 +106,7 @@ class Answerer:
     @torch.no_grad()
     def next_token_loss(self, rows: Sequence[Row]) -> float:
         """Mean loss of the targets' tokens in nats, of a kind without a head."""
-        examples = Examples((k, one) for k, row in enumerate(rows) for one in self.kind.encode(row))
+        examples = Examples((k, one) for k, row in enumerate(rows) for one in self.kind.answer_examples(row))
         loaded, total, count = self.loaded, 0.0, 0
         for batch in window_batches(loaded, self.kind, examples, self.context, self.batch_size):
             labels = batch["labels"].flatten()

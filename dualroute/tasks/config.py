@@ -245,6 +245,7 @@ class FinetuneConfig(PretrainConfig):
         data: What is read.
         train: How much is trained (train.epochs, say), and in what portions.
         optim: Optimizer and learning rate.
+        finetune: Which weights are trained, how fast by their depth, and when to stop.
         spike_guard: When the step of a bad batch is left out.
         checkpoint: When checkpoints are written and which ones stay; the best is so by task.metric.
         monitor: What is logged.

@@ -22,7 +22,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
-from dualroute.tasks.kind import BadRow, Kind, Row
+from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.rows import Problems, divided, read_rows
 
 
@@ -77,7 +77,7 @@ def usable_rows(
     if name is None:
         raise UserError("give --data: a file or folder of rows to score on")
     placed = _read(data, name, problems, None if whole else data.get("max_rows"))
-    if type(answerer.kind).divide is not Kind.divide:
+    if answerer.kind.divides:
         placed = iter(answerer.kind.divide(list(placed))["test"])
     elif whole is None:
         placed = iter(divided(placed, *_division(data))[1])
@@ -89,7 +89,7 @@ def training_rows(answerer: Answerer) -> list[Row]:
     data, problems = answerer.said.get("data") or {}, Problems()
     name = data["path"]
     placed = _read(data, name, problems, data.get("max_rows"))
-    if type(answerer.kind).divide is not Kind.divide:
+    if answerer.kind.divides:
         placed = iter(answerer.kind.divide(list(placed))["train"])
     elif data.get("validation") is None:
         placed = iter(divided(placed, *_division(data))[0])

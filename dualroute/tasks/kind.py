@@ -131,6 +131,8 @@ class Kind:
     fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: roles that are images or recordings; their column may be called as the role too, as in folders of files
+    media: ClassVar[tuple[str, ...]] = ()
     #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
     reads_text: ClassVar[bool] = True
 
@@ -188,6 +190,11 @@ class Kind:
         have this of its own, ``data.validation`` and ``data.validation_share`` say it."""
         raise NotImplementedError
 
+    @property
+    def divides(self) -> bool:
+        """Whether the kind has a :meth:`divide` of its own."""
+        return type(self).divide is not Kind.divide
+
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         """The examples of a row, each of at most ``setting.max_length`` tokens.
 
@@ -195,6 +202,10 @@ class Kind:
             BadRow: It cannot be used.
         """
         raise NotImplementedError
+
+    def answer_examples(self, row: Row) -> list[Example]:
+        """What the perplexity of a text's answer is measured on."""
+        return self.encode(row)
 
     def target(self, row: Row) -> Any:
         """What :meth:`score` compares with: of a row that :meth:`encode` takes."""
@@ -241,7 +252,7 @@ class Kind:
     def training(
         self, encoded: Sequence[Any], prepared: Any, arguments: Callable[[], dict[str, Any]]
     ) -> Any | None:
-        """The module that trains the model, where it is another than :class:`~dualroute.tasks.module.Finetune`.
+        """The module that trains the model; null: :class:`~dualroute.tasks.module.Finetune`.
 
         Args:
             encoded: Rows and examples, of training and of validation.
@@ -281,6 +292,9 @@ class Kind:
             UserError: Naming it, and the columns there are.
         """
         present = list(present)
+        for name in self.media:  # files of a folder, asked of what was trained on rows
+            if name in present and self.column(name) not in present:
+                present.append(self.column(name))
         for name, role in self.roles.items():
             wanted = role.required or name in self.task.columns
             if not wanted or (role.is_target and not with_target) or self.column(name) in present:
@@ -298,6 +312,10 @@ class Kind:
                 f"stand in "
                 f"the question; name different columns"
             )
+
+    def medium(self, row: Row, role: str) -> Any:
+        """The image or recording of a row, null for none; see ``media``."""
+        return row.get(self.column(role), row.get(role))
 
     def text(self, row: Row, role: str = "text") -> str:
         """The text of a role.

@@ -36,6 +36,7 @@ class Finetune(Pretrain):
     def __init__(self, kind: Kind, validation: Encoded, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.kind, self.validation = kind, validation
+        self.label_smoothing = kind.task.label_smoothing  # of a kind without a head; others have it in theirs
         scored = kind.metrics and not kind.writes_text
         metric = kind.task.metric or (next(iter(kind.metrics)) if scored else "loss")
         self.best_by = (metric, kind.metrics.get(metric, False))

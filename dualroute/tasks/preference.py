@@ -1,13 +1,13 @@
 """Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290).
 
-In: batches whose examples are pairs of chats, with the log-probability of each under the model that the run began
-with (:mod:`~dualroute.tasks.reference`).  Here: with a = log p(chosen) and b = log p(rejected),
+In: batches whose examples are pairs of chats, with the log-probability of each under the model that the run
+began with (:mod:`~dualroute.tasks.reference`).  Here: with a = log p(chosen) and b = log p(rejected),
 
     margin = beta · ((a - a_reference) - (b - b_reference))
     loss   = -(1 - s) · log σ(margin) - s · log σ(-margin)
 
-where s is ``task.label_smoothing``: the share of pairs that may be the wrong way round (Mitchell 2023, "a note
-on DPO with noisy preferences").  Out: gradients and figures, as of pretraining; a loss is per pair.
+where s is ``task.label_smoothing``: the share of pairs that may be the wrong way round (Mitchell 2023, "a
+note on DPO with noisy preferences").  Out: gradients and figures, as of pretraining; a loss is per pair.
 
 The logits of a whole answer are never held: a first pass finds a and b, chunk by chunk, and a second one the
 gradient, in which each token of an answer counts alike: by how much the loss changes with its answer.
@@ -85,7 +85,9 @@ def answer_log_probabilities(
 
     with torch.no_grad():
         chunked_loss(hidden.detach(), weight.detach(), rows, of_chunk, [1.0])
-    return torch.zeros(count, dtype=torch.float64, device=hidden.device).index_add(0, numbers[rows], -nll[rows])
+    return torch.zeros(count, dtype=torch.float64, device=hidden.device).index_add(
+        0, numbers[rows], -nll[rows]
+    )
 
 
 def preference_loss(margin: Tensor, smoothing: float) -> Tensor:
@@ -112,7 +114,9 @@ def preference_sums(
     numbers, count = document_numbers(batch["segment_ids"])
     found = answer_log_probabilities(hidden, weight, labels, rows, numbers, count)
     inside = (numbers >= 0).nonzero().squeeze(1)
-    reference = torch.zeros_like(found).index_add(0, numbers[inside], batch["reference"].flatten()[inside].double())
+    reference = torch.zeros_like(found).index_add(
+        0, numbers[inside], batch["reference"].flatten()[inside].double()
+    )
     gain = (found - reference).view(-1, 2)  # (pairs, sides)
     present = torch.zeros_like(found).index_fill(0, numbers[rows], 1.0).view(-1, 2).amin(1) > 0
     margin = beta * (gain[:, 0] - gain[:, 1])
@@ -171,4 +175,8 @@ class Prefer(Finetune):
     def on_validation_epoch_end(self) -> None:
         loss, count, correct, margin = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         pairs = max(count, 1)
-        self.validation_metrics = {"loss": loss / pairs, "accuracy": correct / pairs, "margin": margin / pairs}
+        self.validation_metrics = {
+            "loss": loss / pairs,
+            "accuracy": correct / pairs,
+            "margin": margin / pairs,
+        }

@@ -1,8 +1,8 @@
 """What the model that a run began with says of its preference pairs: worked out once, kept in the run folder.
 
-In: the pairs of a run, and the weights that it begins with.  Here: their log-probabilities, each rank a share of
-them, before the model that is trained is made; so one model is in memory at a time.  Out: a field ``reference``
-of the examples, and ``OUTPUT/reference.safetensors``, which a start that goes on reads.
+In: the pairs of a run, and the weights that it begins with.  Here: their log-probabilities, each rank a share
+of them, before the model that is trained is made; so one model is in memory at a time.  Out: a field
+``reference`` of the examples, and ``OUTPUT/reference.safetensors``, which a start that goes on reads.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def _worked_out(prepared: Any, parts: Sequence[Examples]) -> list[Scores]:
         raise UserError(
             f"the run has no {FILE} of these pairs, and what it began with is not there: {error}"
         ) from error
-    device = torch.device("cuda", prepared.world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", prepared.world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )
     if prepared.world.rank == 0:
         pairs = sum(map(len, parts))
         log.info("%s", f"{pairs:,} pairs are read by the model that the run begins with, once")
@@ -155,7 +157,9 @@ def reference_scores(
         labels = moved["labels"].flatten()
         documents, count = document_numbers(moved["segment_ids"])
         rows = (labels >= 0).nonzero().squeeze(1)
-        found = answer_log_probabilities(hidden.flatten(0, 1), model.head.weight, labels, rows, documents, count)
+        found = answer_log_probabilities(
+            hidden.flatten(0, 1), model.head.weight, labels, rows, documents, count
+        )
         pairs = found.view(len(moved["labels"]), -1, 2).cpu()
         of_window = (moved["segment_ids"].amax(1) // 2).tolist()
         sides = [pairs[k, pair].tolist() for k, many in enumerate(of_window) for pair in range(many)]

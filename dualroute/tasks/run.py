@@ -124,7 +124,7 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
         )
     problems = Problems()
     rows = read_source(data, data.path, problems)
-    if type(kind).divide is not Kind.divide:
+    if kind.divides:
         own = kind.divide(list(rows))
         problems.refuse_above(data.max_bad_rows, data.path)
         _refuse_other_parts(data, kind)

@@ -45,7 +45,18 @@ WRONG = {
     "digits": "9" * 5000,
 }
 #: Sections whose own checks say what they accept; their ranges are held by tests/test_settings.py.
-TRAINING = ("model", "data", "train", "optim", "finetune", "spike_guard", "checkpoint", "monitor", "parallel", "watchdog")
+TRAINING = (
+    "model",
+    "data",
+    "train",
+    "optim",
+    "finetune",
+    "spike_guard",
+    "checkpoint",
+    "monitor",
+    "parallel",
+    "watchdog",
+)
 MAY_BE_NEGATIVE = {"layer_map", "seed"}
 
 

@@ -65,7 +65,9 @@ def test_each_answer_is_that_of_a_model_that_reads_the_whole_chat(tokenizer: Tok
     assert roles == ["system", *["user", "assistant"] * 3]
 
 
-def test_what_the_caches_hold_is_not_read_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_caches_hold_is_not_read_again(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     conversation = talk(tokenizer)
     answer = tokenizer.encode("the bird sleeps")
     script = iter([*answer, tokenizer.eos_id, *answer, tokenizer.eos_id])
@@ -98,7 +100,9 @@ def test_a_full_context_forgets_the_oldest_turns(tokenizer: Tokenizer) -> None:
 
 
 def test_the_oldest_turn_goes_with_its_answers() -> None:
-    turns = [{"role": role, "content": str(k)} for k, role in enumerate(["system", "user", "assistant", "user"])]
+    turns = [
+        {"role": role, "content": str(k)} for k, role in enumerate(["system", "user", "assistant", "user"])
+    ]
     assert [message["content"] for message in without_oldest(turns) or []] == ["0", "3"]
     assert without_oldest(turns[:3]) is None
 
@@ -153,7 +157,15 @@ def checkpoint(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_lines_of_a_pipe_are_turns(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("the bird\n\nwho sleeps\n"))
-    words = ["chat", "--checkpoint", str(checkpoint), "--sampling.max_new_tokens", "4", "--cache_dtype", "int8"]
+    words = [
+        "chat",
+        "--checkpoint",
+        str(checkpoint),
+        "--sampling.max_new_tokens",
+        "4",
+        "--cache_dtype",
+        "int8",
+    ]
     assert main(words) == 0
     assert capsys.readouterr().out.count("\n") >= 2
 

@@ -55,7 +55,9 @@ def model_of(tokenizer: Tokenizer, seed: int = 0) -> DualRoutingTransformer:
     ).eval()  # fmt: skip
 
 
-def log_probability(model: DualRoutingTransformer, tokenizer: Tokenizer, pair: dict[str, str], side: str) -> Any:
+def log_probability(
+    model: DualRoutingTransformer, tokenizer: Tokenizer, pair: dict[str, str], side: str
+) -> Any:
     """log p of an answer and the end of its turn, given the prompt; alone, token by token."""
     ask = {"role": "user", "content": pair["prompt"]}
     chat = tokenizer.chat([ask, {"role": "assistant", "content": pair[side]}])
@@ -81,7 +83,9 @@ def test_loss_and_gradient_are_the_formula_in_float64(tokenizer: Tokenizer, smoo
     scores = reference_scores(other, examples, 200, 2)
     sides = ("chosen", "rejected")
     with torch.no_grad():
-        expected = [[float(log_probability(other, tokenizer, pair, side)) for side in sides] for pair in PAIRS]
+        expected = [
+            [float(log_probability(other, tokenizer, pair, side)) for side in sides] for pair in PAIRS
+        ]
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected, dtype=torch.float64))
 
     beta, losses, margins = 0.7, [], []
@@ -97,7 +101,9 @@ def test_loss_and_gradient_are_the_formula_in_float64(tokenizer: Tokenizer, smoo
 
     lay_out(examples, scores)
     batch = batch_of(examples, 200)
-    hidden = model.hidden_states(batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    hidden = model.hidden_states(
+        batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+    )
     sums = preference_sums(hidden.flatten(0, 1), model.head.weight, batch, beta=beta, smoothing=smoothing)
     assert int(sums.count) == 3
     torch.testing.assert_close(sums.total.detach(), sum(losses).detach(), rtol=1e-5, atol=1e-6)
@@ -176,19 +182,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shorter answer is the better one."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     words = ["bird", "stone", "river", "house", "hill", "small", "green"]
-    rows = [
-        {"prompt": f"say {a}", "chosen": b, "rejected": f"{b} and the {a}"} for a in words for b in words
-    ]
+    rows = [{"prompt": f"say {a}", "chosen": b, "rejected": f"{b} and the {a}"} for a in words for b in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def train(parent: Path, data: Path, output: Path, steps: int, *more: str) -> int:
     words = (
-        "finetune --task.kind preference --data.context 128 --data.validation_share 0.2 --train.micro_batch 2 "
-        "--train.tokens_per_batch 256 --train.val_every_steps 50 --optim.lr 0.003 --optim.warmup_steps 2 "
-        "--checkpoint.every_steps 4 --monitor.sample_every_steps 0 --monitor.peak_tflops 0.1 "
-        "--monitor.log_every_steps 1"
+        "finetune --task.kind preference --data.context 128 --data.validation_share 0.2 "
+        "--train.micro_batch 2 --train.tokens_per_batch 256 --train.val_every_steps 50 "
+        "--optim.lr 0.003 --optim.warmup_steps 2 --checkpoint.every_steps 4 "
+        "--monitor.sample_every_steps 0 --monitor.peak_tflops 0.1 --monitor.log_every_steps 1"
     ).split()
     said = ["--init_from", str(parent), "--data.path", str(data), "--output", str(output)]
     return main([*words, *said, "--train.max_steps", str(steps), *more])
@@ -210,6 +214,17 @@ def test_a_run_begins_at_the_reference_and_learns_the_preference(run: Path) -> N
     assert after["val/accuracy"] > 0.9
     assert after["val/margin"] > 0
     assert find_checkpoint(run).metadata["score"]["name"] == "accuracy"
+
+
+def test_its_answers_are_compared_with_the_better_ones(run: Path, data: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(data.read_text().splitlines(keepends=True)[:4]))
+    figures = tmp_path / "figures.json"
+    asked = ["evaluate", "--checkpoint", str(run), "--data", str(some), "--output", str(figures)]
+    assert main(asked) == 0
+    metrics = json.loads(figures.read_text())["metrics"]
+    assert {"bleu", "exact_match", "perplexity"} <= metrics.keys()
+    assert metrics["perplexity"] > 1
 
 
 def test_the_reference_is_asked_once_and_the_parent_may_go(

@@ -53,8 +53,8 @@ class Chats(Kind):
         if self._form(present, with_target) is None:
             forms = "; ".join(" and ".join(form) for form in FORMS)
             raise UserError(
-                f"{source} has the columns {', '.join(map(repr, present[:20]))} and none of what makes a chat "
-                f"({forms}): name them (task.columns {{messages: …}})"
+                f"{source} has the columns {', '.join(map(repr, present[:20]))} and none of what makes a "
+                f"chat ({forms}): name them (task.columns {{messages: …}})"
             )
 
     def _form(self, present: Iterable[str], with_target: bool = True) -> tuple[str, ...] | None:
@@ -118,7 +118,8 @@ class Chats(Kind):
     # ------------------------------------------------------------------ what all kinds have
 
     def learnt(self, messages: Sequence[Message], room: int) -> tuple[list[int], list[int]]:
-        """(ids, labels) of a chat, of at most ``room`` tokens: at each the next one where that is an answer's.
+        """(ids, labels) of a chat, of at most ``room`` tokens; labels are the next ids where these are an
+        answer's.
 
         Raises:
             BadRow: The template does not take it, or no answer begins within ``room``.
@@ -143,9 +144,7 @@ class Chats(Kind):
             return [Example({"input_ids": np.array(self.prompt(row), dtype=np.int32)})]
         ids, labels = self.learnt(self.answered(row), self.setting.max_length)
         return [
-            Example(
-                {"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32)}
-            )
+            Example({"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32)})
         ]
 
     def prompt(self, row: Row) -> list[int]:

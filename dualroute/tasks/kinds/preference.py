@@ -1,7 +1,7 @@
 """Preference pairs: of two answers to one chat the better is to become likelier than the other (DPO).
 
-Row: ``chosen`` and ``rejected``, texts beside a ``prompt``, or whole chats that begin alike; ``prompt`` may be a
-list of messages too.  An example is both chats, side by side as two documents.  The loss is
+Row: ``chosen`` and ``rejected``, texts beside a ``prompt``, or whole chats that begin alike; ``prompt`` may
+be a list of messages too.  An example is both chats, side by side as two documents.  The loss is
 :mod:`dualroute.tasks.preference`'s.  Prediction: ``prediction``, the answer that the model writes.
 """
 
@@ -104,6 +104,9 @@ class Preferences(Chats):
             "parts": np.repeat(np.arange(2, dtype=np.int8), [len(ids) for ids, _ in encoded]),
         }
         return [Example(fields, targets=1)]
+
+    def answer_examples(self, row: Row) -> list[Example]:
+        return super().encode(row)  # the better answer
 
     def _of_last(self, messages: Sequence[Message], room: int) -> tuple[list[int], list[int]]:
         """(ids, labels) of a chat of which only the last answer counts: the turns before are equal."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from dualroute.errors import UserError
 from dualroute.files import appearing_folder
 from dualroute.model.checkpoint import folder as checkpoint_folder
-from dualroute.model.checkpoint.weights_file import write_weights
+from dualroute.model.checkpoint.weights_file import TensorFile, write_weights
 from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.reader import WEIGHT, TrainingState, open_state
 from dualroute.training.checkpointing.state.reshard import Reporter, check_room
@@ -49,20 +50,27 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
     checkpoint_folder.verify_checkpoint(source)
     state = open_state(source)
     chosen = None if dtype == "auto" else getattr(torch, dtype)
+    published = source.folder / checkpoint_folder.WEIGHTS
     layout = {
-        name.removeprefix(_MODULE): (chosen or state.dtype(name), shape)
-        for name, shape in state.shapes.items()
-        if name.startswith(_MODULE)
+        name.removeprefix(_MODULE): (chosen or state.dtype(name), state.shapes[name])
+        for name in _trained(state)
     }
+    file = TensorFile(published)
+    known = {name: file.layout[name] for name in _only_published(state) if name in file.layout}
+    layout |= {name: (chosen or of_file, shape) for name, (of_file, shape) in known.items()}
     with appearing_folder(output) as aside:
-        write_weights(aside / checkpoint_folder.WEIGHTS, layout, _renamed(state, chosen))
-        published = source.folder / checkpoint_folder.WEIGHTS
+        weights = chain(_model_tensors(state), ((name, file.read(name)) for name in known))
+        converted = ((name.removeprefix(_MODULE), value.to(chosen or value.dtype)) for name, value in weights)
+        write_weights(aside / checkpoint_folder.WEIGHTS, layout, converted)
         try:
             compared = _compare(state, chosen, aside / checkpoint_folder.WEIGHTS, published)
         except SafetensorError as error:
             raise UserError(f"{published} cannot be read ({error}): use another checkpoint") from error
         for name in (checkpoint_folder.CONFIG, checkpoint_folder.TOKENIZER):
             shutil.copyfile(source.folder / name, aside / name)
+        settings = source.folder / checkpoint_folder.TOKENIZER_SETTINGS
+        if settings.is_file():
+            shutil.copyfile(settings, aside / settings.name)
         for name, content in source.task_file().items():
             (aside / name).write_bytes(content)
         metadata = source.metadata | {"state_layout": None, "files": checkpoint_folder.describe_files(aside)}
@@ -71,21 +79,27 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
     return 0
 
 
-def _renamed(state: TrainingState, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in _model_tensors(state):
-        yield name.removeprefix(_MODULE), tensor.to(dtype or tensor.dtype)
+def _trained(state: TrainingState) -> list[str]:
+    """The model's part of what was trained: a distillation has projections besides, and adapters are none of
+    the model's own weights."""
+    return [name for name in state.shapes if name.startswith(_MODULE) and ".lora_" not in name]
+
+
+def _only_published(state: TrainingState) -> list[str]:
+    """Weights that no state holds, because they were frozen, or frozen beneath adapters."""
+    frozen = state.trainer.get("frozen") or []
+    return [str(name).removeprefix(_MODULE).replace(".base_layer.", ".") for name in frozen]
 
 
 def _model_tensors(state: TrainingState) -> Iterator[tuple[str, Tensor]]:
-    """The model's part of what was trained (a distillation has projections besides)."""
-    for name in state.shapes:
-        if name.startswith(_MODULE):
-            yield name, state.read(name, WEIGHT)
+    for name in _trained(state):
+        yield name, state.read(name, WEIGHT)
 
 
 def _compare(state: TrainingState, dtype: torch.dtype | None, written: Path, published: Path) -> int:
     """Read ``written`` back; compare it with the optimizer's weights, and those with ``published``."""
-    wanted = {name.removeprefix(_MODULE) for name in state.shapes if name.startswith(_MODULE)}
+    others = _only_published(state)
+    wanted = {name.removeprefix(_MODULE) for name in _trained(state)} | set(others)
     with safe_open(written, "pt") as ours, safe_open(published, "pt") as theirs:
         odd = sorted((wanted ^ set(ours.keys())) | (wanted ^ set(theirs.keys())))
     if odd:
@@ -102,6 +116,11 @@ def _compare(state: TrainingState, dtype: torch.dtype | None, written: Path, pub
             for path, read, expected in pairs:
                 if not torch.equal(_bits(read), _bits(expected)):
                     raise UserError(f"{path}: {short} is not the weight that the optimizer's state holds")
+    for short in others:
+        with safe_open(written, "pt") as ours, safe_open(published, "pt") as theirs:
+            model = theirs.get_tensor(short)
+            if not torch.equal(_bits(ours.get_tensor(short)), _bits(model.to(dtype or model.dtype))):
+                raise UserError(f"{written}: {short} is not the weight that {published} holds")
     return len(wanted)
 
 

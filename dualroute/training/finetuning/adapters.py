@@ -1,10 +1,10 @@
 """Low-rank adapters (LoRA, DoRA) by the package ``peft``: what of a model is trained beside its weights.
 
-In: a model with the weights that it begins with.  Here: :func:`add_adapters` puts an adapter beside each chosen
-linear layer, both routes' projections, the feed-forward and the head among them, and freezes all else but the
-head of a task.  Out: to whoever publishes the model, :func:`merged_parameters`, ordinary weights under ordinary
-names with the adapters added, and :func:`adapter_files`, the adapters alone in peft's own format, under the
-names that layers have in an exported folder.
+In: a model with the weights that it begins with.  Here: :func:`add_adapters` puts an adapter beside each
+chosen linear layer, both routes' projections, the feed-forward and the head among them, and freezes all else
+but the head of a task.  Out: to whoever publishes the model, :func:`merged_parameters`, ordinary weights
+under ordinary names with the adapters added, and :func:`adapter_files`, the adapters alone in peft's own
+format, under the names that layers have in an exported folder.
 
 The head lends its weight to a loss instead of multiplying (``model/lm_head.py``), so its adapter is
 added to the weight; its rows are then those that ``peft`` computes.
@@ -46,7 +46,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("finetune.adapter needs the package peft: pip install peft") from error
+        raise UserError("finetune.adapter needs peft: pip install -e '.[lora]'") from error
     if importlib.util.find_spec("torchao") is not None:  # peft imports it
         require_torchao("finetune.adapter")
     return peft
@@ -78,8 +78,8 @@ def targets(model: nn.Module, patterns: list[str]) -> list[str]:
         if not found:
             there = sorted({name.rpartition(".")[2] for name in linear})
             raise UserError(
-                f"finetune.targets: {pattern!r} names no linear layer; there are {', '.join(there)} (or all, or "
-                f"full names such as layers.0.ffn.*)"
+                f"finetune.targets: {pattern!r} names no linear layer; there are {', '.join(there)} (or all, "
+                f"or full names such as layers.0.ffn.*)"
             )
         chosen |= found
     if _HEAD in chosen and tied:
@@ -110,13 +110,13 @@ def add_adapters(model: nn.Module, config: StrategyConfig, seed: int) -> None:
         assert isinstance(head, NextTokenHead)
         rows, width = head.weight.shape
         linear = nn.Linear(width, rows, bias=False, device="meta")
-        linear.weight = head.weight  # type: ignore[assignment]
+        linear.weight = head.weight
         model.head = linear
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(_peft_config(config, chosen), model)
     if _HEAD in chosen:
-        model.head.__class__ = _adapted_head()  # type: ignore[assignment]
+        model.head.__class__ = _adapted_head()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name) or name.startswith(_OF_TASK))
     model.adapter_config = config  # type: ignore[assignment]
@@ -136,18 +136,17 @@ def _peft_config(config: StrategyConfig, chosen: list[str]) -> Any:
 def _adapted_head() -> type[Any]:
     from peft.tuners.lora import Linear
 
-    class AdaptedHead(Linear):  # type: ignore[misc,valid-type]
+    class AdaptedHead(Linear):
         """A head that lends its weight with the adapter added."""
 
-        def forward(  # type: ignore[override]
-            self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Any] = F.linear
-        ) -> Any:
+        def forward(self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
             """As :class:`NextTokenHead`."""
             return project(hidden_states, self.adapted_weight())
 
         def adapted_weight(self) -> Tensor:
             """(V, dim)."""
-            weight = self.get_base_layer().weight + self.get_delta_weight(_NAME)
+            base: Any = self.get_base_layer()
+            weight: Tensor = base.weight + self.get_delta_weight(_NAME)
             if not self.use_dora[_NAME]:
                 return weight
             length = self.lora_magnitude_vector[_NAME].weight
@@ -197,8 +196,8 @@ def _merge_of(layer: nn.Module) -> Callable[[], Tensor]:
 def adapter_files(model: nn.Module) -> dict[str, bytes]:
     """The adapters of ``model`` as peft writes them, by path in a checkpoint; none without adapters.
 
-    ``PeftModel.from_pretrained(exported model, folder)`` reads them, where the export is of the weights that the
-    run began with.
+    ``PeftModel.from_pretrained(exported model, folder)`` reads them, where the export is of the weights that
+    the run began with.
     """
     if not has_adapters(model):
         return {}

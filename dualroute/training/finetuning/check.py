@@ -1,7 +1,7 @@
 """What can be wrong with the section ``finetune`` beside the rest of a configuration.
 
-In: a configuration whose model is known.  Next: ``training/run.py`` starts the run; ``initial_model.py`` gives
-the model its adapters and freezes what is to stay.
+In: a configuration whose model is known.  Next: ``training/run.py`` starts the run; ``initial_model.py``
+gives the model its adapters and freezes what is to stay.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which weights a training changes, how fast by their depth, and when it stops: the section ``finetune``.
 
-In: YAML and flags.  Next: :mod:`~dualroute.training.finetuning.check` compares it with the model and the other
-settings.  No torch is imported here.
+In: YAML and flags.  Next: :mod:`~dualroute.training.finetuning.check` compares it with the model and the
+other settings.  No torch is imported here.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ or what else enters (a tied embedding that also is the output belongs to 0).  Ne
 
 A unit that is not trained yet has gradients of zero, so its moments stay zero, whatever divides the optimizer
 among ranks; all parameters are in it from the start.  Adam corrects its moments by its own count of steps,
-which is too high for a unit that begins later.  :func:`correction` undoes this in the learning rate and eps, so
-that each unit's steps are those of an Adam that began with it, and a saved state needs nothing besides.
+which is too high for a unit that begins later.  :func:`correction` undoes this in the learning rate and eps,
+so that each unit's steps are those of an Adam that began with it, and a saved state needs nothing besides.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class DepthCourse:
                 log.info("%s", f"step {step + 1}: {what} is trained from here on")
 
     def hold_back(self, module: nn.Module, steps_done: Callable[[], int]) -> None:
-        """Have the gradients of units that are not trained yet be zero, in every backward pass from now on."""
+        """Have the gradients of units that are not trained yet be zero, in every backward pass."""
         if not self.config.unfreeze_share:
             return
         for name, parameter in module.named_parameters():

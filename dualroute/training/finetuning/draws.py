@@ -1,6 +1,7 @@
 """Random numbers of a step that do not depend on what was drawn before it.
 
-A run that is resumed has to draw what it would have drawn; so a generator is seeded anew for each micro-batch.
+A run that is resumed has to draw what it would have drawn; so a generator is seeded anew for each
+micro-batch.
 """
 
 from __future__ import annotations

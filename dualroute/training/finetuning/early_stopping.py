@@ -1,8 +1,8 @@
 """Ending a run whose validations get no better.
 
 In: the figure of each validation that the module goes by (``best_by``).  Here: :class:`EarlyStopping` counts
-validations in a row without a better one.  Next: the publisher writes the checkpoint that the run ends with, and
-says so in its metadata, so that the same command, run again, finds a finished run.
+validations in a row without a better one.  Next: the publisher writes the checkpoint that the run ends with,
+and says so in its metadata, so that the same command, run again, finds a finished run.
 """
 
 from __future__ import annotations

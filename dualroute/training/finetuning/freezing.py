@@ -1,8 +1,8 @@
 """Weights that stay as they are, named by patterns.
 
-In: a model and ``finetune.freeze``.  Here: parameters are told not to be trained.  Next: the optimizer has only
-the others, and a training's state too (:func:`without_frozen`): what is frozen is read again from where it
-came from, so a resume puts it back (:func:`with_frozen`).
+In: a model and ``finetune.freeze``.  Here: parameters are told not to be trained.  Next: the optimizer has
+only the others, and a training's state too (:func:`without_frozen`): what is frozen is read again from where
+it came from, so a resume puts it back (:func:`with_frozen`).
 """
 
 from __future__ import annotations

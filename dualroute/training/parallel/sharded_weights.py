@@ -76,15 +76,16 @@ def _shard(
     first: nn.Parameter | None = None
     given = weights.tensors() if weights.tensors is not None and dist.get_rank() == 0 else None
     for name in weights.order:
+        old = module.get_parameter(prefix + name)
         if given is None:
-            shape = module.get_parameter(prefix + name).shape
-            whole = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            whole = nn.Parameter(torch.zeros(old.shape, dtype=dtype, device=device))
         else:
             came, value = next(given)
             if came != name:
                 raise RuntimeError(f"the weights of {came} came where those of {name} were expected")
             whole = nn.Parameter(value.to(device=device, dtype=dtype))
             del value
+        whole.requires_grad_(old.requires_grad)  # what is frozen stays so
         replace_parameter(module, prefix + name, whole)
         compat.zero3_partition(whole, first, dict(config))
         first = first if first is not None else whole

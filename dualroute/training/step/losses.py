@@ -6,6 +6,7 @@ of the whole global batch.  Per token, with logits s = W h and label y:
 
     loss = logsumexp(s) - s_y                   next-token loss, nats
     z    = logsumexp(s)²                        keeps the normaliser near 1 (PaLM, Chowdhery et al. 2022, §5)
+    u    = logsumexp(s) - mean(s)               smoothed labels: (1 - a) · loss + a · u (Szegedy et al. 2016)
     dloss/ds = softmax(s) - onehot(y),  dz/ds = 2 · logsumexp(s) · softmax(s)
 
 The gradient is computed in the *forward*.  A chunk's logits are made, turned into the
@@ -55,6 +56,7 @@ def chunked_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     rows: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> CrossEntropySums:
     """Sum of the cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
@@ -71,6 +73,7 @@ def chunked_cross_entropy(
         ignore_index: Label of rows that do not count.
         rows: (R,) the rows that do count, their labels known to be in the vocabulary; null finds and checks
             them, which makes the host wait for a GPU.
+        label_smoothing: Share of a label's weight in ``total`` that is spread over the vocabulary.
 
     Returns:
         CrossEntropySums in float32 (float64 for float64 inputs).  Only one backward order is defined: the
@@ -81,9 +84,11 @@ def chunked_cross_entropy(
     """
     if rows is None:
         rows = labelled_rows(hidden, weight, labels, ignore_index)
-    loss = partial(_cross_entropy_chunk, labels=labels, z_loss=float(z_loss))
-    total, sums = chunked_loss(hidden, weight, rows, loss, (1.0, float(z_loss)), chunk_size=chunk_size)
-    loss_sum, z_sum = sums
+    share = float(label_smoothing)
+    loss = partial(_cross_entropy_chunk, labels=labels, z_loss=float(z_loss), smoothing=share)
+    factors = (1.0 - share, float(z_loss), share)
+    total, sums = chunked_loss(hidden, weight, rows, loss, factors, chunk_size=chunk_size)
+    loss_sum, z_sum, _ = sums
     return CrossEntropySums(total, loss_sum, z_sum, torch.full((), len(rows), device=hidden.device))
 
 
@@ -233,21 +238,25 @@ _apply = torch.compiler.disable(_ChunkedLoss.apply)
 
 
 def _cross_entropy_chunk(
-    logits: Tensor, rows: Tensor, needs_gradient: bool, *, labels: Tensor, z_loss: float
+    logits: Tensor, rows: Tensor, needs_gradient: bool, *, labels: Tensor, z_loss: float, smoothing: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss and z of one chunk, and the logits' gradient in the logits' own memory."""
+    """Loss, z and u of one chunk, and the logits' gradient in the logits' own memory."""
     labels = labels[rows]
     own = torch.arange(len(labels), device=labels.device)
     label_logits = logits[own, labels]
+    mean = logits.mean(1) if smoothing else label_logits
     top = logits.amax(1, keepdim=True)
     weights = logits.sub_(top).exp_()  # the logits' memory is reused from here on
     normaliser = weights.sum(1, keepdim=True)  # (C, 1)
     log_normaliser = (normaliser.log() + top).squeeze(1)
-    sums = torch.stack([(log_normaliser - label_logits).sum(), log_normaliser.square().sum()])
+    losses = (log_normaliser - label_logits, log_normaliser.square(), log_normaliser - mean)
+    sums = torch.stack([loss.sum() for loss in losses])
     if not needs_gradient:
         return sums, None
     gradient = weights.mul_((1 + 2 * z_loss * log_normaliser).unsqueeze(1) / normaliser)
-    gradient[own, labels] -= 1
+    gradient[own, labels] -= 1 - smoothing
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1]
     return sums, gradient
 
 

@@ -106,6 +106,8 @@ class Pretrain(LightningModule):
         """Tokens trained on so far, over all ranks."""
         return self.token_count.at(self.steps_done)
 
+    label_smoothing = 0.0  #: in the loss that is trained; see :func:`chunked_cross_entropy`
+
     #: (number, position in the data) of the first step of those that were skipped without a good one since
     skipped_since: tuple[int, int] | None = None
 
@@ -181,10 +183,18 @@ class Pretrain(LightningModule):
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
-        # those of the whole batch: a rank that shares texts has to find its own
-        rows = batch.get("label_rows") if self.model.sequence_group is None else None
-        loss = partial(chunked_cross_entropy, labels=labels.flatten(), z_loss=z_loss, rows=rows)
+        loss = partial(
+            chunked_cross_entropy,
+            labels=labels.flatten(),
+            z_loss=z_loss,
+            rows=self._label_rows(batch),
+            label_smoothing=self.label_smoothing,
+        )
         return self.model.head(hidden.flatten(0, 1), loss)
+
+    def _label_rows(self, batch: Batch) -> Tensor | None:
+        """What the loader found: rows of the whole batch, so that ranks that share texts find their own."""
+        return batch.get("label_rows") if self.model.sequence_group is None else None
 
     @property
     def at_first_micro_batch(self) -> bool:
@@ -248,8 +258,8 @@ class Pretrain(LightningModule):
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
-        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked tokens,
-        which spell a part of it."""
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked
+        tokens, which spell a part of it."""
         density = self.targets_per_byte[split]
         if density is None or not self.model.config.causal:
             return {}
@@ -274,8 +284,8 @@ class Pretrain(LightningModule):
         ids = self.tokenizer.encode(prompt, bos=True)
         room = self.model.config.max_context - len(ids)
         sampling = SamplingConfig(max_new_tokens=max(1, min(max_new_tokens, room)), seed=seed)
-        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_id))
-        return self.tokenizer.decode(ids + [token for token in new if token != self.tokenizer.eos_id])
+        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_ids))
+        return self.tokenizer.decode(ids + [token for token in new if token not in self.tokenizer.eos_ids])
 
     # ------------------------------------------------------------------ state
 
@@ -284,6 +294,7 @@ class Pretrain(LightningModule):
         # by these names a state can be cut up otherwise (see training/checkpointing/state/reader.py)
         checkpoint["parameter_names"] = self._names_by_group()
         checkpoint["parent"] = self.parent
+        checkpoint["frozen"] = sorted(n for n, p in self.named_parameters() if not p.requires_grad)
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
@@ -306,8 +317,9 @@ class Pretrain(LightningModule):
             raise UserError(f"the checkpoint has no state of {sorted(missing)}: dualroute did not write it")
         if checkpoint.get("parent") != self.parent:
             raise UserError(
-                f"the checkpoint's adapters were trained beside other weights ({_digest(checkpoint['parent'])} "
-                f"there, {_digest(self.parent)} here): give the init_from that the run began with"
+                f"the checkpoint's adapters were trained beside other weights "
+                f"({_digest(checkpoint.get('parent'))} there, {_digest(self.parent)} here): "
+                f"give the init_from that the run began with"
             )
         self._refuse_other_groups(checkpoint.get("parameter_names"))
         if "state_dict" in checkpoint:

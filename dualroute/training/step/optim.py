@@ -169,7 +169,8 @@ class HyperParameters:
             course: How groups of different units are stepped; null: all alike.
             step: Finished steps.
         """
-        betas, eps = tuple(self._config.betas), self._config.eps
+        (first, second), eps = self._config.betas, self._config.eps
+        betas = (first, second)
         for group, weight_decay, fused, unit in zip(
             optimizer.param_groups, self._weight_decays, self._fused, self._units, strict=True
         ):

@@ -1,4 +1,4 @@
-"""Instruction data: forms of rows, what is learnt of them, what is counted, and that packing leaks nothing."""
+"""Instruction data: forms of rows, what is learnt of them and what is counted; packing leaks nothing."""
 
 from __future__ import annotations
 
@@ -217,7 +217,10 @@ def test_answers_are_written_after_the_prompt_and_end(trained: tuple[Path, Path]
     run, data = trained
     some = tmp_path / "some.jsonl"
     some.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
-    assert main(["predict", "--checkpoint", str(run), "--input", str(some), "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(["predict", "--checkpoint", str(run), "--input", str(some), "--output", str(tmp_path / "out")])
+        == 0
+    )
     found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert len(found) == 8
     assert all(len(row["prediction"].split()) <= 3 for row in found)

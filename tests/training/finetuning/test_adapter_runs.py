@@ -53,6 +53,9 @@ def test_a_run_leaves_an_ordinary_model_and_its_adapter_beside_it(
         "files"
     ].keys()
     assert json.loads((checkpoint.folder / "adapter/adapter_config.json").read_text())["r"] == 4
+    taken = unbroken.with_name("taken")
+    assert main(["checkpoint", "export", str(unbroken), "--output", str(taken)]) == 0
+    assert all(torch.equal(value, ours[name]) for name, value in weights_of(taken).items())
     state = torch.load(checkpoint.state, weights_only=False)
     assert all(".lora_" in name for name in state["state_dict"])
     assert (
@@ -134,7 +137,7 @@ def test_without_peft_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     assert pretrain(tiny_dataset, tmp_path / "run", 2, *options(base), "--optim.warmup_steps", "1") == 2
-    assert "pip install peft" in capsys.readouterr().err
+    assert "needs peft: pip install" in capsys.readouterr().err
 
 
 def ranks(dataset: Path, output: Path, count: int, steps: int, *more: str) -> None:
@@ -146,7 +149,7 @@ def ranks(dataset: Path, output: Path, count: int, steps: int, *more: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_ranks_train_the_same_adapters_and_resume_elsewhere(
     base: Path, tiny_dataset: Path, tmp_path: Path, strategy: str
 ) -> None:

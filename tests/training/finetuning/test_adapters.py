@@ -26,8 +26,8 @@ ALL = {"global_qkv", "local_qkv", "out_proj", "gate", "up", "down"}
 def build(tie: bool = False, **more: object) -> DualRoutingTransformer:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=50, dim=32, num_layers=2, num_heads=4, window=8, block=16, tie_embeddings=tie, qkv_bias=True,
-        **more,  # type: ignore[arg-type]
+        vocab_size=50, dim=32, num_layers=2, num_heads=4, window=8, block=16, tie_embeddings=tie,
+        qkv_bias=True, **more,  # type: ignore[arg-type]
     )  # fmt: skip
     return DualRoutingTransformer(config)
 

@@ -23,7 +23,8 @@ from tests.training.step.test_module import curve
 @pytest.mark.parametrize(
     ("name", "unit"),
     [
-        ("norm.weight", 0), ("head.weight", 0), ("task_head.projection.weight", 0), ("layers.3.ffn.up.weight", 1),
+        ("norm.weight", 0), ("head.weight", 0), ("task_head.projection.weight", 0),
+        ("layers.3.ffn.up.weight", 1),
         ("layers.0.attention_norm.weight", 4), ("model.layers.1.ffn.up.lora_A.default.weight", 3),
         ("0.layers.2.ffn.gate.weight", 2), ("embedding.weight", 5), ("model.embedding.weight", 5),
     ],
@@ -141,7 +142,10 @@ def test_what_is_not_trained_yet_has_not_moved(unfrozen: Path, tiny_dataset: Pat
     assert pretrain(tiny_dataset, tmp_path / "run", STEPS, *OPTIONS) == 0
     assert curve(tmp_path / "run") == curve(unfrozen)
     late = load_model(find_checkpoint(tmp_path / "run")).state_dict()
-    assert all(torch.equal(late[name], value) for name, value in load_model(find_checkpoint(unfrozen)).state_dict().items())
+    assert all(
+        torch.equal(late[name], value)
+        for name, value in load_model(find_checkpoint(unfrozen)).state_dict().items()
+    )
     assert not any(torch.equal(late[name], start[name]) for name in start)
 
 

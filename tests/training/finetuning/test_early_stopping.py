@@ -22,8 +22,8 @@ def watch(values: list[float], patience: int = 2, higher: bool | None = None, le
     best_by = None if higher is None else ("accuracy", higher)
     module = SimpleNamespace(best_by=best_by, validation_metrics={})
     trainer = SimpleNamespace(
-        sanity_checking=False, state=SimpleNamespace(fn="fit"), global_step=0, max_steps=99, should_stop=False,
-        is_global_zero=True,
+        sanity_checking=False, state=SimpleNamespace(fn="fit"), global_step=0, max_steps=99,
+        should_stop=False, is_global_zero=True,
     )  # fmt: skip
     saved = []
     for step, value in enumerate(values, 1):

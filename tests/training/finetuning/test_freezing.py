@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dualroute.cli import main
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
@@ -41,7 +42,9 @@ def test_patterns_name_parameters_or_modules(tie: bool) -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(UserError, match=r"'layer\.0' matches no parameter; there are embedding\.weight, layers\.\*"):
+    with pytest.raises(
+        UserError, match=r"'layer\.0' matches no parameter; there are embedding\.weight, layers\.\*"
+    ):
         freeze(build(True), ["layer.0"])
     with pytest.raises(UserError, match="leaves nothing to train"):
         freeze(build(True), ["*"])
@@ -62,6 +65,9 @@ def test_what_is_frozen_is_that_of_the_parent(frozen: Path, base: Path) -> None:
     ours, theirs = state(frozen), state(base)
     same = {name for name in ours if torch.equal(ours[name], theirs[name])}
     assert same == {n for n in ours if n.startswith(("embedding", "layers.0.")) or "norm" in n}
+    taken = frozen.with_name("taken")
+    assert main(["checkpoint", "export", str(frozen), "--output", str(taken)]) == 0
+    assert all(torch.equal(value, ours[name]) for name, value in state(taken).items())
     saved = torch.load(find_checkpoint(frozen).state, weights_only=False)["state_dict"]
     assert {name.removeprefix("model.") for name in saved} == ours.keys() - same
 
@@ -81,24 +87,38 @@ def test_killed_it_goes_on_without_the_weights_that_it_began_with(
     assert all(torch.equal(value, theirs[name]) for name, value in state(tmp_path / "run").items())
 
 
-def test_other_patterns_are_refused_on_resume(frozen: Path, base: Path, tiny_dataset: Path, capsys: Any) -> None:
+def test_other_patterns_are_refused_on_resume(
+    frozen: Path, base: Path, tiny_dataset: Path, capsys: Any
+) -> None:
     more = ("--init_from", str(base), "--finetune.freeze", "[embedding]")
     assert pretrain(tiny_dataset, frozen, STEPS + 2, *more) == 2
-    assert "finetune.freeze was ['embedding', 'layers.0.*', '*norm*'] and is ['embedding']" in capsys.readouterr().err
+    assert (
+        "finetune.freeze was ['embedding', 'layers.0.*', '*norm*'] and is ['embedding']"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_wrong_pattern_ends_the_run_before_it_starts(tiny_dataset: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_wrong_pattern_ends_the_run_before_it_starts(
+    tiny_dataset: Path, tmp_path: Path, capsys: Any
+) -> None:
     assert pretrain(tiny_dataset, tmp_path / "run", STEPS, "--finetune.freeze", "[encoder]") == 2
     assert "'encoder' matches no parameter" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["0", "2", "3"])
+@pytest.mark.parametrize("stage", ["0", "3"])
 def test_ranks_leave_the_same_as_they_are(base: Path, tiny_dataset: Path, tmp_path: Path, stage: str) -> None:
     """Two ranks under DeepSpeed, resumed by the same, then by one process alone."""
     gentle = ("--init_from", str(base), *FROZEN, "--optim.lr", "0.003", "--optim.schedule", "constant")
-    how = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", stage, "--train.val_every_steps", "50")
+    how = (
+        "--parallel.strategy",
+        "deepspeed",
+        "--parallel.zero_stage",
+        stage,
+        "--train.val_every_steps",
+        "50",
+    )
     for until in (6, 8):
         ranks(tiny_dataset, tmp_path / "run", 2, until, *gentle, *how)
     assert pretrain(tiny_dataset, tmp_path / "run", STEPS, *gentle) == 0

@@ -237,3 +237,22 @@ def test_bad_inputs_are_named(
         chunked_cross_entropy(
             torch.zeros(hidden), torch.zeros(weight), torch.tensor(labels), chunk_size=chunk
         )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_smoothed_labels_are_torchs(chunk_size):
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(17, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(17, (10,))
+    labels[4] = -100
+    expected = torch.nn.functional.cross_entropy(
+        hidden @ weight.T, labels, reduction="sum", label_smoothing=0.2
+    )
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    sums = chunked_cross_entropy(hidden, weight, labels, label_smoothing=0.2, chunk_size=chunk_size)
+    torch.testing.assert_close(sums.total, expected)
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    torch.testing.assert_close(sums.loss_sum, plain.detach())
+    for ours, theirs in zip(torch.autograd.grad(sums.total, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)

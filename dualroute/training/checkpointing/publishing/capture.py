@@ -109,8 +109,9 @@ class WeightsOfPartitions:
         if not isinstance(content, dict):
             return content
         if not content.pop(IN_PARTITIONS, False):
-            module = content.get("module")
-            return content | {"module": with_frozen(self._engine.module, module)} if module else content
+            if content.get("module"):
+                content["module"] = with_frozen(self._engine.module, content["module"])
+            return content
         if not self._engine.zero_load_from_fp32_weights():
             raise UserError(
                 f"{path} holds its weights in float32 only, and zero_optimization.load_from_fp32_weights is "

@@ -164,7 +164,7 @@ class CheckpointPublisher(Callback):
                 return
             # told to all, so that no rank waits for one that has failed
             notes = told_by_all(partial(_written, part))
-            decided_by_rank_zero(partial(self._complete, part, layout, config, metadata, beside, notes))
+            decided_by_rank_zero(partial(self._complete, part, layout, config, metadata, notes, beside))
 
     def _taken(self, trainer: Trainer, model: nn.Module, layout: Layout, aside: Path) -> OwnPart:
         """This rank's part, at a step boundary; all ranks."""
@@ -184,7 +184,7 @@ class CheckpointPublisher(Callback):
         layout: Layout,
         config: ModelConfig,
         metadata: dict[str, Any],
-        beside: dict[str, bytes],
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
         """In a thread of every rank: write its part, and on rank 0 wait for the others' and publish."""
         try:
@@ -200,7 +200,7 @@ class CheckpointPublisher(Callback):
                 return
             notes = [note, *await_notes(part.folder, part.ranks, self._seconds_left)]
             remove_notes(part.folder)
-            self._complete(part, layout, config, metadata, beside, notes)
+            self._complete(part, layout, config, metadata, notes, beside)
 
     def _seconds_left(self) -> float:
         """Where the training has ended, a rank that says nothing has ended too."""
@@ -233,12 +233,12 @@ class CheckpointPublisher(Callback):
         layout: Layout,
         config: ModelConfig,
         metadata: dict[str, Any],
-        beside: dict[str, bytes],
         notes: Sequence[Note],
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
         """Add what is missing, make it durable, publish it, and retain what is to stay."""
         folder, described = part.folder, entries(notes, checkpoint_format.WEIGHTS, layout)
-        for name, content in beside.items():
+        for name, content in (beside or {}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         checkpoint_format.write_description(folder, config, self.tokenizer, metadata, described, self.extra)

@@ -170,6 +170,7 @@ class Engine:
     def __init__(self, stage=2, from_float32=True):
         self.stage, self.from_float32, self.updates = stage, from_float32, 0
         self.optimizer = self
+        self.module = torch.nn.Module()
 
     def zero_optimization_stage(self):
         return self.stage
