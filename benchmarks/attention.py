@@ -9,7 +9,8 @@ With `--bidirectional`, tokens see both sides of themselves, in dense attention 
 torch's scaled_dot_product_attention(is_causal=True). It has `--heads` heads; DualRouting divides the
 same heads between its routes. Both read random queries, keys and values; projections, equal on both sides,
 are left out. All figures of a length come from one run in which the sides take turns; times are medians, a
-ratio is dense / DualRouting. The ceiling is the ratio of the pairs of tokens that are read exactly: router,
+ratio is dense / DualRouting. With `--clock cpu --threads 1` seconds are those that this process computed, for
+a machine that others use too. The ceiling is the ratio of the pairs of tokens that are read exactly: router,
 far summary and sorting count as losses. `--output` also writes CSV and, for speed and sweep, a PNG.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from dualroute.attention import Layout, Routing, global_attention, local_attention, select_blocks
 from dualroute.attention.core.routing import exact_blocks
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Shape(NamedTuple):
@@ -170,7 +174,7 @@ def speed(options: argparse.Namespace, device: torch.device) -> None:
         for backward in (False, True):
             works = {"dense": dense(shape, backward)}
             works |= {route.name: dual(shape, route, backward) for route in routes}
-            times = medians(works, options.repeats, device)
+            times = medians(works, options.repeats, device, CLOCKS[options.clock])
             memory = {}
             if backward and options.memory:
                 memory["dense"] = peak_mebibytes(dense, shape, True, device=device)
@@ -219,7 +223,7 @@ def packed(options: argparse.Namespace, device: torch.device) -> None:
             route = _route(options, text)
             works = {"one": dual(one, route, True), "packed": dual(many, route, True)}
             works |= {"dense one": dense(one, True), "dense packed": dense(many, True)}
-            times = medians(works, options.repeats, device)
+            times = medians(works, options.repeats, device, CLOCKS[options.clock])
             rows.append(
                 {
                     "tokens": f"{length:,}",
@@ -253,7 +257,7 @@ def router(options: argparse.Namespace, device: torch.device) -> None:
                 sub_block=sub_block,
                 causal=options.causal,
             )
-        times = medians(works, options.repeats, device)
+        times = medians(works, options.repeats, device, CLOCKS[options.clock])
         for name, seconds in times.items():
             rows.append(
                 {
@@ -270,10 +274,12 @@ def sweep(options: argparse.Namespace, device: torch.device) -> None:
     rows = []
     for length in options.lengths:
         shape = Shape(length, options.heads, options.head_dim, torch.float32, device, options.causal)
-        base = medians({"dense": dense(shape, True)}, options.repeats, device)["dense"]
+        base = medians({"dense": dense(shape, True)}, options.repeats, device, CLOCKS[options.clock])["dense"]
         for window, block, top_k in itertools.product((128, 256, 512), (32, 64, 128), (2, 4, 8, 16)):
             route = _route(options, f"{window}/{block}/{top_k}")
-            taken = medians({"dual": dual(shape, route, True)}, options.repeats, device)["dual"]
+            taken = medians(
+                {"dual": dual(shape, route, True)}, options.repeats, device, CLOCKS[options.clock]
+            )["dual"]
             reads = sum(exact_pairs(length, route, options.causal))
             rows.append(
                 {
@@ -365,6 +371,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--bidirectional", dest="causal", action="store_false", help="as encoders read")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: one thread on a shared machine")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for CSV and PNG")

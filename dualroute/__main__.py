@@ -16,7 +16,7 @@ def main() -> int:
 
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     with stop_signal.one_line(command):
-        if command in ("pretrain", "distill"):
+        if command in stop_signal.TRAININGS:
             stop_signal.install()
         from dualroute.cli import main as run
 

@@ -81,7 +81,7 @@ def exhaustion(error: BaseException, command: str) -> str | None:
         what = "a process that reads data was killed, as the system does when memory is used up"
     else:
         what = f"out of memory ({said[:160] or 'of the host'})"
-    training = command in ("pretrain", "distill", "pipeline")
+    training = command in ("pretrain", "distill", "finetune", "pipeline")
     remedy = _LOWER if training else "use a smaller batch or a machine with more memory"
     return f"{what}: {remedy}" + ("; data.num_workers counts too" if killed else "")
 

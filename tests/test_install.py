@@ -102,7 +102,8 @@ def install(tmp_path: Path):  # type: ignore[no-untyped-def]
         write(index, "torch", version, requires, files={"torch/__init__.py": "", "torch/version.py": built})
         environ = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON"))}
         environ |= {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
-        script = ["bash", str(project / "launch" / "install.sh"), "deepspeed,compress,export,tasks,audio,lora,dev"]
+        extras = "deepspeed,compress,export,tasks,audio,lora,dev"
+        script = ["bash", str(project / "launch" / "install.sh"), extras]
         return subprocess.run(script, env=environ, capture_output=True, text=True, timeout=200)
 
     run.project = project  # type: ignore[attr-defined]

@@ -110,13 +110,17 @@ def routed_attention(
     return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
 
 
-def _backend(stream: Stream, query: Tensor, causal: bool, block: int | None = None) -> Backend:
-    """The back end for these queries; `block` is that of the global route, None asks for the local one."""
-    if stream.grid is None:
-        return choose(query, causal=causal, block=block)
-    if causal:
-        raise ValueError("causal=True with a grid: an image has no past; use causal=False")
-    return plain()  # the others take the slots without a token to lie at the end of a document
+def _backend(
+    stream: Stream, query: Tensor, causal: bool, block: int | None = None, *, local: bool = False
+) -> Backend:
+    """The back end for these queries; `block` is that of the global route."""
+    if stream.grid is not None:
+        if causal:
+            raise ValueError("causal=True with a grid: an image has no past; use causal=False")
+        # others know no squares, and take slots without a token to lie at the end of a document
+        if local or stream.slot_valid is not None:
+            return plain()
+    return choose(query, causal=causal, block=block)
 
 
 @torch.no_grad()
@@ -162,5 +166,5 @@ def local_attention(
     """
     check_rows(stream, query, key, value)
     check_whole(1, window=window)
-    backend = _backend(stream, query, causal)
+    backend = _backend(stream, query, causal, local=True)
     return backend.local_attention(query, key, value, stream, window=window, causal=causal)

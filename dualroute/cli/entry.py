@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:]
         if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are no text
             sys.stdout.reconfigure(errors="backslashreplace")
-        if arguments[:1] in (["pretrain"], ["distill"]):
+        if arguments[:1] and arguments[0] in stop_signal.TRAININGS:
             stop_signal.install()
         else:
             stop_signal.interrupt()

@@ -26,12 +26,13 @@ class ConvertConfig:
     """Turn a model from elsewhere, or a dense checkpoint, into a checkpoint.
 
     Args:
-        source: A checkpoint or run folder, a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3), or a
-            llama2.c .bin file.
+        source: A checkpoint or run folder, a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3, or one
+            that export wrote, also after a training elsewhere), or a llama2.c .bin file.
         output: Checkpoint folder to write.
         tokenizer: The source's tokenizer, where none lies in its folder: a sentencepiece .model, a
             tokenizer.json or a llama2.c .bin file.
-        attention: dense keeps what the model computes; dual gives it two routes.
+        attention: dense keeps what the model computes; dual gives it two routes.  An export that has them
+            already keeps them.
         heads: divide sends each head, with those that share its keys, to one route; both lets either route
             begin with all heads, and their mean be the output.
         local_heads: With divide: query heads of the local route; null means half.
@@ -83,6 +84,12 @@ class ConvertConfig:
             raise UserError(f"{given[0]} works with --attention dual only: leave it out")
         if self.heads == "both" and self.local_heads is not None:
             raise UserError("local_heads works with --heads divide only: with both, each route has all heads")
+
+    @property
+    def changes(self) -> bool:
+        """Whether an option of dual attention was given."""
+        given = any(getattr(self, name) is not None for name in (*ROUTING, "local_heads"))
+        return given or self.heads == "both"
 
     @property
     def routing(self) -> dict[str, Any]:

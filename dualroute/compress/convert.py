@@ -24,12 +24,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dualroute.compress.added_tokens import with_added_tokens
 from dualroute.compress.config import ConvertConfig
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
 from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import SETTINGS, read_settings
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
 from dualroute.model import DualRoutingTransformer
@@ -45,6 +47,7 @@ from dualroute.model.conversion import (
     random_groups,
 )
 from dualroute.model.foreign.hub import is_foreign, load_dense
+from dualroute.model.foreign.own_export import exported_lineage, wrote
 from dualroute.model.generation import continue_batch
 
 _ROWS = 32  # texts that are sampled together
@@ -80,9 +83,11 @@ def convert(config: ConvertConfig) -> Conversion:
         tokenizer = _tokenizer(config, beside, Path(folder))
         model = _with_vocabulary(model, tokenizer, config.source)
         groups = mass = None
-        note: dict[str, Any] = {"source": config.source, "attention": config.attention}
+        comes_back = wrote(Path(config.source)) and model.config.attention != "dense" and not config.changes
+        attention = model.config.attention if comes_back else config.attention
+        note: dict[str, Any] = {"source": config.source, "attention": attention}
         converted = model
-        if config.attention == "dual":
+        if config.attention == "dual" and not comes_back:
             check_dense(model.config)
             shape = dual_config(
                 model.config, both=config.heads == "both", local_heads=config.local_heads, **config.routing
@@ -99,6 +104,7 @@ def convert(config: ConvertConfig) -> Conversion:
         metadata = {**_carried(Path(config.source)), "conversion": note}
         source = Path(config.source)
         extra = {} if is_foreign(source) else find_checkpoint(source).task_file()
+        extra[SETTINGS] = tokenizer.settings.to_bytes()
         checkpoint = save_model(converted, config.output, tokenizer.path, metadata, extra)
     return Conversion(checkpoint, groups, mass, model.config.heads_per_group)
 
@@ -106,7 +112,7 @@ def convert(config: ConvertConfig) -> Conversion:
 def _carried(source: Path) -> dict[str, Any]:
     """What stays true of a checkpoint when it is converted."""
     if is_foreign(source):
-        return imported(source.name)
+        return {**imported(source.name), **exported_lineage(source)}
     checkpoint = find_checkpoint(source)
     said = checkpoint.metadata
     kept: dict[str, Any] = {name: said[name] for name in ("context", "data_fingerprint") if name in said}
@@ -114,15 +120,21 @@ def _carried(source: Path) -> dict[str, Any]:
 
 
 def _tokenizer(config: ConvertConfig, beside: Path | None, folder: Path) -> Tokenizer:
-    """The source's tokenizer; one of llama2.c is rewritten as a sentencepiece model into ``folder``."""
+    """The source's tokenizer; into ``folder`` one of llama2.c is rewritten as a sentencepiece model, and a
+    sentencepiece model with the tokens that were added beside it."""
     path = beside if config.tokenizer is None else Path(config.tokenizer)
     if path is None:
         raise UserError(f"{config.source} has no tokenizer beside it: give the file with --tokenizer")
+    settings = None
     if path.suffix == ".bin":
-        data = sentencepiece_model(path)
+        data: bytes | None = sentencepiece_model(path)
+    else:
+        data = with_added_tokens(path) if is_foreign(config.source) and path.suffix == ".model" else None
+        settings = read_settings(path)
+    if data is not None:
         path = folder / "tokenizer.model"
         path.write_bytes(data)
-    return Tokenizer(path)
+    return Tokenizer(path, settings)
 
 
 def _with_vocabulary(
@@ -192,7 +204,8 @@ def _shards(
         UserError: The shards were made with another tokenizer, or are damaged.
     """
     manifest = Manifest.load(folder)
-    if manifest.tokenizer.sha256 != tokenizer.sha256:
+    theirs = manifest.folder / manifest.tokenizer.file
+    if manifest.tokenizer.sha256 != tokenizer.sha256 and not tokenizer.same_ids(Tokenizer(theirs)):
         raise UserError(
             f"{folder} was made with another tokenizer than the one of {config.source}: leave --data out, or "
             f"prepare it with that one"

@@ -195,6 +195,7 @@ def quantize(config: QuantizeConfig) -> Checkpoint:
         raise UserError(f"--output {config.output} exists already: choose another folder")
     verify_checkpoint(source, only=TOKENIZER)  # it is copied
     model = load_model(source).to(device, torch.float32)
+    model.config.require_tokens("dualroute quantize")
     quantization = config.quantization
     quantize_model(model, quantization)
     written = save_quantized(model, quantization, source, config.output)

@@ -172,7 +172,7 @@ _SOLID = r"[^\s\x00-\x1f\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u
 #: Before a space between letters, or after a newline between characters that nobody takes for white space.
 _JSON_CUT = re.compile(rf"(?<=[A-Za-z])(?= [A-Za-z])|(?<={_SOLID}\n)(?={_SOLID})")
 #: Llama 3's with its ``{1,3}`` left out is Qwen 2's.
-_JSON_PATTERN = (
+JSON_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -220,7 +220,7 @@ def _known_expression(pre_tokenizer: Any) -> bool:
         and not split.get("invert")
         and not last.get("use_regex", True)
         and isinstance(expression, str)
-        and expression.replace(r"\p{N}{1,3}", r"\p{N}") == _JSON_PATTERN
+        and expression.replace(r"\p{N}{1,3}", r"\p{N}") == JSON_PATTERN
     )
 
 

@@ -22,11 +22,11 @@ import numpy as np
 import sentencepiece
 from numpy.typing import DTypeLike, NDArray
 
-from dualroute.data.chat import Chat, SpecialToken, chat_ids, template_of
-from dualroute.data.chat_template import ChatTemplate, Message
+from dualroute.data.chat.ids import Chat, SpecialToken, chat_ids, template_of
+from dualroute.data.chat.template import ChatTemplate, Message
 from dualroute.data.text_parts import SPACE_MARK, TextParts
 from dualroute.data.tokenizer_json import JsonProcessor
-from dualroute.data.tokenizer_settings import TokenizerSettings, read_settings
+from dualroute.data.tokenizer_settings import SETTINGS, TokenizerSettings, read_settings
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import read_limited
 
@@ -137,6 +137,10 @@ class Tokenizer:
         """
         return template_of(self)
 
+    def settings_file(self) -> dict[str, bytes]:
+        """{name: content} of what is to lie beside the file wherever it goes; empty if there is nothing."""
+        return {SETTINGS: self.settings.to_bytes()} if self.settings else {}
+
     def with_settings(self, settings: TokenizerSettings) -> Tokenizer:
         """The same tokenizer with another template and other ends of a text."""
         return Tokenizer(self.path, settings)
@@ -173,8 +177,17 @@ class Tokenizer:
         return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
 
     def same_ids(self, other: Tokenizer) -> bool:
-        """Whether an id means the same text to both: the same file, or the same piece for every id."""
-        return self.sha256 == other.sha256 or self.pieces() == other.pieces()
+        """Whether an id means the same text to both: the same file, or the same piece for every id.
+
+        A sentencepiece model and the tokenizer.json that an export makes of it are the same.
+        """
+        return self.sha256 == other.sha256 or self._spelling() == other._spelling()
+
+    def _spelling(self) -> list[str]:
+        """The pieces with a space written as one: as U+2581 some files have it, and some do not."""
+        if isinstance(self._processor, JsonProcessor) and self._processor.is_byte_level:
+            return self.pieces()
+        return [piece.replace(SPACE_MARK, " ") for piece in self.pieces()]
 
     def _byte_pieces(self, character: str) -> list[int]:
         """Ids that spell ``character`` byte by byte; empty when this model has none."""

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from dualroute.data.chat import SpecialToken
+from dualroute.data.chat.ids import SpecialToken
 from dualroute.data.text_parts import JsonParts
 from dualroute.errors import UserError
 
@@ -30,6 +30,7 @@ class JsonProcessor:
 
     Attributes:
         parts: Cuts long texts; see `JsonParts`.
+        is_byte_level: Pieces are spelt in GPT-2's alphabet of bytes.
 
     Args:
         data: The file.
@@ -52,6 +53,7 @@ class JsonProcessor:
             json_values: dict[str, Any] = json.loads(data)
             pieces = self._tokenizer.get_vocab()
             self.parts = JsonParts(json_values)
+            self.is_byte_level = '"ByteLevel"' in json.dumps(json_values.get("decoder"))
             marked = [token for token in json_values.get("added_tokens") or [] if token.get("special")]
             self._special_tokens = {
                 token["content"]: SpecialToken(

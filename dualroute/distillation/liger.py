@@ -46,13 +46,15 @@ def liger_distillation(
     objective: Objective,
     *,
     ignore_index: int = -100,
+    rows: Tensor | None = None,
 ) -> DistillationSums:
     """As :func:`chunked_distillation`, but ``z_sum`` is 0 because Liger does not tell it."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    rows = labelled_rows(hidden, weight, labels, ignore_index)
+    if rows is None:
+        rows = labelled_rows(hidden, weight, labels, ignore_index)
     ce_factor, kl_factor, _ = objective.factors
-    count = torch.tensor(len(rows), device=hidden.device)
+    count = torch.full((), len(rows), device=hidden.device)
     zero = hidden.new_zeros((), dtype=torch.float32)
     if not len(rows):
         return DistillationSums((hidden.sum() + weight.sum()) * 0.0, zero, zero, count, zero)
@@ -68,5 +70,7 @@ def liger_distillation(
     loss_sum = (hard * count).detach()
     if not ce_factor:  # then Liger leaves it out
         with torch.no_grad():
-            loss_sum = chunked_cross_entropy(hidden, weight, labels, ignore_index=ignore_index).loss_sum
+            loss_sum = chunked_cross_entropy(
+                hidden, weight, labels, ignore_index=ignore_index, rows=rows
+            ).loss_sum
     return DistillationSums(total * count, loss_sum, zero, count, (soft * count).detach())

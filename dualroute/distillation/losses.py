@@ -116,6 +116,7 @@ def chunked_distillation(
     *,
     chunk_size: int | None = None,
     ignore_index: int = -100,
+    rows: Tensor | None = None,
 ) -> DistillationSums:
     """The objective over a large vocabulary; neither model's [tokens, vocab] matrix exists.
 
@@ -131,12 +132,15 @@ def chunked_distillation(
         chunk_size: Rows whose logits exist at the same time; null bounds them by memory.  Four matrices
             (chunk, V) are needed beside each other, five at a temperature.
         ignore_index: Label of rows that do not count.
+        rows: (R,) the rows that do count, their labels known to be in the vocabulary; null finds and checks
+            them, for which a GPU is waited for.
 
     Raises:
         ValueError: Shapes do not fit, a label or id is outside the vocabulary, or the divergence of a
             truncated teacher is infinite (reverse_kl where the teacher leaves no mass outside its top k).
     """
-    rows = labelled_rows(hidden, weight, labels, ignore_index)
+    if rows is None:
+        rows = labelled_rows(hidden, weight, labels, ignore_index)
     vocab_size = weight.shape[0]
     if isinstance(teacher, Logits):
         _check_teacher(teacher, len(hidden), vocab_size)
@@ -147,7 +151,7 @@ def chunked_distillation(
     loss = partial(_distillation_chunk, labels=labels, objective=objective, divergence=divergence)
     total, sums = chunked_loss(hidden, weight, rows, loss, objective.factors, chunk_size=chunk_size)
     loss_sum, divergence_sum, z_sum = sums
-    count = torch.tensor(len(rows), device=hidden.device)
+    count = torch.full((), len(rows), device=hidden.device)
     return DistillationSums(total, loss_sum, z_sum, count, divergence_sum)
 
 

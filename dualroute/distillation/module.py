@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualroute.data.module import Batch
+from dualroute.data.module import Batch, ShardDataModule
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.distillation.config import DistillationConfig
 from dualroute.distillation.intermediate import (
@@ -101,6 +101,8 @@ class Distill(Pretrain):
             self.teacher.to(self.trainer.strategy.root_device)
             self.teacher.shard()
             self.teacher.set_sequence_group(self.model.sequence_group)
+            if isinstance(data := self.trainer.datamodule, ShardDataModule):  # type: ignore[attr-defined]
+                data.layout_plan = self.teacher.with_its_layout(self.model.layout_plan())
 
     # ------------------------------------------------------------------ loss
 
@@ -151,9 +153,10 @@ class Distill(Pretrain):
         with recording(self.model, layers, heads=heads) as of_student:
             hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX).flatten()
-        sums = self._distances(hidden, teacher, labels, objective)
+        rows = self._label_rows(batch)
+        sums = self._distances(hidden, teacher, labels, objective, rows)
         total, others = sums.total, {"divergence": sums.divergence_sum}
-        for name, weight, value in self._inside(of_student, of_teacher, labels):
+        for name, weight, value in self._inside(of_student, of_teacher, labels, rows):
             total = total + weight * value
             others[name] = value.detach()
         return TrainingSums(total, sums.loss_sum, sums.z_sum, sums.count, others)
@@ -170,24 +173,35 @@ class Distill(Pretrain):
         return top_k_of(whole, self.config.top_k, self.config.temperature)
 
     def _distances(
-        self, hidden: Tensor, teacher: Logits | TopK, labels: Tensor, objective: Objective
+        self,
+        hidden: Tensor,
+        teacher: Logits | TopK,
+        labels: Tensor,
+        objective: Objective,
+        rows: Tensor | None,
     ) -> DistillationSums:
         """Cross-entropy and divergence of the student's hidden states (B, n, D)."""
         function: Any = liger_distillation if self.config.backend == "liger" else chunked_distillation
         loss = partial(
-            function, labels=labels, teacher=teacher, objective=objective, ignore_index=IGNORE_INDEX
+            function,
+            labels=labels,
+            teacher=teacher,
+            objective=objective,
+            ignore_index=IGNORE_INDEX,
+            rows=rows,
         )
         sums: DistillationSums = self.model.head(hidden.flatten(0, 1), loss)
         return sums
 
     def _inside(
-        self, student: Recorded, teacher: Recorded, labels: Tensor
+        self, student: Recorded, teacher: Recorded, labels: Tensor, rows: Tensor | None
     ) -> list[tuple[str, float, Tensor]]:
         """(name, weight, sum) of the losses between layers."""
         config, found = self.config, []
         if not config.looks_inside:
             return []
-        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        if rows is None:
+            rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         if self.projections is not None:
             hidden = hidden_sum(student, teacher, self.pairs, self.projections, rows, config.hidden_loss)
             found.append(("hidden_loss", config.hidden_weight, hidden))
@@ -211,7 +225,9 @@ class Distill(Pretrain):
             return
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX).flatten()
         teacher = self._asked(self.teacher, batch)
-        sums = self._distances(self.hidden_states(batch), teacher, labels, self.config.objective(0.0))
+        sums = self._distances(
+            self.hidden_states(batch), teacher, labels, self.config.objective(0.0), self._label_rows(batch)
+        )
         self._val_sums += torch.stack([sums.loss_sum, sums.count, sums.divergence_sum]).double()
 
     def on_validation_epoch_end(self) -> None:

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.files import file_sha256
@@ -91,6 +92,7 @@ class Teacher:
         self.offload = offload
         self.sharded = sharded and detect_world().world_size > 1
         self._is_divided = False
+        self._shares_layout = False
         if offload and not self.sharded:
             for layer in self.model.layers:
                 _visit_device(layer, self)
@@ -160,10 +162,25 @@ class Teacher:
     def hidden_states(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, n, D_t) after its last norm; of this rank's tokens where ranks share texts."""
         with torch.autocast(self.device.type, enabled=False):
+            known = {"layout": batch.get("layout")} if self._shares_layout else {}
             hidden: Tensor = self.model.hidden_states(
-                batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+                batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], **known
             )
         return hidden
+
+    def with_its_layout(self, plan: LayoutPlan) -> LayoutPlan:
+        """What the loader has to work out for a student with ``plan`` and for this teacher.
+
+        A teacher with blocks of the same size reads a batch in the student's layout; any other makes its
+        own, for which a GPU is waited for.
+        """
+        if not isinstance(self.model, DualRoutingTransformer):
+            return plan
+        own = self.model.layout_plan()
+        self._shares_layout = own.block == plan.block
+        if not self._shares_layout:
+            return plan
+        return LayoutPlan(plan.block, tuple(sorted({*plan.limits, *own.limits})))
 
 
 def _fill_pieces(layer: nn.Module, weights: TensorFile, prefix: str) -> None:

@@ -71,7 +71,7 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto", *, compile
     choose_kernels(problems_of(model, getattr(torch, dtype), model.config.max_context, packed=True), target)
     verify_checkpoint(checkpoint, only=TOKENIZER)
     tokenizer = Tokenizer(checkpoint.folder / TOKENIZER)
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if model.config.reads_text and tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{checkpoint.folder / TOKENIZER} has {tokenizer.vocab_size} ids and the model "
             f"{model.config.vocab_size}: the tokenizer was replaced; put the original file back"

@@ -39,8 +39,8 @@ def generate_text(
         raise UserError(f"the prompt has {len(ids)} tokens and the model reads at most {limit}: shorten it")
     new: list[int] = []
     shown = tokenizer.decode(ids)
-    for token in generate(model, ids, sampling, tokenizer.eos_id, decoder, int8_cache):
-        if token == tokenizer.eos_id:
+    for token in generate(model, ids, sampling, tokenizer.eos_ids, decoder, int8_cache):
+        if token in tokenizer.eos_ids:
             break
         new.append(token)
         text = tokenizer.decode(ids + new)

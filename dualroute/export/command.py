@@ -29,12 +29,14 @@ from dualroute.export.config import ExportConfig
 from dualroute.export.quality import measure
 from dualroute.files import appearing_folder
 from dualroute.model.checkpoint.format import WEIGHTS, Checkpoint, find_checkpoint, verify_checkpoint
+from dualroute.model.checkpoint.lineage import continued
 
 Writer = Callable[["ExportConfig", Loaded, Path, dict[str, Any]], dict[str, Any]]
 #: format → the module whose `write_export` fills the folder and returns its figures; the packages it needs.
 #: Imported when asked for: each takes seconds
 WRITERS: dict[str, tuple[str, list[str]]] = {
     "hf": ("dualroute.export.model_card", ["transformers"]),
+    "gguf": ("dualroute.export.gguf_file", ["gguf"]),
     "onnx": ("dualroute.export.onnx_file", ["onnx", "onnxscript", "onnxruntime"]),
     "torch-export": ("dualroute.export.torch_program", []),
 }
@@ -82,16 +84,19 @@ def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
     saved = saved_dtype(checkpoint)
     writer = _writer(config.format)
     dtype: str = config.dtype
-    if dtype == "auto":
-        dtype = saved if config.format == "hf" else "float32"
-    return load(checkpoint.folder, "cpu", dtype), writer
+    if dtype == "auto" or config.format == "gguf":  # a GGUF file is rounded when it is written
+        dtype = saved if config.format in ("hf", "gguf") else "float32"
+    loaded = load(checkpoint.folder, "cpu", dtype)
+    loaded.model.config.require_tokens("dualroute export")
+    return loaded, writer
 
 
 def _writer(format: str) -> Writer:
     module, needed = WRITERS[format]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install -e '.[export]'")
+        extra = "gguf" if format == "gguf" else "export"
+        raise UserError(f"--format {format} needs {', '.join(missing)}: pip install -e '.[{extra}]'")
     writer: Writer = importlib.import_module(module).write_export
     return writer
 
@@ -130,10 +135,12 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         "data_fingerprint",
         "context",
         "operation",
+        "teacher",
         "lineage",
     )
     weights = metadata.get("files", {}).get(WEIGHTS, {})
     found = {name: metadata[name] for name in kept if metadata.get(name) is not None}
+    found["folder"] = continued(checkpoint)[-1]["folder"]
     return {**found, **({"sha256": weights["sha256"]} if "sha256" in weights else {})}
 
 

@@ -18,17 +18,26 @@ from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
 from dualroute.model.checkpoint.lineage import history, total_tokens
 
-_USE = """\
+_TRANSFORMERS = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder{tokenizer}){pad}
+model = AutoModelForCausalLM.from_pretrained(folder{model})
 inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
 texts = model.generate(**inputs, max_new_tokens=50, do_sample=True, top_p=0.95)
 print(tokenizer.batch_decode(texts, skip_special_tokens=True))
 ```"""
+_LLAMA_CPP = """\
+```python
+from llama_cpp import Llama
+
+model = Llama("path/to/this/folder/model.gguf", n_ctx=0)
+print(model("Once upon a time", max_tokens=50)["choices"][0]["text"])
+```"""
+_TRUST = ", trust_remote_code=True"
+OWN_CLASS = "DualRoutingFor"
 
 
 _USE_PIPELINE = """\
@@ -36,6 +45,15 @@ _USE_PIPELINE = """\
 from transformers import pipeline
 
 run = pipeline("TASK", model="path/to/this/folder", trust_remote_code=True)
+```"""
+_USE_CLASS = """\
+```python
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
+scores = model(**tokenizer("Who came?", "The old man came.", return_tensors="pt"))
 ```"""
 _GENERATE = (
     "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not. "
@@ -54,42 +72,129 @@ def write_export(
     config: ExportConfig, loaded: Loaded, folder: Path, quality: dict[str, Any]
 ) -> dict[str, Any]:
     """Write and verify the Hugging Face folder, its card last; returns the figures."""
-    written = huggingface.write(loaded, folder)
+    written = huggingface.write(loaded, folder, config.layout)
     figures = {**written, "parity": huggingface.verify(loaded, folder, samples(config, loaded))}
-    (folder / "README.md").write_text(card(config, loaded, folder, quality, figures), encoding="utf-8")
+    write_card(config, loaded, folder, quality, figures)
     return figures
+
+
+def write_card(
+    config: ExportConfig, loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Write README.md."""
+    text = card(config, loaded, folder, quality, figures)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def card(
     config: ExportConfig, loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[str, Any]
 ) -> str:
     """The text of README.md."""
-    shape = loaded.model.config
-    purpose = huggingface.purpose_of(shape)
-    tag, kind = _PURPOSES[purpose]
-    front = ["library_name: transformers", f"pipeline_tag: {tag}", "tags: [dualroute, custom_code]"]
+    gguf = config.format == "gguf"
+    own = figures.get("class", "").startswith(OWN_CLASS)
+    tag, kind = _PURPOSES[huggingface.purpose_of(loaded.model.config)]
+    tags = ["dualroute", "gguf"] if gguf else ["dualroute", "custom_code"] if own else ["dualroute"]
+    front = [f"pipeline_tag: {tag}", f"tags: [{', '.join(tags)}]"]
+    front = [*([] if gguf else ["library_name: transformers"]), *front]
     if config.license is not None:
         front.append(f"license: {config.license}")
     name = Path(config.output).name
+    dense = loaded.model.config.attention == "dense"
+    attention = "DualRouting" if own else "dense" if dense else "sliding-window"
     return "\n".join(
         [
             "---", *front, "---", "",
             f"# {name}", "",
-            f"{kind} of {loaded.model.num_parameters():,} parameters with DualRouting "
-            f"attention, {_attention(shape)}", "",
-            "## Use", "", _USE if purpose == "CausalLM" else _USE_PIPELINE.replace("TASK", tag), "",
-            f"It needs torch and transformers; the `dualroute` package is not needed. Texts begin with "
-            f"{_begin(loaded)}. Batches may be padded; the attention mask says where. "
-            + (_GENERATE if purpose == "CausalLM" else "")
-            + f"At most {shape.max_context:,} tokens.", "",
+            f"{kind} of {loaded.model.num_parameters():,} parameters with {attention} "
+            f"attention, {_attention(loaded.model.config)}", "",
+            "## Use", "", *(_use_of_gguf(loaded, figures) if gguf else _use(loaded, folder, figures)), "",
             "## Figures", "", *_table(loaded, folder, quality, figures), "",
-            "`export.json` holds all figures, those of the comparison at each length among them.", "",
+            "`export.json` holds all figures, those of the comparison among them.", "",
             "## History", "", "Trainings and operations, oldest first:", "", *_history(loaded), "",
+            *_training(loaded),
             "## Source", "",
-            f"The Python files are those of dualroute {__version__} (Apache-2.0) that trained the model; "
-            f"only their imports were rewritten. {_license(config)}", "",
+            f"{_source(loaded, figures)}{_license(config)}", "",
         ]
     )  # fmt: skip
+
+
+def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
+    shape = loaded.model.config
+    purpose = huggingface.purpose_of(shape)
+    own = str(figures.get("class", "")).startswith(OWN_CLASS)
+    own_tokenizer = (folder / huggingface.TOKENIZER_CODE).is_file()
+    code = _USE_PIPELINE.replace("TASK", _PURPOSES[purpose][0])
+    if purpose == "CausalLM":
+        code = _TRANSFORMERS.format(
+            model=_TRUST if own else "",
+            tokenizer=_TRUST if own or own_tokenizer else "",
+            pad="" if loaded.tokenizer.pad_id >= 0 else "\ntokenizer.pad_token = tokenizer.eos_token",
+        )
+    elif purpose == "QuestionAnswering":  # transformers 5 has no pipeline for it
+        code = _USE_CLASS
+    how = _GENERATE if purpose == "CausalLM" else ""
+    if not own:
+        how = (
+            f"The model is a `{figures['class']}`, which other software that knows this class runs as well. "
+        )
+    needs = "torch and transformers" + (", and sentencepiece" if own_tokenizer else "")
+    return [
+        code,
+        "",
+        f"It needs {needs}; the `dualroute` package is not needed. {_begin(loaded)} Batches may be padded; "
+        f"the attention mask says where. {how}At most {shape.max_context:,} tokens.",
+    ]
+
+
+def _use_of_gguf(loaded: Loaded, figures: dict[str, Any]) -> list[str]:
+    return [
+        _LLAMA_CPP,
+        "",
+        f"`model.gguf` is for llama.cpp and what is built on it: architecture {figures['architecture']}, "
+        f"weights {figures['type']}, the tokenizer included. {_begin(loaded)} At most "
+        f"{loaded.model.config.max_context:,} tokens.",
+    ]
+
+
+def _source(loaded: Loaded, figures: dict[str, Any]) -> str:
+    if figures.get("source_files"):
+        return (
+            f"The Python files are those of dualroute {__version__} (Apache-2.0) that trained the model; "
+            f"only their imports were rewritten. "
+        )
+    return f"Written by dualroute {__version__}; no code comes with the weights. "
+
+
+#: setting of a training → what the card calls it
+_SETTINGS = {
+    "optim.lr": "learning rate",
+    "optim.schedule": "schedule",
+    "optim.warmup_steps": "warm-up steps",
+    "optim.weight_decay": "weight decay",
+    "train.tokens_per_batch": "tokens per batch",
+    "train.precision": "precision",
+}
+
+
+def _training(loaded: Loaded) -> list[str]:
+    """How the last training went, as far as its checkpoint says."""
+    metadata = loaded.checkpoint.metadata
+    settings = metadata.get("settings")
+    said = settings if isinstance(settings, dict) else {}
+    found = {key: _at(said, key) for key in _SETTINGS}
+    rows = [(name, found[key]) for key, name in _SETTINGS.items() if found[key] is not None]
+    rows += [(name, metadata[name]) for name in ("context", "seed", "world_size") if metadata.get(name)]
+    if not said:
+        return []
+    table = ["| | |", "|---|---|", *(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows)]
+    return ["Settings of the last training:", "", *table, ""]
+
+
+def _at(table: dict[str, Any], key: str) -> Any:
+    """The value at ``a.b``; null where there is none."""
+    for part in key.split("."):
+        table = table.get(part) if isinstance(table, dict) else None  # type: ignore[assignment]
+    return table
 
 
 def _attention(shape: ModelConfig) -> str:
@@ -109,18 +214,20 @@ def _attention(shape: ModelConfig) -> str:
 
 
 def _begin(loaded: Loaded) -> str:
-    bos = loaded.tokenizer.bos_id
-    return (
-        "no special token"
-        if bos < 0
-        else f"`{loaded.tokenizer.pieces()[bos]}`, which the tokenizer puts there"
-    )
+    """How texts and chats begin and end."""
+    tokenizer, pieces = loaded.tokenizer, loaded.tokenizer.pieces()
+    bos = tokenizer.bos_id
+    begin = "no special token" if bos < 0 else f"`{pieces[bos]}`, which the tokenizer puts there"
+    ends = ", ".join(f"`{pieces[number]}`" for number in tokenizer.eos_ids)
+    chat = " Chats have a template." if tokenizer.settings.chat_template is not None else ""
+    return f"Texts begin with {begin}.{f' They end at {ends}.' if ends else ''}{chat}"
 
 
 def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[str, Any]) -> list[str]:
     dtype = str(loaded.model.embedding.weight.dtype).removeprefix("torch.")
     checkpoint = loaded.checkpoint
-    rows = [("weights", f"{(folder / 'model.safetensors').stat().st_size / 1e6:,.1f} MB, {dtype}")]
+    weights = next(path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    rows = [("weights", f"{weights.stat().st_size / 1e6:,.1f} MB, {figures.get('type', dtype)}")]
     tokens = total_tokens(checkpoint.metadata)
     if tokens:
         rows.append(("trained on", f"{tokens:,} tokens in all (see History)"))
@@ -132,12 +239,17 @@ def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[
             rows.append(("bits per byte", f"{quality['bits_per_byte']:.4f}"))
             rows.append(("tokens scored", f"{quality['tokens']:,}"))
     parity = figures["parity"]
-    lengths = ", ".join(parity["logits"])
-    rows.append(
-        (f"largest difference of logits from dualroute's (texts of {lengths} tokens)",
-         f"{max(parity['logits'].values()):.1e}")
-    )  # fmt: skip
-    rows.append(("texts with the same token ids", f"{parity['texts']} of {parity['texts']}"))
+    if "logits" in parity:
+        lengths = ", ".join(parity["logits"])
+        rows.append(
+            (f"largest difference of logits from dualroute's (texts of {lengths} tokens)",
+             f"{max(parity['logits'].values()):.1e}")
+        )  # fmt: skip
+        rows.append(("texts with the same token ids", f"{parity['texts']} of {parity['texts']}"))
+    else:
+        rows.append(
+            ("largest difference of a weight from dualroute's", f"{parity['largest_difference']:.1e}")
+        )
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
 
 

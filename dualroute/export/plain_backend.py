@@ -10,7 +10,13 @@ from torch import Tensor
 
 from dualroute.attention.backends.torch import TorchBackend
 
+Backend = TorchBackend  # the only one there is
 _TORCH = TorchBackend()
+
+
+def plain() -> TorchBackend:
+    """Plain torch."""
+    return _TORCH
 
 
 def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> TorchBackend:

@@ -228,6 +228,11 @@ class ModelConfig:
         return None if self.frontend is None else self.frontend.grid_of_patches()
 
     @property
+    def reads_text(self) -> bool:
+        """Whether what enters are the ids of a tokenizer."""
+        return self.frontend is None and (self.task_head is None or self.task_head.kind != "item")
+
+    @property
     def heads_per_group(self) -> int:
         """Query heads that share a key/value head."""
         return self.num_heads // (self.num_kv_heads or self.num_heads)
@@ -329,12 +334,25 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if _LEFT_OUT.get(name, ...) != value}
 
+    def require_tokens(self, what: str) -> None:
+        """Refuse ``what``, which knows token ids alone, where other things enter.
+
+        Raises:
+            UserError: The model has a frontend.
+        """
+        if self.frontend is not None:
+            raise UserError(
+                f"{what} is for models of token ids, and this one reads {self.frontend.kind}: use the "
+                f"checkpoint as it is (dualroute predict, dualroute evaluate)"
+            )
+
     def require_causal(self, what: str) -> None:
         """Refuse ``what``, which reads from left to right, where the model does not.
 
         Raises:
-            UserError: ``causal`` is false.
+            UserError: ``causal`` is false, or there are no tokens.
         """
+        self.require_tokens(what)
         if not self.causal:
             raise UserError(
                 f"{what} predicts the next token, and this model sees both sides of each token (model.causal "

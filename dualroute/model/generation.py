@@ -7,7 +7,7 @@ has a random generator of its own, so drawing samples during training changes no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -59,11 +59,12 @@ def generate(
     model: DualRoutingTransformer,
     prompt: list[int],
     sampling: SamplingConfig,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     decoder: Decoder | None = None,
     int8_cache: bool = False,
 ) -> Iterator[int]:
-    """Yield new token ids after ``prompt`` until ``eos_id``, ``max_new_tokens`` or the model's context.
+    """Yield new token ids after ``prompt`` until ``eos_id`` (any of them, if several), ``max_new_tokens`` or
+    the model's context.
 
     ``decoder(tokens, caches)`` gives the logits (1, V) after tokens (1, n); null asks the model itself.
     ``int8_cache`` keeps keys and values as integers.
@@ -78,6 +79,7 @@ def generate(
         raise ValueError("the prompt is empty: give at least the <bos> token")
     if len(prompt) >= limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the model reads at most {limit}: shorten it")
+    ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
     device = model.norm.weight.device  # the embedding may be quantised
     generator = torch.Generator().manual_seed(sampling.seed)
     length = min(len(prompt) + sampling.max_new_tokens, limit)
@@ -94,7 +96,7 @@ def generate(
             # drawn on the CPU: the same seed gives the same text on every device
             token = draw(logits.cpu(), sampling, generator)
             yield token
-            if token == eos_id:
+            if token in ends:
                 return
             fed = torch.tensor([[token]], device=device)
     finally:

@@ -66,8 +66,8 @@ def _memory(field: str) -> int | None:
 def sample(loaded: Loaded, prompt: str, tokens: int) -> str:
     """A continuation, the same seed for every model."""
     ids = loaded.tokenizer.encode(prompt, bos=True)
-    new = generate(loaded.model, ids, SamplingConfig(max_new_tokens=tokens), loaded.tokenizer.eos_id)
-    return loaded.tokenizer.decode(ids + [token for token in new if token != loaded.tokenizer.eos_id])
+    new = generate(loaded.model, ids, SamplingConfig(max_new_tokens=tokens), loaded.tokenizer.eos_ids)
+    return loaded.tokenizer.decode(ids + [token for token in new if token not in loaded.tokenizer.eos_ids])
 
 
 def tokens_per_second(decode: Callable[[], Iterable[int]]) -> float:

@@ -24,19 +24,19 @@ Samples = NDArray[np.float32]
 MOST_SECONDS = 3600
 
 
-def frames_of(row: Row, column: str, config: AudioConfig) -> Samples:
+def frames_of(row: Row, value: Any, config: AudioConfig) -> Samples:
     """(steps, stack * mels) of a row's recording.
 
     Raises:
         BadRow: It is missing, empty, cannot be read, or is shorter than a frame.
     """
-    samples = samples_of(row, column, config.rate)
+    samples = samples_of(row, value, config.rate)
     if len(samples) < config.frame:
         raise BadRow("a recording that is shorter than one frame")
     return stacked(log_mel(samples, config), config.stack)
 
 
-def samples_of(row: Row, column: str, rate: int) -> Samples:
+def samples_of(row: Row, value: Any, rate: int) -> Samples:
     """The samples of a row's recording at ``rate`` a second: one channel, the mean of all that there are.
 
     A row has a file, or samples that are at this rate, or, as the ``datasets`` library decodes them,
@@ -45,9 +45,8 @@ def samples_of(row: Row, column: str, rate: int) -> Samples:
     Raises:
         BadRow: It is missing, empty or cannot be read.
     """
-    value = row.get(column)
     if value is None:
-        raise BadRow(f"no {column}")
+        raise BadRow("no recording")
     theirs = rate
     if isinstance(value, str):
         samples, theirs = _of_file(row, value)
@@ -55,12 +54,12 @@ def samples_of(row: Row, column: str, rate: int) -> Samples:
         if isinstance(value, dict):
             said, value = value.get("sampling_rate"), value.get("array")
             if not isinstance(said, int) or said < 1:
-                raise BadRow(f"{column} without a sampling_rate")
+                raise BadRow("samples without a sampling_rate")
             theirs = said
         try:
             samples = np.asarray(value, dtype=np.float32)
         except (TypeError, ValueError) as error:
-            raise BadRow(f"{column} is neither a file nor samples") from error
+            raise BadRow("neither a file nor samples") from error
     if samples.ndim == 2:  # (samples, channels)
         samples = samples.mean(1)
     if samples.ndim != 1 or not len(samples):

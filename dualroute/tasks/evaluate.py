@@ -22,7 +22,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
-from dualroute.tasks.kind import BadRow, Kind, Row
+from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.rows import Problems, divided, read_rows
 
 
@@ -69,15 +69,15 @@ def evaluate_task(answerer: Answerer, source: str | None = None, max_rows: int |
 def usable_rows(
     answerer: Answerer, source: str | None = None, max_rows: int | None = None
 ) -> tuple[str, list[Row], Problems]:
-    """What is scored on (see :func:`evaluate_task`), its rows with a target, and what was wrong with "
-    "others."""
+    """What is scored on (see :func:`evaluate_task`), its rows with a target, and what was wrong with
+    others."""
     data = answerer.said.get("data") or {}
     whole = source or data.get("test") or data.get("validation")
     name, problems = whole or data.get("path"), Problems()
     if name is None:
         raise UserError("give --data: a file or folder of rows to score on")
     placed = _read(data, name, problems, None if whole else data.get("max_rows"))
-    if type(answerer.kind).divide is not Kind.divide:
+    if answerer.kind.divides:
         placed = iter(answerer.kind.divide(list(placed))["test"])
     elif whole is None:
         placed = iter(divided(placed, *_division(data))[1])
@@ -89,7 +89,9 @@ def training_rows(answerer: Answerer) -> list[Row]:
     data, problems = answerer.said.get("data") or {}, Problems()
     name = data["path"]
     placed = _read(data, name, problems, data.get("max_rows"))
-    if data.get("validation") is None:
+    if answerer.kind.divides:
+        placed = iter(answerer.kind.divide(list(placed))["train"])
+    elif data.get("validation") is None:
         placed = iter(divided(placed, *_division(data))[0])
     return _with_target(answerer, name, placed, problems)
 

@@ -1,6 +1,6 @@
 """Pixels of images, from arrays and files; Pillow reads and converts.
 
-In: a value of a row.  Out: an array (height, width, channels) of 8 bits.
+In: a value of a row, and the row.  Out: an array (height, width, channels) of 8 bits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from dualroute.tasks.metrics import library
 MOST_PIXELS = 1 << 26
 
 
-def pixels_of(row: Row, column: str, config: ImageConfig, *, any_size: bool = False) -> NDArray[np.uint8]:
+def pixels_of(row: Row, value: Any, config: ImageConfig, *, any_size: bool = False) -> NDArray[np.uint8]:
     """The pixels of a row's image, as ``config`` wants them.
 
     Raises:
         BadRow: It is missing, cannot be read, or is of another size (unless ``any_size``).
     """
-    value = row.get(column)
     if value is None:
-        raise BadRow(f"no {column}")
-    image = _of_file(row, value) if isinstance(value, str) else _of_array(value, column)
+        raise BadRow("no image")
+    image = _of_file(row, value) if isinstance(value, str) else _of_array(value)
     mode = "L" if config.channels == 1 else "RGB"
     if image.mode != mode:
         image = (
@@ -64,20 +63,20 @@ def _of_file(row: Row, value: str) -> Any:
     return image
 
 
-def _of_array(value: Any, column: str) -> Any:
+def _of_array(value: Any) -> Any:
     pillow = library("PIL.Image")
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise BadRow(f"{column} is no rectangle of pixels") from error
+        raise BadRow("an image that is no rectangle of pixels") from error
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
-        raise BadRow(f"{column} is no (height, width) or (height, width, channels) array of pixels")
+        raise BadRow("an image that is no (height, width) or (height, width, channels) array of pixels")
     if array.dtype != np.uint8:
         if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-            raise BadRow(f"{column} is not of numbers")
+            raise BadRow("an image that is not of numbers")
         if array.min() < 0 or array.max() > 255:
-            raise BadRow(f"{column} has pixels outside of 0 to 255")
+            raise BadRow("an image with pixels outside of 0 to 255")
         array = array.round().astype(np.uint8)
     return pillow.fromarray(array)

@@ -104,6 +104,10 @@ class Tally:
     def add(self, what: str) -> None:
         self.counts[what] += 1
 
+    def lines(self) -> Iterator[str]:
+        """A line for each."""
+        yield from (f"{what}: {count:,}" for what, count in self.counts.items())
+
 
 class Kind:
     """A kind of task.
@@ -127,6 +131,8 @@ class Kind:
     fills: ClassVar[dict[str, Any]] = {}
     #: answers are texts, made token by token
     writes_text: ClassVar[bool] = False
+    #: roles that are images or recordings; their column may be called as the role too, as in folders of files
+    media: ClassVar[tuple[str, ...]] = ()
     #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
     reads_text: ClassVar[bool] = True
 
@@ -183,6 +189,11 @@ class Kind:
         """The parts train, validation and test, of a kind that divides rows by itself; with one that does not
         have this of its own, ``data.validation`` and ``data.validation_share`` say it."""
         raise NotImplementedError
+
+    @property
+    def divides(self) -> bool:
+        """Whether the kind has a :meth:`divide` of its own."""
+        return type(self).divide is not Kind.divide
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         """The examples of a row, each of at most ``setting.max_length`` tokens.
@@ -281,6 +292,9 @@ class Kind:
             UserError: Naming it, and the columns there are.
         """
         present = list(present)
+        for name in self.media:  # files of a folder, asked of what was trained on rows
+            if name in present and self.column(name) not in present:
+                present.append(self.column(name))
         for name, role in self.roles.items():
             wanted = role.required or name in self.task.columns
             if not wanted or (role.is_target and not with_target) or self.column(name) in present:
@@ -298,6 +312,10 @@ class Kind:
                 f"stand in "
                 f"the question; name different columns"
             )
+
+    def medium(self, row: Row, role: str) -> Any:
+        """The image or recording of a row, null for none; see ``media``."""
+        return row.get(self.column(role), row.get(role))
 
     def text(self, row: Row, role: str = "text") -> str:
         """The text of a role.
@@ -345,7 +363,9 @@ class Kind:
                 f"a row has {length} tokens, more than the {self.setting.max_length} that are read: raise "
                 f"data.max_length or data.context, or set data.too_long to truncate or drop"
             )
-        self.tally.add("truncated")
+        self.tally.add(
+            f"examples truncated to {self.setting.max_length} tokens (data.max_length, data.too_long)"
+        )
 
     def pooling(self) -> Any:
         """Where a text's one output is read."""

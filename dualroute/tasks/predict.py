@@ -17,6 +17,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dualroute.errors import UserError
 from dualroute.files import fsync_folder, read_json, write_bytes_atomically
 from dualroute.model.checkpoint.folder import WEIGHTS
@@ -64,8 +66,8 @@ def predict_command(config: PredictConfig) -> None:
         log.warning("%s", line)
     if unanswered:
         log.warning("%s", f"{unanswered:,} rows have no prediction: see their column {_PROBLEM!r}")
-    for what, count in answerer.kind.tally.counts.items():
-        log.warning("%s", f"{count:,} examples were {what}")
+    for line in answerer.kind.tally.lines():
+        log.warning("%s", line)
     log.info("%s", f"{problems.rows - problems.bad:,} rows → {output}")
 
 
@@ -129,4 +131,5 @@ def _line(answer: Answer) -> Row:
         raise UserError(
             f"the input has a column {twice!r} of its own, which the prediction would write over: rename it"
         )
-    return {**answer.row, **new}
+    told = {name: value for name, value in answer.row.items() if not isinstance(value, np.ndarray)}
+    return {**told, **new}  # pixels are not written out again

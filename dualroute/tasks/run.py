@@ -124,7 +124,7 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
         )
     problems = Problems()
     rows = read_source(data, data.path, problems)
-    if type(kind).divide is not Kind.divide:
+    if kind.divides:
         own = kind.divide(list(rows))
         problems.refuse_above(data.max_bad_rows, data.path)
         _refuse_other_parts(data, kind)
@@ -195,16 +195,8 @@ def report_parts(kind: Kind, parts: list[Part], encoded: list[Encoded]) -> None:
             "%s",
             f"{part.source}: {used:,} rows, {len(examples):,} examples, {examples.lengths.sum():,} tokens",
         )
-    for what, count in kind.tally.counts.items():
-        log.warning(
-            "%s",
-            f"{count:,} examples were {what}"
-            + (
-                f" to {kind.setting.max_length} tokens (data.max_length, data.too_long)"
-                if what == "truncated"
-                else ""
-            ),
-        )
+    for line in kind.tally.lines():
+        log.warning("%s", line)
     for line in kind.warnings([row for _, row in parts[0].rows]):
         log.warning("%s", line)
 

@@ -43,6 +43,7 @@ from dualroute import compat
 from dualroute.data.module import ShardDataModule, WindowDataModule
 from dualroute.data.plan import derive_accumulation
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import read_settings
 from dualroute.errors import UserError
 from dualroute.log import to_file
 from dualroute.model import ModelConfig
@@ -244,6 +245,8 @@ def prepare(
         UserError: The model has another vocabulary.
     """
     config = begun.config
+    if begun.initial is not None:
+        tokenizer = with_settings_of(tokenizer, begun.initial)
     if num_ids is None:
         model = _with_vocabulary(config.model, tokenizer, config.data.path)
     else:
@@ -326,6 +329,16 @@ def check_same_tokenizer(theirs: Path, tokenizer: Tokenizer, data: str) -> None:
         )
 
 
+def with_settings_of(tokenizer: Tokenizer, initial: Checkpoint) -> Tokenizer:
+    """The tokenizer of the data, with the chat template and the ends of a text that ``initial`` came with,
+    where it has none of its own."""
+    return (
+        tokenizer
+        if tokenizer.settings
+        else tokenizer.with_settings(read_settings(initial.folder / TOKENIZER))
+    )
+
+
 def _check_fp16_on_cpu(config: PretrainConfig, world: World) -> None:
     """DeepSpeed can, with the processor's help; autocast would take bfloat16 without a word."""
     strategy = config.parallel.strategy
@@ -357,11 +370,6 @@ def _check_compile(config: PretrainConfig) -> None:
         raise UserError(
             "train.compile cannot be used with parallel.zero_stage 3, which swaps weights in and out under "
             "the compiled code: use stage 2, or leave it out"
-        )
-    if config.train.offload_activations:
-        raise UserError(
-            "train.compile cannot be used with train.offload_activations, which moves what a compiled layer "
-            "has kept: use train.activation_checkpointing, or leave one of them out"
         )
     if not torch.cuda.is_available() and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("train.compile needs a C++ compiler on a CPU: install g++, or leave it out")

@@ -84,7 +84,7 @@ def build_trainer(prepared: Prepared) -> Parts:
         prepared.tokenizer.path,
         train.val_every_steps,
         patience_minutes=config.parallel.timeout_minutes,
-        extra=prepared.extra_files,
+        extra={**prepared.tokenizer.settings_file(), **(prepared.extra_files or {})},
     )
     preemption = Preemption(publisher)
     watchdog = Watchdog(config.watchdog, world, output, reduces_in_backward=config.parallel.strategy == "ddp")

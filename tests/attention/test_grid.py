@@ -31,6 +31,7 @@ GRIDS = [
     Grid(1, 12, 1, 4),
     Grid(6, 6, 6, 6),  # one region
 ]
+pytestmark = pytest.mark.usefixtures("each_kernels")
 
 
 def packed(grid: Grid, images: int = 3) -> Layout:
@@ -91,7 +92,7 @@ def test_the_local_route_in_lower_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("grid", GRIDS[1:5], ids=ids)
+@pytest.mark.parametrize("grid", [Grid(6, 8, 2, 2), *GRIDS[1:5]], ids=ids)
 def test_the_global_route_chooses_regions(grid: Grid, order: str, router: str) -> None:
     layout = packed(grid)
     inputs = heads(*layout.documents.shape)
@@ -113,7 +114,7 @@ def test_the_global_route_chooses_regions(grid: Grid, order: str, router: str) -
     assert_same_with_gradients(actual, expected(route, layout, inputs), inputs)
 
 
-@pytest.mark.parametrize("grid", GRIDS[:3], ids=ids)
+@pytest.mark.parametrize("grid", [*GRIDS[:3], Grid(8, 8, 2, 2)], ids=ids)
 def test_full_attention_of_images(grid: Grid) -> None:
     layout = packed(grid)
     inputs = heads(*layout.documents.shape)

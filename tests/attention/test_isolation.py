@@ -49,24 +49,32 @@ def _inputs(layout: Layout, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     return [part.contiguous() for part in streams]
 
 
-def _results(layout: Layout, inputs: list[Tensor], route: str, routing: Routing) -> list[Tensor]:
+def _results(
+    layout: Layout, inputs: list[Tensor], route: str, routing: Routing, causal: bool
+) -> list[Tensor]:
     """Chosen blocks, output and gradients, each (heads, S, ...)."""
     *rows, cotangent = [part.clone() for part in inputs]
     rows = [part.requires_grad_() for part in rows]
-    chosen = select_blocks(
-        rows[0], rows[1], layout.stream, top_k=routing.top_k, router=routing.router, sub_block=4
-    )
+    options = {"top_k": routing.top_k, "router": routing.router, "sub_block": 4, "causal": causal}
+    chosen = select_blocks(rows[0], rows[1], layout.stream, **options)
     if route == "routed":
-        out = routed_attention(*rows, layout.stream, routing)
+        out = routed_attention(*rows, layout.stream, routing, causal=causal)
     elif route == "local":
-        out = local_attention(*rows, layout.stream, window=21)
+        out = local_attention(*rows, layout.stream, window=21, causal=causal)
     else:
-        out = full_attention(*rows, layout.stream)
+        out = full_attention(*rows, layout.stream, causal=causal)
     return [chosen.sort(-1).values, out, *torch.autograd.grad(out, rows, cotangent)]
 
 
 def _compare(
-    route: str, routing: Routing, document: int, where: str, poison: float, dtype: torch.dtype, seed: int = 0
+    route: str,
+    routing: Routing,
+    document: int,
+    where: str,
+    poison: float,
+    dtype: torch.dtype,
+    seed: int = 0,
+    causal: bool = True,
 ) -> None:
     layout = _layout()
     owner = _document_of_slot(layout)
@@ -78,7 +86,7 @@ def _compare(
     dirty["qkvg".index(where)][:, token, 3] = poison
     others = (owner >= 0) & (owner != document)
     names = ("chosen blocks", "output", "gradient of q", "gradient of k", "gradient of v")
-    results = (_results(layout, inputs, route, routing) for inputs in (clean, dirty))
+    results = (_results(layout, inputs, route, routing, causal) for inputs in (clean, dirty))
     for name, wanted, got in zip(names, *results, strict=True):
         assert torch.equal(got[:, others], wanted[:, others]), (name, document, where, poison)
         own_kernels = os.environ[VARIABLE] == "cpp" and (route != "full" or dtype.itemsize > 2)
@@ -89,9 +97,11 @@ def _compare(
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("document", range(len(LENGTHS)))
-def test_of_every_document(route: str, document: int) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_of_every_document(causal: bool, route: str, document: int) -> None:
     for where in "qkvg":
-        _compare(route, Routing(2, sub_block=4), document, where, POISON["nan"], torch.float32)
+        how = (document, where, POISON["nan"], torch.float32)
+        _compare(route, Routing(2, sub_block=4), *how, causal=causal)
 
 
 @pytest.mark.parametrize(("router", "order"), itertools.product(ROUTERS, ORDERS))
@@ -109,17 +119,27 @@ def test_for_every_router_and_summary(router: str, order: str) -> None:
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     st.integers(0, 9),
     st.sampled_from([0, 1, 3, 9]),
+    st.booleans(),
 )
 def test_wherever_it_stands(
-    route: str, document: int, where: str, poison: str, dtype: torch.dtype, seed: int, top_k: int
+    route: str,
+    document: int,
+    where: str,
+    poison: str,
+    dtype: torch.dtype,
+    seed: int,
+    top_k: int,
+    causal: bool,
 ) -> None:
-    _compare(route, Routing(top_k, sub_block=4), document, where, POISON[poison], dtype, seed)
+    how = (document, where, POISON[poison], dtype, seed)
+    _compare(route, Routing(top_k, sub_block=4), *how, causal=causal)
 
 
-@pytest.mark.parametrize("mode", ["routed", "auto"])
-def test_through_the_layer(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "causal"), [("routed", True), ("auto", True), ("routed", False)])
+def test_through_the_layer(mode: str, causal: bool) -> None:
     torch.manual_seed(0)
-    layer = DualRouting(32, 4, num_kv_heads=2, window=21, block=8, sub_block=4, top_k=2, global_mode=mode)
+    how = {"global_mode": mode, "causal": causal}
+    layer = DualRouting(32, 4, num_kv_heads=2, window=21, block=8, sub_block=4, top_k=2, **how)
     layout = _layout()
     hidden = torch.randn(1, layout.length, 32)
     for document in (0, 3, 6):

@@ -34,7 +34,7 @@ def test_a_folder_for_transformers(checkpoint, tiny_dataset, tmp_path, capsys):
 
     card = (output / "README.md").read_text()
     assert "| trained on | 1,234 tokens in all (see History) |" in card
-    assert "1. pretrain: c (1,234 tokens in 7 steps)" in card
+    assert "1. pretrain: c (1,234 tokens in 7 steps; context 64; validation loss 3.5000)" in card
     assert "license: cc0-1.0" in card.split("---")[1]
     quality = figures["quality"]
     assert quality["tokens"] > 100
@@ -60,11 +60,20 @@ def test_what_cannot_be_exported(checkpoint, tmp_path, monkeypatch):
     refused("no checkpoint at", **{**options, "checkpoint": str(tmp_path / "none")})
     refused("quantize works with --format onnx only", **options, quantize=True)
     refused("dtype bfloat16 works with --format hf only", **{**options, "format": "onnx"}, dtype="bfloat16")
+    refused("dtype float16 works with --format gguf only, not hf", **options, dtype="float16")
+    refused("layout works with --format hf only", **{**options, "format": "onnx"}, layout="own")
+    refused(
+        "dtype bfloat16 contradicts quantize",
+        **{**options, "format": "gguf"},
+        dtype="bfloat16",
+        quantize=True,
+    )
     refused("--data .* or --text", **options, data="a", text="b")
     refused("opset is 9", **options, opset=9)
     refused("max_tokens is 0", **options, max_tokens=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(r"--format hf needs transformers: pip install -e '.\[export\]'", **options)
+    refused(r"--format gguf needs gguf: pip install -e '.\[gguf\]'", **{**options, "format": "gguf"})
 
 
 def test_quantised_weights_are_refused(tiny_dataset, tmp_path):

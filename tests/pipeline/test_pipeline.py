@@ -1,6 +1,7 @@
 """The pipeline's own work: what is done, skipped, done again and set aside."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from dualroute.pipeline import run as run_module
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.run import run_pipeline
 from dualroute.pipeline.stages import Planner
+from tests import warm
+from tests.conftest import ROOT
 
 
 class Stages:
@@ -285,8 +288,18 @@ def test_a_damaged_record_or_measurement_is_named(go, tmp_path, content):
 
 
 @pytest.mark.slow
-def test_text_becomes_a_small_model(tiny_dataset, tmp_path, capfd):
-    """The real stages, on a tiny model."""
+def test_text_becomes_a_small_model(tiny_dataset, tmp_path, capfd, monkeypatch):
+    """The real stages, on a tiny model; trainings are processes of their own, measurements copies of one."""
+    real, measured = run_module._Child.run, []
+
+    def run(child, program):
+        if program[1:3] != ["-m", "dualroute.pipeline.speed"]:
+            return real(child, program)
+        measured.append(program)
+        done = warm.run(program[3:], cwd=ROOT, env=os.environ, script=ROOT / "dualroute/pipeline/speed.py")
+        return done.returncode
+
+    monkeypatch.setattr(run_module._Child, "run", run)
     training = {"train": {"tokens_per_batch": 1024, "micro_batch": 8, "max_steps": 4, "val_every_steps": 4},
                 "data": {"context": 128}, "optim": {"lr": 0.01, "warmup_steps": 1}}  # fmt: skip
     model = {
@@ -310,6 +323,7 @@ def test_text_becomes_a_small_model(tiny_dataset, tmp_path, capfd):
     rows = (tmp_path / "run" / "report.md").read_text().splitlines()
     sizes = {row.split("|")[1].strip(): row.split("|")[4].strip() for row in rows if row.count("|") == 12}
     assert float(sizes["quantized"].removesuffix("×")) > 3
+    assert len(measured) == 4
     assert cli.main(["pipeline", "--config", str(tmp_path / "pipeline.yaml"), "--from", "export"]) == 2
     capfd.readouterr()
     assert cli.main(["pipeline", "--config", str(tmp_path / "pipeline.yaml")]) == 0

@@ -1,5 +1,4 @@
-"""What users give by mistake: each is one line that names it, never a traceback, never trained on in "
-"silence."""
+"""What users give by mistake: one line names it; never a traceback, never trained on in silence."""
 
 import re
 from pathlib import Path
@@ -82,7 +81,7 @@ def test_what_is_left_out_and_what_is_cut_is_said(tmp_path: Path, caplog: pytest
     assert finetune(data, tmp_path / "run", *MOODS, "--train.max_steps", "4") == 0
     assert "1 of " in caplog.text
     assert "no JSON" in caplog.text
-    assert "1 examples were truncated to 64 tokens" in caplog.text
+    assert "examples truncated to 64 tokens (data.max_length, data.too_long): 1" in caplog.text
 
 
 def test_a_label_that_stands_in_its_own_text_is_warned_of(

@@ -40,9 +40,11 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(expected["threads"])
     transformers.logging.set_verbosity_error()
     auto = getattr(transformers, f"AutoModelFor{expected['purpose']}")
-    model = auto.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    model = auto.from_pretrained(folder, trust_remote_code=expected["own_model"], dtype=expected["dtype"])
     model.eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=expected["own_tokenizer"]
+    )
     result: dict[str, Any] = {
         "transformers": transformers.__version__,
         "class": type(model).__name__,
@@ -64,7 +66,11 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
             or tokenizer(text, add_special_tokens=False, **as_text).input_ids != ids
         ):
             wrong.append(text[:80])
-    result["texts"], result["texts_differing"] = len(expected["texts"]), wrong
+    for text, ids in expected["marked"]:  # as templates and trainers need it: the token itself
+        if tokenizer(text, add_special_tokens=False).input_ids != ids:
+            wrong.append(text[:80])
+    result["texts"] = len(expected["texts"]) + len(expected["marked"])
+    result["texts_differing"] = wrong
     result["generation"] = {}
     if expected["prompts"]:
         result["generation"] = _generate(model, expected["prompts"], expected["continuations"])

@@ -5,9 +5,9 @@ In: a checkpoint's tokenizer.model.  Here: a BPE model such as `data_prep` train
     it (:mod:`dualroute.export.hf.tokenization_dualroute`).  Next: :func:`trial_texts` are encoded by what was
     written and by ours, id by id, before the folder is published.
 
-Sentencepiece's mark for a space, U+2581, is turned back into a space in the vocabulary.
-A text that really holds U+2581 then finds no piece for it and falls back to bytes, exactly as `Tokenizer`
-does.
+Sentencepiece's mark for a space, U+2581, is turned back into a space in the vocabulary.  A text that really
+holds U+2581 then finds no piece for it and falls back to bytes, exactly as `Tokenizer` does.  (A model that
+puts a space before every text keeps the mark: to it, and to `Tokenizer` with it, both are one.)
 """
 
 from __future__ import annotations
@@ -19,10 +19,39 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import TEMPLATE
 from dualroute.export.hf.bundle import bundle
 
 SPACE_MARK = "\u2581"
-_NORMAL, _BPE = 1, 2  # sentencepiece's numbers for a piece of text, and for a BPE model
+_NORMAL, _USER_DEFINED, _BPE = 1, 4, 2  # sentencepiece's numbers for kinds of pieces, and for a BPE model
+#: What becomes of spaces: they stay what they are, and no piece crosses a line, so that the parts are short.
+_AS_THEY_ARE = {
+    "normalizer": None,
+    "pre_tokenizer": {
+        "type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False,
+    },
+    "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+}  # fmt: skip
+#: A text begins with one that is not there, as Llama's does.
+_PUT_IN_FRONT = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": SPACE_MARK},
+            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+        ],
+    },
+    "pre_tokenizer": None,
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
 
 TRICKY = [
     "", " ", "  ", "   x", "x   ", "\n", "\n\n\n", "\t", "\ta\t\tb", " a  b   c    d", "a\r\nb\rc",
@@ -44,6 +73,13 @@ def trial_texts(tokenizer: Tokenizer, samples: list[str], seed: int = 0) -> list
     return TRICKY + samples + drawn + few
 
 
+def marked_texts(tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+    """Texts that end with a special token, and the ids that they have where it is one."""
+    ends = {piece: token.id for piece, token in tokenizer.special_tokens.items() if not token.eats_before}
+    first = list(ends.items())[:50]
+    return [(f"The end.{piece}", [*tokenizer.encode("The end."), number]) for piece, number in first]
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, ends: bool = False) -> tuple[str, list[str]]:
     """Write all that ``AutoTokenizer.from_pretrained(folder)`` needs.
 
@@ -61,9 +97,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, ends: bool = False) -
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own number for "no limit"
         "padding_side": "left",  # what generate() wants
+        # as everywhere: a special token that a text spells is one, which templates and trainers count on
         "split_special_tokens": False,
         **special,
     }
+    if tokenizer.settings.chat_template is not None:
+        (folder / TEMPLATE).write_text(tokenizer.settings.chat_template, encoding="utf-8")
     fast = tokenizer_json(tokenizer, ends=ends)
     code: list[str] = []
     if not is_json(tokenizer):
@@ -73,6 +112,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, ends: bool = False) -
         code = bundle([module], folder)
         settings |= {"tokenizer_class": "DualRoutingTokenizer", "end_with_eos": ends}
         settings["auto_map"] = {"AutoTokenizer": ["tokenization_dualroute.DualRoutingTokenizer", None]}
+        settings["added_tokens_decoder"] = {
+            str(token.id): _added(piece) for piece, token in tokenizer.special_tokens.items()
+        }
     else:
         (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -96,7 +138,10 @@ def _specials(tokenizer: Tokenizer) -> dict[str, str]:
         "pad_token": tokenizer.pad_id,
         "unk_token": tokenizer.unk_id,
     }
-    return {name: pieces[number] for name, number in named.items() if number >= 0}
+    found = {name: pieces[number] for name, number in named.items() if number >= 0}
+    # its source said so: an answer ends with another token than a document
+    said = tokenizer.settings.named.get("eos_token")
+    return {**found, "eos_token": said} if said in tokenizer.special_tokens else found
 
 
 def tokenizer_json(tokenizer: Tokenizer, *, ends: bool = False) -> dict[str, Any] | None:
@@ -104,8 +149,8 @@ def tokenizer_json(tokenizer: Tokenizer, *, ends: bool = False) -> dict[str, Any
 
     A file that is one already stays, but for what it puts around a text: <bos> in front, as in training.
 
-    It can for a BPE model that takes text as it is (no normalization, no space put in front) and spells what
-    it does not know in bytes.  Merges are sentencepiece's scores: of two pairs the one with the better score
+    It can for a BPE model that takes text as it is, but for a space put in front, and spells what it does not
+    know in bytes.  Merges are sentencepiece's scores: of two pairs the one with the better score
     first.
     """
     if is_json(tokenizer):
@@ -116,47 +161,29 @@ def tokenizer_json(tokenizer: Tokenizer, *, ends: bool = False) -> dict[str, Any
 
     model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(tokenizer.path.read_bytes())
-    rules = model.normalizer_spec
-    exact = (
-        model.trainer_spec.model_type == _BPE
-        and model.trainer_spec.byte_fallback
-        and rules.name == "identity"
-        and not rules.add_dummy_prefix
-        and not rules.remove_extra_whitespaces
-        and not any("\n" in piece.piece and piece.piece != "\n" for piece in model.pieces)
-        and not model.trainer_spec.treat_whitespace_as_suffix
-    )
-    if not exact:
+    if not _is_exact(model):
         return None
+    spaces = _PUT_IN_FRONT if model.normalizer_spec.add_dummy_prefix else _AS_THEY_ARE
     vocabulary: dict[str, int] = {}
     scores: dict[str, float] = {}
     for number, piece in enumerate(model.pieces):
         text = piece.piece
         if piece.type == _NORMAL:
-            text = text.replace(SPACE_MARK, " ")
+            text = text if model.normalizer_spec.add_dummy_prefix else text.replace(SPACE_MARK, " ")
             scores[text] = piece.score
         vocabulary[text] = number
     pieces = tokenizer.pieces()
     control = sorted({*_specials(tokenizer).values(), *_controls(model)}, key=vocabulary.__getitem__)
-    added = [
-        {
-            "id": vocabulary[piece], "content": piece, "special": True,
-            "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-        }
-        for piece in control
-    ]  # fmt: skip
+    own = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED and len(piece.piece) > 1]
+    added = [{"id": vocabulary[piece], **_added(piece, piece in control)} for piece in [*control, *own]]
+    added.sort(key=lambda token: int(token["id"]))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        # no piece crosses a line: the parts are short, and the pieces those of the whole
-        "pre_tokenizer": {
-            "type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False,
-        },
+        **spaces,
         "post_processor": _around(tokenizer, ends),
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -169,6 +196,30 @@ def tokenizer_json(tokenizer: Tokenizer, *, ends: bool = False) -> dict[str, Any
             "vocab": vocabulary,
             "merges": _merges(scores),
         },
+    }  # fmt: skip
+
+
+def _is_exact(model: Any) -> bool:
+    """Whether a sentencepiece model can be a tokenizer.json with the same ids."""
+    rules, trained = model.normalizer_spec, model.trainer_spec
+    plain = (
+        trained.model_type == _BPE
+        and trained.byte_fallback
+        and (rules.name == "identity" or not rules.precompiled_charsmap)
+        and not rules.remove_extra_whitespaces
+        and rules.escape_whitespaces
+        and not trained.treat_whitespace_as_suffix
+    )
+    if rules.add_dummy_prefix:
+        return plain and not any(piece.type == _USER_DEFINED for piece in model.pieces)
+    return plain and not any("\n" in piece.piece and piece.piece != "\n" for piece in model.pieces)
+
+
+def _added(piece: str, special: bool = True) -> dict[str, Any]:
+    """A token that is looked for before all else, as both formats describe one."""
+    return {
+        "content": piece, "special": special,
+        "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
     }  # fmt: skip
 
 

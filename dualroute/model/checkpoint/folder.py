@@ -4,6 +4,7 @@
         model.json           shape of the model
         model.safetensors    weights, whole whatever the number of ranks that trained them
         tokenizer.model      the sentencepiece model of the data
+        tokenizer_config.json    its chat template and further ends of a text, where it has them
         state.ckpt           the trainer's own state: one file, or DeepSpeed's folder of partitions
         checkpoint.json      step, tokens, losses; size and sha256 of every other file.  Written last
     checkpoints/last, best   symbolic links
@@ -41,6 +42,7 @@ CONFIG, WEIGHTS, TOKENIZER, STATE, METADATA, TASK = (
     "checkpoint.json",
     "task.json",  # of a model that was trained for a task: columns, labels, kind
 )
+TOKENIZER_SETTINGS = "tokenizer_config.json"  #: its chat template and ends of a text, where it has them
 LARGEST_TASK = 64 << 20  #: bytes of a task.json, most of which are names of labels
 SEAL = "tree_sha256"  #: key in METADATA
 

@@ -23,6 +23,7 @@ from dualroute.model.checkpoint.folder import (
     STATE,
     TASK,
     TOKENIZER,
+    TOKENIZER_SETTINGS,
     WEIGHTS,
     Checkpoint,
     damages,
@@ -48,6 +49,7 @@ __all__ = [
     "STATE",
     "TASK",
     "TOKENIZER",
+    "TOKENIZER_SETTINGS",
     "WEIGHTS",
     "Checkpoint",
     "check_weights",
@@ -115,6 +117,9 @@ def write_description(
         (folder / name).write_bytes(content)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
     shutil.copyfile(tokenizer, folder / TOKENIZER)
+    beside = Path(tokenizer).with_name(TOKENIZER_SETTINGS)
+    if beside.is_file() and TOKENIZER_SETTINGS not in (extra or {}):
+        shutil.copyfile(beside, folder / TOKENIZER_SETTINGS)
     standard = {"format": "dualroute-checkpoint", "version": 1, "step": 0, "tokens": 0}
     write_metadata(folder, {**standard, **metadata, "files": describe_files(folder, described)})
 

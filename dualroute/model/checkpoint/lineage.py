@@ -14,7 +14,7 @@ from typing import Any
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint
 
 #: Operations whose tokens count.
-TRAININGS = ("pretrain", "distill")
+TRAININGS = ("pretrain", "distill", "finetune")
 _INFERRED = {
     "quantization": "quantize",
     "pruned_from": "prune",
@@ -49,7 +49,7 @@ def continued(parent: Checkpoint) -> list[dict[str, Any]]:
     described = files.get(WEIGHTS) if isinstance(files, Mapping) else None
     if isinstance(described, Mapping):
         entry["weights_sha256"] = described.get("sha256")
-    for name in ("tokens", "data_fingerprint", "teacher"):
+    for name in ("tokens", "data_fingerprint", "teacher", "context", "val_loss"):
         if metadata.get(name) is not None:
             entry[name] = metadata[name]
     return [*lineage_of(metadata), entry]
@@ -89,6 +89,10 @@ def history(checkpoint: Checkpoint) -> Iterator[str]:
             parts.append(f"{_tokens(entry):,} tokens in {int(entry.get('step') or 0):,} steps")
             if entry.get("data_fingerprint"):
                 parts.append(f"data {str(entry['data_fingerprint'])[:12]}")
+            if entry.get("context"):
+                parts.append(f"context {entry['context']:,}")
+            if isinstance(entry.get("val_loss"), float):
+                parts.append(f"validation loss {entry['val_loss']:.4f}")
         teacher = entry.get("teacher")
         if isinstance(teacher, Mapping):
             parts.append(f"teacher {teacher.get('folder')}, {_tokens(teacher):,} tokens")

@@ -5,6 +5,8 @@ In: a path on this machine.  Here it is recognised and read:
 - a checkpoint or run folder of dualroute;
 - a Hugging Face directory (config.json with safetensors, whole or sharded) of a Llama, Mistral, Qwen2 or
   Qwen3 model, which becomes a `DualRoutingTransformer` with ``attention: dense``, equal in every logit;
+- a Hugging Face directory that ``dualroute export`` wrote, of any attention, also after a training elsewhere
+  (:mod:`dualroute.model.foreign.own_export`);
 - a Hugging Face directory of a GPT-2, which stays what it is (:mod:`dualroute.model.foreign.gpt2_teacher`);
 - a llama2.c checkpoint (:mod:`dualroute.model.foreign.llama2c`).
 
@@ -16,15 +18,18 @@ Nothing is ever downloaded, and no code of the directory is run.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
+from dualroute.files import read_limited
 from dualroute.model.checkpoint.format import (
     METADATA,
     TOKENIZER,
@@ -34,10 +39,19 @@ from dualroute.model.checkpoint.format import (
     replace_parameter,
 )
 from dualroute.model.config import ModelConfig
+from dualroute.model.foreign import own_export
 from dualroute.model.foreign.hf_config import LLAMA_LIKE, llama_like_config
 from dualroute.model.foreign.llama2c import read_llama2c
 from dualroute.model.transformer import DualRoutingTransformer
 
+_LEARNED = "its learned positions, LayerNorm after each layer and GELU have no counterpart here"
+#: encoders that people ask for → why none of their layers computes the same in RMSNorm, SwiGLU and RoPE
+_ENCODERS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "distilbert"), _LEARNED),
+    "modernbert": "its first layer has no norm, its feed-forward is gated by GELU, and its local layers turn "
+    "positions by another base than its global ones",
+}
+_MAX_TOKENIZER_BYTES = 256 << 20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: In a layer of ours → in a layer of theirs; queries, keys and values are joined.
 _IN_LAYER = {
@@ -91,6 +105,7 @@ def load_causal_lm(
         UserError: Nothing readable is there, or the model is of a family that is not supported.
     """
     source = Path(source)
+    own_export.refuse_adapter(source)
     if not is_foreign(source):
         checkpoint = find_checkpoint(source)
         refuse_quantized(checkpoint, "floats are needed here; give the checkpoint it was made from")
@@ -107,10 +122,18 @@ def load_causal_lm(
         from dualroute.model.foreign.gpt2_teacher import Gpt2Teacher
 
         return Gpt2Teacher(source, dtype), tokenizer_file(source)
+    if family == own_export.MODEL_TYPE:
+        config = own_export.own_config(values, str(source / "config.json"))
+        return filled(config, read_own_export(source, config), str(source), dtype), tokenizer_file(source)
+    if family in _ENCODERS:
+        raise UserError(
+            f"{source / 'config.json'}: a {family} cannot be read: {_ENCODERS[family]}; masked pretraining "
+            f"(model.causal false) makes an encoder here"
+        )
     if family not in LLAMA_LIKE:
         raise UserError(
-            f"{source / 'config.json'}: model_type '{family}' is not supported: llama, mistral, qwen2 and "
-            f"qwen3 are read, gpt2 as a teacher"
+            f"{source / 'config.json'}: model_type '{family}' is not supported: llama, mistral, qwen2, "
+            f"qwen3 and exports of dualroute are read, gpt2 as a teacher"
         )
     config = llama_like_config(values, str(source / "config.json"))
     return filled(config, read_llama_like(source, config), str(source), dtype), tokenizer_file(source)
@@ -141,19 +164,44 @@ def load_dense(
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The tokenizer of a Hugging Face directory: a sentencepiece model where there is one."""
-    return next((folder / name for name in (TOKENIZER, "tokenizer.json") if (folder / name).is_file()), None)
+    """The tokenizer of a Hugging Face directory: a sentencepiece model where there is one, unless tokens were
+    added to tokenizer.json afterwards."""
+    pieces, fast = folder / TOKENIZER, folder / "tokenizer.json"
+    if pieces.is_file() and fast.is_file() and _ids_in(fast) > _ids_of(pieces):
+        return fast
+    return next((path for path in (pieces, fast) if path.is_file()), None)
+
+
+def _ids_of(model: Path) -> int:
+    """Ids of a sentencepiece model; more than any where it is something else, which its reader will say."""
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(read_limited(model, _MAX_TOKENIZER_BYTES))
+        return int(processor.get_piece_size())
+    except RuntimeError:
+        return sys.maxsize
+
+
+def _ids_in(fast: Path) -> int:
+    """Ids of a tokenizer.json; none where it is something else."""
+    values = read_json(fast)
+    model, added = values.get("model"), values.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or []))
+    return 1 + max((number for number in (*own, *ids) if isinstance(number, int)), default=-1)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        UserError: The file cannot be read, or holds something else.
+        UserError: The file cannot be read, is too large, or holds something else.
     """
+    data = read_limited(path, _MAX_TOKENIZER_BYTES)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: copy it again")
@@ -191,7 +239,7 @@ def read_llama_like(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     files = _Weights(folder)
     with torch.device("meta"):
         wanted = [name for name, _ in DualRoutingTransformer(config).named_parameters()]
-    weights = {name: files.take(_theirs(name)) for name in wanted}
+    weights = {name: files.take(llama_names(name)) for name in wanted}
     unknown = sorted(files.untouched())
     if config.tie_embeddings:
         unknown = [name for name in unknown if name != _OUTSIDE["head.weight"]]  # a copy
@@ -203,7 +251,33 @@ def read_llama_like(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def _theirs(name: str) -> tuple[str, ...]:
+def read_own_export(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a folder that an export wrote, under our names.
+
+    Raises:
+        UserError: A file or tensor is missing, or there is a tensor that the model has no place for.
+    """
+    files = _Weights(folder)
+    with torch.device("meta"):
+        wanted = [name for name, _ in DualRoutingTransformer(config).named_parameters()]
+    weights = {}
+    for name in wanted:
+        names = own_export.theirs(name)
+        found = next((place for place in names if place in files.file_of), names[0])
+        weights[name] = files.take((found,))
+    unknown = sorted(files.untouched())
+    if config.tie_embeddings:
+        unknown = [name for name in unknown if name not in own_export.theirs("head.weight")]  # a copy
+    if unknown:
+        raise UserError(
+            f"{folder} holds {len(unknown)} tensor(s) that a language model here has no place for, "
+            f"{unknown[0]} for one: merge adapters and save the language model itself"
+        )
+    return weights
+
+
+def llama_names(name: str) -> tuple[str, ...]:
+    """What a parameter of ours is called in a Llama; several names where we join what it parts."""
     if name in _OUTSIDE:
         return (_OUTSIDE[name],)
     _, layer, rest = name.split(".", 2)

@@ -26,6 +26,7 @@ from dualroute.tasks.kinds.sequence import Sequences
 @register("image")
 class Images(Sequences):
     reads_text = False
+    media = ("image",)
     roles = {
         "image": Role("the image: an array of pixels or a file"),
         "label": Role("the class", is_target=True),
@@ -52,7 +53,7 @@ class Images(Sequences):
         Raises:
             BadRow: There is no such image.
         """
-        return pixels_of(row, self.column("image"), self.task.image, any_size=any_size)
+        return pixels_of(row, self.medium(row, "image"), self.task.image, any_size=any_size)
 
     def frontend(self) -> FrontendConfig:
         config = self.task.image

@@ -4,7 +4,7 @@ Rows of the data are events: ``user``, ``item`` and ``time`` (MovieLens' own fil
 one row a user, ``items`` in the order of time.  The last item of a user is the test, the one before the
 validation, those before are learnt from (leave-one-out).  Input: items, read from left to right.  Output: at
 each item a score for every item, by which the next one is asked for.  Prediction: ``prediction``, the best
-item that the user has not had, and ``items``, the best ten.
+item that the user has not had, and ``best``, the best ten.
 
 HR@10 and NDCG@10 are over all items, not over a sample of them.  An item that the training does not have is
 counted as missed where it is asked for.
@@ -178,11 +178,11 @@ class Items(Kind):
 
     def decode(self, row: Row, parts: Sequence[Part]) -> Row:
         items = [self.labels[number] for number in parts[0].output]
-        return {"prediction": items[0] if items else None, "items": items}
+        return {"prediction": items[0] if items else None, "best": items}
 
     def score(self, targets: Sequence[Any], predictions: Sequence[Row]) -> dict[str, float]:
         ranks = [
-            row["items"].index(target) if target in row["items"] else None
+            row["best"].index(target) if target in row["best"] else None
             for target, row in zip(targets, predictions, strict=True)
         ]
         found = [rank for rank in ranks if rank is not None]
@@ -205,7 +205,7 @@ class Items(Kind):
                 ):
                     scores = np.array(scores, dtype=np.float64)
                     scores[history] = -math.inf
-                    predictions.append({"items": [self.labels[number] for number in best_of(scores)]})
+                    predictions.append({"best": [self.labels[number] for number in best_of(scores)]})
                 return predictions
 
             return answer

@@ -32,6 +32,7 @@ MOST_CHARACTERS = 20_000
 @register("recognition")
 class Recognition(Kind):
     reads_text = False
+    media = ("audio",)
     roles = {
         "audio": Role("the recording: a file or samples"),
         "text": Role("what is said in it", is_target=True),

@@ -78,14 +78,17 @@ class Spans(Kind):
         answers = self._answers(row)
         if not answers:
             raise BadRow(f"no {self.column('answers')}")
-        for text, start in answers:
-            if start is not None and start >= 0 and context.startswith(text, start):
-                return start, start + len(text)
+        given = [(text, start) for text, start in answers if start is not None]
+        right = [(s, s + len(text)) for text, s in given if s >= 0 and context.startswith(text, s)]
+        for _ in range(len(given) - len(right)):
+            self.tally.add("answers whose offset does not match the text")
+        if right:
+            return right[0]
         for text, start in answers:
             places = list(occurrences(context, text))
             if len(places) == 1:
                 if start is not None:
-                    self.tally.add("repaired (an answer's offset did not match its text)")
+                    self.tally.add("rows whose answer's offset was repaired")
                 return places[0], places[0] + len(text)
         raise BadRow("no answer stands at its place in the text, nor exactly once elsewhere")
 

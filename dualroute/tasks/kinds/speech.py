@@ -25,6 +25,7 @@ from dualroute.tasks.kinds.sequence import Sequences
 @register("speech")
 class Recordings(Sequences):
     reads_text = False
+    media = ("audio",)
     roles = {
         "audio": Role("the recording: a file or samples"),
         "label": Role("the class", is_target=True),
@@ -51,7 +52,7 @@ class Recordings(Sequences):
     def baselines(self) -> dict[str, Baseline]:
         def centroids(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
             def features(some: Sequence[Row]) -> list[NDArray[Any]]:
-                return [_outline(frames_of(row, self.column("audio"), self.task.audio)) for row in some]
+                return [_outline(frames_of(row, self.medium(row, "audio"), self.task.audio)) for row in some]
 
             targets = [self.target(row) for row in train]
             return [{"prediction": n} for n in nearest_centroid(features(train), targets, features(rows))]
@@ -70,7 +71,7 @@ def steps_of(kind: Kind, row: Row) -> Samples:
     Raises:
         BadRow: There is no such recording, or it is longer and ``too_long`` is drop.
     """
-    steps = frames_of(row, kind.column("audio"), kind.task.audio)
+    steps = frames_of(row, kind.medium(row, "audio"), kind.task.audio)
     if len(steps) > kind.setting.max_length:
         kind.too_long(len(steps))
         steps = steps[: kind.setting.max_length]

@@ -68,6 +68,9 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
             raise UserError(f"{published} cannot be read ({error}): use another checkpoint") from error
         for name in (checkpoint_folder.CONFIG, checkpoint_folder.TOKENIZER):
             shutil.copyfile(source.folder / name, aside / name)
+        settings = source.folder / checkpoint_folder.TOKENIZER_SETTINGS
+        if settings.is_file():
+            shutil.copyfile(settings, aside / settings.name)
         for name, content in source.task_file().items():
             (aside / name).write_bytes(content)
         metadata = source.metadata | {"state_layout": None, "files": checkpoint_folder.describe_files(aside)}

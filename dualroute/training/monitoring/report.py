@@ -156,4 +156,4 @@ def _sample(checkpoint: Checkpoint, model: DualRoutingTransformer, config: Repor
     tokenizer = Tokenizer(checkpoint.folder / TOKENIZER)
     ids = tokenizer.encode(config.prompt, bos=True)
     sampling = SamplingConfig(max_new_tokens=config.sample_tokens)
-    return tokenizer.decode(ids + list(generate(model.float(), ids, sampling, tokenizer.eos_id)))
+    return tokenizer.decode(ids + list(generate(model.float(), ids, sampling, tokenizer.eos_ids)))

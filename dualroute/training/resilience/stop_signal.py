@@ -40,6 +40,8 @@ SCHEDULER_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 #: From a person or a terminal.
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
+#: Commands whose signals end the training with a checkpoint.
+TRAININGS = ("pretrain", "distill", "finetune")
 _BEFORE_A_STEP = (
     "no step was taken in this start, checkpoints are as they were; the same command starts it again"
 )
@@ -48,7 +50,8 @@ KEPT = {
     "prepare": "finished parts are kept and the same command goes on from them",
     "cache-logits": "finished shards are kept and the same command goes on from them",
     "pipeline": "finished stages are kept and the same command goes on from them",
-    "pretrain": _BEFORE_A_STEP, "distill": _BEFORE_A_STEP,
+    "predict": "rows that were answered are kept and the same command goes on from them",
+    **dict.fromkeys(TRAININGS, _BEFORE_A_STEP),
     "generate": "", "evaluate": "", "report": "", "doctor": "", "estimate": "", "submit": "",
 }  # fmt: skip
 

@@ -183,16 +183,18 @@ class Pretrain(LightningModule):
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         hidden = self.hidden_states(batch)
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX)
-        # those of the whole batch: a rank that shares texts has to find its own
-        rows = batch.get("label_rows") if self.model.sequence_group is None else None
         loss = partial(
             chunked_cross_entropy,
             labels=labels.flatten(),
             z_loss=z_loss,
-            rows=rows,
+            rows=self._label_rows(batch),
             label_smoothing=self.label_smoothing,
         )
         return self.model.head(hidden.flatten(0, 1), loss)
+
+    def _label_rows(self, batch: Batch) -> Tensor | None:
+        """What the loader found: rows of the whole batch, so that ranks that share texts find their own."""
+        return batch.get("label_rows") if self.model.sequence_group is None else None
 
     @property
     def at_first_micro_batch(self) -> bool:
@@ -256,8 +258,8 @@ class Pretrain(LightningModule):
         self._start_step()
 
     def bits_per_byte(self, loss: float, split: str) -> dict[str, float]:
-        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked tokens,
-        which spell a part of it."""
+        """Nats per target → {"bits_per_byte": …} of that split; empty where targets are no text, or masked
+        tokens, which spell a part of it."""
         density = self.targets_per_byte[split]
         if density is None or not self.model.config.causal:
             return {}
@@ -282,8 +284,8 @@ class Pretrain(LightningModule):
         ids = self.tokenizer.encode(prompt, bos=True)
         room = self.model.config.max_context - len(ids)
         sampling = SamplingConfig(max_new_tokens=max(1, min(max_new_tokens, room)), seed=seed)
-        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_id))
-        return self.tokenizer.decode(ids + [token for token in new if token != self.tokenizer.eos_id])
+        new = list(generate(self.model, ids, sampling, self.tokenizer.eos_ids))
+        return self.tokenizer.decode(ids + [token for token in new if token not in self.tokenizer.eos_ids])
 
     # ------------------------------------------------------------------ state
 

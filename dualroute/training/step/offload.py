@@ -157,7 +157,7 @@ class Offload:
                 offset = tensor.storage_offset() - weight.storage_offset()
                 if weight.dtype == tensor.dtype:
                     return weight, tensor.size(), tensor.stride(), offset
-        if tensor.nbytes < self._least_bytes:
+        if tensor.nbytes < self._least_bytes:  # among them the handles of a compiled layer, which no copy is
             return tensor
         # each operation that reads a tensor saves it; as long as it is held its address is its own
         name = (tensor.data_ptr(), tensor.size(), tensor.stride(), tensor.dtype)

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import importlib
 import re
 
 import pytest
@@ -42,3 +43,13 @@ def test_an_import_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(bundling, "source_file", lambda module: source)
     with pytest.raises(ValueError, match=r"imports dualroute\.errors in a way that cannot be bundled"):
         bundle(["dualroute.odd"], tmp_path)
+
+
+def test_substitutes_have_every_name_that_is_asked_of_them(tmp_path):
+    asked = {f"{bundling.stem(module)}": set() for module in bundling.SUBSTITUTES}
+    for file in bundle(ROOTS, tmp_path):
+        for node in ast.walk(ast.parse((tmp_path / file).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in asked:
+                asked[node.module] |= {alias.name for alias in node.names}
+    for module, substitute in bundling.SUBSTITUTES.items():
+        assert asked[bundling.stem(module)] <= set(vars(importlib.import_module(substitute)))

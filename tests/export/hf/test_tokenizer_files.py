@@ -1,15 +1,21 @@
 """An exported tokenizer gives the ids of ours: for a BPE model by tokenizer.json, for others by a class."""
 
+import io
+import json
 import random
+import shutil
 
 import pytest
+import sentencepiece
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from data_prep.train_tokenizer import cut, train_tokenizer  # noqa: E402
+from dualroute.compress.added_tokens import with_added_tokens  # noqa: E402
 from dualroute.data.tokenizer import Tokenizer  # noqa: E402
+from dualroute.data.tokenizer_settings import TokenizerSettings  # noqa: E402
 from dualroute.evaluate.perplexity import read_text  # noqa: E402
-from dualroute.export.hf.tokenizer_files import trial_texts, write_tokenizer  # noqa: E402
+from dualroute.export.hf.tokenizer_files import marked_texts, trial_texts, write_tokenizer  # noqa: E402
 from tests.conftest import WORDS  # noqa: E402
 
 
@@ -28,12 +34,16 @@ def exported(tmp_path):
 
 
 def same_ids(ours, theirs, texts):
-    """Of text as text, as in training."""
+    """Of text as text; and a special token at its end is one, as for every tokenizer of transformers."""
     as_text = {"split_special_tokens": True}
     for text in texts:
         ids = ours.encode(text)
         assert theirs(text, add_special_tokens=False, **as_text).input_ids == ids, repr(text)
         assert theirs(text, **as_text).input_ids == [ours.bos_id, *ids]
+    marked = marked_texts(ours)
+    assert marked
+    for text, ids in marked:
+        assert theirs(text, add_special_tokens=False).input_ids == ids, text
 
 
 def random_texts(pieces, count=300):
@@ -112,6 +122,67 @@ def test_a_model_with_habits_of_its_own(exported, real_data):
     ours, theirs, source = exported(path)
     assert source == "tokenizer.model"
     same_ids(ours, theirs, trial_texts(ours, []))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_chat_has_the_ids_of_ours(kind, tmp_path):
+    """The template, and an end of answers of its own, travel; a template's specials are ids."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 50))) for _ in range(300)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_tokenizer(texts, 315, kind, 4))
+    source = Tokenizer(path).chat_template.source
+    said = TokenizerSettings(source.replace("<eos>", "<reserved_1>"), {"eos_token": "<reserved_1>"}, (2, 5))
+    ours = Tokenizer(path, said)
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    messages = [{"role": "user", "content": "the old river"}, {"role": "assistant", "content": "a house"}]
+    assert theirs.apply_chat_template(messages, return_dict=True)["input_ids"] == ours.chat(messages).ids
+    assert ours.chat(messages).ids[0] == ours.bos_id
+    assert theirs.eos_token_id == 5
+    assert Tokenizer(tmp_path / "out" / "tokenizer.model").settings.chat_template == said.chat_template
+
+
+@pytest.mark.parametrize("user_defined", [False, True])
+def test_a_model_like_llamas(exported, tmp_path, user_defined):
+    """BPE with bytes that puts a space before every text: a tokenizer.json, without pieces of its own."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 50))) for _ in range(300)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["house"] if user_defined else [],
+        minloglevel=2,
+    )
+    (tmp_path / "llama.model").write_bytes(model.getvalue())
+    ours, theirs, source = exported(tmp_path / "llama.model")
+    assert source == ("tokenizer.model" if user_defined else "tokenizer.json")
+    same_ids(ours, theirs, trial_texts(ours, texts[:2]))
+    same_ids(ours, theirs, random_texts([piece for piece in ours.pieces() if piece.isalpha()]))
+    for text in ("the old river", " x", "  two", "a\n b 水"):
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
+
+
+def test_a_token_that_was_added_to_a_model(exported, tiny_dataset, tmp_path):
+    """By convert, which puts it into the model: it is found in texts here and there."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    shutil.copy(tiny_dataset / "tokenizer.model", folder / "tokenizer.model")
+    added = {"320": {"content": "<note>", "special": False}, "321": {"content": "<|x|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    (tmp_path / "more.model").write_bytes(with_added_tokens(folder / "tokenizer.model"))
+    ours, theirs, source = exported(tmp_path / "more.model")
+    assert source == "tokenizer.json"
+    same_ids(ours, theirs, ["the <note> river<note>", *trial_texts(ours, [])])
+    assert ours.encode("the <note>")[-1] == 320
+    assert ours.same_ids(Tokenizer(tmp_path / "exported" / "tokenizer.json"))
 
 
 @pytest.fixture(params=["bpe", "unigram"])

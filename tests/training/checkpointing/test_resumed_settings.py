@@ -17,6 +17,8 @@ from dualroute.cli import main
 from dualroute.distillation.config import RESUME_RULES, DistillConfig
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.format import Checkpoint, find_checkpoint
+from dualroute.tasks.config import RESUME_RULES as OF_TASKS
+from dualroute.tasks.config import FinetuneConfig
 from dualroute.training.checkpointing.publishing.upkeep import best_by_validation
 from dualroute.training.checkpointing.resumed_settings import RULES, learning_rate_note
 from dualroute.training.checkpointing.state.layout import StateLayout
@@ -63,12 +65,13 @@ def documented() -> dict[str, str]:
 
 
 def test_every_key_has_one_rule_and_the_page_says_the_same() -> None:
-    rules = {**RULES, **RESUME_RULES}
     described = documented()
-    for key in keys(DistillConfig):
-        assert rule_of(key, described) == rule_of(key, rules), key
-    for name in rules:
-        assert any(key == name or key.startswith(f"{name}.") for key in keys(DistillConfig)), f"no key {name}"
+    for cls, more in ((DistillConfig, RESUME_RULES), (FinetuneConfig, OF_TASKS)):
+        rules = {**RULES, **more}
+        for key in keys(cls):
+            assert rule_of(key, described) == rule_of(key, rules), key
+        for name in rules:
+            assert any(key == name or key.startswith(f"{name}.") for key in keys(cls)), f"no key {name}"
     assert {key for key in keys(PretrainConfig) if rule_of(key, RULES)} == set(keys(PretrainConfig))
 
 

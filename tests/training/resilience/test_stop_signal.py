@@ -204,9 +204,8 @@ def test_each_command_says_in_one_line_what_is_kept(command, error, monkeypatch,
     assert printed.out == ""
     assert printed.err.startswith(f"dualroute {command}: interrupted by {number.name}")
     assert printed.err.count("\n") == 1
-    assert (command in ("prepare", "cache-logits", "pipeline", "pretrain", "distill")) == (
-        "same command" in printed.err
-    )
+    kept = ("prepare", "cache-logits", "pipeline", "pretrain", "distill", "finetune", "predict")
+    assert (command in kept) == ("same command" in printed.err)
 
 
 def test_a_signal_among_the_imports_is_one_line_too(capsys):

@@ -13,10 +13,12 @@ from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.activations import keep_fewer_activations
 from dualroute.training.step.compilation import compile_layers
+from dualroute.training.step.offload import Offload
 from dualroute.training.step.quantization_aware import round_weights_in_forward
 from tests import warm
 from tests.conftest import ROOT
 from tests.training.step.test_module import SMALL, curve, environment
+from tests.training.step.test_offload import LateCopies
 
 SHAPE = {
     "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 64, "max_context": 96,
@@ -97,6 +99,24 @@ def test_what_asks_the_host_for_numbers_goes_the_plain_way():
     assert not counters["stats"]
 
 
+@pytest.mark.parametrize(
+    "what", ["none", *(pytest.param(what, marks=pytest.mark.slow) for what in ("full", "feed_forward"))]
+)
+def test_what_compiled_layers_keep_may_be_moved_to_the_host(what):
+    """And comes back as it went: the same program, gradients equal to the bit."""
+    compiled, moved = model(), model()
+    copies = LateCopies()
+    for each, traffic in ((compiled, False), (moved, Offload(copies, least_bytes=256))):
+        compile_layers(each, "aot_eager")
+        keep_fewer_activations(each, what, offload=traffic)
+    for seed in range(2):
+        found, wanted = (loss_and_gradients(each, batch(seed=seed)) for each in (moved, compiled))
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert copies.record.count(("start", "out")) == copies.record.count(("start", "back")) > 0
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.slow
 def test_rounded_weights_are_rounded_in_compiled_layers_too():
     plain, compiled = model(), model()
@@ -120,18 +140,21 @@ WAYS = {
     "zero1, fp8": ("--parallel.zero_stage", "1", "--train.precision", "fp8"),
     "zero2, recomputed": ("--parallel.zero_stage", "2", "--train.activation_checkpointing", "full"),
 }
+PLAIN = ("ddp", "zero1, fp8")  # the former's losses are those of all ways that compute in float32
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny_dataset, tmp_path_factory):
-    """By way: a run without and one with compiled layers, which stopped and went on at ZeRO-2."""
+    """By way: a run with compiled layers, which stopped and went on at ZeRO-2; and those without."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("two ranks")
     legs = []
     for name, more in WAYS.items():
-        legs_of_way = [("plain", "false", STEPS), ("compiled", "true", STEPS)]
+        legs_of_way = [("compiled", "true", STEPS)]
+        if name in PLAIN:
+            legs_of_way.insert(0, ("plain", "false", STEPS))
         if "zero2" in name:
-            legs_of_way.insert(1, ("compiled", "true", STEPS // 2))
+            legs_of_way.insert(0, ("compiled", "true", STEPS // 2))
         for kind, compiled, steps in legs_of_way:
             own = ("--output", str(folder / name / kind), "--data.path", str(tiny_dataset))
             own += ("--train.compile", compiled, "--train.max_steps", str(steps))
@@ -145,7 +168,7 @@ def two_ranks(tiny_dataset, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_ranks_train_compiled_layers_as_plain_ones_and_resume(two_ranks, way):
-    plain, compiled = (two_ranks / way / kind for kind in ("plain", "compiled"))
+    plain, compiled = two_ranks / PLAIN["fp8" in way] / "plain", two_ranks / way / "compiled"
     assert curve(plain).keys() == curve(compiled).keys() == set(range(1, STEPS + 1))
     for event in ("train", "validation"):
         want = curve(plain, event)

@@ -153,7 +153,6 @@ def test_compiled_it_trains_as_ever(gentle, tiny_dataset, tmp_path):
             ("--parallel.zero_stage", "3", "--train.compile", "true"),
             "cannot be used with parallel.zero_stage 3",
         ),
-        (("--train.compile", "true", "--train.offload_activations", "true"), "leave one of them out"),
         (("--train.precision", "fp8", "--parallel.zero_stage", "3"), "use stage 2, or bf16-mixed"),
         (("--train.precision", "fp8", "--train.quantization_aware", "int8_weight_only"), "or leave it out"),
         (("--train.recompute_every_layers", "0"), "train.recompute_every_layers is 0"),

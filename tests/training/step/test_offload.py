@@ -26,7 +26,7 @@ class LateCopies:
         self.most = 0
 
     def start(self, source, *, to_host):
-        target = torch.full_like(source, float("nan")) if source.is_floating_point() else torch.zeros_like(source)
+        target = torch.full_like(source, float("nan")) if source.is_floating_point() else ~source
         ticket = [weakref.ref(source), target, to_host]
         self.record.append(("start", "out" if to_host else "back"))
         if not to_host:

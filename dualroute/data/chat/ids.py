@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dualroute.data.chat_template import ChatTemplate, Message, Rendered, check_messages, default_source
+from dualroute.data.chat.template import ChatTemplate, Message, Rendered, check_messages, default_source
 from dualroute.data.tokenizer_settings import TokenizerSettings
 from dualroute.errors import UserError
 

@@ -2,7 +2,7 @@
 
 In: messages, ``{"role": "user", "content": "…"}``.  Here: they are checked, and the template puts its marks
 around them, in jinja2's sandbox.  Out: `Rendered`, in which the template's own special tokens can be told
-from text of a message that merely spells one.  Next: :mod:`dualroute.data.chat` makes ids of it.
+from text of a message that merely spells one.  Next: :mod:`dualroute.data.chat.ids` makes ids of it.
 
 A template comes with a model from elsewhere.  The sandbox keeps it from files and from Python; its size, the
 size of what it writes and the lengths it counts to are limited.  Before it sees them, what looks like a

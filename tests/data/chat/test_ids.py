@@ -8,7 +8,7 @@ import json
 import pytest
 
 from data_prep.train_tokenizer import train_tokenizer
-from dualroute.data.chat_template import MAX_MESSAGES
+from dualroute.data.chat.template import MAX_MESSAGES
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.tokenizer_settings import SETTINGS, TEMPLATE, TokenizerSettings
 from dualroute.errors import UserError
