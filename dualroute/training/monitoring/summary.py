@@ -46,7 +46,7 @@ def what_is_trained(
     count: TokenCount,
     device: torch.device,
 ) -> Iterator[str]:
-    """Model and data, then machine and folder: two lines."""
+    """Model and data, then machine and folder: two lines, or three where weights are frozen."""
     steps = count.total_steps(config.train)
     tokens, shape = count.at(steps), model.config
     yield (
@@ -54,6 +54,10 @@ def what_is_trained(
         f"{shape.num_layers} layers of width {shape.dim}), {tokens:,} tokens in {steps:,} steps of "
         f"{config.train.tokens_per_batch:,} = {epochs(tokens, data):.3g} epochs of {config.data.path}"
     )
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        yield f"{format_count(trained)} parameters are trained, {format_count(frozen)} stay as they are"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield (
         f"on {world.world_size} rank(s), {name}, precision {config.train.precision} (float32 "

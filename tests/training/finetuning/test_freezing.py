@@ -65,6 +65,7 @@ def test_what_is_frozen_is_that_of_the_parent(frozen: Path, base: Path) -> None:
     ours, theirs = state(frozen), state(base)
     same = {name for name in ours if torch.equal(ours[name], theirs[name])}
     assert same == {n for n in ours if n.startswith(("embedding", "layers.0.")) or "norm" in n}
+    assert " parameters are trained, " in (frozen / "log.txt").read_text()
     taken = frozen.with_name("taken")
     assert main(["checkpoint", "export", str(frozen), "--output", str(taken)]) == 0
     assert all(torch.equal(value, ours[name]) for name, value in state(taken).items())
