@@ -1,7 +1,7 @@
 """``dualroute distill``: a student learns from a teacher, with the trainer of pretraining.
 
 In: a configuration.  Here: everything that can be wrong with it is found before anything starts, as
-:mod:`~dualroute.training.run` does for pretraining, and beyond that teacher, cache, layers and heads are
+:mod:`~dualroute.training.prepare` does for pretraining, and beyond that teacher, cache, layers and heads are
 compared with the student and the data.  Next: :class:`~dualroute.distillation.module.Distill` is trained
 as any model is, with the same run folder, checkpoints, signals and resuming.
 
@@ -29,9 +29,10 @@ from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.model.checkpoint.lineage import teacher_entry
 from dualroute.model.foreign.hub import is_foreign
-from dualroute.training import run
+from dualroute.training import prepare
 from dualroute.training.parallel.sequence import check_sequence_parallel
-from dualroute.training.run import Prepared, run_training
+from dualroute.training.prepare import Prepared
+from dualroute.training.run import run_training
 from dualroute.training.step.module import Pretrain
 
 __all__ = ["Distill", "DistillConfig", "check", "run_distillation"]
@@ -44,7 +45,7 @@ def check(config: DistillConfig) -> Prepared:
         UserError: Naming the key, file or folder, and the remedy.
     """
     _check_settings(config)
-    prepared = run.check(config)
+    prepared = prepare.check(config)
     prepared.config.model.require_causal("distillation")
     if prepared.finished:  # whose teacher may be gone
         return prepared
@@ -57,7 +58,7 @@ def check(config: DistillConfig) -> Prepared:
         digest = teacher.digest
 
     def make_module(prepared: Prepared) -> Pretrain:
-        arguments = run.module_arguments(prepared)
+        arguments = prepare.module_arguments(prepared)
         return Distill(config.distill, teacher, digest, pairs, config.seed, **arguments)
 
     return dataclasses.replace(

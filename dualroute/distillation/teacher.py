@@ -52,7 +52,7 @@ from dualroute.model.checkpoint.weights_file import TensorFile
 from dualroute.model.config import ModelConfig
 from dualroute.model.foreign.hub import is_foreign, load_causal_lm
 from dualroute.training.parallel.environment import detect_world
-from dualroute.training.run import check_same_tokenizer
+from dualroute.training.prepare import check_same_tokenizer
 from dualroute.training.step.allocator import give_back_freed_memory
 
 

@@ -1,7 +1,7 @@
 """``dualroute finetune``: rows of a user's data become a model for a task, with the trainer of pretraining.
 
 In: a configuration.  Here: everything that can be wrong with it is found before anything starts, as
-:mod:`dualroute.training.run` does for pretraining; rows are read, divided and encoded.  Next:
+:mod:`dualroute.training.prepare` does for pretraining; rows are read, divided and encoded.  Next:
 :class:`~dualroute.tasks.module.Finetune` is trained as any model is, with the same run folder, checkpoints,
 signals and resuming; each checkpoint holds ``task.json`` besides.
 """
@@ -24,8 +24,9 @@ from dualroute.tasks.kind import Kind, Row, Setting, find_kind
 from dualroute.tasks.module import Finetune
 from dualroute.tasks.rows import Problems, divided, read_rows
 from dualroute.tasks.tokenizers import tokenizer_of
-from dualroute.training import run
-from dualroute.training.run import Prepared, run_training
+from dualroute.training import prepare
+from dualroute.training.prepare import Prepared
+from dualroute.training.run import run_training
 from dualroute.training.step.module import Pretrain
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def check(config: FinetuneConfig) -> Prepared:
         )
     make = find_kind(config.task.kind)
     make.check_config(config)
-    begun = run.begin(config)
+    begun = prepare.begin(config)
     if begun.initial is None:  # of a run that began from scratch, and is resumed
         begun = dataclasses.replace(begun, initial=begun.start.checkpoint)
     asking = make(config.task, Setting(None, 0))  # type: ignore[arg-type]  # asked for columns alone
@@ -98,15 +99,17 @@ def check(config: FinetuneConfig) -> Prepared:
     )
 
     def make_module(prepared: Prepared) -> Pretrain:
-        own = kind.training(encoded, prepared, lambda: run.module_arguments(prepared))
-        return own or Finetune(kind, encoded[1], **run.module_arguments(prepared))
+        own = kind.training(encoded, prepared, lambda: prepare.module_arguments(prepared))
+        return own or Finetune(kind, encoded[1], **prepare.module_arguments(prepared))
 
-    prepared = run.prepare(begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids())
+    prepared = prepare.prepare(
+        begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids()
+    )
     sources = {name: getattr(config.data, name) for name in _TOLD}
     prepared = dataclasses.replace(
         prepared, operation="finetune", extra_files={TASK: describe_task(kind, sources)}
     )
-    run.check_course(prepared)
+    prepare.check_course(prepared)
     return prepared
 
 

@@ -14,7 +14,7 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import TOKENIZER
 from dualroute.tasks.config import TaskDataConfig
-from dualroute.training.run import Begun
+from dualroute.training.prepare import Begun
 
 #: Ids of a tokenizer that is trained, and of what may be added to the characters of a script with many.
 USUAL_IDS = 4096

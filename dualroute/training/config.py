@@ -1,6 +1,6 @@
 """What a training can be told: the fields of ``dualroute pretrain``, each group checked by itself.
 
-In: YAML and flags, through :mod:`dualroute.cli`.  Next: :mod:`dualroute.training.run` checks them against
+In: YAML and flags, through :mod:`dualroute.cli`.  Next: :mod:`dualroute.training.prepare` checks them against
 the data, the folder and the machine.  No torch is imported here, so that ``--help`` answers at once.
 """
 

@@ -1,7 +1,7 @@
 """The Trainer of a run: its strategy, its callbacks and where it writes.
 
-In: a configuration that was found sound (:class:`~dualroute.training.run.Prepared`).  Here: everything that
-Lightning is given besides the module and the data, which need the checkpoint to be chosen first.  Next:
+In: a configuration that was found sound (:class:`~dualroute.training.prepare.Prepared`).  Here: everything
+that Lightning is given besides the module and the data, which need the checkpoint to be chosen first.  Next:
 ``training/run.py`` lets the ranks meet through its strategy, and calls ``fit``.
 """
 
@@ -34,7 +34,7 @@ from dualroute.training.resilience.watchdog import Watchdog
 from dualroute.training.step.module import StepBoundary
 
 if TYPE_CHECKING:
-    from dualroute.training.run import Prepared
+    from dualroute.training.prepare import Prepared
 
 
 def resolved_yaml(config: PretrainConfig) -> str:

@@ -16,7 +16,7 @@ from dualroute.data.manifest import Manifest
 from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.training.monitoring import summary
 from dualroute.training.monitoring.metrics_log import read_metrics
-from dualroute.training.run import check
+from dualroute.training.prepare import check
 from tests.training.checkpointing.test_resumed_settings import arguments
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from dualroute.cli import parse_stage
-from dualroute.training import run
+from dualroute.training import initial_model, run
 from dualroute.training.parallel.environment import strip_local_rank
 from dualroute.training.step.compilation import compile_layers
 
 
 def main(argv: list[str]) -> None:
     (runs,) = strip_local_rank(argv)
-    run.compile_layers = partial(compile_layers, backend="aot_eager")
+    initial_model.compile_layers = partial(compile_layers, backend="aot_eager")
     for arguments in json.loads(Path(runs).read_text()):
         torch._dynamo.reset()
         run.run_pretraining(parse_stage("pretrain", arguments))
