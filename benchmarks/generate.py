@@ -25,7 +25,7 @@ from measure import medians, prepare, show
 from dualroute.compress.quantize import quantize_model
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
-from dualroute.model.compiled_decode import CompiledDecoder
+from dualroute.model.decoding.compiled_decode import CompiledDecoder
 from dualroute.model.quantized import Quantization, require_torchao, stored_tensors
 
 #: name → (what is done to the weights, arithmetic, compiled?)

@@ -18,7 +18,7 @@ import torch
 from measure import medians, prepare, show
 from torch import Tensor, nn
 
-from dualroute.model.compiled_decode import freezing
+from dualroute.model.decoding.compiled_decode import freezing
 from dualroute.model.quantized import QuantizedLinear
 
 #: (N, K): the layers and the vocabulary of the model of docs/results.md, and layers of a usual width

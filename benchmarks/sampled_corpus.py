@@ -23,7 +23,7 @@ from dualroute.data.manifest import TOKENIZER_FILE, Manifest, TokenizerInfo, tok
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.evaluate.load import load
 from dualroute.files import appearing_folder
-from dualroute.model.generation import continue_batch
+from dualroute.model.decoding.generation import continue_batch
 
 ROWS = 256  # texts that are drawn together
 

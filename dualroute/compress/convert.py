@@ -46,9 +46,9 @@ from dualroute.model.conversion import (
     nearest_groups,
     random_groups,
 )
+from dualroute.model.decoding.generation import continue_batch
 from dualroute.model.foreign.hub import is_foreign, load_dense
 from dualroute.model.foreign.own_export import exported_lineage, wrote
-from dualroute.model.generation import continue_batch
 
 _ROWS = 32  # texts that are sampled together
 

@@ -2,9 +2,9 @@
 
 In: a plan (which samples, in which order) and the windows that it asks for, which a subclass knows:
 :class:`~dualroute.data.module.ShardDataModule` cuts them out of a stream of text,
-:class:`dualroute.tasks.data.TaskDataModule` packs the examples of a task into them.  Here: they are divided
-among ranks and micro batches, and counted.  Out: batches for the training module's ``training_step``, which
-calls `WindowDataModule.advance` once per optimizer step.
+:class:`dualroute.tasks.data.module.TaskDataModule` packs the examples of a task into them.  Here: they are
+divided among ranks and micro batches, and counted.  Out: batches for the training module's ``training_step``,
+which calls `WindowDataModule.advance` once per optimizer step.
 
 The position is the number of samples trained on, not the number that the loader has
 fetched. Lightning does not fast-forward a loader on resume, and need not: the loader starts where

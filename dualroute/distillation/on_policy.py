@@ -20,7 +20,7 @@ from torch import Tensor
 from dualroute.data.plan import seeded_words
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.generation import continue_batch
+from dualroute.model.decoding.generation import continue_batch
 
 
 def is_on_policy(seed: int, step: int, fraction: float) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dualroute.errors import UserError
-from dualroute.model.sampling_config import SamplingConfig
+from dualroute.model.decoding.sampling_config import SamplingConfig
 from dualroute.paths import LocalPath, PathOrName
 from dualroute.settings import at_least, check_fields
 

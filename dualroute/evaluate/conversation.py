@@ -16,7 +16,7 @@ import torch
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig
-from dualroute.model.generation import draw
+from dualroute.model.decoding.generation import draw
 
 CAPACITY = 512  # tokens that a cache has room for at first
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the end of a character is still to come

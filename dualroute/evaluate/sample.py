@@ -10,8 +10,8 @@ from dualroute.errors import UserError, printable
 from dualroute.evaluate.config import GenerateConfig
 from dualroute.evaluate.load import choose_device, load
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
-from dualroute.model.compiled_decode import CompiledDecoder, check_compiler
-from dualroute.model.generation import Decoder
+from dualroute.model.decoding.compiled_decode import CompiledDecoder, check_compiler
+from dualroute.model.decoding.generation import Decoder
 
 #: Of a prompt on standard input.
 MOST_CHARACTERS = 2**24
@@ -27,7 +27,7 @@ def generate_text(
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces of whole characters.
 
-    ``decoder`` and ``int8_cache`` are those of :func:`~dualroute.model.generation.generate`.
+    ``decoder`` and ``int8_cache`` are those of :func:`~dualroute.model.decoding.generation.generate`.
     A character outside the vocabulary is several byte tokens; a piece is held back until it is complete.
 
     Raises:

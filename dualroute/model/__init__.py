@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualroute.model.config import ModelConfig
-    from dualroute.model.generation import generate
-    from dualroute.model.sampling_config import SamplingConfig
+    from dualroute.model.decoding.generation import generate
+    from dualroute.model.decoding.sampling_config import SamplingConfig
     from dualroute.model.transformer import DualRoutingTransformer
 
 __all__ = ["DualRoutingTransformer", "ModelConfig", "SamplingConfig", "generate"]
 
 _MODULES = {
     "ModelConfig": "config",
-    "SamplingConfig": "sampling_config",
-    "generate": "generation",
+    "SamplingConfig": "decoding.sampling_config",
+    "generate": "decoding.generation",
     "DualRoutingTransformer": "transformer",
 }
 

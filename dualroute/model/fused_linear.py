@@ -1,8 +1,8 @@
 """Linear layers that read the same rows, joined into one product.
 
 In: the query-key-value projections of both routes, or the gate and the widening of a feed-forward.  Here: one
-layer with their outputs side by side.  Next: :mod:`dualroute.model.compiled_decode`, where a step of a small
-model is as much calls as arithmetic.
+layer with their outputs side by side.  Next: :mod:`dualroute.model.decoding.compiled_decode`, where a step of
+a small model is as much calls as arithmetic.
 
 Nothing is stored twice.  The layers' own weights become views of the joined ones.
 """

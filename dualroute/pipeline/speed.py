@@ -20,7 +20,7 @@ from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import SamplingConfig, generate
 from dualroute.model.checkpoint.format import WEIGHTS
-from dualroute.model.compiled_decode import CompiledDecoder
+from dualroute.model.decoding.compiled_decode import CompiledDecoder
 
 REPEATS = 3
 

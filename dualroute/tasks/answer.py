@@ -19,13 +19,13 @@ from torch import Tensor
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.evaluate.load import Loaded, load
 from dualroute.model.checkpoint.folder import Checkpoint, find_checkpoint
-from dualroute.tasks.data import PackedWindows, collate_examples
+from dualroute.tasks.data.encode import Encoded
+from dualroute.tasks.data.examples import Example, Examples
+from dualroute.tasks.data.module import PackedWindows, collate_examples
+from dualroute.tasks.data.packing import PackedSequence
 from dualroute.tasks.description import task_of
-from dualroute.tasks.encode import Encoded
-from dualroute.tasks.examples import Example, Examples
 from dualroute.tasks.kind import BadRow, Kind, Part, Row
 from dualroute.tasks.module import reduced, task_outputs
-from dualroute.tasks.packing import PackedSequence
 from dualroute.tasks.writing import write_texts
 
 #: Rows that are encoded and packed together.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dualroute.tasks.data.spans import is_wide, units
 from dualroute.tasks.metrics import answer_metrics, library
-from dualroute.tasks.spans import is_wide, units
 
 #: Answers of so many words are tried by :func:`overlap_answers`, on so many training questions.
 _ANSWER_WORDS, _QUESTIONS = range(1, 13), 200

@@ -22,8 +22,8 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
+from dualroute.tasks.data.rows import Problems, divided, read_rows
 from dualroute.tasks.kind import BadRow, Row
-from dualroute.tasks.rows import Problems, divided, read_rows
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What a kind of task is; one is made in one short file, by deriving from :class:`Kind` and registering it.
 
-In: rows, as :mod:`~dualroute.tasks.rows` reads them.  Here: what every kind has in common: its columns, its
-tokenizer and longest example, the summed loss.  Next: the files of :mod:`dualroute.tasks.kinds`.
+In: rows, as :mod:`~dualroute.tasks.data.rows` reads them.  Here: what every kind has in common: its columns,
+its tokenizer and longest example, the summed loss.  Next: the files of :mod:`dualroute.tasks.kinds`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.config import TaskConfig
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
 
 Row = dict[str, Any]
 PlacedRow = tuple[str, Row]
@@ -239,7 +239,7 @@ class Kind:
 
         Args:
             outputs: (R, head's outputs) float tensor at ``batch["output_rows"]``.
-            batch: See :mod:`dualroute.tasks.data`.
+            batch: See :mod:`dualroute.tasks.data.module`.
             z_loss: Factor of the squared log-normalisers in the total.
         """
         from dualroute.tasks.losses import classification

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualroute.errors import UserError
-from dualroute.tasks.spans import is_wide, plain, units
+from dualroute.tasks.data.spans import is_wide, plain, units
 
 _PACKAGES = {
     "sklearn": "scikit-learn",

@@ -1,8 +1,8 @@
 """Training for a task: pretraining's LightningModule with the task's loss and metric.
 
-In: batches of :mod:`dualroute.tasks.data`.  Here: hidden states go through the task's head at the tokens
-whose outputs are wanted, then the kind's loss; a validation also collects predictions and has them scored.
-Out: gradients and figures, as of pretraining.
+In: batches of :mod:`dualroute.tasks.data.module`.  Here: hidden states go through the task's head at the
+tokens whose outputs are wanted, then the kind's loss; a validation also collects predictions and has them
+scored. Out: gradients and figures, as of pretraining.
 
 A kind without a head learns the next token: nothing but the metric differs from pretraining then.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dualroute.data.window_module import Batch
 from dualroute.model import DualRoutingTransformer
-from dualroute.tasks.encode import Encoded
-from dualroute.tasks.examples import Examples
+from dualroute.tasks.data.encode import Encoded
+from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.kind import Kind, LossSums, Part, Row
 from dualroute.training.parallel.agreement import told_by_all
 from dualroute.training.step.module import Pretrain

@@ -24,8 +24,8 @@ from dualroute.files import fsync_folder, read_json, write_bytes_atomically
 from dualroute.model.checkpoint.folder import WEIGHTS
 from dualroute.tasks.answer import Answer, Answerer
 from dualroute.tasks.config import PredictConfig
+from dualroute.tasks.data.rows import Problems, read_rows, source_digest
 from dualroute.tasks.kind import Row
-from dualroute.tasks.rows import Problems, read_rows, source_digest
 
 log = logging.getLogger(__name__)
 _PROBLEM = "problem"

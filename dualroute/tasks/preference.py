@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.data.window_module import Batch
-from dualroute.tasks.encode import Encoded
+from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.kind import Kind
 from dualroute.tasks.module import Finetune
 from dualroute.training.step.losses import chunked_loss

@@ -17,13 +17,13 @@ from typing import Any
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.config import FinetuneConfig, TaskDataConfig
-from dualroute.tasks.data import TaskDataModule
+from dualroute.tasks.data.encode import Encoded, encode_rows
+from dualroute.tasks.data.module import TaskDataModule
+from dualroute.tasks.data.rows import Problems, divided, read_rows
+from dualroute.tasks.data.tokenizers import tokenizer_of
 from dualroute.tasks.description import describe_task
-from dualroute.tasks.encode import Encoded, encode_rows
 from dualroute.tasks.kind import Kind, Row, Setting, find_kind
 from dualroute.tasks.module import Finetune
-from dualroute.tasks.rows import Problems, divided, read_rows
-from dualroute.tasks.tokenizers import tokenizer_of
 from dualroute.training import prepare
 from dualroute.training.prepare import Prepared
 from dualroute.training.run import run_training

@@ -14,8 +14,8 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
+from dualroute.model.decoding.generation import continue_batch
 from dualroute.model.foreign.hub import load_causal_lm
-from dualroute.model.generation import continue_batch
 
 SMALL = {"dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "max_context": 64, "block": 16}
 

@@ -17,7 +17,7 @@ from dualroute.evaluate import chat
 from dualroute.evaluate.conversation import Conversation, without_oldest
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig
 from dualroute.model.checkpoint.format import save_model
-from dualroute.model.generation import generate
+from dualroute.model.decoding.generation import generate
 
 LONG = 4000
 

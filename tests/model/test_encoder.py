@@ -13,7 +13,7 @@ from dualroute.attention import reference
 from dualroute.errors import UserError
 from dualroute.export.masked import MaskedTransformer
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
-from dualroute.model.generation import continue_batch
+from dualroute.model.decoding.generation import continue_batch
 
 SMALL = {
     "vocab_size": 50, "dim": 32, "num_layers": 2, "num_heads": 4, "dense_every": 2, "window": 5, "block": 8,

@@ -13,11 +13,11 @@ from dualroute.cli import main
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.tasks.config import TaskConfig
+from dualroute.tasks.data.spans import encoded_with_places, units
+from dualroute.tasks.data.tokenizers import trained
 from dualroute.tasks.kind import BadRow, Part, Setting, find_kind, kind_names, shortened
 from dualroute.tasks.kinds.token import entities
 from dualroute.tasks.losses import classification, within_segments
-from dualroute.tasks.spans import encoded_with_places, units
-from dualroute.tasks.tokenizers import trained
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests.tasks.made import BAD, FILLER, GOOD, finetune, write_jsonl
 

@@ -18,11 +18,11 @@ from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
 from dualroute.tasks import reference as reference_module
 from dualroute.tasks.config import TaskConfig
-from dualroute.tasks.data import PackedWindows, collate_examples
-from dualroute.tasks.examples import Examples
+from dualroute.tasks.data.examples import Examples
+from dualroute.tasks.data.module import PackedWindows, collate_examples
+from dualroute.tasks.data.packing import PackedSequence
 from dualroute.tasks.kind import BadRow, Setting
 from dualroute.tasks.kinds.preference import Preferences
-from dualroute.tasks.packing import PackedSequence
 from dualroute.tasks.preference import preference_sums
 from dualroute.tasks.reference import FILE, lay_out, reference_scores
 from dualroute.training.monitoring.metrics_log import read_metrics

@@ -17,8 +17,8 @@ from dualroute.errors import UserError
 from dualroute.model.config import FrontendConfig
 from dualroute.model.frontends import patches_of
 from dualroute.tasks.baselines import nearest_centroid
-from dualroute.tasks.examples import Example
-from dualroute.tasks.images import pixels_of
+from dualroute.tasks.data.examples import Example
+from dualroute.tasks.data.images import pixels_of
 from dualroute.tasks.kind import BadRow, Baseline, Role, Row, at_place, register
 from dualroute.tasks.kinds.sequence import Sequences
 

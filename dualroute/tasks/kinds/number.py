@@ -15,7 +15,7 @@ import numpy as np
 from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
 from dualroute.tasks.baselines import tfidf_regression
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, LossSums, Part, Role, Row, register
 from dualroute.tasks.metrics import number_metrics
 

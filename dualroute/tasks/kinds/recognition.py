@@ -20,7 +20,7 @@ from dualroute.data.reader import IGNORE_INDEX
 from dualroute.errors import UserError
 from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.baselines import majority
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, LossSums, Part, Role, Row, register
 from dualroute.tasks.kinds.speech import frontend_of, steps_of
 from dualroute.tasks.metrics import library

@@ -16,7 +16,7 @@ import numpy as np
 from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
 from dualroute.tasks.baselines import majority, tfidf_classifier
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, register
 from dualroute.tasks.metrics import classification_metrics
 

@@ -19,10 +19,10 @@ import numpy as np
 from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
 from dualroute.tasks.baselines import overlap_answers
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
+from dualroute.tasks.data.spans import encoded_with_places, occurrences
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, LossSums, Part, Role, Row, register
 from dualroute.tasks.metrics import answer_metrics
-from dualroute.tasks.spans import encoded_with_places, occurrences
 
 #: In a field ``labels``: the answer begins here, ends here, both, or neither.
 START, END = 1, 2

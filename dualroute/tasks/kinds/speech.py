@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualroute.model.config import FrontendConfig
-from dualroute.tasks.audio import Samples, frames_of
 from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.config import AudioConfig
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.audio import Samples, frames_of
+from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import Baseline, Kind, Role, Row, at_place, register
 from dualroute.tasks.kinds.sequence import Sequences
 

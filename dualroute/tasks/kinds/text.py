@@ -17,7 +17,7 @@ import numpy as np
 from dualroute.errors import UserError
 from dualroute.tasks.baselines import first_sentence, majority, nearest_source
 from dualroute.tasks.config import TaskConfig
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import Baseline, Kind, Part, Role, Row, Setting, register
 from dualroute.tasks.metrics import text_metrics
 

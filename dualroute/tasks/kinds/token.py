@@ -17,10 +17,10 @@ import numpy as np
 from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
 from dualroute.tasks.baselines import dictionary_tags
-from dualroute.tasks.examples import Example
+from dualroute.tasks.data.examples import Example
+from dualroute.tasks.data.spans import is_wide
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, register
 from dualroute.tasks.metrics import tag_metrics
-from dualroute.tasks.spans import is_wide
 
 OUTSIDE = "O"
 

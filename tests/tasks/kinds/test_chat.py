@@ -17,11 +17,11 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.tasks.config import TaskConfig
-from dualroute.tasks.data import PackedWindows, collate_examples
-from dualroute.tasks.examples import Examples
+from dualroute.tasks.data.examples import Examples
+from dualroute.tasks.data.module import PackedWindows, collate_examples
+from dualroute.tasks.data.packing import PackedSequence
 from dualroute.tasks.kind import BadRow, Setting
 from dualroute.tasks.kinds.chat import Chats
-from dualroute.tasks.packing import PackedSequence
 from dualroute.training.monitoring.metrics_log import read_metrics
 from dualroute.training.step.losses import chunked_cross_entropy
 

@@ -13,8 +13,8 @@ import torch
 
 from dualroute.cli import main
 from dualroute.model.checkpoint.format import find_checkpoint
-from dualroute.tasks.audio import frames_of, resampled, samples_of
 from dualroute.tasks.config import AudioConfig, TaskConfig
+from dualroute.tasks.data.audio import frames_of, resampled, samples_of
 from dualroute.tasks.kind import BadRow, Setting
 from dualroute.tasks.kinds.recognition import Recognition
 from dualroute.tasks.kinds.speech import Recordings

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.model.sampling_config import SamplingConfig
+from dualroute.model.decoding.sampling_config import SamplingConfig
 from dualroute.model.transformer import DualRoutingTransformer
 
 Decoder = Callable[[Tensor, list[Any]], Tensor]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dualroute.tasks.examples import Example, Examples
+from dualroute.tasks.data.examples import Example, Examples
 from dualroute.tasks.kind import BadRow, Kind, Row
-from dualroute.tasks.rows import Problems
+from dualroute.tasks.data.rows import Problems
 
 
 @dataclass

@@ -3,7 +3,7 @@
 In: how many tokens and targets each example has.  Here: an epoch visits the examples in a seeded order and
 puts each, whole, into the first of a few open windows that has room (:func:`pack`); the windows of one epoch
 follow those of the epoch before.  Next: the loaders ask for windows by number
-(:class:`dualroute.data.plan.WalkPlan`), and :mod:`~dualroute.tasks.data` lays the examples out.
+(:class:`dualroute.data.plan.WalkPlan`), and :mod:`~dualroute.tasks.data.module` lays the examples out.
 
 Epochs differ a little in their number of windows, because each packs another order.  A window's number is
 counted through all of them, so that a position in a run is one number, as in pretraining.

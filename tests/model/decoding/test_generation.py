@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
-from dualroute.model.generation import continue_batch, draw, next_tokens
+from dualroute.model.decoding.generation import continue_batch, draw, next_tokens
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ In: a model, float or quantised, and the caches that its prompt was read into.  
 of the CPU's kernels (:mod:`dualroute.attention.backends.cpp`), or without them the step of
 :mod:`dualroute.attention.backends.torch.static_decode`, and ``torch.compile`` with frozen weights, which
 packs them for the processor and fuses everything between two products.  Out: the next logits;
-:func:`dualroute.model.generation.generate` draws from them.
+:func:`dualroute.model.decoding.generation.generate` draws from them.
 
 Projections that read the same rows are joined (:mod:`dualroute.model.fused_linear`).
 

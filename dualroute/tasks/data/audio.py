@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dualroute.tasks.config import AudioConfig
 from dualroute.tasks.kind import BadRow, Row
-from dualroute.tasks.media_rows import path_in
+from dualroute.tasks.data.media_rows import path_in
 from dualroute.tasks.metrics import library
 
 Samples = NDArray[np.float32]

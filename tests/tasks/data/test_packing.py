@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dualroute.data.plan import EMPTY, WalkPlan
-from dualroute.tasks.packing import PackedPlan, PackedSequence, pack
+from dualroute.tasks.data.packing import PackedPlan, PackedSequence, pack
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, 300)
 TARGETS = np.random.default_rng(1).integers(0, 3, 300)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dualroute.errors import UserError
-from dualroute.tasks.rows import Problems, divided, read_rows
+from dualroute.tasks.data.rows import Problems, divided, read_rows
 
 
 def rows_of(path: Path | str, **options: Any) -> tuple[list[dict[str, Any]], Problems]:

@@ -13,7 +13,7 @@ from dualroute.attention.backend import token_kernels
 from dualroute.compress.quantize import quantize_model
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate
-from dualroute.model.compiled_decode import CompiledDecoder
+from dualroute.model.decoding.compiled_decode import CompiledDecoder
 from dualroute.model.quantized import Quantization
 
 SMALL = {

@@ -1,6 +1,6 @@
 """Rows of images and recordings: arrays in an .npz file, and folders of files.
 
-In: a file or folder.  Out: ``(place, row)`` for :mod:`~dualroute.tasks.rows`.
+In: a file or folder.  Out: ``(place, row)`` for :mod:`~dualroute.tasks.data.rows`.
 
 An .npz holds arrays of one length, and a row is an entry of each (``x`` an image, ``y`` its class).  In a
 folder of files a row has ``image`` or ``audio``, the file, and ``label``, the folder that it lies in, where

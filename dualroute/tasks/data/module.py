@@ -1,6 +1,6 @@
 """Batches of a task: packed examples, as the trainer of pretraining reads windows.
 
-In: encoded examples.  Here: windows of ``context`` slots are laid out as :mod:`~dualroute.tasks.packing`
+In: encoded examples.  Here: windows of ``context`` slots are laid out as :mod:`~dualroute.tasks.data.packing`
 plans them.  Out: batches for :class:`~dualroute.tasks.module.Finetune`.
 
 Batch: the fields of the examples, (micro_batch, context, …), with ``segment_ids`` (1, 2, … for the examples
@@ -25,8 +25,8 @@ from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.plan import Request
 from dualroute.data.reader import IGNORE_INDEX, collate
 from dualroute.data.window_module import WindowDataModule
-from dualroute.tasks.examples import Examples
-from dualroute.tasks.packing import PackedPlan, PackedSequence
+from dualroute.tasks.data.examples import Examples
+from dualroute.tasks.data.packing import PackedPlan, PackedSequence
 
 #: What fills a window where no example is; 0 for fields of other names.
 FILLS: dict[str, Any] = {"labels": IGNORE_INDEX}

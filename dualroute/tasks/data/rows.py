@@ -2,12 +2,12 @@
 
 In: a path, or a name on the hub.  Here: :func:`read_rows` yields ``(place, row)``, a row being a dict; lines
 that are none are counted by what is wrong with them, with the first places (:class:`Problems`), and refused
-above a share.  Next: a kind encodes the rows (:mod:`~dualroute.tasks.encode`).
+above a share.  Next: a kind encodes the rows (:mod:`~dualroute.tasks.data.encode`).
 
 Files: .csv (quoted), .tsv and .txt (tabs, nothing quoted), .jsonl (.ndjson), .json (a list of objects, or
 SQuAD's), .parquet, .conll, .npz (arrays, a row of each), .dat and .data (MovieLens); each but parquet and npz
 also as .gz, .xz or .bz2.  A folder is all such files in it, by name, or the images or recordings in it
-(:mod:`~dualroute.tasks.media_rows`).  A row from a file knows the file's folder, where paths in it begin.
+(:mod:`~dualroute.tasks.data.media_rows`).  A row from a file knows the file's folder, where paths in it begin.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from dualroute.errors import UserError
 from dualroute.files import require_regular
-from dualroute.tasks import media_rows
+from dualroute.tasks.data import media_rows
 from dualroute.tasks.kind import Row
 
 #: Characters of one row; more is no text of a task.

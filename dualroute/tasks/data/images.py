@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dualroute.tasks.config import ImageConfig
 from dualroute.tasks.kind import BadRow, Row
-from dualroute.tasks.media_rows import path_in
+from dualroute.tasks.data.media_rows import path_in
 from dualroute.tasks.metrics import library
 
 #: Pixels of an image; a file may claim any number.

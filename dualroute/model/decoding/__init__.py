@@ -1,0 +1,1 @@
+"""Text from a model: sampling, generation with caches, and a decoding step as one compiled program."""
