@@ -24,12 +24,13 @@ class ImageConfig:
     """How images are read.
 
     Args:
-        height, width: Of every image, in pixels; null takes those of the first training image.
+        height: Of every image, in pixels; null takes that of the first training image.
+        width: Of every image, in pixels; null takes that of the first training image.
         channels: 1 (grey) or 3 (red, green, blue); images of other modes are converted.
         resize: Bring images of other sizes to this one; false leaves them out, counted.
         patch: Pixels a side of a patch; 1 reads single pixels as one long line, without a grid.
-        region_height, region_width: Patches of a region, which the global route chooses: together
-            model.block.
+        region_height: Patches that a region has in a column; the global route chooses regions.
+        region_width: Patches that a region has in a row; with region_height together model.block.
         learned_places: Add a learned vector for each place of the grid, besides the rotary embedding.
     """
 

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from dualroute.attention.backend import token_kernels
 from dualroute.compress.quantize import quantize_model
 from dualroute.errors import UserError
-from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, compiled_decode, generate
+from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
+from dualroute.model.decoding import compiled_decode
 from dualroute.model.decoding.compiled_decode import CompiledDecoder
 from dualroute.model.quantized import Quantization
 
