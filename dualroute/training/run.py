@@ -251,13 +251,13 @@ def prepare(
         model = _with_vocabulary(config.model, tokenizer, config.data.path)
     else:
         model = dataclasses.replace(config.model, vocab_size=num_ids)
-    if begun.initial is not None and (config.model.frontend, config.model.vocab_size) != (
+    if config.init_from is not None and (config.model.frontend, config.model.vocab_size) != (
         frontend,
         model.vocab_size,
     ):
         raise UserError(
-            f"{begun.initial.folder} holds a model of other inputs than the task has: take the weights of a "
-            f"model that was trained on such inputs, or begin from scratch (leave init_from out)"
+            f"init_from {config.init_from} is a model of other inputs than the task has: take weights that were "
+            f"trained on such inputs, or begin from scratch (leave init_from out)"
         )
     model = dataclasses.replace(model, task_head=task_head, frontend=frontend).resolved()
     train = config.train
