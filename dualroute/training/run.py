@@ -256,8 +256,8 @@ def prepare(
         model.vocab_size,
     ):
         raise UserError(
-            f"init_from {config.init_from} is a model of other inputs than the task has: take weights that were "
-            f"trained on such inputs, or begin from scratch (leave init_from out)"
+            f"init_from {config.init_from} is a model of other inputs than the task has: take weights that "
+            f"were trained on such inputs, or begin from scratch (leave init_from out)"
         )
     model = dataclasses.replace(model, task_head=task_head, frontend=frontend).resolved()
     train = config.train
