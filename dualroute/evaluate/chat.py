@@ -53,11 +53,11 @@ def refuse_silent(loaded: Loaded) -> None:
         UserError: Saying what it is for.
     """
     config = loaded.model.config
-    if getattr(config, "task_head", None) is not None:
+    if config.task_head is not None:
         raise UserError(
             f"{loaded.checkpoint.folder} was trained for a task that writes no text: use dualroute predict"
         )
-    if not getattr(config, "causal", True):
+    if not config.causal:
         raise UserError(
             f"{loaded.checkpoint.folder} reads both sides of a token (model.causal false) and cannot write "
             f"text: give a causal model"

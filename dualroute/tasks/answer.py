@@ -73,7 +73,7 @@ class Answerer:
     ) -> None:
         found = task_checkpoint(checkpoint)
         self.loaded: Loaded = load(found.folder, device, dtype)
-        causal = getattr(self.loaded.model.config, "causal", True)
+        causal = self.loaded.model.config.causal
         self.kind, self.said = task_of(found, self.loaded.tokenizer, causal)
         self.kind.setting.too_long = "truncate"  # a row that is asked is to be answered
         self.batch_size = batch_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -29,7 +30,6 @@ from dualroute.training.prepare import Prepared
 from dualroute.training.run import run_training
 from dualroute.training.step.module import Pretrain
 
-log = logging.getLogger(__name__)
 #: What task.json says of where the rows came from, so that an evaluation finds those that were held out.
 _TOLD = (
     *("path", "validation", "test", "format", "column_names", "hub_config", "validation_share", "group"),
@@ -77,14 +77,11 @@ def check(config: FinetuneConfig) -> Prepared:
             f"into "
             f"a window; lower the one or raise the other"
         )
-    causal = getattr(begun.config.model, "causal", True)
-    kind = make(config.task, Setting(tokenizer, length, causal, config.data.too_long))
+    kind = make(config.task, Setting(tokenizer, length, begun.config.model.causal, config.data.too_long))
     kind.fit(row for _, row in train.rows)
     encoded = [
         encode_part(kind, part, config.data, keep_rows=part is validation) for part in (train, validation)
     ]
-    if begun.world.rank == 0:
-        report_parts(kind, [train, validation], encoded)
     data = TaskDataModule(
         str(config.data.path),
         encoded[0].examples,
@@ -107,7 +104,10 @@ def check(config: FinetuneConfig) -> Prepared:
     )
     sources = {name: getattr(config.data, name) for name in _TOLD}
     prepared = dataclasses.replace(
-        prepared, operation="finetune", extra_files={TASK: describe_task(kind, sources)}
+        prepared,
+        operation="finetune",
+        extra_files={TASK: describe_task(kind, sources)},
+        remarks=list(remarks_on(kind, [train, validation], encoded)),
     )
     prepare.check_course(prepared)
     return prepared
@@ -188,20 +188,17 @@ def encode_part(kind: Kind, part: Part, data: TaskDataConfig, *, keep_rows: bool
     return encoded
 
 
-def report_parts(kind: Kind, parts: list[Part], encoded: list[Encoded]) -> None:
-    """Say what was read, what was left out, and what may not be meant."""
+def remarks_on(kind: Kind, parts: list[Part], encoded: list[Encoded]) -> Iterator[tuple[int, str]]:
+    """(level, line) of what was read, what was left out, and what may not be meant."""
     for part, examples in zip(parts, (e.examples for e in encoded), strict=True):
-        for line in part.problems.lines(part.source):
-            log.warning("%s", line)
+        yield from ((logging.WARNING, line) for line in part.problems.lines(part.source))
         used = len(set(examples.rows.tolist()))
-        log.info(
-            "%s",
+        yield (
+            logging.INFO,
             f"{part.source}: {used:,} rows, {len(examples):,} examples, {examples.lengths.sum():,} tokens",
         )
-    for line in kind.tally.lines():
-        log.warning("%s", line)
-    for line in kind.warnings([row for _, row in parts[0].rows]):
-        log.warning("%s", line)
+    yield from ((logging.WARNING, line) for line in kind.tally.lines())
+    yield from ((logging.WARNING, line) for line in kind.warnings([row for _, row in parts[0].rows]))
 
 
 def run_finetuning(config: FinetuneConfig) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Prepared:
         roll_back: The roll-back that this attempt begins with, if any.
         sharded: The strategy divides the weights, so the model is to be built without them.
         extra_files: What every checkpoint holds besides, by name.
+        remarks: On the data: (level of the log, line), said at the start.
     """
 
     config: PretrainConfig
@@ -81,6 +82,7 @@ class Prepared:
     operation: str = "pretrain"
     teacher: dict[str, Any] | None = None
     extra_files: dict[str, bytes] | None = None
+    remarks: Sequence[tuple[int, str]] = ()
 
     @property
     def token_count(self) -> TokenCount:

@@ -218,6 +218,8 @@ def tell_start(prepared: Prepared, module: Pretrain) -> None:
     config, data, world, count = prepared.config, prepared.data, prepared.world, prepared.token_count
     lines = summary.what_is_trained(prepared.operation, module.model, config, data, world, count, device())
     summary.tell(lines)
+    for level, line in prepared.remarks:
+        log.log(level, "%s", line)
     resumed = prepared.start.checkpoint
     summary.warn(summary.warnings_at_start(config, data, world, count, resumed, prepared.operation))
 

@@ -22,9 +22,9 @@ QK_NORM_EPS = 1e-6  # of `Projections`; Qwen3 has one epsilon for all of its nor
 
 def why_not(config: ModelConfig) -> str:
     """Why no class of transformers computes what a model of ``config`` does; "" where one does."""
-    if not getattr(config, "causal", True):
+    if not config.causal:
         return "it reads both directions"
-    if getattr(config, "frontend", None) is not None or getattr(config, "task_head", None) is not None:
+    if config.frontend is not None or config.task_head is not None:
         return "it is no language model"
     if config.attention not in ("dense", "local"):
         return f"its attention is {config.attention}"

@@ -149,5 +149,5 @@ def course_of(config: StrategyConfig, model: ModelConfig, total_steps: int) -> D
     """
     if not config.by_depth:
         return None
-    is_head = model.tie_embeddings and getattr(model, "task_head", None) is None
+    is_head = model.tie_embeddings and model.task_head is None
     return DepthCourse(config, model.num_layers, total_steps, is_head)

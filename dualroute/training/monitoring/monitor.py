@@ -185,7 +185,7 @@ class Monitor(Callback):
     def _sample(self, step: int, pl_module: LightningModule) -> None:
         generate = getattr(pl_module, "generate_sample", None)
         shape = getattr(getattr(pl_module, "model", None), "config", None)
-        if generate is None or not getattr(shape, "causal", True):
+        if generate is None or (shape is not None and not shape.causal):
             return  # what sees both sides of a token continues no text
         samples = []
         for index, prompt in enumerate(self.config.sample_prompts):

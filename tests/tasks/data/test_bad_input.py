@@ -82,6 +82,7 @@ def test_what_is_left_out_and_what_is_cut_is_said(tmp_path: Path, caplog: pytest
     assert "1 of " in caplog.text
     assert "no JSON" in caplog.text
     assert "examples truncated to 64 tokens (data.max_length, data.too_long): 1" in caplog.text
+    assert "no JSON" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_label_that_stands_in_its_own_text_is_warned_of(
