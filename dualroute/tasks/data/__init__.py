@@ -1,1 +1,2 @@
-"""From rows of a table, an image or a recording to packed windows: rows → encode → examples → packing → module."""
+"""From rows of a table, an image or a recording to packed windows: rows → encode → examples → packing → "
+"module."""

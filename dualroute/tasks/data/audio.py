@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualroute.tasks.config import AudioConfig
-from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.data.media_rows import path_in
+from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.metrics import library
 
 Samples = NDArray[np.float32]

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dualroute.tasks.data.examples import Example, Examples
-from dualroute.tasks.kind import BadRow, Kind, Row
 from dualroute.tasks.data.rows import Problems
+from dualroute.tasks.kind import BadRow, Kind, Row
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Encoded examples, held as a few long arrays.
 
 In: what a kind makes of rows, one :class:`Example` after the other.  Here: fields laid end to end, with the
-numbers that packing needs; their hash is the data's fingerprint.  Next: :mod:`~dualroute.tasks.data.packing` plans
-windows from ``lengths`` and ``targets``, :mod:`~dualroute.tasks.data.module` reads the examples of a window.
+numbers that packing needs; their hash is the data's fingerprint.  Next: :mod:`~dualroute.tasks.data.packing`
+plans windows from ``lengths`` and ``targets``, :mod:`~dualroute.tasks.data.module` reads the examples of a
+window.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualroute.tasks.config import ImageConfig
-from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.data.media_rows import path_in
+from dualroute.tasks.kind import BadRow, Row
 from dualroute.tasks.metrics import library
 
 #: Pixels of an image; a file may claim any number.

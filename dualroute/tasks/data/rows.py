@@ -7,7 +7,8 @@ above a share.  Next: a kind encodes the rows (:mod:`~dualroute.tasks.data.encod
 Files: .csv (quoted), .tsv and .txt (tabs, nothing quoted), .jsonl (.ndjson), .json (a list of objects, or
 SQuAD's), .parquet, .conll, .npz (arrays, a row of each), .dat and .data (MovieLens); each but parquet and npz
 also as .gz, .xz or .bz2.  A folder is all such files in it, by name, or the images or recordings in it
-(:mod:`~dualroute.tasks.data.media_rows`).  A row from a file knows the file's folder, where paths in it begin.
+(:mod:`~dualroute.tasks.data.media_rows`).  A row from a file knows the file's folder, where paths in it
+begin.
 """
 
 from __future__ import annotations
