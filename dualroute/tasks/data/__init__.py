@@ -1,2 +1,4 @@
-"""From rows of a table, an image or a recording to packed windows: rows → encode → examples → packing → "
-"module."""
+"""From rows of a table, an image or a recording to packed windows.
+
+rows → encode → examples → packing → module.
+"""
