@@ -16,10 +16,9 @@ samples, micro batch by micro batch for one rank, and the spans of the token str
 5. Each rank takes its part of every global batch (`micro_batches`), without end (`WalkPlan`) or to the end of
    the split (`WalkSequence`).
 
-Nothing is shuffled. The permutation is a small cipher computed at the indices asked
-for, so order costs O(1) memory whatever the corpus, and resuming at sample 10^12 is as quick as starting.
-What is held is two bits per document (`DocumentStream`); the lengths stay in the index, which
-the processes of a node share.
+Nothing is shuffled. The permutation is a small cipher computed at the indices asked for, so order costs O(1)
+memory whatever the corpus, and resuming at sample 10^12 is as quick as starting. What is held is two bits per
+document (`DocumentStream`); the lengths stay in the index, which the processes of a node share.
 """
 
 from __future__ import annotations
