@@ -7,7 +7,7 @@ import pytest
 from dualroute.cli import main, parse_stage
 from dualroute.errors import UserError
 from dualroute.estimate.command import GIB, estimate
-from tests.training.step.test_activations import peak
+from tests.training.step.test_activations import peaks
 
 #: the model of test_activations.PEAK
 SAME = [
@@ -29,7 +29,7 @@ def test_activations_are_what_a_step_really_uses(what):
     result = of("--train.activation_checkpointing", what)
     estimated = (result.kept_per_token + result.work_per_token) * 4096 / 1024  # KiB
     # pages of libraries that the system took away come back during the step and count as its memory
-    measured = min(peak(what, 1), peak(what, 1))
+    measured = min(peaks((what, 1), (what, 1)))
     assert estimated == pytest.approx(measured, rel=0.3)
 
 

@@ -1,15 +1,11 @@
-"""The kernels run on a GPU where there is one, else in Triton's interpreter, which is asked for here."""
+"""The kernels run on a GPU where there is one, else in Triton's interpreter (see the conftest.py above)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the package is imported
 
 try:
     import triton
