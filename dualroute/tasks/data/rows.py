@@ -444,7 +444,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
             for row in batch.to_pylist():
                 yield f"{file} row {number}", row
                 number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: a text that is no UTF-8
         said = (str(error).splitlines() or [""])[0][:200]
         raise UserError(f"{file} cannot be read as parquet ({said}): copy it again") from error
 

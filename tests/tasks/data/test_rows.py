@@ -134,6 +134,16 @@ def test_files_that_cannot_be_read_are_named(name: str, content: bytes, message:
     assert name in str(caught.value)
 
 
+def test_a_parquet_text_that_is_no_utf8_names_its_file(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": pyarrow.array([b"a\xff"], pyarrow.binary()).view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as parquet"):
+        rows_of(tmp_path / "a.parquet")
+
+
 def test_a_path_that_is_not_there_and_an_empty_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.csv is not there"):
         rows_of(tmp_path / "nowhere.csv")
