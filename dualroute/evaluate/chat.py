@@ -85,7 +85,13 @@ def lines_of(terminal: bool) -> Callable[[], str | None]:
             line = sys.stdin.readline(MOST_CHARACTERS + 2)
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8 text ({error.reason}): convert it first") from error
-        return line.rstrip("\r\n") if line else None
+        if not line:
+            return None
+        if any(
+            "\ud800" <= character <= "\udfff" for character in line
+        ):  # so a locale's own reading marks them
+            raise UserError("standard input is not UTF-8 text: convert it first")
+        return line.rstrip("\r\n")
 
     return ask if terminal else read
 

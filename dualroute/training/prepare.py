@@ -246,7 +246,8 @@ def check_course(prepared: Prepared) -> None:
     if prepared.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
-            f"steps: the learning rate would never be reached"
+            f"steps, so the learning rate would never be reached: lower it, or train longer (train.epochs, "
+            f"train.max_steps, or smaller steps by train.tokens_per_batch)"
         )
 
 

@@ -170,6 +170,16 @@ def test_lines_of_a_pipe_are_turns(checkpoint: Path, monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().out.count("\n") >= 2
 
 
+def test_a_pipe_that_is_no_utf8_is_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As Python reads standard input where no locale is set: bytes that are no UTF-8 become surrogates."""
+    stream = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", stream)
+    assert main(["chat", "--checkpoint", str(checkpoint)]) == 2
+    assert "standard input is not UTF-8 text" in capsys.readouterr().err
+
+
 def test_a_model_that_writes_no_text_is_refused(
     tokenizer: Tokenizer, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,23 @@ def test_a_run_that_was_cut_in_two_is_the_run(rows: Path, trained: Path, tmp_pat
     assert [again[step] for step in whole] == pytest.approx([whole[step] for step in whole], rel=2e-4)
 
 
+def test_a_resumed_run_outlives_the_checkpoint_that_it_began_with(rows: Path, tmp_path: Path) -> None:
+    """It takes its tokenizer from there, and writes it after checkpoint.keep_last has removed that one."""
+    words = [*MOODS, "--train.max_steps", "6", "--checkpoint.every_steps", "1", "--checkpoint.keep_last", "1"]
+    output = tmp_path / "run"
+    assert finetune(rows, output, *words, "--checkpoint.keep_last", "9") == 0
+    for checkpoint in list_checkpoints(output / "checkpoints"):
+        if checkpoint.step > 1:
+            shutil.rmtree(checkpoint.folder)
+    for name in ("last", "best"):
+        (output / "checkpoints" / name).unlink(missing_ok=True)
+    assert finetune(rows, output, *words) == 0
+    steps = [checkpoint.step for checkpoint in list_checkpoints(output / "checkpoints")]
+    assert 6 in steps
+    assert 1 not in steps
+    assert (output / "checkpoints" / "step-00000006" / "tokenizer.model").is_file()
+
+
 def test_rows_are_answered_in_order_with_their_columns(trained: Path, tmp_path: Path) -> None:
     asked = reviews(30, seed=9)
     source = write_jsonl(

@@ -53,6 +53,8 @@ _FORMATS = {
     ".data": "ratings",
     ".dat": "ratings",
 }
+#: What is wrong with a row in which JSON spells half a character.
+HALF = "half a character (a surrogate alone)"
 _SHOWN = 3
 
 
@@ -307,8 +309,7 @@ def _check_names(names: list[str], file: Path) -> None:
     if twice is not None:
         raise UserError(
             f"{file} has two columns called {twice!r}: rename one, or name all of them (data.column_names) "
-            f"if "
-            f"its first line is a row already"
+            f"if its first line is a row already"
         )
 
 
@@ -322,10 +323,23 @@ def _jsonl_rows(file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
             except (ValueError, RecursionError):
                 _bad(problems, "no JSON", place)
                 continue
-            if isinstance(row, dict):
-                yield place, row
-            else:
+            if not isinstance(row, dict):
                 _bad(problems, "no JSON object", place)
+            elif _spells_no_text(line, row):
+                _bad(problems, HALF, place)
+            else:
+                yield place, row
+
+
+def _spells_no_text(json_text: str, value: Any) -> bool:
+    """Whether JSON spells half a character (a ``\\ud83d`` alone), which no tokenizer and no file takes."""
+    if "\\ud" not in json_text and "\\uD" not in json_text:
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _json_rows(file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
@@ -338,10 +352,19 @@ def _json_rows(file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON ({str(error)[:100]}): mend it, or give another file") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
-        yield from _squad_rows(value["data"], file, problems)
-        return
-    if not isinstance(value, list):
+        rows = _squad_rows(value["data"], file, problems)
+    elif isinstance(value, list):
+        rows = _listed_rows(value, file, problems)
+    else:
         raise UserError(f"{file} is no list of rows, and not in SQuAD's form: write it as jsonl")
+    for place, row in rows:
+        if _spells_no_text(text, row):
+            _bad(problems, HALF, place)
+        else:
+            yield place, row
+
+
+def _listed_rows(value: list[Any], file: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(value):
         if isinstance(row, dict):
             yield f"{file}[{number}]", row
@@ -376,16 +399,8 @@ def _squad_rows(data: list[Any], file: Path, problems: Problems) -> Iterator[tup
             if not isinstance(qa, dict) or not isinstance(qa.get("question"), str):
                 _bad(problems, "no question", place)
                 continue
-            yield (
-                place,
-                {
-                    "id": qa.get("id"),
-                    "title": title,
-                    "context": context,
-                    "question": qa["question"],
-                    "answers": qa.get("answers", []),
-                },
-            )
+            said = {"id": qa.get("id"), "title": title, "context": context, "question": qa["question"]}
+            yield place, {**said, "answers": qa.get("answers", [])}
 
 
 def _conll_rows(file: Path, problems: Problems, column_names: list[str] | None) -> Iterator[tuple[str, Row]]:
@@ -429,7 +444,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
             for row in batch.to_pylist():
                 yield f"{file} row {number}", row
                 number += 1
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: a text that is no UTF-8
         said = (str(error).splitlines() or [""])[0][:200]
         raise UserError(f"{file} cannot be read as parquet ({said}): copy it again") from error
 

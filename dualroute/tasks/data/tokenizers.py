@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model.checkpoint.folder import TOKENIZER
+from dualroute.model.checkpoint.folder import TOKENIZER, TOKENIZER_SETTINGS
 from dualroute.tasks.config import TaskDataConfig
 from dualroute.training.prepare import Begun
 
@@ -34,21 +34,38 @@ def tokenizer_of(data: TaskDataConfig, begun: Begun, texts: Iterable[str]) -> To
         UserError: The file that is named is none, or another than the checkpoint's.
     """
     if begun.initial is not None:
-        theirs = Tokenizer(begun.initial.folder / TOKENIZER)
+        theirs = Tokenizer(_own_copy(begun.initial.folder))
         if data.tokenizer is not None and not theirs.same_ids(Tokenizer(data.tokenizer)):
             raise UserError(
                 f"data.tokenizer {data.tokenizer} is another than that of {begun.initial.folder}: leave it "
-                f"out, "
-                f"the ids of the weights are the checkpoint's"
+                f"out, the ids of the weights are the checkpoint's"
             )
         return theirs
     if data.tokenizer is not None:
         return Tokenizer(data.tokenizer)
-    folder = Path(tempfile.mkdtemp(prefix="dualroute-tokenizer-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / TOKENIZER
+    path = _own_folder() / TOKENIZER
     path.write_bytes(trained(texts, data.vocab_size))
     return Tokenizer(path)
+
+
+def _own_folder() -> Path:
+    """A folder that is there as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="dualroute-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _own_copy(checkpoint: Path) -> Path:
+    """The tokenizer of a checkpoint, where it stays.
+
+    The run writes it into each of its checkpoints, and by then the first one may have been removed
+    (checkpoint.keep_last).
+    """
+    folder = _own_folder()
+    shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
+    if (checkpoint / TOKENIZER_SETTINGS).is_file():
+        shutil.copyfile(checkpoint / TOKENIZER_SETTINGS, folder / TOKENIZER_SETTINGS)
+    return folder / TOKENIZER
 
 
 def trained(texts: Iterable[str], vocab_size: int | None) -> bytes:

@@ -69,6 +69,22 @@ def test_conll_and_squad_become_rows(tmp_path: Path) -> None:
     assert problems.counts == {"no paragraphs with questions": 1}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "squad.json"])
+def test_half_a_character_that_json_spells_is_a_row_left_out(name: str, tmp_path: Path) -> None:
+    """``\\ud83d`` alone reads as a text that no tokenizer and no file takes."""
+    texts = ["whole \U0001f600", "half \ud83d"]
+    if name == "squad.json":
+        paragraphs = [{"context": text, "qas": [{"id": "1", "question": "q"}]} for text in texts]
+        said = json.dumps({"data": [{"paragraphs": paragraphs}]})
+    else:
+        rows = [{"context": text} for text in texts]
+        said = json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(said, encoding="utf-8")
+    read, problems = rows_of(tmp_path / name)
+    assert [row["context"] for row in read] == texts[:1]
+    assert (problems.rows, list(problems.counts)) == (2, ["half a character (a surrogate alone)"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "good", "reasons"),
     [
@@ -116,6 +132,16 @@ def test_files_that_cannot_be_read_are_named(name: str, content: bytes, message:
     with pytest.raises(UserError, match=message) as caught:
         rows_of(tmp_path / name)
     assert name in str(caught.value)
+
+
+def test_a_parquet_text_that_is_no_utf8_names_its_file(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": pyarrow.array([b"a\xff"], pyarrow.binary()).view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as parquet"):
+        rows_of(tmp_path / "a.parquet")
 
 
 def test_a_path_that_is_not_there_and_an_empty_folder_are_named(tmp_path: Path) -> None:
