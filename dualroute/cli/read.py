@@ -21,7 +21,7 @@ from typing import Any
 
 from dualroute.cli import aliases
 from dualroute.cli.convert import convert
-from dualroute.cli.schema import Schema, takes_text
+from dualroute.cli.schema import Schema, own_default, takes_text
 from dualroute.cli.shipped import find_config
 from dualroute.cli.yaml_file import Node, Place, read_file, read_text
 from dualroute.errors import UserError
@@ -234,8 +234,10 @@ def build(schema: Schema, values: dict[str, Any], nulls: set[str], name: str = "
             arguments[one.name] = build(schema, values, nulls, key)
         elif key in values:
             arguments[one.name] = values[key]
-        elif schema.options[key].default is dataclasses.MISSING:
+        elif (default := schema.options[key].default) is dataclasses.MISSING:
             missing.append(key)
+        elif default != own_default(one):  # what the class around it begins with
+            arguments[one.name] = default
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given: --{missing[0]} …")
     return group.make(**arguments)

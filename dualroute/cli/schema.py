@@ -71,25 +71,30 @@ def schema_of(config_class: type) -> Schema:
     return schema
 
 
-def _add(schema: Schema, config_class: type, prefix: str, *, section: bool) -> None:
+def _add(schema: Schema, config_class: type, prefix: str, *, section: bool, begins: Any = None) -> None:
+    """Add the options of a class; ``begins`` is what the class that has it as a field begins with."""
     hints = get_type_hints(config_class, include_extras=True)
     for one in given_fields(config_class):
         key, hint = f"{prefix}{one.name}", hints[one.name]
         of = _section(hint)
         if of is not None:
-            default: Any = one.default_factory() if callable(one.default_factory) else one.default
+            default: Any = own_default(one)
             optional = type(None) in get_args(get_args(hint)[0])
             schema.groups[key] = Group(None, default, optional)
             schema.options[f"{key}.config"] = Option(of.files, None)
             _add(schema, of.config, f"{key}.", section=True)
         elif dataclasses.is_dataclass(hint):
             schema.groups[key] = Group(None if section else hint)  # type: ignore[arg-type]
-            _add(schema, hint, f"{key}.", section=section)  # type: ignore[arg-type]
+            inner = one.default_factory() if callable(one.default_factory) else None
+            _add(schema, hint, f"{key}.", section=section, begins=inner)  # type: ignore[arg-type]
         else:
-            default = one.default
-            if callable(one.default_factory):
-                default = one.default_factory()
+            default = own_default(one) if begins is None else getattr(begins, one.name)
             schema.options[key] = Option(hint, default)
+
+
+def own_default(one: dataclasses.Field[Any]) -> Any:
+    """What a field is where nothing is said of it; dataclasses.MISSING where something must be."""
+    return one.default_factory() if callable(one.default_factory) else one.default
 
 
 def _section(hint: Any) -> SectionOf | None:

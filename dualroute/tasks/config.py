@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath, NameOrModule, PathOrName
 from dualroute.settings import above, at_least, check_fields
-from dualroute.training.config import DataConfig, OptimConfig, PretrainConfig
+from dualroute.training.config import DataConfig, OptimConfig, PretrainConfig, TrainConfig
 
 Rule = Literal["obeyed", "refused", "compared"]
 Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "npz", "ratings"]
@@ -260,7 +260,9 @@ class FinetuneConfig(PretrainConfig):
     output: LocalPath = "runs/finetune"
     data: TaskDataConfig = field(default_factory=TaskDataConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    # a few hundred rows are a few steps: small ones, and none of them to warm up
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(tokens_per_batch=2048, micro_batch=4))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(warmup_steps=0))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualroute.cli import main
+from dualroute.cli import main, parse_stage
 from dualroute.model import ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, list_checkpoints, load_model
 from dualroute.training.monitoring.metrics_log import read_metrics
@@ -228,3 +228,9 @@ def test_an_exported_checkpoint_answers_alike(trained: Path, tmp_path: Path) -> 
         arguments = ["--input", str(source), "--output", str(tmp_path / name)]
         assert main(["predict", "--checkpoint", str(folder), *arguments]) == 0
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_class_may_begin_its_sections_with_values_of_its_own() -> None:
+    config = parse_stage("finetune", ["--data.path", "rows.csv", "--optim.lr", "0.01"])
+    assert (config.train.tokens_per_batch, config.optim.warmup_steps, config.optim.lr) == (2048, 0, 0.01)
+    assert parse_stage("pretrain", ["--optim.lr", "0.01"]).optim.warmup_steps == 100
