@@ -22,7 +22,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.arange(CONTEXT) + index}
+        return {"segment_ids": torch.arange(CONTEXT) + index}
 
 
 class RoutedLayer(nn.Module):
@@ -66,7 +66,7 @@ class Monitored(LightningModule):
         self._sum = 0.0
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(batch["input_ids"].float() / 100).square().mean() + torch.rand(())
+        loss = self.model(batch["segment_ids"].float() / 100).square().mean() + torch.rand(())
         self._sum += loss.item()
         return loss
 
