@@ -67,6 +67,8 @@ def check(config: FinetuneConfig) -> Prepared:
     train, validation = read_parts(config.data, asking)
     for part in (train, validation):
         asking.check_columns(part.rows[0][1], source=part.source)
+    if not asking.reads_text:
+        _refuse_text_keys(config.data, asking)
     tokenizer = tokenizer_of(
         config.data, begun, chain.from_iterable(asking.texts(row) for _, row in train.rows)
     )
@@ -74,8 +76,7 @@ def check(config: FinetuneConfig) -> Prepared:
     if length > config.data.context:
         raise UserError(
             f"data.max_length {length} is above data.context {config.data.context}: an example has to fit "
-            f"into "
-            f"a window; lower the one or raise the other"
+            f"into a window; lower the one or raise the other"
         )
     kind = make(config.task, Setting(tokenizer, length, begun.config.model.causal, config.data.too_long))
     kind.fit(row for _, row in train.rows)
@@ -146,7 +147,7 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
         problems.rows -= len(second)
     for part, remedy in (
         (train, "give a file with rows"),
-        (validation, "give data.validation, or more rows"),
+        (validation, "give data.validation, or more rows (equal rows stay on one side)"),
     ):
         part.problems.refuse_above(data.max_bad_rows, part.source)
         if not part.rows:
@@ -160,6 +161,15 @@ def _refuse_other_parts(data: TaskDataConfig, kind: Kind) -> None:
             raise UserError(
                 f"data.{name} has no meaning for a task of kind {kind.name}, which divides its rows by "
                 f"itself: leave it out"
+            )
+
+
+def _refuse_text_keys(data: TaskDataConfig, kind: Kind) -> None:
+    for name in ("tokenizer", "vocab_size"):
+        if getattr(data, name) is not None:
+            raise UserError(
+                f"data.{name} has no meaning for a task of kind {kind.name}, which reads no text: leave "
+                f"it out"
             )
 
 

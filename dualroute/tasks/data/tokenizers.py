@@ -62,9 +62,14 @@ def _own_copy(checkpoint: Path) -> Path:
     (checkpoint.keep_last).
     """
     folder = _own_folder()
-    shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
-    if (checkpoint / TOKENIZER_SETTINGS).is_file():
-        shutil.copyfile(checkpoint / TOKENIZER_SETTINGS, folder / TOKENIZER_SETTINGS)
+    for name in (TOKENIZER, TOKENIZER_SETTINGS):
+        try:
+            shutil.copyfile(checkpoint / name, folder / name)
+        except FileNotFoundError:
+            if name == TOKENIZER:
+                raise UserError(
+                    f"{checkpoint / name} is not there: the checkpoint is damaged, name another"
+                ) from None
     return folder / TOKENIZER
 
 

@@ -102,3 +102,16 @@ def test_a_label_of_the_validation_that_training_does_not_have_is_counted(
     options = (*MOODS, "--data.validation", str(other), "--train.max_steps", "4")
     assert finetune(data, tmp_path / "run", *options) == 0
     assert "1 of 201 rows are left out: mood that the training rows do not have" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "tokenizer"])
+def test_a_kind_that_reads_no_text_refuses_what_is_about_a_tokenizer(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "events.csv"
+    data.write_text("user,item,time\n" + "".join(f"{k % 5},{k % 7},{k}\n" for k in range(60)))
+    assert (
+        finetune(data, tmp_path / "run", "--task.kind", "item", "--train.epochs", "1", f"--data.{key}", "300")
+        == 2
+    )
+    assert f"data.{key} has no meaning for a task of kind item" in capsys.readouterr().err

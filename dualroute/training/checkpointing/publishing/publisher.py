@@ -18,6 +18,7 @@ validation, so that what it resumes into is the next training step and nothing i
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -325,8 +326,11 @@ def _explaining_failures(aside: Path, rank: int) -> Iterator[None]:
             shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(aside.parent).free if aside.parent.exists() else 0
         said = " ".join(str(error).split())[:200]
+        # a full disk has several names, and none where another program wrote
+        other = error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS)
+        remedy = "mend that" if other else "make room"
         raise UserError(
             f"the checkpoint {aside.parent / aside.name.removeprefix('.writing-')} could not be written "
-            f"({said}; {free / 2**20:,.0f} MiB are free there): make room and run the same command again, "
+            f"({said}; {free / 2**20:,.0f} MiB are free there): {remedy} and run the same command again, "
             f"it continues from the newest finished checkpoint"
         ) from error
