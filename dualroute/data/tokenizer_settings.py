@@ -69,15 +69,6 @@ def read_settings(tokenizer: str | Path) -> TokenizerSettings:
     return TokenizerSettings(template, named, tuple(dict.fromkeys(stops)))
 
 
-def read_template(path: str | Path) -> str:
-    """A chat template that a person gives as a file.
-
-    Raises:
-        UserError: It is missing, too long or no UTF-8 text.
-    """
-    return _decoded(Path(path))
-
-
 def _table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}

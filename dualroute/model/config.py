@@ -40,6 +40,21 @@ _RANGES = {
 }
 
 
+#: name of transformers → field of ModelConfig; in an exported config.json the former leads
+STANDARD_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "intermediate_size": "ffn_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_context",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
 def _noting_what_is_given(cls: type[C]) -> type[C]:
     """Let each instance know which of its fields were given, the default's own value included."""
     initialise: Any = cls.__init__

@@ -88,21 +88,26 @@ def chat_ids(
     return Chat(ids, answer)
 
 
-def template_of(tokenizer: ChatTokenizer) -> ChatTemplate:
-    """The template of a tokenizer, or the default one, spelt from its special tokens.
-
-    Raises:
-        UserError: It has no template, and nothing that ends a turn.
-    """
-    pieces, specials = tokenizer.pieces(), tokenizer.special_tokens
-    settings = tokenizer.settings
+def named_specials(tokenizer: ChatTokenizer) -> dict[str, str]:
+    """{bos_token, eos_token, pad_token, unk_token: as it is written} of those that the tokenizer has."""
+    pieces = tokenizer.pieces()
     of_ids = {
         "bos_token": tokenizer.bos_id,
         "eos_token": tokenizer.eos_id,
         "pad_token": tokenizer.pad_id,
         "unk_token": tokenizer.unk_id,
     }
-    variables = {name: pieces[number] for name, number in of_ids.items() if number >= 0}
+    return {name: pieces[number] for name, number in of_ids.items() if number >= 0}
+
+
+def template_of(tokenizer: ChatTokenizer) -> ChatTemplate:
+    """The template of a tokenizer, or the default one, spelt from its special tokens.
+
+    Raises:
+        UserError: It has no template, and nothing that ends a turn.
+    """
+    specials, settings = tokenizer.special_tokens, tokenizer.settings
+    variables = named_specials(tokenizer)
     source = settings.chat_template
     if source is None:
         if tokenizer.eos_id < 0:

@@ -14,21 +14,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
-from dualroute.model.config import ModelConfig
-
-#: standard name → field of ModelConfig
-STANDARD = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "ffn_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_context",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-}
+from dualroute.model.config import STANDARD_NAMES, ModelConfig
 
 
 class DualRoutingConfig(PretrainedConfig):
@@ -42,7 +28,8 @@ class DualRoutingConfig(PretrainedConfig):
         pooling: Where a classifier of texts reads its output: at the "last" token, the "first", or over the
             "mean" of all; null: as the model was trained, else the last of a causal model and the first of
             one that reads both sides.
-        kwargs: As for `PretrainedConfig`, and the names of :data:`STANDARD`, which override ``dualroute``.
+        kwargs: As for `PretrainedConfig`, and the names of :data:`STANDARD_NAMES`, which
+            override ``dualroute``.
     """
 
     model_type = "dualroute"
@@ -58,12 +45,12 @@ class DualRoutingConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         fields = dict(dualroute or {})
-        for name, field in STANDARD.items():
+        for name, field in STANDARD_NAMES.items():
             given = kwargs.pop(name, None)
             if given is not None:
                 fields[field] = given
         fields = ModelConfig(**fields).resolved().to_dict()
-        standard = {name: fields[field] for name, field in STANDARD.items()}
+        standard = {name: fields[field] for name, field in STANDARD_NAMES.items()}
         super().__init__(**{**kwargs, **standard})
         self.dualroute = fields
         causal = fields.get("causal", True)
@@ -75,8 +62,8 @@ class DualRoutingConfig(PretrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in STANDARD and "dualroute" in self.__dict__:
-            self.dualroute = {**self.dualroute, STANDARD[name]: value}
+        if name in STANDARD_NAMES and "dualroute" in self.__dict__:
+            self.dualroute = {**self.dualroute, STANDARD_NAMES[name]: value}
 
     @property
     def shape(self) -> ModelConfig:

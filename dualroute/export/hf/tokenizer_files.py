@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dualroute.data.chat.ids import named_specials
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.tokenizer_settings import TEMPLATE
 from dualroute.export.hf.bundle import bundle
@@ -131,14 +132,7 @@ def is_json(tokenizer: Tokenizer) -> bool:
 
 
 def _specials(tokenizer: Tokenizer) -> dict[str, str]:
-    pieces = tokenizer.pieces()
-    named = {
-        "bos_token": tokenizer.bos_id,
-        "eos_token": tokenizer.eos_id,
-        "pad_token": tokenizer.pad_id,
-        "unk_token": tokenizer.unk_id,
-    }
-    found = {name: pieces[number] for name, number in named.items() if number >= 0}
+    found = named_specials(tokenizer)
     # its source said so: an answer ends with another token than a document
     said = tokenizer.settings.named.get("eos_token")
     return {**found, "eos_token": said} if said in tokenizer.special_tokens else found

@@ -16,22 +16,9 @@ from typing import Any
 from dualroute.errors import UserError
 from dualroute.files import read_json
 from dualroute.model.checkpoint.lineage import lineage_of, operation_of, total_tokens
-from dualroute.model.config import ModelConfig
+from dualroute.model.config import STANDARD_NAMES, ModelConfig
 
 MODEL_TYPE = "dualroute"
-#: standard name in config.json → field of ModelConfig; the standard name leads, as it does in transformers
-STANDARD = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "ffn_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "max_position_embeddings": "max_context",
-    "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-}
 
 _TOLD = ("folder", "step", "tokens", "data_fingerprint", "teacher")
 
@@ -57,7 +44,7 @@ def own_config(values: Mapping[str, Any], place: str) -> ModelConfig:
     unknown = sorted(drawer.keys() - fields)
     if unknown:
         raise UserError(f"{place}: '{MODEL_TYPE}' holds unknown keys {unknown}: written by another version?")
-    given = {field: values[name] for name, field in STANDARD.items() if values.get(name) is not None}
+    given = {field: values[name] for name, field in STANDARD_NAMES.items() if values.get(name) is not None}
     try:
         return ModelConfig(**{**drawer, **given})
     except UserError as error:

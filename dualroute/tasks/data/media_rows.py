@@ -39,9 +39,10 @@ def media_files(folder: Path) -> list[Path]:
 
 
 def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
-    """A row for each file; the class is the folder that it lies in."""
+    """A row for each file, by its path in ``folder``, so that what follows from rows does not follow from
+    where they lie; the class is the folder that it lies in."""
     for file in media_files(folder):
-        row: Row = {"image" if file.suffix.lower() in IMAGES else "audio": str(file)}
+        row: Row = {"image" if file.suffix.lower() in IMAGES else "audio": str(file.relative_to(folder))}
         if file.parent != folder:
             row["label"] = file.parent.name
         yield str(file), row

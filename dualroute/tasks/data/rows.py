@@ -141,7 +141,8 @@ def read_rows(
     rows: Iterator[tuple[str, Row]]
     if is_local(source):
         if media_rows.holds_media(source) and not _row_files(Path(source)):
-            rows = media_rows.folder_rows(Path(source))
+            folder = Path(source)
+            rows = ((place, FileRow(row, folder)) for place, row in media_rows.folder_rows(folder))
         else:
             rows = (
                 (place, FileRow(row, file.parent))

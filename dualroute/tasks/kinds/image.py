@@ -7,7 +7,7 @@ one (``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probabi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ from dualroute.model.frontends import patches_of
 from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.data.images import pixels_of
-from dualroute.tasks.kind import BadRow, Baseline, Role, Row, at_place, register
-from dualroute.tasks.kinds.sequence import Sequences
+from dualroute.tasks.kind import BadRow, Baseline, Role, Row, register
+from dualroute.tasks.kinds.sequence import Steps
 
 
 @register("image")
-class Images(Sequences):
-    reads_text = False
+class Images(Steps):
     media = ("image",)
     roles = {
         "image": Role("the image: an array of pixels or a file"),
@@ -70,9 +69,6 @@ class Images(Sequences):
             config.learned_places,
         )
 
-    def pooling(self) -> Any:
-        return "mean" if self.task.pooling == "auto" else self.task.pooling
-
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         number = self.label_number(row) if with_target else None
         steps = patches_of(self.pixels(row), self.task.image.patch)
@@ -81,14 +77,7 @@ class Images(Sequences):
                 f"an image has {len(steps):,} steps, more than the {self.setting.max_length:,} that are "
                 f"read: raise data.context (and data.max_length), or task.image.patch"
             )
-        place = 0 if self.pooling() == "first" else len(steps) - 1
-        return [Example({"inputs": steps, **at_place(len(steps), place, number)})]
-
-    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
-        yield from ()
-
-    def texts(self, row: Row) -> list[str]:
-        return ["image", self._name(row) or ""]
+        return [self.example(steps, number)]
 
     def baselines(self) -> dict[str, Baseline]:
         def centroids(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:

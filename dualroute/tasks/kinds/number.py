@@ -17,6 +17,7 @@ from dualroute.model.config import TaskHeadConfig
 from dualroute.tasks.baselines import tfidf_regression
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, LossSums, Part, Role, Row, register
+from dualroute.tasks.kinds.sequence import text_ids
 from dualroute.tasks.metrics import number_metrics
 
 
@@ -62,10 +63,7 @@ class Numbers(Kind):
         return value
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
-        texts = [self.text(row)]
-        if self.column("pair") in row:
-            texts.append(self.text(row, "pair"))
-        ids = self.joined(*(self.setting.tokenizer.encode(text) for text in texts))
+        ids = text_ids(self, row)
         fields = self.pooled(ids, None)
         if not with_target:
             return [Example(fields)]

@@ -17,7 +17,7 @@ from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
 from dualroute.tasks.baselines import majority, tfidf_classifier
 from dualroute.tasks.data.examples import Example
-from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, register
+from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, at_place, register
 from dualroute.tasks.metrics import classification_metrics
 
 #: With more labels than these, most of which name one row, the column is no column of classes.
@@ -74,11 +74,8 @@ class Sequences(Kind):
         return name
 
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
-        texts = [self.text(row)]
-        if self.column("pair") in row:
-            texts.append(self.text(row, "pair"))
         number = self.label_number(row) if with_target else None
-        ids = self.joined(*(self.setting.tokenizer.encode(text) for text in texts))
+        ids = text_ids(self, row)
         return [Example(self.pooled(ids, number))]
 
     def label_number(self, row: Row) -> int:
@@ -132,6 +129,34 @@ class Sequences(Kind):
             return [{"prediction": majority([self.target(row) for row in train])}] * len(rows)
 
         return {"TF-IDF + logistic regression": tfidf, "majority": most}
+
+
+def text_ids(kind: Kind, row: Row) -> list[int]:
+    """The row's text, and its second one where it has one, as :meth:`Kind.joined` joins them."""
+    texts = [kind.text(row)]
+    if kind.column("pair") in row:
+        texts.append(kind.text(row, "pair"))
+    return kind.joined(*(kind.setting.tokenizer.encode(text) for text in texts))
+
+
+class Steps(Sequences):
+    """A class for what is no text, but numbers for each step (images, recordings)."""
+
+    reads_text = False
+
+    def pooling(self) -> Any:
+        return "mean" if self.task.pooling == "auto" else self.task.pooling
+
+    def example(self, steps: Floats, number: int | None) -> Example:
+        """``steps`` (n, features) with the output ``number``, read where ``task.pooling`` says."""
+        place = 0 if self.pooling() == "first" else len(steps) - 1
+        return Example({"inputs": steps, **at_place(len(steps), place, number)})
+
+    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
+        yield from ()
+
+    def texts(self, row: Row) -> list[str]:
+        return [self.name, self._name(row) or ""]
 
 
 def label_name(value: Any) -> str | None:

@@ -7,7 +7,7 @@ the mean over all of them, or at one (``task.pooling``; auto is the mean).  Pred
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,12 @@ from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.config import AudioConfig
 from dualroute.tasks.data.audio import Samples, frames_of
 from dualroute.tasks.data.examples import Example
-from dualroute.tasks.kind import Baseline, Kind, Role, Row, at_place, register
-from dualroute.tasks.kinds.sequence import Sequences
+from dualroute.tasks.kind import Baseline, Kind, Role, Row, register
+from dualroute.tasks.kinds.sequence import Steps
 
 
 @register("speech")
-class Recordings(Sequences):
-    reads_text = False
+class Recordings(Steps):
     media = ("audio",)
     roles = {
         "audio": Role("the recording: a file or samples"),
@@ -34,20 +33,10 @@ class Recordings(Sequences):
     def frontend(self) -> FrontendConfig:
         return frontend_of(self.task.audio)
 
-    def pooling(self) -> Any:
-        return "mean" if self.task.pooling == "auto" else self.task.pooling
-
     def encode(self, row: Row, *, with_target: bool = True) -> list[Example]:
         number = self.label_number(row) if with_target else None
         steps = steps_of(self, row)
-        place = 0 if self.pooling() == "first" else len(steps) - 1
-        return [Example({"inputs": steps, **at_place(len(steps), place, number)})]
-
-    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
-        yield from ()
-
-    def texts(self, row: Row) -> list[str]:
-        return ["speech", self._name(row) or ""]
+        return [self.example(steps, number)]
 
     def baselines(self) -> dict[str, Baseline]:
         def centroids(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:

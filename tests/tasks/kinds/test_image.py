@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from dualroute.cli import main
 from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.model.config import ModelConfig
+from dualroute.tasks.data.rows import Problems, divided, read_rows
 from tests.tasks.made import SMALL
 
 GRID = (  # no vocabulary: SMALL[:-2]
@@ -111,6 +113,9 @@ def test_folders_of_classes_and_paths_in_rows_are_read(tmp_path: Path) -> None:
         Image.fromarray(x[number]).save(folder / f"{number}.png")
     steps = ("--train.max_steps", "4")
     assert run(tmp_path / "classes", tmp_path / "a", *steps) == 0
+    moved = shutil.copytree(tmp_path / "classes", tmp_path / "moved")
+    parts = [divided(read_rows(str(at), Problems()), 0.2, None)[1] for at in (moved, tmp_path / "classes")]
+    assert [row for _, row in parts[0]] == [row for _, row in parts[1]] != []
     (tmp_path / "classes" / f"corner{y[0]}" / "0.png").write_bytes(b"")
     rows = [
         {"picture": f"corner{y[number]}/{number}.png", "label": f"corner{y[number]}"} for number in range(60)
