@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import task_data
+from data import task_data
 
 from dualroute.tasks.answer import Answerer
 from dualroute.tasks.evaluate import evaluate_task, training_rows, usable_rows
@@ -37,7 +37,7 @@ class Task:
     Attributes:
         metric: That is shown.
         baseline: Which of the kind's; empty for its first.
-        made: The data set is made by task_data.py.
+        made: The data set is made by data/task_data.py.
         most_rows: Of the rows that are scored, where the model writes its answers.
     """
 

@@ -33,7 +33,7 @@ fi
 [ -d "$DUALROUTE_DATA" ] || echo "no folder $DUALROUTE_DATA: tests on real data will be skipped (set DUALROUTE_DATA)"
 ruff check .
 ruff format --check .
-clang-format --dry-run --Werror dualroute/attention/backends/cpp/*.{h,cpp}
+clang-format --dry-run --Werror dualroute/attention/backends/cpp/sources/*.{h,cpp}
 mypy
 lint-imports
 exec pytest -n "$workers" "$@"

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
-from dualroute.data.permutation import mix, seeded_words
+from dualroute.data.order.permutation import mix, seeded_words
 from dualroute.data.plan import BatchPlan, Request, SequentialPlan
 from dualroute.data.reader import IGNORE_INDEX, WindowDataset
 from dualroute.data.text_parts import SPACE_MARK

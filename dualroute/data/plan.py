@@ -31,7 +31,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dualroute.data.permutation import permute, seeded_words
+from dualroute.data.order.permutation import permute, seeded_words
 from dualroute.errors import UserError
 
 Int64 = NDArray[np.int64]

@@ -17,13 +17,13 @@ COMMANDS = {
     "speed": f"attention.py speed --lengths 64 256 {ROUTES} --no-memory --dtypes float32 bfloat16",
     "packed": f"attention.py packed --lengths 256 --document 64 {ROUTES}",
     "router": f"attention.py router --lengths 256 {ROUTES}",
-    "decode": "decode.py --lengths 256 --heads 4 --head_dim 16 --block 16 --window 16 --repeats 1 "
+    "decode": "decoding/decode.py --lengths 256 --heads 4 --head_dim 16 --block 16 --window 16 --repeats 1 "
     "--threads 1",
-    "distillation_loss": "distillation_loss.py --tokens 64 --vocab 200 --dim 16 --teacher_dim 24 --repeats 1 "
-    "--losses reverse_kl --threads 1",
+    "distillation_loss": "training/distillation_loss.py --tokens 64 --vocab 200 --dim 16 --teacher_dim 24 "
+    "--repeats 1 --losses reverse_kl --threads 1",
     "train_step": "train_step.py --preset tiny --contexts 64 --tokens 128 --vocab_size 64 --repeats 1 "
     "--precisions 32 bf16-mixed --threads 1",
-    "waiting_threads": "waiting_threads.py --threads 2 --batch 1 --context 32 --repeats 1 --busy 1 "
+    "waiting_threads": "training/waiting_threads.py --threads 2 --batch 1 --context 32 --repeats 1 --busy 1 "
     "--settings passive 1000",
     "recall-mqar": "recall.py --variants dense local routed --seeds 0 --length 256 --start 128 --evaluate 2 "
     "--steps 4 --patience 4 --tokens 512 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
@@ -93,7 +93,7 @@ def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestc
     smaller = "--data.context 32 --train.tokens_per_batch 64 --optim.warmup_steps 1 --data.val_tokens 128"
     words = [*options.split(), "--variants", *variants, "--extra", *smaller.split()]
     script = tmp_path / "in_one_process.py"
-    script.write_text(IN_ONE_PROCESS.format(folder=str(pytestconfig.rootpath / "benchmarks")))
+    script.write_text(IN_ONE_PROCESS.format(folder=str(pytestconfig.rootpath / "benchmarks" / "models")))
     warm.ranks(1, str(script), words, cwd=pytestconfig.rootpath, env=os.environ)
     with (tmp_path / "quality.csv").open(newline="") as stream:
         rows = {row["attention"]: row for row in csv.DictReader(stream)}
@@ -109,7 +109,7 @@ def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestc
 @pytest.mark.slow
 def test_checkpoint_times_both_ways(tiny_dataset: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     options = f"--data {tiny_dataset} --preset tiny --context 64 --checkpoints 3 --repeats 1 --threads 1"
-    rows = run(pytestconfig.rootpath, f"checkpoint.py {options}", tmp_path)
+    rows = run(pytestconfig.rootpath, f"training/checkpoint.py {options}", tmp_path)
     assert [row["asynchronous"] for row in rows] == ["false", "true"]
     assert all(
         float(row[name]) > 0 for row in rows for name in ("stall ms", "longest ms", "steps between ms")

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from data_prep.prepare import PrepareConfig
-from tests.data_prep.web_server import Server
+from tests.data_prep.downloads.web_server import Server
 
 WORDS = [
     "the",

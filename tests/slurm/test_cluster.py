@@ -218,7 +218,7 @@ def faulty(folder, name, *faults):
     wrong = (
         f'faults=({told})\nfault="${{faults[${{SLURM_RESTART_COUNT:-0}}]:-none 0 0}}"\n'
         'launch=(srun --kill-on-bad-exit=1 "${keep_signals[@]}" '
-        "@PYTHON@ -m tests.training.resilience.faulty_rank $fault)"
+        "@PYTHON@ -m tests.training.resilience.processes.faulty_rank $fault)"
     )
     path = folder / f"{name}.sbatch"
     path.write_text(re.sub(r"^launch=.*$", lambda _: wrong, text, flags=re.M))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dualroute.data.permutation import permute, seeded_words
+from dualroute.data.order.permutation import permute, seeded_words
 from dualroute.data.plan import EMPTY, Int64
 
 #: Windows that are open at a time: more pack tighter and take longer.

@@ -3,7 +3,7 @@
 In: the size of a model, the ranks, and what a machine's parts are assumed to do (:class:`Machine`).  Here:
 :func:`checkpoint_cost` counts what ``publisher.py``, ``divided_check.py`` and ``reshard.py`` write, hash
 and read (``tests/training/checkpointing/publishing/test_shares.py`` compares it with what ranks have
-counted).  Next: ``benchmarks/checkpoint_scale.py`` prints a table.  Needs no torch.
+counted).  Next: ``benchmarks/training/checkpoint_scale.py`` prints a table.  Needs no torch.
 """
 
 from __future__ import annotations

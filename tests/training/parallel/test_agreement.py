@@ -41,6 +41,8 @@ def test_a_rank_that_waits_for_the_others_in_vain_ends(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_two_ranks_come_to_the_same():
-    text = warm.ranks(2, "tests/training/parallel/agreeing_ranks.py", [], cwd=ROOT, env=environment())
+    text = warm.ranks(
+        2, "tests/training/parallel/processes/agreeing_ranks.py", [], cwd=ROOT, env=environment()
+    )
     right = ["zero", "UserError: refused", "UserError: seen by 1", None, "attention: plain torch"]
     assert text.splitlines().count(str(right)) == 2, text

@@ -9,7 +9,7 @@ import pytest
 
 from tests import warm
 from tests.conftest import ROOT
-from tests.training.parallel import strategy_runs
+from tests.training.parallel.processes import strategy_runs
 from tests.training.parallel.test_strategy import assert_same, plain_torch
 from tests.training.step.test_module import environment
 
@@ -22,7 +22,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("four")
     words = [str(folder / name) for name in ("settings.json", "results.json")]
     env = {**environment(), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
-    warm.ranks(4, "tests/training/parallel/partition_ranks.py", words, cwd=ROOT, env=env)
+    warm.ranks(4, "tests/training/parallel/processes/partition_ranks.py", words, cwd=ROOT, env=env)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results
 

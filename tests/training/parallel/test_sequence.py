@@ -15,7 +15,7 @@ from tests.training.step.test_module import environment
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives():
-    warm.ranks(2, "tests/training/parallel/sequence_ranks.py", [], cwd=ROOT, env=environment())
+    warm.ranks(2, "tests/training/parallel/processes/sequence_ranks.py", [], cwd=ROOT, env=environment())
 
 
 def test_ranks_and_heads_that_do_not_divide_are_named():

@@ -16,7 +16,7 @@ from tests.training.step.test_module import SMALL, curve, environment, train
 
 pytest.importorskip("deepspeed")
 
-SCRIPT = str(ROOT / "tests/training/parallel/sharded_ranks.py")
+SCRIPT = str(ROOT / "tests/training/parallel/processes/sharded_ranks.py")
 ZERO3 = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", "3", "--optim.lr", "0.003")
 WIDE = (
     *("--model.dim", "512", "--model.num_layers", "12", "--train.micro_batch", "1", "--data.context", "32"),

@@ -21,7 +21,7 @@ from dualroute.errors import UserError
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.strategy import OneProcessStrategy, ParallelConfig, build_strategy
 from tests import warm
-from tests.training.parallel import strategy_runs
+from tests.training.parallel.processes import strategy_runs
 from tests.training.step.test_module import environment
 
 ROOT = Path(__file__).resolve().parents[3]

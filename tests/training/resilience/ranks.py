@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 from tests.training.launchers import free_port
 from tests.training.step.test_module import SMALL, environment
 
-SCRIPT = str(Path(__file__).with_name("faulty_rank.py"))
+SCRIPT = str(Path(__file__).with_name("processes") / "faulty_rank.py")
 #: seconds: far beyond what a step takes here, far below what a test may last
 WATCHED = (
     "--watchdog.limit_minutes 0.15 --watchdog.start_minutes 3 --watchdog.validation_minutes 0.25 "

@@ -20,7 +20,7 @@ from tests.training.launchers import deepspeed
 from tests.training.step.test_module import command, curve, environment, train, wait_for_step
 
 STEPS = 24  # validated every 7 steps, saved every 4
-SCRIPT = str(Path(__file__).with_name("signalled_run.py"))
+SCRIPT = str(Path(__file__).with_name("processes") / "signalled_run.py")
 
 
 @pytest.fixture(scope="module")

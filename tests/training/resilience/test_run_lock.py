@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.training.resilience.ranks import finish, start
 from tests.training.step.test_module import command, environment
 
-HOLDER = str(Path(__file__).with_name("lock_holder.py"))
+HOLDER = str(Path(__file__).with_name("processes") / "lock_holder.py")
 
 
 @pytest.fixture

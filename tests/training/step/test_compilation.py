@@ -161,7 +161,7 @@ def two_ranks(tiny_dataset, tmp_path_factory):
             legs.append([*SMALL, *RUN, *own, *more])
     (folder / "runs.json").write_text(json.dumps(legs))
     words = [str(folder / "runs.json")]
-    warm.ranks(2, "tests/training/step/compiled_runs.py", words, cwd=ROOT, env=environment())
+    warm.ranks(2, "tests/training/step/processes/compiled_runs.py", words, cwd=ROOT, env=environment())
     return folder
 
 

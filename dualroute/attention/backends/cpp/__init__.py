@@ -4,22 +4,23 @@ In and out: what `routed_attention`, `select_blocks` and `local_attention` get a
 decoding of both routes, and the product with an int8 weight that is most of such a step. `available` and
 `can_decode` say whether the kernels can take a call; whoever gets a no uses the plain path.
 
-    build.py        compiles the sources for this machine, once, into the user's cache
+    build.py        compiles sources/ for this machine, once, into the user's cache
     operators.py    the C++ functions on tensors
     routes.py       routed and local attention as differentiable functions
     decode.py       one token of a text as an operator that torch.compile can call
     int8_product.py the int8 weights that surround it, likewise
     c_functions.py  what torch.compile calls these two by
-    vectors.h       vectors, their exponential, the small matrix product
-    tiles.h         a tile of queries and a tile of keys: one step of the softmax, and its gradient
-    select.h        which blocks a token reads: scores and running top-k
-    routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
-    local.h         the local route, both directions
-    stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
-    decode.h        one token, both routes
-    int8_product.h  one token's row times an int8 weight
-    torch_ops.h     these two as operators of torch, and as functions that compiled programs call
-    kernels.cpp     what Python calls
+    sources/
+      vectors.h       vectors, their exponential, the small matrix product
+      tiles.h         a tile of queries and a tile of keys: one step of the softmax, and its gradient
+      select.h        which blocks a token reads: scores and running top-k
+      routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
+      local.h         the local route, both directions
+      stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
+      decode.h        one token, both routes
+      int8_product.h  one token's row times an int8 weight
+      torch_ops.h     these two as operators of torch, and as functions that compiled programs call
+      kernels.cpp     what Python calls
 
 Functions get plain pointers, and what is included of torch is its stable interface
 alone, which torch has from 2.10 on: compiling takes seconds.

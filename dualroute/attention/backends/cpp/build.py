@@ -1,6 +1,6 @@
 """The kernels' C++ compiled for this machine, once, into the user's cache.
 
-In: the sources beside this file and a C++ compiler ($CXX, or c++, g++, clang++). Out: `load` gives the
+In: the folder `sources` and a C++ compiler ($CXX, or c++, g++, clang++). Out: `load` gives the
 functions; where they cannot be built, its error says why.
 
 A library is called attention-FINGERPRINT-CHECKSUM.so. The fingerprint is of sources, compiler and processor:
@@ -36,6 +36,7 @@ FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp",
     "-fno-math-errno", "-w",
 )  # fmt: skip
+SOURCES = Path(__file__).parent / "sources"
 SECONDS = 600  # a compiler that takes longer hangs
 KEPT = 8  # libraries in a cache: other processors, compilers and versions of torch
 CHECKSUM = 16  # digits of a library's name
@@ -121,7 +122,7 @@ def _private_folder() -> Path:
 
 
 def _sources() -> list[Path]:
-    return sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cpp"))
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
 
 
 def _fingerprint(compiler: str) -> str:
@@ -171,12 +172,11 @@ def _mark_as_used(path: Path) -> None:
 
 def _compile(compiler: str, folder: Path, name: str) -> Path:
     """Compile in a folder of its own, make the file durable and move it to its name."""
-    source = Path(__file__).parent / "kernels.cpp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=COMPILING, dir=folder) as inside:
             made = Path(inside) / "library.so"
-            _run([compiler, *FLAGS, str(source), *_torch(), "-o", str(made)])
+            _run([compiler, *FLAGS, str(SOURCES / "kernels.cpp"), *_torch(), "-o", str(made)])
             with made.open("rb") as stream:
                 os.fsync(stream.fileno())
             target = folder / f"{name}-{_checksum(made)}.so"
