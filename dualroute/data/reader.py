@@ -28,7 +28,8 @@ from torch.utils.data import Dataset
 from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.index import IndexRows
 from dualroute.data.manifest import Manifest
-from dualroute.data.plan import DocumentStream, Request, WindowPlan
+from dualroute.data.order.document_stream import DocumentStream
+from dualroute.data.plan import Request, WindowPlan
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import require_regular
 

@@ -22,7 +22,8 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
-from dualroute.tasks.data.rows import Problems, divided, read_rows
+from dualroute.tasks.data.problems import Problems
+from dualroute.tasks.data.rows import divided, read_rows
 from dualroute.tasks.kind import BadRow, Row
 
 

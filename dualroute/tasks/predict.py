@@ -24,7 +24,8 @@ from dualroute.files import fsync_folder, read_json, write_bytes_atomically
 from dualroute.model.checkpoint.folder import WEIGHTS
 from dualroute.tasks.answer import Answer, Answerer
 from dualroute.tasks.config import PredictConfig
-from dualroute.tasks.data.rows import Problems, read_rows, source_digest
+from dualroute.tasks.data.problems import Problems
+from dualroute.tasks.data.rows import read_rows, source_digest
 from dualroute.tasks.kind import Row
 
 log = logging.getLogger(__name__)

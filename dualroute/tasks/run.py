@@ -20,7 +20,8 @@ from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.config import FinetuneConfig, TaskDataConfig
 from dualroute.tasks.data.encode import Encoded, encode_rows
 from dualroute.tasks.data.module import TaskDataModule
-from dualroute.tasks.data.rows import Problems, divided, read_rows
+from dualroute.tasks.data.problems import Problems
+from dualroute.tasks.data.rows import divided, read_rows
 from dualroute.tasks.data.tokenizers import tokenizer_of
 from dualroute.tasks.description import describe_task
 from dualroute.tasks.kind import Kind, Row, Setting, find_kind

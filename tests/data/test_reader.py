@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from dualroute.data.index import write_header
 from dualroute.data.manifest import Manifest, Shard, Split, TokenizerInfo
+from dualroute.data.order.document_stream import DocumentStream
 from dualroute.data.plan import (
     EMPTY,
     BatchPlan,
-    DocumentStream,
     Request,
     SequentialPlan,
     WalkPlan,

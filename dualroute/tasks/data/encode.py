@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dualroute.tasks.data.examples import Example, Examples
-from dualroute.tasks.data.rows import Problems
+from dualroute.tasks.data.problems import Problems
 from dualroute.tasks.kind import BadRow, Kind, Row
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dualroute.errors import UserError
-from dualroute.tasks.data.rows import Problems, divided, read_rows
+from dualroute.tasks.data.problems import Problems
+from dualroute.tasks.data.rows import divided, read_rows
 
 
 def rows_of(path: Path | str, **options: Any) -> tuple[list[dict[str, Any]], Problems]:

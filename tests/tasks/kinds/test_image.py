@@ -14,7 +14,8 @@ from PIL import Image
 from dualroute.cli import main
 from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.model.config import ModelConfig
-from dualroute.tasks.data.rows import Problems, divided, read_rows
+from dualroute.tasks.data.problems import Problems
+from dualroute.tasks.data.rows import divided, read_rows
 from tests.tasks.made import SMALL
 
 GRID = (  # no vocabulary: SMALL[:-2]

@@ -18,7 +18,8 @@ from dualroute.model.checkpoint.format import find_checkpoint
 from dualroute.tasks.baselines import cosine_neighbours, popular
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.data.encode import encode_rows
-from dualroute.tasks.data.rows import Problems, read_rows
+from dualroute.tasks.data.problems import Problems
+from dualroute.tasks.data.rows import read_rows
 from dualroute.tasks.kind import Setting
 from dualroute.tasks.kinds.item import Items, best_of
 from tests.tasks.made import SMALL
