@@ -22,6 +22,8 @@ from pathlib import Path
 
 from dualroute.threads import WAITING
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py and train_step.py are
+
 SETTINGS = ("default", "passive", "300", "1000", "5000", "30000")
 # computes until the process that started it is gone, however that ended
 BUSY = "import os\nwhile os.getppid() == {parent}:\n    for _ in range(10**6): pass"
@@ -111,7 +113,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work(options)
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py is
     from measure import show
 
     load = f", load {os.getloadavg()[0]:.1f} before it" if hasattr(os, "getloadavg") else ""

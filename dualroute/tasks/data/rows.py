@@ -4,9 +4,9 @@ In: a path, or a name on the hub.  Here: :func:`read_rows` yields ``(place, row)
 that are none are counted (:class:`~dualroute.tasks.data.problems.Problems`).  Next: a kind encodes the rows
 (:mod:`~dualroute.tasks.data.encode`).
 
-The formats of files are those of :mod:`~dualroute.tasks.data.row_files`.  A folder is all such files in it, by
-name, or the images or recordings in it (:mod:`~dualroute.tasks.data.media_rows`).  A row from a file knows the
-file's folder, where paths in it begin.
+The formats of files are those of :mod:`~dualroute.tasks.data.row_files`.  A folder is all such files in it,
+by name, or the images or recordings in it (:mod:`~dualroute.tasks.data.media_rows`).  A row from a file knows
+the file's folder, where paths in it begin.
 """
 
 from __future__ import annotations
