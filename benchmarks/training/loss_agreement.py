@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py is
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the tests are no package that is installed
 from measure import show
 
-from tests.training.parallel.test_strategy import WAYS, deepspeed, launch, plain_torch
+from tests.training.parallel.test_strategy import WAYS, launch, plain_torch
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,9 +47,7 @@ def main() -> None:
             for way, column in itertools.product(WAYS.values(), COLUMNS.values())
         ]
         with tempfile.TemporaryDirectory() as folder:
-            results = launch(deepspeed(ranks), Path(folder), cases)
-        if isinstance(results, str):
-            raise SystemExit(results)
+            results = launch(ranks, Path(folder), cases)
         found = iter(results)
         for name in WAYS:
             row = {"ranks": str(ranks), "strategy": name}

@@ -47,6 +47,22 @@ quality.subprocess = SimpleNamespace(run=run)
 quality.main()
 """
 
+#: Loads each script without running it, alone on its path as Python starts it, and prints what fails
+LOADED = """
+import runpy, sys, traceback
+from pathlib import Path
+before, path = set(sys.modules), list(sys.path)
+for script in sys.argv[1:]:
+    sys.path[:] = [str(Path(script).parent), *path]
+    try:
+        runpy.run_path(script, run_name="loaded")
+    except BaseException:
+        print(script, traceback.format_exc())
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith({folder!r}):
+            del sys.modules[name]
+"""
+
 
 def run(root: Path, command: str, output: Path) -> list[dict[str, str]]:
     script, *options = command.split()
@@ -82,6 +98,18 @@ def test_the_ceiling_is_the_ratio_of_what_is_read(
     rows = run(pytestconfig.rootpath, f"{COMMANDS['speed']} {more}", tmp_path)
     long = next(row for row in rows if row["tokens"] == "256" and row["attention"] == "16/16/2")
     assert float(long["ceiling"]) == pytest.approx(ceiling, abs=0.06)
+
+
+@pytest.mark.slow
+def test_every_script_finds_what_it_imports(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    folder = pytestconfig.rootpath / "benchmarks"
+    scripts = [path for path in folder.rglob("*.py") if path.parent.name != "acceptance"]
+    assert len(scripts) > 20
+    (tmp_path / "loaded.py").write_text(LOADED.format(folder=str(folder)))
+    printed = warm.ranks(
+        1, str(tmp_path / "loaded.py"), list(map(str, scripts)), cwd=tmp_path, env=os.environ
+    )
+    assert not printed
 
 
 @pytest.mark.slow
