@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualroute.data.order.permutation import seeded_words
+from dualroute.data.plan import seeded_words
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.decoding.generation import continue_batch
