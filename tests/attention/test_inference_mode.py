@@ -7,7 +7,7 @@ import torch
 
 from dualroute.attention import DualRouting, Layout
 
-LENGTH = 75
+LENGTH = 43
 
 
 def build(device: str = "cpu") -> DualRouting:
@@ -28,7 +28,7 @@ def states(module: DualRouting) -> torch.Tensor:
 
 
 def layout_of(module: DualRouting, packed: bool) -> Layout:
-    segments = torch.arange(LENGTH).expand(2, LENGTH) // 31 if packed else None
+    segments = torch.arange(LENGTH).expand(2, LENGTH) // 17 if packed else None
     return Layout.build(2, LENGTH, module.block, segments, device=module.out_proj.weight.device)
 
 
@@ -56,7 +56,7 @@ def test_a_cache_may_be_filled_inside_and_outside_in_turns(module: DualRouting, 
     want = module(states(module))
     with torch.inference_mode(first_inside):
         cache, outputs = module.new_cache(2, LENGTH, capacity=8), []
-    for number, part in enumerate(states(module).split((20, 1, 1, 12, 30, 1, 10), dim=1)):
+    for number, part in enumerate(states(module).split((12, 1, 1, 8, 14, 1, 6), dim=1)):
         with torch.inference_mode((number % 2 == 0) == first_inside):
             outputs.append(module(part, cache=cache))
             if number in (2, 3):
