@@ -260,7 +260,8 @@ def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytes
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """128-bit vectors, and the 256-bit ones of AVX2."""
-    flags = tuple(flag.replace("native", processor) for flag in build.FLAGS)
+    # the vectors are written out: what the compiler makes of loops besides takes it twice the time
+    flags = tuple(flag.replace("native", processor).replace("-O3", "-O1") for flag in build.FLAGS)
     monkeypatch.setattr(build, "FLAGS", flags)
     rows = [torch.randn(2, 300, 24, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     stream = Layout.build(1, 300, 20).stream
