@@ -1,4 +1,7 @@
-"""The stage on real ranks against one process: under the launchers that people use, and many more without."""
+"""The stage on real ranks against one process: under torchrun, and many more without a launcher.
+
+DeepSpeed's launcher is in test_hostfile.py, for several nodes, and in resilience/test_preemption.py.
+"""
 
 import contextlib
 import os
@@ -13,7 +16,7 @@ import pytest
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from tests import warm
 from tests.conftest import ROOT
-from tests.training.launchers import deepspeed, torchrun
+from tests.training.launchers import torchrun
 from tests.training.step.test_module import SMALL, curve, environment, train
 
 pytest.importorskip("deepspeed")
@@ -68,10 +71,7 @@ def assert_same_losses(output, reference):
 def test_two_ranks_with_zero_train_as_one_process_does(alone, tiny_dataset, tmp_path, stage):
     output = tmp_path / "run"
     zero = ("--parallel.zero_stage", str(stage))
-    if stage == 1:
-        launch(deepspeed(2), tiny_dataset, output, STEPS, *zero)
-    else:
-        launch_warm(2, tiny_dataset, output, STEPS, *zero)
+    launch_warm(2, tiny_dataset, output, STEPS, *zero)
     assert_same_losses(output, alone)
     # what was sharded is whole again in the published weights
     ours, theirs = load_model(find_checkpoint(alone)), load_model(find_checkpoint(output))

@@ -45,7 +45,7 @@ SPOILT: dict[str, Any] = {
 # What is trained; plain SGD shows a gradient of the wrong size, which Adam hides.
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {},
-    "accumulated": {"accumulation": 2, "clip": 0.5, "optimizer": "sgd"},
+    "accumulated": {"steps": 20, "accumulation": 2, "clip": 0.5, "optimizer": "sgd"},
     "spoilt": SPOILT,
 }
 OFFLOADED = ["zero2", "zero3"]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from tests.training.launchers import deepspeed
 from tests.training.step.test_module import command, curve, environment, train, wait_for_step
 
 STEPS = 24  # validated every 7 steps, saved every 4
-SCRIPT = str(Path(__file__).with_name("processes") / "signalled_run.py")
+PROCESSES = Path(__file__).with_name("processes")
+SCRIPT = str(PROCESSES / "signalled_run.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,11 @@ def start(line, **more):
     )  # fmt: skip
 
 
+def start_warm(line, **more):
+    """The same, for tests that do not ask how a process starts; `more` as in foreground.py."""
+    return warm.Started(str(PROCESSES / "foreground.py"), line[3:], cwd=ROOT, env={**environment(), **more})
+
+
 def in_the_foreground():
     """As a terminal starts a command, also where the tests themselves run in the background."""
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -46,7 +53,7 @@ def in_the_foreground():
 
 def finish(process, expect):
     try:
-        text, _ = process.communicate(timeout=240)
+        text = "".join(part or "" for part in process.communicate(timeout=240))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # a launcher's ranks too
@@ -76,7 +83,7 @@ def test_stopped_again_and_again_it_continues_exactly(unbroken, tiny_dataset, tm
     assert f"SIGUSR1: stopped after step 0 of {STEPS}" in finish(process, PREEMPTED)
     assert newest(output) == 0
 
-    process = start(line)
+    process = start_warm(line)
     wait_for_step(process, output / "metrics.jsonl", 2)
     process.send_signal(signal.SIGTERM)
     text = finish(process, PREEMPTED)
@@ -85,9 +92,7 @@ def test_stopped_again_and_again_it_continues_exactly(unbroken, tiny_dataset, tm
     assert 2 <= saved < STEPS
     assert max(curve(output)) == saved  # nothing was trained that was not saved
 
-    process = start(blocked)  # a resumed start that does not come to a step
-    wait_until_blocked(process)
-    process.send_signal(signal.SIGTERM)
+    process = start_warm(line, PENDING="SIGTERM")  # a resumed start that does not come to a step
     assert f"SIGTERM: stopped after step {saved} of {STEPS}" in finish(process, PREEMPTED)
     assert newest(output) == saved
 
@@ -121,8 +126,9 @@ def test_ctrl_c_saves_and_prints_the_command_that_continues(unbroken, tiny_datas
     assert "Traceback" not in text
     again = text.strip().rpartition("the same command continues: ")[2]
     assert shlex.split(again)[1:] == line[1:]  # the interpreter by its bare name
+    assert os.path.samefile(shutil.which(shlex.split(again)[0]), sys.executable)
 
-    process = start(["bash", "-c", f"exec {again}"])
+    process = start_warm(line)
     wait_for_step(process, output / "metrics.jsonl", saved + 2)
     process.send_signal(signal.SIGHUP)  # the terminal is closed
     text = finish(process, PREEMPTED)
@@ -135,7 +141,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_continues(unbroken, tiny_datas
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once_and_spoils_nothing(unbroken, tiny_dataset, tmp_path):
     output = tmp_path / "run"
-    process = start(command(tiny_dataset, output, STEPS, "--checkpoint.every_steps", "1"))
+    process = start_warm(command(tiny_dataset, output, STEPS, "--checkpoint.every_steps", "1"))
     wait_for_step(process, output / "metrics.jsonl", 3)
     process.send_signal(signal.SIGSTOP)  # the second comes before the step is done
     process.send_signal(signal.SIGINT)
@@ -153,8 +159,11 @@ def test_a_second_ctrl_c_ends_it_at_once_and_spoils_nothing(unbroken, tiny_datas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["killed", "ctrl-c"])
-def test_ranks_of_deepspeed_stop_with_their_launcher(tiny_dataset, tmp_path, kind):
-    """Of its two processes the outer one passes nothing on; of a terminal's Ctrl-C all get one, ranks two."""
+def test_ranks_of_deepspeed_stop_with_their_launcher(unbroken, tiny_dataset, tmp_path, kind):
+    """And train as one process does.
+
+    Of its two processes the outer one passes nothing on; of a terminal's Ctrl-C all get one, ranks two.
+    """
     pytest.importorskip("deepspeed")
     output = tmp_path / "run"
     arguments = command(tiny_dataset, output, 400)[4:]
@@ -179,6 +188,8 @@ def test_ranks_of_deepspeed_stop_with_their_launcher(tiny_dataset, tmp_path, kin
     assert int(stopped[1]) == newest(output) == max(curve(output))
     assert shlex.split(stopped[2])[1:] == line[1:]
     assert text.count("stopped after step") == 1
+    whole, found = curve(unbroken), curve(output)
+    assert [found[step] for step in (1, 2)] == pytest.approx([whole[step] for step in (1, 2)], abs=1e-5)
 
 
 def wait_until_caught(process):
