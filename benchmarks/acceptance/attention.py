@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from attention import Route, Shape, dense, dual
-from decode import filled_cache, token_step
+from decoding.decode import filled_cache, token_step
 from measure import medians, peak_mebibytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
