@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dualroute.attention.core.layout import LayoutPlan
@@ -200,13 +201,38 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
         }
 
 
+#: Batch on the host → what else it is to hold.
+Addition = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def label_rows(labels: NDArray[Any], part: tuple[int, int] = (0, 1)) -> Tensor:
+    """(r,) places of the labels that count in labels (b, n), flattened.
+
+    Args:
+        part: (rank, ranks) of those that share each row: the places are those in this rank's part
+            (b, ceil(n / ranks)), as `DualRoutingTransformer.local_shard` cuts it.
+    """
+    counts = labels != IGNORE_INDEX
+    rank, ranks = part
+    if ranks > 1:
+        width = -(-counts.shape[1] // ranks)
+        filled = np.pad(counts, ((0, 0), (0, width * ranks - counts.shape[1])))
+        counts = filled[:, rank * width : (rank + 1) * width]
+    return torch.from_numpy(np.flatnonzero(counts))
+
+
 def collate(
-    windows: Sequence[dict[str, NDArray[np.int64]]], *, layout: LayoutPlan | None = None
+    windows: Sequence[dict[str, NDArray[np.int64]]],
+    *,
+    layout: LayoutPlan | None = None,
+    part: tuple[int, int] = (0, 1),
+    additions: Sequence[Addition] = (),
 ) -> dict[str, Any]:
     """Windows → batch: int64 tensors (b, context), and the 0-dim ``num_targets`` that they have in common.
 
     With a ``layout``, also what a training step would have to ask a GPU for, and wait: ``layout``, the
-    `Layout` of the documents, and ``label_rows`` (r,), the places of the labels that count in (b · context,).
+    `Layout` of the documents, and ``label_rows`` (r,), the places of the labels that count in (b · context,);
+    with a ``part``, those in this rank's share of each row.  ``additions`` add what else they find in it.
     """
     batch: dict[str, Any] = {
         key: torch.from_numpy(np.stack([w[key] for w in windows]))
@@ -216,5 +242,7 @@ def collate(
     batch["num_targets"] = torch.tensor(int(windows[0]["num_targets"]))
     if layout is not None:
         batch["layout"] = layout.build(batch["segment_ids"])
-        batch["label_rows"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORE_INDEX))
+        batch["label_rows"] = label_rows(batch["labels"].numpy(), part)
+    for addition in additions:
+        batch |= addition(batch)
     return batch

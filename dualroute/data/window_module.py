@@ -31,7 +31,7 @@ from dualroute.data.plan import (
     merge_spans,
     sample_numbers,
 )
-from dualroute.data.reader import collate
+from dualroute.data.reader import Addition, collate
 from dualroute.errors import UserError
 
 Batch = dict[str, Any]
@@ -82,6 +82,10 @@ class WindowDataModule(pl.LightningDataModule):
         self.skipped_samples: list[Span] = []
         #: of the model that is trained; the loaders' processes then lay out the documents of each batch
         self.layout_plan: LayoutPlan | None = None
+        #: (rank, ranks) of those that share each text; `label_rows` are those of this rank's part
+        self.text_part = (0, 1)
+        #: what else these processes work out of a batch
+        self.additions: tuple[Addition, ...] = ()
 
     # ------------------------------------------------------------------ what a subclass knows
 
@@ -255,7 +259,9 @@ class WindowDataModule(pl.LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=partial(self.collate, layout=self.layout_plan),
+            collate_fn=partial(
+                self.collate, layout=self.layout_plan, part=self.text_part, additions=self.additions
+            ),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

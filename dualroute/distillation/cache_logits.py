@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,11 @@ def _asked(
         windows,
         batch_size=config.micro_batch,
         sampler=ids,
-        collate_fn=collate,
+        collate_fn=partial(collate, layout=teacher.layout_plans().get("layout")),
         num_workers=config.data.num_workers,
     )
     for batch in loader:
-        hidden = teacher.hidden_states({name: tensor.to(teacher.device) for name, tensor in batch.items()})
+        hidden = teacher.hidden_states({name: part.to(teacher.device) for name, part in batch.items()})
         whole = top_k_of(Logits(hidden.flatten(0, 1), teacher.weight), config.top_k, config.temperature)
         for parts in zip(*(part.unflatten(0, hidden.shape[:2]) for part in whole), strict=True):
             yield TopK(*parts)

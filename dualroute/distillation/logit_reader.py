@@ -17,17 +17,17 @@ import json
 import mmap
 import tarfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from dualroute.data.manifest import canonical_json
 from dualroute.data.plan import BatchPlan
-from dualroute.data.reader import Request
+from dualroute.data.reader import IGNORE_INDEX, Request
 from dualroute.distillation.logit_cache import (
     FORMAT,
     MANIFEST,
@@ -39,7 +39,7 @@ from dualroute.distillation.logit_cache import (
     read_json,
     shard_name,
 )
-from dualroute.distillation.losses import TopK
+from dualroute.distillation.losses import INFINITE, TopK
 from dualroute.errors import UserError
 from dualroute.files import file_sha256, write_bytes_atomically
 
@@ -164,8 +164,9 @@ class LogitCache:
             array = np.frombuffer(content, dtype, offset=size - int(np.prod(shape)) * dtype.itemsize)
             found.append(self._decoded(array.reshape(shape), name))
         log_probs, ids, rest = found
-        plausible = np.isfinite(log_probs).all() and max(log_probs.max(), rest.max()) < 0.1
-        if not plausible or int(ids.max()) >= self.identity.vocab_size:
+        plausible = np.isfinite(log_probs).all() and not np.isnan(rest).any()
+        plausible = plausible and max(log_probs.max(), rest.max()) < 0.1
+        if not plausible or not 0 <= int(ids.min()) <= int(ids.max()) < self.identity.vocab_size:
             raise self._damaged(shard, number)
         return dict(zip(BATCH_KEYS, found, strict=True))
 
@@ -226,16 +227,47 @@ class CachedWindows(Dataset[dict[str, NDArray[Any]]]):
         return {**self.windows[request], **said}
 
 
-def told(batch: dict[str, Tensor]) -> TopK:
-    """What a batch of `CachedWindows` holds of the teacher, (B, n, k) as it was read.
+FAULT = "cache_fault"
+_PAST_THE_END, _INFINITE = 1, 2
+
+
+@dataclass(frozen=True)
+class CacheFaults:
+    """An addition to batches of `CachedWindows`, made where they are loaded: what :func:`told` refuses.
+
+    Attributes:
+        needs_rest: The objective is infinite where the teacher leaves no mass outside its top k.
+    """
+
+    needs_rest: bool = False
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """``cache_fault``, a number of the host's: whether, and why, the batch cannot be trained on.
+
+        Batches that no cache speaks of (those of validation) have none.
+        """
+        if BATCH_KEYS[-1] not in batch:
+            return {}
+        rest, fault = batch[BATCH_KEYS[-1]], 0
+        if bool(rest.isnan().any()):
+            fault = _PAST_THE_END
+        elif self.needs_rest and bool((rest.isneginf() & (batch["labels"] != IGNORE_INDEX)).any()):
+            fault = _INFINITE
+        return {FAULT: fault}
+
+
+def told(batch: dict[str, Any]) -> TopK:
+    """What a batch of `CachedWindows`, with `CacheFaults`, holds of the teacher, (B, n, k) as it was read.
 
     Raises:
-        UserError: The batch lies past the end of the cache.
+        UserError: The batch lies past the end of the cache, or the objective is infinite on it.
     """
-    found = TopK(*(batch[key] for key in BATCH_KEYS))
-    if bool(found.rest.isnan().any()):
+    fault: int = batch[FAULT]
+    if fault == _INFINITE:
+        raise UserError(f"distill.loss {INFINITE}")
+    if fault == _PAST_THE_END:
         raise UserError(
             f"distill.cached_logits ends before this run, which has left out some data (see rollbacks.json): "
             f"make it longer; {REMEDY} with more --max_tokens"
         )
-    return found
+    return TopK(*(batch[key] for key in BATCH_KEYS))

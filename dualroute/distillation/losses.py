@@ -132,13 +132,18 @@ def chunked_distillation(
         chunk_size: Rows whose logits exist at the same time; null bounds them by memory.  Four matrices
             (chunk, V) are needed beside each other, five at a temperature.
         ignore_index: Label of rows that do not count.
-        rows: (R,) the rows that do count, their labels known to be in the vocabulary; null finds and checks
-            them, for which a GPU is waited for.
+        rows: (R,) the rows that do count, their labels and the teacher's ids known to be in the vocabulary;
+            null finds and checks them, for which a GPU is waited for.
+
+    Returns:
+        The sums.  That of a divergence that is infinite (reverse_kl where a truncated teacher leaves no mass
+        outside its top k) is infinite.
 
     Raises:
-        ValueError: Shapes do not fit, a label or id is outside the vocabulary, or the divergence of a
-            truncated teacher is infinite (reverse_kl where the teacher leaves no mass outside its top k).
+        ValueError: Shapes do not fit; or, without ``rows``, a label or id is outside the vocabulary, or the
+            divergence is infinite.
     """
+    known = rows is not None
     if rows is None:
         rows = labelled_rows(hidden, weight, labels, ignore_index)
     vocab_size = weight.shape[0]
@@ -146,7 +151,9 @@ def chunked_distillation(
         _check_teacher(teacher, len(hidden), vocab_size)
         divergence = partial(_dense_divergence, teacher=teacher, objective=objective)
     else:
-        _check_top_k(teacher, rows, len(hidden), vocab_size, objective)
+        _check_top_k(teacher, len(hidden), vocab_size)
+        if not known and len(rows):
+            _check_numbers(teacher, rows, vocab_size, objective)
         divergence = partial(_sparse_divergence, teacher=teacher, objective=objective)
     loss = partial(_distillation_chunk, labels=labels, objective=objective, divergence=divergence)
     total, sums = chunked_loss(hidden, weight, rows, loss, objective.factors, chunk_size=chunk_size)
@@ -164,7 +171,7 @@ def _check_teacher(teacher: Logits, rows: int, vocab_size: int) -> None:
         )
 
 
-def _check_top_k(teacher: TopK, rows: Tensor, count: int, vocab_size: int, objective: Objective) -> None:
+def _check_top_k(teacher: TopK, count: int, vocab_size: int) -> None:
     shape = teacher.log_probs.shape
     if len(shape) != 2 or shape[0] != count or teacher.ids.shape != shape or teacher.rest.shape != shape[:1]:
         raise ValueError(
@@ -173,20 +180,24 @@ def _check_top_k(teacher: TopK, rows: Tensor, count: int, vocab_size: int, objec
         )
     if not 1 <= shape[1] <= vocab_size:
         raise ValueError(f"the teacher's top {shape[1]} do not fit a vocabulary of {vocab_size}")
-    if not len(rows):
-        return
+
+
+def _check_numbers(teacher: TopK, rows: Tensor, vocab_size: int, objective: Objective) -> None:
+    """A GPU is waited for."""
     lowest, highest = torch.stack(teacher.ids.aminmax()).tolist()
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(f"the teacher's ids {lowest}..{highest} are outside a vocabulary of {vocab_size}")
-    if shape[1] < vocab_size and objective.loss == "reverse_kl" and bool(teacher.rest[rows].isinf().any()):
-        raise ValueError(
-            "reverse_kl is infinite: the teacher's top k hold all of its mass and the student puts some "
-            "elsewhere; use forward_kl or jsd, which are finite"
-        )
+    wide = teacher.ids.shape[1] == vocab_size
+    if not wide and objective.loss == "reverse_kl" and bool(teacher.rest[rows].isinf().any()):
+        raise ValueError(INFINITE)
 
 
 # ------------------------------------------------------------------ one chunk
 
+INFINITE = (
+    "reverse_kl is infinite: the teacher's top k hold all of its mass and the student puts some elsewhere; "
+    "use forward_kl or jsd, which are finite"
+)
 _LOG_OF_NOTHING = -1e4  # e to this power is 0, and 0 times it too
 
 #: (log p at T = 1 (C, V), scratch (C, V), rows) → (sum of the divergence, its gradient (C, V) by logits / T,
@@ -258,13 +269,16 @@ def _sparse_divergence(
         outside.scatter_(1, ids, -math.inf)
         rest = outside.logsumexp(1, keepdim=True)  # the logit of the last bucket
         buckets = torch.cat([buckets, rest], 1)  # (C, k + 1)
-        log_q = torch.cat([log_q, teacher.rest[rows].to(log_q.dtype).unsqueeze(1)], 1)
+        of_rest = teacher.rest[rows].to(log_q.dtype).unsqueeze(1)
+        log_q = torch.cat([log_q, of_rest], 1)
     # rounded numbers do not add up to 1; of an empty rest the logarithm is only very small, so that 0 · log 0
     # is 0
     log_q = torch.log_softmax(log_q, 1).clamp_min_(_LOG_OF_NOTHING)
     of_buckets = torch.log_softmax(buckets, 1)
     function = DIVERGENCES[objective.loss]
     distance, gradient = function(of_buckets, log_q, torch.empty_like(log_q), objective.beta)
+    if has_rest and objective.loss == "reverse_kl":
+        distance = distance.masked_fill(of_rest.isneginf().any(), math.inf)
     if has_rest:  # d rest / d outside_j is the softmax over the rest
         outside.sub_(rest).exp_().mul_(gradient[:, -1:])
     return distance, outside.scatter_(1, ids, gradient[:, : ids.shape[1]]), False

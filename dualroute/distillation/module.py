@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualroute.data.module import Batch, ShardDataModule
-from dualroute.data.reader import IGNORE_INDEX
+from dualroute.attention.core.layout import LayoutPlan
+from dualroute.data.reader import IGNORE_INDEX, Addition
+from dualroute.data.window_module import Batch, WindowDataModule
 from dualroute.distillation.config import DistillationConfig
 from dualroute.distillation.intermediate import (
     Pairs,
@@ -36,7 +37,7 @@ from dualroute.distillation.intermediate import (
     route_widths,
 )
 from dualroute.distillation.liger import liger_distillation
-from dualroute.distillation.logit_reader import told
+from dualroute.distillation.logit_reader import CacheFaults, told
 from dualroute.distillation.losses import (
     DistillationSums,
     Logits,
@@ -45,10 +46,21 @@ from dualroute.distillation.losses import (
     chunked_distillation,
     top_k_of,
 )
-from dualroute.distillation.on_policy import is_on_policy, own_continuations
+from dualroute.distillation.on_policy import Prompts, is_on_policy, own_continuations
 from dualroute.distillation.teacher import Teacher
 from dualroute.errors import UserError
 from dualroute.training.step.module import Pretrain
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """An addition to batches: the layout of another model than the student, under ``key``."""
+
+    key: str
+    plan: LayoutPlan
+
+    def __call__(self, batch: Batch) -> Batch:
+        return {self.key: self.plan.build(batch["segment_ids"])}
 
 
 @dataclass
@@ -101,8 +113,21 @@ class Distill(Pretrain):
             self.teacher.to(self.trainer.strategy.root_device)
             self.teacher.shard()
             self.teacher.set_sequence_group(self.model.sequence_group)
-            if isinstance(data := self.trainer.datamodule, ShardDataModule):  # type: ignore[attr-defined]
-                data.layout_plan = self.teacher.with_its_layout(self.model.layout_plan())
+        self.layouts, additions = self.prepared_by_loader()
+        if isinstance(data := self.trainer.datamodule, WindowDataModule):  # type: ignore[attr-defined]
+            data.layout_plan, data.additions = self.layouts["layout"], additions
+
+    def prepared_by_loader(self) -> tuple[dict[str, LayoutPlan], tuple[Addition, ...]]:
+        """What loaders work out of each batch, for nothing to be asked of the device: layouts by key, and the
+        additions that make all of them but ``layout``, and what else a step needs."""
+        plan = self.model.layout_plan()
+        if self.teacher is None:
+            return {"layout": plan}, (CacheFaults(self.config.loss == "reverse_kl"),)
+        layouts = self.teacher.layout_plans(plan)
+        additions: list[Addition] = [LaidOut(key, layouts[key]) for key in layouts if key != "layout"]
+        if self.config.on_policy_fraction:
+            additions.append(Prompts(self.config.on_policy_prefix))
+        return layouts, tuple(additions)
 
     # ------------------------------------------------------------------ loss
 
@@ -127,11 +152,11 @@ class Distill(Pretrain):
         own = own_continuations(
             self.model,
             batch,
-            prefix=self.config.on_policy_prefix,
             new_tokens=self.config.on_policy_tokens,
             temperature=self.config.on_policy_temperature,
             eos_id=self.tokenizer.eos_id,
             draw=(self.seed, self.trainer.global_step, number),
+            layouts=self.layouts,
         )
         # every micro-batch counts alike: nobody knows yet how long the texts of the others will be
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size

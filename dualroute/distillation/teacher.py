@@ -92,7 +92,8 @@ class Teacher:
         self.offload = offload
         self.sharded = sharded and detect_world().world_size > 1
         self._is_divided = False
-        self._shares_layout = False
+        #: of a batch, the layout that the loader has made for this model; null: it makes its own
+        self.layout_key: str | None = None
         if offload and not self.sharded:
             for layer in self.model.layers:
                 _visit_device(layer, self)
@@ -162,25 +163,29 @@ class Teacher:
     def hidden_states(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, n, D_t) after its last norm; of this rank's tokens where ranks share texts."""
         with torch.autocast(self.device.type, enabled=False):
-            known = {"layout": batch.get("layout")} if self._shares_layout else {}
+            known = {} if self.layout_key is None else {"layout": batch.get(self.layout_key)}
             hidden: Tensor = self.model.hidden_states(
                 batch["input_ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], **known
             )
         return hidden
 
-    def with_its_layout(self, plan: LayoutPlan) -> LayoutPlan:
-        """What the loader has to work out for a student with ``plan`` and for this teacher.
+    def layout_plans(self, plan: LayoutPlan | None = None) -> dict[str, LayoutPlan]:
+        """What the loader has to lay out, by key in a batch, for a student with ``plan`` and this teacher.
 
-        A teacher with blocks of the same size reads a batch in the student's layout; any other makes its
-        own, for which a GPU is waited for.
+        A teacher with blocks of the same size reads a batch in the student's layout, any other in
+        ``teacher_layout``; a model of another library (GPT-2) asks for neither.
         """
-        if not isinstance(self.model, DualRoutingTransformer):
-            return plan
-        own = self.model.layout_plan()
-        self._shares_layout = own.block == plan.block
-        if not self._shares_layout:
-            return plan
-        return LayoutPlan(plan.block, tuple(sorted({*plan.limits, *own.limits})))
+        own = self.model.layout_plan() if isinstance(self.model, DualRoutingTransformer) else None
+        if own is None:
+            return {} if plan is None else {"layout": plan}
+        if plan is None:
+            self.layout_key = "layout"
+            return {"layout": own}
+        if own[2:] == plan[2:] and own.block == plan.block:
+            self.layout_key = "layout"
+            return {"layout": plan._replace(limits=tuple(sorted({*plan.limits, *own.limits})))}
+        self.layout_key = "teacher_layout"
+        return {"layout": plan, "teacher_layout": own}
 
 
 def _fill_pieces(layer: nn.Module, weights: TensorFile, prefix: str) -> None:

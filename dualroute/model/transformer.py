@@ -123,7 +123,8 @@ class DualRoutingTransformer(nn.Module):
         """How batches are laid out for this model, to be done where they are loaded."""
         limits: set[int | None] = {layer.attention.max_exact_blocks for layer in self.layers}  # type: ignore
         exact = tuple(sorted(limit for limit in limits if limit is not None))
-        return LayoutPlan(self.config.block, exact, self.config.grid)
+        parts = 1 if self.sequence_group is None else self.sequence_group.size()
+        return LayoutPlan(self.config.block, exact, self.config.grid, parts)
 
     def _through_layers(
         self,
@@ -186,7 +187,6 @@ class DualRoutingTransformer(nn.Module):
     ) -> Tensor:
         ids = self._padded(input_ids, 0)
         if ids.shape != input_ids.shape:
-            layout = None
             if attention_mask is None:
                 attention_mask = input_ids.new_ones(input_ids.shape[:2], dtype=torch.bool)
             attention_mask = self._padded(attention_mask, 0)

@@ -20,7 +20,7 @@ from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.data import verify as verify_under_test
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.module import ShardDataModule
-from dualroute.data.reader import IGNORE_INDEX
+from dualroute.data.reader import IGNORE_INDEX, label_rows
 from dualroute.data.verify import VERIFIED_FILE, verify_once
 from dualroute.errors import UserError
 from tests.data.shards import numbered, write_dataset
@@ -382,3 +382,15 @@ def test_the_loaders_processes_lay_out_the_documents(folder: Path) -> None:
     assert moved["layout"].stream.device.type == "meta"
     assert {moved[name].device.type for name in ("input_ids", "label_rows", "labels")} == {"meta"}
     assert moved["layout"].stream.split(1)[1].first_blocks().device.type == "meta"
+
+
+@pytest.mark.parametrize("length", [12, 13])
+def test_rows_of_labels_in_a_part_of_each_text_are_those_that_its_rank_finds(length: int) -> None:
+    draw = torch.Generator().manual_seed(length)
+    labels = torch.where(torch.rand(3, length, generator=draw) < 0.5, IGNORE_INDEX, 7)
+    width = -(-length // 4)
+    padded = torch.nn.functional.pad(labels, (0, 4 * width - length), value=IGNORE_INDEX)
+    for rank, own in enumerate(padded.chunk(4, dim=1)):
+        expected = (own != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        assert torch.equal(label_rows(labels.numpy(), (rank, 4)), expected)
+    assert torch.equal(label_rows(labels.numpy()), (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1))

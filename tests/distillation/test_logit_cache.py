@@ -17,7 +17,7 @@ from dualroute.data.plan import BatchPlan
 from dualroute.data.reader import open_stream
 from dualroute.distillation import cache_logits
 from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, finish
-from dualroute.distillation.logit_reader import CachedWindows, LogitCache, told
+from dualroute.distillation.logit_reader import CachedWindows, CacheFaults, LogitCache, told
 from dualroute.distillation.losses import TopK
 from dualroute.errors import UserError
 from tests.distillation.test_run import FEW, arguments, close, distil, teacher
@@ -238,10 +238,15 @@ def test_past_its_end_the_cache_says_so(cache, tiny_dataset):
     windows = cache_logits.WindowDataset(cache_logits.ShardReader(manifest, "train"), plan)
     extended = CachedWindows(windows, LogitCache(cache), plan)
     first, last, after = plan.sample_ids(SAMPLES - 2, 3).tolist()
-    batch = cache_logits.collate([extended[sample] for sample in (first, last)])
+    add = (CacheFaults(),)
+    batch = cache_logits.collate([extended[sample] for sample in (first, last)], additions=add)
     assert told(batch).ids.shape == (2, 64, K)
     with pytest.raises(UserError, match="ends before this run"):
-        told(cache_logits.collate([extended[sample] for sample in (last, after)]))
+        told(cache_logits.collate([extended[sample] for sample in (last, after)], additions=add))
+    batch["teacher_rest"][0, 0] = -float("inf")
+    assert not CacheFaults()(batch)["cache_fault"]
+    with pytest.raises(UserError, match="reverse_kl is infinite"):
+        told(batch | CacheFaults(needs_rest=True)(batch))
 
 
 def test_a_vocabulary_that_needs_it_is_stored_wide(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dualroute.distillation.on_policy import document_beginnings, is_on_policy, own_continuations
+from dualroute.distillation.on_policy import Prompts, document_beginnings, is_on_policy, own_continuations
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
 
@@ -29,7 +29,8 @@ def test_own_text_is_labelled_after_its_prefix_until_it_ends(small):
     segments[0, 12:] = 2
     segments[1, 4:] = 2
     batch = {"input_ids": ids, "segment_ids": segments}
-    settings = {"prefix": 6, "new_tokens": 30, "temperature": 1.0, "eos_id": 2}
+    batch |= Prompts(6)(batch)
+    settings = {"new_tokens": 30, "temperature": 1.0, "eos_id": 2}
     own = own_continuations(small, batch, draw=(0, 1, 2), **settings)
     assert own["input_ids"].shape == (4, 35)
     assert torch.equal(

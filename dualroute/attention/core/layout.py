@@ -161,6 +161,8 @@ class Layout:
                 segment_ids = None
         if grid is None and segment_ids is None and attention_mask is None and length % block == 0:
             return cls._trivial(batch, length, block, device)
+        if grid is None and segment_ids is None and attention_mask is None:
+            return cls._whole_rows(batch, length, block, device)
         return cls._general(batch, length, block, segment_ids, attention_mask, device, grid)
 
     @classmethod
@@ -201,6 +203,18 @@ class Layout:
         positions = torch.arange(length, device=device).expand(batch, length)
         documents = torch.arange(batch, device=device)[:, None].expand(batch, length)
         return cls(batch, length, stream, positions, documents, None, None)
+
+    @classmethod
+    def _whole_rows(cls, batch: int, length: int, block: int, device: torch.device) -> Layout:
+        """Each row one document that ends inside of a block: the shape says all, and no device is asked."""
+        blocks = -(-length // block)
+        rows = torch.arange(batch, device=device)[:, None]
+        places = torch.arange(blocks * block, device=device)
+        slot_token = torch.where(places < length, rows * length + places, -1).flatten()
+        token_slot = (rows * blocks * block + places[:length]).flatten()
+        stream = Stream(block, (Bucket(0, batch, blocks),), slot_token >= 0, device)
+        positions, documents = places[:length].expand(batch, length), rows.expand(batch, length)
+        return cls(batch, length, stream, positions, documents, slot_token, token_slot)
 
     @classmethod
     def _general(
@@ -394,15 +408,18 @@ class LayoutPlan(NamedTuple):
     """What a model wants to know of a batch's documents: worked out ahead, by the processes that load data.
 
     `block` is that of its layers, `limits` the numbers of blocks up to which one of them reads documents in
-    another way than longer ones. With a `grid` documents are images of that size.
+    another way than longer ones. With a `grid` documents are images of that size. Rows are filled up with
+    padding to a multiple of `parts` tokens, for ranks that share them.
     """
 
     block: int
     limits: tuple[int, ...] = ()
     grid: Grid | None = None
+    parts: int = 1
 
     def build(self, segment_ids: Tensor) -> Layout:
         """The layout of a batch on a CPU; segment_ids (B, n), 0 = padding."""
+        segment_ids = torch.nn.functional.pad(segment_ids, (0, -segment_ids.shape[1] % self.parts))
         batch, length = segment_ids.shape
         layout = Layout.build(batch, length, self.block, segment_ids, segment_ids != 0, grid=self.grid)
         layout.stream.prepare(self.limits)

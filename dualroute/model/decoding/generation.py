@@ -114,7 +114,8 @@ def continue_batch(
     """Prompts of equal length with ``new_tokens`` more ids each, drawn from the model: (B, n) → (B, n + m).
 
     Always that many, also past an end of the text, so that ranks which hold parts of one model take as many
-    steps.  ``generator`` is a CPU's: the same draws on every device.
+    steps.  With a CPU's ``generator`` the draws are the same on every device; with one of the prompts' device
+    nothing leaves it.  Either way the host never waits for a GPU.
 
     Raises:
         ValueError: The texts would be longer than the model's context.
@@ -133,9 +134,12 @@ def continue_batch(
         caches = model.new_caches(batch, length + new_tokens)
         texts, fed = prompts, prompts
         for _ in range(new_tokens):
-            logits = model.head(model.hidden_states(fed, caches=caches)[:, -1]).float().cpu()  # (B, V)
-            drawn = torch.softmax(logits / temperature, -1).multinomial(1, generator=generator)
-            fed = drawn.to(prompts.device)
+            logits = model.head(model.hidden_states(fed, caches=caches)[:, -1]).float()  # (B, V)
+            # the largest of p / Exp(1) is a draw from p, as torch.multinomial makes it, but without its check
+            # of p, for which a GPU is waited for
+            noise = torch.empty(logits.shape, device=generator.device).exponential_(1, generator=generator)
+            likely = torch.softmax(logits / temperature, -1)
+            fed = (likely / noise.to(likely.device, non_blocking=True)).argmax(-1, keepdim=True)
             texts = torch.cat([texts, fed], 1)
     finally:
         model.train(was_training)

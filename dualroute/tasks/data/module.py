@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.plan import Request
-from dualroute.data.reader import IGNORE_INDEX, collate
+from dualroute.data.reader import IGNORE_INDEX, Addition, collate, label_rows
 from dualroute.data.window_module import WindowDataModule
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.data.packing import PackedPlan, PackedSequence
@@ -80,19 +80,25 @@ class PackedWindows(Dataset[dict[str, NDArray[Any]]]):
 
 
 def collate_examples(
-    windows: Sequence[dict[str, NDArray[Any]]], *, layout: LayoutPlan | None = None
+    windows: Sequence[dict[str, NDArray[Any]]],
+    *,
+    layout: LayoutPlan | None = None,
+    part: tuple[int, int] = (0, 1),
+    additions: Sequence[Addition] = (),
 ) -> dict[str, Any]:
-    """Windows → batch; see the module's docstring."""
+    """Windows → batch; see the module's docstring, and for the other arguments `collate`."""
     numbers = [window["examples"] for window in windows]
     batch = collate([{k: v for k, v in window.items() if k != "examples"} for window in windows], layout=None)
     if "labels" not in batch:
         batch["labels"] = torch.full_like(batch["segment_ids"], IGNORE_INDEX)
     if layout is not None:
         batch["layout"] = layout.build(batch["segment_ids"])
-        batch["label_rows"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORE_INDEX))
+        batch["label_rows"] = label_rows(batch["labels"].numpy(), part)
     if "outputs" in batch:
         batch["output_rows"] = torch.from_numpy(np.flatnonzero(batch.pop("outputs").numpy()))
     batch["examples"] = torch.from_numpy(np.concatenate(numbers))
+    for addition in additions:
+        batch |= addition(batch)
     return batch
 
 

@@ -47,6 +47,11 @@ def deepspeed_config(
     zero = user.pop("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f"{where}: zero_optimization is {zero!r}, not a table of settings like {{stage: 2}}")
+    if removed := sorted(key for key in zero if str(key).startswith("mics_")):
+        raise UserError(
+            f"{where}: zero_optimization.{removed[0]} asks for MiCS, which DeepSpeed 0.19 no longer has: use "
+            f"parallel.zero_hpz_partition_size (the ranks of a node) at ZeRO 3"
+        )
     stage = _agree(where, zero, "zero_optimization.stage", "zero_stage", config.zero_stage)
     stage = DEFAULT_ZERO_STAGE if stage is None else stage
     if stage not in ZERO_STAGES or isinstance(stage, bool):

@@ -120,6 +120,8 @@ class Pretrain(LightningModule):
         self.model.set_sequence_group(new_sequence_group(getattr(self.trainer.strategy, "sequence_ranks", 1)))
         if isinstance(data := self.trainer.datamodule, WindowDataModule):  # type: ignore[attr-defined]
             data.layout_plan = self.model.layout_plan()
+            if (group := self.model.sequence_group) is not None:
+                data.text_part = group.rank(), group.size()
 
     def configure_model(self) -> None:
         if self.weights is not None:
@@ -193,8 +195,8 @@ class Pretrain(LightningModule):
         return self.model.head(hidden.flatten(0, 1), loss)
 
     def _label_rows(self, batch: Batch) -> Tensor | None:
-        """What the loader found: rows of the whole batch, so that ranks that share texts find their own."""
-        return batch.get("label_rows") if self.model.sequence_group is None else None
+        """What the loader found, of this rank's part of the texts; null: they are looked for."""
+        return batch.get("label_rows")
 
     @property
     def at_first_micro_batch(self) -> bool:

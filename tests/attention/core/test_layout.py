@@ -161,3 +161,19 @@ def test_ends_of_documents_are_those_of_their_tokens() -> None:
     stream = Layout.build(1, 40, 8, segments).stream
     assert stream.document_slots().tolist() == [0, 16, 48]
     assert stream.document_slots(tokens_only=True).tolist() == [0, 13, 16, 43, 48]
+
+
+@pytest.mark.parametrize(("length", "parts"), [(13, 1), (3, 1), (13, 4)])
+def test_whole_rows_are_laid_out_as_documents_are(length, parts):
+    """By their shape alone, and filled up for ranks that share them."""
+    segments = torch.ones(2, length, dtype=torch.long)
+    padded = torch.nn.functional.pad(segments, (0, -length % parts))
+    ours = LayoutPlan(8, parts=parts).build(segments)
+    shape = padded.shape
+    theirs = Layout._general(*shape, 8, padded, padded != 0, torch.device("cpu"), None)
+    by_shape = Layout.build(*shape, 8) if parts == 1 else ours
+    for layout in (ours, by_shape):
+        assert layout.stream.buckets == theirs.stream.buckets
+        assert torch.equal(layout.stream.slot_valid, theirs.stream.slot_valid)
+        for name in ("positions", "documents", "slot_token", "token_slot"):
+            assert torch.equal(getattr(layout, name), getattr(theirs, name)), name

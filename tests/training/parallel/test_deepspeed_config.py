@@ -153,3 +153,9 @@ def test_second_partitions_that_cannot_be(config: dict[str, Any], world_size: in
     parallel = ParallelConfig(zero_hpz_partition_size=4, **config)
     with pytest.raises(UserError, match=message):
         deepspeed_config(parallel, micro_batch=1, world_size=world_size)
+
+
+def test_mics_is_refused_by_name_with_what_to_use(tmp_path: Path) -> None:
+    path = written(tmp_path, {"zero_optimization": {"stage": 3, "mics_shard_size": 8}})
+    with pytest.raises(UserError, match=r"mics_shard_size asks for MiCS.*zero_hpz_partition_size"):
+        deepspeed_config(ParallelConfig(deepspeed_config=path), micro_batch=1, world_size=8)
