@@ -246,7 +246,7 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Name and module of every layer that a scheme applies to."""
     for name, module in model.named_modules():
         if is_quantizable(module):
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -313,7 +313,8 @@ def assemble(
         if expected.get(name) != found:
             raise UserError(
                 f"{source} does not fit its model.json and scheme {quantization.scheme}: {name} is "
-                f"{found or 'absent'} there, {expected.get(name) or 'absent'} by the configuration; quantize the float checkpoint again"
+                f"{found or 'absent'} there, {expected.get(name) or 'absent'} by the configuration: "
+                f"quantize the float checkpoint again"
             )
     for name, value in weights.items():
         owner, _, leaf = name.rpartition(".")
