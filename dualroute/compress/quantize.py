@@ -36,6 +36,7 @@ from dualroute.model.quantization import NATIVE, Quantization
 from dualroute.model.quantized import (
     QuantizedLinear,
     QuantizedTable,
+    is_quantizable,
     pack_int4,
     quantizable,
     replace_modules,
@@ -127,13 +128,14 @@ def quantize_model(model: DualRoutingTransformer, quantization: Quantization) ->
 
     if quantization.scheme in NATIVE:
         model.to(torch.bfloat16)  # what their kernels multiply with
-    quantize_(model, torchao_config(quantization), lambda module, _: isinstance(module, nn.Linear))
+    quantize_(model, torchao_config(quantization), lambda module, _: is_quantizable(module))
+    biases = {name: linear.bias for name, linear in quantizable(model) if linear.bias is not None}
     found = {}  # of each module to come, what torchao chose
     if quantization.scheme not in NATIVE:
         found = {name: _integers(linear.weight) for name, linear in quantizable(model)}
-    if quantization.embeddings:
+    if quantization.embeddings and model.config.frontend is None:
         tables: dict[str, nn.Module] = {"embedding": model.embedding}
-        if not model.config.tie_embeddings:
+        if not model.config.head_is_tied:
             tables["head"] = model.head
         chosen = set(tables.values())
         quantize_(model, rows_config(), lambda module, _: module in chosen)
@@ -145,6 +147,8 @@ def quantize_model(model: DualRoutingTransformer, quantization: Quantization) ->
         module = model.get_submodule(name)
         assert isinstance(module, QuantizedLinear | QuantizedTable)
         module.qdata, module.scale = qdata, scale
+        if isinstance(module, QuantizedLinear) and module.bias is not None:
+            module.bias = biases[name].detach().clone()
     return model
 
 
@@ -195,7 +199,6 @@ def quantize(config: QuantizeConfig) -> Checkpoint:
         raise UserError(f"--output {config.output} exists already: choose another folder")
     verify_checkpoint(source, only=TOKENIZER)  # it is copied
     model = load_model(source).to(device, torch.float32)
-    model.config.require_tokens("dualroute quantize")
     quantization = config.quantization
     quantize_model(model, quantization)
     written = save_quantized(model, quantization, source, config.output)

@@ -248,6 +248,12 @@ class ModelConfig:
         return self.frontend is None and (self.task_head is None or self.task_head.kind != "item")
 
     @property
+    def head_is_tied(self) -> bool:
+        """Whether the output projection is the input embedding: also of a model with a task's head or with a
+        frontend, which writes no text and does not use it."""
+        return self.tie_embeddings or self.task_head is not None or self.frontend is not None
+
+    @property
     def heads_per_group(self) -> int:
         """Query heads that share a key/value head."""
         return self.num_heads // (self.num_kv_heads or self.num_heads)

@@ -52,9 +52,15 @@ def join(layers: Sequence[Any]) -> nn.Linear | QuantizedLinear | None:
     if isinstance(first, nn.Linear):
         whole = nn.Linear(first.in_features, width, bias=first.bias is not None, device="meta")
     else:
-        whole = QuantizedLinear(first.in_features, width, group_size=first.group_size, dynamic=first.dynamic)
+        whole = QuantizedLinear(
+            first.in_features,
+            width,
+            group_size=first.group_size,
+            dynamic=first.dynamic,
+            bias=first.bias is not None,
+        )
     is_float = isinstance(first, nn.Linear)
-    for name in ("weight", "bias") if is_float else ("qdata", "scale"):
+    for name in ("weight", "bias") if is_float else ("qdata", "scale", "bias"):
         parts: list[Any] = [getattr(layer, name) for layer in layers]
         if parts[0] is None:
             continue
@@ -68,7 +74,7 @@ def join(layers: Sequence[Any]) -> nn.Linear | QuantizedLinear | None:
 def _kind(layer: nn.Module) -> tuple[Any, ...] | None:
     """What layers must have in common; None = cannot be joined."""
     if type(layer) is QuantizedLinear:
-        return QuantizedLinear, layer.group_size, layer.dynamic
+        return QuantizedLinear, layer.group_size, layer.dynamic, layer.bias is None
     if type(layer) is nn.Linear and type(layer.weight.data) is Tensor:
         return nn.Linear, layer.weight.dtype, layer.bias is None
     return None

@@ -5,6 +5,7 @@ In: integers and scales that :mod:`dualroute.compress.quantize` wrote, under the
 
     NAME.qdata   (N, K) int8, or (N, K / 2) uint8: two 4-bit weights a byte, the even column in the low half
     NAME.scale   (N, 1) float32, one a row; or (N, K / group_size) bfloat16, one for each group of columns
+    NAME.bias    (N,) float32, as it was, where the layer has one
 
 Here: Linear, embedding and head are replaced by modules of the same interface, so whatever reads a model
 reads this one.  A tied embedding is one table that serves the look-up and the head.  Weights that only a
@@ -30,6 +31,7 @@ from dualroute.attention.backend import token_kernels
 from dualroute.attention.backends.cpp import int8_product
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
+from dualroute.model.frontends import Frontend
 from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.quantization import NATIVE, Quantization
 from dualroute.model.transformer import DualRoutingTransformer
@@ -62,23 +64,32 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias whose weight is int8 or int4.
+    """A linear layer whose weight is int8 or int4; a bias stays what it was.
 
     Args:
         in_features: K.
         out_features: N.
         group_size: Columns that share a scale, for int4; null is int8 with a scale a row.
         dynamic: Round the activations of each token to int8 as well (symmetric, scale max|x| / 127.5).
+        bias: Add one.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, group_size: int | None = None, dynamic: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        group_size: int | None = None,
+        dynamic: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.dynamic = group_size, dynamic
         self.qdata: Tensor
         self.scale: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.register_buffer("packed", None, persistent=False)  # see pack_for_cpu
         self.register_buffer("steps", None, persistent=False)
         self.packed: Tensor | None
@@ -123,6 +134,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(…, K) → (…, N) in the dtype of the input."""
+        product = self._product(hidden_states)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def _product(self, hidden_states: Tensor) -> Tensor:
         dtype = hidden_states.dtype
         if self.packed is not None and self.steps is not None and self.group_size is not None:
             rows = compat.int4_product_on_cpu(
@@ -228,10 +243,15 @@ class QuantizedHead(nn.Module):
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and module of every layer that a scheme applies to: all linear ones."""
+    """Name and module of every layer that a scheme applies to."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if is_quantizable(module):
             yield name, module
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Linear layers; not what enters a model with a frontend, a few columns in which rounding shows most."""
+    return isinstance(module, nn.Linear) and not isinstance(module, Frontend)
 
 
 def replace_modules(model: DualRoutingTransformer, quantization: Quantization) -> None:
@@ -244,13 +264,14 @@ def replace_modules(model: DualRoutingTransformer, quantization: Quantization) -
             linear.out_features,
             group_size=quantization.group_size,
             dynamic=quantization.scheme == "int8_dynamic",
+            bias=linear.bias is not None,
         )
         model.set_submodule(name, module.to(linear.weight.device))
-    if quantization.embeddings:
+    if quantization.embeddings and model.config.frontend is None:
         vocab_size, dim = model.embedding.weight.shape
         device = model.embedding.weight.device
         table = QuantizedTable(vocab_size, dim).to(device)
-        own = table if model.config.tie_embeddings else QuantizedTable(vocab_size, dim).to(device)
+        own = table if model.config.head_is_tied else QuantizedTable(vocab_size, dim).to(device)
         model.embedding, model.head = table, QuantizedHead(own)  # type: ignore[assignment]
     model.requires_grad_(False)
 
@@ -258,7 +279,7 @@ def replace_modules(model: DualRoutingTransformer, quantization: Quantization) -
 def stored_tensors(model: DualRoutingTransformer) -> dict[str, Tensor]:
     """Every tensor that a checkpoint of a quantised model holds, tied ones once."""
     tensors = dict(model.state_dict())
-    if model.config.tie_embeddings:
+    if model.config.head_is_tied:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     return tensors
 
@@ -292,14 +313,15 @@ def assemble(
         if expected.get(name) != found:
             raise UserError(
                 f"{source} does not fit its model.json and scheme {quantization.scheme}: {name} is "
-                f"{found or 'absent'} there, {expected.get(name) or 'absent'} by the configuration"
+                f"{found or 'absent'} there, {expected.get(name) or 'absent'} by the configuration: "
+                f"quantize the float checkpoint again"
             )
     for name, value in weights.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         is_parameter = leaf in module._parameters
         setattr(module, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-    if config.tie_embeddings and isinstance(model.head, NextTokenHead):
+    if config.head_is_tied and isinstance(model.head, NextTokenHead):
         model.head.weight = model.embedding.weight
     return model.eval()
 

@@ -55,9 +55,7 @@ class DualRoutingTransformer(nn.Module):
             self.embedding = Frontend(config.frontend, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        # a model with a task's head writes no text: its output weight is the embedding's, and not used
-        tied = config.tie_embeddings or config.task_head is not None or config.frontend is not None
-        own = None if tied else nn.Parameter(torch.empty(vocab_size, config.dim))
+        own = None if config.head_is_tied else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.head = NextTokenHead(self.embedding.weight if own is None else own)
         self.task_head = None if config.task_head is None else TaskHead(config.task_head, config.dim)
         # counted now: a trainer that shards the model leaves parameters of size 0 behind

@@ -18,6 +18,7 @@ from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate, quantized
 from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint, load_model, save_model
+from dualroute.model.config import FrontendConfig, TaskHeadConfig
 from dualroute.model.quantized import (
     Quantization,
     QuantizedLinear,
@@ -285,3 +286,43 @@ def test_a_file_that_does_not_fit_its_description_is_refused(source, tmp_path):
     rewrite(written.folder, quantization=said["quantization"])
     with pytest.raises(UserError, match=r"does not fit its model\.json and scheme int4_weight_only"):
         load(written.folder, "cpu")
+
+
+PATCHES = FrontendConfig("patches", 9, [4, 4], [2, 2], learned_places=True)
+FRAMES = FrontendConfig("frames", 24)
+ENCODER = {"causal": False, "block": 4, "sub_block": 2}
+BIASED = {
+    "qkv_bias": {"qkv_bias": True},
+    "texts": {"task_head": TaskHeadConfig("sequence", ["a", "b", "c"]), "tie_embeddings": False},
+    "images": {**ENCODER, "frontend": PATCHES, "task_head": TaskHeadConfig("sequence", ["a", "b"], "mean")},
+    "recognition": {**ENCODER, "frontend": FRAMES, "task_head": TaskHeadConfig("ctc", ["", "a", "b"])},
+    "items": {"task_head": TaskHeadConfig("item", [str(number) for number in range(299)])},
+}
+
+
+@pytest.mark.parametrize("scheme", ANYWHERE)
+@pytest.mark.parametrize("kind", BIASED)
+def test_biases_frontends_and_heads_of_tasks_come_through_the_file(kind, scheme, tiny_dataset, tmp_path):
+    """Weights are rounded; biases, and what enters instead of tokens, are not touched."""
+    torch.manual_seed(0)
+    model = DualRoutingTransformer(dataclasses.replace(SHAPE, vocab_size=300, **BIASED[kind])).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    source = save_model(model, tmp_path / "float", tiny_dataset / "tokenizer.model", {})
+    written = quantize(QuantizeConfig(str(source.folder), str(tmp_path / "small"), scheme, device="cpu"))
+    read = load_model(written)
+    biases = {name: value for name, value in model.named_parameters() if name.endswith("bias")}
+    assert biases
+    assert all(torch.equal(read.state_dict()[name], value) for name, value in biases.items())
+    if model.config.frontend is not None:
+        ours, theirs = model.embedding.state_dict(), read.embedding.state_dict()
+        assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+        inputs = torch.randn(2, 16, model.config.frontend.features)
+    else:
+        inputs = torch.randint(300, (2, 16))
+    with torch.no_grad():
+        exact, rounded = model(inputs), read(inputs)
+    error = (rounded - exact).norm() / exact.norm()
+    assert 0 < error < (0.2 if scheme == "int4_weight_only" else 0.03)
+    assert len([name for name in stored_tensors(read) if name.startswith("head.")]) == 0

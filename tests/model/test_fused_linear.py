@@ -22,8 +22,12 @@ def pair(bias=False, scheme=None):
     torch.manual_seed(0)
     if scheme is None:
         return [nn.Linear(64, width, bias=bias) for width in (48, 96)]
-    config = ModelConfig(vocab_size=128, dim=64, num_layers=1, num_heads=2, ffn_dim=64)
-    layer = quantize_model(DualRoutingTransformer(config), scheme).layers[0]
+    config = ModelConfig(vocab_size=128, dim=64, num_layers=1, num_heads=2, ffn_dim=64, qkv_bias=bias)
+    model = DualRoutingTransformer(config)
+    if bias:
+        for route in (model.layers[0].attention.global_qkv, model.layers[0].attention.local_qkv):
+            nn.init.normal_(route.bias)
+    layer = quantize_model(model, scheme).layers[0]
     return [layer.attention.global_qkv, layer.attention.local_qkv]
 
 
@@ -44,6 +48,17 @@ def test_biases_are_joined():
     expected = torch.cat([layer(rows) for layer in layers], -1)
     torch.testing.assert_close(torch.cat(Joined(layers)(rows), -1), expected)
     torch.testing.assert_close(torch.cat([layer(rows) for layer in layers], -1), expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=lambda scheme: scheme.scheme)
+def test_biases_of_integers_are_joined(scheme):
+    pytest.importorskip("torchao")
+    layers, rows = pair(scheme=scheme, bias=True), torch.randn(3, 64)
+    assert all(float(layer.bias.abs().min()) > 0 for layer in layers)
+    expected = torch.cat([layer(rows) for layer in layers], -1)
+    joined = Joined(layers)
+    assert len(joined.layers) == 1
+    torch.testing.assert_close(torch.cat(joined(rows), -1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_is_stored_twice():

@@ -95,7 +95,19 @@ def test_arrays_that_are_asked_are_not_copied_into_the_answers(trained: Path, tm
     assert all("x" not in line and line["y"] in range(4) for line in lines)
 
 
-@pytest.mark.parametrize("command", ["quantize", "export --format hf", "prune --ffn_dim 16 --data none"])
+def test_integers_answer_as_floats_do(trained: Path, tmp_path: Path) -> None:
+    data = write(tmp_path, 100, seed=7)
+    small, answers = tmp_path / "small", {}
+    assert main(["quantize", "--checkpoint", str(trained), "--output", str(small)]) == 0
+    for name, checkpoint in (("float", trained), ("int8", small)):
+        output = tmp_path / f"{name}.jsonl"
+        asked = ["predict", "--checkpoint", str(checkpoint), "--input", str(data), "--output", str(output)]
+        assert main(asked) == 0
+        answers[name] = [json.loads(line)["prediction"] for line in output.read_text().splitlines()]
+    assert sum(a == b for a, b in zip(answers["float"], answers["int8"], strict=True)) >= 98
+
+
+@pytest.mark.parametrize("command", ["export --format hf", "prune --ffn_dim 16 --data none"])
 def test_what_is_for_models_of_text_says_so(
     command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
