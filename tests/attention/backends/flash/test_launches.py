@@ -100,3 +100,18 @@ def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) ->
     assert forward.names["_flash_attention_forward"] >= 3
     assert forward.names.total() <= FORWARD, forward.names
     assert backward.names.total() <= BACKWARD, backward.names
+
+
+@pytest.mark.parametrize(("length", "heads"), [(1 << 17, 16), (1 << 19, 8), (1 << 20, 8)])
+def test_longer_texts_cost_a_fixed_number_of_launches_a_slab(length: int, heads: int) -> None:
+    """Every slab keeps within the memory, and there are hardly more than the triangle needs."""
+    stream = Layout.build(1, length, 64).stream
+    parts = slabs.slabs(stream, heads)
+    limit = slabs.max_entries(stream.device)
+    sizes = [(part.rows[1] - part.rows[0]) * 64 * part.width * heads for part in parts]
+    assert max(sizes) <= limit
+    assert [part.rows[0] for part in parts[1:]] == [part.rows[1] for part in parts[:-1]]
+    assert parts[-1].rows[1] == stream.num_blocks
+    triangle = length * stream.num_blocks * heads / 2
+    print(f"{length}, {heads} heads: {len(parts)} slabs, {triangle / limit:.1f} filled")
+    assert len(parts) <= 1.35 * triangle / limit + 2
