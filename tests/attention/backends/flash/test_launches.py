@@ -6,6 +6,7 @@ operator that is no view counts as one launch. `pytest -s` prints the numbers.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -36,13 +37,31 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.tensors: Counter[int] = Counter()  # that live, by their memory
+        self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         library, name = func.name().split("::")
         name = name.split(".")[0]
         if library != "prim" and name not in VIEWS:
             self.names[name] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(made, torch.Tensor):
+                self._keep(made)
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _keep(self, made: torch.Tensor) -> None:
+        memory = made.untyped_storage()
+        key, size = memory._cdata, memory.nbytes()
+        self.bytes += 0 if self.tensors[key] else size
+        self.tensors[key] += 1
+        weakref.finalize(made, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.tensors[key] -= 1
+        self.bytes -= 0 if self.tensors[key] else size
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +130,9 @@ def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) ->
     assert backward.names.total() <= BACKWARD, backward.names
 
 
-@pytest.mark.parametrize(("length", "heads"), [(1 << 17, 16), (1 << 19, 8), (1 << 20, 8)])
+@pytest.mark.parametrize(
+    ("length", "heads"), [(1 << 13, 16), (1 << 16, 16), (1 << 17, 16), (1 << 19, 8), (1 << 20, 8)]
+)
 def test_longer_texts_cost_a_fixed_number_of_launches_a_slab(length: int, heads: int) -> None:
     """Every slab keeps within the memory, and there are hardly more than the triangle needs."""
     stream = Layout.build(1, length, 64).stream
@@ -123,7 +144,11 @@ def test_longer_texts_cost_a_fixed_number_of_launches_a_slab(length: int, heads:
     assert parts[-1].rows[1] == stream.num_blocks
     triangle = length * stream.num_blocks * heads / 2
     assert len(parts) <= 1.1 * triangle / limit + 2
-    forward, backward = (part.names.total() for part in _count(stream, heads, heads // 4, 64, 4, 6))
-    print(f"{length}, {heads} heads: {forward} / {backward}, {len(parts)} slabs")
+    counted = _count(stream, heads, heads // 4, 64, 4, 6)
+    forward, backward = (part.names.total() for part in counted)
+    size = length * 64 * 2 * (heads + heads // 2)  # bytes of queries, keys and values
+    peaks = [part.peak / size for part in counted]
+    print(f"{length}, {heads} heads: {forward} / {backward}, {len(parts)} slabs, memory x {peaks}")
+    assert max(peaks) <= 20 + 4 * 4 * limit / size  # four matrices of the largest slab
     assert forward <= FORWARD + SLAB_FORWARD * (len(parts) - 1)
     assert backward <= BACKWARD + SLAB_BACKWARD * (len(parts) - 1)
