@@ -125,7 +125,7 @@ def backward(
         fill_closed(weights, stream, slab, 0.0)
         grad, delta, features, keys = (_finite(part) for part in (grad, delta, features, keys))
     to_values = weights.transpose(1, 2) @ grad
-    slopes = torch.baddbmm(-delta.expand_as(weights), grad, far.values.transpose(1, 2)).mul_(weights)
+    slopes = torch.baddbmm((-delta).expand_as(weights), grad, far.values.transpose(1, 2)).mul_(weights)
     to_keys = slopes.transpose(1, 2) @ features
     to_features = slopes @ keys
     dim = grad.shape[-1]

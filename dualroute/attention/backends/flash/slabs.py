@@ -10,7 +10,9 @@ a block stands for `block` keys, so the rectangle is small.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from dualroute.attention.core.layout import Stream
 
-MEMORY_SHARE = 1 / 16  # of the device, for the largest matrix; a slab more is two dozen launches more
+MEMORY_SHARE = (
+    1 / 16
+)  # of the device, for the largest matrix; a slab more is 30 launches more forward, 19 backward
 LEAST_ENTRIES = 1 << 26  # numbers, 256 MiB in float32, on however small a device
 
 
@@ -61,16 +65,20 @@ def max_entries(device: torch.device) -> int:
 
 def _slabs(stream: Stream, entries: int) -> list[Slab]:
     documents, blocks = _rectangle(stream)
-    number = -(-documents * blocks * stream.block * blocks * entries // max_entries(stream.device))
-    step = -(-blocks // max(1, min(number, blocks)))
+    most = max_entries(stream.device) // (documents * stream.block * entries)  # pairs of blocks
     owners = [
         first for first, count, size in stream.buckets for first in range(first, first + count * size, size)
     ]
     result = []
-    for begin in range(0, blocks, step):
-        end = min(begin + step, blocks)
-        first = 0 if documents > 1 else max(owner for owner in owners if owner <= begin)
+    begin = 0
+    while begin < blocks:
+        # what lies before a text's end is a triangle: the first slabs, which see few blocks, have more rows
+        first = 0 if documents > 1 else owners[bisect.bisect_right(owners, begin) - 1]
+        seen = begin - first  # (end - begin) * (end - first) <= most
+        end = begin + max(1, (math.isqrt(seen * seen + 4 * most) - seen) // 2)
+        end = min(end, blocks)
         result.append(Slab(documents, blocks, (begin, end), (first, end)))
+        begin = end
     return result
 
 

@@ -6,6 +6,7 @@ operator that is no view counts as one launch. `pytest -s` prints the numbers.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -19,8 +20,10 @@ from dualroute.attention import routes as attention_routes
 from dualroute.attention.backends.flash import select, slabs
 from dualroute.attention.backends.flash.backend import FLASH
 from dualroute.attention.core import precision
+from dualroute.attention.core.stream import Stream
 
 FORWARD, BACKWARD = 60, 90
+SLAB_FORWARD, SLAB_BACKWARD = 31, 20  # for each slab after the first
 VIEWS = {
     "view", "_unsafe_view", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
     "as_strided", "detach", "alias", "split", "split_with_sizes", "unbind", "unfold", "reshape",
@@ -34,13 +37,31 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.tensors: Counter[int] = Counter()  # that live, by their memory
+        self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         library, name = func.name().split("::")
         name = name.split(".")[0]
         if library != "prim" and name not in VIEWS:
             self.names[name] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(made, torch.Tensor):
+                self._keep(made)
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _keep(self, made: torch.Tensor) -> None:
+        memory = made.untyped_storage()
+        key, size = memory._cdata, memory.nbytes()
+        self.bytes += 0 if self.tensors[key] else size
+        self.tensors[key] += 1
+        weakref.finalize(made, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.tensors[key] -= 1
+        self.bytes -= 0 if self.tensors[key] else size
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +91,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["routed", "auto"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) -> None:
-    batch, length, heads, kv_heads, dim, top_k, packed = CASES[case]
-    stream = Layout.build(batch, length, 64, _packed(batch, length) if packed else None).stream
-    limit = top_k + 2 if mode == "routed" else 2048 // 64
-    stream.prepare([limit])  # as the processes that load data do
+def _count(
+    stream: Stream, heads: int, kv_heads: int, dim: int, top_k: int, limit: int
+) -> tuple[Launches, Launches]:
+    """What both routes of a layer launch, forward and backward."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [
             torch.randn(count, stream.num_slots, dim, dtype=torch.bfloat16, requires_grad=True)
@@ -95,8 +113,42 @@ def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) ->
             return forward, backward
 
         layer()  # what all layers of a batch share is made by the first
-        forward, backward = layer()
+        return layer()
+
+
+@pytest.mark.parametrize("mode", ["routed", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) -> None:
+    batch, length, heads, kv_heads, dim, top_k, packed = CASES[case]
+    stream = Layout.build(batch, length, 64, _packed(batch, length) if packed else None).stream
+    limit = top_k + 2 if mode == "routed" else 2048 // 64
+    stream.prepare([limit])  # as the processes that load data do
+    forward, backward = _count(stream, heads, kv_heads, dim, top_k, limit)
     print(f"{case}, {mode}: {forward.names.total()} / {backward.names.total()}")
     assert forward.names["_flash_attention_forward"] >= 3
     assert forward.names.total() <= FORWARD, forward.names
     assert backward.names.total() <= BACKWARD, backward.names
+
+
+@pytest.mark.parametrize(
+    ("length", "heads"), [(1 << 13, 16), (1 << 16, 16), (1 << 17, 16), (1 << 19, 8), (1 << 20, 8)]
+)
+def test_longer_texts_cost_a_fixed_number_of_launches_a_slab(length: int, heads: int) -> None:
+    """Every slab keeps within the memory, and there are hardly more than the triangle needs."""
+    stream = Layout.build(1, length, 64).stream
+    parts = slabs.slabs(stream, heads)
+    limit = slabs.max_entries(stream.device)
+    sizes = [(part.rows[1] - part.rows[0]) * 64 * part.width * heads for part in parts]
+    assert max(sizes) <= limit
+    assert [part.rows[0] for part in parts[1:]] == [part.rows[1] for part in parts[:-1]]
+    assert parts[-1].rows[1] == stream.num_blocks
+    triangle = length * stream.num_blocks * heads / 2
+    assert len(parts) <= 1.1 * triangle / limit + 2
+    counted = _count(stream, heads, heads // 4, 64, 4, 6)
+    forward, backward = (part.names.total() for part in counted)
+    size = length * 64 * 2 * (heads + heads // 2)  # bytes of queries, keys and values
+    peaks = [part.peak / size for part in counted]
+    print(f"{length}, {heads} heads: {forward} / {backward}, {len(parts)} slabs, memory x {peaks}")
+    assert max(peaks) <= 20 + 4 * 4 * limit / size  # four matrices of the largest slab
+    assert forward <= FORWARD + SLAB_FORWARD * (len(parts) - 1)
+    assert backward <= BACKWARD + SLAB_BACKWARD * (len(parts) - 1)
