@@ -9,6 +9,7 @@ from torch import Tensor
 from dualroute.attention import Layout, Routing, reference
 from dualroute.attention.backends.triton import pair_lists, routed_attention, select_blocks
 from dualroute.attention.backends.triton.routed import routed_backward, routed_forward
+from dualroute.attention.backends.triton.tiles import block_places
 from tests.attention.backends.triton.helpers import (
     DEVICE,
     assert_close_with_gradients,
@@ -133,21 +134,14 @@ def test_operators(order: str) -> None:
     query, key, value = (torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(3))
     far = [torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
     selected = select_blocks(query.detach(), key.detach(), layout.stream, top_k=0, sub_block=1)
-    first_block = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    arguments = (query, key, value, *(far if order != "none" else [None, None]), selected, first_block)
+    summaries = far if order != "none" else [None, None]
+    arguments = (query, key, value, *summaries, selected, block_places(layout.stream), False)
     torch.library.opcheck(torch.ops.dualroute.routed_forward.default, arguments)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     out, lse = routed_forward(*detached)
     torch.library.opcheck(
         torch.ops.dualroute.routed_backward.default,
-        (torch.ones_like(out), *detached, out, lse),
+        (torch.ones_like(out), *detached[:-1], out, lse, False),
         test_utils=("test_schema", "test_faketensor"),
     )
-    assert len(routed_backward(torch.ones_like(out), *detached, out, lse)) == 5
-
-
-def test_refuses_what_it_cannot_do() -> None:
-    layout = Layout.build(1, 16, BLOCK).to(DEVICE)
-    rows = torch.zeros(1, 16, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="causal=False"):
-        routed_attention(rows, rows, rows, layout.stream, Routing(1), causal=False)
+    assert len(routed_backward(torch.ones_like(out), *detached[:-1], out, lse, False)) == 5

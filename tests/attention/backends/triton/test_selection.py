@@ -119,16 +119,14 @@ def test_later_tokens_decide_nothing() -> None:
 
 def test_operator() -> None:
     query, features = torch.randn(1, 8, 6, device=DEVICE), torch.randn(1, 2, 1, 12, device=DEVICE)
-    first_block = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    places = torch.tensor([[0, 0], [2, 2], [4, 4]], dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.dualroute.select_blocks.default, (query, features, first_block, 2, "minmax")
+        torch.ops.dualroute.select_blocks.default, (query, features, places, 2, "minmax", True)
     )
 
 
 def test_refuses_what_it_cannot_do() -> None:
     layout = Layout.build(1, 16, BLOCK).to(DEVICE)
     rows = torch.zeros(1, 16, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="causal=False"):
-        select_blocks(rows, rows, layout.stream, top_k=1, causal=False)
     with pytest.raises(ValueError, match="router=nearest"):
         select_blocks(rows, rows, layout.stream, top_k=1, router="nearest")
