@@ -59,7 +59,7 @@ def score_kernel(
     width: tl.constexpr = DIM if ROUTER == "mean" else 2 * DIM
     found = part_scores(
         query, feature_rows + row * capacity * PARTS * width, column * PARTS + part,
-        (column < own) & (part < PARTS), scale, ROUTER, DIM, DIM_PAD,
+        (column < own) & (part < PARTS), 0, scale, ROUTER, DIM, DIM_PAD,
     )  # fmt: skip
     found = tl.where(part < PARTS, tl.sum(found, 0), float("-inf"))  # (COLUMNS * PARTS_PAD,)
     found = tl.max(tl.reshape(found, (COLUMNS, PARTS_PAD)), 1)
@@ -131,9 +131,9 @@ def read_kernel(
     part_lse += (row * num_parts + part) * GROUP
     if part < (TOP_K + 2) * SPLIT:
         number = tl.load(read + part // SPLIT)
-        place = part % SPLIT * LANES + lane
-        token = number * BLOCK + place
-        seen = (place < BLOCK) & (token >= 0) & (token < length)  # number -1: none
+        offset = part % SPLIT * LANES + lane
+        token = number * BLOCK + offset
+        seen = (offset < BLOCK) & (token >= 0) & (token < length)  # number -1: none
         keys = load_rows(key_rows + row * capacity * BLOCK * DIM, token, seen, DIM, DIM_PAD, DIM)
         values = load_rows(value_rows + row * capacity * BLOCK * DIM, token, seen, DIM, DIM_PAD, DIM)
         if WIDE:
@@ -220,7 +220,7 @@ def decode_global_step(
         query, keys, values, far_keys, far_values, read, part_out, part_lse,
         length, capacity, num_parts, 1 / math.sqrt(dim), math.log(block),
         LANES=lanes, SPLIT=split, TOP_K=top_k, ORDER=0 if far_keys is None else far_keys.shape[2] // dim,
-        **shared,
+        **{**shared, "num_warps": 8 if dim > 128 else 4},
     )  # fmt: skip
     return (part_out * part_lse.softmax(1)).sum(1)[:, :, None].to(query.dtype)
 

@@ -143,11 +143,11 @@ def far_kernel(
     slots, num_blocks, words, kv_heads, first_head, first_slot, piece_slots, scale, log_block,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ORDER: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    TO_KEYS: tl.constexpr, TO_VALUES: tl.constexpr,
+    TO_MEAN: tl.constexpr, TO_SPREAD: tl.constexpr, TO_VALUES: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of KEYS pseudo-keys, heads of the piece, splits); of rows every splits-th tile.
 
-    TO_KEYS and TO_VALUES say which of the gradients are wanted: of wide heads, three sums do not fit at once.
+    TO_MEAN, TO_SPREAD and TO_VALUES say which gradients are wanted: of wide heads, three sums do not fit.
     d mu = dS^T q / sqrt(d), d sigma^2 = dS^T q^2 / 2 d, d v_bar = P^T dO.
     """
     piece_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -197,19 +197,20 @@ def far_kernel(
             weights = tl.where(seen, weights, 0.0)
             if TO_VALUES:
                 to_value += dot(weights.to(grad.dtype), grad)
-            if TO_KEYS:
+            if TO_MEAN or TO_SPREAD:
                 grad_logits = weights * (dot(values, tl.trans(grad)) - delta[None, :])
                 grad_logits = tl.where(seen, grad_logits, 0.0).to(query.dtype)
-                to_mean += dot(grad_logits, query)
-                if ORDER == 2:
+                if TO_MEAN:
+                    to_mean += dot(grad_logits, query)
+                if TO_SPREAD:
                     to_spread += dot(grad_logits, square)
 
     part = (split * kv_heads + piece_head) * num_blocks * DIM
-    if TO_KEYS:
-        part_keys += part * ORDER
+    part_keys += part * ORDER
+    if TO_MEAN:
         store_rows(part_keys, column, inside, to_mean * scale, DIM, DIM_PAD, ORDER * DIM)
-        if ORDER == 2:
-            store_rows(part_keys + DIM, column, inside, to_spread * scale, DIM, DIM_PAD, ORDER * DIM)
+    if TO_SPREAD:
+        store_rows(part_keys + DIM, column, inside, to_spread * scale, DIM, DIM_PAD, ORDER * DIM)
     if TO_VALUES:
         store_rows(part_values + part, column, inside, to_value, DIM, DIM_PAD, DIM)
 
@@ -229,13 +230,19 @@ def far_gradients(
         for rows in (far_keys, far_values)
     ]
     shares = log_shares(places, slots // num_blocks)
-    for to_keys, to_values in ((True, True),) if dim <= 64 else ((True, False), (False, True)):
+    second = width > dim
+    wanted = [(True, second, True)]
+    if dim > 64:
+        wanted = [(True, second, False), (False, False, True)]
+    if dim > 128 and second:
+        wanted = [(True, False, False), (False, True, False), (False, False, True)]
+    for to_mean, to_spread, to_values in wanted:
         far_kernel[(tiles, piece.heads, splits)](
             grad, query, lse, delta, far_keys, far_values, bits, places[0], places[1], shares, *parts,
             slots, num_blocks, bits.shape[1], piece.heads, piece.first_head, piece.first_slot, piece.slots,
             1 / math.sqrt(dim), math.log(slots // num_blocks) * LOG2_E,
             GROUP=heads // kv_heads, CAUSAL=causal, BLOCK=slots // num_blocks, ORDER=width // dim,
-            DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows if to_keys else 32, KEYS=tile.columns,
-            TO_KEYS=to_keys, TO_VALUES=to_values, num_warps=tile.warps, num_stages=2,
+            DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows if to_mean or to_spread else 32, KEYS=tile.columns,
+            TO_MEAN=to_mean, TO_SPREAD=to_spread, TO_VALUES=to_values, num_warps=tile.warps, num_stages=2,
         )  # fmt: skip
     return parts[0].sum(0), parts[1].sum(0)

@@ -37,6 +37,19 @@ def load_rows(base, rows, row_mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr, ST
 
 
 @triton.jit
+def load_part(
+    base, rows, row_mask, begin, DIM: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr
+):  # fmt: skip
+    """(rows, PART) tile of the numbers begin..begin + PART - 1 of rows of DIM numbers; 0 behind the last."""
+    columns = begin + tl.arange(0, PART)
+    return tl.load(
+        base + rows[:, None] * STRIDE + columns[None, :],
+        mask=row_mask[:, None] & (columns < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
 def store_rows(base, rows, row_mask, tile, DIM: tl.constexpr, DIM_PAD: tl.constexpr, STRIDE: tl.constexpr):
     """The inverse of `load_rows`, in the type of the target."""
     columns = tl.arange(0, DIM_PAD)
@@ -91,33 +104,33 @@ TILES: dict[int, dict[str, tuple[Tile, Tile, Tile]]] = {
     8: {
         "select": (Tile(128, 0, 4), Tile(32, 0, 4), Tile(32, 0, 8)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 8)),
-        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
         "window_key": (Tile(32, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
         "tokens": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
         "tokens_query": (Tile(64, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
         "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 8)),
-        "pairs_key": (Tile(32, 128, 4), Tile(32, 128, 8), Tile(32, 32, 8)),
+        "pairs_key": (Tile(32, 128, 4), Tile(32, 64, 8), Tile(32, 32, 8)),
         "far": (Tile(32, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
     },
     9: {
-        "select": (Tile(128, 0, 4), Tile(128, 0, 4), Tile(64, 0, 4)),
+        "select": (Tile(128, 0, 4), Tile(128, 0, 8), Tile(128, 0, 8)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
-        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 64, 8)),
-        "tokens": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 8)),
-        "tokens_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
+        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 32, 8)),
+        "tokens_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
         "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
-        "pairs_key": (Tile(64, 128, 4), Tile(128, 128, 8), Tile(64, 32, 8)),
-        "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(32, 64, 8)),
+        "pairs_key": (Tile(64, 128, 4), Tile(128, 128, 8), Tile(32, 32, 8)),
+        "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
     },
     10: {
         "select": (Tile(128, 0, 4), Tile(64, 0, 4), Tile(64, 0, 8)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 8)),
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
         "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
-        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
         "tokens_query": (Tile(64, 64, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
-        "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
+        "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 8)),
         "pairs_key": (Tile(64, 128, 4), Tile(128, 128, 8), Tile(32, 32, 8)),
         "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
     },
