@@ -47,9 +47,10 @@ def test_of_every_kind(route: str) -> None:
     for part in clean:
         part[:, owner < 0] = 0
     wanted = _results(layout, clean, route)
-    for number, (place, poison) in enumerate(
-        [(0, "nan"), (1, "inf"), (1, "nan"), (2, "nan"), (2, "-inf"), (3, "nan")]
-    ):
+    poisons = [(0, "nan"), (1, "inf"), (1, "nan"), (2, "nan"), (2, "-inf"), (3, "nan")]
+    if route == "routed, both ways":  # the slowest; one of each place
+        poisons = [poisons[number] for number in (0, 1, 3, 5)]
+    for number, (place, poison) in enumerate(poisons):
         document = (2, 1)[number % 2]
         token = (owner == document).nonzero()[5, 0]
         dirty = [part.clone() for part in clean]

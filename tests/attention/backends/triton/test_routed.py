@@ -76,10 +76,11 @@ def test_blocks_are_read_in_parts(causal: bool) -> None:
     _compare(layout, both(1, 190, 2, 1), Routing(1, sub_block=8), causal)
 
 
-def test_the_widest_heads_and_the_largest_blocks() -> None:
+@pytest.mark.parametrize(("dim", "block", "length"), [(256, 80, 100), (8, 256, 520)])
+def test_the_widest_heads_and_the_largest_blocks(dim: int, block: int, length: int) -> None:
     """Of half-precision numbers, whose tiles are those of a GPU."""
-    layout = Layout.build(1, 4 * 256 - 9, 256)
-    inputs = both(1, layout.length, 1, 1, 256, torch.float16)
+    layout = Layout.build(1, length, block)
+    inputs = both(1, length, 1, 1, dim, torch.float16)
     _compare(layout, inputs, Routing(1), causal=False, tolerance=4e-3)
 
 
