@@ -36,29 +36,25 @@ from dualroute.attention.backends.triton.decode import decode_step
 from dualroute.attention.backends.triton.local import local_attention
 from dualroute.attention.backends.triton.routed import routed_attention
 from dualroute.attention.backends.triton.selection import select_blocks
-from dualroute.attention.backends.triton.tiles import MAX_BLOCK, MAX_DIM, pad_dim
+from dualroute.attention.backends.triton.tiles import MAX_BLOCK, MAX_DIM
 from dualroute.attention.core.precision import HALF
 
 __all__ = ["decode_step", "local_attention", "routed_attention", "select_blocks", "why_not"]
 
 MIN_CAPABILITY = (8, 0)  # Ampere: tensor cores for bfloat16
-LARGE_SHARED_MEMORY = 160 << 10  # bytes per SM that A100 and H100 have, and smaller cards have not
-BLOCK_BYTES = 32 << 10  # a block's keys on such a card; half of it where memory is smaller, or for float32
+LARGE_SHARED_MEMORY = 160 << 10  # bytes per SM that A100, H100 and B200 have, and smaller cards have not
 
 
-def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None:
+def why_not(query: Tensor, *, block: int | None = None) -> str | None:
     """Why the kernels cannot take queries (..., d) of a route with blocks of `block` tokens, or None.
 
-    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and keys of a
-    block that fit into its shared memory. The routed kernels are causal only; the local ones are not, and
-    know no blocks: leave `block` and `causal` out for them.
+    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and heads whose
+    tiles fit into its shared memory. The local route knows no blocks: leave `block` out for it.
     """
     dim, kind = query.shape[-1], str(query.dtype).removeprefix("torch.")
     if query.dtype not in (*HALF, torch.float32):
         return f"the Triton kernels have floats of 16 and 32 bits only, not {kind}"
-    if not causal:
-        return "the routed Triton kernels are causal only"
-    if block > MAX_BLOCK:
+    if block is not None and block > MAX_BLOCK:
         return f"block {block} is more than the {MAX_BLOCK} that the Triton kernels take"
     if dim > MAX_DIM:
         return f"head_dim {dim} is more than the {MAX_DIM} that the Triton kernels take"
@@ -69,11 +65,7 @@ def why_not(query: Tensor, *, block: int = 1, causal: bool = True) -> str | None
     gpu = torch.cuda.get_device_properties(query.device)
     if (gpu.major, gpu.minor) < MIN_CAPABILITY:
         return f"compute capability {gpu.major}.{gpu.minor} is less than the 8.0 of the Triton kernels"
-    limit = BLOCK_BYTES if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else BLOCK_BYTES // 2
-    if query.dtype == torch.float32:
-        limit //= 2
-    needed = pad_dim(block) * pad_dim(dim) * query.element_size()
-    if needed > limit:
-        size = f"block {block} with head_dim {dim} in {kind}"
-        return f"{size} takes {needed} bytes of shared memory, and {limit} are there"
+    widest = 128 if gpu.shared_memory_per_multiprocessor >= LARGE_SHARED_MEMORY else 64
+    if query.dtype == torch.float32 and dim > widest:
+        return f"head_dim {dim} in {kind} is more than the {widest} for which there is shared memory"
     return None

@@ -18,9 +18,7 @@ class TritonBackend(TorchBackend):
         return self.why_not(query, causal=causal, block=block) is None
 
     def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
-        if block is None:  # the local kernels are not causal only, and know no blocks
-            return triton.why_not(query)
-        return triton.why_not(query, block=block, causal=causal)
+        return triton.why_not(query, block=block)
 
     select_blocks = staticmethod(triton.select_blocks)
     routed_attention = staticmethod(triton.routed_attention)

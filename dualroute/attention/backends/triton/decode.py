@@ -35,6 +35,8 @@ from dualroute.attention.backends.triton.tiles import dot, load_rows, on_device,
 from dualroute.attention.core.cache import GlobalCache
 from dualroute.attention.core.precision import HALF
 
+TILE_NUMBERS = 8192  # of keys that a program holds at once, and as many values
+
 
 @triton.jit(do_not_specialize=["length"])
 def score_kernel(
@@ -57,7 +59,7 @@ def score_kernel(
     width: tl.constexpr = DIM if ROUTER == "mean" else 2 * DIM
     found = part_scores(
         query, feature_rows + row * capacity * PARTS * width, column * PARTS + part,
-        (column < own) & (part < PARTS), scale, ROUTER, DIM, DIM_PAD,
+        (column < own) & (part < PARTS), 0, scale, ROUTER, DIM, DIM_PAD,
     )  # fmt: skip
     found = tl.where(part < PARTS, tl.sum(found, 0), float("-inf"))  # (COLUMNS * PARTS_PAD,)
     found = tl.max(tl.reshape(found, (COLUMNS, PARTS_PAD)), 1)
@@ -112,9 +114,12 @@ def read_kernel(
     part_out, part_lse,  # (R, parts, GROUP, DIM), (R, parts, GROUP) float32, written
     length, capacity, num_parts, scale, log_block,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    TOP_K: tl.constexpr, ORDER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr, TOP_K: tl.constexpr, ORDER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R, TOP_K + 2 + tiles of LANES pseudo-keys): one part of the softmax of `routed` each."""
+    """Grid (R, (TOP_K + 2) * SPLIT + tiles of LANES pseudo-keys): one part of the softmax of `routed` each.
+
+    A block is read in SPLIT parts of LANES keys.
+    """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     own = (length - 1) // BLOCK
     member, lane = tl.arange(0, GROUP_PAD), tl.arange(0, LANES)
@@ -124,10 +129,11 @@ def read_kernel(
     read += row * (TOP_K + 2)
     part_out += (row * num_parts + part) * GROUP * DIM
     part_lse += (row * num_parts + part) * GROUP
-    if part < TOP_K + 2:
-        number = tl.load(read + part)
-        token = number * BLOCK + lane
-        seen = (lane < BLOCK) & (token >= 0) & (token < length)  # number -1: none
+    if part < (TOP_K + 2) * SPLIT:
+        number = tl.load(read + part // SPLIT)
+        offset = part % SPLIT * LANES + lane
+        token = number * BLOCK + offset
+        seen = (offset < BLOCK) & (token >= 0) & (token < length)  # number -1: none
         keys = load_rows(key_rows + row * capacity * BLOCK * DIM, token, seen, DIM, DIM_PAD, DIM)
         values = load_rows(value_rows + row * capacity * BLOCK * DIM, token, seen, DIM, DIM_PAD, DIM)
         if WIDE:
@@ -136,7 +142,7 @@ def read_kernel(
         write_part(logits, seen, values, part_out, part_lse, member, GROUP, DIM, DIM_PAD)
     else:
         if ORDER > 0:
-            column = 1 + (part - TOP_K - 2) * LANES + lane  # not the sink
+            column = 1 + (part - (TOP_K + 2) * SPLIT) * LANES + lane  # not the sink
             seen = column < own
             far_keys += row * capacity * ORDER * DIM
             mean = load_rows(far_keys, column, seen, DIM, DIM_PAD, ORDER * DIM)
@@ -193,7 +199,7 @@ def decode_global_step(
     scores = torch.empty(rows, own, dtype=torch.float32, device=query.device)
     if own > 1 and top_k:
         parts_pad = triton.next_power_of_2(parts)
-        columns = max(16, 64 // parts_pad)
+        columns = max(1, max(16, TILE_NUMBERS // 2 // pad_dim(dim)) // parts_pad)
         score_kernel[(rows, triton.cdiv(own, columns))](
             query, features, scores, length, capacity, 1 / math.sqrt(dim),
             ROUTER=router, PARTS=parts, PARTS_PAD=parts_pad, COLUMNS=columns,
@@ -204,15 +210,17 @@ def decode_global_step(
         scores, read, length,
         BLOCK=block, TOP_K=top_k, TOP_PAD=triton.next_power_of_2(max(1, top_k)), COLUMNS=256, num_warps=1,
     )  # fmt: skip
-    lanes = pad_dim(block)
+    lanes = min(pad_dim(block), max(32, TILE_NUMBERS // pad_dim(dim)))
+    split = triton.cdiv(block, lanes)
     far_tiles = 0 if far_keys is None else triton.cdiv(max(0, own - 1), lanes)
-    num_parts = top_k + 2 + far_tiles
+    num_parts = (top_k + 2) * split + far_tiles
     part_out = torch.empty(rows, num_parts, group, dim, dtype=torch.float32, device=query.device)
     part_lse = torch.empty(rows, num_parts, group, 1, dtype=torch.float32, device=query.device)
     read_kernel[(rows, num_parts)](
         query, keys, values, far_keys, far_values, read, part_out, part_lse,
         length, capacity, num_parts, 1 / math.sqrt(dim), math.log(block),
-        LANES=lanes, TOP_K=top_k, ORDER=0 if far_keys is None else far_keys.shape[2] // dim, **shared,
+        LANES=lanes, SPLIT=split, TOP_K=top_k, ORDER=0 if far_keys is None else far_keys.shape[2] // dim,
+        **{**shared, "num_warps": 8 if dim > 128 else 4},
     )  # fmt: skip
     return (part_out * part_lse.softmax(1)).sum(1)[:, :, None].to(query.dtype)
 

@@ -1,7 +1,7 @@
 """Routed attention on a GPU, as one differentiable operator.
 
 In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: (H, S, d), like the function of the same
-name in `routed`, whose docstring says what is in the softmax. Causal only.
+name in `routed`, whose docstring says what is in the softmax.
 
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row and the selected blocks. The
 summaries of blocks are computed by torch, and their gradients flow on to keys and values by its autograd.
@@ -20,6 +20,7 @@ from torch import Tensor
 from dualroute.attention.backends.triton.routed_backward import routed_backward
 from dualroute.attention.backends.triton.routed_forward import routed_forward
 from dualroute.attention.backends.triton.selection import select_blocks
+from dualroute.attention.backends.triton.tiles import block_places
 from dualroute.attention.core.far_summary import summarise
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.routing import Routing
@@ -42,12 +43,7 @@ def routed_attention(
         key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) int32 as `select_blocks` gives it; chosen here when None.
-
-    Raises:
-        ValueError: not causal.
     """
-    if not causal:
-        raise ValueError("causal=False has no kernel: use dualroute.attention.routed_attention")
     if selected is None:
         selected = select_blocks(
             query.detach(),
@@ -56,8 +52,9 @@ def routed_attention(
             top_k=routing.top_k,
             router=routing.router,
             sub_block=routing.sub_block,
+            causal=causal,
         )
-    summary = summarise(key, value, stream, routing.far_summary)
+    summary = summarise(key, value, stream, routing.far_summary, causal)
     far_keys, far_values = (
         (None, None) if summary is None else (part.to(key.dtype).contiguous() for part in summary)
     )
@@ -68,22 +65,26 @@ def routed_attention(
         far_keys,
         far_values,
         selected.to(torch.int32).contiguous(),
-        stream.first_blocks(),
+        block_places(stream),
+        causal,
     )
     return out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.causal = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    to_query, to_key, to_value, to_far_keys, to_far_values = routed_backward(grad.contiguous(), *inputs)
+    to_query, to_key, to_value, to_far_keys, to_far_values = routed_backward(
+        grad.contiguous(), *inputs, ctx.causal
+    )
     if inputs[3] is None:
-        return to_query, to_key, to_value, None, None, None, None
-    return to_query, to_key, to_value, to_far_keys, to_far_values, None, None
+        return to_query, to_key, to_value, None, None, None, None, None
+    return to_query, to_key, to_value, to_far_keys, to_far_values, None, None, None
 
 
 routed_forward.register_autograd(_backward, setup_context=_save)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dualroute.attention.backends.triton import pair_lists
-from dualroute.attention.backends.triton.far import far_words, half_square, open_bits
+from dualroute.attention.backends.triton.far import far_words, half_square, log_shares, open_bits
 from dualroute.attention.backends.triton.gradients import poison
 from dualroute.attention.backends.triton.pair_lists import PairList, Piece, pair_list, pieces
 from dualroute.attention.backends.triton.tiles import (
@@ -47,12 +47,17 @@ from dualroute.attention.backends.triton.tiles import (
 def pairs_kernel(
     query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
     pairs, pair_start, program_bucket, program_start,  # see PairList
+    tokens_in_block,  # (nb,)
     pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P) in units of log 2, written
     slots, num_blocks, buckets, num_pairs, first_head, first_slot, piece_slots, scale,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PAD: tl.constexpr, COLUMNS: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, GROUP). o = softmax(q k^T / sqrt(d)) v over the keys of one block."""
+    """Grid (programs, GROUP). o = softmax(q k^T / sqrt(d)) v over the keys of one block.
+
+    A block of more than KEYS tokens is read KEYS at a time, again for every tile of queries. Causal, nobody
+    reads a block that is not full.
+    """
     program, member = tl.program_id(0), tl.program_id(1).to(tl.int64)
     bucket = tl.load(program_bucket + program)
     if bucket >= buckets:
@@ -61,10 +66,16 @@ def pairs_kernel(
     begin = tl.load(pair_start + bucket) + (program - tl.load(program_start + bucket)) * CHUNK
     end = tl.minimum(begin + CHUNK, tl.load(pair_start + bucket + 1))
 
-    lane = tl.arange(0, BLOCK_PAD)
-    key_slot = (bucket % num_blocks) * BLOCK + lane
-    keys = load_rows(key_rows + kv_head * slots * DIM, key_slot, lane < BLOCK, DIM, DIM_PAD, DIM)
-    values = load_rows(value_rows + kv_head * slots * DIM, key_slot, lane < BLOCK, DIM, DIM_PAD, DIM)
+    lane = tl.arange(0, KEYS)
+    tokens = BLOCK
+    if not CAUSAL:
+        tokens = tl.load(tokens_in_block + bucket % num_blocks)
+    block_place = (kv_head * slots + (bucket % num_blocks) * BLOCK) * DIM
+    key_rows += block_place
+    value_rows += block_place
+    if BLOCK <= KEYS:
+        keys = load_rows(key_rows, lane, lane < BLOCK, DIM, DIM_PAD, DIM)
+        values = load_rows(value_rows, lane, lane < BLOCK, DIM, DIM_PAD, DIM)
     query_rows += (kv_head * GROUP + member) * slots * DIM
     pair_out += member * num_pairs * DIM
     pair_lse += member * num_pairs
@@ -74,14 +85,26 @@ def pairs_kernel(
         pair = tl.load(pairs + entry, mask=entry_mask, other=0)
         slot = first_slot + (pair // COLUMNS) % piece_slots
         query = load_rows(query_rows, slot, entry_mask, DIM, DIM_PAD, DIM)
-        logits = dot(query, tl.trans(keys)) * (scale * LOG_2_E)
-        if BLOCK < BLOCK_PAD:
-            logits = tl.where((lane < BLOCK)[None, :], logits, float("-inf"))
-        peak = tl.max(logits, 1)
-        weights = tl.exp2(logits - peak[:, None])
-        norm = tl.sum(weights, 1)
-        out = dot(weights.to(values.dtype), values) / norm[:, None]
-        store_rows(pair_out, pair, entry_mask, out, DIM, DIM_PAD, DIM)
+        if BLOCK <= KEYS:
+            logits = dot(query, tl.trans(keys)) * (scale * LOG_2_E)
+            if BLOCK < KEYS or not CAUSAL:
+                logits = tl.where((lane < tokens)[None, :], logits, float("-inf"))
+            peak = tl.max(logits, 1)
+            weights = tl.exp2(logits - peak[:, None])
+            norm = tl.sum(weights, 1)
+            total = dot(weights.to(values.dtype), values)
+        else:
+            total = tl.zeros((ROWS, DIM_PAD), tl.float32)
+            norm = tl.zeros((ROWS,), tl.float32)
+            peak = tl.full((ROWS,), float("-inf"), tl.float32)
+            for key_begin in range(0, tokens, KEYS):
+                place = key_begin + lane
+                keys = load_rows(key_rows, place, place < tokens, DIM, DIM_PAD, DIM)
+                values = load_rows(value_rows, place, place < tokens, DIM, DIM_PAD, DIM)
+                logits = dot(query, tl.trans(keys)) * (scale * LOG_2_E)
+                logits = tl.where((place < tokens)[None, :], logits, float("-inf"))
+                total, peak, norm = softmax_step(total, peak, norm, logits, values)
+        store_rows(pair_out, pair, entry_mask, total / norm[:, None], DIM, DIM_PAD, DIM)
         tl.store(pair_lse + pair, peak + tl.log2(norm), mask=entry_mask)
 
 
@@ -90,11 +113,13 @@ def tokens_kernel(
     query_rows, key_rows, value_rows,  # (H, S, DIM), (H_kv, S, DIM) twice
     far_keys, far_values, open_bits,  # (H_kv, nb, ORDER * DIM), (H_kv, nb, DIM), see `far.open_bits`
     value_poison, far_poison,  # (H_kv, S), (H_kv, nb), see `gradients.poison`
-    selected, first_block,  # (H_kv, S, COLUMNS), (nb,)
+    selected,  # (H_kv, S, COLUMNS)
+    first_block, end_block, tokens_in_block, log_share,  # (nb,) each, see `block_places`, `far.log_shares`
     pair_out, pair_lse,  # (GROUP, P, DIM), (GROUP, P)
     out_rows, lse_rows,  # (H, S, DIM), (H, S), written
     slots, num_blocks, words, num_pairs, first_head, first_slot, piece_slots, scale, log_block,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ORDER: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    ORDER: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ROWS tokens of the piece, GROUP * heads of the piece): the joint softmax."""
@@ -108,6 +133,11 @@ def tokens_kernel(
     rows = first_slot + tl.minimum(local, piece_slots - 1)
     last = tl.minimum(first_slot + begin + ROWS, first_slot + piece_slots)
     own = rows // BLOCK
+    high, last_key = own, rows  # the last + 1 block and the last slot that a row may see
+    if not CAUSAL:
+        last = (tl.max(own) + 1) * BLOCK
+        high = tl.load(end_block + own)
+        last_key = own * BLOCK + tl.load(tokens_in_block + own) - 1
     query = load_rows(query_rows + head * slots * DIM, rows, row_mask, DIM, DIM_PAD, DIM)
     total = tl.zeros((ROWS, DIM_PAD), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
@@ -121,7 +151,7 @@ def tokens_kernel(
         keys = load_rows(key_rows, slot, slot < last, DIM, DIM_PAD, DIM)
         poison = tl.load(value_poison + slot, mask=slot < last, other=float("nan"))
         values = load_rows(value_rows, slot, poison == 0.0, DIM, DIM_PAD, DIM)
-        seen = (slot[None, :] <= rows[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
+        seen = (slot[None, :] <= last_key[:, None]) & (slot[None, :] >= (own * BLOCK)[:, None])
         logits = dot(query, tl.trans(keys)) * (scale * LOG_2_E) + poison[None, :]
         total, peak, norm = softmax_step(total, peak, norm, tl.where(seen, logits, float("-inf")), values)
 
@@ -134,12 +164,14 @@ def tokens_kernel(
         bit = tl.arange(0, KEYS) % 32
         second = (tl.arange(0, KEYS) >= 32)[None, :]
         square = half_square(query, scale)
-        for column_begin in range(tl.min(first) // KEYS * KEYS, tl.max(own), KEYS):
+        for column_begin in range(tl.min(first) // KEYS * KEYS, tl.max(high), KEYS):
             column = column_begin + tl.arange(0, KEYS)
             inside = column < num_blocks
             mean = load_rows(far_keys, column, inside, DIM, DIM_PAD, ORDER * DIM)
             poison = tl.load(far_poison + column, mask=inside, other=float("nan"))
             values = load_rows(far_values, column, poison == 0.0, DIM, DIM_PAD, DIM)
+            if not CAUSAL:
+                poison += tl.load(log_share + column, mask=inside, other=0.0)
             low, high = far_words(open_bits, column_begin // 32, piece_slots, local, row_mask, KEYS)
             seen = ((tl.where(second, high[:, None], low[:, None]) >> bit[None, :]) & 1) != 0
             logits = dot(query, tl.trans(mean))
@@ -177,21 +209,23 @@ def routed_forward(
     far_keys: Tensor | None,
     far_values: Tensor | None,
     selected: Tensor,
-    first_block: Tensor,
+    places: Tensor,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output (H, S, d) and float32 log-sum-exp (H, S); contiguous inputs, shapes as in the kernels."""
+    """Output (H, S, d) and float32 log-sum-exp (H, S); contiguous inputs, shapes as in the kernels, `places`
+    as `block_places` gives them."""
     heads, slots, _ = query.shape
     kv_heads, _, columns = selected.shape
     out = torch.empty_like(query)
     lse = torch.empty(heads, slots, dtype=torch.float32, device=query.device)
     with on_device(query):
         poisons = poison(value), None if far_values is None else poison(far_values)
-        for piece in pieces(kv_heads, heads // kv_heads, slots, columns, len(first_block)):
-            listed = pair_list(selected, piece, len(first_block))
-            pair_out, pair_lse = _forward_pairs(query, key, value, piece, listed, columns)
+        for piece in pieces(kv_heads, heads // kv_heads, slots, columns, places.shape[1]):
+            listed = pair_list(selected, piece, places.shape[1])
+            pair_out, pair_lse = _forward_pairs(query, key, value, places, piece, listed, columns, causal)
             _forward_tokens(
-                query, key, value, far_keys, far_values, poisons, selected, first_block,
-                pair_out, pair_lse, piece, out, lse,
+                query, key, value, far_keys, far_values, poisons, selected, places,
+                pair_out, pair_lse, piece, out, lse, causal,
             )  # fmt: skip
     return out, lse
 
@@ -202,8 +236,9 @@ def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_pairs(
-    query: Tensor, key: Tensor, value: Tensor, piece: Piece, listed: PairList, columns: int
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, piece: Piece, listed: PairList,
+    columns: int, causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Partial outputs (group, P, d) in the type of the queries, log-sum-exps (group, P) in float32."""
     heads, slots, dim = query.shape
     group, num_pairs = heads // len(key), len(listed.pairs)
@@ -212,37 +247,38 @@ def _forward_pairs(
     # Half precision, when that is what comes in: these rows are most of what the route reads and writes.
     pair_out = torch.empty(group, num_pairs, dim, dtype=query.dtype, device=query.device)
     pair_lse = torch.empty(group, num_pairs, dtype=torch.float32, device=query.device)
-    tile = tile_for("window", dim, query.dtype)
+    tile = tile_for("pairs", dim, query.dtype)
+    keys = min(pad_dim(block), tile.columns)
     pairs_kernel[(listed.programs, group)](
-        query, key, value, *listed, pair_out, pair_lse,
+        query, key, value, *listed, places[2], pair_out, pair_lse,
         slots, num_blocks, listed.buckets, num_pairs, piece.first_head, piece.first_slot, piece.slots,
         1 / math.sqrt(dim),
-        GROUP=group, BLOCK=block, BLOCK_PAD=pad_dim(block), COLUMNS=columns,
-        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, CHUNK=pair_lists.CHUNK,
-        num_warps=4 if block <= 64 else 8, num_stages=2,
+        GROUP=group, CAUSAL=causal, BLOCK=block, COLUMNS=columns,
+        DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=keys, CHUNK=pair_lists.CHUNK,
+        num_warps=tile.warps if keys <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return pair_out, pair_lse
 
 
 def _forward_tokens(
     query: Tensor, key: Tensor, value: Tensor, far_keys: Tensor | None, far_values: Tensor | None,
-    poisons: tuple[Tensor, Tensor | None], selected: Tensor, first_block: Tensor,
-    pair_out: Tensor, pair_lse: Tensor, piece: Piece, out: Tensor, lse: Tensor,
+    poisons: tuple[Tensor, Tensor | None], selected: Tensor, places: Tensor,
+    pair_out: Tensor, pair_lse: Tensor, piece: Piece, out: Tensor, lse: Tensor, causal: bool,
 ) -> None:  # fmt: skip
     """Write the output and the log-sum-exp of the tokens of a piece."""
     heads, slots, dim = query.shape
-    group, num_blocks = heads // len(key), len(first_block)
+    group, num_blocks = heads // len(key), places.shape[1]
     block = slots // num_blocks
     order = 0 if far_keys is None else far_keys.shape[2] // dim
-    bits = None if far_keys is None else open_bits(selected, first_block, piece)
+    bits = None if far_keys is None else open_bits(selected, places, piece, causal)
     words = 0 if bits is None else bits.shape[1]
     tile = tile_for("tokens", dim, query.dtype)
     tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
-        query, key, value, far_keys, far_values, bits, *poisons, selected, first_block,
+        query, key, value, far_keys, far_values, bits, *poisons, selected, *places, log_shares(places, block),
         pair_out, pair_lse, out, lse,
         slots, num_blocks, words, pair_lse.shape[1], piece.first_head, piece.first_slot, piece.slots,
         1 / math.sqrt(dim), math.log(block) * LOG2_E,
-        GROUP=group, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
+        GROUP=group, CAUSAL=causal, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
         DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns,
         num_warps=tile.warps, num_stages=2,
     )  # fmt: skip

@@ -20,8 +20,7 @@ from torch import Tensor
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import HALF
 
-MAX_BLOCK = 128  # tokens per block: a block's keys and the sums of their gradients stay on one SM
-MAX_DIM = 128
+MAX_BLOCK, MAX_DIM = 256, 256  # the largest that the tests compile and compare
 LOG2_E = 1.4426950408889634
 LOG_2_E, LN_2 = tl.constexpr(LOG2_E), tl.constexpr(0.6931471805599453)
 
@@ -30,6 +29,19 @@ LOG_2_E, LN_2 = tl.constexpr(LOG2_E), tl.constexpr(0.6931471805599453)
 def load_rows(base, rows, row_mask, DIM: tl.constexpr, DIM_PAD: tl.constexpr, STRIDE: tl.constexpr):
     """(rows, DIM_PAD) tile of the first DIM numbers of rows that are STRIDE apart; 0 where masked."""
     columns = tl.arange(0, DIM_PAD)
+    return tl.load(
+        base + rows[:, None] * STRIDE + columns[None, :],
+        mask=row_mask[:, None] & (columns < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_part(
+    base, rows, row_mask, begin, DIM: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr
+):  # fmt: skip
+    """(rows, PART) tile of the numbers begin..begin + PART - 1 of rows of DIM numbers; 0 behind the last."""
+    columns = begin + tl.arange(0, PART)
     return tl.load(
         base + rows[:, None] * STRIDE + columns[None, :],
         mask=row_mask[:, None] & (columns < DIM)[None, :],
@@ -77,7 +89,7 @@ def softmax_step(total, peak, norm, logits, values):
 
 
 class Tile(NamedTuple):
-    """Sizes of a launch: query rows, key columns (0 where they do not depend on the device), warps."""
+    """Sizes of a launch: query rows, key columns at most (0 where the work says how many), warps."""
 
     rows: int
     columns: int
@@ -85,38 +97,42 @@ class Tile(NamedTuple):
 
 
 # By the major number of the compute capability and the work of a kernel: tiles of half-precision heads of up
-# to 64 numbers, and of wider ones. They are the largest that do not spill (tests/attention/backends/triton/
+# to 64, 128 and 256 numbers. They are the largest that do not spill (tests/attention/backends/triton/
 # test_compile.py), and for 9, 64 rows at least of what is held, which wgmma wants. No tile was timed.
-TILES: dict[int, dict[str, tuple[Tile, Tile]]] = {
+# What pairs_key holds grows with its keys, too, see `pairs_key_tile`.
+TILES: dict[int, dict[str, tuple[Tile, Tile, Tile]]] = {
     8: {
-        "select": (Tile(128, 0, 4), Tile(32, 0, 4)),
-        "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
-        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
-        "window_key": (Tile(32, 64, 4), Tile(32, 64, 4)),
-        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4)),
-        "tokens_query": (Tile(64, 32, 4), Tile(32, 32, 4)),
-        "pairs_key": (Tile(32, 0, 4), Tile(32, 0, 8)),
-        "far": (Tile(32, 32, 4), Tile(16, 32, 4)),
+        "select": (Tile(128, 0, 4), Tile(32, 0, 4), Tile(32, 0, 8)),
+        "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 8)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
+        "window_key": (Tile(32, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
+        "tokens_query": (Tile(64, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+        "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 8)),
+        "pairs_key": (Tile(32, 128, 4), Tile(32, 64, 8), Tile(32, 32, 8)),
+        "far": (Tile(32, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
     },
     9: {
-        "select": (Tile(128, 0, 4), Tile(128, 0, 4)),
-        "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
-        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
-        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4)),
-        "tokens": (Tile(64, 64, 4), Tile(64, 64, 4)),
-        "tokens_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
-        "pairs_key": (Tile(64, 0, 4), Tile(128, 0, 8)),
-        "far": (Tile(32, 64, 4), Tile(16, 64, 4)),
+        "select": (Tile(128, 0, 4), Tile(128, 0, 8), Tile(128, 0, 8)),
+        "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
+        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 32, 8)),
+        "tokens_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
+        "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
+        "pairs_key": (Tile(64, 128, 4), Tile(128, 128, 8), Tile(32, 32, 8)),
+        "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
     },
     10: {
-        "select": (Tile(128, 0, 4), Tile(64, 0, 4)),
-        "window": (Tile(64, 64, 4), Tile(64, 64, 4)),
-        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4)),
-        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4)),
-        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4)),
-        "tokens_query": (Tile(64, 64, 4), Tile(32, 32, 4)),
-        "pairs_key": (Tile(64, 0, 4), Tile(128, 0, 8)),
-        "far": (Tile(32, 64, 4), Tile(16, 64, 4)),
+        "select": (Tile(128, 0, 4), Tile(64, 0, 4), Tile(64, 0, 8)),
+        "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 32, 8)),
+        "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
+        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
+        "tokens": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
+        "tokens_query": (Tile(64, 64, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+        "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 8)),
+        "pairs_key": (Tile(64, 128, 4), Tile(128, 128, 8), Tile(32, 32, 8)),
+        "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
     },
 }  # fmt: skip
 
@@ -124,8 +140,22 @@ TILES: dict[int, dict[str, tuple[Tile, Tile]]] = {
 def tile_for(work: str, dim: int, dtype: torch.dtype) -> Tile:
     """The tile of a kind of work on the GPU that is launched on; small ones for float32."""
     if dtype not in HALF:
-        return Tile(32, 32, 4)
-    return TILES.get(_major(), TILES[8])[work][dim > 64]
+        return Tile(32, 32, 4) if dim <= 128 else Tile(16, 16, 4)
+    return TILES.get(_major(), TILES[8])[work][(dim > 64) + (dim > 128)]
+
+
+def pairs_key_tile(dim: int, block: int, dtype: torch.dtype) -> Tile:
+    """Of the backward kernel of pairs: keys, values and the sums of their gradients fill the registers.
+
+    Where a block has more keys than `columns`, it is worked on in parts.
+    """
+    tile = tile_for("pairs_key", dim, dtype)
+    keys = min(pad_dim(block), tile.columns)
+    if dtype in HALF and 64 < keys and dim <= 64:
+        tile = tile_for("pairs_key", 128, dtype)
+    elif 64 < keys and dim <= 128:
+        tile = tile._replace(rows=min(tile.rows, 32))
+    return tile._replace(columns=keys)
 
 
 def _major() -> int:
@@ -143,6 +173,18 @@ def pad_dim(dim: int) -> int:
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Launch on the device of `tensor`: Triton takes the current one, which may be another."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def block_places(stream: Stream) -> Tensor:
+    """(3, nb) int32: the first and the last + 1 block of the document of each block, and its own tokens,
+    which lie at its beginning."""
+    return stream.cached("triton_block_places", lambda: _block_places(stream))
+
+
+def _block_places(stream: Stream) -> Tensor:
+    first = stream.first_blocks()
+    end = first + stream.blocks_in_document().to(torch.int32)
+    return torch.stack([first, end, stream.tokens_in_block().to(torch.int32)])
 
 
 def document_slots(stream: Stream, *, tokens_only: bool) -> tuple[Tensor, Tensor]:

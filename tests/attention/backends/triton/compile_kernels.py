@@ -24,15 +24,17 @@ from dualroute.attention.backends.triton import decode_step, local_attention, ro
 from dualroute.attention.core.cache import GlobalCache
 
 
-def launch_everything(dtype: torch.dtype, dim: int, block: int, group: int, length: int, decode: int) -> None:
+def launch_everything(
+    dtype: torch.dtype, dim: int, block: int, group: int, length: int, decode: int, causal: int = 1
+) -> None:
     """Both ways of both routes, with the default router and summary; if asked, a step of decoding."""
     stream = Layout.build(1, length, block).stream
     query, key, value = (
         torch.randn(heads, stream.num_slots, dim, dtype=dtype, requires_grad=True) for heads in (group, 1, 1)
     )
     sub_block = min(block, 16)
-    out = routed_attention(query, key, value, stream, Routing(4, sub_block=sub_block))
-    out = out + local_attention(query, key, value, stream, window=max(1, length // 4))
+    out = routed_attention(query, key, value, stream, Routing(4, sub_block=sub_block), causal=bool(causal))
+    out = out + local_attention(query, key, value, stream, window=max(1, length // 4), causal=bool(causal))
     out.backward(torch.ones_like(out))
     if not decode:
         return

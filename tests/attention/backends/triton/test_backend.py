@@ -74,28 +74,30 @@ def test_what_they_cannot_take_runs_in_torch(layer: DualRouting, monkeypatch: py
     plain, rows = backend._TORCH, torch.zeros(1, 1, 8, device=DEVICE)
     assert backend.choose(rows) is TRITON
     assert backend.choose(rows.double()) is plain
-    assert backend.choose(rows, causal=False, block=8) is plain
+    assert backend.choose(rows, causal=False, block=8) is TRITON
+    assert backend.choose(rows, block=512) is plain
     assert backend.choose(rows, causal=False) is TRITON  # the local route
 
 
 def test_the_line_of_the_choice_names_what_they_cannot_take() -> None:
-    """Of each kind: blocks, heads and directions that the kernels have not."""
+    """Of each kind: blocks and heads that the kernels have not; both directions they have."""
     device = torch.device(DEVICE)
     for given, said in (
-        ({"block": 256}, ("the global route: block 256 is more than the 128 that the Triton kernels take",)),
-        ({"causal": False}, ("the global route: the routed Triton kernels are causal only",)),
+        ({"block": 512}, ("the global route: block 512 is more than the 256 that the Triton kernels take",)),
+        ({"block": 256, "head_dim": 256, "causal": False}, ()),
         ({}, ()),
     ):
         assert left_to_torch(TRITON, [problem(**given)], device) == said  # type: ignore[arg-type]
-    wide = problem(head_dim=160)
+    wide = problem(head_dim=320)
     assert left_to_torch(TRITON, [wide], device) is None
     (finding,) = decide([wide], device, ("triton",)).findings[1:]
-    assert finding.why_not == "head_dim 160 is more than the 128 that the Triton kernels take"
+    assert finding.why_not == "head_dim 320 is more than the 256 that the Triton kernels take"
 
 
 @pytest.mark.slow
-def test_values_gradients_blocks_and_a_step_are_right() -> None:
-    asked = problem(context=60)
+@pytest.mark.parametrize("causal", [True, False])
+def test_values_gradients_blocks_and_a_step_are_right(causal: bool) -> None:
+    asked = problem(context=60, causal=causal)
     errors = check(TRITON, asked, reference(asked, torch.device(DEVICE)))
     assert errors.values < 1e-5
     assert errors.gradients < 1e-5

@@ -52,7 +52,7 @@ def test_any_length_and_number_of_blocks(length: int, top_k: int) -> None:
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dim", "group", "block"), [(64, 1, 16), (96, 3, 8), (10, 17, 24)])
+@pytest.mark.parametrize(("dim", "group", "block"), [(64, 1, 16), (96, 3, 8), (10, 17, 24), (256, 2, 40)])
 def test_any_size_of_heads_groups_and_blocks(dim: int, group: int, block: int) -> None:
     actual, wanted = _step(85, 1, group=group, dim=dim, block=block)
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)

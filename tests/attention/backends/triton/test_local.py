@@ -47,7 +47,7 @@ def test_any_window(window: int, causal: bool) -> None:
     _compare(Layout.build(1, 130, 16), both(1, 130, 1, 1), window, causal)
 
 
-@pytest.mark.parametrize(("dim", "kv_heads"), [(64, 1), (96, 3), (128, 3), (10, 1)])
+@pytest.mark.parametrize(("dim", "kv_heads"), [(64, 1), (96, 3), (128, 3), (256, 3), (10, 1)])
 def test_any_size_of_heads_and_groups(dim: int, kv_heads: int) -> None:
     _compare(Layout.build(1, 70, 16), both(1, 70, 3, kv_heads, dim), 20)
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from dualroute.attention import Layout, Routing, reference
 from dualroute.attention.backends.triton import pair_lists, routed_attention, select_blocks
 from dualroute.attention.backends.triton.routed import routed_backward, routed_forward
+from dualroute.attention.backends.triton.tiles import block_places
 from tests.attention.backends.triton.helpers import (
     DEVICE,
+    TOLERANCE,
     assert_close_with_gradients,
     both,
     run_on_device,
@@ -20,12 +22,15 @@ from tests.attention.helpers import ORDERS, batches, expected, from_stream, to_s
 LENGTH, BLOCK, SUB_BLOCK = 75, 8, 4
 
 
-def _routed(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing) -> Tensor:
-    return run_on_device(lambda q, k, v, s: routed_attention(q, k, v, s, routing), layout, inputs)
+def _routed(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing, causal: bool = True) -> Tensor:
+    return run_on_device(
+        lambda q, k, v, s: routed_attention(q, k, v, s, routing, causal=causal), layout, inputs
+    )
 
 
-def _reference(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing) -> Tensor:
+def _reference(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing, causal: bool = True) -> Tensor:
     options = {
+        "causal": causal,
         "top_k": routing.top_k,
         "router": routing.router,
         "far_summary": routing.far_summary,
@@ -34,15 +39,54 @@ def _reference(layout: Layout, inputs: tuple[Tensor, ...], routing: Routing) -> 
     return expected(lambda q, k, v: reference.routed(q, k, v, block=layout.block, **options), layout, inputs)
 
 
-def _compare(layout: Layout, inputs: tuple[tuple[Tensor, ...], ...], routing: Routing) -> None:
+def _compare(
+    layout: Layout,
+    inputs: tuple[tuple[Tensor, ...], ...],
+    routing: Routing,
+    causal: bool = True,
+    tolerance: float = TOLERANCE,
+) -> None:
     low, wide = inputs
-    assert_close_with_gradients(_routed(layout, low, routing), low, _reference(layout, wide, routing), wide)
+    wanted = _reference(layout, wide, routing, causal)
+    assert_close_with_gradients(_routed(layout, low, routing, causal), low, wanted, wide, tolerance)
 
 
 @pytest.mark.parametrize("name", batches())
 def test_equals_the_explicit_mask(name: str) -> None:
     layout = batches(LENGTH, BLOCK)[name]
     _compare(layout, both(2, layout.length, 2, 1), Routing(1, sub_block=SUB_BLOCK))
+
+
+@pytest.mark.parametrize("name", ["whole blocks", "shorter than a block", "packed and padded"])
+def test_both_sides_of_a_token(name: str) -> None:
+    layout = batches(LENGTH, BLOCK)[name]
+    _compare(layout, both(2, layout.length, 2, 1), Routing(1, sub_block=SUB_BLOCK), causal=False)
+
+
+@pytest.mark.parametrize("order", ["first_order", "none"])
+def test_both_sides_of_a_token_of_every_summary(order: str) -> None:
+    layout = Layout.build(1, 44, BLOCK)
+    _compare(layout, both(1, 44, 1, 1), Routing(1, "mean", order), causal=False)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_are_read_in_parts(causal: bool) -> None:
+    """Of 32 keys in float32; the last part of a block, and the last block, are not full."""
+    layout = Layout.build(1, 190, 40)
+    _compare(layout, both(1, 190, 2, 1), Routing(1, sub_block=8), causal)
+
+
+@pytest.mark.parametrize(("dim", "block", "length"), [(256, 80, 100), (8, 256, 520)])
+def test_the_widest_heads_and_the_largest_blocks(dim: int, block: int, length: int) -> None:
+    """Of half-precision numbers, whose tiles are those of a GPU."""
+    layout = Layout.build(1, length, block)
+    inputs = both(1, length, 1, 1, dim, torch.float16)
+    _compare(layout, inputs, Routing(1), causal=False, tolerance=4e-3)
+
+
+def test_pieces_change_nothing_for_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_lists, "MAX_PAIR_ROWS", 100)
+    _compare(Layout.build(1, 46, BLOCK), both(1, 46), Routing(1, sub_block=SUB_BLOCK), causal=False)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -133,21 +177,14 @@ def test_operators(order: str) -> None:
     query, key, value = (torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(3))
     far = [torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
     selected = select_blocks(query.detach(), key.detach(), layout.stream, top_k=0, sub_block=1)
-    first_block = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    arguments = (query, key, value, *(far if order != "none" else [None, None]), selected, first_block)
+    summaries = far if order != "none" else [None, None]
+    arguments = (query, key, value, *summaries, selected, block_places(layout.stream), False)
     torch.library.opcheck(torch.ops.dualroute.routed_forward.default, arguments)
     detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     out, lse = routed_forward(*detached)
     torch.library.opcheck(
         torch.ops.dualroute.routed_backward.default,
-        (torch.ones_like(out), *detached, out, lse),
+        (torch.ones_like(out), *detached[:-1], out, lse, False),
         test_utils=("test_schema", "test_faketensor"),
     )
-    assert len(routed_backward(torch.ones_like(out), *detached, out, lse)) == 5
-
-
-def test_refuses_what_it_cannot_do() -> None:
-    layout = Layout.build(1, 16, BLOCK).to(DEVICE)
-    rows = torch.zeros(1, 16, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="causal=False"):
-        routed_attention(rows, rows, rows, layout.stream, Routing(1), causal=False)
+    assert len(routed_backward(torch.ones_like(out), *detached[:-1], out, lse, False)) == 5

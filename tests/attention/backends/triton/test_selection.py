@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dualroute.attention import Layout, reference
 from dualroute.attention.backends.torch import select
-from dualroute.attention.backends.triton import select_blocks
-from dualroute.attention.backends.triton.selection import pack
+from dualroute.attention.backends.triton import select_blocks, selection
+from dualroute.attention.backends.triton.selection import launch, pack
 from tests.attention.backends.triton.helpers import DEVICE, both, slots_of
 from tests.attention.helpers import ROUTERS, batches, to_stream
 
@@ -53,13 +53,66 @@ def test_equals_the_reference(name: str, chooser: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["any length", "packed and padded"])
+def test_both_sides_of_a_token(name: str) -> None:
+    layout = batches(block=BLOCK)[name]
+    options = {"router": "minmax", "sub_block": SUB_BLOCK, "causal": False}
+    _assert_equal_to_reference(layout, both(2, layout.length, 2, 1), top_k=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("chooser", "causal"), [("minmax", True), ("minmax", False), ("moment", True), ("mean", True)]
+)
+def test_tiles_that_enter_no_best_are_passed_over(
+    chooser: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is chosen is the same, bit for bit: ties, several texts, numbers that are none among them."""
+    monkeypatch.setattr(selection, "BOUNDED", 2)
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.arange(300)
+    first = torch.where(blocks < 100, 0, 100)
+    end = torch.where(blocks < 100, 100, 300)
+    places = torch.stack([first, end, torch.ones_like(end)]).int().to(DEVICE)
+    query = torch.randn(2, 300, 8, generator=generator).abs()
+    width = 8 if chooser == "mean" else 16
+    features = torch.randn(1, 300, 1, width, generator=generator).sort(-1, descending=True).values.abs()
+    features[:, 100:] *= torch.linspace(4, 0.01, 200)[:, None, None]  # the best come first
+    features[:, 5] = features[:, 7]
+    features[:, 40, 0, 3] = torch.nan
+    inputs = (query.to(DEVICE), features.to(DEVICE), places, 3, chooser, causal)
+    counts = [torch.zeros(1, 64, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    every, some = (launch(*inputs, bounded=bool(i), scored=counts[i]) for i in range(2))
+    assert torch.equal(every, some)
+    scored, fewer = (int(count.sum()) for count in counts)
+    assert 0 < fewer < 0.8 * scored
+
+
+@pytest.mark.parametrize(
+    ("chooser", "dtype"), [("minmax", torch.bfloat16), ("moment", torch.bfloat16), ("mean", torch.float32)]
+)
+def test_a_bound_is_never_below_a_score(
+    chooser: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks that are all alike: bound and scores are equal but for rounding, and those of a tie stay."""
+    monkeypatch.setattr(selection, "BOUNDED", 1)
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 192, 40, generator=generator).to(dtype)
+    row = torch.randn(1, 1, 1, 40 if chooser == "mean" else 80, generator=generator).abs()
+    features = row.expand(1, 192, 1, -1).contiguous().to(dtype if chooser == "minmax" else torch.float32)
+    features[:, 128:] *= 1.0078125  # a little better
+    places = torch.tensor([[0], [192], [1]]).expand(3, 192).int().to(DEVICE)
+    inputs = (query.to(DEVICE), features.to(DEVICE), places.contiguous(), 2, chooser, True)
+    every, some = (launch(*inputs, bounded=bounded) for bounded in (False, True))
+    assert torch.equal(every, some)
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 20])
 def test_any_number_of_blocks(top_k: int) -> None:
     layout = batches(block=BLOCK)["packed"]
     _assert_equal_to_reference(layout, both(2, layout.length), top_k=top_k, sub_block=SUB_BLOCK)
 
 
-@pytest.mark.parametrize(("dim", "block", "kv_heads"), [(64, 16, 1), (96, 24, 3)])
+@pytest.mark.parametrize(("dim", "block", "kv_heads"), [(64, 16, 1), (96, 24, 3), (200, 24, 3)])
 def test_any_size_of_heads_blocks_and_groups(dim: int, block: int, kv_heads: int) -> None:
     """24 / 8 = 3 parts of a block: no power of two."""
     layout = Layout.build(1, 120, block)
@@ -119,16 +172,14 @@ def test_later_tokens_decide_nothing() -> None:
 
 def test_operator() -> None:
     query, features = torch.randn(1, 8, 6, device=DEVICE), torch.randn(1, 2, 1, 12, device=DEVICE)
-    first_block = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    places = torch.tensor([[0, 0], [2, 2], [4, 4]], dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
-        torch.ops.dualroute.select_blocks.default, (query, features, first_block, 2, "minmax")
+        torch.ops.dualroute.select_blocks.default, (query, features, places, 2, "minmax", True)
     )
 
 
 def test_refuses_what_it_cannot_do() -> None:
     layout = Layout.build(1, 16, BLOCK).to(DEVICE)
     rows = torch.zeros(1, 16, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="causal=False"):
-        select_blocks(rows, rows, layout.stream, top_k=1, causal=False)
     with pytest.raises(ValueError, match="router=nearest"):
         select_blocks(rows, rows, layout.stream, top_k=1, router="nearest")
