@@ -4,8 +4,11 @@
 
 A row is an ordinary `dualroute finetune` run in OUTPUT/NAME-ATTENTION-sSEED, which goes on where it was cut
 short; what is measured is appended to OUTPUT/results.jsonl, and rows that stand there are not run again.
-Seconds and peak memory are those of the training's process. Settings behind `--` go to every training (`--
---train.epochs 1`).
+CPU seconds (user and system, which other work on the machine changes little) and peak memory are those of
+the training's process; of a row that was cut short they are those of its last part, and `resumed` says so.
+Rows that begin with pretrained weights have them made first, once for each attention, in
+OUTPUT/books_encoder-ATTENTION (`dualroute prepare`, then `dualroute pretrain`, which go on where they were as
+well). Settings behind `--` go to every training of a task (`-- --train.epochs 1`).
 """
 
 from __future__ import annotations
@@ -39,12 +42,16 @@ class Task:
         baseline: Which of the kind's; empty for its first.
         made: The data set is made by data/task_data.py.
         most_rows: Of the rows that are scored, where the model writes its answers.
+        of: The task whose configuration it is; empty for its own.
+        begins_with: The pretraining (configs/pretrain) whose weights its trainings begin with.
     """
 
     metric: str
     baseline: str = ""
     made: bool = False
     most_rows: int | None = None
+    of: str = ""
+    begins_with: str = ""
 
 
 TASKS = {
@@ -52,6 +59,10 @@ TASKS = {
     "cola": Task("matthews"),
     "mrpc": Task("f1"),
     "rte": Task("accuracy"),
+    **{
+        f"{name}_pretrained": Task(metric, of=name, begins_with="books_encoder")
+        for name, metric in {"cola": "matthews", "mrpc": "f1", "rte": "accuracy", "wnut17": "f1"}.items()
+    },
     "chinese_source": Task("accuracy", made=True),
     "wnut17": Task("f1"),
     "xquad": Task("f1"),
@@ -68,7 +79,13 @@ TASKS = {
 def command(name: str, attention: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The training of a row."""
     return [
-        *("finetune", "--config", f"configs/task/{name}.yaml", "--model.attention", attention),
+        *(
+            "finetune",
+            "--config",
+            f"configs/task/{TASKS[name].of or name}.yaml",
+            "--model.attention",
+            attention,
+        ),
         *("--seed", str(seed), "--output", str(folder(name, attention, seed, options.output)), *options.more),
     ]
 
@@ -77,10 +94,24 @@ def folder(name: str, attention: str, seed: int, output: Path) -> Path:
     return output / f"{name}-{attention}-s{seed}"
 
 
+def pretrained(name: str, attention: str, options: argparse.Namespace) -> Path:
+    """The run folder of a pretraining, trained to its end."""
+    books = Path(os.environ.get("DUALROUTE_DATA", "../shared/data")) / "english_books" / "books.tar.xz"
+    output: Path = options.output / f"{name}-{attention}"
+    prepare = ["prepare", "--config", "configs/prepare/books.yaml", "--corpus", str(books)]
+    pretrain = ["pretrain", "--config", f"configs/pretrain/{name}.yaml", "--model.attention", attention]
+    for words in (prepare, [*pretrain, "--output", str(output)]):  # what is done is not done again
+        subprocess.run([sys.executable, "-m", "dualroute.cli", *words], check=True)
+    return output
+
+
 def measured(name: str, attention: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run a row."""
     task = TASKS[name]
     words = command(name, attention, seed, options)
+    if task.begins_with:
+        words += ["--init_from", str(pretrained(task.begins_with, attention, options))]
+    resumed = (folder(name, attention, seed, options.output) / "checkpoints").exists()
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "dualroute.cli", *words])
     _, status, used = os.wait4(process.pid, 0)
@@ -98,7 +129,9 @@ def measured(name: str, attention: str, seed: int, options: argparse.Namespace) 
         "seed": seed,
         "metrics": score.metrics,
         "rows": score.rows,
-        "seconds": seconds,
+        "seconds": used.ru_utime + used.ru_stime,
+        "wall_seconds": seconds,
+        "resumed": resumed,
         "peak_mib": used.ru_maxrss / 1024,
         "parameters": answerer.loaded.model.num_parameters(),
         "best_step": steps.get("step"),
@@ -121,7 +154,9 @@ def baseline(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one line for each task that has a result."""
-    lines = ["| task | metric | dual | dense | baseline | seconds (dual / dense) | peak MiB (dual / dense) |"]
+    lines = [
+        "| task | metric | dual | dense | baseline | CPU seconds (dual / dense) | peak MiB (dual / dense) |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     for name, task in TASKS.items():
         mine = [one for one in results if one["task"] == name]
