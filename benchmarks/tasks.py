@@ -76,7 +76,7 @@ TASKS = {
         settings=("--data.path", "data/interactions/u.data"),
     ),
     "listops": Task("accuracy", made_by=("listops.py", "data/listops")),
-    "retrieval": Task("accuracy", made_by=("retrieval.py", "data/retrieval")),
+    "retrieval": Task("accuracy", "TF-IDF cosine of the pair", made_by=("retrieval.py", "data/retrieval")),
 }
 
 #: What programs of `Task.made_by` are made from, in $DUALROUTE_DATA; the others make everything up.
