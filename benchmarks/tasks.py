@@ -41,6 +41,8 @@ class Task:
         metric: That is shown.
         baseline: Which of the kind's; empty for its first.
         made: The data set is made by data/task_data.py.
+        made_by: The program of benchmarks/data that makes its data set, and its --output (see `SOURCES`).
+        settings: Of its trainings, besides those of its configuration.
         most_rows: Of the rows that are scored, where the model writes its answers.
         of: The task whose configuration it is; empty for its own.
         begins_with: The pretraining (configs/pretrain) whose weights its trainings begin with.
@@ -49,6 +51,8 @@ class Task:
     metric: str
     baseline: str = ""
     made: bool = False
+    made_by: tuple[str, str] | None = None
+    settings: tuple[str, ...] = ()
     most_rows: int | None = None
     of: str = ""
     begins_with: str = ""
@@ -73,20 +77,56 @@ TASKS = {
     "scitldr": Task("rouge1", "lead-1", made=True),
     "sgd": Task("bleu", "majority", made=True, most_rows=1000),
     "sgd_state": Task("exact_match", "majority", made=True, most_rows=1000),
+    "mnist": Task("accuracy"),
+    "mnist_pixels": Task("accuracy"),
+    "digits": Task("accuracy", made_by=("spoken_digits.py", "data/digits")),
+    "digit_strings": Task("wer", made_by=("spoken_digits.py", "data/digits")),
+    "movielens": Task(
+        "ndcg@10",
+        made_by=("interactions.py", "data/interactions"),
+        settings=("--data.path", "data/interactions/u.data"),
+    ),
+    "listops": Task("accuracy", made_by=("listops.py", "data/listops")),
+    "retrieval": Task("accuracy", "TF-IDF cosine of the pair", made_by=("retrieval.py", "data/retrieval")),
 }
+
+#: What programs of `Task.made_by` are made from, in $DUALROUTE_DATA; the others make everything up.
+SOURCES = {
+    "spoken_digits.py": "speech_fsdd/fsdd.tar.xz",
+    "retrieval.py": "english_books/books.tar.xz",
+}
+
+
+def make(task: Task) -> None:
+    """Have the data set made, unless it is there."""
+    if task.made_by is None:
+        return
+    program, output = task.made_by
+    if not Path(output).exists():
+        words = [sys.executable, str(Path(__file__).parent / "data" / program), "--output", output]
+        if program in SOURCES:
+            words += [
+                "--source",
+                str(Path(os.environ.get("DUALROUTE_DATA", "../shared/data")) / SOURCES[program]),
+            ]
+        subprocess.run(words, check=True)
+
+
+def attention_arithmetic(answerer: Answerer, rows: list[dict[str, Any]]) -> float:
+    """Forward FLOPs of the attention of one row, on average over `rows`; see
+    `DualRoutingTransformer.attention_flops_per_token`."""
+    lengths = [len(example) for row in rows for example in answerer.kind.encode(row)]
+    flops = {n: n * answerer.loaded.model.attention_flops_per_token(n) for n in set(lengths)}
+    return sum(flops[n] for n in lengths) / len(rows)
 
 
 def command(name: str, attention: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The training of a row."""
     return [
-        *(
-            "finetune",
-            "--config",
-            f"configs/task/{TASKS[name].of or name}.yaml",
-            "--model.attention",
-            attention,
-        ),
-        *("--seed", str(seed), "--output", str(folder(name, attention, seed, options.output)), *options.more),
+        *("finetune", "--config", f"configs/task/{TASKS[name].of or name}.yaml"),
+        *("--model.attention", attention),
+        *("--seed", str(seed), "--output", str(folder(name, attention, seed, options.output))),
+        *(*TASKS[name].settings, *options.more),
     ]
 
 
@@ -133,6 +173,7 @@ def measured(name: str, attention: str, seed: int, options: argparse.Namespace) 
         "wall_seconds": seconds,
         "resumed": resumed,
         "peak_mib": used.ru_maxrss / 1024,
+        "attention_flops": attention_arithmetic(answerer, usable_rows(answerer, max_rows=200)[1]),
         "parameters": answerer.loaded.model.num_parameters(),
         "best_step": steps.get("step"),
         "command": shlex.join(["dualroute", *words]),
@@ -155,9 +196,10 @@ def baseline(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one line for each task that has a result."""
     lines = [
-        "| task | metric | dual | dense | baseline | CPU seconds (dual / dense) | peak MiB (dual / dense) |"
+        "| task | metric | dual | dense | baseline | CPU seconds (dual / dense) | peak MiB (dual / dense) "
+        "| attention arithmetic, of dense |"
     ]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|")
     for name, task in TASKS.items():
         mine = [one for one in results if one["task"] == name]
         by = {a: [one for one in mine if one["attention"] == a] for a in (*ATTENTIONS, "baseline")}
@@ -173,10 +215,13 @@ def table(results: list[dict[str, Any]]) -> str:
             found = [statistics.mean(one[key] for one in some[a]) if some[a] else None for a in ATTENTIONS]
             return " / ".join("–" if value is None else f"{value:,.0f}" for value in found)
 
+        flops = [[one.get("attention_flops") for one in by[a]] for a in ATTENTIONS]
+        known = all(some and all(some) for some in flops)
+        share = f"{flops[0][0] / flops[1][0]:.2f}" if known else "–"
         trivial = f"{spread(by['baseline'])} ({by['baseline'][0]['name']})" if by["baseline"] else "–"
         lines.append(
             f"| `{name}` | {task.metric} | {spread(by['dual'])} | {spread(by['dense'])} | {trivial} "
-            f"| {means('seconds')} | {means('peak_mib')} |"
+            f"| {means('seconds')} | {means('peak_mib')} | {share} |"
         )
     return "\n".join(lines)
 
@@ -209,6 +254,7 @@ def main() -> None:
     for name in options.names or TASKS:
         if TASKS[name].made:
             task_data.make(name.replace("zh_en", "en_zh"), Path("data/tasks"))
+        make(TASKS[name])
         for attention in options.attentions:
             for seed in options.seeds:
                 if (name, attention, seed) not in done:

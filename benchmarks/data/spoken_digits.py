@@ -37,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--source", type=Path, required=True, help="fsdd.tar.xz, or the folder of recordings")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train_strings", type=int, default=2000)
+    parser.add_argument("--train_strings", type=int, default=4000)
     parser.add_argument("--test_strings", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

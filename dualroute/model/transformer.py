@@ -236,6 +236,30 @@ class DualRoutingTransformer(nn.Module):
         keys = sum(self._keys_read(layer, context) for layer in self.layers)
         return 6.0 * matmul_weights + 12.0 * self.config.head_dim * keys
 
+    def attention_flops_per_token(self, context: int) -> float:
+        """Forward FLOPs per token of the attention itself, without projections, at ``context`` tokens.
+
+        4·head_dim per head and key read.  In a routed layer besides: the choice of blocks (minmax: two
+        products with the bounds of each sub-block; moment: with mean and variance of each block; mean: one),
+        and the far summary of each block, 6·head_dim with its second order.
+        """
+        assert self.config.head_dim is not None
+        units = 0.0  # of head_dim FLOPs
+        for layer in self.layers:
+            units += 4 * self._keys_read(layer, context)
+            assert isinstance(layer, TransformerBlock)
+            attention, block = layer.attention, self.config.block
+            exact_blocks = attention.max_exact_blocks
+            if exact_blocks is None or context <= exact_blocks * block:
+                continue
+            routing = attention.routing
+            of_router = {"minmax": 4 / routing.sub_block, "moment": 4 / block, "mean": 2 / block}
+            of_far = {"second_order": 6, "first_order": 4, "none": 0}
+            past = context / 2 if attention.causal else context
+            per_token = of_router[routing.router] + of_far[routing.far_summary] / block
+            units += attention.global_heads * past * per_token
+        return units * self.config.head_dim
+
     def _keys_read(self, layer: nn.Module, context: int) -> float:
         """Keys that one token of the context reads on average, summed over the heads of a layer."""
         assert isinstance(layer, TransformerBlock)
@@ -246,6 +270,14 @@ class DualRoutingTransformer(nn.Module):
             everything, local, own = (context + 1) / 2, before, 0.5
         else:
             everything, local, own = context, 2 * before - 1, 1.0
+            grid = attention.grid
+            if grid is not None:  # a square, cut off at the edges
+                sides = (min(attention.window, side) for side in (grid.height, grid.width))
+                reach = [
+                    2 * (w - w * (w - 1) / (2 * side)) - 1
+                    for w, side in zip(sides, (grid.height, grid.width), strict=True)
+                ]
+                local = reach[0] * reach[1]
         exact_blocks = attention.max_exact_blocks
         if exact_blocks is None or context <= exact_blocks * config.block:
             return attention.global_heads * everything + attention.local_heads * local

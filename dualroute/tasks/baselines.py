@@ -63,6 +63,26 @@ def tfidf_classifier(texts: Sequence[str], targets: Sequence[str], asked: Sequen
     return [str(name) for name in model.predict(list(asked))]
 
 
+def tfidf_cosine_classifier(
+    pairs: Sequence[tuple[str, str]], targets: Sequence[str], asked: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Classes of pairs of texts by logistic regression on one number, the cosine of their TF-IDF.
+
+    Words and their frequencies are those of both parts: what two texts share may be a name that the training
+    does not have. Labels are those of ``pairs`` alone.
+    """
+    texts = [text for pair in (*pairs, *asked) for text in pair]
+    vectorizer = _tfidf(texts).fit(texts)
+
+    def cosines(some: Sequence[tuple[str, str]]) -> NDArray[Any]:
+        first, second = (vectorizer.transform([pair[side] for pair in some]) for side in (0, 1))
+        return np.asarray(first.multiply(second).sum(1)).reshape(-1, 1)
+
+    model = library("sklearn.linear_model").LogisticRegression(C=1000.0)
+    model.fit(cosines(pairs), list(targets))
+    return [str(name) for name in model.predict(cosines(asked))]
+
+
 def tfidf_regression(texts: Sequence[str], targets: Sequence[float], asked: Sequence[str]) -> list[float]:
     """Numbers for ``asked`` by ridge regression on the same features."""
     linear_model, pipeline = library("sklearn.linear_model"), library("sklearn.pipeline")

@@ -116,3 +116,14 @@ def test_a_frontend_without_a_head_has_nothing_to_write() -> None:
 def test_frontends_that_do_not_fit_are_refused(arguments: Any, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig(**{**SHAPE, **options}, frontend=FrontendConfig(*arguments))
+
+
+def test_attention_arithmetic_counts_squares_of_images_and_the_choice_of_blocks() -> None:
+    """A patch of 5 x 4 reads 2.6 x 2.5 patches on average with window 2: 3 each way, but for the edges."""
+    routed = image_model()
+    local = 2.6 * 2.5
+    read = 2 * 3 * 4 + 2 * local  # 2 heads read three regions of four, 2 heads a square
+    chosen = 2 * 20 * (4 / 2 + 6 / 4)  # bounds of two patches, summaries of four
+    assert routed.attention_flops_per_token(20) == pytest.approx(2 * 4 * (4 * read + chosen))
+    dense = model(FrontendConfig("patches", 12, [5, 4], [2, 2]), **IMAGES, attention="dense")
+    assert dense.attention_flops_per_token(20) == 2 * 4 * 4 * 4 * 20

@@ -15,7 +15,7 @@ import numpy as np
 
 from dualroute.errors import UserError
 from dualroute.model.config import TaskHeadConfig
-from dualroute.tasks.baselines import majority, tfidf_classifier
+from dualroute.tasks.baselines import majority, tfidf_classifier, tfidf_cosine_classifier
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, at_place, register
 from dualroute.tasks.metrics import classification_metrics
@@ -128,7 +128,16 @@ class Sequences(Kind):
         def most(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
             return [{"prediction": majority([self.target(row) for row in train])}] * len(rows)
 
-        return {"TF-IDF + logistic regression": tfidf, "majority": most}
+        def cosine(train: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+            pairs = [[(self.text(row), self.text(row, "pair")) for row in some] for some in (train, rows)]
+            names = tfidf_cosine_classifier(pairs[0], [self.target(row) for row in train], pairs[1])
+            return [{"prediction": name} for name in names]
+
+        return {
+            "TF-IDF + logistic regression": tfidf,
+            "majority": most,
+            "TF-IDF cosine of the pair": cosine,  # of rows that have one
+        }
 
 
 def text_ids(kind: Kind, row: Row) -> list[int]:

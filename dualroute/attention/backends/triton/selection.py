@@ -362,17 +362,13 @@ def feature_bounds(features: Tensor, router: str, columns: int) -> tuple[Tensor,
 
 
 @torch.library.custom_op("dualroute::select_blocks", mutates_args=())
-def select(
-    query: Tensor, features: Tensor, places: Tensor, top_k: int, router: str, causal: bool
-) -> Tensor:
+def select(query: Tensor, features: Tensor, places: Tensor, top_k: int, router: str, causal: bool) -> Tensor:
     """The kernel as an operator: queries (H, S, d), features (H_kv, nb, parts, f), `block_places`."""
     return launch(query, features, places, top_k, router, causal)
 
 
 @select.register_fake
-def _(
-    query: Tensor, features: Tensor, places: Tensor, top_k: int, router: str, causal: bool
-) -> Tensor:
+def _(query: Tensor, features: Tensor, places: Tensor, top_k: int, router: str, causal: bool) -> Tensor:
     return places.new_empty((features.shape[0], query.shape[1], 1 + top_k))
 
 
