@@ -1,6 +1,6 @@
 """Pairs of passages, and whether both are of one book: a task of 4,000 tokens made from English books.
 
-    python benchmarks/data/retrieval.py --source /path/to/data/english_books/books.tar.xz --output data/retrieval
+    python benchmarks/data/retrieval.py --source /path/to/english_books/books.tar.xz --output data/retrieval
 
 A row is {"text": passage, "pair": passage, "label": "same" or "other"}, half of each. Passages are
 `--characters` long and do not overlap. No book is in two of train.jsonl, validation.jsonl and test.jsonl, so

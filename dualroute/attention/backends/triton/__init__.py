@@ -48,8 +48,8 @@ LARGE_SHARED_MEMORY = 160 << 10  # bytes per SM that A100, H100 and B200 have, a
 def why_not(query: Tensor, *, block: int | None = None) -> str | None:
     """Why the kernels cannot take queries (..., d) of a route with blocks of `block` tokens, or None.
 
-    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and heads whose
-    tiles fit into its shared memory. The local route knows no blocks: leave `block` out for it.
+    They want a GPU of compute capability 8.0 or more, or the interpreter; 16 or 32-bit floats; and heads
+    whose tiles fit into its shared memory. The local route knows no blocks: leave `block` out for it.
     """
     dim, kind = query.shape[-1], str(query.dtype).removeprefix("torch.")
     if query.dtype not in (*HALF, torch.float32):

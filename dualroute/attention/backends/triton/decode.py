@@ -114,7 +114,8 @@ def read_kernel(
     part_out, part_lse,  # (R, parts, GROUP, DIM), (R, parts, GROUP) float32, written
     length, capacity, num_parts, scale, log_block,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr, TOP_K: tl.constexpr, ORDER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr, TOP_K: tl.constexpr, ORDER: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (R, (TOP_K + 2) * SPLIT + tiles of LANES pseudo-keys): one part of the softmax of `routed` each.
 

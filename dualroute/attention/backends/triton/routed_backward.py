@@ -371,12 +371,14 @@ def _backward_tokens(
     order = 0 if far_keys is None else far_keys.shape[2] // dim
     tile = tile_for("tokens_query", dim, query.dtype)
     tokens_kernel[(triton.cdiv(piece.slots, tile.rows), piece.heads * group)](
-        grad, query, key, value, lse, delta, far_keys, far_values, bits, *poisons, selected, *places, log_shares(places, block),
+        grad, query, key, value, lse, delta, far_keys, far_values, bits, *poisons, selected, *places,
+        log_shares(places, block),
         pair_query, grad_query,
         slots, num_blocks, 0 if bits is None else bits.shape[1], pair_query.shape[2],
         piece.first_head, piece.first_slot, piece.slots,
         1 / math.sqrt(dim), math.log(block) * LOG2_E,
-        GROUP=group, CAUSAL=causal, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order, PARTS=len(pair_query),
+        GROUP=group, CAUSAL=causal, BLOCK=block, COLUMNS=selected.shape[2], ORDER=order,
+        PARTS=len(pair_query),
         DIM=dim, DIM_PAD=pad_dim(dim), ROWS=tile.rows, KEYS=tile.columns, TWICE=dim > 64,
         num_warps=tile.warps, num_stages=2,
     )  # fmt: skip

@@ -146,8 +146,8 @@ def tile_bounds(
     query, bound_rows, tile, tile_mask, begin, scale,
     ROUTER: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """(rows, tiles) float32: no score of a block of the tiles is above, but for rounding; of a part of a head,
-    like `part_scores`."""
+    """(rows, tiles) float32: no score of a block of the tiles is above, but for rounding; of a part of a
+    head, like `part_scores`."""
     width: tl.constexpr = 3 * DIM if ROUTER == "moment" else 2 * DIM
     highest = load_part(bound_rows, tile, tile_mask, begin, DIM, PART, width).to(query.dtype)
     lowest = load_part(bound_rows + DIM, tile, tile_mask, begin, DIM, PART, width).to(query.dtype)
@@ -270,8 +270,8 @@ def select_kernel(
         end = tl.minimum(step + STEP, last_tile)
         if bound_rows is not None:
             hopeful = hopeful_tiles(
-                query, query_rows, bound_rows, bound_norms, norm, step, end, rows, row_mask, first, high, floor,
-                slots, num_tiles, scale, GROUP, ROUTER, SLACK, COLUMNS, DIM, DIM_PAD, PART, ROWS,
+                query, query_rows, bound_rows, bound_norms, norm, step, end, rows, row_mask, first, high,
+                floor, slots, num_tiles, scale, GROUP, ROUTER, SLACK, COLUMNS, DIM, DIM_PAD, PART, ROWS,
             )  # fmt: skip
         for tile in range(step, end):
             wanted = True
@@ -282,8 +282,8 @@ def select_kernel(
                 scores = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
                 for part in tl.range(0, PARTS, AT_ONCE, num_stages=1):
                     some = tile_scores(
-                        query, query_rows, feature_rows, begin, part, num_blocks, rows, row_mask, slots, scale,
-                        GROUP, ROUTER, DIM, DIM_PAD, PART, PARTS, AT_ONCE, ROWS, COLUMNS,
+                        query, query_rows, feature_rows, begin, part, num_blocks, rows, row_mask, slots,
+                        scale, GROUP, ROUTER, DIM, DIM_PAD, PART, PARTS, AT_ONCE, ROWS, COLUMNS,
                     )  # fmt: skip
                     scores = some if AT_ONCE >= PARTS else tl.maximum(scores, some)
                 column = begin + tl.arange(0, COLUMNS)
