@@ -63,7 +63,7 @@ def targets(model: nn.Module, patterns: list[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | NextTokenHead) and not name.startswith(_OF_TASK)
     ]
-    tied = model.config.tie_embeddings  # type: ignore[union-attr]
+    tied = model.config.head_is_tied  # type: ignore[union-attr]
     chosen: set[str] = set()
     for pattern in patterns:
         if pattern == "all":

@@ -151,9 +151,9 @@ def pairs_key_tile(dim: int, block: int, dtype: torch.dtype) -> Tile:
     """
     tile = tile_for("pairs_key", dim, dtype)
     keys = min(pad_dim(block), tile.columns)
-    if dtype in HALF and 64 < keys and dim <= 64:
+    if dtype in HALF and keys > 64 and dim <= 64:
         tile = tile_for("pairs_key", 128, dtype)
-    elif 64 < keys and dim <= 128:
+    elif keys > 64 and dim <= 128:
         tile = tile._replace(rows=min(tile.rows, 32))
     return tile._replace(columns=keys)
 
