@@ -83,8 +83,8 @@ def calibrate(options: CalibrationOptions) -> tuple[Loaded, list[Batch], int]:
     """The checkpoint, windows to calibrate it on, and their length in tokens.
 
     Raises:
-        UserError: The output exists already, the model is not causal, or checkpoint, data and context do not
-            fit together.
+        UserError: The output exists already, the model is not causal or has a task's head, or checkpoint,
+            data and context do not fit together.
     """
     if Path(options.output).exists():
         raise UserError(f"--output {options.output} exists already: choose another folder")
@@ -93,6 +93,11 @@ def calibrate(options: CalibrationOptions) -> tuple[Loaded, list[Batch], int]:
     )
     loaded = load(options.checkpoint, options.device)
     loaded.model.config.require_causal("the loss that decides what is pruned")
+    if loaded.model.config.task_head is not None:
+        raise UserError(
+            f"{options.checkpoint} answers a task (finetune), and the loss of the next token decides what is "
+            f"pruned: prune the model that the task began with, and finetune the pruned one (--init_from)"
+        )
     limit = loaded.model.config.max_context
     context = options.context or int(loaded.checkpoint.metadata.get("context", limit))
     if context > limit:

@@ -53,6 +53,9 @@ def slice_model(
     new["embedding.weight"].copy_(weights["embedding.weight"][:, channels])
     if "head.weight" in new:
         new["head.weight"].copy_(weights["head.weight"][:, channels])
+    if "task_head.project.weight" in new:
+        new["task_head.project.weight"].copy_(weights["task_head.project.weight"][:, channels])
+        new["task_head.project.bias"].copy_(weights["task_head.project.bias"])
     norm("norm", "norm")
     for number, index in enumerate(kept.layers):
         old, to = f"layers.{index}", f"layers.{number}"

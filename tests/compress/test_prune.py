@@ -14,6 +14,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
+from dualroute.model.config import TaskHeadConfig
 from dualroute.model.foreign.hub import load_dense
 
 CPU = torch.device("cpu")
@@ -300,6 +301,23 @@ def test_a_quantised_checkpoint_is_refused(trained, tiny_dataset, tmp_path):
         prune(options(tmp_path / "int8", tiny_dataset, tmp_path / "x", ffn_dim=32))
     with pytest.raises(UserError, match="floats are needed here"):
         load_dense(tmp_path / "int8")
+
+
+def test_the_head_of_a_task_is_kept_and_such_a_model_is_not_pruned_by_another_loss(
+    trained, tiny_dataset, tmp_path
+):
+    vocabulary = load(str(trained), "cpu").tokenizer
+    config = ModelConfig(
+        vocab_size=vocabulary.vocab_size, dim=16, num_layers=1, num_heads=2, ffn_dim=16, block=16,
+        task_head=TaskHeadConfig("sequence", ["no", "yes"]),
+    )  # fmt: skip
+    model = DualRoutingTransformer(config)
+    torch.nn.init.normal_(model.task_head.project.bias)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(slice_model(model, everything(model), None)(ids), model(ids))
+    save_model(model, tmp_path / "task", vocabulary.path, {"context": 64})
+    with pytest.raises(UserError, match="answers a task"):
+        prune(options(tmp_path / "task", tiny_dataset, tmp_path / "x", ffn_dim=16))
 
 
 def test_an_output_that_exists_is_left_alone(trained, tiny_dataset):
