@@ -194,12 +194,13 @@ def _forward_and_backward(shape: Shape) -> list[Row]:
 
 
 def _select(kernel: Kernel, shape: Shape, backward: bool) -> tuple[float, list[float], Range]:
+    """As if every tile of blocks were scored: how many are passed over by their bounds is up to the text."""
     tile = kernel.constants
     tiles = shape.blocks / 2 / tile["COLUMNS"]
     programs = shape.tokens / tile["ROWS"] * shape.heads
     taken = turns(shape.blocks, shape.top_k, tile["COLUMNS"], tile["ROWS"])
     feature = tile["PARTS"] * shape.dim * 2 * 2
-    return programs, [tiles, tiles * taken], (0, programs * shape.blocks / 2 * feature)
+    return programs, [tiles / tile["STEP"], tiles, tiles * taken], (0, programs * shape.blocks / 2 * feature)
 
 
 def _pairs(kernel: Kernel, shape: Shape, backward: bool) -> tuple[float, list[float], Range]:
