@@ -2,9 +2,8 @@
 
     DUALROUTE_DATA=/path/to/data python benchmarks/data/task_data.py tatoeba_en_zh --output data/tasks
 
-tatoeba_en_zh   pairs of sentences; `group` joins all pairs that share a source or a target, directly or over
-others,
-                so that a division by group has no sentence on both sides
+tatoeba_en_zh   pairs of sentences; `group` joins all pairs that share a source or a target, directly or
+                over others, so that a division by group has no sentence on both sides
 scitldr         abstract and one-sentence summary
 sgd             the dialogue so far and what the system says next
 sgd_state       the dialogue so far and what the user has asked for, as text
@@ -89,8 +88,8 @@ def chinese_source(folder: Path) -> dict[str, Rows]:
             with lzma.open(file, "rt", encoding="utf-8") as stream:
                 lines = [line.strip() for line in stream]
             for number, line in enumerate(lines):
-                if 20 <= len(line) <= 400:
-                    yield {"text": line, "label": name, "document": f"{name} {number // 50}"}
+                if 20 <= len(line) <= 2000:
+                    yield {"text": line, "label": name, "document": f"{name} {number // 20}"}
 
     return {"rows": rows()}
 
