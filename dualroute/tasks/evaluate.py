@@ -20,6 +20,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate import perplexity
 from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
+from dualroute.log import counted
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.answer import Answerer, task_checkpoint
 from dualroute.tasks.data.problems import Problems
@@ -150,7 +151,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     console = Console()
     for line in score.left_out:
         console.print(line, markup=False)
-    table = Table("metric", f"{score.rows:,} rows of {Path(score.source).name}")
+    table = Table("metric", f"{counted(score.rows, 'row')} of {Path(score.source).name}")
     for name, value in score.metrics.items():
         table.add_row(name.replace("_", " "), f"{value:.4f}")
     console.print(table)
