@@ -101,7 +101,10 @@ def create_app(
 
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
         )
     app.add_middleware(
         Gate, keys=tuple(keys), most_bytes=most_bytes, body_seconds=body_seconds, metrics=metrics

@@ -81,7 +81,10 @@ def serve(config: ServeConfig) -> None:
         port = listener.getsockname()[1]
         shown = "localhost" if config.host in ("127.0.0.1", "0.0.0.0", "::") else config.host
         key = "" if keys else "; no API key is asked for"
-        log.info("%s", f"{', '.join(m.name for m in models)} at http://{shown}:{port}/v1 (page: http://{shown}:{port}/){key}")
+        log.info(
+            "%s",
+            f"{', '.join(m.name for m in models)} at http://{shown}:{port}/v1 (page: http://{shown}:{port}/){key}",
+        )
         yield
 
     app.router.lifespan_context = lifespan
@@ -118,8 +121,12 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} is in use: stop what listens there, or give another --port") from error
-        raise UserError(f"cannot listen on {host}:{port} ({error.strerror or error}): give another --host or --port") from error
+            raise UserError(
+                f"port {port} is in use: stop what listens there, or give another --port"
+            ) from error
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): give another --host or --port"
+        ) from error
     return listener
 
 

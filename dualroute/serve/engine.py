@@ -1,9 +1,9 @@
-"""Continuous batching: one thread owns a model and writes all texts that are asked for, a token each per step.
+"""Continuous batching: one thread owns a model and writes all texts that are asked for, a token each a step.
 
 In: :class:`Request` objects from any thread.  Here: texts join and leave between two steps; a long prompt is
-read in chunks, one between two steps, so that it does not stop the others; a text is let in when the memory of
-its keys and values is free; what was read is kept for requests that begin like it (:mod:`.prefixes`).  Out:
-events to the request's listener, called in the engine's thread.
+read in chunks, one between two steps, so that it does not stop the others; a text is let in when the memory
+of its keys and values is free; what was read is kept for requests that begin like it (:mod:`.prefixes`).
+Out: events to the request's listener, called in the engine's thread.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dualroute.serve.prefixes import PrefixCache
 log = logging.getLogger(__name__)
 Reason = Literal["stop", "length"]
 Result = TypeVar("Result")
+NOT_FINITE = "the model gave numbers that are not finite: its weights are damaged or overflow"
 
 
 @dataclass(frozen=True)
@@ -285,16 +286,16 @@ class Engine:
     def _drop(self) -> None:
         """End requests that nobody waits for, whose time is over, or that the server will not finish."""
         now = time.monotonic()
-        requests = {id(r): r for r in self._waiting}
-        requests |= {id(t.request): t.request for t in (*self._reading, *self._writing)}
         if now > self._stop_at:
             return self._fail_all("the server was stopped")
-        for request in requests.values():
+        for request in self._requests():
             if request.cancelled.is_set():
                 self._end_request(request, None)
             elif now > request.deadline:
                 seconds = request.deadline - request.came
-                self._end_request(request, Failure(f"the request was given up after {seconds:.0f} s", "timeout"))
+                self._end_request(
+                    request, Failure(f"the request was given up after {seconds:.0f} s", "timeout")
+                )
         return None
 
     def _answer_call(self) -> None:
@@ -306,13 +307,19 @@ class Engine:
                 except BaseException as error:
                     future.set_exception(error)
 
+    def _requests(self) -> list[Request]:
+        """All that have not ended."""
+        begun = [*(one.request for one in self._reading), *(one.request for one in self._writing)]
+        return [*self._waiting, *{id(request): request for request in begun}.values()]
+
     def _fail_all(self, message: str) -> None:
-        for request in [*self._waiting, *(r.request for r in self._reading), *(t.request for t in self._writing)]:
+        for request in self._requests():
             self._end_request(request, Failure(message, "shutdown"))
 
     def _end_request(self, request: Request, event: Event | None) -> None:
         """Forget a request, wherever it stands."""
-        gone = [t for t in (*self._reading, *self._writing) if t.request is request]
+        held: list[_Reading | _Writing] = [*self._reading, *self._writing]
+        gone = [one for one in held if one.request is request]
         waits = request in self._waiting
         if not gone and not waits:
             return
@@ -397,7 +404,10 @@ class Engine:
             self._tell(request, End(0, "", "length", 0))
             return
         count = len(request.samplers)
-        caches = [reading.caches, *(copied(self.model, reading.caches, request.capacity) for _ in range(count - 1))]
+        caches = [
+            reading.caches,
+            *(copied(self.model, reading.caches, request.capacity) for _ in range(count - 1)),
+        ]
         texts = [
             _Writing(
                 request, number, caches[number], sampler,
@@ -427,8 +437,7 @@ class Engine:
         """The next token of a text, and what follows from it."""
         request = text.request
         if not bool(torch.isfinite(logits).all()):
-            message = "the model gave numbers that are not finite: its weights are damaged or overflow"
-            return self._end_request(request, Failure(message, "server"))
+            return self._end_request(request, Failure(NOT_FINITE, "server"))
         try:
             token = text.sampler.draw(logits)
         except UserError as error:
@@ -443,9 +452,10 @@ class Engine:
         piece = text.stream.add(token)
         logprobs = text.sampler.logprobs
         self._tell(request, Piece(text.number, piece, token, logprobs[-1] if logprobs else None))
-        if text.stream.stopped is not None or text.sampler.is_finished:
-            rest = "" if text.stream.stopped is not None else text.stream.finish()
-            return self._end_text(text, rest, "stop")
+        if text.stream.stopped is not None:
+            return self._end_text(text, "", "stop")
+        if any(constraint.is_finished for constraint in text.sampler.constraints):
+            return self._end_text(text, text.stream.finish(), "stop")
         if text.tokens >= request.new_tokens:
             return self._end_text(text, text.stream.finish(), "length")
         return None
@@ -454,7 +464,10 @@ class Engine:
         request = text.request
         self._writing = [other for other in self._writing if other is not text]
         self._reserved -= text.reserved
-        self._keep([*request.prompt, *text.sampler.written[: text.caches[0].length - len(request.prompt)]], text.caches)
+        self._keep(
+            [*request.prompt, *text.sampler.written[: text.caches[0].length - len(request.prompt)]],
+            text.caches,
+        )
         last = not any(other.request is request for other in self._writing)
         if last:
             with self._lock:

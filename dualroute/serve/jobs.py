@@ -77,6 +77,12 @@ class LogitBias:
         """See :class:`~dualroute.model.decoding.sampler.Constraint`."""
 
 
+def busy(error: Busy, engine: Engine) -> ApiError:
+    """What a client is told that has to wait."""
+    status = 429 if engine.is_alive else 503
+    return ApiError(status, f"{error}: try again later", code="busy", headers={"Retry-After": "5"})
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of each request: tokens that it may ask for, and seconds."""
@@ -118,19 +124,26 @@ class Job:
         room = served.context - len(self.prompt)
         if room < (new_tokens is None or new_tokens > 0):
             raise ApiError(
-                400, f"the prompt has {len(self.prompt):,} tokens and the model's context {served.context:,}: shorten it",
+                400,
+                f"the prompt has {len(self.prompt):,} tokens and the model's context {served.context:,}: "
+                f"shorten it",
                 code="context_length_exceeded",
-            )  # fmt: skip
+            )
         if new_tokens is None:
             new_tokens = min(room, limits.max_tokens or room)
         elif new_tokens > (limits.max_tokens or new_tokens):
-            raise ApiError(400, f"at most {limits.max_tokens:,} tokens may be asked for, not {new_tokens:,}", "max_tokens")
+            raise ApiError(
+                400,
+                f"at most {limits.max_tokens:,} tokens may be asked for, not {new_tokens:,}",
+                "max_tokens",
+            )
         elif new_tokens > room:
             raise ApiError(
-                400, f"the prompt has {len(self.prompt):,} tokens and {new_tokens:,} may be written, together more than "
-                f"the model's context of {served.context:,}: shorten one of them",
+                400,
+                f"the prompt has {len(self.prompt):,} tokens and {new_tokens:,} may be written, together "
+                f"more than the model's context of {served.context:,}: shorten one of them",
                 code="context_length_exceeded",
-            )  # fmt: skip
+            )
         wrong = next((i for i in self.prompt if i >= served.tokenizer.vocab_size), None)
         if wrong is not None:
             raise ApiError(400, f"the prompt has the token {wrong}, which is not in the vocabulary", "prompt")
@@ -149,10 +162,7 @@ class Job:
             )
             served.engine.submit(self._request)
         except Busy as error:
-            stopping = not served.engine.is_alive
-            raise ApiError(
-                503 if stopping else 429, f"{error}: try again later", code="busy", headers={"Retry-After": "5"}
-            ) from error
+            raise busy(error, served.engine) from error
         except UserError as error:
             raise ApiError(400, str(error)) from error
 

@@ -26,8 +26,12 @@ class Metrics:
         self.waited = seconds("queue", "Until a request was let in")
         self.first_token = seconds("time_to_first_token", "From a request to its first token")
         self.next_token = seconds("time_per_output_token", "Between two tokens of a text")
-        self.texts = Gauge("dualroute_texts", "Requests and texts by state", ("model", "state"), registry=self.registry)
-        self.cache_bytes = Gauge("dualroute_cache_bytes", "Keys and values", ("model",), registry=self.registry)
+        self.texts = Gauge(
+            "dualroute_texts", "Requests and texts by state", ("model", "state"), registry=self.registry
+        )
+        self.cache_bytes = Gauge(
+            "dualroute_cache_bytes", "Keys and values", ("model",), registry=self.registry
+        )
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""

@@ -82,7 +82,9 @@ class Gate:
         return ApiError(401, words, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     async def _within_limits(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        too_large = ApiError(413, f"the body is larger than {self.most_bytes / 2**20:g} MiB", code="body_too_large")
+        too_large = ApiError(
+            413, f"the body is larger than {self.most_bytes / 2**20:g} MiB", code="body_too_large"
+        )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self.most_bytes:
             return await too_large.response()(scope, receive, send)

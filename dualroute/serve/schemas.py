@@ -48,9 +48,9 @@ class Sampled(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Annotated[
-        dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=10_000)
-    ] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[Number, Field(ge=-100, le=100)]], Field(max_length=10_000)] | None
+    ) = None
     user: str | None = None
     ignore_eos: bool = False
 
@@ -72,9 +72,12 @@ class Sampled(BaseModel):
 class CompletionRequest(Sampled):
     """Body of ``/v1/completions``."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)] | Ids | Annotated[
-        list[Ids], Field(min_length=1, max_length=MOST_TEXTS)
-    ] = ""
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS)]
+    ) = ""
     max_tokens: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -211,7 +214,9 @@ class EmbeddingsRequest(BaseModel):
     model: Annotated[str, Field(max_length=1000)]
     input: (
         Annotated[str, StringConstraints(min_length=1)]
-        | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=2048)]
+        | Annotated[
+            list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=2048)
+        ]
         | Ids
         | Annotated[list[Ids], Field(min_length=1, max_length=2048)]
     )

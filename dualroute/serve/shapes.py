@@ -46,7 +46,11 @@ class Spelling:
 
         def shaped(token: int, logprob: float) -> dict[str, Any]:
             spelled = self.bytes_of(token)
-            return {"token": spelled.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(spelled)}
+            return {
+                "token": spelled.decode(errors="replace"),
+                "logprob": _finite(logprob),
+                "bytes": list(spelled),
+            }
 
         return {
             "content": [
@@ -61,7 +65,10 @@ class Spelling:
 
     def completion(self, tokens: Sequence[TokenLogprob | int], begin: int) -> dict[str, Any]:
         """`logprobs` of a choice of a completion; a token without one is the first of an echoed prompt."""
-        texts, own, top, offsets = [], [], [], []
+        texts: list[str] = []
+        offsets: list[int] = []
+        own: list[float | None] = []
+        top: list[dict[str, float] | None] = []
         for one in tokens:
             token = one if isinstance(one, int) else one.token
             texts.append(self.text_of(token))

@@ -33,8 +33,8 @@ def next_logits(model: DualRoutingTransformer, tokens: Sequence[int], texts: Seq
 def new_text(model: DualRoutingTransformer, capacity: int, *, int8: bool = False) -> Caches:
     """Empty caches of one text, with room for `capacity` tokens.
 
-    Whether a routed layer reads everything is decided by the model's context, not by the capacity: a text does
-    not depend on how much was asked for.
+    Whether a routed layer reads everything is decided by the model's context, not by the capacity: a text
+    does not depend on how much was asked for.
     """
     weight, limit = model.norm.weight, model.config.max_context
     return [

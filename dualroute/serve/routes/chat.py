@@ -80,6 +80,8 @@ def router(state: State) -> APIRouter:
             }
             for number, text in enumerate(written.texts)
         ]
-        return JSONResponse({**named, "object": "chat.completion", "choices": choices, "usage": used(written)})
+        return JSONResponse(
+            {**named, "object": "chat.completion", "choices": choices, "usage": used(written)}
+        )
 
     return api

@@ -41,7 +41,11 @@ class State:
         """The same, and it must write text."""
         served = self.model(name)
         if not served.writes:
-            raise ApiError(400, f"{name} reads both sides of a token or was trained for a task: it writes no text", "model")
+            raise ApiError(
+                400,
+                f"{name} reads both sides of a token or was trained for a task: it writes no text",
+                "model",
+            )
         return served
 
     def spelling(self, served: Served) -> Spelling:

@@ -22,15 +22,15 @@ DEFAULT_TOKENS = 16
 
 
 async def _prompts(body: CompletionRequest, served: Served) -> list[list[int]]:
-    given = body.prompt
+    given: Any = body.prompt
     if isinstance(given, str):
         given = [given]
     if isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
+        return [given]
 
     def ids() -> list[list[int]]:
         encode = served.tokenizer.encode
-        return [encode(one, bos=True) if isinstance(one, str) else one for one in given]  # type: ignore[misc]
+        return [encode(one, bos=True) if isinstance(one, str) else one for one in given]
 
     return await asyncio.to_thread(ids)
 
@@ -38,7 +38,9 @@ async def _prompts(body: CompletionRequest, served: Served) -> list[list[int]]:
 class _Answer:
     """One request's jobs and what becomes of them."""
 
-    def __init__(self, state: State, body: CompletionRequest, served: Served, prompts: list[list[int]]) -> None:
+    def __init__(
+        self, state: State, body: CompletionRequest, served: Served, prompts: list[list[int]]
+    ) -> None:
         self.body, self.served, self.texts = body, served, body.n or 1
         self.spelling = state.spelling(served)
         self.id, self.created = new_id("cmpl"), int(time.time())
@@ -48,7 +50,15 @@ class _Answer:
         try:
             for prompt in prompts:
                 self.jobs.append(
-                    Job(served, body, prompt, new_tokens, state.limits, logprobs=body.logprobs, prompt_logprobs=echoed)
+                    Job(
+                        served,
+                        body,
+                        prompt,
+                        new_tokens,
+                        state.limits,
+                        logprobs=body.logprobs,
+                        prompt_logprobs=echoed,
+                    )
                 )
         except BaseException:
             for job in self.jobs:
@@ -127,7 +137,12 @@ class _Answer:
             tokens: list[TokenLogprob | int] = [job.prompt[0], *event.logprobs]
             logprobs = self.spelling.completion(tokens, 0) if wants else None
             return [
-                {"index": place * self.texts + n, "text": self._echo(job), "logprobs": logprobs, "finish_reason": None}
+                {
+                    "index": place * self.texts + n,
+                    "text": self._echo(job),
+                    "logprobs": logprobs,
+                    "finish_reason": None,
+                }
                 for n in range(self.texts)
             ]
         if not isinstance(event, Piece | End):

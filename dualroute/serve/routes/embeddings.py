@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from dualroute.serve.engine import Busy
+from dualroute.serve.engine import NOT_FINITE, Busy
 from dualroute.serve.errors import ApiError
-from dualroute.serve.jobs import Served
+from dualroute.serve.jobs import Served, busy
 from dualroute.serve.routes.common import State
 from dualroute.serve.schemas import EmbeddingsRequest
 
@@ -26,13 +27,15 @@ def embedding(served: Served, ids: list[int]) -> list[float]:
 
 
 async def _ids(body: EmbeddingsRequest, served: Served) -> list[list[int]]:
-    given: Any = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
-    encode = served.tokenizer.encode
-    texts = await asyncio.to_thread(lambda: [encode(one, bos=True) if isinstance(one, str) else one for one in given])
+    is_one = isinstance(body.input, str) or isinstance(body.input[0], int)
+    given: list[Any] = [body.input] if is_one else body.input  # type: ignore[assignment]
+    texts = await asyncio.to_thread(
+        lambda: [served.tokenizer.encode(one, bos=True) if isinstance(one, str) else one for one in given]
+    )
     for number, ids in enumerate(texts):
         if len(ids) > served.context:
-            message = f"input[{number}] has {len(ids):,} tokens and the model's context {served.context:,}: shorten it"
-            raise ApiError(400, message, "input", "context_length_exceeded")
+            message = f"input[{number}] has {len(ids):,} tokens and the model's context {served.context:,}"
+            raise ApiError(400, f"{message}: shorten it", "input", "context_length_exceeded")
         if max(ids) >= served.tokenizer.vocab_size:
             raise ApiError(400, f"input[{number}] has a token that is not in the vocabulary", "input")
     return texts
@@ -51,12 +54,12 @@ def router(state: State) -> APIRouter:
         vectors = []
         for ids in texts:
             try:
-                future = served.engine.call(lambda ids=ids: embedding(served, ids))
+                future = served.engine.call(functools.partial(embedding, served, ids))
             except Busy as error:
-                raise ApiError(429, f"{error}: try again later", code="busy", headers={"Retry-After": "5"}) from error
+                raise busy(error, served.engine) from error
             vector = await asyncio.wrap_future(future)
             if not all(abs(value) <= 1.01 for value in vector):  # NaN compares as false
-                raise ApiError(500, "the model gave numbers that are not finite: its weights are damaged or overflow")
+                raise ApiError(500, NOT_FINITE)
             vectors.append(vector)
             if await http.is_disconnected():
                 raise asyncio.CancelledError

@@ -27,7 +27,13 @@ class _Answer:
     def message(self, text: str, status: str) -> dict[str, Any]:
         """The item that holds the text."""
         content = [] if status == "in_progress" else [self.part(text)]
-        return {"id": self.message_id, "type": "message", "role": "assistant", "status": status, "content": content}
+        return {
+            "id": self.message_id,
+            "type": "message",
+            "role": "assistant",
+            "status": status,
+            "content": content,
+        }
 
     def part(self, text: str) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
@@ -63,7 +69,9 @@ class _Answer:
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": (body.text.format.model_dump(by_alias=True) if body.text else {"type": "text"})},
+            "text": {
+                "format": (body.text.format.model_dump(by_alias=True) if body.text else {"type": "text"})
+            },
             "tool_choice": "none",
             "tools": [],
             "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -95,7 +103,9 @@ class _Answer:
                     yield event("response.output_text.delta", **place, delta=one.text, logprobs=[])
         except ApiError as error:
             failed = {"code": "server_error", "message": error.message}
-            yield event("response.failed", response=self.response(None) | {"status": "failed", "error": failed})
+            yield event(
+                "response.failed", response=self.response(None) | {"status": "failed", "error": failed}
+            )
             return
         text = written.texts[0].text
         whole = self.response(written)
