@@ -18,6 +18,7 @@ import torch
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.files import read_limited
+from dualroute.model.steering import steer
 from dualroute.serve.config import ServeConfig
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def serve(config: ServeConfig) -> None:
     for number, path in enumerate(paths):
         loaded = load(path, config.device, config.dtype)
         loaded.model.eval()
+        if config.scale and not number:
+            steer(loaded.model, config.scale)
         name = config.name if config.name and not number else _name(path)
         if any(name == other.name for other in models):
             name = f"{name}-{number + 1}"

@@ -33,6 +33,8 @@ class ServeConfig:
         body_timeout_s: Seconds in which it must have arrived.
         max_connections: At the same time; more are refused with status 503.
         shutdown_s: Seconds that running requests have to finish when the server is stopped.
+        scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; of the first
+            model alone.
         cache_dtype: How keys and values are kept: auto is the arithmetic's type, int8 a quarter of float32.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
@@ -56,6 +58,7 @@ class ServeConfig:
     body_timeout_s: float = 30.0
     max_connections: int = 1024
     shutdown_s: float = 30.0
+    scale: str | None = None
     cache_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
