@@ -88,7 +88,8 @@ async def load(
                     "stream": True,
                     "ignore_eos": True,
                 }
-                tokens += await text(http, body | {"stream_options": {"include_usage": True}}, times)
+                got = await text(http, body | {"stream_options": {"include_usage": True}}, times)
+                tokens += got
 
         await asyncio.gather(*(client(number) for number in range(clients)))
     return {"tokens_s": tokens / (time.perf_counter() - began), **times}

@@ -104,16 +104,24 @@ def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, 
     )
 
 
-def decode_rows(layer: Projections, hidden_states: Tensor, caches: Sequence[LayerCache]) -> Tensor:
+def row_tables(layer: Projections, caches: Sequence[LayerCache], dtype: torch.dtype) -> list[Table]:
+    """Of `decode_rows`, the same for all layers of a model."""
+    ropes = (layer.global_rope, layer.local_rope)
+    return [token_tables(ropes, torch.tensor(cache.length), dtype) for cache in caches]
+
+
+def decode_rows(
+    layer: Projections, hidden_states: Tensor, caches: Sequence[LayerCache], tables: Sequence[Table]
+) -> Tensor:
     """The next token of each of B texts, (B, dim), each after those in a cache of its own, of any length.
 
-    The layer's weights are read once for all of them. No gradients.
+    The layer's weights are read once for all of them. No gradients. `tables`: of `row_tables`.
     """
     projected = _projected(layer, hidden_states)
     heads = []
     for number, cache in enumerate(caches):
         own = [None if part is None else part[number : number + 1] for part in projected]
-        token = _decode_token(layer, own, cache)
+        token = _decode_token(layer, own, cache, tables[number])
         if token is None:
             position = torch.full((1, 1), cache.length, device=hidden_states.device)
             wide = [None if part is None else part[:, None] for part in own]
@@ -163,7 +171,9 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
 _decode_local = without_autocast(decode_local)
 
 
-def _decode_token(layer: Projections, projected: Sequence[Tensor | None], cache: LayerCache) -> Tensor | None:
+def _decode_token(
+    layer: Projections, projected: Sequence[Tensor | None], cache: LayerCache, tables: Table | None = None
+) -> Tensor | None:
     """The heads of one new token of each text, (B, H * d), of projected rows; None without kernels."""
     rows = next(part for part in projected if part is not None)
     kernels = token_kernels(rows)
@@ -172,7 +182,8 @@ def _decode_token(layer: Projections, projected: Sequence[Tensor | None], cache:
     position = torch.tensor(cache.length)
     if cache.global_cache is not None:
         cache.global_cache.reserve(cache.length + 1)
-    tables = token_tables((layer.global_rope, layer.local_rope), position, rows.dtype)
+    if tables is None:
+        tables = token_tables((layer.global_rope, layer.local_rope), position, rows.dtype)
     heads = token_heads(layer, kernels, projected, tables, kernels.cache_memory([cache]), 0, position)
     for part in (cache.global_cache, cache.local_cache):
         if part is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dualroute.attention.core.cache import LayerCache
-from dualroute.attention.decoding import decode_rows
+from dualroute.attention.decoding import decode_rows, row_tables
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.transformer import DualRoutingTransformer
 
@@ -22,10 +22,13 @@ Caches = list[LayerCache]
 def next_logits(model: DualRoutingTransformer, tokens: Sequence[int], texts: Sequence[Caches]) -> Tensor:
     """Logits (B, V) after one more token of each of B texts; `texts` are their caches, one for each layer."""
     hidden: Tensor = model.embedding(torch.tensor(tokens, device=model.norm.weight.device))
+    first = model.layers[0]
+    assert isinstance(first, TransformerBlock)
+    tables = row_tables(first.attention, [text[0] for text in texts], hidden.dtype)
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, TransformerBlock)
         caches = [text[number] for text in texts]
-        hidden = hidden + decode_rows(layer.attention, layer.attention_norm(hidden), caches)
+        hidden = hidden + decode_rows(layer.attention, layer.attention_norm(hidden), caches, tables)
         hidden = hidden + layer.ffn(layer.ffn_norm(hidden))
     return model.head(model.norm(hidden))
 
