@@ -2,9 +2,9 @@
 
     python benchmarks/inspect_recall.py --output passkey.html [--image passkey.png]
 
-Trains the routed model of `recall.py` (2 layers, texts of 512 tokens, blocks of 32, two chosen blocks) for a few
-minutes and looks at one fresh text: at the mark behind which the digits are asked for, the page shows the block that
-holds them. The picture is taken by a headless Chromium, if there is one.
+Trains the routed model of `recall.py` (2 layers, texts of 512 tokens, blocks of 32, two chosen blocks) for a
+few minutes and looks at one fresh text: at the mark behind which the digits are asked for, the page shows the
+block that holds them. The picture is taken by a headless Chromium, if there is one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dualroute.evaluate.inspect.page import page
 LENGTH, BLOCK, DIGITS = 512, 32, 4
 OPTIONS = {
     "task": "passkey", "length": LENGTH, "start": 128, "evaluate": [], "min_distance": 128, "steps": 200,
-    "patience": 2500, "tokens": 8192, "batches": 4, "lr": 3e-3, "dim": 64, "layers": 2, "heads": 4, "window": 32,
-    "block": BLOCK, "sub_block": 8, "top_k": 2, "theta": 1e6, "verbose": True,
+    "patience": 2500, "tokens": 8192, "batches": 4, "lr": 3e-3, "dim": 64, "layers": 2, "heads": 4,
+    "window": 32, "block": BLOCK, "sub_block": 8, "top_k": 2, "theta": 1e6, "verbose": True,
 }  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def look(model: torch.nn.Module, seed: int) -> tuple[Inspection, int, int]:
     answers = model.eval()(ids)[0].argmax(-1)
     right = bool((answers == labels[0])[labels[0] != -100].all())
     found.notes.append(
-        f"A passkey of {DIGITS} digits stands in block {place // BLOCK}, and is asked for at token {asked}; the "
-        f"model answers {'right' if right else 'wrong'}."
+        f"A passkey of {DIGITS} digits stands in block {place // BLOCK}, and is asked for at token {asked}; "
+        f"the model answers {'right' if right else 'wrong'}."
     )
     return found, place, asked
 
@@ -83,10 +83,12 @@ def main() -> None:
         print(f"off {found.ablations[row].name}: KL {found.kl[row, asked]:.3f} at token {asked}")
     options.output.write_text(page(found, "a passkey among 512 tokens"))
     if options.image is not None:
-        picture(options.output, options.image, asked)
+        of_key = [layer.block_weights[:, asked, place // BLOCK].max() for layer in found.layers]
+        best = of_key.index(max(of_key))
+        picture(options.output, options.image, asked, best)
 
 
-def picture(html: Path, image: Path, token: int) -> None:
+def picture(html: Path, image: Path, token: int, layer: int) -> None:
     """A picture of the page with a token pointed at."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
@@ -95,8 +97,8 @@ def picture(html: Path, image: Path, token: int) -> None:
         subprocess.run(
             [
                 browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-                "--hide-scrollbars", "--window-size=1280,900", f"--screenshot={image.resolve()}",
-                f"{html.resolve().as_uri()}#layer=1&token={token}",
+                "--hide-scrollbars", "--window-size=1240,1080", f"--screenshot={image.resolve()}",
+                f"{html.resolve().as_uri()}#layer={layer}&token={token}",
             ],
             check=True, capture_output=True,
         )  # fmt: skip

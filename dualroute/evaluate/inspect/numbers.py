@@ -47,8 +47,8 @@ class LayerReading:
         missed_weights: (H_g, n, 3) their weights in full attention.
         far_mass: (H_g, n) weight of all blocks that are read as a summary.
         window_weights: (H_l, n, w) weight of the keys 0, 1, … w - 1 tokens back.
-        shares: (H_g + H_l, n) length of what a head adds to the token over the sum of the heads' lengths, gate
-            and scale included.
+        shares: (H_g + H_l, n) length of what a head adds to the token over the sum of the heads' lengths,
+            gate and scale included.
         difference: Largest difference of this layer's output, computed from these weights, to what the model
             itself computed, over the largest output.
     """

@@ -1,7 +1,7 @@
 """An inspection as one HTML page that needs nothing from anywhere: text, numbers and script in one file.
 
-Weights are written as 16-bit fractions, so they are within 1e-5 of the arrays.  Texts reach the page as JSON in
-which no character can end the script, and are shown as text, never as HTML.
+Weights are written as 16-bit fractions, so they are within 1e-5 of the arrays.  Texts reach the page as JSON
+in which no character can end the script, and are shown as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _notes(inspection: Inspection) -> list[str]:
     worst = max(layer.difference for layer in inspection.layers)
     lines = [
         f"{len(inspection.ids)} tokens in blocks of {inspection.block}, {len(inspection.layers)} layers. "
-        f"Weights are computed anew; the outputs that follow from them differ from the model's own by at most "
-        f"{worst:.1e} of the largest.",
+        f"Weights are computed anew; the outputs that follow from them differ from the model's own by at "
+        f"most {worst:.1e} of the largest.",
         "Full attention is that of the same queries and keys: what this model would read here if it read "
         "everything, not what another model would.",
     ]

@@ -1,8 +1,9 @@
 """The attention of one layer as weights, which the fast routes never hold: dense, slow, for one short text.
 
-In: queries, keys and values of a route, as :meth:`DualRouting.stream_heads` makes them, of one document.  Out:
-what each token gives to each key, and the heads' outputs, which are those of the layer itself.  The choice of
-blocks is made by the router's own functions; a block may be switched off, so that no later token reads it.
+In: queries, keys and values of a route, as :meth:`DualRouting.stream_heads` makes them, of one document.
+Out: what each token gives to each key, and the heads' outputs, which are those of the layer itself.  The
+choice of blocks is made by the router's own functions; a block may be switched off, so that no later token
+reads it.
 """
 
 from __future__ import annotations
