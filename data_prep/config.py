@@ -13,17 +13,19 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data_prep import corpora
+from data_prep.counterfactual import Mode, Swaps
 from data_prep.readers.documents import BadFiles, DecodeErrors, ReadOptions
 from data_prep.tally import Tally, readable
 from data_prep.train_tokenizer import TokenizerType
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.paths import LocalPath
+from dualroute.paths import LocalPath, PathField
 
 DEFAULT_VAL_FRACTION = 0.02
+SwapList = Annotated[str, PathField(words=("english", "chinese"))]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class PrepareConfig:
         val_fraction: share of the documents held out for validation, chosen by the hash of their text; by
             default the publisher's own validation split where it has one, else 0.02.
         val_documents: names or globs of the documents held out instead, for corpora of few long documents.
+        counterfactual: lists of what is swapped to add the training texts as they would be told of the other
+            gender: ``english``, ``chinese`` or files; see docs/fairness.md.
+        counterfactual_mode: ``add`` the swapped text to each one that it changes, or ``replace`` half of
+            them.
         tokenizer: existing sentencepiece model or Hugging Face tokenizer.json to use; by default one is
             trained.
         tokenizer_type: ``bpe`` or ``unigram``, when one is trained.
@@ -85,6 +91,8 @@ class PrepareConfig:
     max_bytes: int | None = None
     val_fraction: float | None = None
     val_documents: list[str] | None = None
+    counterfactual: list[SwapList] | None = None
+    counterfactual_mode: Mode = "add"
     tokenizer: LocalPath | None = None
     tokenizer_type: TokenizerType = "bpe"
     vocab_size: int = 8192
@@ -123,6 +131,7 @@ class PrepareConfig:
             ("on_decode_error", ("error", "replace", "skip")),
             ("on_bad_file", ("error", "skip")),
             ("tokenizer_type", ("bpe", "unigram")),
+            ("counterfactual_mode", ("add", "replace")),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, it is {getattr(self, name)!r}")
@@ -187,6 +196,10 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
     options["corpus"] = corpus.name
     options["separator"] = config.document_separator
     options["text_endings"] = list(config.read_options().text_endings) or None
+    swaps = options.pop("counterfactual")
+    mode = options.pop("counterfactual_mode")
+    if swaps:  # else the plan is what it was before there was such an option
+        options |= {"counterfactual": f"sha256:{Swaps(swaps).sha256}", "counterfactual_mode": mode}
     if given is not None:
         options["tokenizer"] = f"sha256:{given.sha256}"
         for unused in ("tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb"):

@@ -32,6 +32,7 @@ from typing import Any
 from data_prep import corpora
 from data_prep.clean import CleanDocument, Selection, select
 from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
+from data_prep.counterfactual import Swaps, with_counterfactuals
 from data_prep.download import default_download_folder
 from data_prep.notes import SPLITS, STATE_FOLDER, SURVEY_FILE, Unusable, read_survey, write_note
 from data_prep.progress import Reporter
@@ -140,6 +141,7 @@ class _Preparation:
     ) -> None:
         self.config, self.corpus, self.given, self.output, self.plan = config, corpus, given, output, plan
         self.state = output / STATE_FOLDER
+        self.swaps = Swaps(config.counterfactual) if config.counterfactual else None
         self.plan_sha256 = hashlib.sha256(canonical_json(plan)).hexdigest()
         self.report = Reporter(config.progress)
         held_out = corpus.val_documents if config.val_documents is None else tuple(config.val_documents)
@@ -237,7 +239,10 @@ class _Preparation:
         options = replace(self.config.read_options(), dropped=dropped, files=files or Tally())
         downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
         source = corpora.documents(self.corpus, options, downloads, self.report.download)
-        return select(source, self.selection, dropped, matched)
+        documents = select(source, self.selection, dropped, matched)
+        if not self.swaps:
+            return documents
+        return with_counterfactuals(documents, self.swaps, self.config.counterfactual_mode, self.config.seed)
 
     def _earlier_survey(self) -> dict[str, Any] | None:
         try:

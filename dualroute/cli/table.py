@@ -109,6 +109,11 @@ STAGES = {
         ("dualroute.evaluate.sample", "generate_command"),
         "text from a checkpoint",
     ),
+    "inspect": Stage(
+        ("dualroute.evaluate.inspect.config", "InspectConfig"),
+        ("dualroute.evaluate.inspect.command", "inspect_command"),
+        "what a model reads in a text, as a page",
+    ),
     "report": Stage(
         ("dualroute.training.monitoring.config", "ReportConfig"),
         ("dualroute.training.monitoring.report", "report"),
