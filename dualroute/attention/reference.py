@@ -11,6 +11,7 @@ For one head, with scale 1/sqrt(d):
     routed   one softmax over
                q_t . k_s / sqrt(d)           s in the own block, the first block (sink) or a selected one: v_s
                log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]      other past blocks b: vbar_b
+    clusters blocks of spans that are past hold similar keys (`regroup`), in another order for each head
     images   blocks are regions of a grid of patches, local is a square of patches (`regions`, `grid_local`)
     dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
 
@@ -96,13 +97,42 @@ def routed(
     causal: bool = True,
     selected: Tensor | None = None,
     owner: Tensor | None = None,
+    cluster_span: int = 0,
 ) -> Tensor:
     """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary.
 
-    `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
+    With `cluster_span` the spans of so many tokens behind the first block are regrouped for the tokens behind
+    them. `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
     """
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
+    if cluster_span:
+        cell = sub_block if router == "minmax" else block
+        out = query[:, :0]
+        for begin in range(block, max(length, block + 1), cluster_span):  # the tokens of a span ask together
+            end = min(length, begin + cluster_span)
+            out = torch.cat(
+                [
+                    out,
+                    routed(
+                        query[:, :end],
+                        key[:, :end],
+                        value[:, :end],
+                        block=block,
+                        top_k=top_k,
+                        router=router,
+                        far_summary=far_summary,
+                        sub_block=sub_block,
+                    )[:, out.shape[1] :],
+                ],
+                dim=1,
+            )
+            if end < length:
+                order = regroup(key[:, begin:end], cell) + begin
+                order = torch.cat([torch.arange(begin).expand(kv_heads, -1), order], dim=1)
+                order = torch.cat([order, torch.arange(end, length).expand(kv_heads, -1)], dim=1)
+                key, value = (rows.take_along_dim(order[..., None], 1) for rows in (key, value))
+        return out
     if owner is None:
         owner = torch.arange(length) // block
     if selected is None:
@@ -135,6 +165,21 @@ def routed(
             allowed.append(far[:, :, number, None])
     weights = softmax(torch.cat(logits, -1), torch.cat(allowed, -1))
     return weights @ torch.cat(values, 1)
+
+
+def regroup(keys: Tensor, cell: int) -> Tensor:
+    """(H_kv, n) the order of keys (H_kv, n, d) in which neighbouring cells of `cell` hold similar ones: halves
+    at the median of the channel that varies most, halved again."""
+
+    def halves(keys: Tensor, numbers: Tensor) -> Tensor:
+        if len(numbers) == cell:
+            return numbers
+        channel = keys[numbers].var(0, unbiased=False).argmax()
+        numbers = numbers[torch.sort(keys[numbers, channel], stable=True).indices]
+        half = len(numbers) // 2
+        return torch.cat([halves(keys, numbers[:half]), halves(keys, numbers[half:])])
+
+    return torch.stack([halves(head, torch.arange(keys.shape[1])) for head in keys.detach()])
 
 
 def select(

@@ -10,6 +10,7 @@ So a document gives the same result packed with others as alone, in every mode.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import torch
@@ -22,8 +23,16 @@ from dualroute.attention.core.arguments import (
     check_selected,
     check_whole,
 )
+from dualroute.attention.core.clusters import (
+    cell_size,
+    gather_keys,
+    gather_rows,
+    similar_order,
+    span_keys,
+    spread,
+)
 from dualroute.attention.core.layout import Stream, attend_by_length
-from dualroute.attention.core.options import ROUTERS, check_name
+from dualroute.attention.core.options import ROUTERS, check_clusters, check_name
 from dualroute.attention.core.precision import without_autocast
 from dualroute.attention.core.routing import Routing
 
@@ -88,12 +97,17 @@ def routed_attention(
         query: (H, S, d).
         key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
-        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
+        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it, for blocks as they stand in the text;
+            chosen here when None.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
     check_rows(stream, query, key, value)
+    if routing.cluster_span and selected is None:
+        regrouped = _regrouped(query, key, value, stream, routing, causal)
+        if regrouped is not None:
+            return regrouped
     if selected is not None:
         check_selected(selected, key, stream, causal)
     else:
@@ -110,6 +124,26 @@ def routed_attention(
     return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
 
 
+def _regrouped(
+    query: Tensor, key: Tensor, value: Tensor, stream: Stream, routing: Routing, causal: bool
+) -> Tensor | None:
+    """The route on a stream with blocks of similar keys; None where no document is long enough."""
+    span, cell = routing.cluster_span, cell_size(routing.router, stream.block, routing.sub_block)
+    check_clusters(span, stream.block, cell, causal)
+    wider = spread(stream, span // stream.block)
+    if wider is None:
+        return None
+    order = similar_order(span_keys(key.detach(), wider, span), span // cell)
+    out = routed_attention(
+        gather_rows(query, wider.source, wider.place),
+        gather_keys(key, wider, order),
+        gather_keys(value, wider, order),
+        wider.stream,
+        dataclasses.replace(routing, cluster_span=0),
+    )
+    return gather_rows(out, wider.place, wider.source)
+
+
 def _backend(
     stream: Stream, query: Tensor, causal: bool, block: int | None = None, *, local: bool = False
 ) -> Backend:
@@ -120,7 +154,7 @@ def _backend(
         # others know no squares, and take slots without a token to lie at the end of a document
         if local or stream.slot_valid is not None:
             return plain()
-    return choose(query, causal=causal, block=block)
+    return choose(query, causal=causal, block=block, copies=bool(stream.copies))
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ class Stream:
     are none. With a `grid` every document is an image of that size, whose blocks are regions; there any block
     but the first of a document may have slots without a patch, at its end.
 
+    `copies` is for streams of `core.clusters.spread`: how many blocks of each document of a bucket, the first
+    but one on, are copies of past spans of `span` blocks. They hold keys, and nobody asks from there.
+
     Raises:
         ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots, or the blocks
         are not the regions of the grid.
@@ -43,6 +46,8 @@ class Stream:
     slot_valid: Tensor | None
     device: torch.device
     grid: Grid | None = None
+    copies: tuple[int, ...] = ()
+    span: int = 0
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +109,34 @@ class Stream:
             starts = torch.arange(first, end, blocks, dtype=torch.int32, device=self.device)
             parts.append(starts[:, None].expand(-1, blocks).contiguous().view(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def hidden_blocks(self) -> Tensor:
+        """(3, num_blocks) int32: the blocks begin..end-1 that the tokens of each block do not read although
+        they lie before it, and whether the block is a copy. Without copies nothing is hidden.
+
+        Copies of the spans from the token's own on come too early; of the spans before, the copies are read
+        and not the text.
+        """
+        return self.cached("hidden_blocks", self._hidden_blocks)
+
+    def _hidden_blocks(self) -> Tensor:
+        number = self.block_in_document()
+        sizes = [b.documents * b.blocks for b in self.buckets]
+        copies = torch.tensor(self.copies or [0] * len(sizes), device=self.device)
+        repeats = torch.tensor(sizes, device=self.device)
+        extra = copies.repeat_interleave(repeats, output_size=self.num_blocks)
+        is_copy = (number > 0) & (number <= extra)
+        past = (number - 1 - extra).clamp_min(0) // max(1, self.span) * self.span  # copies that are read
+        begin = self.first_blocks() + 1 + past
+        asks = (number > extra) & (extra > 0)
+        parts = torch.where(asks, begin, 0), torch.where(asks, begin + extra, 0), is_copy
+        return torch.stack([part.to(torch.int32) for part in parts])
+
+    def hides(self, bucket: Bucket, own: Tensor, number: Tensor) -> Tensor:
+        """Whether tokens of blocks `own` do not read blocks `number`, of those before; both count inside a
+        document of the bucket, and broadcast."""
+        begin, end, _ = self.hidden_blocks()[:, bucket.first_block : bucket.first_block + bucket.blocks].long()
+        return (number >= (begin - bucket.first_block)[own]) & (number < (end - bucket.first_block)[own])
 
     def blocks_in_document(self) -> Tensor:
         """(num_blocks,) how many blocks the document of each block has."""
@@ -188,7 +221,9 @@ def _map_stream(
     if id(stream) in done:  # a part may be the whole
         return done[id(stream)]
     valid = None if stream.slot_valid is None else move(stream.slot_valid)
-    moved = done[id(stream)] = Stream(stream.block, stream.buckets, valid, device, stream.grid)
+    moved = done[id(stream)] = Stream(
+        stream.block, stream.buckets, valid, device, stream.grid, stream.copies, stream.span
+    )
 
     def through(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -197,6 +232,8 @@ def _map_stream(
             return _map_stream(value, move, device, done)
         if type(value) in (tuple, list):
             return type(value)(map(through, value))
+        if isinstance(value, tuple):  # a named one
+            return type(value)(*map(through, value))
         return value
 
     for key, value in stream._cache.items():
