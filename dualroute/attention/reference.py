@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,38 +102,26 @@ def routed(
 ) -> Tensor:
     """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary.
 
-    With `cluster_span` the spans of so many tokens behind the first block are regrouped for the tokens behind
-    them. `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
+    With `cluster_span` what is past is regrouped, see `past_order`. `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
     """
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
     if cluster_span:
+        how: dict[str, Any] = {"block": block, "router": router, "sub_block": sub_block}
         cell = sub_block if router == "minmax" else block
-        out = query[:, :0]
-        for begin in range(block, max(length, block + 1), cluster_span):  # the tokens of a span ask together
-            end = min(length, begin + cluster_span)
-            out = torch.cat(
-                [
-                    out,
-                    routed(
-                        query[:, :end],
-                        key[:, :end],
-                        value[:, :end],
-                        block=block,
-                        top_k=top_k,
-                        router=router,
-                        far_summary=far_summary,
-                        sub_block=sub_block,
-                    )[:, out.shape[1] :],
-                ],
-                dim=1,
+        outputs = [query[:, :0]]
+        for begin in range(0, length, block):  # the tokens of a block see the same order
+            end = min(length, begin + block)
+            order = past_order(key, begin, block, cluster_span, cell)
+            inside = past_order(key, begin, block, cluster_span, cell, inside=True)
+            keys, values = (rows.take_along_dim(order[..., None], 1)[:, :end] for rows in (key, value))
+            bounds = key.take_along_dim(inside[..., None], 1)[:, :end]
+            chosen = select(query[:, :end], bounds, top_k=top_k, **how)
+            out = routed(
+                query[:, :end], keys, values, top_k=top_k, far_summary=far_summary, selected=chosen, **how
             )
-            if end < length:
-                order = regroup(key[:, begin:end], cell) + begin
-                order = torch.cat([torch.arange(begin).expand(kv_heads, -1), order], dim=1)
-                order = torch.cat([order, torch.arange(end, length).expand(kv_heads, -1)], dim=1)
-                key, value = (rows.take_along_dim(order[..., None], 1) for rows in (key, value))
-        return out
+            outputs.append(out[:, begin:])
+        return torch.cat(outputs, dim=1)
     if owner is None:
         owner = torch.arange(length) // block
     if selected is None:
@@ -165,6 +154,28 @@ def routed(
             allowed.append(far[:, :, number, None])
     weights = softmax(torch.cat(logits, -1), torch.cat(allowed, -1))
     return weights @ torch.cat(values, 1)
+
+
+def past_order(
+    key: Tensor, begin: int, block: int, cluster_span: int, cell: int, *, inside: bool = False
+) -> Tensor:
+    """(H_kv, n) the order in which tokens of the block that begins at `begin` see keys (H_kv, n, d).
+
+    What lies behind the first block is cut into spans of `cluster_span` tokens while these are past, the rest
+    into quarters of a span, and so on; each is regrouped, single blocks `inside` only.
+    """
+    order = [torch.arange(min(block, key.shape[1])).expand(key.shape[0], -1)]
+    place, span = block, cluster_span
+    while place < begin:
+        while place + span > begin:
+            span = max(block, span // 4)
+        numbers = regroup(key[:, place : place + span], cell) + place
+        if span == block and not inside:
+            numbers = torch.arange(place, place + span).expand(key.shape[0], -1)
+        order.append(numbers)
+        place += span
+    rest = torch.arange(min(place, key.shape[1]), key.shape[1]).expand(key.shape[0], -1)
+    return torch.cat([*order, rest], dim=1)
 
 
 def regroup(keys: Tensor, cell: int) -> Tensor:

@@ -10,7 +10,6 @@ So a document gives the same result packed with others as alone, in every mode.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import torch
@@ -27,8 +26,8 @@ from dualroute.attention.core.clusters import (
     cell_size,
     gather_keys,
     gather_rows,
-    similar_order,
-    span_keys,
+    ordered_in_blocks,
+    orders,
     spread,
 )
 from dualroute.attention.core.layout import Stream, attend_by_length
@@ -127,21 +126,28 @@ def routed_attention(
 def _regrouped(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, routing: Routing, causal: bool
 ) -> Tensor | None:
-    """The route on a stream with blocks of similar keys; None where no document is long enough."""
+    """The route with blocks of similar keys; None where no document is long enough for it to matter."""
     span, cell = routing.cluster_span, cell_size(routing.router, stream.block, routing.sub_block)
     check_clusters(span, stream.block, cell, causal)
+    if all(bucket.blocks <= 2 for bucket in stream.buckets):
+        return None  # nobody chooses anything
     wider = spread(stream, span // stream.block)
-    if wider is None:
-        return None
-    order = similar_order(span_keys(key.detach(), wider, span), span // cell)
-    out = routed_attention(
-        gather_rows(query, wider.source, wider.place),
-        gather_keys(key, wider, order),
-        gather_keys(value, wider, order),
-        wider.stream,
-        dataclasses.replace(routing, cluster_span=0),
+    if wider is not None:
+        found = orders(key.detach(), wider, cell)
+        query = gather_rows(query, wider.source, wider.place)
+        key, value = (gather_keys(rows, wider, found) for rows in (key, value))
+        stream = wider.stream
+    selected = select_blocks(
+        query.detach(),
+        ordered_in_blocks(key.detach(), stream.block, cell),
+        stream,
+        top_k=routing.top_k,
+        router=routing.router,
+        sub_block=routing.sub_block,
     )
-    return gather_rows(out, wider.place, wider.source)
+    backend = _backend(stream, query, causal, stream.block)
+    out = backend.routed_attention(query, key, value, stream, routing, selected=selected)
+    return out if wider is None else gather_rows(out, wider.place, wider.source)
 
 
 def _backend(

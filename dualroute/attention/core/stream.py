@@ -33,8 +33,9 @@ class Stream:
     are none. With a `grid` every document is an image of that size, whose blocks are regions; there any block
     but the first of a document may have slots without a patch, at its end.
 
-    `copies` is for streams of `core.clusters.spread`: how many blocks of each document of a bucket, the first
-    but one on, are copies of past spans of `span` blocks. They hold keys, and nobody asks from there.
+    `copies` and `spans` are for what `core.clusters.spread` gives: of each bucket, how many blocks behind the
+    first one of a document are copies of spans, for spans of each number of blocks, the longest first. They
+    hold keys, and nobody asks from there.
 
     Raises:
         ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots, or the blocks
@@ -46,8 +47,8 @@ class Stream:
     slot_valid: Tensor | None
     device: torch.device
     grid: Grid | None = None
-    copies: tuple[int, ...] = ()
-    span: int = 0
+    copies: tuple[tuple[int, ...], ...] = ()
+    spans: tuple[int, ...] = ()
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -111,32 +112,37 @@ class Stream:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def hidden_blocks(self) -> Tensor:
-        """(3, num_blocks) int32: the blocks begin..end-1 that the tokens of each block do not read although
-        they lie before it, and whether the block is a copy. Without copies nothing is hidden.
+        """(1 + 2 sizes, num_blocks) int32, of a stream with copies: whether each block is one; and for each
+        size of spans the blocks begin..end-1 that its tokens do not read although they lie before it.
 
-        Copies of the spans from the token's own on come too early; of the spans before, the copies are read
-        and not the text.
+        Those are the copies from the token's own span on, which come too early, and what stands behind them
+        in an other form: copies of shorter spans, or the text, of what is read as a longer one.
         """
         return self.cached("hidden_blocks", self._hidden_blocks)
 
     def _hidden_blocks(self) -> Tensor:
         number = self.block_in_document()
-        sizes = [b.documents * b.blocks for b in self.buckets]
-        copies = torch.tensor(self.copies or [0] * len(sizes), device=self.device)
-        repeats = torch.tensor(sizes, device=self.device)
-        extra = copies.repeat_interleave(repeats, output_size=self.num_blocks)
-        is_copy = (number > 0) & (number <= extra)
-        past = (number - 1 - extra).clamp_min(0) // max(1, self.span) * self.span  # copies that are read
-        begin = self.first_blocks() + 1 + past
-        asks = (number > extra) & (extra > 0)
-        parts = torch.where(asks, begin, 0), torch.where(asks, begin + extra, 0), is_copy
-        return torch.stack([part.to(torch.int32) for part in parts])
+        repeats = torch.tensor([b.documents * b.blocks for b in self.buckets], device=self.device)
+        extra = torch.tensor(self.copies, device=self.device)  # (buckets, sizes)
+        extra = extra.repeat_interleave(repeats, 0, output_size=self.num_blocks)
+        total = extra.sum(1)
+        past = number - 1 - total  # blocks of the text between the first one and this one
+        rows = [(number > 0) & (past < 0)]
+        begin = self.first_blocks() + 1  # of the copies of a size
+        for level, size in enumerate(self.spans):
+            hidden = begin + past // size * size
+            begin = begin + extra[:, level]
+            rows += [torch.where(past < 0, 0, part) for part in (hidden, hidden + extra[:, level])]
+        return torch.stack([row.to(torch.int32) for row in rows])
 
     def hides(self, bucket: Bucket, own: Tensor, number: Tensor) -> Tensor:
         """Whether tokens of blocks `own` do not read blocks `number`, of those before; both count inside a
         document of the bucket, and broadcast."""
-        begin, end, _ = self.hidden_blocks()[:, bucket.first_block : bucket.first_block + bucket.blocks].long()
-        return (number >= (begin - bucket.first_block)[own]) & (number < (end - bucket.first_block)[own])
+        here = self.hidden_blocks()[1:, bucket.first_block : bucket.first_block + bucket.blocks].long()
+        hidden = torch.zeros((), dtype=torch.bool, device=self.device)
+        for begin, end in (here - bucket.first_block).unflatten(0, (-1, 2)):
+            hidden = hidden | ((number >= begin[own]) & (number < end[own]))
+        return hidden
 
     def blocks_in_document(self) -> Tensor:
         """(num_blocks,) how many blocks the document of each block has."""
@@ -222,7 +228,7 @@ def _map_stream(
         return done[id(stream)]
     valid = None if stream.slot_valid is None else move(stream.slot_valid)
     moved = done[id(stream)] = Stream(
-        stream.block, stream.buckets, valid, device, stream.grid, stream.copies, stream.span
+        stream.block, stream.buckets, valid, device, stream.grid, stream.copies, stream.spans
     )
 
     def through(value: Any) -> Any:

@@ -39,7 +39,7 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
 
 def block_tables(stream: Stream, causal: bool) -> Tensor:
     """(1, nb) int32: the first block of the document of each block. Not causal (3, nb): also the last + 1
-    block of the document, and how many tokens the block has. With copies (4, nb): also `hidden_blocks`."""
+    block of the document, and how many tokens the block has. With copies: also `hidden_blocks`."""
     return stream.cached(("block tables", causal), lambda: _block_tables(stream, causal))
 
 

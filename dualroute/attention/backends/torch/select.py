@@ -41,7 +41,7 @@ def select_blocks(
     for bucket in stream.buckets:
         _select_in_bucket(selected, grouped, features, bucket, stream, top_k, router, causal)
     if stream.copies:
-        copies = stream.hidden_blocks()[2].bool().repeat_interleave(stream.block)
+        copies = stream.hidden_blocks()[0].bool().repeat_interleave(stream.block)
         selected.masked_fill_(copies[:, None], -1)
     if stream.slot_valid is not None:
         selected.masked_fill_(~stream.slot_valid[:, None], -1)

@@ -47,7 +47,7 @@
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {
     const long blocks = sizes[2] / sizes[3];
-    const bool causal = sizes[6] != 3, hides = sizes[6] == 4;  // tables of blocks
+    const bool causal = sizes[6] != 3, hides = sizes[6] > 3;  // tables of blocks
     const auto table = [&](bool there, int number) { return there ? first_block + number * blocks : nullptr; };
     return {sizes[0],
             sizes[1],
@@ -60,7 +60,7 @@ static Shape make_shape(const long* sizes, const int32_t* first_block) {
             table(!causal, 2),
             table(hides, 1),
             table(hides, 2),
-            table(hides, 3)};
+            hides ? int(sizes[6] - 2) / 2 : 0};
 }
 
 DUALROUTE_KERNELS(float, float, float32)

@@ -198,10 +198,6 @@ struct Routed {
         return [this, slot, document, tile_begin](T* logits, int, int rows, int from, int to) {
             const T log_tokens = std::log(T(shape.block));
             const long block = slot / shape.block, own = block - tile_begin, last = shape.end(block) - 1;
-            const auto column_of = [&](const int32_t* table) {
-                return table ? int(std::clamp<long>(table[block] - tile_begin, 0, TILE)) : 0;
-            };
-            const int hidden = column_of(shape.hidden_begin), shown = column_of(shape.hidden_end);
             for (int r = 0; r < rows; ++r) {
                 T* line = logits + r * TILE;
                 for (int j = from; j < to; j += LANES<T>) store<T>(line + j, load<T>(line + j) + log_tokens);
@@ -211,7 +207,11 @@ struct Routed {
                     if (own >= from && own < to) line[own] = NEG_INF<T>;
                 }
                 close_outside<T>(line, from, to, int(std::max(0L, document + 1 - tile_begin)), to);
-                for (int j = std::max(hidden, from); j < std::min(shown, to); ++j) line[j] = NEG_INF<T>;
+                for (int range = 0; range < shape.ranges; ++range) {
+                    const long shown = std::min<long>(to, shape.end(range, block) - tile_begin);
+                    for (long j = std::max<long>(from, shape.begin(range, block) - tile_begin); j < shown; ++j)
+                        line[j] = NEG_INF<T>;
+                }
                 const int32_t* chosen = selected + (slot + r) * columns;
                 for (int c = 1; c < columns; ++c) {
                     const long column = chosen[c] - tile_begin;

@@ -211,9 +211,10 @@ struct Shape {
     // + 1 one, and how many of its slots hold tokens. Causal, what follows a block is nobody's concern, and
     // slots without a token lie behind all others.
     const int32_t *first_block, *end_block, *block_tokens;
-    // Of each block, causal: the blocks begin..end-1 before it that its tokens do not read, and whether it is a
-    // copy, from which nobody asks (see core/clusters.py). Null: nothing is hidden.
-    const int32_t *hidden_begin, *hidden_end, *copy;
+    // Of each block, causal: whether it is a copy, from which nobody asks, and `ranges` times, the blocks
+    // begin..end-1 before it that its tokens do not read (see core/clusters.py). Null: nothing is hidden.
+    const int32_t *copy, *hidden;
+    int ranges;
 
     bool causal() const { return !end_block; }
     long blocks() const { return slots / block; }
@@ -223,8 +224,12 @@ struct Shape {
     bool copied(long b) const { return copy && copy[b]; }
     // Whether the tokens of block b read none of the blocks from..to-1.
     bool hides(long b, long from, long to) const {
-        return hidden_begin && from >= hidden_begin[b] && to <= hidden_end[b];
+        bool all = false;
+        for (int range = 0; range < ranges; ++range) all |= from >= begin(range, b) && to <= end(range, b);
+        return all;
     }
+    long begin(int range, long b) const { return hidden[2 * range * blocks() + b]; }
+    long end(int range, long b) const { return hidden[(2 * range + 1) * blocks() + b]; }
     long group() const { return heads / kv_heads; }
     long document(long b) const { return first_block[b] * block; }  // first slot of the document of a block
 };
