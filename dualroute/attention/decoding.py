@@ -66,6 +66,7 @@ def new_cache(
             device,
             stored,
             dtype,
+            routing.cluster_span,
         )
     if layer.local_heads:
         rows = batch_size * layer.local_heads // layer.group
@@ -91,6 +92,23 @@ def check_cache(cache: LayerCache, batch: int, length: int) -> None:
 
 def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
     """The next tokens, (B, m, dim), after those in the cache."""
+    far = cache.global_cache
+    if far is None or not far.cluster_span or cache.exact:
+        return _decode(layer, hidden_states, positions, cache)
+    outputs, begin, count = [], 0, hidden_states.shape[1]
+    while begin < count:  # a token reads what those before it have completed
+        cache.regroup()
+        part = slice(begin, begin + far.block - far.length % far.block)
+        places = None if positions is None else positions[..., part]
+        outputs.append(_decode(layer, hidden_states[:, part], places, cache))
+        begin = part.stop
+    return torch.cat(outputs, dim=1)
+
+
+def _decode(
+    layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache
+) -> Tensor:
+    """Tokens that have the same order of what is past."""
     batch, count, _ = hidden_states.shape
     projected = _projected(layer, hidden_states)
     if count == 1 and positions is None and not torch.is_grad_enabled():

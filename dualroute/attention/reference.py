@@ -11,6 +11,7 @@ For one head, with scale 1/sqrt(d):
     routed   one softmax over
                q_t . k_s / sqrt(d)           s in the own block, the first block (sink) or a selected one: v_s
                log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]      other past blocks b: vbar_b
+    clusters blocks of spans that are past hold similar keys (`regroup`), in another order for each head
     images   blocks are regions of a grid of patches, local is a square of patches (`regions`, `grid_local`)
     dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,13 +98,30 @@ def routed(
     causal: bool = True,
     selected: Tensor | None = None,
     owner: Tensor | None = None,
+    cluster_span: int = 0,
 ) -> Tensor:
     """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary.
 
-    `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
+    With `cluster_span` what is past is regrouped, see `past_order`. `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
     """
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
+    if cluster_span:
+        how: dict[str, Any] = {"block": block, "router": router, "sub_block": sub_block}
+        cell = sub_block if router == "minmax" else block
+        outputs = [query[:, :0]]
+        for begin in range(0, length, block):  # the tokens of a block see the same order
+            end = min(length, begin + block)
+            order = past_order(key, begin, block, cluster_span, cell)
+            inside = past_order(key, begin, block, cluster_span, cell, inside=True)
+            keys, values = (rows.take_along_dim(order[..., None], 1)[:, :end] for rows in (key, value))
+            bounds = key.take_along_dim(inside[..., None], 1)[:, :end]
+            chosen = select(query[:, :end], bounds, top_k=top_k, **how)
+            out = routed(
+                query[:, :end], keys, values, top_k=top_k, far_summary=far_summary, selected=chosen, **how
+            )
+            outputs.append(out[:, begin:])
+        return torch.cat(outputs, dim=1)
     if owner is None:
         owner = torch.arange(length) // block
     if selected is None:
@@ -135,6 +154,43 @@ def routed(
             allowed.append(far[:, :, number, None])
     weights = softmax(torch.cat(logits, -1), torch.cat(allowed, -1))
     return weights @ torch.cat(values, 1)
+
+
+def past_order(
+    key: Tensor, begin: int, block: int, cluster_span: int, cell: int, *, inside: bool = False
+) -> Tensor:
+    """(H_kv, n) the order in which tokens of the block that begins at `begin` see keys (H_kv, n, d).
+
+    What lies behind the first block is cut into spans of `cluster_span` tokens while these are past, the rest
+    into quarters of a span, and so on; each is regrouped, single blocks `inside` only.
+    """
+    order = [torch.arange(min(block, key.shape[1])).expand(key.shape[0], -1)]
+    place, span = block, cluster_span
+    while place < begin:
+        while place + span > begin:
+            span = max(block, span // 4)
+        numbers = regroup(key[:, place : place + span], cell) + place
+        if span == block and not inside:
+            numbers = torch.arange(place, place + span).expand(key.shape[0], -1)
+        order.append(numbers)
+        place += span
+    rest = torch.arange(min(place, key.shape[1]), key.shape[1]).expand(key.shape[0], -1)
+    return torch.cat([*order, rest], dim=1)
+
+
+def regroup(keys: Tensor, cell: int) -> Tensor:
+    """(H_kv, n) the order of keys (H_kv, n, d) in which neighbouring cells of `cell` hold similar ones: halves
+    at the median of the channel that varies most, halved again."""
+
+    def halves(keys: Tensor, numbers: Tensor) -> Tensor:
+        if len(numbers) == cell:
+            return numbers
+        channel = keys[numbers].var(0, unbiased=False).argmax()
+        numbers = numbers[torch.sort(keys[numbers, channel], stable=True).indices]
+        half = len(numbers) // 2
+        return torch.cat([halves(keys, numbers[:half]), halves(keys, numbers[half:])])
+
+    return torch.stack([halves(head, torch.arange(keys.shape[1])) for head in keys.detach()])
 
 
 def select(

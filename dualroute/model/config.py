@@ -33,6 +33,7 @@ _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
 #: Fields that a file leaves out at these values, so that it stays what it was before there were such fields.
 _LEFT_OUT: dict[str, Any] = {
     "causal": True,
+    "cluster_span": 0,
     "global_rotary_factor": 1.0,
     "local_rotary_factor": 1.0,
     "task_head": None,
@@ -44,7 +45,7 @@ _RANGES = {
     ),
     **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
     **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
-    **dict.fromkeys(("global_heads", "local_heads", "top_k", "layer_top_k"), at_least(0, _MOST)),
+    **dict.fromkeys(("global_heads", "local_heads", "top_k", "layer_top_k", "cluster_span"), at_least(0, _MOST)),
     "vocab_size": at_least(2, _MOST),
     "rope_theta": above(0, 1e12),
     "rope_scaling": above(0),
@@ -194,6 +195,8 @@ class ModelConfig:
         sub_block: Keys per bound of the minmax router; divides block.
         far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
             or none.
+        cluster_span: Tokens of the longest past span whose blocks are made of similar keys, so that far
+            blocks are found at any length: block times 1, 2, 4, ...; 0 leaves blocks as they stand in the text.
         rope_theta: Base of the rotary position frequencies.
         rope_scaling: How frequencies are lowered to read further than a source was pretrained to: factor
             alone (linear), or factor, low_freq_factor, high_freq_factor and
@@ -233,6 +236,7 @@ class ModelConfig:
     router: Literal["minmax", "moment", "mean"] = "minmax"
     sub_block: int = 16
     far_summary: Literal["second_order", "first_order", "none"] = "second_order"
+    cluster_span: int = 0
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None
     global_rotary_factor: float = 1.0
@@ -343,6 +347,8 @@ class ModelConfig:
                 sub_block=self.sub_block,
                 far_summary=self.far_summary,
                 rope_theta=self.rope_theta,
+                cluster_span=self.cluster_span,
+                causal=self.causal,
             )
             heads = resolve_heads(
                 dim=self.dim,

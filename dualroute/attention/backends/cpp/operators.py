@@ -39,12 +39,14 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
 
 def block_tables(stream: Stream, causal: bool) -> Tensor:
     """(1, nb) int32: the first block of the document of each block. Not causal (3, nb): also the last + 1
-    block of the document, and how many tokens the block has."""
+    block of the document, and how many tokens the block has. With copies: also `hidden_blocks`."""
     return stream.cached(("block tables", causal), lambda: _block_tables(stream, causal))
 
 
 def _block_tables(stream: Stream, causal: bool) -> Tensor:
     first = stream.first_blocks()
+    if stream.copies:
+        return torch.cat([first[None], stream.hidden_blocks()])
     if causal:
         return first[None]
     ends = first + stream.blocks_in_document().to(torch.int32)
@@ -85,7 +87,7 @@ def routed_forward(
     )  # fmt: skip
     if not done:
         raise ValueError(
-            f"selected has a block that is no {'past' if len(blocks) == 1 else 'other'} one of its document: "
+            f"selected has a block that is no {'other' if len(blocks) == 3 else 'past'} one of its document: "
             f"give what select_blocks gives"
         )
     return out, lse

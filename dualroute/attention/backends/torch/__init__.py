@@ -35,6 +35,7 @@ class TorchBackend:
     """See `dualroute.attention.backend.Backend`."""
 
     tokens: ModuleType | None = None
+    takes_copies = True
 
     def description(self) -> str:
         return "plain torch"

@@ -47,7 +47,8 @@
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {
     const long blocks = sizes[2] / sizes[3];
-    const bool causal = sizes[6] == 1;  // one table of blocks, else three
+    const bool causal = sizes[6] != 3, hides = sizes[6] > 3;  // tables of blocks
+    const auto table = [&](bool there, int number) { return there ? first_block + number * blocks : nullptr; };
     return {sizes[0],
             sizes[1],
             sizes[2],
@@ -55,8 +56,11 @@ static Shape make_shape(const long* sizes, const int32_t* first_block) {
             sizes[4],
             int(sizes[5]),
             first_block,
-            causal ? nullptr : first_block + blocks,
-            causal ? nullptr : first_block + 2 * blocks};
+            table(!causal, 1),
+            table(!causal, 2),
+            table(hides, 1),
+            table(hides, 2),
+            hides ? int(sizes[6] - 2) / 2 : 0};
 }
 
 DUALROUTE_KERNELS(float, float, float32)

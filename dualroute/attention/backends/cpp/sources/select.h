@@ -65,7 +65,7 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                 const long own = blocks - 1 - order,
                            first = shape.first_block[own];  // the longest work first
                 const long end = shape.end(own);
-                if (own == first && shape.causal()) continue;
+                if ((own == first && shape.causal()) || shape.copied(own)) continue;
                 for (long offset = 0; offset < shape.block; offset += TILE) {
                     const int rows = std::min<long>(TILE, shape.block - offset);
                     const long slot = own * shape.block + offset;
@@ -78,6 +78,7 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                     std::fill(best.begin(), best.end(), -INFINITY);
                     std::fill(worst.begin(), worst.end(), -INFINITY);
                     for (long tile = (first + 1) / columns; tile * columns < end; ++tile) {
+                        if (shape.hides(own, tile * columns, (tile + 1) * columns)) continue;
                         multiply<T>(scores.data(), row, {rows_features.data(), width, 1},
                                     features + (kv * tiles + tile) * width * row, row, rows, row, width,
                                     false);
@@ -90,7 +91,9 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                                 T score = line[j];
                                 for (int part = 1; part < parts; ++part)
                                     score = std::max(score, line[part * columns + j]);
-                                const bool closed = j < from || j >= to || tile * columns + j == own;
+                                const long block = tile * columns + j;
+                                const bool closed =
+                                    j < from || j >= to || block == own || shape.hides(own, block, block + 1);
                                 compared[j] = closed ? -INFINITY : float(score);
                                 top = std::max(top, compared[j]);
                             }
