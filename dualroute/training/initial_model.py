@@ -35,6 +35,7 @@ from dualroute.model.checkpoint.format import (
 from dualroute.model.deferred_init import Draws, build_deferred
 from dualroute.training.config import PretrainConfig
 from dualroute.training.finetuning.adapters import add_adapters
+from dualroute.training.finetuning.deferred import add_deferred_adapters
 from dualroute.training.finetuning.freezing import freeze
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.activations import keep_fewer_activations
@@ -132,6 +133,8 @@ def build_sharded_model(
         weights = InitialWeights(draws.order)
     else:
         weights = _seeded_weights(draws, config.seed)
+    if config.finetune.adapter != "none":
+        weights = add_deferred_adapters(model, config.finetune, config.seed, weights)
     return _as_trained(model, config), weights
 
 

@@ -190,7 +190,13 @@ def keeps_head(checkpoint: Checkpoint, config: ModelConfig) -> bool:
 
 
 def new_head(checkpoint: Checkpoint, config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """{name: float32 tensor} of the head that a model which begins with ``checkpoint`` has to draw."""
+    """{name: float32 tensor} of the head that a model which begins with ``checkpoint`` has to draw.
+
+    One that was the embedding, and is to be a head of its own, begins with the embedding's weight.
+    """
+    tied = ModelConfig.from_file(checkpoint.folder / CONFIG).tie_embeddings
+    if tied and not config.head_is_tied:
+        return {"head.weight": open_weights(checkpoint).read("embedding.weight").float()}
     if keeps_head(checkpoint, config):
         return {}
     torch.manual_seed(seed)
