@@ -180,12 +180,12 @@ def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer, seed: int
         keeps = keeps_head(checkpoint, model.config)
         taken = {name: shape for name, shape in file.shapes.items() if keeps or not is_head(name)}
         taken |= {name: tuple(value.shape) for name, value in new.items()}
-        check_weights(model, taken, str(file.path))
+        check_weights(own, taken, str(file.path))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         file = open_weights(checkpoint, verified=False)  # compared by check
-        for name in order:
+        for name in own:
             yield name, new[name] if name in new else file.read(name)
 
-    order = [name for name, _ in model.named_parameters()]
-    return InitialWeights(order, tensors, check)
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return InitialWeights(list(own), tensors, check)

@@ -233,13 +233,20 @@ def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> N
                 module._parameters[leaf] = parameter
 
 
-def check_weights(model: DualRoutingTransformer, weights: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Compare names and shapes of ``weights`` with the model's parameters.
+def check_weights(
+    model: DualRoutingTransformer | Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Compare names and shapes of ``weights`` with those of the model's parameters.
 
     Raises:
         UserError: The first parameter that differs, with both shapes.
     """
-    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if isinstance(model, nn.Module):
+        own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    else:
+        own = dict(model)
     for name in sorted(own.keys() | weights.keys()):
         theirs = tuple(weights[name]) if name in weights else None
         if own.get(name) != theirs:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,40 +48,114 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapted_weight(layer: Any) -> Tensor:
-    """(N, K) weight of a linear layer with its adapter added.
-
-    In the precision of the parameters, inside autocast too.  Gradients go to the adapter; the norm of dora's
-    rows counts as a constant (Liu et al. 2024, §4.3).
+    """(N, K) weight of a linear layer with its adapter added; all of its parameters are whole.
 
     Args:
         layer: See :func:`is_adapted`.
     """
-    base: Tensor = layer.get_base_layer().weight
-    with torch.autocast(base.device.type, enabled=False):
-        weight: Tensor = base + layer.get_delta_weight(NAME)
-        if not layer.use_dora[NAME]:
-            return weight
-        length = layer.lora_magnitude_vector[NAME].weight
-        return weight * (length / weight.norm(dim=1).detach()).unsqueeze(1)
+    lengths = layer.lora_magnitude_vector[NAME].weight if layer.use_dora[NAME] else None
+    down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    return _Adapter(down, up, lengths, layer.scaling[NAME]).on(layer.get_base_layer().weight)
 
 
-def _row_scale(layer: Any) -> Tensor:
-    """(N,) factor that brings the rows of a dora layer to their trained lengths."""
-    base: Tensor = layer.get_base_layer().weight
-    with torch.no_grad(), torch.autocast(base.device.type, enabled=False):
-        norm = (base + layer.get_delta_weight(NAME)).norm(dim=1)
-    scale: Tensor = layer.lora_magnitude_vector[NAME].weight / norm
-    return scale
+class _Adapter(NamedTuple):
+    """What is trained beside a weight (N, K).
+
+    Attributes:
+        down: (r, K).
+        up: (N, r).
+        lengths: (N,) of the rows of the sum; null leaves them as they are.
+        scaling: alpha / r.
+    """
+
+    down: Tensor
+    up: Tensor
+    lengths: Tensor | None
+    scaling: float
+
+    def on(self, weight: Tensor) -> Tensor:
+        """``weight`` with this added: in the precision of the parameters, inside autocast too."""
+        with torch.autocast(weight.device.type, enabled=False):
+            both = weight + (self.up @ self.down) * self.scaling
+            return both if self.lengths is None else both * self._scale(both).unsqueeze(1)
+
+    def row_scale(self, weight: Tensor) -> Tensor:
+        """(N,) by which the rows of the sum with ``weight`` come to their lengths."""
+        with torch.autocast(weight.device.type, enabled=False):
+            with torch.no_grad():
+                both = weight + (self.up @ self.down) * self.scaling
+            return self._scale(both)
+
+    def _scale(self, both: Tensor) -> Tensor:
+        """The norm counts as a constant (Liu et al. 2024, §4.3)."""
+        assert self.lengths is not None
+        return self.lengths / both.norm(dim=1).detach()
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(…, K) → (…, N) of the two matrices alone."""
+        return F.linear(F.linear(rows, self.down), self.up) * self.scaling
+
+
+# ---------------------------------------------------------------------- layers that need the weight
+#
+# With ZeRO-3 a parameter is whole only while the module that owns it runs, and for its backward pass.  So a
+# layer which needs the parameters of those inside it has them run, and lend what they have.
+
+Use = Callable[[Tensor, Tensor, Tensor | None], Any]  # of (rows, weight, bias)
+
+
+class _Lends(nn.Module):
+    """A module that multiplies rows with its weight, or lends it."""
+
+    weight: Tensor
+
+    def forward(self, rows: Tensor, use: Use | None = None) -> Any:
+        """``use`` of rows, weight and bias; null: their linear map."""
+        bias = getattr(self, "bias", None)
+        return F.linear(rows, self.weight, bias) if use is None else use(rows, self.weight, bias)
+
+
+def _lent(module: nn.Module, rows: Tensor, use: Use) -> Any:
+    """``use`` of what a module has, which may be of another kind than those that lend (fp8)."""
+    if isinstance(module, _Lends):
+        return module(rows, use=use)
+    return use(rows, module.weight, module.bias)  # type: ignore[arg-type]
+
+
+def _copied(_: Tensor, weight: Tensor, __: Tensor | None) -> Tensor:
+    """What outlives the lending, and is kept for the backward pass."""
+    return weight.clone()
+
+
+def _adapter(layer: Any, rows: Tensor) -> _Adapter:
+    """The adapter of a layer of :func:`_lending`."""
+    own = [layer.lora_A[NAME], layer.lora_B[NAME]]
+    if layer.use_dora[NAME]:
+        own.append(layer.lora_magnitude_vector[NAME])
+    down, up, *lengths = (_lent(module, rows, _copied) for module in own)
+    return _Adapter(down, up, lengths[0] if lengths else None, layer.scaling[NAME])
+
+
+@cache
+def _lending(kind: type[nn.Module]) -> type[Any]:
+    return type(f"Lending{kind.__name__}", (_Lends, kind), {})
+
+
+def _have_lend(layer: Any) -> None:
+    """Make what is in an adapted layer lend its parameters."""
+    of_dora = [layer.lora_magnitude_vector[NAME]] if layer.use_dora[NAME] else []
+    for module in (layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME], *of_dora):
+        if not isinstance(module, _Lends):
+            module.__class__ = _lending(type(module))
 
 
 def own_forward(model: nn.Module, *, dora: bool) -> None:
-    """Give the adapted layers of ``model`` the forward passes that they have here: the head its lending, and
-    those of dora one that multiplies no unit matrix and compiles."""
+    """Give adapted layers of ``model`` the forward passes that they have here: the head its lending, and
+    those of dora one that multiplies no unit matrix, compiles, and runs divided."""
     for name, layer in adapted_layers(model).items():
-        if name == HEAD:
-            layer.__class__ = _adapted_head()
-        elif dora:
-            layer.__class__ = _dora_linear()
+        if name == HEAD or dora:
+            layer.__class__ = _adapted_head() if name == HEAD else _dora_linear()
+            _have_lend(layer)
 
 
 @cache
@@ -93,7 +167,10 @@ def _adapted_head() -> type[Any]:
 
         def forward(self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
             """As :class:`~dualroute.model.lm_head.NextTokenHead`."""
-            return project(hidden_states, adapted_weight(self))
+            adapter = _adapter(self, hidden_states)
+            return _lent(
+                self.base_layer, hidden_states, lambda rows, weight, _: project(rows, adapter.on(weight))
+            )
 
     return AdaptedHead
 
@@ -107,16 +184,20 @@ def _dora_linear() -> type[Any]:
 
         def forward(self, hidden_states: Tensor) -> Tensor:
             """(…, K) → (…, N)."""
-            base, drop = self.get_base_layer(), self.lora_dropout[NAME]
-            result: Tensor = self.base_layer(hidden_states)
-            if isinstance(drop, nn.Identity) or not self.training:
-                of_base = result if base.bias is None else result - base.bias
-            else:
-                hidden_states = drop(hidden_states)
-                of_base = F.linear(hidden_states, base.weight)
-            scale = _row_scale(self)
-            thin = self.lora_B[NAME](self.lora_A[NAME](hidden_states)) * self.scaling[NAME]
-            return (result + (scale - 1) * of_base + scale * thin).to(result.dtype)
+            adapter, drop = _adapter(self, hidden_states), self.lora_dropout[NAME]
+            drops = self.training and not isinstance(drop, nn.Identity)
+            kept = drop(hidden_states) if drops else hidden_states
+            thin = adapter.product(kept)
+
+            def brought_to_length(product: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                without = product if bias is None else product - bias
+                of_base = F.linear(kept, weight) if drops else without
+                scale = adapter.row_scale(weight)
+                return (product + (scale - 1) * of_base + scale * thin).to(product.dtype)
+
+            product: Tensor = self.base_layer(hidden_states)
+            found: Tensor = _lent(self.base_layer, product, brought_to_length)
+            return found
 
     return DoraLinear
 
@@ -129,11 +210,13 @@ def round_adapted(layer: Any, rounded: Callable[[Tensor], Tensor], *, is_head: b
 
         def forward(self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
             """(…, K) → (…, N), or of the head what ``project`` makes."""
-            weight = rounded(adapted_weight(self))
-            return (
-                project(hidden_states, weight)
-                if is_head
-                else F.linear(hidden_states, weight, self.get_base_layer().bias)
-            )
+            adapter = _adapter(self, hidden_states)
+
+            def multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+                weight = rounded(adapter.on(weight))
+                return project(rows, weight) if is_head else F.linear(rows, weight, bias)
+
+            return _lent(self.base_layer, hidden_states, multiplied)
 
     layer.__class__ = RoundedAdapted
+    _have_lend(layer)

@@ -3,9 +3,6 @@
 In: a model on the meta device, and its :class:`InitialWeights`, which come one at a time.  Here:
 :func:`add_deferred_adapters` puts the adapters in, which every rank draws alike and whole, since they are
 small.  Next: :func:`~dualroute.training.parallel.sharded_weights.shard` divides both.
-
-A layer with an adapter reads the parameters of the layers inside it (dora's norm, a weight that is rounded,
-the head's), so DeepSpeed is told to gather all of them when that layer runs.
 """
 
 from __future__ import annotations
@@ -38,8 +35,6 @@ def add_deferred_adapters(
     Returns:
         The weights under the names that they have now, the lengths of dora's rows among them.
     """
-    from deepspeed.utils import set_z3_leaf_module
-
     chosen = targets(model, config.targets)
     beneath = {name: model.get_submodule(name).weight for name in chosen}
     for name, weight in beneath.items():
@@ -54,7 +49,6 @@ def add_deferred_adapters(
         if config.adapter == "dora":
             length = layer.get_submodule(_LENGTH.rpartition(".")[0])
             length.weight = nn.Parameter(torch.empty(weight.shape[0], device="meta"))
-        set_z3_leaf_module(layer, True)
     return _renamed(weights, set(chosen), with_lengths=config.adapter == "dora")
 
 
