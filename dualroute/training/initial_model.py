@@ -35,6 +35,7 @@ from dualroute.model.checkpoint.format import (
 from dualroute.model.deferred_init import Draws, build_deferred
 from dualroute.training.config import PretrainConfig
 from dualroute.training.finetuning.adapters import add_adapters
+from dualroute.training.finetuning.deferred import add_deferred_adapters
 from dualroute.training.finetuning.freezing import freeze
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.activations import keep_fewer_activations
@@ -132,6 +133,8 @@ def build_sharded_model(
         weights = InitialWeights(draws.order)
     else:
         weights = _seeded_weights(draws, config.seed)
+    if config.finetune.adapter != "none":
+        weights = add_deferred_adapters(model, config.finetune, config.seed, weights)
     return _as_trained(model, config), weights
 
 
@@ -177,12 +180,12 @@ def _weights_of(checkpoint: Checkpoint, model: DualRoutingTransformer, seed: int
         keeps = keeps_head(checkpoint, model.config)
         taken = {name: shape for name, shape in file.shapes.items() if keeps or not is_head(name)}
         taken |= {name: tuple(value.shape) for name, value in new.items()}
-        check_weights(model, taken, str(file.path))
+        check_weights(own, taken, str(file.path))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         file = open_weights(checkpoint, verified=False)  # compared by check
-        for name in order:
+        for name in own:
             yield name, new[name] if name in new else file.read(name)
 
-    order = [name for name, _ in model.named_parameters()]
-    return InitialWeights(order, tensors, check)
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return InitialWeights(list(own), tensors, check)

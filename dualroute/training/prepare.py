@@ -38,6 +38,7 @@ from dualroute.training.checkpointing.resume import (
 )
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
+from dualroute.training.finetuning.adapters import unties_head
 from dualroute.training.finetuning.check import check_strategy
 from dualroute.training.finetuning.early_stopping import has_stopped
 from dualroute.training.initial_model import (
@@ -223,6 +224,8 @@ def prepare(
             f"weights of a model that was trained on such inputs, or begin from scratch (leave init_from out)"
         )
     model = dataclasses.replace(model, task_head=task_head, frontend=frontend).resolved()
+    if config.finetune.adapter != "none" and unties_head(config.finetune.targets, model):
+        model = dataclasses.replace(model, tie_embeddings=False)
     train = config.train
     if train.epochs is not None:
         tokens = data.plan.samples_in(train.epochs) * data.context

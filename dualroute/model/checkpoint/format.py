@@ -190,7 +190,13 @@ def keeps_head(checkpoint: Checkpoint, config: ModelConfig) -> bool:
 
 
 def new_head(checkpoint: Checkpoint, config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """{name: float32 tensor} of the head that a model which begins with ``checkpoint`` has to draw."""
+    """{name: float32 tensor} of the head that a model which begins with ``checkpoint`` has to draw.
+
+    One that was the embedding, and is to be a head of its own, begins with the embedding's weight.
+    """
+    tied = ModelConfig.from_file(checkpoint.folder / CONFIG).tie_embeddings
+    if tied and not config.head_is_tied:
+        return {"head.weight": open_weights(checkpoint).read("embedding.weight").float()}
     if keeps_head(checkpoint, config):
         return {}
     torch.manual_seed(seed)
@@ -227,13 +233,20 @@ def replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> N
                 module._parameters[leaf] = parameter
 
 
-def check_weights(model: DualRoutingTransformer, weights: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Compare names and shapes of ``weights`` with the model's parameters.
+def check_weights(
+    model: DualRoutingTransformer | Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Compare names and shapes of ``weights`` with those of the model's parameters.
 
     Raises:
         UserError: The first parameter that differs, with both shapes.
     """
-    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if isinstance(model, nn.Module):
+        own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    else:
+        own = dict(model)
     for name in sorted(own.keys() | weights.keys()):
         theirs = tuple(weights[name]) if name in weights else None
         if own.get(name) != theirs:

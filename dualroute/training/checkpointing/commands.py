@@ -28,6 +28,7 @@ from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.reader import WEIGHT, TrainingState, open_state
 from dualroute.training.checkpointing.state.reshard import Reporter, check_room
 from dualroute.training.checkpointing.state.writer import write_universal
+from dualroute.training.finetuning.adapted import is_adapter, own_name
 
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _MODULE = "model."  # where the model sits in the LightningModule
@@ -82,13 +83,13 @@ def export(checkpoint: str, output: str, dtype: ExportDtype = "auto") -> int:
 def _trained(state: TrainingState) -> list[str]:
     """The model's part of what was trained: a distillation has projections besides, and adapters are none of
     the model's own weights."""
-    return [name for name in state.shapes if name.startswith(_MODULE) and ".lora_" not in name]
+    return [name for name in state.shapes if name.startswith(_MODULE) and not is_adapter(name)]
 
 
 def _only_published(state: TrainingState) -> list[str]:
     """Weights that no state holds, because they were frozen, or frozen beneath adapters."""
     frozen = state.trainer.get("frozen") or []
-    return [str(name).removeprefix(_MODULE).replace(".base_layer.", ".") for name in frozen]
+    return [own_name(str(name).removeprefix(_MODULE)) for name in frozen]
 
 
 def _model_tensors(state: TrainingState) -> Iterator[tuple[str, Tensor]]:

@@ -7,33 +7,42 @@ under ordinary names with the adapters added, and :func:`adapter_files`, the ada
 format, under the names that layers have in an exported folder.
 
 The head lends its weight to a loss instead of multiplying (``model/lm_head.py``), so its adapter is
-added to the weight; its rows are then those that ``peft`` computes.
+added to the weight (:mod:`~dualroute.training.finetuning.adapted`).
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
+from dualroute.model.config import ModelConfig
 from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.quantized import require_torchao
+from dualroute.training.finetuning.adapted import (
+    HEAD,
+    NAME,
+    adapted_layers,
+    adapted_weight,
+    is_adapter,
+    is_base_layer,
+    own_forward,
+    own_name,
+)
 from dualroute.training.finetuning.config import StrategyConfig
 
 FOLDER = "adapter"  #: in a checkpoint
-_NAME = "default"  # peft's, of the one adapter of a model
 _OF_PEFT = "base_model.model."  #: what stands before a layer's name in peft's own files
-_HEAD, _EXPORTED_HEAD = "head", "lm_head"
+_EXPORTED_HEAD = "lm_head"
 _OF_TASK = "task_head."
 
 
@@ -52,27 +61,36 @@ def require_peft() -> Any:
     return peft
 
 
-def targets(model: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of the layers of ``model`` that ``patterns`` choose; ``all`` leaves out a tied head.
+def unties_head(patterns: Sequence[str], config: ModelConfig) -> bool:
+    """Whether ``patterns`` name the head of a model whose head is its embedding too.
+
+    What is added to such a head must not be added to the embedding, so the run's model has a head of its own,
+    which begins with the embedding's weight.
+    """
+    is_tied = config.tie_embeddings and config.task_head is None and config.frontend is None
+    return is_tied and any(fnmatchcase(HEAD, pattern) for pattern in patterns if pattern != "all")
+
+
+def targets(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the layers of ``model`` that ``patterns`` choose; a tied head is none of them.
 
     Raises:
-        UserError: A pattern chooses nothing, or a head that shares its weight with the embedding.
+        UserError: A pattern chooses nothing.
     """
     linear = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | NextTokenHead) and not name.startswith(_OF_TASK)
     ]
-    tied = model.config.head_is_tied  # type: ignore[union-attr]
+    if model.config.head_is_tied:  # type: ignore[union-attr]
+        linear.remove(HEAD)
     chosen: set[str] = set()
     for pattern in patterns:
-        if pattern == "all":
-            chosen |= {name for name in linear if name != _HEAD or not tied}
-            continue
         found = {
             name
             for name in linear
-            if any(fnmatchcase(part, pattern) for part in (name, name.rpartition(".")[2]))
+            if pattern == "all"
+            or any(fnmatchcase(part, pattern) for part in (name, name.rpartition(".")[2]))
             or fnmatchcase(name, f"{pattern}.*")
         }
         if not found:
@@ -82,11 +100,6 @@ def targets(model: nn.Module, patterns: list[str]) -> list[str]:
                 f"or full names such as layers.0.ffn.*)"
             )
         chosen |= found
-    if _HEAD in chosen and tied:
-        raise UserError(
-            "finetune.targets: the head of this model is its embedding too (model.tie_embeddings), which an "
-            "adapter of the head would change with it: leave head out"
-        )
     return [name for name in linear if name in chosen]
 
 
@@ -106,7 +119,7 @@ def add_adapters(model: nn.Module, config: StrategyConfig, seed: int) -> None:
     peft = require_peft()
     chosen = targets(model, config.targets)
     head = model.head
-    if _HEAD in chosen:
+    if HEAD in chosen:
         assert isinstance(head, NextTokenHead)
         rows, width = head.weight.shape
         linear = nn.Linear(width, rows, bias=False, device="meta")
@@ -115,10 +128,9 @@ def add_adapters(model: nn.Module, config: StrategyConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(_peft_config(config, chosen), model)
-    if _HEAD in chosen:
-        model.head.__class__ = _adapted_head()
+    own_forward(model, dora=config.adapter == "dora")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_adapter(name) or name.startswith(_OF_TASK))
+        parameter.requires_grad_(is_adapter(name) or name.startswith(_OF_TASK))
     model.adapter_config = config  # type: ignore[assignment]
 
 
@@ -133,64 +145,34 @@ def _peft_config(config: StrategyConfig, chosen: list[str]) -> Any:
     )
 
 
-def _adapted_head() -> type[Any]:
-    from peft.tuners.lora import Linear
-
-    class AdaptedHead(Linear):
-        """A head that lends its weight with the adapter added."""
-
-        def forward(self, hidden_states: Tensor, project: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
-            """As :class:`NextTokenHead`."""
-            return project(hidden_states, self.adapted_weight())
-
-        def adapted_weight(self) -> Tensor:
-            """(V, dim)."""
-            base: Any = self.get_base_layer()
-            weight: Tensor = base.weight + self.get_delta_weight(_NAME)
-            if not self.use_dora[_NAME]:
-                return weight
-            length = self.lora_magnitude_vector[_NAME].weight
-            return weight * (length / weight.norm(dim=1).detach()).unsqueeze(1)
-
-    return AdaptedHead
-
-
 def has_adapters(model: nn.Module) -> bool:
     """Whether :func:`add_adapters` has changed ``model``."""
     return getattr(model, "adapter_config", None) is not None
 
 
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name
+def merged_parameters(
+    model: nn.Module,
+) -> Iterator[tuple[str, list[nn.Parameter], Callable[[], Tensor]]]:
+    """(name, what it is made of, its value) of each parameter of ``model`` with its adapters added, in order.
 
-
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[], Tensor]]]:
-    """(name, parameter, its value) of the model that ``model`` is with its adapters added, in its own order.
-
-    Values are made when they are asked for, one layer's at a time.
+    The first of what a value is made of has its type and shape.  Values are made when they are asked for, one
+    layer's at a time; all that they are made of has to be whole then (ZeRO-3).
     """
-    layers = {
-        f"{name}.base_layer.weight": module
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A") and hasattr(module, "merge")
-    }
+    layers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(model).items()}
     for name, parameter in model.named_parameters():
-        if _is_adapter(name):
+        if is_adapter(name):
             continue
         layer = layers.get(name)
-        value = parameter.detach if layer is None else _merge_of(layer)
-        yield name.replace(".base_layer.", "."), parameter, value
+        if layer is None:
+            yield own_name(name), [parameter], parameter.detach
+        else:
+            own = [p for of, p in layer.named_parameters() if is_adapter(f".{of}")]
+            yield own_name(name), [parameter, *own], partial(_merged, layer)
 
 
-def _merge_of(layer: nn.Module) -> Callable[[], Tensor]:
-    @torch.no_grad()
-    def merge() -> Tensor:
-        alone: Any = copy.deepcopy(layer)
-        alone.merge()
-        weight: Tensor = alone.get_base_layer().weight.detach()
-        return weight
-
-    return merge
+@torch.no_grad()
+def _merged(layer: nn.Module) -> Tensor:
+    return adapted_weight(layer).to(layer.get_base_layer().weight.dtype)  # type: ignore[operator]
 
 
 def adapter_files(model: nn.Module) -> dict[str, bytes]:
@@ -205,9 +187,9 @@ def adapter_files(model: nn.Module) -> dict[str, bytes]:
 
     config: StrategyConfig = model.adapter_config  # type: ignore[assignment]
     tensors = {
-        f"{_OF_PEFT}{_exported(name).replace(f'.{_NAME}.', '.')}": parameter.detach().cpu().contiguous()
+        f"{_OF_PEFT}{_exported(name).replace(f'.{NAME}.', '.')}": parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        if _is_adapter(name)
+        if is_adapter(name)
     }
     tensors = {_as_saved(name): value for name, value in tensors.items()}
     described = _peft_config(config, _shortest(model))
@@ -224,8 +206,8 @@ def adapter_files(model: nn.Module) -> dict[str, bytes]:
 
 def _exported(name: str) -> str:
     """The name of a layer, or of what is in it, in an exported folder."""
-    if name == _HEAD or name.startswith(f"{_HEAD}."):
-        return f"{_EXPORTED_HEAD}{name.removeprefix(_HEAD)}"
+    if name == HEAD or name.startswith(f"{HEAD}."):
+        return f"{_EXPORTED_HEAD}{name.removeprefix(HEAD)}"
     return f"model.{name}"
 
 
@@ -237,16 +219,16 @@ def _as_saved(name: str) -> str:
 
 def _shortest(model: nn.Module) -> list[str]:
     """Last parts of the names of adapted layers where they mean the same layers, else the names in full."""
-    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    adapted = set(adapted_layers(model))
     ends = {name.rpartition(".")[2] for name in adapted}
     alike = {
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | NextTokenHead)
         and name.rpartition(".")[2] in ends
-        and ".lora_" not in name
-        and not name.endswith(".base_layer")
+        and not is_adapter(name)
+        and not is_base_layer(name)
     }
     if not alike <= adapted:
         return sorted(map(_exported, adapted))
-    return sorted(_EXPORTED_HEAD if end == _HEAD else end for end in ends)
+    return sorted(_EXPORTED_HEAD if end == HEAD else end for end in ends)

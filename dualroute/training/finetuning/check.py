@@ -43,15 +43,11 @@ def _check_adapters(config: PretrainConfig) -> None:
         raise UserError(
             "finetune.adapter changes a trained model: give its checkpoint as init_from, or adapter none"
         )
-    others = {
-        "parallel.zero_stage 3": asked_stage(config.parallel) == 3,
-        "train.quantization_aware": train.quantization_aware is not None,
-        "train.precision fp8": train.precision == "fp8",
-        "train.compile": train.compile,
-    }
-    for name in (name for name, given in others.items() if given):
+    if strategy.dropout and train.quantization_aware is not None:
         raise UserError(
-            f"finetune.adapter {strategy.adapter} cannot be used with {name}: leave one of them out"
+            f"finetune.dropout {strategy.dropout} leaves out inputs of the adapters alone, and "
+            f"train.quantization_aware rounds each weight with its adapter added, which has one input: give "
+            f"finetune.dropout 0"
         )
     with torch.device("meta"):
         targets(DualRoutingTransformer(config.model), strategy.targets)

@@ -273,6 +273,13 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         for state in optimizer.state.values():
             state["step"] = state["step"].clone()
 
+    def teardown(self) -> None:
+        """Upstream, which wants to move the weights; those of a run that was refused before are nowhere."""
+        module = self.lightning_module
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            module.cpu = lambda: module  # type: ignore[method-assign]
+        super().teardown()
+
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Lightning has divided the loss by the accumulation already; DeepSpeed must not do it again."""
         return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})

@@ -7,7 +7,8 @@
 - Out: the same parameters under the same names, float32 where bf16-mixed has float32; so a checkpoint is one
   of bf16-mixed, which loads without torchao.
 
-Norms, router, attention, embedding, head and loss stay as they are in bf16-mixed.
+Norms, router, attention, embedding, head and loss stay as they are in bf16-mixed, and so do the thin matrices
+of adapters, beside weights that are multiplied so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from dualroute.errors import UserError
 from dualroute.model.quantized import require_torchao
 from dualroute.training.config import PretrainConfig
+from dualroute.training.finetuning.adapted import HEAD, is_adapter
 from dualroute.training.parallel.deepspeed_config import asked_stage
 
 #: Of both sizes of a weight, and of the tokens of a micro-batch: what the products of a GPU want.
@@ -75,6 +77,8 @@ def multiply_in_fp8(model: nn.Module) -> None:
     taken: list[str] = []
 
     def takes(module: nn.Module, name: str) -> bool:
+        if is_adapter(name) or name == f"{HEAD}.base_layer":  # thin matrices; what lends its weight
+            return False
         fits = isinstance(module, nn.Linear) and not any(size % MULTIPLE for size in module.weight.shape)
         if fits:
             taken.append(name)

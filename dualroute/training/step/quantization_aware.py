@@ -12,6 +12,7 @@ the loss of the last validation *is* the loss of the quantised model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,13 @@ from torch import Tensor, nn
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.lm_head import NextTokenHead
+from dualroute.training.finetuning.adapted import (
+    HEAD,
+    adapted_layers,
+    is_adapter,
+    is_base_layer,
+    round_adapted,
+)
 
 Result = TypeVar("Result")
 
@@ -52,6 +60,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+def _rounded(weight: Tensor, group_size: int | None) -> Tensor:
+    value: Tensor = _StraightThrough.apply(weight, group_size)
+    return value
 
 
 class RoundedLinear(nn.Linear):
@@ -87,7 +100,8 @@ class RoundedHead(NextTokenHead):
 def round_weights_in_forward(model: DualRoutingTransformer, scheme: str, group_size: int) -> None:
     """Have every linear layer, the embedding and the head of ``model`` round their weights from now on.
 
-    The modules stay the same objects, with the same parameters under the same names.
+    The modules stay the same objects, with the same parameters under the same names.  A layer with an adapter
+    rounds what both make together, since that is what will be quantised.
 
     Args:
         model: Changed in place.
@@ -97,15 +111,25 @@ def round_weights_in_forward(model: DualRoutingTransformer, scheme: str, group_s
     Raises:
         UserError: The group size does not divide the width of a layer.
     """
+    adapted = adapted_layers(model)
+    of_rows = group_size if scheme == "int4_weight_only" else None
     for name, module in model.named_modules():
-        if type(module) is nn.Linear:
-            if scheme == "int4_weight_only" and module.in_features % group_size:
+        if is_adapter(name) or is_base_layer(name):
+            continue
+        if type(module) is nn.Linear or (name in adapted and name != HEAD):
+            width = int(module.in_features)  # type: ignore[arg-type]
+            if of_rows is not None and width % of_rows:
                 raise UserError(
-                    f"train.quantization_group_size {group_size} does not divide the {module.in_features} "
+                    f"train.quantization_group_size {group_size} does not divide the {width} "
                     f"columns of {name}: give another, or train for int8_weight_only"
                 )
+        if name in adapted:
+            is_head = name == HEAD
+            group = None if is_head else of_rows
+            round_adapted(module, partial(_rounded, group_size=group), is_head=is_head)
+        elif type(module) is nn.Linear:
             module.__class__ = RoundedLinear
-            module.group_size = group_size if scheme == "int4_weight_only" else None  # type: ignore[assignment]
+            module.group_size = of_rows  # type: ignore[assignment]
         elif type(module) is nn.Embedding:
             module.__class__ = RoundedEmbedding
         elif type(module) is NextTokenHead:

@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from dualroute.cli import main
 from dualroute.evaluate.config import EvaluateConfig
@@ -113,9 +116,10 @@ def test_the_weights_beneath_have_to_be_there_and_the_same(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--parallel.strategy", "deepspeed", "--parallel.zero_stage", "3"], "parallel.zero_stage 3"),
-        (["--train.quantization_aware", "int8_weight_only"], "train.quantization_aware"),
-        (["--train.compile", "true"], "train.compile"),
+        (
+            ["--train.quantization_aware", "int8_weight_only", "--finetune.dropout", "0.1"],
+            "give finetune.dropout 0",
+        ),
         (["--finetune.targets", "[nothing]"], "'nothing' names no linear layer"),
         (["--finetune.rank", "0"], "finetune.rank is 0"),
         (["--init_from", "null"], "give its checkpoint as init_from"),
@@ -140,6 +144,43 @@ def test_without_peft_it_says_what_to_install(
     assert "needs peft: pip install" in capsys.readouterr().err
 
 
+def test_an_adapter_of_a_tied_head_leaves_the_embedding_as_it_is(tiny_dataset: Path, tmp_path: Path) -> None:
+    """The run's model has a head of its own then; peft adds the adapter to the tied export."""
+    tied, run = tmp_path / "tied", tmp_path / "run"
+    assert pretrain(tiny_dataset, tied, 5) == 0
+    more = (*options(tied), "--finetune.targets", "[head]")
+    with killed_in(7):
+        pretrain(tiny_dataset, run, STEPS, *more)
+    assert pretrain(tiny_dataset, run, STEPS, *more) == 0
+    model = load_model(find_checkpoint(run))
+    assert not model.config.tie_embeddings
+    assert torch.equal(model.embedding.weight, load_model(find_checkpoint(tied)).embedding.weight)
+    assert not torch.equal(model.head.weight, model.embedding.weight)
+    exported = tmp_path / "exported"
+    assert main(["export", "--checkpoint", str(tied), "--output", str(exported), "--format", "hf"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
+    theirs = peft.PeftModel.from_pretrained(theirs, find_checkpoint(run).folder / "adapter").eval()
+    ids = torch.randint(300, (2, 30))
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_divided_it_trains_the_same_and_goes_on_undivided(
+    base: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 of one rank to step 8, then a plain process."""
+    gentle = (*options(base, "dora"), "--optim.lr", "0.003", "--optim.schedule", "constant")
+    divided = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", "3")
+    assert pretrain(tiny_dataset, tmp_path / "alone", STEPS, *gentle) == 0
+    ranks(tiny_dataset, tmp_path / "run", 1, 8, "--train.val_every_steps", "50", *gentle, *divided)
+    assert pretrain(tiny_dataset, tmp_path / "run", STEPS, *gentle) == 0
+    assert curve(tmp_path / "run") == pytest.approx(curve(tmp_path / "alone"), abs=2e-5)
+    theirs = load_file(find_checkpoint(tmp_path / "alone").folder / "adapter" / "adapter_model.safetensors")
+    ours = load_file(find_checkpoint(tmp_path / "run").folder / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+
+
 def ranks(dataset: Path, output: Path, count: int, steps: int, *more: str) -> None:
     words = [
         *("pretrain", *SMALL, "--data.path", str(dataset), "--output", str(output)),
@@ -149,7 +190,7 @@ def ranks(dataset: Path, output: Path, count: int, steps: int, *more: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_ranks_train_the_same_adapters_and_resume_elsewhere(
     base: Path, tiny_dataset: Path, tmp_path: Path, strategy: str
 ) -> None:

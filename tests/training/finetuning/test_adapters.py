@@ -12,13 +12,19 @@ from safetensors.torch import load_file
 from dualroute.errors import UserError
 from dualroute.export.hf.folder import named_weights
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint.format import replace_parameter
 from dualroute.training.finetuning.adapters import (
     adapter_files,
     add_adapters,
     merged_parameters,
     targets,
+    unties_head,
 )
 from dualroute.training.finetuning.config import StrategyConfig
+from dualroute.training.finetuning.deferred import add_deferred_adapters
+from dualroute.training.parallel.sharded_weights import InitialWeights
+from dualroute.training.step.fp8 import multiply_in_fp8
+from dualroute.training.step.quantization_aware import round_weights_in_forward
 
 ALL = {"global_qkv", "local_qkv", "out_proj", "gate", "up", "down"}
 
@@ -99,8 +105,91 @@ def test_layers_are_chosen_by_name_or_pattern() -> None:
     assert len(targets(build(), ["*_qkv"])) == 4
     with pytest.raises(UserError, match=r"'q_proj' names no linear layer; there are down, gate, global_qkv"):
         targets(build(), ["q_proj"])
-    with pytest.raises(UserError, match="leave head out"):
-        targets(build(tie=True), ["head"])
+    assert unties_head(["layers.*", "head"], build(tie=True).config)
+    assert not unties_head(["all"], build(tie=True).config)
+    assert not unties_head(["head"], build().config)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dora_computes_what_peft_computes(dropout: float) -> None:
+    model, rows = adapted("dora", dropout=dropout), torch.randn(2, 5, 32)
+    layer = model.get_submodule("layers.1.attention.local_qkv")
+    found, gradients = [], []
+    for kind in (type(layer), peft.tuners.lora.Linear):
+        if kind is not type(layer):
+            layer.__class__ = kind
+            for inner in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+                inner.__class__ = torch.nn.Linear
+            length = layer.lora_magnitude_vector["default"]
+            length.__class__ = type(length).__bases__[1]
+        torch.manual_seed(3)
+        found.append(layer(rows))
+        layer.zero_grad()
+        found[-1].square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in layer.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_rounded_in_training_it_is_the_published_model_rounded(kind: str) -> None:
+    """What is quantised later is the sum, so the sum is what is rounded; gradients pass to the adapter."""
+    for scheme, group in (("int8_weight_only", 0), ("int4_weight_only", 8)):
+        model, ids = adapted(kind), torch.randint(50, (2, 30))
+        plain = merged(model)
+        round_weights_in_forward(plain, scheme, group)
+        round_weights_in_forward(model, scheme, group)
+        torch.testing.assert_close(model(ids), plain(ids), rtol=1e-5, atol=1e-5)
+        model(ids).square().mean().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+        assert torch.equal(merged(model).head.weight, merged(adapted_again(model)).head.weight)
+
+
+def adapted_again(model: DualRoutingTransformer) -> DualRoutingTransformer:
+    """The adapters of ``model`` without rounding."""
+    other = build()
+    add_adapters(other, model.adapter_config, seed=1)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_compiler_takes_a_layer_with_its_adapter_whole(kind: str) -> None:
+    layer, rows = adapted(kind).get_submodule("layers.0.attention.local_qkv"), torch.randn(3, 32)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)  # a break in the graph is an error
+    torch.testing.assert_close(compiled(rows), layer(rows))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_fp8_takes_the_weights_beneath_and_leaves_the_thin_ones(kind: str) -> None:
+    model = adapted(kind)
+    multiply_in_fp8(model)
+    taken = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    assert taken == {f"{name}.base_layer" for name in targets(build(), ["all"]) if name != "head"}
+    ids = torch.randint(50, (2, 32))
+    exact = merged(model)(ids)
+    assert 0 < (model(ids) - exact).norm() < 0.1 * exact.norm()
+    model(ids).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_of_a_model_without_weights_are_those_of_one_with_them(kind: str) -> None:
+    config = StrategyConfig(adapter=kind, rank=4)  # type: ignore[arg-type]
+    whole = build()
+    given = dict(whole.named_parameters())
+    weights = InitialWeights(list(given), lambda: iter((n, p.detach()) for n, p in given.items()))
+    with torch.device("meta"):
+        later = build()
+    named = add_deferred_adapters(later, config, 1, weights)
+    add_adapters(whole, config, seed=1)
+    assert named.tensors is not None
+    for name, value in named.tensors():
+        replace_parameter(later, name, torch.nn.Parameter(value))
+    theirs = dict(later.named_parameters())
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(theirs[name], parameter), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

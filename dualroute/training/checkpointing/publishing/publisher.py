@@ -60,6 +60,7 @@ from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.reshard import remove_resharded
 from dualroute.training.checkpointing.state.writer import write_failures
 from dualroute.training.config import CheckpointConfig
+from dualroute.training.finetuning.adapted import is_adapter
 from dualroute.training.finetuning.adapters import adapter_files, merged_parameters
 from dualroute.training.parallel.agreement import decided_by_rank_zero, told_by_all
 from dualroute.training.step.spike_guard import TrainingDiverged
@@ -156,7 +157,7 @@ class CheckpointPublisher(Callback):
             self._writer.wait()  # one copy at a time
         aside = self.folder / f".writing-{checkpoint_format.step_folder(step)}"
         layout, config = _weights_layout(pl_module.model), pl_module.model.config
-        beside = adapter_files(pl_module.model) if trainer.is_global_zero else {}
+        beside = _adapter_files(pl_module.model, trainer.is_global_zero)
         with _explaining_failures(aside, trainer.global_rank):
             part = self._taken(trainer, pl_module.model, layout, aside)
             metadata = self._metadata(trainer, pl_module, step)
@@ -269,13 +270,22 @@ def gather_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     With adapters, those of the model that they make.  Collective under ZeRO-3: every rank goes through all of
     them.
     """
-    for name, parameter, value in merged_parameters(model):
-        with _whole(parameter):
+    for name, parts, value in merged_parameters(model):
+        with _whole(parts):
             yield name, value()
 
 
 def _weights_layout(model: nn.Module) -> Layout:
-    return {n: (p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for n, p, _ in merged_parameters(model)}
+    return {
+        name: (parts[0].dtype, tuple(getattr(parts[0], "ds_shape", parts[0].shape)))
+        for name, parts, _ in merged_parameters(model)
+    }
+
+
+def _adapter_files(model: nn.Module, is_rank_zero: bool) -> dict[str, bytes]:
+    """What rank 0 writes of the adapters alone; all ranks."""
+    with _whole([parameter for name, parameter in model.named_parameters() if is_adapter(name)]):
+        return adapter_files(model) if is_rank_zero else {}
 
 
 def _make_empty(folder: Path) -> None:
@@ -301,11 +311,12 @@ def _flush(folder: Path, flushed: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[None]:
-    if hasattr(parameter, "ds_id"):
+def _whole(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if divided:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters(divided):
             yield
     else:
         yield
