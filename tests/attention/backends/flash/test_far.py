@@ -1,15 +1,15 @@
-"""The far blocks' gradients hold two matrices of rows by blocks, and make no third one."""
+"""The matrices of rows by far blocks: one in the forward pass, two in the backward one, whatever the slabs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dualroute.attention import Layout
-from dualroute.attention.backends.flash import far
-from dualroute.attention.backends.flash.slabs import slabs
+from dualroute.attention.backends.flash import far, slabs
 
 
 class Made(TorchDispatchMode):
@@ -26,24 +26,23 @@ class Made(TorchDispatchMode):
         return out
 
 
-def test_the_backward_pass_makes_two_matrices() -> None:
+@pytest.mark.parametrize("entries", [1 << 26, 1 << 13])
+def test_matrices_are_as_few_as_can_be(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "max_entries", lambda device: entries)
     blocks, block, dim = 64, 4, 2
     stream = Layout.build(1, blocks * block, block).stream
-    (slab,) = slabs(stream, 1)
-    rows = blocks * block
-    parts = far.Columns(
-        torch.randn(1, rows, 2 * dim),
-        torch.randn(1, blocks, 2 * dim),
-        torch.randn(1, blocks, dim),
-        torch.zeros(1, rows, 1, dtype=torch.long),
-    )
-    with Made(rows * blocks) as made:
-        far.backward(
-            torch.randn(1, rows, dim),
-            torch.randn(1, rows, 1),
-            torch.full((1, rows, 1), 9.0),
-            parts,
-            stream,
-            slab,
-        )
+    parts = slabs.slabs(stream, 1)
+    assert (len(parts) > 1) == (entries < 1 << 14)
+    most = max((part.rows[1] - part.rows[0]) * block * part.width for part in parts)
+    query, grad, out, to_query = (torch.randn(1, blocks * block, 1, dim) for _ in range(4))
+    key, value = (torch.randn(1, blocks * block, dim) for _ in range(2))
+    summary = far.summarise(key, value, stream, "second_order", causal=True)
+    assert summary is not None
+    exact = torch.zeros(1, blocks * block, 1, dtype=torch.long)
+    lse = torch.full((1, blocks * block, 1), 9.0)
+    with Made(most) as made:
+        far.forward(query, summary, exact, stream, True)
+    assert len(made.kept) == 1
+    with Made(most) as made:
+        far.backward(grad, query, out, lse, summary, exact, stream, True, to_query)
     assert len(made.kept) == 2
