@@ -1,8 +1,8 @@
 """The far blocks: one pseudo-key for each, in the same softmax as what is read exactly.
 
-In: queries (H_kv, S, group, d), and the summaries of all blocks. Out: `forward` gives each row (a token and a
-head of its group) the sums of a softmax over its far blocks alone, which `routed` merges with what is read
-exactly; `backward` the gradients of queries and summaries.
+In: queries (H_kv, S, group, d), the summaries of all blocks, and the log-sum-exps of what is read exactly.
+Out: `forward` gives the softmax of both together and the sum over the far blocks; `backward` the gradients of
+queries and summaries.
 
 All is float32 (float64 for float64). The logits of all far blocks are a matrix of rows by blocks, made slab
 by slab (see `slabs`) in the same memory; for a slab, rows are (X, R, ...) with X = H_kv * documents and R =
@@ -22,10 +22,9 @@ from dualroute.attention.backends.flash.slabs import Slab, fill_closed, first_co
 from dualroute.attention.core import far_summary
 from dualroute.attention.core.far_summary import Summary
 from dualroute.attention.core.layout import Stream
-from dualroute.attention.core.precision import accumulation_dtype
+from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 
-NOT_FAR = -1e30  # logit of a block that is not far: finite, so that a row without any far one has a maximum
-ONES = 4  # columns beside the values, the first of them 1: their product with weights is the sum of weights
+EVEN = 4  # columns: each row of a matrix begins where a product can load several numbers at once
 
 
 def has_holes(stream: Stream, causal: bool) -> bool:
@@ -34,45 +33,16 @@ def has_holes(stream: Stream, causal: bool) -> bool:
 
 
 def summarise(key: Tensor, value: Tensor, stream: Stream, order: str, causal: bool) -> Summary | None:
-    """Pseudo-keys (H_kv, nb, f) and values (H_kv, nb, d + ONES) of blocks; None for order "none".
-
-    The logit of a block is features(q) . keys + log(its tokens), with `query_features` below: what
-    `core.far_summary` divides the query by is in the keys here, which are fewer.
-    """
-    if order == "none":
-        return None
-    block, dim = stream.block, key.shape[-1]
-    wide, root = accumulation_dtype(key.dtype), math.sqrt(dim)
-    values = value.new_empty(len(value), stream.num_blocks, dim + ONES, dtype=wide)
-    values[..., dim:] = stream.cached(("ones", wide), lambda: _one_and_zeros(values))
-    if has_holes(stream, causal):
-        plain = far_summary.summarise(key, value, stream, order, causal)
-        assert plain is not None
-        values[..., :dim] = plain.values
-        return Summary(plain.keys * _divisors(plain.keys, dim, stream), values)
-    blocks, value_blocks = (rows.unflatten(1, (-1, block)) for rows in (key, value))
-    torch.mean(value_blocks, 2, dtype=wide, out=values[..., :dim])
-    if order == "first_order":
-        return Summary(blocks.mean(2, dtype=wide) / root, values)
-    scaled = blocks * stream.cached(("root", root, wide), lambda: key.new_full((1,), 1 / root, dtype=wide))
-    half, mean = torch.var_mean(scaled, dim=2, correction=-block)  # divided by 2 * block
-    return Summary(torch.cat([mean, half], dim=-1), values)
-
-
-def _one_and_zeros(values: Tensor) -> Tensor:
-    ones = values.new_zeros(ONES)
-    ones[0] = 1
-    return ones
-
-
-def _divisors(keys: Tensor, dim: int, stream: Stream) -> Tensor:
-    """(f,) what pseudo-keys (H_kv, nb, f) are multiplied with."""
-
-    def compute() -> Tensor:
-        first = keys.new_full((dim,), 1 / math.sqrt(dim))
-        return torch.cat([first, keys.new_full((keys.shape[-1] - dim,), 1 / (2 * dim))])
-
-    return stream.cached(("divisors", dim, keys.shape[-1], keys.dtype), compute)
+    """Pseudo-keys (H_kv, nb, f) and values (H_kv, nb, d), as `core.far_summary`; None for order "none"."""
+    if order == "none" or has_holes(stream, causal):
+        return far_summary.summarise(key, value, stream, order, causal)
+    wide, dim = accumulation_dtype(key.dtype), key.shape[-1]
+    blocks, value_blocks = (rows.unflatten(1, (-1, stream.block)) for rows in (key, value))
+    keys = key.new_empty(*blocks.shape[:2], dim if order == "first_order" else 2 * dim, dtype=wide)
+    torch.mean(blocks, 2, dtype=wide, out=keys[..., :dim])
+    if order != "first_order":
+        torch.var(blocks, 2, correction=0, out=keys[..., dim:])
+    return Summary(keys, value_blocks.mean(2, dtype=wide))
 
 
 def summarise_backward(
@@ -85,28 +55,28 @@ def summarise_backward(
     grad_value: Tensor,
 ) -> None:
     """Add the gradients of `summarise` to grad_key and grad_value (H_kv, S, d), in place."""
-    block, dim, root = stream.block, key.shape[-1], math.sqrt(key.shape[-1])
     if has_holes(stream, causal):
-        divisors = _divisors(summary.keys, dim, stream)
-        plain = Summary(summary.keys / divisors, summary.values)
-        grad = Summary(grad.keys * divisors, grad.values)
-        far_summary.summarise_backward(grad, plain, key, stream, causal, grad_key, grad_value)
+        far_summary.summarise_backward(grad, summary, key, stream, causal, grad_key, grad_value)
         return
+    block, dim = stream.block, key.shape[-1]
     blocks, to_key, to_value = (rows.unflatten(1, (-1, block)) for rows in (key, grad_key, grad_value))
     to_value.add_(grad.values[..., None, :], alpha=1 / block)
-    to_key.add_(grad.keys[..., None, :dim], alpha=1 / (block * root))
+    to_key.add_(grad.keys[..., None, :dim], alpha=1 / block)
     if grad.keys.shape[-1] > dim:  # d sigma^2 / d k = 2 (k - mu) / n
-        mean = blocks.mean(2, keepdim=True, dtype=grad_key.dtype)
-        to_key.addcmul_(blocks - mean, grad.keys[..., None, dim:], value=1 / (block * root * root))
+        mean = summary.keys[..., None, :dim]
+        to_key.addcmul_(blocks - mean, grad.keys[..., None, dim:], value=2 / block)
 
 
-def query_features(rows: Tensor, width: int) -> Tensor:
-    """Queries (..., d) -> (..., width): q, and q^2 when width is 2d."""
-    features = rows.new_empty(*rows.shape[:-1], width, dtype=accumulation_dtype(rows.dtype))
-    first, *second = features.split(rows.shape[-1], dim=-1)
-    first.copy_(rows)
-    for part in second:
-        torch.mul(first, first, out=part)
+def query_features(rows: Tensor, width: int, stream: Stream) -> Tensor:
+    """`core.far_summary.far_query_features` of queries (..., d), (..., width), in two launches."""
+    dim, wide = rows.shape[-1], accumulation_dtype(rows.dtype)
+    zero = stream.cached(("number", 0.0, wide), lambda: rows.new_zeros(1, dtype=wide))
+    factor = stream.cached(("root", dim, wide), lambda: rows.new_full((1,), 1 / math.sqrt(dim), dtype=wide))
+    features = rows.new_empty(*rows.shape[:-1], width, dtype=wide)
+    scaled, *half_square = features.split(dim, dim=-1)
+    torch.mul(rows, factor, out=scaled)
+    for part in half_square:
+        torch.addcmul(zero, scaled, scaled, value=0.5, out=part)
     return features
 
 
@@ -116,97 +86,105 @@ def _finite(rows: Tensor, stream: Stream) -> Tensor:
 
 
 class _Logits:
-    """The slabs of one pass, and the memory in which each has its matrices (X, R, J)."""
+    """The slabs of one pass, and the logits of each."""
 
     def __init__(self, stream: Stream, features: Tensor, exact: Tensor, causal: bool) -> None:
         """features (H_kv, S, group, f); exact (H_kv, S, C) int64 blocks of the stream, read exactly."""
-        kv_heads, _, group, _ = features.shape
         self.stream, self.features, self.causal = stream, features, causal
-        self.slabs = slabs(stream, kv_heads * group, causal)
+        self.holes = has_holes(stream, causal)
+        self.slabs = slabs(stream, features.shape[0] * features.shape[2], causal)
         first = first_columns(stream, self.slabs)
         self.exact = exact if first is None else exact - first
-        self._rows = kv_heads * group * stream.block * self.slabs[0].documents
-        self._most = max((part.rows[1] - part.rows[0]) * part.width for part in self.slabs)
 
-    def memory(self) -> Tensor:
-        """For one matrix, of any of the slabs."""
-        return self.features.new_empty(self._rows * self._most)
-
-    def shaped(self, memory: Tensor, slab: Slab) -> Tensor:
-        """(X, R, J) of the memory."""
-        rows = self.of_rows(self.features, slab).shape
-        return memory[: rows[0] * rows[1] * slab.width].view(*rows[:2], slab.width)
+    def __iter__(self) -> Iterator[Slab]:
+        return iter(self.slabs)
 
     def of_rows(self, rows: Tensor, slab: Slab) -> Tensor:
         """(H_kv, S, group, n) contiguous -> (X, R, n), a view."""
         return slab.of_rows(rows).flatten(1, 2)
 
-    def fill(self, memory: Tensor, slab: Slab, keys: Tensor, less: Tensor | None = None) -> Tensor:
-        """The logits (X, R, J) of the far blocks, NOT_FAR where a block is none; keys (X, J, f).
+    def memory(self, extra: int = 0) -> Tensor:
+        """For a matrix of any of the slabs, with at most `extra` columns more."""
+        rows = self.features.shape[0] * self.features.shape[2] * self.stream.block * self.slabs[0].documents
+        largest = max((part.rows[1] - part.rows[0]) * (part.width + extra) for part in self.slabs)
+        return self.features.new_empty(rows * largest)
 
-        `less` (X, R, 1) = logarithm of a full block - what is taken off the logits of each row.
+    def shaped(self, memory: Tensor, slab: Slab, extra: int = 0) -> Tensor:
+        """(X, R, J + extra) of the memory."""
+        rows, width = self.of_rows(self.features, slab).shape, slab.width + extra
+        return memory[: rows[0] * rows[1] * width].view(*rows[:2], width)
+
+    def fill(self, logits: Tensor, slab: Slab, keys: Tensor, less: Tensor | None = None) -> None:
+        """Write the logits (X, R, J) of the far blocks, -inf where a block is none; keys (X, J, f).
+
+        `less` (X, R, 1) is taken off the logits of each row.
         """
-        logits = self.shaped(memory, slab)
-        holes = has_holes(self.stream, self.causal)
-        bias = _log_tokens(self.stream, slab, len(self.features), logits, holes)
+        bias = self._log_tokens(logits, slab)
+        if less is not None and not self.holes:
+            bias = bias - less
         rows = self.of_rows(self.features, slab)
-        torch.baddbmm(
-            (bias if less is None or holes else less).expand_as(logits),
-            rows,
-            keys.transpose(1, 2),
-            out=logits,
-        )
-        if holes and less is not None:
-            logits.add_(less - math.log(self.stream.block))
-        fill_closed(logits, self.stream, slab, self.causal, NOT_FAR)
+        torch.baddbmm(bias.expand_as(logits), rows, keys.transpose(1, 2), out=logits)
+        if less is not None and self.holes:
+            logits.sub_(less)
+        fill_closed(logits, self.stream, slab, self.causal, NEG_INF)
         exact = slab.of_rows(self.exact)
         by_slot = logits.unflatten(1, (exact.shape[1], -1))  # (X, slots, group, J)
-        by_slot.scatter_(-1, exact[:, :, None].expand(-1, -1, by_slot.shape[2], -1), NOT_FAR)
-        return logits
+        by_slot.scatter_(-1, exact[:, :, None].expand(-1, -1, by_slot.shape[2], -1), NEG_INF)
 
-    def __iter__(self) -> Iterator[Slab]:
-        return iter(self.slabs)
+    def _log_tokens(self, logits: Tensor, slab: Slab) -> Tensor:
+        """The logarithm of how many tokens each block has, which broadcasts to logits (X, R, J)."""
 
+        def compute() -> Tensor:
+            if not self.holes:
+                return logits.new_full((1, 1, 1), math.log(self.stream.block))
+            tokens = self.stream.tokens_in_block().to(logits.dtype).log()
+            return slab.of_columns(tokens.expand(kv_heads, -1).contiguous())[:, None]
 
-def _log_tokens(stream: Stream, slab: Slab, kv_heads: int, logits: Tensor, holes: bool) -> Tensor:
-    """What broadcasts to logits (X, R, J): the logarithm of how many tokens each block has."""
-
-    def compute() -> Tensor:
-        if not holes:
-            return logits.new_full((1, 1, 1), math.log(stream.block))
-        tokens = stream.tokens_in_block().to(logits.dtype).log()
-        return slab.of_columns(tokens.expand(kv_heads, -1).contiguous())[:, None]
-
-    key = ("log tokens", slab, kv_heads, logits.dtype) if holes else ("log block", logits.dtype)
-    return stream.cached(key, compute)
+        kv_heads = len(self.features)
+        key = ("log tokens", slab, kv_heads, logits.dtype) if self.holes else ("log block", logits.dtype)
+        return self.stream.cached(key, compute)
 
 
-class Sums(NamedTuple):
-    """Of each row, over its far blocks j: `top` (H_kv, S, group, 1) >= all logits, and the sum of
-    exp(logit_j - top) * values_j (H_kv, S, group, d + ONES), column d of which is the sum of weights."""
+class Joint(NamedTuple):
+    """One softmax over what is read exactly and the far blocks: its log-sum-exp (H_kv, S, group), the weights
+    of what is read exactly (H_kv, S, group, C) and the sum over the far blocks (H_kv, S, group, d)."""
 
-    top: Tensor
-    weighted: Tensor
+    lse: Tensor
+    weights: Tensor
+    far: Tensor
 
 
-def forward(query: Tensor, summary: Summary, exact: Tensor, stream: Stream, causal: bool) -> Sums:
-    """The far blocks of queries (H_kv, S, group, d); exact (H_kv, S, C) blocks are read exactly instead.
+def forward(
+    query: Tensor, lses: list[Tensor], summary: Summary, exact: Tensor, stream: Stream, causal: bool
+) -> Joint:
+    """The joint softmax of queries (H_kv, S, group, d).
 
-    A row without any far block gets the top NOT_FAR: its sums have no weight beside anything else.
+    lses: log-sum-exps of what is read exactly, each (H_kv, S, group, some), C together, -inf = nothing, the
+    first one finite. exact (H_kv, S, some): blocks that are therefore not far.
     """
-    keys, values = summary
-    values = _finite(values, stream)
-    logits = _Logits(stream, query_features(query, keys.shape[-1]), exact, causal)
-    memory = logits.memory()
-    weighted = memory.new_empty(*query.shape[:-1], values.shape[-1])
-    top = memory.new_empty(*query.shape[:-1], 1)
+    keys, values = summary.keys, _finite(summary.values, stream)
+    features = query_features(query, keys.shape[-1], stream)
+    logits = _Logits(stream, features, exact, causal)
+    count = sum(part.shape[-1] for part in lses)
+    memories = [logits.memory(count + EVEN - 1) for _ in range(2)]
+    nothing = stream.cached(("number", NEG_INF, features.dtype), lambda: features.new_full((1,), NEG_INF))
+    lse = features.new_empty(*query.shape[:-1], 1)
+    weights, far = (features.new_empty(*query.shape[:-1], width) for width in (count, query.shape[-1]))
     for slab in logits:
-        weights = logits.fill(memory, slab, slab.of_columns(keys))
-        of_slab = logits.of_rows(top, slab)
-        torch.amax(weights, -1, keepdim=True, out=of_slab)
-        weights.sub_(of_slab).exp_()
-        torch.bmm(weights, slab.of_columns(values), out=logits.of_rows(weighted, slab))
-    return Sums(top, weighted)
+        extra = count + -(slab.width + count) % EVEN
+        of_slab, shares = (logits.shaped(memory, slab, extra) for memory in memories)
+        parts = [slab.of_rows(part) for part in lses]
+        if extra > count:
+            parts.append(nothing.expand(*parts[0].shape[:-1], extra - count))
+        first = parts[0].flatten(1, 2)
+        torch.cat(parts, dim=-1, out=of_slab[..., slab.width :].unflatten(1, parts[0].shape[1:3]))
+        logits.fill(of_slab[..., : slab.width], slab, slab.of_columns(keys))
+        torch.log_softmax(of_slab, -1, out=shares)
+        of_far, of_exact = shares[..., : slab.width], shares[..., slab.width : slab.width + count]
+        torch.sub(first, of_exact[..., :1], out=logits.of_rows(lse, slab))
+        torch.exp(of_exact, out=logits.of_rows(weights, slab))
+        torch.bmm(of_far.exp_(), slab.of_columns(values), out=logits.of_rows(far, slab))
+    return Joint(lse[..., 0], weights, far)
 
 
 def backward(
@@ -227,26 +205,28 @@ def backward(
     """
     dim = query.shape[-1]
     keys, values = (_finite(part, stream) for part in summary)
-    values = values[..., :dim]
-    features = _finite(query_features(query, keys.shape[-1]), stream)
+    features = _finite(query_features(query, keys.shape[-1], stream), stream)
     wide_grad = grad.to(lse.dtype)
-    less_delta = _finite((wide_grad * out).sum(-1, keepdim=True).neg_(), stream)  # - grad . out
+    delta = _finite((wide_grad * out).sum(-1, keepdim=True), stream)
     wide_grad = _finite(wide_grad, stream)
     logits = _Logits(stream, features, exact, causal)
-    less = math.log(stream.block) - lse[..., None]
-    memories = logits.memory(), logits.memory()
-    to_keys, to_values = torch.zeros_like(keys), values.new_zeros(values.shape)
+    memories = [logits.memory() for _ in range(2)]
+    to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
     to_features = torch.empty_like(features)
     for slab in logits:
-        rows, *of_rows = (logits.of_rows(part, slab) for part in (wide_grad, less_delta, features, less))
-        weights = logits.fill(memories[0], slab, slab.of_columns(keys), of_rows[2]).exp_()
+        rows, of_features, of_delta, of_lse = (
+            logits.of_rows(part, slab) for part in (wide_grad, features, delta, lse[..., None])
+        )
+        weights, slopes = (logits.shaped(memory, slab) for memory in memories)
+        logits.fill(weights, slab, slab.of_columns(keys), of_lse)
+        weights.exp_()
         slab.of_columns(to_values).baddbmm_(weights.transpose(1, 2), rows)
-        slopes = logits.shaped(memories[1], slab)
-        values_of_slab = slab.of_columns(values).transpose(1, 2)
-        torch.baddbmm(of_rows[0].expand_as(slopes), rows, values_of_slab, out=slopes).mul_(weights)
-        slab.of_columns(to_keys).baddbmm_(slopes.transpose(1, 2), of_rows[1])
+        columns = slab.of_columns(values).transpose(1, 2)
+        torch.baddbmm(of_delta.expand_as(slopes), rows, columns, beta=-1, out=slopes).mul_(weights)
+        slab.of_columns(to_keys).baddbmm_(slopes.transpose(1, 2), of_features)
         torch.bmm(slopes, slab.of_columns(keys), out=logits.of_rows(to_features, slab))
-    to_query.add_(to_features[..., :dim])
+    # d (q / sqrt(d)) and d (q / sqrt(d))^2 / 2
+    to_query.add_(to_features[..., :dim], alpha=1 / math.sqrt(dim))
     if to_features.shape[-1] > dim:
-        to_query.addcmul_(to_features[..., dim:], features[..., :dim], value=2)
+        to_query.addcmul_(to_features[..., dim:], features[..., :dim], value=1 / math.sqrt(dim))
     return Summary(to_keys, to_values)

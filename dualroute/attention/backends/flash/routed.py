@@ -13,7 +13,7 @@ document, with the weight 0: so the list has one length, and no document meets a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,35 +72,10 @@ def _block_and_token_ends(stream: Stream, bounds: Tensor) -> Tensor:
     return torch.cat([torch.stack([bounds[:-1], ends], dim=1).flatten(), bounds[-1:]])
 
 
-class _Exact(NamedTuple):
-    """What is read exactly: own blocks (H_kv, S, group, d) with log-sum-exps (H_kv, S, group); and pairs,
-    sorted (P, group, d), with log-sum-exps (H_kv, S, group, C), and the place (H_kv * S, C) of each."""
-
-    own: Tensor
-    own_lse: Tensor
-    pairs: Tensor
-    pair_lse: Tensor
-    place: Tensor
-
-
-def _merge(exact: _Exact, sums: far.Sums | None, selected: Tensor, stream: Stream, out: Tensor) -> Tensor:
-    """One softmax over all parts, written into out (H, S, d); its log-sum-exp (H_kv, S, group)."""
-    kv_heads, _, group, dim = exact.own.shape
-    first = 0 if sums is None else 1
-    logits = exact.own_lse.new_empty(*exact.own_lse.shape, first + 1 + selected.shape[2])
-    torch.cat([exact.own_lse[..., None], exact.pair_lse], dim=-1, out=logits[..., first:])
-    logits[..., first + 1 :].masked_fill_((selected < 0)[:, :, None], NEG_INF)
-    if sums is not None:
-        total = sums.weighted[..., dim : dim + 1]
-        torch.add(sums.top, total.log(), out=logits[..., :1])
-    lse = logits.logsumexp(-1)
-    weights = logits.softmax(-1)
-    merged = pairs.bag_sum(exact.pairs, exact.place, stream, weights[..., first + 1 :]).view(exact.own.shape)
-    merged.addcmul_(exact.own, weights[..., first : first + 1])
-    if sums is not None:
-        merged.addcmul_(sums.weighted[..., :dim], weights[..., :1] / total)
-    out.unflatten(0, (kv_heads, group)).copy_(merged.transpose(1, 2))
-    return lse
+def _softmax(own_lse: Tensor, pair_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp (H_kv, S, group) and weights (H_kv, S, group, 1 + C) of the own block and the pairs."""
+    shares = torch.cat([own_lse, pair_lse], dim=-1).log_softmax(-1)
+    return (own_lse - shares[..., :1])[..., 0], shares.exp_()
 
 
 class _Routed(torch.autograd.Function):
@@ -129,13 +104,20 @@ class _Routed(torch.autograd.Function):
         plan = pairs.plan(read, stream, causal)
         parts, pair_lse = pairs.forward(grouped, key, value, plan, stream)
         pair_lse = pair_lse.index_select(1, plan.place.flatten()).view(group, *selected.shape)
-        pair_lse = pair_lse.permute(1, 2, 0, 3)  # (H_kv, S, group, C)
+        pair_lse = pair_lse.permute(1, 2, 0, 3).masked_fill_((selected < 0)[:, :, None], NEG_INF)
         summary = far.summarise(key, value, stream, order, causal)
-        sums = None if summary is None else far.forward(grouped, summary, read, stream, causal)
-
+        lses = [own_lse[..., None], pair_lse]  # (H_kv, S, group, 1) and (H_kv, S, group, C)
+        of_far = None
+        if summary is None:
+            lse, weights = _softmax(*lses)
+        else:
+            lse, weights, of_far = far.forward(grouped, lses, summary, read, stream, causal)
+        merged = pairs.bag_sum(parts, plan.place, stream, weights[..., 1:]).view(grouped.shape)
+        merged.addcmul_(own, weights[..., :1])
+        if of_far is not None:
+            merged.add_(of_far)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        exact = _Exact(own, own_lse, parts.to(own_lse.dtype), pair_lse, plan.place)
-        lse = _merge(exact, sums, selected, stream, out)
+        out.unflatten(0, (kv_heads, group)).copy_(merged.transpose(1, 2))
         ctx.stream, ctx.causal = stream, causal
         ctx.save_for_backward(query, key, value, selected, *(summary or (None, None)), out, lse, *plan)
         return out

@@ -89,13 +89,13 @@ def _query_rows(query: Tensor, router: str, stream: Stream) -> Tensor:
     by_slot = query.transpose(1, 2)  # (H_kv, S, group, d)
     # q+ beside q-: a bound of the sum takes the maximum of a key where the query is positive
     bounds = stream.cached(("signs", query.shape[-1], query.dtype), lambda: _signs(query))
-    return torch.cat([by_slot, by_slot], dim=-1).clamp_(*bounds).flatten(2)
+    return by_slot[..., None, :].clamp(*bounds).flatten(2)
 
 
 def _signs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """(2d,) each: the least and the largest value of q+ and q-."""
+    """(2, d) each: the least and the largest value of q+ and q-."""
     zero = query.new_zeros(query.shape[-1])
-    return torch.cat([zero, zero - math.inf]), torch.cat([zero + math.inf, zero])
+    return torch.stack([zero, zero - math.inf]), torch.stack([zero + math.inf, zero])
 
 
 def _best_blocks(
