@@ -117,19 +117,24 @@ class _Logits:
     def fill(self, logits: Tensor, slab: Slab, keys: Tensor, less: Tensor | None = None) -> None:
         """Write the logits (X, R, J) of the far blocks, -inf where a block is none; keys (X, J, f).
 
-        `less` (X, R, 1) is taken off the logits of each row.
+        `less` (X, R, 1) of `taken_off` is taken off the logits of each row.
         """
-        bias = self._log_tokens(logits, slab)
-        if less is not None and not self.holes:
-            bias = bias - less
-        rows = self.of_rows(self.features, slab)
-        torch.baddbmm(bias.expand_as(logits), rows, keys.transpose(1, 2), out=logits)
+        rows, columns = self.of_rows(self.features, slab), keys.transpose(1, 2)
+        if less is None or self.holes:
+            bias = self._log_tokens(logits, slab)
+            torch.baddbmm(bias.expand_as(logits), rows, columns, out=logits)
+        else:
+            torch.baddbmm(less.expand_as(logits), rows, columns, beta=-1, out=logits)
         if less is not None and self.holes:
             logits.sub_(less)
         fill_closed(logits, self.stream, slab, self.causal, NEG_INF)
         exact = slab.of_rows(self.exact)
         by_slot = logits.unflatten(1, (exact.shape[1], -1))  # (X, slots, group, J)
         by_slot.scatter_(-1, exact[:, :, None].expand(-1, -1, by_slot.shape[2], -1), NEG_INF)
+
+    def taken_off(self, lse: Tensor) -> Tensor:
+        """(H_kv, S, group) of each row -> (H_kv, S, group, 1) for `fill`, the size of a full block with it."""
+        return lse[..., None] if self.holes else lse[..., None] - math.log(self.stream.block)
 
     def _log_tokens(self, logits: Tensor, slab: Slab) -> Tensor:
         """The logarithm of how many tokens each block has, which broadcasts to logits (X, R, J)."""
@@ -176,12 +181,12 @@ def forward(
         parts = [slab.of_rows(part) for part in lses]
         if extra > count:
             parts.append(nothing.expand(*parts[0].shape[:-1], extra - count))
-        first = parts[0].flatten(1, 2)
-        torch.cat(parts, dim=-1, out=of_slab[..., slab.width :].unflatten(1, parts[0].shape[1:3]))
+        by_slot = parts[0].shape[1:3]
+        torch.cat(parts, dim=-1, out=of_slab[..., slab.width :].unflatten(1, by_slot))
         logits.fill(of_slab[..., : slab.width], slab, slab.of_columns(keys))
         torch.log_softmax(of_slab, -1, out=shares)
         of_far, of_exact = shares[..., : slab.width], shares[..., slab.width : slab.width + count]
-        torch.sub(first, of_exact[..., :1], out=logits.of_rows(lse, slab))
+        torch.sub(parts[0], of_exact[..., :1].unflatten(1, by_slot), out=slab.of_rows(lse))
         torch.exp(of_exact, out=logits.of_rows(weights, slab))
         torch.bmm(of_far.exp_(), slab.of_columns(values), out=logits.of_rows(far, slab))
     return Joint(lse[..., 0], weights, far)
@@ -210,15 +215,16 @@ def backward(
     delta = _finite((wide_grad * out).sum(-1, keepdim=True), stream)
     wide_grad = _finite(wide_grad, stream)
     logits = _Logits(stream, features, exact, causal)
+    less = logits.taken_off(lse)
     memories = [logits.memory() for _ in range(2)]
     to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
     to_features = torch.empty_like(features)
     for slab in logits:
-        rows, of_features, of_delta, of_lse = (
-            logits.of_rows(part, slab) for part in (wide_grad, features, delta, lse[..., None])
+        rows, of_features, of_delta, of_less = (
+            logits.of_rows(part, slab) for part in (wide_grad, features, delta, less)
         )
         weights, slopes = (logits.shaped(memory, slab) for memory in memories)
-        logits.fill(weights, slab, slab.of_columns(keys), of_lse)
+        logits.fill(weights, slab, slab.of_columns(keys), of_less)
         weights.exp_()
         slab.of_columns(to_values).baddbmm_(weights.transpose(1, 2), rows)
         columns = slab.of_columns(values).transpose(1, 2)

@@ -114,10 +114,12 @@ class _Routed(torch.autograd.Function):
             lse, weights, of_far = far.forward(grouped, lses, summary, read, stream, causal)
         merged = pairs.bag_sum(parts, plan.place, stream, weights[..., 1:]).view(grouped.shape)
         merged.addcmul_(own, weights[..., :1])
-        if of_far is not None:
-            merged.add_(of_far)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        out.unflatten(0, (kv_heads, group)).copy_(merged.transpose(1, 2))
+        target = out.unflatten(0, (kv_heads, group)).transpose(1, 2)
+        if of_far is None:
+            target.copy_(merged)
+        else:
+            torch.add(merged, of_far, out=target)
         ctx.stream, ctx.causal = stream, causal
         ctx.save_for_backward(query, key, value, selected, *(summary or (None, None)), out, lse, *plan)
         return out

@@ -69,16 +69,33 @@ def _nothing_to_choose(stream: Stream, top_k: int, causal: bool) -> Tensor:
     return none if stream.slot_valid is None else none | ~stream.slot_valid[:, None]
 
 
-def _columns(blocks: Tensor, router: str, sub_block: int, group: int, valid: Tensor | None) -> Tensor:
-    """Keys (H_kv, nb, block, d) -> features (H_kv, parts, nb, f) for the rows of `_query_rows`.
+def _columns(
+    blocks: Tensor,
+    router: str,
+    sub_block: int,
+    group: int,
+    valid: Tensor | None,
+    documents: int,
+    multiple: int,
+) -> Tensor:
+    """Keys (H_kv, nb, block, d) -> features (H_kv, parts, documents, blocks, f) for the rows of
+    `_query_rows`, with any numbers at the end up to a `multiple` of blocks.
 
-    `valid` (nb, block) marks the slots that hold a token; None = all."""
+    `valid` (nb, block) marks the slots that hold a token; None = all.
+    """
     if router == "minmax" and valid is None:
-        parts = blocks.unflatten(2, (-1, sub_block))
-        low, high = (bound.transpose(1, 2) for bound in parts.aminmax(dim=3))  # (H_kv, parts, nb, d)
-        return torch.cat([high, low] * group, dim=-1)
-    features = block_features(blocks, router, sub_block, valid).transpose(1, 2)
-    return features.repeat(1, 1, 1, group) if router == "minmax" else features
+        parts = blocks.unflatten(1, (documents, -1)).unflatten(3, (-1, sub_block))
+        low, high = (bound.movedim(3, 1) for bound in parts.aminmax(dim=4))
+        size = low.shape[3]  # (H_kv, parts, documents, blocks, d)
+        columns = low.new_empty(*low.shape[:3], size + -size % multiple, 2 * group * low.shape[4])
+        torch.cat([high, low] * group, dim=-1, out=columns[:, :, :, :size])
+        return columns
+    columns = block_features(blocks, router, sub_block, valid).transpose(1, 2)
+    if router == "minmax":
+        columns = columns.repeat(1, 1, 1, group)
+    columns = columns.unflatten(2, (documents, -1))
+    missing = -columns.shape[3] % multiple
+    return torch.nn.functional.pad(columns, (0, 0, 0, missing)) if missing else columns
 
 
 def _query_rows(query: Tensor, router: str, stream: Stream) -> Tensor:
@@ -109,15 +126,14 @@ def _best_blocks(
     kv_heads = len(key)
     valid = None if causal or stream.slot_valid is None else stream.slot_valid.view(-1, stream.block)
     blocks = key.unflatten(1, (-1, stream.block))
-    columns = _columns(blocks, router, sub_block, len(query) // kv_heads, valid)
     rows = _query_rows(query.unflatten(0, (kv_heads, -1)), router, stream)  # (H_kv, S, f)
-    parts = slabs(stream, kv_heads * columns.shape[1], causal)
+    parts = slabs(stream, kv_heads * (stream.block // sub_block if router == "minmax" else 1), causal)
     count = min(top_k, parts[0].blocks)
     two_rounds = in_two_rounds(parts[0].blocks, count)
     parts = [_widened(slab, count, two_rounds) for slab in parts]
-    columns = columns.unflatten(2, (parts[0].documents, -1))  # (H_kv, parts, documents, blocks, f)
-    if two_rounds and columns.shape[3] % GROUP:
-        columns = torch.nn.functional.pad(columns, (0, 0, 0, -columns.shape[3] % GROUP))
+    multiple = GROUP if two_rounds else 1
+    group = len(query) // kv_heads
+    columns = _columns(blocks, router, sub_block, group, valid, parts[0].documents, multiple)
     best: list[tuple[Tensor, ...]] = []
     for slab in parts:
         scores = _scores(rows, columns, stream, slab, causal)
