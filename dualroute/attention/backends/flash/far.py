@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dualroute.attention.backends.flash.slabs import Slab, fill_closed, first_columns, slabs
-from dualroute.attention.core import far_summary
 from dualroute.attention.core.far_summary import Summary
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
@@ -34,15 +33,38 @@ def has_holes(stream: Stream, causal: bool) -> bool:
 
 def summarise(key: Tensor, value: Tensor, stream: Stream, order: str, causal: bool) -> Summary | None:
     """Pseudo-keys (H_kv, nb, f) and values (H_kv, nb, d), as `core.far_summary`; None for order "none"."""
-    if order == "none" or has_holes(stream, causal):
-        return far_summary.summarise(key, value, stream, order, causal)
+    if order == "none":
+        return None
     wide, dim = accumulation_dtype(key.dtype), key.shape[-1]
     blocks, value_blocks = (rows.unflatten(1, (-1, stream.block)) for rows in (key, value))
-    keys = key.new_empty(*blocks.shape[:2], dim if order == "first_order" else 2 * dim, dtype=wide)
-    torch.mean(blocks, 2, dtype=wide, out=keys[..., :dim])
-    if order != "first_order":
-        torch.var(blocks, 2, correction=0, out=keys[..., dim:])
-    return Summary(keys, value_blocks.mean(2, dtype=wide))
+    means = 1 if order == "first_order" else 2
+    statistics = key.new_empty(*blocks.shape[:2], (means + 1) * dim, dtype=wide)
+    values, mean, *variance = statistics.split(dim, dim=-1)
+    torch.mean(value_blocks, 2, dtype=wide, out=values)
+    torch.mean(blocks, 2, dtype=wide, out=mean)
+    for part in variance:
+        torch.var(blocks, 2, correction=0, out=part)
+    if has_holes(stream, causal):
+        # the zeros of slots without a token are among them: with a share r of tokens, and mu theirs,
+        # mean = r mu and variance = r sigma^2 + r (1 - r) mu^2
+        full, missing = stream.cached(("share of tokens", wide), lambda: _share_of_tokens(stream, wide))
+        statistics.mul_(full)
+        for part in variance:
+            part.addcmul_(mean * missing, mean, value=-1)
+    return Summary(statistics[..., dim:], values)
+
+
+def _share_of_tokens(stream: Stream, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(nb, 1) each: 1 / the share of slots with a token, and the share of those without."""
+    share = stream.tokens_in_block().to(dtype)[:, None] / stream.block
+    return 1 / share, 1 - share
+
+
+def _token_weights(stream: Stream, dtype: torch.dtype) -> Tensor:
+    """(nb, block, 1) 1 / the tokens of the block, 0 in slots without a token."""
+    valid = stream.slot_valid
+    assert valid is not None
+    return (valid.view(-1, stream.block).to(dtype) / stream.tokens_in_block()[:, None])[..., None]
 
 
 def summarise_backward(
@@ -55,16 +77,22 @@ def summarise_backward(
     grad_value: Tensor,
 ) -> None:
     """Add the gradients of `summarise` to grad_key and grad_value (H_kv, S, d), in place."""
-    if has_holes(stream, causal):
-        far_summary.summarise_backward(grad, summary, key, stream, causal, grad_key, grad_value)
-        return
-    block, dim = stream.block, key.shape[-1]
+    block, dim, wide = stream.block, key.shape[-1], grad_key.dtype
     blocks, to_key, to_value = (rows.unflatten(1, (-1, block)) for rows in (key, grad_key, grad_value))
-    to_value.add_(grad.values[..., None, :], alpha=1 / block)
-    to_key.add_(grad.keys[..., None, :dim], alpha=1 / block)
-    if grad.keys.shape[-1] > dim:  # d sigma^2 / d k = 2 (k - mu) / n
-        mean = summary.keys[..., None, :dim]
-        to_key.addcmul_(blocks - mean, grad.keys[..., None, dim:], value=2 / block)
+    to_mean, *to_variance = grad.keys[..., None, :].split(dim, dim=-1)
+    weights = None
+    if has_holes(stream, causal):
+        weights = stream.cached(("token weights", wide), lambda: _token_weights(stream, wide))
+        to_value.addcmul_(grad.values[..., None, :], weights)
+        to_key.addcmul_(to_mean, weights)
+    else:
+        to_value.add_(grad.values[..., None, :], alpha=1 / block)
+        to_key.add_(to_mean, alpha=1 / block)
+    for part in to_variance:  # d sigma^2 / d k = 2 (k - mu) / n
+        shift = blocks - summary.keys[..., None, :dim]
+        if weights is not None:
+            shift.mul_(weights)
+        to_key.addcmul_(shift, part, value=2 if weights is not None else 2 / block)
 
 
 def query_features(rows: Tensor, width: int, stream: Stream) -> Tensor:
@@ -133,7 +161,7 @@ class _Logits:
         by_slot.scatter_(-1, exact[:, :, None].expand(-1, -1, by_slot.shape[2], -1), NEG_INF)
 
     def taken_off(self, lse: Tensor) -> Tensor:
-        """(H_kv, S, group) of each row -> (H_kv, S, group, 1) for `fill`, the size of a full block with it."""
+        """(H_kv, S, group) of each row -> (H_kv, S, group, 1) for `fill`, with the size of a full block."""
         return lse[..., None] if self.holes else lse[..., None] - math.log(self.stream.block)
 
     def _log_tokens(self, logits: Tensor, slab: Slab) -> Tensor:

@@ -52,9 +52,10 @@ def plan(read: Tensor, stream: Stream, causal: bool = True) -> Plan:
     keys = numbers(stream, len(bound), stream.block)
     if not causal and stream.slot_valid is not None:
         tokens = stream.cached(("tokens", kv_heads), lambda: _tokens(stream, kv_heads))
-        ends = torch.add(keys[:-1], tokens.index_select(0, block))
-        keys = torch.cat([keys[:1], torch.stack([ends, keys[1:]], dim=1).flatten()])
-        bound = bound.repeat_interleave(2)[1:]
+        ends = keys.new_empty(2 * len(bound) - 1)
+        ends[0::2] = keys
+        torch.add(keys[:-1], tokens.index_select(0, block), out=ends[1::2])
+        bound, keys = bound.repeat_interleave(2)[1:], ends
     return Plan(token, place.view(kv_heads * slots, chosen), block, bound, keys)
 
 

@@ -22,6 +22,7 @@ from dualroute.attention.backends.flash.slabs import (
     fill_closed,
     first_columns,
     first_of_slots,
+    rectangle,
     slabs,
 )
 from dualroute.attention.core.layout import Stream
@@ -70,32 +71,38 @@ def _nothing_to_choose(stream: Stream, top_k: int, causal: bool) -> Tensor:
 
 
 def _columns(
-    blocks: Tensor,
-    router: str,
-    sub_block: int,
-    group: int,
-    valid: Tensor | None,
-    documents: int,
-    multiple: int,
+    key: Tensor, stream: Stream, router: str, sub_block: int, group: int, causal: bool, multiple: int
 ) -> Tensor:
-    """Keys (H_kv, nb, block, d) -> features (H_kv, parts, documents, blocks, f) for the rows of
-    `_query_rows`, with any numbers at the end up to a `multiple` of blocks.
-
-    `valid` (nb, block) marks the slots that hold a token; None = all.
-    """
-    if router == "minmax" and valid is None:
-        parts = blocks.unflatten(1, (documents, -1)).unflatten(3, (-1, sub_block))
+    """Keys (H_kv, S, d) -> features (H_kv, parts, documents, blocks, f) for the rows of `_query_rows`, with
+    any numbers at the end up to a `multiple` of blocks."""
+    documents = rectangle(stream)[0]
+    holes = stream.slot_valid is not None and not causal
+    if router == "minmax":
+        if holes:  # copies of real keys where there is none, so that no bound changes
+            key = key.index_select(
+                1, stream.cached(("stand in", sub_block), lambda: _stand_in(stream, sub_block))
+            )
+        parts = key.unflatten(1, (documents, -1, stream.block // sub_block, sub_block))
         low, high = (bound.movedim(3, 1) for bound in parts.aminmax(dim=4))
         size = low.shape[3]  # (H_kv, parts, documents, blocks, d)
         columns = low.new_empty(*low.shape[:3], size + -size % multiple, 2 * group * low.shape[4])
         torch.cat([high, low] * group, dim=-1, out=columns[:, :, :, :size])
         return columns
-    columns = block_features(blocks, router, sub_block, valid).transpose(1, 2)
-    if router == "minmax":
-        columns = columns.repeat(1, 1, 1, group)
-    columns = columns.unflatten(2, (documents, -1))
+    valid = stream.slot_valid.view(-1, stream.block) if stream.slot_valid is not None and holes else None
+    features = block_features(key.unflatten(1, (-1, stream.block)), router, sub_block, valid)
+    columns = features.transpose(1, 2).unflatten(2, (documents, -1))
     missing = -columns.shape[3] % multiple
     return torch.nn.functional.pad(columns, (0, 0, 0, missing)) if missing else columns
+
+
+def _stand_in(stream: Stream, sub_block: int) -> Tensor:
+    """(S,) each slot; for one without a token the first of its part of a block, or where that has none
+    either, of its block: its point lies within the bounds of the first part."""
+    assert stream.slot_valid is not None
+    slot = torch.arange(stream.num_slots, device=stream.device)
+    first = slot - slot % sub_block
+    first = torch.where(stream.slot_valid[first], first, slot - slot % stream.block)
+    return torch.where(stream.slot_valid, slot, first)
 
 
 def _query_rows(query: Tensor, router: str, stream: Stream) -> Tensor:
@@ -124,16 +131,13 @@ def _best_blocks(
     the second one is for all slabs together.
     """
     kv_heads = len(key)
-    valid = None if causal or stream.slot_valid is None else stream.slot_valid.view(-1, stream.block)
-    blocks = key.unflatten(1, (-1, stream.block))
     rows = _query_rows(query.unflatten(0, (kv_heads, -1)), router, stream)  # (H_kv, S, f)
     parts = slabs(stream, kv_heads * (stream.block // sub_block if router == "minmax" else 1), causal)
     count = min(top_k, parts[0].blocks)
     two_rounds = in_two_rounds(parts[0].blocks, count)
     parts = [_widened(slab, count, two_rounds) for slab in parts]
-    multiple = GROUP if two_rounds else 1
-    group = len(query) // kv_heads
-    columns = _columns(blocks, router, sub_block, group, valid, parts[0].documents, multiple)
+    group, multiple = len(query) // kv_heads, GROUP if two_rounds else 1
+    columns = _columns(key, stream, router, sub_block, group, causal, multiple)
     best: list[tuple[Tensor, ...]] = []
     for slab in parts:
         scores = _scores(rows, columns, stream, slab, causal)
@@ -144,7 +148,9 @@ def _best_blocks(
         if len(best) == 1
         else tuple(torch.cat(of_slabs, dim=1) for of_slabs in zip(*best, strict=True))
     )
-    number = best_of_groups(*found, count, group_places(stream))[1] if two_rounds else found[0]
+    number = found[0]
+    if two_rounds:
+        number = best_of_groups(found[0], found[1], count, group_places(stream))[1]
     number = number.unflatten(0, (kv_heads, -1)).flatten(1, 2)
     first = first_columns(stream, parts)
     return number if first is None else number.add_(first)

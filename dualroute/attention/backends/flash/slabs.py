@@ -62,7 +62,7 @@ def max_entries(device: torch.device) -> int:
 
 
 def _slabs(stream: Stream, entries: int, causal: bool) -> list[Slab]:
-    documents, blocks = _rectangle(stream)
+    documents, blocks = rectangle(stream)
     most = max_entries(stream.device) // (documents * stream.block * entries)  # pairs of blocks
     starts = [0]
     if documents == 1:
@@ -96,7 +96,7 @@ def _every(first: int, count: int, size: int) -> range:
     return range(first, first + count * size, size)
 
 
-def _rectangle(stream: Stream) -> tuple[int, int]:
+def rectangle(stream: Stream) -> tuple[int, int]:
     """(documents, blocks of each); a stream of several sizes is one document."""
     if len(stream.buckets) == 1:
         return stream.buckets[0].documents, stream.buckets[0].blocks

@@ -91,8 +91,8 @@ CASES = {
 }
 KINDS = {
     "both sides": ({"causal": False}, 2, 2),
-    "both sides, filled up": ({"causal": False, "packed": True}, 14, 4),
-    "moment": ({"router": "moment"}, 4, 0),
+    "both sides, filled up": ({"causal": False, "packed": True}, 8, 4),
+    "moment": ({"router": "moment"}, 8, 0),
     "mean": ({"router": "mean"}, 4, 0),
     "first order": ({"far_summary": "first_order"}, 0, 0),
     "nothing far": ({"far_summary": "none"}, 0, 0),
