@@ -34,11 +34,8 @@ MAX_DIM = 256
 MIN_CAPABILITY = (8, 0)  # Ampere
 
 
-def why_not(query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
-    """The reason why queries (..., d) cannot be taken; None if they can.
-
-    `block` is that of the global route; None: the local one, or full attention.
-    """
+def why_not(query: Tensor) -> str | None:
+    """The reason why queries (..., d) cannot be taken by any of the routes; None if they can."""
     if query.device.type != "cuda":
         return f"flash attention's operators are for CUDA devices, not for {query.device.type}"
     if query.dtype not in HALF:
@@ -46,8 +43,6 @@ def why_not(query: Tensor, *, causal: bool = True, block: int | None = None) -> 
     dim = query.shape[-1]
     if dim > MAX_DIM or dim % 8:
         return f"flash attention takes a head_dim of at most {MAX_DIM}, a multiple of 8, not {dim}"
-    if block is not None and not causal:
-        return "the routed route has flash attention for causal models only"
     return _why_not_here(query.device)
 
 

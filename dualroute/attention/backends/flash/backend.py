@@ -22,7 +22,7 @@ class FlashBackend(TorchBackend):
 
     def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
         """The reason why `supports` says no; None where it says yes."""
-        return flash.why_not(query, causal=causal, block=block)
+        return flash.why_not(query)
 
     select_blocks = staticmethod(flash.select_blocks)
     routed_attention = staticmethod(flash.routed_attention)

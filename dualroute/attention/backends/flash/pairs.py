@@ -5,7 +5,8 @@ token reads besides its own, every one a block of its document. Out: `plan` sort
 output and log-sum-exp of every pair; `backward` the gradients.
 
 Pairs of one block follow each other and are cut into sequences of at most ROWS pairs; a sequence has a copy
-of its block's keys, which the heads of a group share.
+of its block's keys, which the heads of a group share. Not causal, the slots without a token at the end of a
+block are the keys of one more sequence, which has no queries.
 How many sequences there are depends on the numbers of `read` alone, but how many there can be at most does
 not: the surplus ones are empty, and the host is never told.
 """
@@ -30,11 +31,12 @@ class Plan(NamedTuple):
 
     token: Tensor  # (P,) int32 row of each pair
     place: Tensor  # (H_kv * S, C) int32 sorted place of each pair
-    bound: Tensor  # (N + 1,) int32 where each sequence begins
     block: Tensor  # (N,) int32 the block that each sequence reads, ascending
+    query: Tensor  # (N + 1,), or (2N + 1,) with those of keys without a token: int32 bounds of the queries
+    key: Tensor  # the bounds of the keys, see `Spans`
 
 
-def plan(read: Tensor, stream: Stream) -> Plan:
+def plan(read: Tensor, stream: Stream, causal: bool = True) -> Plan:
     """Sort the pairs of read (H_kv, S, C); nothing is read back."""
     kv_heads, slots, chosen = read.shape
     pairs, buckets = read.numel(), kv_heads * stream.num_blocks
@@ -47,7 +49,19 @@ def plan(read: Tensor, stream: Stream) -> Plan:
     block = torch.searchsorted(start[1:-1], bound[:-1], right=True, out_int32=True)
     token = torch.div(order, chosen, rounding_mode="floor", out=torch.empty_like(ordered))
     place = torch.empty_like(token).scatter_(0, order, numbers(stream, pairs))
-    return Plan(token, place.view(kv_heads * slots, chosen), bound, block)
+    keys = numbers(stream, len(bound), stream.block)
+    if not causal and stream.slot_valid is not None:
+        tokens = stream.cached(("tokens", kv_heads), lambda: _tokens(stream, kv_heads))
+        ends = keys.new_empty(2 * len(bound) - 1)
+        ends[0::2] = keys
+        torch.add(keys[:-1], tokens.index_select(0, block), out=ends[1::2])
+        bound, keys = bound.repeat_interleave(2)[1:], ends
+    return Plan(token, place.view(kv_heads * slots, chosen), block, bound, keys)
+
+
+def _tokens(stream: Stream, kv_heads: int) -> Tensor:
+    """(H_kv * nb,) int32 how many slots of each block hold a token."""
+    return stream.tokens_in_block().to(torch.int32).repeat(kv_heads)
 
 
 def numbers(stream: Stream, count: int, step: int = 1) -> Tensor:
@@ -60,7 +74,7 @@ def numbers(stream: Stream, count: int, step: int = 1) -> Tensor:
 
 
 def _spans(plan: Plan, stream: Stream) -> Spans:
-    return Spans(plan.bound, numbers(stream, len(plan.bound), stream.block), ROWS, stream.block)
+    return Spans(plan.query, plan.key, ROWS, stream.block)
 
 
 def _query_rows(rows: Tensor, plan: Plan) -> Tensor:

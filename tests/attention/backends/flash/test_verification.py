@@ -19,8 +19,9 @@ class OnCpu(FlashBackend):
 
 
 @pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_comparison_finds_it_right(dtype: torch.dtype) -> None:
-    asked = problem(dtype)
+def test_the_comparison_finds_it_right(dtype: torch.dtype, causal: bool) -> None:
+    asked = problem(dtype, causal=causal)
     errors = check(OnCpu(), asked, reference(asked, CPU))
     assert errors.values < (1e-6 if dtype == torch.float32 else 4e-3)
