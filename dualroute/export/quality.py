@@ -46,6 +46,12 @@ def measure(config: ExportConfig, loaded: Loaded) -> dict[str, Any]:
     if config.text is not None:
         score = evaluate_text(loaded, config.text, context, context, 4, config.max_tokens)
         return {"measured_on": Path(config.text).name, "context": context, **_figures(score)}
+    if loaded.model.config.task_head is not None:  # its loss is of no text
+        said = loaded.checkpoint.metadata.get("score")
+        if said is None:
+            return {}
+        measured_on = "validation data, by the training run"
+        return {"measured_on": measured_on, "metric": said["name"], "score": said["value"]}
     loss = loaded.checkpoint.val_loss
     if loss is None:
         return {}

@@ -5,11 +5,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from dualroute.errors import UserError  # noqa: E402
 from dualroute.export.hf import check_folder  # noqa: E402
 from dualroute.export.hf import folder as huggingface  # noqa: E402
-from dualroute.model import ModelConfig  # noqa: E402
-from tests.export.conftest import TINY  # noqa: E402
 
 TASKS = {
     "classes": ("SequenceClassification", {"kind": "sequence", "labels": ["bad", "good", "so so"]}),
@@ -49,18 +46,6 @@ def test_a_model_of_a_task(name, checked):
     if name == "classes":  # what `pipeline` does of it
         run = transformers.pipeline("text-classification", str(folder), trust_remote_code=True)
         assert {score["label"] for score in run("the old river", top_k=None)} == set(head["labels"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task_head": {"kind": "ctc", "labels": ["a"]}}, r"model\.task_head\.kind ctc has no counterpart"),
-        ({"frontend": {"kind": "frames", "features": 4}}, r"reads frames .* not exported yet"),
-    ],
-)
-def test_what_transformers_has_no_model_for_is_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        huggingface.purpose_of(ModelConfig(**TINY, vocab_size=320, **options))
 
 
 @pytest.mark.parametrize("tied", [True, False])
