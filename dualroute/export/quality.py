@@ -91,7 +91,10 @@ def samples(config: ExportConfig, loaded: Loaded) -> list[str]:
 
 
 def windows(config: ExportConfig, loaded: Loaded) -> list[dict[str, Tensor]]:
-    """Windows with ``input_ids`` and ``labels`` (1, n), each read as one text; none without data."""
+    """Windows with ``input_ids`` and ``labels`` (1, n), each read as one text; none without data, nor for a
+    model that does not continue texts."""
+    if loaded.model.config.task_head is not None or not loaded.model.config.causal:
+        return []
     context = _context(config, loaded)
     limit = min(config.max_tokens or WINDOW_TOKENS, WINDOW_TOKENS)
     if config.text is not None:

@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,9 @@ def write(loaded: Loaded, folder: Path, layout: str = "own") -> dict[str, Any]:
     purpose, medium = purpose_of(shape), Medium.of(loaded)
     source, code = "none", [] if medium is None else medium.write(folder)
     if shape.reads_text:
-        source, code = write_tokenizer(loaded.tokenizer, folder, ends=purpose in HEADS)
+        source, code = write_tokenizer(
+            loaded.tokenizer, folder, ends=purpose in HEADS, masks=purpose == "MaskedLM"
+        )
     if layout == "own" or reason:
         write_tensors(folder / "model.safetensors", named_weights(loaded.model))
         media = [] if shape.reads_text else [MEDIA]
@@ -243,7 +244,7 @@ def verify(loaded: Loaded, folder: Path, samples: list[str]) -> dict[str, Any]:
     medium = Medium.of(loaded)
     reads_text = model.config.reads_text
     with plain_torch():  # as in the folder: two blocks may score the same but for rounding
-        trials = [] if medium is not None else list(_trials(model))
+        trials = [] if medium is not None else list(parity.trials(model))
         media = None if medium is None else medium.trials(model)
         expected = {
             "threads": torch.get_num_threads(),
@@ -306,22 +307,6 @@ def run_check(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 #: Nothing here ever asks the network for anything.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-
-def _trials(model: DualRoutingTransformer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids, places, outputs) of every length: logits, or what a task's head gives at these places."""
-    head = model.config.task_head
-    for ids, places, logits in parity.trials(model):
-        if head is None:
-            yield ids, places, logits
-            continue
-        with torch.no_grad():
-            outputs = model(ids)
-        if head.kind == "item":
-            places = torch.tensor([ids.shape[1] - 1])
-        if head.kind in ("sequence", "number"):  # one for a text; the mean stands at each of its tokens
-            places = torch.tensor([ids.shape[1] - 1 if head.pooling == "last" else 0])
-        yield ids, places, outputs[:, places]
 
 
 def _prompts(loaded: Loaded) -> list[list[int]]:

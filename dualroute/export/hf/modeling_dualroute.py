@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from dualroute.attention.compiled import lay_out_in_graph, tracing
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.layout import Layout
 from dualroute.attention.layer import DualRouting
@@ -207,6 +208,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         """A cache for a call that was given none: filled by it if asked for, else deferred or null."""
         if not self.layers[0].attention.causal:  # type: ignore[union-attr]
             return None
+        if use_cache is None and tracing():  # a graph makes no caches that nobody asked for
+            return None
         if use_cache is None:
             training = self.training and torch.is_grad_enabled()
             if not self.config.use_cache or training or segment_ids is not None or _packed(tokens):
@@ -226,15 +229,12 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         batch, length = hidden.shape[:2]
         if segment_ids is None and positions is not None:
             segment_ids = (positions == 0).cumsum(-1) + 1
-        layout = Layout.build(
-            batch,
-            length,
-            self.layers[0].attention.block,  # type: ignore[union-attr,arg-type]
-            segment_ids=segment_ids,
-            attention_mask=tokens.mask,
-            device=hidden.device,
-            grid=self.config.shape.grid,
-        ).at_positions(positions)
+        attention: DualRouting = self.layers[0].attention  # type: ignore[union-attr,assignment]
+        grid, block = attention.grid, attention.block
+        lay_out = lay_out_in_graph if tracing() and grid is None else Layout.of_batch
+        layout = lay_out(None, batch, length, block, segment_ids, tokens.mask, hidden.device, grid)
+        if positions is not None:
+            layout = layout.at_positions(positions)
         if isinstance(self.embedding, Frontend):
             hidden = self.embedding.at_places(hidden, layout.positions)
         for layer in self.layers:
@@ -401,6 +401,8 @@ def _new_columns(attention_mask: Tensor | None, past: int, hidden: Tensor) -> Te
             f"in the cache, {past + length}"
         )
     mask = attention_mask[:, -length:].to(hidden.device, torch.bool)
+    if tracing():
+        return mask
     return None if bool(mask.all()) else mask
 
 
