@@ -15,6 +15,7 @@ when it runs, which it does once.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.attention import routes
 from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.held import held, hold
 from dualroute.attention.core.layout import Layout, Stream
 from dualroute.attention.core.routing import Routing
+from dualroute.attention.routes import global_attention as read_globally
+from dualroute.attention.routes import local_attention as read_locally
+
+#: Of the operators, whose names are registered once in a process: several exported folders may bring this
+#: file, each as a module of another name.
+_OWN = __name__.startswith("dualroute.")
+NAMESPACE = "dualroute" if _OWN else f"dualroute_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
 
 Route = Callable[[Tensor, Tensor, Tensor, Stream], Tensor]
 Edge = torch.autograd.graph.GradientEdge
@@ -67,6 +74,8 @@ def lay_out_in_graph(
     attention_mask: Tensor | None, device: torch.device, grid: Grid | None = None,
 ) -> Layout:  # fmt: skip
     """`Layout.of_batch`; one that is not given is made by an operator, and has no stream in the graph."""
+    if given is not None and given.stream is None:  # made so for all layers, by a model that is one graph
+        return given
     if given is not None:
         return Layout.of_batch(given, batch, length, block, segment_ids, attention_mask, device, grid)
     if grid is not None:
@@ -86,7 +95,7 @@ def _records(*rows: Tensor) -> bool:
     return torch.is_grad_enabled() and any(part.requires_grad for part in rows)
 
 
-@torch.library.custom_op("dualroute::new_layout", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::new_layout", mutates_args=())
 def new_layout(
     segment_ids: Tensor | None, attention_mask: Tensor | None, batch: int, length: int, block: int,
     device: torch.device,
@@ -114,7 +123,7 @@ def _(
     return handle, places, torch.empty_like(places), slot_token, torch.empty_like(places.flatten())
 
 
-@torch.library.custom_op("dualroute::global_route", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::global_route", mutates_args=())
 def global_route(
     query: Tensor, key: Tensor, value: Tensor, handle: Tensor, top_k: int, router: str, far_summary: str,
     sub_block: int, cluster_span: int, max_exact_blocks: int, causal: bool, records: bool,
@@ -124,26 +133,26 @@ def global_route(
     exact = None if max_exact_blocks < 0 else max_exact_blocks
 
     def route(query: Tensor, key: Tensor, value: Tensor, stream: Stream) -> Tensor:
-        return routes.global_attention(
+        return read_globally(
             query, key, value, stream, routing=routing, max_exact_blocks=exact, causal=causal
         )
 
     return _run(route, query, key, value, handle, records)
 
 
-@torch.library.custom_op("dualroute::local_route", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::local_route", mutates_args=())
 def local_route(
     query: Tensor, key: Tensor, value: Tensor, handle: Tensor, window: int, causal: bool, records: bool
 ) -> tuple[Tensor, Tensor]:
     """The route (H, S, d) and what stands for its backward pass."""
 
     def route(query: Tensor, key: Tensor, value: Tensor, stream: Stream) -> Tensor:
-        return routes.local_attention(query, key, value, stream, window=window, causal=causal)
+        return read_locally(query, key, value, stream, window=window, causal=causal)
 
     return _run(route, query, key, value, handle, records)
 
 
-@torch.library.custom_op("dualroute::route_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::route_backward", mutates_args=())
 def route_backward(
     grad: Tensor, tape: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ from dualroute.model.conversion import (
 )
 from dualroute.model.decoding.generation import continue_batch
 from dualroute.model.foreign.hub import is_foreign, load_dense
-from dualroute.model.foreign.own_export import exported_lineage, wrote
+from dualroute.model.foreign.own_export import exported_lineage, own_task_file, wrote
 
 _ROWS = 32  # texts that are sampled together
 
@@ -103,7 +103,7 @@ def convert(config: ConvertConfig) -> Conversion:
                 converted = divide_heads(model, shape, groups)
         metadata = {**_carried(Path(config.source)), "conversion": note}
         source = Path(config.source)
-        extra = {} if is_foreign(source) else find_checkpoint(source).task_file()
+        extra = own_task_file(source) if is_foreign(source) else find_checkpoint(source).task_file()
         extra[SETTINGS] = tokenizer.settings.to_bytes()
         checkpoint = save_model(converted, config.output, tokenizer.path, metadata, extra)
     return Conversion(checkpoint, groups, mass, model.config.heads_per_group)
@@ -145,6 +145,8 @@ def _with_vocabulary(
     Raises:
         UserError: The tokenizer has ids that the model lacks.
     """
+    if not model.config.reads_text:
+        return model
     rows = model.config.vocab_size or 0
     if tokenizer.vocab_size > rows:
         raise UserError(

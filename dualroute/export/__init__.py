@@ -7,5 +7,5 @@
     quality.py                  what it is measured on
     parity.py                   how an export is compared with the model before its folder gets its name
 
-plain_backend.py and plain_compiled.py stand in for modules of the attention in an exported folder.
+plain_backend.py stands in for a module of the attention in an exported folder.
 """

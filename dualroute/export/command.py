@@ -87,7 +87,8 @@ def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
     if dtype == "auto" or config.format == "gguf":  # a GGUF file is rounded when it is written
         dtype = saved if config.format in ("hf", "gguf") else "float32"
     loaded = load(checkpoint.folder, "cpu", dtype)
-    loaded.model.config.require_tokens("dualroute export")
+    if config.format != "hf":
+        loaded.model.config.require_tokens(f"dualroute export --format {config.format}")
     return loaded, writer
 
 

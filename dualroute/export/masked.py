@@ -11,13 +11,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dualroute.attention.backends.traceable import traceable_attention
-from dualroute.errors import UserError
+from dualroute.export.parity import place_of_output
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.layers import TransformerBlock
 
 
 class MaskedTransformer(nn.Module):
-    """Token ids (B, n) → logits (B, n, V), equal to the model's for texts without padding.
+    """Token ids (B, n) → logits (B, n, V), equal to the model's for texts without padding; or what a task's
+    head gives: (B, n, outputs) of heads of tokens and spans, (B, outputs) where a text has one.
 
     Args:
         model: Whose parameters are used, not copied.
@@ -25,16 +26,12 @@ class MaskedTransformer(nn.Module):
             its own TopK takes the first, as the router does; torch's takes any.
 
     Raises:
-        UserError: The model is not causal.
+        UserError: The model reads no ids.
     """
 
     def __init__(self, model: DualRoutingTransformer, for_onnx: bool = False) -> None:
         super().__init__()
-        if not model.config.causal:
-            raise UserError(
-                "a graph of fixed operators is made of causal models only, and this one has model.causal "
-                "false: export it with --format hf"
-            )
+        model.config.require_tokens("a graph of fixed operators")
         self.model, self.for_onnx = model, for_onnx
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -45,4 +42,13 @@ class MaskedTransformer(nn.Module):
                 layer.attention, layer.attention_norm(hidden), self.for_onnx
             )
             hidden = hidden + layer.ffn(layer.ffn_norm(hidden))
-        return self.model.head(self.model.norm(hidden))
+        hidden = self.model.norm(hidden)
+        head = self.model.task_head
+        if head is None:
+            return self.model.head(hidden)
+        place = place_of_output(head.config)
+        if place is None:
+            return head.project(hidden)
+        mean = head.config.pooling == "mean" and head.config.kind != "item"
+        outputs: Tensor = head.project(hidden.mean(1) if mean else hidden[:, place])
+        return outputs

@@ -14,6 +14,7 @@ from dualroute import __version__
 from dualroute.evaluate.load import Loaded
 from dualroute.export.config import ExportConfig
 from dualroute.export.hf import folder as huggingface
+from dualroute.export.hf.media import Medium
 from dualroute.export.quality import samples
 from dualroute.model import ModelConfig
 from dualroute.model.checkpoint.lineage import history, total_tokens
@@ -55,6 +56,19 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForQuestionAnswering.from_pretrained(folder, trust_remote_code=True)
 scores = model(**tokenizer("Who came?", "The old man came.", return_tensors="pt"))
 ```"""
+_USE_ITEMS = """\
+```python
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder", trust_remote_code=True)
+best = model.rank([["NAME OF AN ITEM", "NAME OF THE NEXT ONE"]], best=10)
+```"""
+#: how the pipelines of what is no text are called
+_INPUTS = {
+    "ImageClassification": 'run("image.png")',
+    "AudioClassification": 'run({"array": samples, "sampling_rate": rate})',
+    "CTC": 'run({"array": samples, "sampling_rate": rate})["text"]',
+}
 _GENERATE = (
     "`generate` keeps a cache; greedy search, sampling and beam search work, assisted decoding does not. "
 )
@@ -65,6 +79,10 @@ _PURPOSES = {
     "SequenceClassification": ("text-classification", "A classifier of texts"),
     "TokenClassification": ("token-classification", "A classifier of tokens"),
     "QuestionAnswering": ("question-answering", "A model that finds answers in texts,"),
+    "ImageClassification": ("image-classification", "A classifier of images"),
+    "AudioClassification": ("audio-classification", "A classifier of recordings"),
+    "CTC": ("automatic-speech-recognition", "A model that writes what is said in recordings,"),
+    "NextItem": ("other", "A model that ranks the items that come next,"),
 }
 
 
@@ -132,11 +150,17 @@ def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
         )
     elif purpose == "QuestionAnswering":  # transformers 5 has no pipeline for it
         code = _USE_CLASS
+    elif purpose == "NextItem":
+        code = _USE_ITEMS
+    elif purpose in _INPUTS:
+        code = code.replace("\n```", f"\n{_INPUTS[purpose]}\n```").replace("```python\n\n", "```python\n")
     how = _GENERATE if purpose == "CausalLM" else ""
     if not own:
         how = (
             f"The model is a `{figures['class']}`, which other software that knows this class runs as well. "
         )
+    if not shape.reads_text:
+        return [code, "", _of_no_text(loaded, purpose)]
     needs = "torch and transformers" + (", and sentencepiece" if own_tokenizer else "")
     return [
         code,
@@ -144,6 +168,30 @@ def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
         f"It needs {needs}; the `dualroute` package is not needed. {_begin(loaded)} Batches may be padded; "
         f"the attention mask says where. {how}At most {shape.max_context:,} tokens.",
     ]
+
+
+def _of_no_text(loaded: Loaded, purpose: str) -> str:
+    """What a user of a model of images, recordings or items has to know."""
+    needs = "torch, transformers" + (" and Pillow" if purpose == "ImageClassification" else "")
+    said = f"It needs {needs}; the `dualroute` package is not needed."
+    medium = Medium.of(loaded)
+    if medium is None:
+        return (
+            f"{said} Items are given by the names in `config.label2id`, in the order of time; `forward` "
+            f"takes their ids, which are one more than these numbers (0: an item that is not known), and "
+            f"gives a score for each item. At most {loaded.model.config.max_context:,} items."
+        )
+    if purpose == "ImageClassification":
+        image = medium.kind.task.image
+        other = "brought to this size" if image.resize else "refused (`do_resize=True` changes them)"
+        colour = "grey" if image.channels == 1 else "red, green and blue"
+        return f"{said} Images are {image.height} x {image.width} pixels, {colour}; others are {other}."
+    audio = medium.kind.task.audio
+    return (
+        f"{said} Recordings have one channel and {audio.rate:,} samples a second (transformers resamples "
+        f"where torchaudio is installed); a step is {audio.hop * audio.stack} samples, and the model was "
+        f"trained on at most {medium.kind.setting.max_length:,} of them."
+    )
 
 
 def _use_of_gguf(loaded: Loaded, figures: dict[str, Any]) -> list[str]:
@@ -233,19 +281,24 @@ def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[
         rows.append(("trained on", f"{tokens:,} tokens in all (see History)"))
     if quality:
         place = f"{quality['measured_on']}, context {quality['context']:,}"
-        rows.append((f"loss (nats per token) on {place}", f"{quality['loss']:.4f}"))
-        rows.append(("perplexity", f"{quality['perplexity']:.2f}"))
+        if "score" in quality:
+            rows.append((f"{quality['metric']} on {quality['measured_on']}", f"{quality['score']:.4f}"))
+        else:
+            rows.append((f"loss (nats per token) on {place}", f"{quality['loss']:.4f}"))
+            rows.append(("perplexity", f"{quality['perplexity']:.2f}"))
         if "bits_per_byte" in quality:
             rows.append(("bits per byte", f"{quality['bits_per_byte']:.4f}"))
             rows.append(("tokens scored", f"{quality['tokens']:,}"))
     parity = figures["parity"]
     if "logits" in parity:
         lengths = ", ".join(parity["logits"])
+        of = f"texts of {lengths} tokens" if loaded.model.config.frontend is None else lengths
         rows.append(
-            (f"largest difference of logits from dualroute's (texts of {lengths} tokens)",
+            (f"largest difference of logits from dualroute's ({of})",
              f"{max(parity['logits'].values()):.1e}")
         )  # fmt: skip
-        rows.append(("texts with the same token ids", f"{parity['texts']} of {parity['texts']}"))
+        if parity["texts"]:
+            rows.append(("texts with the same token ids", f"{parity['texts']} of {parity['texts']}"))
     else:
         rows.append(
             ("largest difference of a weight from dualroute's", f"{parity['largest_difference']:.1e}")

@@ -1,6 +1,7 @@
 """An ONNX file: the model for onnxruntime, in whatever language that is called from.
 
-    model.onnx              input_ids (batch, length) int64 → logits (batch, length, vocabulary) float32
+    model.onnx              input_ids (batch, length) int64 → logits (batch, length, vocabulary) float32, or
+                            of a task (batch, length, outputs), (batch, outputs) where a text has one
     model-int8.onnx         the same with int8 weights, by ``--quantize``
     config.json, tokenizer.model    see `torch_program`
 
@@ -117,7 +118,9 @@ def cost(
 ) -> dict[str, Any]:
     """What int8 changes: at the trial lengths, and in loss where there is data."""
     found: dict[str, Any] = {
-        str(ids.shape[1]): asdict(parity.Difference.between(quantized(ids)[:, places], right, TOLERANCE))
+        str(ids.shape[1]): asdict(
+            parity.Difference.between(parity.at_places(quantized(ids), places), right, TOLERANCE)
+        )
         for ids, places, right in parity.trials(loaded.model)
     }
     batches = quality_data.windows(config, loaded)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.config import TaskHeadConfig
 
 #: Positions of a text whose logits are compared, and how many numbers these may be.
 POSITIONS, MAX_LOGITS = 256, 1 << 24
@@ -49,17 +50,36 @@ def positions(config: ModelConfig, length: int) -> Tensor:
     return length - 1 - torch.linspace(0, length - 1, count, dtype=torch.float64).round().long().flip(0)
 
 
+def place_of_output(head: TaskHeadConfig | None) -> int | None:
+    """The token that a text's one output stands at, 0 or -1; null for heads with an output at each token."""
+    if head is None or head.kind not in ("sequence", "number", "item"):
+        return None
+    return 0 if head.pooling == "first" and head.kind != "item" else -1  # the mean stands at each token
+
+
 @torch.no_grad()
 def right_logits(model: DualRoutingTransformer, ids: Tensor, places: Tensor) -> Tensor:
-    """Logits (B, places, V) of the model itself."""
-    return model.head(model.hidden_states(ids)[:, places])
+    """What leaves the model itself at these places, (B, places, V or outputs of a task)."""
+    hidden = model.hidden_states(ids)
+    if model.task_head is None:
+        return model.head(hidden[:, places])
+    outputs: Tensor = model.task_head(hidden)
+    return outputs[:, places]
 
 
 def trials(model: DualRoutingTransformer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(ids, positions, logits) of every length."""
+    """(ids, positions, logits) of every length; one position where a text has one output."""
+    place = place_of_output(model.config.task_head)
     for length in lengths(model.config):
         ids, places = trial_ids(model.config, length), positions(model.config, length)
+        if place is not None:
+            places = torch.tensor([place % length])
         yield ids, places, right_logits(model, ids, places)
+
+
+def at_places(outputs: Tensor, places: Tensor) -> Tensor:
+    """An export's outputs at the places of a trial: they are these already where a text has one output."""
+    return outputs[:, None] if outputs.ndim == 2 else outputs[:, places]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,12 @@ def measure(config: ExportConfig, loaded: Loaded) -> dict[str, Any]:
     if config.text is not None:
         score = evaluate_text(loaded, config.text, context, context, 4, config.max_tokens)
         return {"measured_on": Path(config.text).name, "context": context, **_figures(score)}
+    if loaded.model.config.task_head is not None:  # its loss is of no text
+        said = loaded.checkpoint.metadata.get("score")
+        if said is None:
+            return {}
+        measured_on = "validation data, by the training run"
+        return {"measured_on": measured_on, "metric": said["name"], "score": said["value"]}
     loss = loaded.checkpoint.val_loss
     if loss is None:
         return {}
@@ -85,7 +91,10 @@ def samples(config: ExportConfig, loaded: Loaded) -> list[str]:
 
 
 def windows(config: ExportConfig, loaded: Loaded) -> list[dict[str, Tensor]]:
-    """Windows with ``input_ids`` and ``labels`` (1, n), each read as one text; none without data."""
+    """Windows with ``input_ids`` and ``labels`` (1, n), each read as one text; none without data, nor for a
+    model that does not continue texts."""
+    if loaded.model.config.task_head is not None or not loaded.model.config.causal:
+        return []
     context = _context(config, loaded)
     limit = min(config.max_tokens or WINDOW_TOKENS, WINDOW_TOKENS)
     if config.text is not None:

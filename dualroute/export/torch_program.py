@@ -80,6 +80,8 @@ def write_beside(loaded: Loaded, folder: Path) -> None:
         **{f"{name}_token_id": number for name, number in specials.items() if number >= 0},
     }
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    if not loaded.model.config.reads_text:  # items are numbers; model.task_head.labels names them
+        return
     name = "tokenizer.json" if is_json(tokenizer) else "tokenizer.model"
     shutil.copyfile(tokenizer.path, folder / name)
 
@@ -93,7 +95,7 @@ def compare(model: DualRoutingTransformer, run: Callable[[Tensor], Tensor], what
     """
     found: dict[str, Any] = {}
     for ids, places, right in parity.trials(model):
-        both = torch.cat([run(ids)[:, places], run(ids[:1])[:, places]])
+        both = torch.cat([parity.at_places(run(some), places) for some in (ids, ids[:1])])
         difference = parity.Difference.between(both, torch.cat([right, right[:1]]), TOLERANCE)
         found[str(ids.shape[1])] = asdict(difference)
     off = {length: each for length, each in found.items() if not each["beyond"] <= TIES}

@@ -27,6 +27,48 @@ def test_the_same_numbers_in_float64(kind, for_onnx):
         torch.testing.assert_close(masked(ids), model(ids), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "kind", ["dual", "local", "gqa", "gate", "moment", "mean", "full", "auto", "no_top_k"]
+)
+@torch.no_grad()
+def test_an_encoder_in_float64(kind):
+    """Of any length: the last block, which may be short, is one of those that are chosen and summed up."""
+    model = tiny_model(**{**KINDS[kind], "causal": False}).double()
+    for for_onnx in (False, True):
+        masked = MaskedTransformer(model, for_onnx)
+        for length in (1, 3, 8, 9, 33, 57, 64, 160):
+            ids = parity.trial_ids(model.config, length)
+            torch.testing.assert_close(masked(ids), model(ids), rtol=0, atol=1e-11)
+
+
+HEADS = {
+    "last": ({"kind": "sequence", "labels": ["a", "b", "c"]}, True),
+    "first": ({"kind": "sequence", "labels": ["a", "b"], "pooling": "first"}, False),
+    "mean": ({"kind": "number", "pooling": "mean"}, False),
+    "tokens": ({"kind": "token", "labels": ["O", "B"]}, True),
+    "span": ({"kind": "span"}, False),
+    "item": ({"kind": "item", "labels": [str(number) for number in range(319)]}, True),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_of_a_task(name):
+    head, causal = HEADS[name]
+    model = tiny_model(task_head=head, causal=causal, num_layers=1)
+    found = compare(model, MaskedTransformer(model), "graph")
+    assert max(each["largest"] for each in found["logits"].values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_onnxruntime_runs_an_encoder_with_the_head_of_a_task(loaded, tmp_path):
+    onnx_file = pytest.importorskip("dualroute.export.onnx_file")
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    made = loaded(task_head={"kind": "span"}, causal=False, num_layers=1)
+    onnx_file.translate(made, tmp_path / "model.onnx", 20)
+    compare(made.model, onnx_file.session(tmp_path / "model.onnx"), "ONNX file")
+
+
 @torch.no_grad()
 def test_auto_opens_the_mask_of_short_texts():
     auto, full, routed = (

@@ -19,13 +19,15 @@ from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 
 class Past(NamedTuple):
     """What a row of queries may read: keys (R, s, d) and values (R, s, d), closed where a mask says so, and
-    pseudo-keys (R, nb, f) with their values (R, nb, d) of blocks of `block` tokens, None without summary."""
+    pseudo-keys (R, nb, f) with their values (R, nb, d) of blocks of `block` tokens, None without summary.
+    Where the last block counts too, which may be shorter, they have `sizes` (nb,) tokens."""
 
     keys: Tensor
     values: Tensor
     far_keys: Tensor | None
     far_values: Tensor | None
     block: int
+    sizes: Tensor | None = None
 
 
 def joint_softmax(query: Tensor, past: Past, hidden: Tensor, not_far: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ def joint_softmax(query: Tensor, past: Past, hidden: Tensor, not_far: Tensor) ->
     if past.far_keys is not None and past.far_values is not None:
         features = far_query_features(query, past.far_keys.shape[-1])
         pseudo_keys = past.far_keys[:, None].to(features.dtype)
-        far = features @ pseudo_keys.transpose(-1, -2) + math.log(past.block)
+        far = features @ pseudo_keys.transpose(-1, -2)
+        far = far + (math.log(past.block) if past.sizes is None else past.sizes.to(far.dtype).log())
         logits = torch.cat([logits, far.masked_fill(not_far[:, None], NEG_INF)], dim=-1)
         values = torch.cat([values, past.far_values.to(wide.dtype)], dim=1)
     return (logits.softmax(-1) @ values[:, None]).to(query.dtype)

@@ -349,7 +349,10 @@ class Layout:
         if positions is None:
             return self
         places = self.documents, self.slot_token, self.token_slot
-        return Layout(self.batch, self.length, self.stream, positions, *places)
+        moved = Layout(self.batch, self.length, self.stream, positions, *places)
+        if torch.compiler.is_compiling():
+            moved.handle = self.handle
+        return moved
 
     def _rotary_table(self, positions: Tensor, rope: Rope, dtype: torch.dtype) -> Table:
         of_slot = positions.expand(self.batch, self.length).flatten().to(self.positions.device)

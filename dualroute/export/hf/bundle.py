@@ -22,7 +22,6 @@ PACKAGE = "dualroute"
 #: module → the one whose source stands in for it
 SUBSTITUTES = {
     f"{PACKAGE}.attention.backend": f"{PACKAGE}.export.plain_backend",
-    f"{PACKAGE}.attention.compiled": f"{PACKAGE}.export.plain_compiled",
 }
 _IMPORT = re.compile(rf"^(?P<indent>\s*)from (?P<module>{PACKAGE}(?:\.\w+)*) import ", re.MULTILINE)
 

@@ -39,23 +39,67 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(expected["threads"])
     transformers.logging.set_verbosity_error()
-    auto = getattr(transformers, f"AutoModelFor{expected['purpose']}")
+    auto = getattr(transformers, expected["auto_class"])
     model = auto.from_pretrained(folder, trust_remote_code=expected["own_model"], dtype=expected["dtype"])
     model.eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=expected["own_tokenizer"]
-    )
     result: dict[str, Any] = {
         "transformers": transformers.__version__,
         "class": type(model).__name__,
-        "tokenizer_class": type(tokenizer).__name__,
         "logits": {},
+        "texts": 0,
+        "texts_differing": [],
+        "generation": {},
     }
+    if expected["media"] is not None:
+        with torch.no_grad():
+            result["logits"] = _of_media(folder, model, expected["media"])
+    if expected["reads_text"]:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=expected["own_tokenizer"]
+        )
+        result["tokenizer_class"] = type(tokenizer).__name__
+        result["texts"] = len(expected["texts"]) + len(expected["marked"])
+        result["texts_differing"] = _differing(tokenizer, expected)
+    elif expected["media"] is not None and expected["media"]["said"]:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        result["tokenizer_class"] = type(tokenizer).__name__
+        said = expected["media"]["said"]
+        result["texts"] = len(said)
+        result["texts_differing"] = [text for best, text in said if tokenizer.decode(best) != text]
     with torch.no_grad():
         for ids, positions, logits in expected["logits"]:
             got = _outputs(model, expected["purpose"], ids, positions)
             difference = (got.double() - logits.double()).abs().max()
             result["logits"][str(ids.shape[1])] = float(difference)
+    if expected["prompts"]:
+        result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
+    return result
+
+
+def _of_media(folder: str, model: Any, media: dict[str, Any]) -> dict[str, float]:
+    """Differences of the outputs for images or recordings, each alone and all in one batch."""
+    import transformers
+
+    images = media["rate"] is None
+    auto = transformers.AutoImageProcessor if images else transformers.AutoFeatureExtractor
+    processor = auto.from_pretrained(folder, trust_remote_code=True)
+    said = {} if images else {"sampling_rate": media["rate"]}
+    raw = [value.numpy() for value in media["raw"]]
+    found: dict[str, float] = {}
+    for name, some in (("alone", [[number] for number in range(len(raw))]), ("together", [range(len(raw))])):
+        for numbers in some:
+            inputs = processor([raw[number] for number in numbers], return_tensors="pt", **said)
+            logits = model(**inputs).logits
+            for number, got in zip(numbers, logits, strict=True):
+                right = media["outputs"][number]
+                got = got[: len(right)] if right.ndim == 2 else got
+                difference = float((got.double() - right.double()).abs().max())
+                found[name] = max(found.get(name, 0.0), difference)
+    return found
+
+
+def _differing(tokenizer: Any, expected: dict[str, Any]) -> list[str]:
+    """Beginnings of the texts that get other ids than they should."""
     bos = tokenizer.bos_token_id
     wrong = []
     as_text = {"split_special_tokens": True}  # as in training: a special token that a text spells is text
@@ -69,12 +113,7 @@ def check(folder: str, expected: dict[str, Any]) -> dict[str, Any]:
     for text, ids in expected["marked"]:  # as templates and trainers need it: the token itself
         if tokenizer(text, add_special_tokens=False).input_ids != ids:
             wrong.append(text[:80])
-    result["texts"] = len(expected["texts"]) + len(expected["marked"])
-    result["texts_differing"] = wrong
-    result["generation"] = {}
-    if expected["prompts"]:
-        result["generation"] = _generate(model, expected["prompts"], expected["continuations"])
-    return result
+    return wrong
 
 
 def _outputs(model: Any, purpose: str, ids: Any, places: Any) -> Any:
@@ -84,7 +123,7 @@ def _outputs(model: Any, purpose: str, ids: Any, places: Any) -> Any:
     if purpose == "CausalLM":
         return model(input_ids=ids, logits_to_keep=places).logits
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids))  # else <pad> among them were padding
-    if purpose == "SequenceClassification":
+    if purpose in ("SequenceClassification", "NextItem"):
         return out.logits[:, None]
     if purpose == "QuestionAnswering":
         return torch.stack([out.start_logits, out.end_logits], -1)[:, places]

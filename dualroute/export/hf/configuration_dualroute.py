@@ -51,7 +51,7 @@ class DualRoutingConfig(PretrainedConfig):
                 fields[field] = given
         fields = ModelConfig(**fields).resolved().to_dict()
         standard = {name: fields[field] for name, field in STANDARD_NAMES.items()}
-        super().__init__(**{**kwargs, **standard})
+        super().__init__(**{"pad_token_id": None, **kwargs, **standard})
         self.dualroute = fields
         causal = fields.get("causal", True)
         trained = (fields.get("task_head") or {}).get("pooling")

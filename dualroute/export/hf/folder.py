@@ -20,10 +20,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,19 @@ from dualroute.evaluate.load import Loaded
 from dualroute.export import parity
 from dualroute.export.hf import check_folder, transformers_layout
 from dualroute.export.hf.bundle import bundle
+from dualroute.export.hf.media import Medium
 from dualroute.export.hf.tokenizer_files import end_of, marked_texts, trial_texts, write_tokenizer
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
+from dualroute.model.checkpoint.folder import TASK
 from dualroute.model.checkpoint.weights_file import write_tensors
+from dualroute.model.foreign.own_export import LABELS
 
 TOLERANCE = 1e-5
 OTHERS_TOLERANCE = 2e-5  # of another program's logits, as a share of the largest
 MODEL_CODE, TOKENIZER_CODE = "modeling_dualroute.py", "tokenization_dualroute.py"
 NEW_TOKENS = 24
-ROOTS = [f"dualroute.export.hf.{name}_dualroute" for name in ("configuration", "modeling", "heads")]
+PLACE, MEDIA = "dualroute.export.hf", "media"
+ROOTS = ["configuration", "modeling", "heads"]
 
 
 def write(loaded: Loaded, folder: Path, layout: str = "own") -> dict[str, Any]:
@@ -63,31 +67,50 @@ def write(loaded: Loaded, folder: Path, layout: str = "own") -> dict[str, Any]:
             f"--layout transformers: no class of transformers computes this model ({reason}): use "
             f"--layout own"
         )
-    purpose = purpose_of(loaded.model.config)
-    source, code = write_tokenizer(loaded.tokenizer, folder, ends=purpose in HEADS)
+    shape = loaded.model.config
+    purpose, medium = purpose_of(shape), Medium.of(loaded)
+    source, code = "none", [] if medium is None else medium.write(folder)
+    if shape.reads_text:
+        source, code = write_tokenizer(
+            loaded.tokenizer, folder, ends=purpose in HEADS, masks=purpose == "MaskedLM"
+        )
     if layout == "own" or reason:
         write_tensors(folder / "model.safetensors", named_weights(loaded.model))
-        code += bundle(ROOTS, folder)
-        config = config_of(loaded)
+        media = [] if shape.reads_text else [MEDIA]
+        code += bundle([f"{PLACE}.{name}_dualroute" for name in [*ROOTS, *media]], folder)
+        config = config_of(loaded, medium)
     else:
         write_tensors(folder / "model.safetensors", transformers_layout.named_weights(loaded.model))
         config = {**transformers_layout.config_fields(loaded.model.config), **_common(loaded)}
     _write_json(folder / "config.json", config)
+    write_task(loaded, folder)
     specials = {name: value for name, value in config.items() if name.endswith("_token_id")}
     if purpose == "CausalLM":
         _write_json(folder / "generation_config.json", {"do_sample": False, **specials})
     return {"class": config["architectures"][0], "tokenizer": source, "source_files": sorted(set(code))}
 
 
-#: kind of `model.task_head` → what transformers calls such a model
+#: (what enters, kind of `model.task_head`) → what transformers calls such a model
 TASKS = {
-    "sequence": "SequenceClassification",
-    "number": "SequenceClassification",
-    "token": "TokenClassification",
-    "span": "QuestionAnswering",
+    ("ids", "sequence"): "SequenceClassification",
+    ("ids", "number"): "SequenceClassification",
+    ("ids", "token"): "TokenClassification",
+    ("ids", "span"): "QuestionAnswering",
+    ("ids", "item"): "NextItem",
+    ("patches", "sequence"): "ImageClassification",
+    ("values", "sequence"): "ImageClassification",
+    ("frames", "sequence"): "AudioClassification",
+    ("frames", "ctc"): "CTC",
 }
-#: what transformers calls a model → the name of its head there
+#: what transformers calls a model of texts → the name of its head there
 HEADS = {"SequenceClassification": "score", "TokenClassification": "score", "QuestionAnswering": "qa_outputs"}
+#: models of what is no text, whose heads have one name, and the Auto class that loads each
+OTHERS = {
+    "ImageClassification": "AutoModelForImageClassification",
+    "AudioClassification": "AutoModelForAudioClassification",
+    "CTC": "AutoModelForCTC",
+    "NextItem": "AutoModelForSequenceClassification",
+}
 
 
 def purpose_of(shape: ModelConfig) -> str:
@@ -97,24 +120,27 @@ def purpose_of(shape: ModelConfig) -> str:
         UserError: transformers has no such model.
     """
     head = shape.task_head
-    if shape.frontend is not None:
-        raise UserError(
-            f"a model that reads {shape.frontend.kind} (model.frontend) is not exported yet: use dualroute "
-            f"predict"
-        )
-    if head is None:
+    if head is None and shape.frontend is None:
         return "CausalLM" if shape.causal else "MaskedLM"
-    if head.kind not in TASKS:
+    enters = "ids" if shape.frontend is None else shape.frontend.kind
+    leaves = "the next token" if head is None else head.kind
+    if (enters, leaves) not in TASKS:
+        known = ", ".join(f"{a} → {b}" for a, b in TASKS)
         raise UserError(
-            f"a model with model.task_head.kind {head.kind} has no counterpart in transformers, as "
-            f"{', '.join(TASKS)} have: use dualroute predict"
+            f"a model that makes {leaves} (model.task_head.kind) of {enters} (model.frontend.kind) has no "
+            f"counterpart in transformers, as {known} have: use dualroute predict"
         )
-    return TASKS[head.kind]
+    return TASKS[enters, leaves]
+
+
+def auto_class(purpose: str) -> str:
+    """The class of transformers that loads such a model."""
+    return OTHERS.get(purpose, f"AutoModelFor{purpose}")
 
 
 def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
     """The parameters of ``model`` under the names that they have in an exported folder; a tied head once."""
-    head = HEADS.get(purpose_of(model.config), "")
+    head = HEADS.get(purpose_of(model.config), "score")
     named: dict[str, torch.Tensor] = {}
     for name, value in model.named_parameters():
         if name == "head.weight":
@@ -129,11 +155,18 @@ def named_weights(model: DualRoutingTransformer) -> dict[str, torch.Tensor]:
 def _classes(shape: ModelConfig) -> dict[str, str]:
     """auto_map of config.json: what the folder may be loaded for; weights of another head are left unread."""
     purpose = purpose_of(shape)
-    modules = {"CausalLM": "modeling_dualroute", **dict.fromkeys(("MaskedLM", *HEADS), "heads_dualroute")}
+    modules = {
+        "CausalLM": "modeling_dualroute",
+        **dict.fromkeys(("MaskedLM", *HEADS), "heads_dualroute"),
+        **dict.fromkeys(OTHERS, "media_dualroute"),
+    }
     return {
         "AutoConfig": "configuration_dualroute.DualRoutingConfig",
         "AutoModel": "modeling_dualroute.DualRoutingModel",
-        **{f"AutoModelFor{name}": f"{modules[name]}.DualRoutingFor{name}" for name in {purpose: 0, **HEADS}},
+        **{
+            auto_class(name): f"{modules[name]}.DualRoutingFor{name}"
+            for name in [purpose, *(HEADS if shape.reads_text else [])]
+        },
     }
 
 
@@ -148,10 +181,13 @@ def _labels(shape: ModelConfig) -> dict[str, Any]:
         "id2label": dict(enumerate(head.labels)),
         "label2id": {name: i for i, name in enumerate(head.labels)},
     }
-    return names | ({"problem_type": "single_label_classification"} if head.kind == "sequence" else {})
+    if head.kind == "ctc":
+        return {"num_labels": len(head.labels), "ctc_loss_reduction": "mean"}
+    single = head.kind in ("sequence", "item")
+    return names | ({"problem_type": "single_label_classification"} if single else {})
 
 
-def config_of(loaded: Loaded) -> dict[str, Any]:
+def config_of(loaded: Loaded, medium: Medium | None = None) -> dict[str, Any]:
     """config.json."""
     shape = loaded.model.config
     return {
@@ -162,6 +198,7 @@ def config_of(loaded: Loaded) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         **_common(loaded),
         **_labels(shape),
+        **({} if medium is None else medium.config_fields()),
     }
 
 
@@ -169,12 +206,26 @@ def _common(loaded: Loaded) -> dict[str, Any]:
     """What config.json says whoever's class it is: dtype and special ids."""
     tokenizer, ends = loaded.tokenizer, list(loaded.tokenizer.eos_ids)
     said: dict[str, Any] = {"dtype": str(loaded.model.embedding.weight.dtype).removeprefix("torch.")}
+    if not loaded.model.config.reads_text:  # the tokenizer is one of label names
+        return said
     for name, number in (("bos_token_id", tokenizer.bos_id), ("pad_token_id", tokenizer.pad_id)):
         if number >= 0:
             said[name] = number
     if ends:
         said["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return said
+
+
+def write_task(loaded: Loaded, folder: Path) -> None:
+    """What `dualroute convert` makes a checkpoint of a task of again: task.json without the places of the
+    data, and for models that read no text the tokenizer of the label names."""
+    if loaded.model.config.task_head is None:
+        return
+    for content in loaded.checkpoint.task_file().values():
+        said = json.loads(content)
+        _write_json(folder / TASK, {name: value for name, value in said.items() if name != "data"})
+    if not loaded.model.config.reads_text:
+        shutil.copyfile(loaded.tokenizer.path, folder / LABELS)
 
 
 def verify(loaded: Loaded, folder: Path, samples: list[str]) -> dict[str, Any]:
@@ -190,18 +241,26 @@ def verify(loaded: Loaded, folder: Path, samples: list[str]) -> dict[str, Any]:
     purpose = purpose_of(model.config)
     prompts = _prompts(loaded) if purpose == "CausalLM" else []
     greedy = SamplingConfig(max_new_tokens=NEW_TOKENS, temperature=0)
+    medium = Medium.of(loaded)
+    reads_text = model.config.reads_text
     with plain_torch():  # as in the folder: two blocks may score the same but for rounding
-        trials = list(_trials(model))
+        trials = [] if medium is not None else list(parity.trials(model))
+        media = None if medium is None else medium.trials(model)
         expected = {
             "threads": torch.get_num_threads(),
             "dtype": "auto" if own else "float32",
             "own_model": own,
             "own_tokenizer": (folder / TOKENIZER_CODE).is_file(),
             "purpose": purpose,
+            "auto_class": auto_class(purpose),
+            "reads_text": reads_text,
+            "media": media,
             "end": [end_of(tokenizer)] if purpose in HEADS and end_of(tokenizer) >= 0 else [],
             "logits": trials,
-            "texts": [(text, tokenizer.encode(text)) for text in trial_texts(tokenizer, samples)],
-            "marked": marked_texts(tokenizer),
+            "texts": [(text, tokenizer.encode(text)) for text in trial_texts(tokenizer, samples)]
+            if reads_text
+            else [],
+            "marked": marked_texts(tokenizer) if reads_text else [],
             "prompts": prompts,
             "continuations": [
                 list(generate(model, prompt, greedy, tokenizer.eos_ids or None)) for prompt in prompts
@@ -209,7 +268,7 @@ def verify(loaded: Loaded, folder: Path, samples: list[str]) -> dict[str, Any]:
         }
     found = run_check(folder, expected)
     largest = max(found["logits"].values())
-    size = max(float(logits.abs().max()) for _, _, logits in trials)
+    size = max((float(logits.abs().max()) for _, _, logits in trials), default=1.0)
     tolerance = TOLERANCE if own else OTHERS_TOLERANCE * max(1.0, size)
     if not largest <= tolerance:
         raise UserError(
@@ -248,20 +307,6 @@ def run_check(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 #: Nothing here ever asks the network for anything.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-
-def _trials(model: DualRoutingTransformer) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids, places, outputs) of every length: logits, or what a task's head gives at these places."""
-    head = model.config.task_head
-    for ids, places, logits in parity.trials(model):
-        if head is None:
-            yield ids, places, logits
-            continue
-        with torch.no_grad():
-            outputs = model(ids)
-        if head.kind in ("sequence", "number"):  # one for a text; the mean stands at each of its tokens
-            places = torch.tensor([ids.shape[1] - 1 if head.pooling == "last" else 0])
-        yield ids, places, outputs[:, places]
 
 
 def _prompts(loaded: Loaded) -> list[list[int]]:

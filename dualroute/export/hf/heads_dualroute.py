@@ -66,8 +66,8 @@ class DualRoutingForSequenceClassification(DualRoutingPreTrainedModel):
         )
         hidden = outputs.last_hidden_state
         assert hidden is not None
-        kept = _tokens(hidden, input_ids, attention_mask, self.config.pad_token_id)
-        logits = self.score(_pooled(hidden, kept, self.config.pooling))
+        kept = tokens_of_texts(hidden, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(pooled(hidden, kept, self.config.pooling))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -194,7 +194,7 @@ class DualRoutingForMaskedLM(DualRoutingPreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-def _tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, pad_id: int | None) -> Tensor:
+def tokens_of_texts(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, pad_id: int | None) -> Tensor:
     """(B, n) of the tokens that belong to a text; all, where nothing tells."""
     if mask is not None:
         return mask[:, -hidden.shape[1] :].to(hidden.device, torch.bool)
@@ -205,7 +205,7 @@ def _tokens(hidden: Tensor, ids: Tensor | None, mask: Tensor | None, pad_id: int
     return after & kept
 
 
-def _pooled(hidden: Tensor, kept: Tensor, pooling: str) -> Tensor:
+def pooled(hidden: Tensor, kept: Tensor, pooling: str) -> Tensor:
     """(B, n, dim) → (B, dim)."""
     if pooling == "mean":
         summed = (hidden * kept[..., None]).sum(1)

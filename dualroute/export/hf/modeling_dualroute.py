@@ -1,8 +1,9 @@
 """A DualRouting model as transformers' models are: a backbone, and heads on it.
 
-In: token ids or their embeddings, with an attention mask where a batch is padded.  Out: hidden states
-    (`DualRoutingModel`), logits and a loss (`DualRoutingFor…`).  The layers are those of
-    :mod:`dualroute.model.layers`, unchanged; here is only what transformers, peft and TRL want to call.
+In: token ids or their embeddings, images or frames of sound, with an attention mask where a
+    batch is padded.  Out: hidden states (`DualRoutingModel`), logits and a loss (`DualRoutingFor…`).  The
+    layers are those of :mod:`dualroute.model.layers`, unchanged; here is only what transformers, peft and TRL
+    want to call.
 
 Weights have the names of this package with "model." in front, but for the head: ``lm_head.weight``.
 """
@@ -14,18 +15,21 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from dualroute.attention.compiled import lay_out_in_graph, tracing
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.layout import Layout
 from dualroute.attention.layer import DualRouting
 from dualroute.export.hf.cache_dualroute import DualRoutingCache, NewTokens
 from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
 from dualroute.model.config import ModelConfig
+from dualroute.model.frontends import Frontend
 from dualroute.model.layers import TransformerBlock
 
 CAPACITY = 512  # tokens that a cache has room for at first
@@ -59,6 +63,8 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if isinstance(module, Frontend):
+                nn.init.normal_(module.bias, std=std)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, DualRouting) and module.gate_weight is not None:
@@ -66,13 +72,18 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
 
 
 class DualRoutingModel(DualRoutingPreTrainedModel):
-    """The backbone: ids or embeddings in, hidden states after the final norm out."""
+    """The backbone: ids, images or frames in, hidden states after the final norm out."""
 
     def __init__(self, config: DualRoutingConfig) -> None:
         super().__init__(config)
         shape = config.shape
         assert shape.vocab_size is not None
-        self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
+        self.embedding: nn.Embedding | Frontend
+        if shape.frontend is None:
+            self.embedding = nn.Embedding(shape.vocab_size, shape.dim)
+        else:
+            self.embedding = Frontend(shape.frontend, shape.dim)
+            self.main_input_name = "input_features" if shape.frontend.kind == "frames" else "pixel_values"
         self.layers = nn.ModuleList(DualRoutingLayer(shape.of_layer(i)) for i in range(shape.num_layers))
         self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
         self.gradient_checkpointing = False
@@ -89,9 +100,11 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         use_cache: bool | None = None,
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, n, dim).
+        """Hidden states (B, n, dim); n patches of an image come in raster order.
 
         Args:
             input_ids: (B, n); with a filled cache the tokens that follow it.
@@ -105,18 +118,19 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
             segment_ids: (B, n) document number of each token, instead of position_ids.
             output_hidden_states: Return those before each layer and after the norm, or the ones of these
                 numbers.
+            pixel_values: (B, channels, height, width), from -1 to 1, of a model that reads images.
+            input_features: (B, n, features) of a model that reads sound.
 
         Raises:
-            ValueError: Both or none of ids and embeddings; attention weights are asked for, which never
-                exist as a whole; a cache for packed rows; more tokens than the cache may hold.
+            ValueError: Not one of what enters was given, or what the model does not read; attention weights
+                are asked for, which never exist as a whole; a cache for packed rows; more tokens than the
+                cache may hold.
         """
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError(
                 "output_attentions: the weights of DualRouting attention are never held as a whole"
             )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
-        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self._embedded(input_ids, inputs_embeds, pixel_values, input_features)
         if position_ids is not None:
             position_ids = position_ids.expand(hidden.shape[:2])
         cache = self._given_cache(past_key_values)
@@ -138,6 +152,30 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
             past_key_values=None if use_cache is False else cache,
             hidden_states=None if states is None else _chosen(states, wanted),  # type: ignore[arg-type]
         )
+
+    def _embedded(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        pixel_values: Tensor | None,
+        input_features: Tensor | None,
+    ) -> Tensor:
+        """(B, n, dim) of the one thing that was given."""
+        entering = {
+            "input_ids": input_ids, "pixel_values": pixel_values, "input_features": input_features
+        }  # fmt: skip
+        given = [name for name, value in entering.items() if value is not None]
+        if len(given) + (inputs_embeds is not None) != 1:
+            raise ValueError(f"give either {self.main_input_name} or inputs_embeds, and not both")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if given[0] != self.main_input_name:
+            raise ValueError(f"this model reads {self.main_input_name}, and not {given[0]}")
+        if pixel_values is not None:
+            assert isinstance(self.embedding, Frontend)
+            return self.embedding(_patches(pixel_values, self.embedding.in_features, self.config))
+        embedded: Tensor = self.embedding(entering[given[0]])
+        return embedded
 
     def new_cache(self, expected: int | None = None) -> DualRoutingCache:
         """An empty cache for texts of ``expected`` tokens when they are finished (null: the model's context);
@@ -170,6 +208,8 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         """A cache for a call that was given none: filled by it if asked for, else deferred or null."""
         if not self.layers[0].attention.causal:  # type: ignore[union-attr]
             return None
+        if use_cache is None and tracing():  # a graph makes no caches that nobody asked for
+            return None
         if use_cache is None:
             training = self.training and torch.is_grad_enabled()
             if not self.config.use_cache or training or segment_ids is not None or _packed(tokens):
@@ -189,14 +229,14 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         batch, length = hidden.shape[:2]
         if segment_ids is None and positions is not None:
             segment_ids = (positions == 0).cumsum(-1) + 1
-        layout = Layout.build(
-            batch,
-            length,
-            self.layers[0].attention.block,  # type: ignore[union-attr,arg-type]
-            segment_ids=segment_ids,
-            attention_mask=tokens.mask,
-            device=hidden.device,
-        ).at_positions(positions)
+        attention: DualRouting = self.layers[0].attention  # type: ignore[union-attr,assignment]
+        grid, block = attention.grid, attention.block
+        lay_out = lay_out_in_graph if tracing() and grid is None else Layout.of_batch
+        layout = lay_out(None, batch, length, block, segment_ids, tokens.mask, hidden.device, grid)
+        if positions is not None:
+            layout = layout.at_positions(positions)
+        if isinstance(self.embedding, Frontend):
+            hidden = self.embedding.at_places(hidden, layout.positions)
         for layer in self.layers:
             layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
         return self._through(hidden, states, layout=layout)
@@ -331,6 +371,23 @@ class DualRoutingForCausalLM(DualRoutingPreTrainedModel, GenerationMixin):
         return None
 
 
+def _patches(images: Tensor, features: int, config: Any) -> Tensor:
+    """(B, channels, height, width) → (B, patches, features) in raster order, filled up with black as in
+    training (`patches_of`).
+
+    Raises:
+        ValueError: Images of another shape than the model reads.
+    """
+    wanted = [config.num_channels, *config.image_size]
+    if images.ndim != 4 or list(images.shape[1:]) != wanted:
+        raise ValueError(f"pixel_values has shape {list(images.shape)}: give [batch, {str(wanted)[1:]}")
+    side = math.isqrt(features // config.num_channels)
+    down, across = (-size % side for size in config.image_size)
+    images = F.pad(images, (0, across, 0, down), value=-1.0)
+    cut = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, C, down, side, across, side)
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
 def _new_columns(attention_mask: Tensor | None, past: int, hidden: Tensor) -> Tensor | None:
     """(B, n) of the new tokens, False = padding; null where there is none."""
     if attention_mask is None:
@@ -344,6 +401,8 @@ def _new_columns(attention_mask: Tensor | None, past: int, hidden: Tensor) -> Te
             f"in the cache, {past + length}"
         )
     mask = attention_mask[:, -length:].to(hidden.device, torch.bool)
+    if tracing():
+        return mask
     return None if bool(mask.all()) else mask
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.data.chat.ids import named_specials
+from dualroute.data.masking import mask_id
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.tokenizer_settings import TEMPLATE
 from dualroute.export.hf.bundle import bundle
@@ -81,19 +82,26 @@ def marked_texts(tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
     return [(f"The end.{piece}", [*tokenizer.encode("The end."), number]) for piece, number in first]
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, ends: bool = False) -> tuple[str, list[str]]:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, ends: bool = False, masks: bool = False
+) -> tuple[str, list[str]]:
     """Write all that ``AutoTokenizer.from_pretrained(folder)`` needs.
 
     Args:
         tokenizer: Whose ids are right.
         folder: Where to.
         ends: Put <eos> behind each text, as a model of a task has read them.
+        masks: Name the token that stands for a hidden one, as masked training had it.
 
     Returns:
         "tokenizer.json" or "tokenizer.model", whichever the ids come from; and the names of the files that
         are code.
     """
-    special = _specials(tokenizer)
+    special: dict[str, Any] = dict(_specials(tokenizer))
+    if masks:
+        mask = tokenizer.pieces()[mask_id(tokenizer)]
+        # a hidden word was hidden with the space before it
+        special["mask_token"] = {**_added(mask), "lstrip": True, "__type": "AddedToken"}
     settings: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own number for "no limit"

@@ -169,7 +169,7 @@ def tokenizer_file(folder: Path) -> Path | None:
     pieces, fast = folder / TOKENIZER, folder / "tokenizer.json"
     if pieces.is_file() and fast.is_file() and _ids_in(fast) > _ids_of(pieces):
         return fast
-    return next((path for path in (pieces, fast) if path.is_file()), None)
+    return next((path for path in (pieces, fast, folder / own_export.LABELS) if path.is_file()), None)
 
 
 def _ids_of(model: Path) -> int:

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.errors import UserError
-from dualroute.files import read_json
+from dualroute.files import read_json, read_limited
+from dualroute.model.checkpoint.folder import LARGEST_TASK, TASK
 from dualroute.model.checkpoint.lineage import lineage_of, operation_of, total_tokens
 from dualroute.model.config import STANDARD_NAMES, ModelConfig
 
 MODEL_TYPE = "dualroute"
+#: The tokenizer of a model that reads no text, under a name that nobody takes for one of texts.
+LABELS = "labels.model"
 
 _TOLD = ("folder", "step", "tokens", "data_fingerprint", "teacher")
 
@@ -74,6 +77,13 @@ def exported_lineage(folder: Path) -> dict[str, Any]:
     lineage.append({"operation": "elsewhere", "folder": folder.name})
     tokens = total_tokens({"operation": "convert", "lineage": lineage})
     return {"lineage": lineage, "tokens": tokens, "total_tokens": tokens}
+
+
+def own_task_file(folder: Path) -> dict[str, bytes]:
+    """{name: content} of what an export says of the task that its model was trained for; empty where it says
+    nothing."""
+    path = folder / TASK
+    return {TASK: read_limited(path, LARGEST_TASK)} if wrote(folder) and path.is_file() else {}
 
 
 def refuse_adapter(folder: Path) -> None:

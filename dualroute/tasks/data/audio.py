@@ -7,7 +7,6 @@ deviation 1 in each recording.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,11 @@ def frames_of(row: Row, value: Any, config: AudioConfig) -> Samples:
     samples = samples_of(row, value, config.rate)
     if len(samples) < config.frame:
         raise BadRow("a recording that is shorter than one frame")
-    return stacked(log_mel(samples, config), config.stack)
+    library("transformers.audio_utils", "audio")  # names the extra, where it is not installed
+    from dualroute.data.media.log_mel import log_mel, stacked
+
+    frames = log_mel(samples, rate=config.rate, mels=config.mels, hop=config.hop, frame=config.frame)
+    return stacked(frames, config.stack)
 
 
 def samples_of(row: Row, value: Any, rate: int) -> Samples:
@@ -92,39 +95,3 @@ def resampled(samples: Samples, theirs: int, rate: int) -> Samples:
     signal = library("scipy.signal", "audio")
     shared = math.gcd(theirs, rate)
     return np.asarray(signal.resample_poly(samples, rate // shared, theirs // shared), dtype=np.float32)
-
-
-def log_mel(samples: Samples, config: AudioConfig) -> Samples:
-    """(frames, mels): log10 of the energies in bands of the mel scale, mean 0 and deviation 1 over all."""
-    audio = library("transformers.audio_utils", "audio")
-    window, filters, size = _filters(config.rate, config.mels, config.frame)
-    found = audio.spectrogram(
-        samples,
-        window,
-        frame_length=config.frame,
-        hop_length=config.hop,
-        fft_length=size,
-        power=2.0,
-        mel_filters=filters,
-        log_mel="log10",
-    ).T
-    # what is 80 dB below the loudest is silence, as Whisper has it
-    found = np.maximum(found, found.max() - 8.0)
-    return np.asarray((found - found.mean()) / max(float(found.std()), 1e-4), dtype=np.float32)
-
-
-@lru_cache(maxsize=8)
-def _filters(rate: int, mels: int, frame: int) -> tuple[Any, Any, int]:
-    audio = library("transformers.audio_utils", "audio")
-    size = 1 << (frame - 1).bit_length()
-    filters = audio.mel_filter_bank(
-        size // 2 + 1, mels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
-    )
-    return audio.window_function(frame, "hann"), filters, size
-
-
-def stacked(frames: Samples, stack: int) -> Samples:
-    """(frames, mels) -> (steps, stack * mels); the last step is filled up with its last frame."""
-    missing = -len(frames) % stack
-    padded = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-    return padded.reshape(len(padded) // stack, -1)

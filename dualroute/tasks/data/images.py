@@ -28,19 +28,21 @@ def pixels_of(row: Row, value: Any, config: ImageConfig, *, any_size: bool = Fal
     """
     if value is None:
         raise BadRow("no image")
-    image = _of_file(row, value) if isinstance(value, str) else _of_array(value)
-    mode = "L" if config.channels == 1 else "RGB"
-    if image.mode != mode:
-        image = (
-            image.convert("RGBA").convert("RGB").convert(mode) if image.mode == "P" else image.convert(mode)
-        )
-    if not any_size and image.size != (config.width, config.height):
-        if not config.resize:
-            raise BadRow(
-                f"an image of another size than {config.height} x {config.width} (task.image.resize)"
-            )
-        image = image.resize((config.width, config.height))
-    return np.asarray(image, dtype=np.uint8).reshape(image.size[1], image.size[0], config.channels)
+    library("PIL.Image")  # names the extra, where it is not installed
+    from dualroute.data.media.pixels import image_of_array, pixels_of_image
+
+    size = (
+        None if any_size or config.height is None or config.width is None else (config.height, config.width)
+    )
+    try:
+        image = _of_file(row, value) if isinstance(value, str) else image_of_array(value)
+        if size is not None and image.size != size[::-1] and not config.resize:
+            raise BadRow(f"an image of another size than {size[0]} x {size[1]} (task.image.resize)")
+        return pixels_of_image(image, config.channels, size)
+    except BadRow:
+        raise
+    except ValueError as error:
+        raise BadRow(str(error)) from error
 
 
 def _of_file(row: Row, value: str) -> Any:
@@ -61,22 +63,3 @@ def _of_file(row: Row, value: str) -> Any:
     except Exception as error:  # decoders raise what they like of damaged files
         raise BadRow("a file that is no image, is damaged or cut short") from error
     return image
-
-
-def _of_array(value: Any) -> Any:
-    pillow = library("PIL.Image")
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise BadRow("an image that is no rectangle of pixels") from error
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
-        raise BadRow("an image that is no (height, width) or (height, width, channels) array of pixels")
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-            raise BadRow("an image that is not of numbers")
-        if array.min() < 0 or array.max() > 255:
-            raise BadRow("an image with pixels outside of 0 to 255")
-        array = array.round().astype(np.uint8)
-    return pillow.fromarray(array)

@@ -5,11 +5,10 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from dualroute.errors import UserError  # noqa: E402
+from dualroute.data.masking import mask_id  # noqa: E402
+from dualroute.data.tokenizer import Tokenizer  # noqa: E402
 from dualroute.export.hf import check_folder  # noqa: E402
 from dualroute.export.hf import folder as huggingface  # noqa: E402
-from dualroute.model import ModelConfig  # noqa: E402
-from tests.export.conftest import TINY  # noqa: E402
 
 TASKS = {
     "classes": ("SequenceClassification", {"kind": "sequence", "labels": ["bad", "good", "so so"]}),
@@ -51,18 +50,6 @@ def test_a_model_of_a_task(name, checked):
         assert {score["label"] for score in run("the old river", top_k=None)} == set(head["labels"])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task_head": {"kind": "ctc", "labels": ["a"]}}, r"model\.task_head\.kind ctc has no counterpart"),
-        ({"frontend": {"kind": "frames", "features": 4}}, r"reads frames .* not exported yet"),
-    ],
-)
-def test_what_transformers_has_no_model_for_is_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        huggingface.purpose_of(ModelConfig(**TINY, vocab_size=320, **options))
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_encoder(tied, checked):
     model, folder = checked("MaskedLM", causal=False, tie_embeddings=tied)
@@ -77,3 +64,29 @@ def test_an_encoder(tied, checked):
     other = ids.clone()
     other[0, 15] += 1  # a later token changes what is said of an earlier one
     assert not torch.equal(model(input_ids=other).logits[0, 3], out.logits[0, 3])
+
+
+@torch.no_grad()
+def test_a_hidden_word_is_found_by_the_pipeline(checked, tiny_dataset):
+    """The space before a hidden word is hidden with it, as in training."""
+    model, folder = checked("MaskedLM", causal=False)
+    own = Tokenizer(tiny_dataset / "tokenizer.model")
+    run = transformers.pipeline("fill-mask", str(folder), trust_remote_code=True)
+    assert run.tokenizer.mask_token_id == mask_id(own)
+    found = run(f"the {run.tokenizer.mask_token} river", top_k=4)
+    ids = [own.bos_id, *own.encode("the"), mask_id(own), *own.encode(" river")]
+    logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, ids.index(mask_id(own))]
+    assert [each["token"] for each in found] == logits.topk(4).indices.tolist()
+
+
+@torch.no_grad()
+def test_a_model_is_one_graph_for_a_compiler(checked):
+    """The routes are operators in it; another folder's have other names."""
+    model, _ = checked("MaskedLM", causal=False, num_layers=1)
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.randint(4, 320, (2, 61), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = 0
+    for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits, rtol=0, atol=1e-5)

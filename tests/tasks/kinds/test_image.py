@@ -107,7 +107,7 @@ def test_integers_answer_as_floats_do(trained: Path, tmp_path: Path) -> None:
     assert sum(a == b for a, b in zip(answers["float"], answers["int8"], strict=True)) >= 98
 
 
-@pytest.mark.parametrize("command", ["export --format hf", "prune --ffn_dim 16 --data none"])
+@pytest.mark.parametrize("command", ["export --format onnx", "prune --ffn_dim 16 --data none"])
 def test_what_is_for_models_of_text_says_so(
     command: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.far_summary import far_keys
-from dualroute.attention.core.joint_softmax import Past, routed_by_mask
+from dualroute.attention.core.joint_softmax import Past, joint_softmax, routed_by_mask
 from dualroute.attention.core.precision import NEG_INF
 from dualroute.attention.core.rope import Table
-from dualroute.attention.core.router import block_features, query_features
+from dualroute.attention.core.router import block_features, query_features, token_mean
 from dualroute.attention.projections import Projections
 
 
 def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: bool = False) -> Tensor:
-    """What ``layer(hidden_states)`` gives, (B, n, dim), for one causal document in each row.
+    """What ``layer(hidden_states)`` gives, (B, n, dim), for one document in each row.
 
     Raises:
-        ValueError: the layer is not causal.
+        ValueError: the layer reads images.
     """
-    if not layer.causal:
-        raise ValueError("causal=False has no graph of fixed operators: run the layer itself")
+    if layer.grid is not None:
+        raise ValueError("a layer with a grid has no graph of fixed operators: run the layer itself")
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     tables = layer.rotary_tables(positions, hidden_states.dtype)
     far_table, near_table = (None if table is None else (table[0][:, 0], table[1][:, 0]) for table in tables)
@@ -46,7 +46,9 @@ def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: boo
     if layer.local_qkv is not None:
         query, key, value = _heads(layer, layer.local_qkv(hidden_states), near_table)
         distance = positions[:, None] - positions
-        outputs.append(_attend(query, key, value, (distance >= 0) & (distance < layer.window)))
+        near = distance < layer.window
+        near = near & (distance >= 0) if layer.causal else near & (distance > -layer.window)
+        outputs.append(_attend(query, key, value, near))
     heads = torch.cat(outputs, dim=1).transpose(1, 2).flatten(2)  # (B, n, H * d)
     if layer.gate_weight is not None:
         gate = 2 * torch.sigmoid(F.linear(hidden_states, layer.gate_weight))  # (B, n, H)
@@ -84,10 +86,10 @@ def _global(
     layer: Projections, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, for_onnx: bool
 ) -> Tensor:
     """The global route: reference.routed with every block at once, or reference.full."""
-    causal = positions <= positions[:, None]  # (n, n)
     limit = layer.max_exact_blocks
     if limit is None:
-        return _attend(query, key, value, causal)
+        seen = positions <= positions[:, None]  # (n, n)
+        return _attend(query, key, value, seen if layer.causal else torch.ones_like(seen))
     block = layer.block
     # more than there are: a tracer takes a size of 1, or none to add, for a rule
     blocks = key.shape[2] // block + 2
@@ -98,22 +100,41 @@ def _global(
     number = torch.arange(blocks, device=key.device)  # (nb,)
     own = positions[:, None] // block  # (n, 1)
     rows = query.flatten(0, 1)  # (R, group, n, d)
-    selected = _selected(layer, rows, keys, (number < own) & (number > 0), for_onnx)  # (R, n, nb)
+    valid = sizes = None
+    others = number < own  # (n, nb) blocks that may be chosen or summed up: complete ones before the own
+    if not layer.causal:  # any other one; the last may be shorter, and empty ones are filled up with one 0
+        slots = torch.arange(block, device=key.device)
+        valid = (number[:, None] * block + slots <= positions[-1]) | (slots == 0)  # (nb, block)
+        sizes = valid.sum(1)
+        others = (number != own) & (number * block <= positions[-1])
+    selected = _selected(layer, rows, keys, others & (number > 0), for_onnx, valid)  # (R, n, nb)
     in_full = positions[-1] // block + 1 <= limit  # the whole text: nothing is routed
     read = selected | (number == own) | (number == 0) | in_full
-    past = Past(key.flatten(0, 1), value.flatten(0, 1), None, None, block)
-    if layer.routing.far_summary != "none":
-        past = past._replace(far_keys=far_keys(keys, layer.routing.far_summary), far_values=values.mean(2))
-    return routed_by_mask(rows, past, read, positions).unflatten(0, query.shape[:2]).flatten(1, 2)
+    past = Past(key.flatten(0, 1), value.flatten(0, 1), None, None, block, sizes)
+    order = layer.routing.far_summary
+    if order != "none":
+        past = past._replace(far_keys=far_keys(keys, order, valid), far_values=token_mean(values, valid))
+    if layer.causal:
+        heads = routed_by_mask(rows, past, read, positions)
+    else:
+        heads = joint_softmax(rows, past, ~read[..., positions // block], read | ~others)
+    return heads.unflatten(0, query.shape[:2]).flatten(1, 2)
 
 
-def _selected(layer: Projections, query: Tensor, keys: Tensor, candidates: Tensor, for_onnx: bool) -> Tensor:
+def _selected(
+    layer: Projections,
+    query: Tensor,
+    keys: Tensor,
+    candidates: Tensor,
+    for_onnx: bool,
+    valid: Tensor | None = None,
+) -> Tensor:
     """(R, n, nb), True at the top_k best candidates (n, nb); of equal ones the first, as in
     `router`."""
     routing = layer.routing
     if routing.top_k == 0:
         return torch.zeros_like(candidates).expand(len(query), *candidates.shape)
-    features = block_features(keys, routing.router, routing.sub_block)  # (R, nb, parts, f)
+    features = block_features(keys, routing.router, routing.sub_block, valid)  # (R, nb, parts, f)
     rows = query_features(query, routing.router)
     scores = torch.stack(
         [rows @ features[..., part, :].transpose(-1, -2) for part in range(features.shape[-2])]
