@@ -134,7 +134,7 @@ def _of_shards(
     if not pairs:
         raise UserError(
             f"{settings.data} has no documents in split '{settings.split}': prepare it with a larger "
-            f"--val_fraction"
+            "--val_fraction"
         )
     targets = sum(len(after) for (_, after), _ in pairs)
     size = targets / manifest.split(settings.split).targets_per_byte
