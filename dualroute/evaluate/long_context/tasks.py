@@ -49,11 +49,11 @@ class Sources:
     book: str | None = None
 
 
-def data_file(name: str) -> str | None:
-    """A file below $DUALROUTE_DATA, null where it is not there."""
+def data_file(name: str, *, folders: bool = False) -> str | None:
+    """A file (or a folder, if so wanted) below $DUALROUTE_DATA, null where it is not there."""
     folder = os.environ.get("DUALROUTE_DATA")
     path = Path(folder or ".", name)
-    return str(path) if folder and path.is_file() else None
+    return str(path) if folder and (path.is_file() or (folders and path.is_dir())) else None
 
 
 def missing(name: str, sources: Sources) -> str:

@@ -90,10 +90,17 @@ class Cell:
 
 
 def mean_score(metric: str, values: Sequence[float], **more: Any) -> Score:
-    """Mean of independent values, with s / √n; of a single value the error is not known."""
+    """Mean of independent values, with s / √n; of a single value the error is not known.
+
+    Hits that all agree would have none at all: with two more hits and two more misses they have one (Agresti
+    & Coull 1998), so that four hits of four are not taken for certainty.
+    """
     n = len(values)
     mean = math.fsum(values) / n
     stderr = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+    if stderr == 0 and mean in (0, 1):
+        share = (mean * n + 2) / (n + 4)
+        stderr = math.sqrt(share * (1 - share) / (n + 4))
     return Score(metric, mean, stderr, n, **more)
 
 
