@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from dualroute import __version__, log, threads
-from dualroute.cli.read import Given, Words, build, merged, nearest, split_words
+from dualroute.cli.read import Given, Words, build, merged, split_words
 from dualroute.cli.schema import Schema, schema_of
 from dualroute.cli.table import FAMILIES, OTHERS, STAGES, load
+from dualroute.configuration.names import nearest
 from dualroute.errors import Interrupted, UserError, exhaustion, one_line
 from dualroute.paths import path_field
 from dualroute.settings import note_given
@@ -114,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _configs(arguments: Sequence[str]) -> int:
     """``dualroute configs`` and ``dualroute configs show NAME``."""
-    from dualroute.cli.shipped import describe_configs, shipped_configs
+    from dualroute.configuration.shipped import describe_configs, shipped_configs
 
     if not arguments:
         print(describe_configs())

@@ -13,17 +13,19 @@ because the same text means the same in a file and in a flag; and because what w
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from dualroute.cli import aliases
-from dualroute.cli.convert import convert
-from dualroute.cli.schema import Schema, own_default, takes_text
-from dualroute.cli.shipped import find_config
-from dualroute.cli.yaml_file import Node, Place, read_file, read_text
+from dualroute.cli.schema import Schema, own_default, takes_list, takes_text
+from dualroute.configuration.convert import convert
+from dualroute.configuration.names import nearest
+from dualroute.configuration.shipped import find_config
+from dualroute.configuration.yaml_file import Node, Place, read_file, read_text
 from dualroute.errors import UserError
 from dualroute.settings import given_fields
 
@@ -48,6 +50,9 @@ class Words:
 def split_words(arguments: Sequence[str], schema: Schema) -> Words:
     """``--key value``, ``--key=value``, ``--switch`` and ``--no-switch``; dashes are underscores in a key.
 
+    Several words after the flag of a list are its items: ``--lengths 4096 16384`` is
+    ``--lengths [4096, 16384]``.
+
     Raises:
         UserError: A word that is no option, or an option without its value.
     """
@@ -69,6 +74,10 @@ def split_words(arguments: Sequence[str], schema: Schema) -> Words:
         given: str | None = value if has_value else None
         if not has_value and rest and not rest[0].startswith("--"):
             given = rest.pop(0)
+            more = list(takewhile(lambda one: not one.startswith("--"), rest))
+            if more and key in schema.options and takes_list(schema.options[key].hint):
+                given = json.dumps([given, *more])  # a list in YAML too
+                del rest[: len(more)]
         if key == "config":
             if given is None:
                 raise UserError("--config needs a file")
@@ -204,17 +213,6 @@ class Given:
         """A message that begins with a key, with the line of the file that the key stands in."""
         node = self.values.get(message.partition(" ")[0])
         return message if node is None or node.place.folder is None else f"{message} ({node.place})"
-
-
-def nearest(key: str, keys: Iterable[str]) -> str | None:
-    """The valid key most like ``key``: by the whole dotted name, else by its last word."""
-    keys = list(keys)
-    close = difflib.get_close_matches(key, keys, 1, cutoff=0.7)
-    if not close:
-        last = {name.rsplit(".", 1)[-1]: name for name in keys}
-        word = key.rsplit(".", 1)[-1]
-        close = [last[one] for one in difflib.get_close_matches(word, last, 1, cutoff=0.6)]
-    return close[0] if close else None
 
 
 def build(schema: Schema, values: dict[str, Any], nulls: set[str], name: str = "") -> Any:

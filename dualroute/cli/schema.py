@@ -110,3 +110,10 @@ def takes_text(hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return all(takes_text(one) for one in get_args(hint))
     return hint is not Any and get_origin(hint) not in (list, tuple, dict)
+
+
+def takes_list(hint: Any) -> bool:
+    """Whether a value is a list, so that several words after a flag are its items."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(takes_list(one) for one in get_args(hint))
+    return get_origin(hint) is list

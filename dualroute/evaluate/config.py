@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
-from dualroute.paths import LocalPath, PathOrName
+from dualroute.paths import LocalPath, PathField, PathOrName
 from dualroute.settings import at_least, check_fields
+
+#: The name of a suite, or a file of the user's
+SuiteName = Annotated[str, PathField(or_name=True, suffix=".yaml")]
+_OF_A_SUITE = ("suite", "lengths", "samples", "compare")
 
 
 @dataclass
@@ -16,7 +20,8 @@ class EvaluateConfig:
     """Measure a checkpoint on held-out text, or one of a task on rows.
 
     Args:
-        checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
+        checkpoint: A run folder (its newest finished checkpoint), a checkpoint folder, or a Hugging Face
+            folder.
         data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer; for a checkpoint
             of a task a file or folder of rows, null taking data.test or data.validation of its training.
         text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
@@ -30,7 +35,12 @@ class EvaluateConfig:
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
             docs/interpretability.md.
-        output: Also write the figures to this JSON file.
+        output: Also write the figures to this JSON file; with a suite the same command goes on from it.
+        suite: Measure a suite instead: the name of one in configs/suite, or a YAML file of your own.  Each of
+            the other options then holds for every part of it that has such a setting.
+        lengths: For the parts ruler: tokens of a text, as in --lengths 4096 16384.
+        samples: For parts that have samples: so many at most.
+        compare: The output of another suite: show what differs by more than chance.
     """
 
     checkpoint: LocalPath
@@ -45,13 +55,27 @@ class EvaluateConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     scale: str | None = None
     output: LocalPath | None = None
+    suite: SuiteName | None = None
+    lengths: list[int] | None = None
+    samples: int | None = None
+    compare: LocalPath | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "", dict.fromkeys(("context", "stride", "max_tokens", "batch_size"), at_least(1)))
+        counts = ("context", "stride", "max_tokens", "batch_size", "lengths", "samples")
+        check_fields(self, "", dict.fromkeys(counts, at_least(1)))
+        if self.suite is not None:
+            return  # its parts know which of the options go together
+        for name in _OF_A_SUITE[1:]:
+            if getattr(self, name) is not None:
+                raise UserError(f"{name} says nothing without a suite: give --suite NAME")
         if self.data is not None and self.text is not None:
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
+
+    def of_one_measure(self) -> dict[str, Any]:
+        """The options that say something without a suite."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_A_SUITE}
 
 
 @dataclass

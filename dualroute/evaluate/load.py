@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -18,6 +19,7 @@ from dualroute.model.checkpoint.format import (
     load_model,
     verify_checkpoint,
 )
+from dualroute.model.foreign.hub import is_foreign, load_causal_lm
 from dualroute.model.kernel_choice import choose_kernels
 from dualroute.model.quantization import NATIVE
 
@@ -27,7 +29,7 @@ class Loaded:
     """A checkpoint brought to life."""
 
     checkpoint: Checkpoint
-    model: DualRoutingTransformer
+    model: DualRoutingTransformer  # of `load_any` also a GPT-2, which has no caches
     tokenizer: Tokenizer
     device: torch.device
 
@@ -77,3 +79,29 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto", *, compile
             f"{model.config.vocab_size}: the tokenizer was replaced; put the original file back"
         )
     return Loaded(checkpoint, model, tokenizer, target)
+
+
+def load_any(path: str | Path, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """:func:`load`, and models from elsewhere: exported folders and Hugging Face ones.
+
+    Raises:
+        UserError: Nothing readable is there, or it has no tokenizer beside it.
+    """
+    if not is_foreign(path):
+        return load(path, device, dtype)
+    target = choose_device(device)
+    kept = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    model, file = load_causal_lm(path, kept)
+    if file is None:
+        raise UserError(f"{path} has no tokenizer beside it: convert it first (dualroute convert)")
+    tokenizer = Tokenizer(file)
+    rows = cast(DualRoutingTransformer, model).config.vocab_size or 0
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"tokenizer {file} has {tokenizer.vocab_size} ids and the model of {path} {rows}: put the "
+            f"tokenizer there that belongs to it"
+        )
+    model = model.to(target)
+    if isinstance(model, DualRoutingTransformer):
+        choose_kernels(problems_of(model, kept, model.config.max_context, packed=True), target)
+    return Loaded(Checkpoint(Path(path), 0, {}), cast(DualRoutingTransformer, model), tokenizer, target)

@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
 from dualroute.data.reader import IGNORE_INDEX, ShardReader, WindowDataset, collate, open_stream
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.evaluate.config import EvaluateConfig
-from dualroute.evaluate.load import Loaded, load
+from dualroute.evaluate.load import Loaded, load_any
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.steering import steer
@@ -93,12 +94,7 @@ def evaluate_shards(
     """
     loaded.model.config.require_causal("the perplexity of a text")
     manifest = Manifest.load(folder)
-    if manifest.tokenizer.sha256 != loaded.tokenizer.sha256:
-        raise UserError(
-            f"{folder} was made with another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}…) than "
-            f"{loaded.checkpoint.folder} ({loaded.tokenizer.sha256[:12]}…): prepare it again with "
-            f"--tokenizer {loaded.checkpoint.folder / 'tokenizer.model'}"
-        )
+    refuse_other_tokenizer(manifest, loaded.tokenizer, loaded.checkpoint.folder)
     verify_shards(manifest, split, level="size")
     plan = SequentialPlan(open_stream(manifest, split), context, max_tokens)
     if not plan.windows:
@@ -131,6 +127,20 @@ def evaluate_text(
     batches = text_windows(torch.tensor(ids), context, stride, batch_size)
     nll, count = score_batches(loaded.model, batches, loaded.device)
     return Score(nll / count, count, size)
+
+
+def refuse_other_tokenizer(manifest: Manifest, tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Refuse shards whose ids mean something else to the model.
+
+    Raises:
+        UserError: Naming both tokenizers.
+    """
+    if manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{manifest.folder} was made with another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}…) "
+            f"than {checkpoint} ({tokenizer.sha256[:12]}…): prepare it again with "
+            f"--tokenizer {checkpoint / 'tokenizer.model'}"
+        )
 
 
 def text_windows(ids: Tensor, context: int, stride: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -189,7 +199,7 @@ def evaluate(config: EvaluateConfig) -> Score:
     """
     if config.data is None and config.text is None:
         raise UserError("give --data (a folder of shards) or --text (a file)")
-    loaded = load(config.checkpoint, config.device, config.dtype)
+    loaded = load_any(config.checkpoint, config.device, config.dtype)
     steer(loaded.model, config.scale or "")
     context = config.context or int(
         loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
@@ -226,7 +236,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
             **asdict(score),
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
-            "evaluation": asdict(config),
+            "evaluation": config.of_one_measure(),
         }
         try:
             write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.evaluate.load import Loaded, load
+from dualroute.evaluate.writing import not_finite, write_texts
 from dualroute.model.checkpoint.folder import Checkpoint, find_checkpoint
 from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.data.examples import Example, Examples
@@ -26,7 +27,6 @@ from dualroute.tasks.data.packing import PackedSequence
 from dualroute.tasks.description import task_of
 from dualroute.tasks.kind import BadRow, Kind, Part, Row
 from dualroute.tasks.module import reduced, task_outputs
-from dualroute.tasks.writing import write_texts
 
 #: Rows that are encoded and packed together.
 ROWS_AT_ONCE = 512
@@ -63,16 +63,22 @@ class Answerer:
         checkpoint: A run folder or a checkpoint folder.
         device, dtype: See :func:`dualroute.evaluate.load.load`.
         batch_size: Windows in one forward pass.
+        loaded: The checkpoint, where it is loaded already.
 
     Raises:
         UserError: The checkpoint cannot be used, or was not trained for a task.
     """
 
     def __init__(
-        self, checkpoint: str | Path, device: str = "auto", dtype: str = "auto", batch_size: int = 8
+        self,
+        checkpoint: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int = 8,
+        loaded: Loaded | None = None,
     ) -> None:
-        found = task_checkpoint(checkpoint)
-        self.loaded: Loaded = load(found.folder, device, dtype)
+        found = task_checkpoint(checkpoint) if loaded is None else loaded.checkpoint
+        self.loaded: Loaded = loaded or load(found.folder, device, dtype)
         causal = self.loaded.model.config.causal
         self.kind, self.said = task_of(found, self.loaded.tokenizer, causal)
         self.kind.setting.too_long = "truncate"  # a row that is asked is to be answered
@@ -170,6 +176,8 @@ def run_examples(
     """(number of the example, what the kind keeps of its outputs), window by window."""
     for batch in window_batches(loaded, kind, examples, context, batch_size):
         outputs = task_outputs(loaded.model, batch, hidden_states(loaded, batch))
+        if bool(torch.isnan(outputs).any()):
+            raise not_finite(str(loaded.checkpoint.folder))
         yield from reduced(kind, examples, batch["examples"], outputs)
 
 

@@ -1,4 +1,5 @@
-"""``dualroute evaluate``: the metrics of a task's checkpoint on rows; perplexity of any other checkpoint.
+"""``dualroute evaluate``: the metrics of a task's checkpoint on rows; perplexity of any other checkpoint; a
+suite (:mod:`dualroute.tasks.suite`) where one is named.
 
 In: a checkpoint and rows with their targets.  Out: a table on the terminal, JSON on request.
 """
@@ -22,6 +23,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.log import counted
 from dualroute.model.checkpoint.folder import TASK
+from dualroute.model.foreign.hub import is_foreign
 from dualroute.model.steering import steer
 from dualroute.tasks.answer import Answerer, task_checkpoint
 from dualroute.tasks.data.problems import Problems
@@ -141,8 +143,13 @@ def evaluate_command(config: EvaluateConfig) -> None:
     Raises:
         UserError: Any of the inputs cannot be used, or the output cannot be written.
     """
-    checkpoint = task_checkpoint(config.checkpoint)
-    if not (checkpoint.folder / TASK).exists() or config.text is not None:
+    if config.suite is not None:
+        from dualroute.tasks.suite import suite_command
+
+        suite_command(config)
+        return
+    foreign = is_foreign(config.checkpoint)
+    if foreign or config.text is not None or not (task_checkpoint(config.checkpoint).folder / TASK).exists():
         perplexity.evaluate_command(config)
         return
     if config.output is not None and not Path(config.output).parent.is_dir():
@@ -158,5 +165,5 @@ def evaluate_command(config: EvaluateConfig) -> None:
         table.add_row(name.replace("_", " "), f"{value:.4f}")
     console.print(table)
     if config.output is not None:
-        figures = {**asdict(score), "evaluation": asdict(config)}
+        figures = {**asdict(score), "evaluation": config.of_one_measure()}
         write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())

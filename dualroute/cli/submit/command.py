@@ -21,8 +21,8 @@ import yaml
 
 from dualroute.cli.aliases import say
 from dualroute.cli.family import Parser
-from dualroute.cli.shipped import find_config
 from dualroute.cli.submit.scripts import check_names, common_values, hand_to_slurm, joined, quoted, render
+from dualroute.configuration.shipped import find_config
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import UserError
 from dualroute.pipeline.stages import Planner

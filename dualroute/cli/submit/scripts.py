@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dualroute.cli.shipped import shipped_folder
+from dualroute.configuration.shipped import shipped_folder
 from dualroute.errors import UserError, one_line, printable
 
 _NAME = re.compile(r"[A-Za-z0-9_.,:@+][A-Za-z0-9_.,:@+-]*")

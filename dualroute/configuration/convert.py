@@ -1,8 +1,8 @@
 """From the text of a value to a value of an option's type.
 
-In: a :class:`~dualroute.cli.yaml_file.Node` and the type of the field.  Out: a Python value.  A file and a
-flag are converted alike: ``1e9``, ``10_000``, ``10k`` and ``2M`` are integers where an integer is wanted,
-``32`` is the word "32" where a word is.
+In: a :class:`~dualroute.configuration.yaml_file.Node` and the type of the field.  Out: a Python value.  A
+file and a flag are converted alike: ``1e9``, ``10_000``, ``10k`` and ``2M`` are integers where an integer is
+wanted, ``32`` is the word "32" where a word is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import types
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from dualroute.cli.yaml_file import Node, plain
+from dualroute.configuration.yaml_file import Node, plain
 from dualroute.errors import UserError
 from dualroute.paths import PathField, resolve
 

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import pytest
 
-from dualroute.cli.convert import convert
-from dualroute.cli.yaml_file import Node, Place, read_text
+from dualroute.configuration.convert import convert
+from dualroute.configuration.yaml_file import Node, Place, read_text
 from dualroute.errors import UserError
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dualroute.cli.yaml_file import MOST_BYTES, plain, read_file, read_text
+from dualroute.configuration.yaml_file import MOST_BYTES, plain, read_file, read_text
 from dualroute.errors import UserError
 
 

@@ -1,7 +1,8 @@
 """A YAML file as it stands: every scalar as its text, every value with its place.
 
 In: the path of a file from outside, or the text of a flag.  Out: :class:`Node`, a tree.  Next:
-:mod:`~dualroute.cli.convert` turns texts into values, once it is known of which type they should be.
+:mod:`~dualroute.configuration.convert` turns texts into values, once it is known of which type they should
+be.
 
 YAML itself would decide from the spelling: ``1e9`` a text, ``32`` never one, ``1:30`` ninety, ``no`` false.
 Here the type of the option decides, so a file and a flag are read alike.
