@@ -167,9 +167,7 @@ def plain_torch() -> Iterator[None]:
         _only_torch.reset(token)
 
 
-def choose(
-    query: Tensor, *, causal: bool = True, block: int | None = None, copies: bool = False
-) -> Backend:
+def choose(query: Tensor, *, causal: bool = True, block: int | None = None, copies: bool = False) -> Backend:
     """The back end for these queries (..., d): the one that was asked for, if it can take them.
 
     `block` is that of the global route; None asks for the local one. `copies`: of a stream that holds copies

@@ -35,9 +35,11 @@ class Shown(Exception):
 
 def _given(stage: str, arguments: Sequence[str]) -> tuple[Schema, Words, Given]:
     schema = schema_of(STAGES[stage].config_class())
-    argument = STAGES[stage].argument
-    if argument and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{argument}", *arguments]
+    rest, named = list(arguments), []
+    for argument in STAGES[stage].arguments:
+        if rest and not rest[0].startswith("-"):
+            named += [f"--{argument}", rest.pop(0)]
+    arguments = [*named, *rest]
     words = split_words(arguments, schema)
     if words.help:
         from dualroute.cli.help import stage_parser

@@ -20,13 +20,13 @@ class Stage:
         config: Module and name of the dataclass.
         function: Module and name of the function that takes it.
         summary: One line of help.
-        argument: The option that a first word without dashes is the value of; empty for none.
+        arguments: Options that first words without dashes are the values of, in order.
     """
 
     config: tuple[str, str]
     function: tuple[str, str]
     summary: str
-    argument: str = ""
+    arguments: tuple[str, ...] = ()
 
     def config_class(self) -> type:
         """The class of its options."""
@@ -102,7 +102,7 @@ STAGES = {
         ("dualroute.serve.config", "ServeConfig"),
         ("dualroute.serve.command", "serve"),
         "a checkpoint behind OpenAI's API, with a page to chat",
-        argument="checkpoint",
+        arguments=("checkpoint",),
     ),
     "generate": Stage(
         ("dualroute.evaluate.config", "GenerateConfig"),
@@ -113,6 +113,25 @@ STAGES = {
         ("dualroute.evaluate.inspect.config", "InspectConfig"),
         ("dualroute.evaluate.inspect.command", "inspect_command"),
         "what a model reads in a text, as a page",
+        arguments=("checkpoint",),
+    ),
+    "runs": Stage(
+        ("dualroute.training.runs.config", "RunsConfig"),
+        ("dualroute.training.runs.table", "show_runs"),
+        "what has become of the runs in a folder",
+        arguments=("folder",),
+    ),
+    "runs compare": Stage(
+        ("dualroute.training.runs.config", "CompareRunsConfig"),
+        ("dualroute.training.runs.compare", "compare_runs"),
+        "settings and losses of two runs",
+        arguments=("first", "second"),
+    ),
+    "runs clean": Stage(
+        ("dualroute.training.runs.config", "CleanRunsConfig"),
+        ("dualroute.training.runs.clean", "clean_runs"),
+        "remove what no run will use, after asking",
+        arguments=("folder",),
     ),
     "report": Stage(
         ("dualroute.training.monitoring.config", "ReportConfig"),

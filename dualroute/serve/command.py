@@ -37,7 +37,7 @@ def serve(config: ServeConfig) -> None:
         import prometheus_client  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"dualroute serve needs {error.name}: pip install 'dualroute[serve]'") from error
+        raise UserError(f"dualroute serve needs {error.name}: pip install -e '.[serve]'") from error
     from dualroute.serve.api import create_app
     from dualroute.serve.engine import Engine
     from dualroute.serve.jobs import Limits, Served

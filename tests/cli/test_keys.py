@@ -17,6 +17,9 @@ NEEDED = {
     "evaluate": {"checkpoint": "c", "data": "d"},
     "generate": {"checkpoint": "c"},
     "chat": {"checkpoint": "c"},
+    "serve": {"checkpoint": "c"},
+    "inspect": {"checkpoint": "c", "text": "t", "output": "o.html"},
+    "runs compare": {"first": "a", "second": "b"},
     "report": {"run": "r"},
     "predict": {"checkpoint": "c", "input": "i", "output": "o"},
     "convert": {"source": "s", "output": "o"},
@@ -57,7 +60,7 @@ TRAINING = (
     "parallel",
     "watchdog",
 )
-MAY_BE_NEGATIVE = {"layer_map", "seed"}
+MAY_BE_NEGATIVE = {"layer_map", "seed", "presence_penalty", "frequency_penalty"}
 
 
 def keys_of(stage):
@@ -139,7 +142,8 @@ def test_each_path_is_refused_where_it_is_empty(stage, tmp_path):
     paths = [key for key, option in schema.options.items() if path_field(option.hint) is not None]
     assert paths
     for key in paths:
-        refused = parsed(stage, tmp_path / "run.yaml", key, "")
+        is_list = "list[" in str(schema.options[key].hint)
+        refused = parsed(stage, tmp_path / "run.yaml", key, [""] if is_list else "")
         assert isinstance(refused, str)
         assert f"{key} in {tmp_path / 'run.yaml'}:" in refused
         assert "a path may not be empty" in refused

@@ -16,7 +16,7 @@ import torch
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
-pytest.importorskip("fastapi", reason="pip install 'dualroute[serve]'")
+pytest.importorskip("fastapi", reason="pip install -e '.[serve]'")
 
 from dualroute.serve.api import create_app
 from dualroute.serve.engine import Engine

@@ -173,7 +173,7 @@ def test_texts_stop_at_strings_and_fit_schemas(client: openai.OpenAI, tokenizer:
     )
     assert answer.choices[0].text == whole[: whole.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
-    pytest.importorskip("llguidance", reason="pip install 'dualroute[control]'")
+    pytest.importorskip("llguidance", reason="pip install -e '.[control]'")
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"]} | {
         "additionalProperties": False
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("schemathesis", reason="pip install 'dualroute[dev]'")
+pytest.importorskip("schemathesis", reason="pip install -e '.[dev]'")
 
 import schemathesis
 from hypothesis import HealthCheck, given, settings

@@ -33,6 +33,7 @@ ABANDONED = "metrics.abandoned.jsonl"
 """What was measured in steps that a run went back behind.  Each move begins with a line
 ``{"event": "abandoned", "step": s, "time": …}``; what follows stood in ``metrics.jsonl`` as it is."""
 
+_TAIL = 1 << 20  # bytes that `last_metrics` reads
 _MOST_WAITING = 64 * 2**20  # bytes of lines that are kept for a disk that takes none
 
 
@@ -147,6 +148,18 @@ def read_metrics(path: str | Path, event: str | None = None) -> list[dict[str, A
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the metrics.jsonl of a run")
     return [line for line in _lines(path) if event in (None, line["event"])]
+
+
+def last_metrics(path: Path, event: str, count: int) -> list[dict[str, Any]]:
+    """The last lines of one event, at most ``count``, from the end of a file of any size; none without it."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(path.stat().st_size - _TAIL, 0))
+            texts = stream.read(_TAIL).split(b"\n")
+    except OSError:
+        return []
+    found = [line for text in texts if (line := _parsed(text)) is not None and line["event"] == event]
+    return found[-count:]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
