@@ -166,6 +166,8 @@ def tokens_kernel(
         square = half_square(query, scale)
         for column_begin in range(tl.min(first) // KEYS * KEYS, tl.max(high), KEYS):
             column = column_begin + tl.arange(0, KEYS)
+            if KEYS < 32:  # of wider tiles the first column is the first bit of a word
+                bit = column % 32
             inside = column < num_blocks
             mean = load_rows(far_keys, column, inside, DIM, DIM_PAD, ORDER * DIM)
             poison = tl.load(far_poison + column, mask=inside, other=float("nan"))

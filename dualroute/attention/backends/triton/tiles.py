@@ -107,7 +107,7 @@ TILES: dict[int, dict[str, tuple[Tile, Tile, Tile]]] = {
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
         "window_key": (Tile(32, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
         "tokens": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
-        "tokens_query": (Tile(64, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+        "tokens_query": (Tile(64, 32, 4), Tile(32, 32, 4), Tile(32, 16, 8)),
         "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 8)),
         "pairs_key": (Tile(32, 128, 4), Tile(32, 64, 8), Tile(32, 32, 8)),
         "far": (Tile(32, 32, 4), Tile(16, 32, 4), Tile(16, 32, 8)),
@@ -116,7 +116,7 @@ TILES: dict[int, dict[str, tuple[Tile, Tile, Tile]]] = {
         "select": (Tile(128, 0, 4), Tile(128, 0, 8), Tile(128, 0, 8)),
         "window": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
         "window_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(64, 32, 8)),
-        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 8)),
+        "window_key": (Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 64, 8)),
         "tokens": (Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 32, 8)),
         "tokens_query": (Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 32, 8)),
         "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 8)),
@@ -132,7 +132,7 @@ TILES: dict[int, dict[str, tuple[Tile, Tile, Tile]]] = {
         "tokens_query": (Tile(64, 64, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
         "pairs": (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 32, 8)),
         "pairs_key": (Tile(64, 128, 4), Tile(128, 128, 8), Tile(32, 32, 8)),
-        "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(16, 32, 8)),
+        "far": (Tile(32, 64, 4), Tile(16, 64, 4), Tile(16, 16, 8)),
     },
 }  # fmt: skip
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from dualroute.attention import Layout, Routing, reference
-from dualroute.attention.backends.triton import pair_lists, routed_attention, select_blocks
+from dualroute.attention.backends.triton import far, pair_lists, routed_attention, select_blocks
+from dualroute.attention.backends.triton import routed_backward as of_backward
+from dualroute.attention.backends.triton import routed_forward as of_forward
 from dualroute.attention.backends.triton.routed import routed_backward, routed_forward
-from dualroute.attention.backends.triton.tiles import block_places
+from dualroute.attention.backends.triton.tiles import Tile, block_places
 from tests.attention.backends.triton.helpers import (
     DEVICE,
     TOLERANCE,
@@ -82,6 +84,14 @@ def test_the_widest_heads_and_the_largest_blocks(dim: int, block: int, length: i
     layout = Layout.build(1, length, block)
     inputs = both(1, length, 1, 1, dim, torch.float16)
     _compare(layout, inputs, Routing(1), causal=False, tolerance=4e-3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tiles_narrower_than_a_word_of_bits(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of wide heads are: the far blocks of a tile need not begin with the first bit of a word."""
+    for module in (of_forward, of_backward, far):
+        monkeypatch.setattr(module, "tile_for", lambda *_: Tile(16, 16, 4))
+    _compare(Layout.build(1, 79, 2), both(1, 79, 1, 1), Routing(1, sub_block=2), causal)
 
 
 def test_pieces_change_nothing_for_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
