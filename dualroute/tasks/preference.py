@@ -56,8 +56,8 @@ class PreferenceSums:
 def document_numbers(segment_ids: Tensor) -> tuple[Tensor, int]:
     """(B · n,) number of each token's document, -1 for padding, and how many numbers there are, an even one.
 
-    Documents 2k and 2k + 1 are a pair: ``segment_ids`` (B, n) count from 1 in each window.  Padding alone, which
-    a rank may be given where windows do not divide by the ranks, counts as a pair without tokens.
+    Documents 2k and 2k + 1 are a pair: ``segment_ids`` (B, n) count from 1 in each window.  Padding alone, as
+    a rank may have it where windows do not divide by the ranks, counts as a pair without tokens.
     """
     most = max(int(segment_ids.max()), 1)
     most += most % 2
