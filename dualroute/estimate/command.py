@@ -28,7 +28,11 @@ from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import printable
 from dualroute.estimate.config import EstimateConfig
 from dualroute.estimate.times import Times, accumulation, times, zero_stage
+from dualroute.estimate.trained import counted, trained_model
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.training.finetuning.adapted import adapted_layers
+from dualroute.training.finetuning.adapters import add_adapters
+from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.sequence import check_sequence_parallel
 
@@ -43,6 +47,7 @@ class Estimate:
     """Bytes are those of one GPU."""
 
     parameters: int
+    trained: int  # of them; gradients and the optimizer are of these alone
     weights: float
     gradients: float
     optimizer: float
@@ -72,23 +77,38 @@ def estimate(config: EstimateConfig) -> Estimate:
     ranks = config.parallel.sequence_parallel
     check_sequence_parallel(ranks, World(world_size=config.gpus), config.model)
     accumulation(config)
-    model = config.model.resolved()
-    with torch.device("meta"):
-        whole = DualRoutingTransformer(model)
-    parameters = whole.num_parameters()
-    weights, gradients, optimizer = (parameters * size for size in _state_bytes(config))
-    kept, work = _activation_bytes(config, model)
+    whole = trained_model(config)
+    model = whole.config
+    count = counted(whole)
+    parameters, trained = count.held, count.trained
+    of_weights, of_gradients, of_optimizer = _state_bytes(config)
+    weights, gradients, optimizer = parameters * of_weights, trained * of_gradients, trained * of_optimizer
+    kept, work = _activation_bytes(config, model, _a_trained_layer(whole))
+    kept *= 1 - count.layers_without_gradients / model.num_layers
     hpz = config.parallel.zero_hpz_partition_size
     second = parameters * (4.0 if config.train.precision == "32" else 2.0) / hpz if hpz > 1 else 0.0
     context = config.data.context
-    flops = whole.flops_per_token(context)
-    took = times(config, model, parameters, flops)
+    flops = whole.flops_per_token(context) - 2.0 * count.frozen_matrices  # no gradient of theirs
+    took = times(config, model, parameters, flops, trained)
     steps = config.train.total_steps
     checkpoints = -(-steps // config.checkpoint.every_steps)
     hours = (steps * took.step + checkpoints * took.checkpoint) / 3600
     mfu = flops * config.train.tokens_per_batch / (config.gpus * config.peak_tflops * 1e12 * took.step)
     result = Estimate(
-        parameters, weights, gradients, optimizer, kept, work, 0, flops, took, checkpoints, hours, mfu, second
+        parameters,
+        trained,
+        weights,
+        gradients,
+        optimizer,
+        kept,
+        work,
+        0,
+        flops,
+        took,
+        checkpoints,
+        hours,
+        mfu,
+        second,
     )
     room = config.gpu_memory * GIB * (1 - config.headroom) - result.states
     result.longest_context = max(0, math.floor(room / ((kept + work) / ranks)))
@@ -131,12 +151,14 @@ def _state_bytes(config: EstimateConfig) -> tuple[float, float, float]:
     return weights, gradients, optimizer
 
 
-def _activation_bytes(config: EstimateConfig, model: ModelConfig) -> tuple[float, float]:
+def _activation_bytes(
+    config: EstimateConfig, model: ModelConfig, strategy: StrategyConfig
+) -> tuple[float, float]:
     """Bytes per token that all layers keep, and that the layer in work needs on top: what it computes again,
     and gradients of about the size of what they belong to."""
     train = config.train
     dtype = torch.float32 if train.precision == "32" else torch.bfloat16
-    layer, feed_forward = _measured_layer(model, dtype)
+    layer, feed_forward = _measured_layer(model, dtype, strategy)
     size = torch.empty((), dtype=dtype).element_size()
     recomputed = -(-model.num_layers // train.recompute_every_layers)
     plain = model.num_layers - recomputed
@@ -152,17 +174,36 @@ def _activation_bytes(config: EstimateConfig, model: ModelConfig) -> tuple[float
     return kept, work
 
 
-def _measured_layer(model: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes per token that one layer keeps for its backward pass, and its feed-forward alone."""
+def _measured_layer(model: ModelConfig, dtype: torch.dtype, strategy: StrategyConfig) -> tuple[float, float]:
+    """Bytes per token that one layer keeps for its backward pass, and its feed-forward alone.
+
+    With the adapters of ``strategy``, which names them as those of layer 0."""
     # of interleaved layers the first, a local one; a dense one keeps as much
     one = dataclasses.replace(model.of_layer(0), num_layers=1, vocab_size=8, dense_every=1)
-    block = DualRoutingTransformer(one).to(dtype).layers[0]
+    small = DualRoutingTransformer(one)
+    if strategy.adapter != "none":
+        add_adapters(small, strategy, 0)
+    block = small.to(dtype).layers[0]
     tokens = min(SAMPLE_TOKENS, model.max_context)
     layout = Layout.build(1, tokens, model.block)
     rows = torch.randn(1, tokens, model.dim, dtype=dtype, requires_grad=True)
     whole = _kept_bytes(block, lambda: block(rows, layout=layout))
     feed_forward = _kept_bytes(block, lambda: block.ffn(rows))  # type: ignore[operator]
     return whole / tokens, feed_forward / tokens
+
+
+def _a_trained_layer(whole: DualRoutingTransformer) -> StrategyConfig:
+    """The adapters of the layer of ``whole`` that has most of them, as those of layer 0."""
+    given: StrategyConfig | None = getattr(whole, "adapter_config", None)
+    by_layer: dict[str, list[str]] = {}
+    for name in adapted_layers(whole):
+        if name.startswith("layers."):
+            by_layer.setdefault(name.split(".")[1], []).append(name)
+    if given is None or not by_layer:
+        return StrategyConfig()
+    most = max(by_layer.values(), key=len)
+    names = [".".join(["layers", "0", *name.split(".")[2:]]) for name in most]
+    return dataclasses.replace(given, targets=names)
 
 
 def _kept_bytes(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
@@ -207,8 +248,11 @@ def _memory(config: EstimateConfig, result: Estimate) -> dict[str, str]:
         "optimizer": result.optimizer,
         f"activations, {config.train.micro_batch} x {config.data.context:,} tokens": activations,
     }
+    frozen = result.trained < result.parameters
+    trained = {"of these trained": f"{result.trained / 1e6:,.1f} M"} if frozen else {}
     return {
         "parameters": f"{result.parameters / 1e6:,.1f} M",
+        **trained,
         **{name: f"{size / GIB:.2f} GiB" for name, size in sizes.items()},
         "in all": f"{total / GIB:.2f} GiB" + ("" if fits else "  DOES NOT FIT"),
         "longest context, micro_batch 1": f"{result.longest_context:,} tokens",

@@ -59,7 +59,13 @@ def accumulation(config: EstimateConfig) -> int:
     return derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, groups)
 
 
-def times(config: EstimateConfig, model: ModelConfig, parameters: int, flops_per_token: float) -> Times:
+def times(
+    config: EstimateConfig,
+    model: ModelConfig,
+    parameters: int,
+    flops_per_token: float,
+    trained: int | None = None,
+) -> Times:
     """Of a run with these settings.
 
     Args:
@@ -67,17 +73,19 @@ def times(config: EstimateConfig, model: ModelConfig, parameters: int, flops_per
         model: Resolved.
         parameters: Of the model.
         flops_per_token: Forward and backward, nothing computed twice.
+        trained: Parameters that have gradients; null means all.
 
     Raises:
         UserError: As :func:`accumulation`.
     """
+    trained = parameters if trained is None else trained
     micro_steps = accumulation(config)
     train, again = config.train, _computed_again(config, model)
     flops = flops_per_token * train.tokens_per_batch / config.gpus * (1 + again / 3)
     arithmetic = flops / (config.peak_tflops * 1e12 * config.mfu)
     per_layer = config.launches_forward * (1 + again) + config.launches_backward
     launches = micro_steps * model.num_layers * per_layer * config.launch_microseconds * 1e-6
-    traffic = _gradients_and_weights(config, parameters, micro_steps)
+    traffic = _gradients_and_weights(config, parameters, trained, micro_steps)
     waited = max(0.0, traffic - config.overlap * arithmetic)
     return Times(
         arithmetic,
@@ -85,7 +93,7 @@ def times(config: EstimateConfig, model: ModelConfig, parameters: int, flops_per
         traffic,
         _texts(config, model, micro_steps, again),
         waited,
-        _checkpoint(config, parameters),
+        _checkpoint(config, parameters, trained),
         micro_steps,
     )
 
@@ -121,13 +129,14 @@ def _gathered(config: EstimateConfig, size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks / _bandwidth(config, ranks)
 
 
-def _gradients_and_weights(config: EstimateConfig, parameters: int, micro_steps: int) -> float:
+def _gradients_and_weights(config: EstimateConfig, parameters: int, trained: int, micro_steps: int) -> float:
     stage, ranks, parallel = zero_stage(config), config.gpus, config.parallel
     half = config.train.precision != "32"
     # without DeepSpeed and at stage 0, 16-bit arithmetic keeps float32 weights, but for bf16-true
     narrow = config.train.precision == "bf16-true" or (half and bool(stage))
-    weights = parameters * (2.0 if narrow else 4.0)
-    gradients = parameters * (2.0 if narrow and parallel.gradient_reduction == "auto" else 4.0)
+    of_weights = 2.0 if narrow else 4.0
+    weights = (parameters if stage == 3 else trained) * of_weights  # after a step only what has changed
+    gradients = trained * (2.0 if narrow and parallel.gradient_reduction == "auto" else 4.0)
     if not stage:
         return 2 * _gathered(config, gradients, ranks)  # all-reduce, once a step
     if stage == 1:
@@ -151,10 +160,10 @@ def _texts(config: EstimateConfig, model: ModelConfig, micro_steps: int, again: 
     return micro_steps * model.num_layers * (2 + again) * _gathered(config, per_layer, ranks)
 
 
-def _checkpoint(config: EstimateConfig, parameters: int) -> float:
+def _checkpoint(config: EstimateConfig, parameters: int, trained: int) -> float:
     """Written and hashed: moments and float32 weights by those who hold them, the weights by one rank."""
     half = config.train.precision != "32"
     writers = config.gpus if zero_stage(config) else 1
-    state = 12.0 * parameters
+    state = 12.0 * trained
     shared = max(state / (config.storage_bandwidth * GB), state / writers / (config.rank_bandwidth * GB))
     return shared + parameters * (2.0 if half else 4.0) / (config.rank_bandwidth * GB)

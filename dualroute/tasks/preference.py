@@ -15,6 +15,7 @@ gradient, in which each token of an answer counts alike: by how much the loss ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.data.window_module import Batch
+from dualroute.model import DualRoutingTransformer
 from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.kind import Kind
 from dualroute.tasks.module import Finetune
@@ -54,9 +56,10 @@ class PreferenceSums:
 def document_numbers(segment_ids: Tensor) -> tuple[Tensor, int]:
     """(B · n,) number of each token's document, -1 for padding, and how many numbers there are, an even one.
 
-    Documents 2k and 2k + 1 are a pair: ``segment_ids`` (B, n) count from 1 in each window.
+    Documents 2k and 2k + 1 are a pair: ``segment_ids`` (B, n) count from 1 in each window.  Padding alone, as
+    a rank may have it where windows do not divide by the ranks, counts as a pair without tokens.
     """
-    most = int(segment_ids.max())
+    most = max(int(segment_ids.max()), 1)
     most += most % 2
     windows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None] * most
     numbers = torch.where(segment_ids > 0, windows + segment_ids - 1, -1).flatten()
@@ -149,12 +152,29 @@ def preference_sums(
 
 
 class Prefer(Finetune):
-    """Training on preference pairs; arguments as of :class:`Finetune`."""
+    """Training on preference pairs.
 
-    def __init__(self, kind: Kind, validation: Encoded, **arguments: Any) -> None:
+    Args:
+        kind, validation, arguments: As of :class:`Finetune`.
+        add_reference: Called with the model when it has its weights, before the first batch is made; null
+            where the pairs have their reference already.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        validation: Encoded,
+        add_reference: Callable[[DualRoutingTransformer], None] | None = None,
+        **arguments: Any,
+    ) -> None:
         super().__init__(kind, validation, **arguments)
+        self._add_reference = add_reference
         metric = kind.task.metric or "accuracy"
         self.best_by = (metric, kind.metrics.get(metric, False))
+
+    def on_fit_start(self) -> None:
+        if self._add_reference is not None:
+            self._add_reference(self.model)
 
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> PreferenceSums:
         task = self.kind.task

@@ -49,6 +49,21 @@ def test_states_by_hand():
     assert alone.hours > 0
 
 
+def test_gradients_and_optimizer_are_of_what_is_trained():
+    whole = of()
+    lora = of("--finetune.adapter", "lora", "--finetune.rank", "4", "--finetune.targets", "[layers.3.ffn]")
+    added = 4 * 3 * (64 + 192)  # rank x three matrices x (64 + ffn_dim)
+    assert lora.trained == added == lora.parameters - whole.parameters
+    assert (lora.weights, lora.gradients, lora.optimizer) == (4 * lora.parameters, 4 * added, 8 * added)
+    frozen = of("--finetune.freeze", "[embedding, 'layers.[0-3]']")
+    assert frozen.trained < whole.parameters == frozen.parameters
+    assert frozen.gradients == 4 * frozen.trained
+    assert frozen.kept_per_token == whole.kept_per_token / 2, "nothing is kept beneath what is trained"
+    assert frozen.flops_per_token < whole.flops_per_token
+    untied = of("--finetune.adapter", "dora", "--finetune.targets", "[head]")
+    assert untied.parameters == whole.parameters + 64 * 64 + untied.trained
+
+
 def test_the_longest_context_fills_the_memory_and_grows_with_the_ranks_that_share_it():
     memory = ("--gpu_memory", "1", "--headroom", "0")
     alone = of(*memory)

@@ -26,8 +26,10 @@ from dualroute.tasks.kinds.preference import Preferences
 from dualroute.tasks.preference import preference_sums
 from dualroute.tasks.reference import FILE, lay_out, reference_scores
 from dualroute.training.monitoring.metrics_log import read_metrics
+from tests import warm
+from tests.conftest import ROOT
 from tests.training.checkpointing.runs import killed_in
-from tests.training.step.test_module import curve
+from tests.training.step.test_module import curve, environment
 
 PAIRS = [
     {"prompt": "where is the red bird", "chosen": "under the old stone", "rejected": "over"},
@@ -114,6 +116,15 @@ def test_loss_and_gradient_are_the_formula_in_float64(tokenizer: Tokenizer, smoo
         torch.testing.assert_close(value.grad, wanted[name], rtol=1e-5, atol=1e-7)
 
 
+def test_a_batch_of_padding_is_no_pair(tokenizer: Tokenizer) -> None:
+    """Where windows do not divide by the ranks, one of them has such a batch."""
+    model = model_of(tokenizer)
+    nothing = torch.zeros(2, 16, dtype=torch.int64)
+    batch = {"labels": nothing - 100, "segment_ids": nothing, "reference": nothing.double()}
+    sums = preference_sums(torch.randn(32, 32), model.head.weight, batch, beta=0.1, smoothing=0.0)
+    assert (int(sums.count), float(sums.loss_sum), float(sums.total)) == (0, 0.0, 0.0)
+
+
 def test_a_pair_is_two_documents_that_do_not_see_each_other(tokenizer: Tokenizer) -> None:
     (example,) = kind(tokenizer).encode(PAIRS[0])
     lengths = [int((example.fields["parts"] == part).sum()) for part in (0, 1)]
@@ -187,7 +198,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(parent: Path, data: Path, output: Path, steps: int, *more: str) -> int:
+def words_of(parent: Path, data: Path, output: Path, steps: int, *more: str) -> list[str]:
     words = (
         "finetune --task.kind preference --data.context 128 --data.validation_share 0.2 "
         "--train.micro_batch 2 --train.tokens_per_batch 256 --train.val_every_steps 50 "
@@ -195,7 +206,11 @@ def train(parent: Path, data: Path, output: Path, steps: int, *more: str) -> int
         "--monitor.sample_every_steps 0 --monitor.peak_tflops 0.1 --monitor.log_every_steps 1"
     ).split()
     said = ["--init_from", str(parent), "--data.path", str(data), "--output", str(output)]
-    return main([*words, *said, "--train.max_steps", str(steps), *more])
+    return [*words, *said, "--train.max_steps", str(steps), *more]
+
+
+def train(*arguments: Any) -> int:
+    return main(words_of(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +289,29 @@ def test_what_cannot_be_is_refused_by_name(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_two_ranks_have_the_losses_of_one(
+    parent: Path, data: Path, run: Path, tmp_path: Path, strategy: str
+) -> None:
+    """With ZeRO-3 the reference is asked of the model that is trained, before its first step."""
+    how = ["--parallel.strategy", "ddp" if strategy == "ddp" else "deepspeed"]
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed")
+        how += ["--parallel.zero_stage", strategy[-1]]
+    output = tmp_path / "run"
+    words = words_of(parent, data, output, 8, *how)[1:]
+    warm.ranks(2, "launch/finetune.py", words, cwd=ROOT, env=environment())
+    ours, theirs = curve(output), curve(run)
+    assert [ours[step] for step in ours] == pytest.approx([theirs[step] for step in ours], abs=2e-4)
+    assert train(parent, data, output, 12) == 0, "and goes on alone"
+    assert curve(output)[12] == pytest.approx(theirs[12], abs=1e-3)
+    if strategy == "zero3":
+        (output / FILE).unlink()
+        words = words_of(parent, data, output, 14, *how, "--resume", "auto")
+        found = warm.run(words, cwd=ROOT, env=environment())
+        assert found.returncode == 2
+        assert "resume once with stage 2" in found.stderr
+        assert len(found.stderr.strip().splitlines()) == 1

@@ -8,6 +8,7 @@ be a list of messages too.  An example is both chats, side by side as two docume
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,10 @@ class Preferences(Chats):
         from dualroute.tasks.preference import Prefer
         from dualroute.tasks.reference import add_reference
 
-        add_reference(prepared, [part.examples for part in encoded])
+        parts = [part.examples for part in encoded]
+        if prepared.sharded:
+            return Prefer(self, encoded[1], partial(add_reference, prepared, parts), **arguments())
+        add_reference(prepared, parts)
         return Prefer(self, encoded[1], **arguments())
 
     def baselines(self) -> dict[str, Baseline]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +116,10 @@ class DepthCourse:
             "finetune/layers_trained": float(self.layers_trained(step)),
         }
 
-    def tell_unfrozen(self, step: int) -> None:
-        """Log what is trained from this step on, where that is more than before."""
+    def tell_unfrozen(self, step: int, units: Container[int]) -> None:
+        """Log which of ``units`` are trained from this step on, and were not before."""
         for unit in range(1, self.num_layers + 2) if self.config.unfreeze_share else ():
-            if self.begin(unit) == step:
+            if self.begin(unit) == step and unit in units:
                 what = "embedding" if unit > self.num_layers else f"layers.{self.num_layers - unit}"
                 log.info("%s", f"step {step + 1}: {what} is trained from here on")
 

@@ -161,7 +161,7 @@ class Pretrain(LightningModule):
             lr = self.learning_rate(step)
             self._hyper_parameters.write(self.trainer.optimizers[0], lr, course, step)
             if course is not None and self.trainer.is_global_zero:
-                course.tell_unfrozen(step)
+                course.tell_unfrozen(step, self._hyper_parameters.units)
         return None
 
     def hidden_states(self, batch: Batch) -> Tensor:

@@ -149,11 +149,14 @@ class HyperParameters:
     Args:
         optimizer: As it was built, before a state is loaded into it.
         config: What is to hold.
+
+    Attributes:
+        units: Of each group (``training/finetuning/depth.py``).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        self._units = [group.get("unit") for group in optimizer.param_groups]
+        self.units = [group.get("unit") for group in optimizer.param_groups]
         self._config = config
         self._fused = [group.get("fused") for group in optimizer.param_groups]
         self._state_is_placed = False
@@ -172,7 +175,7 @@ class HyperParameters:
         (first, second), eps = self._config.betas, self._config.eps
         betas = (first, second)
         for group, weight_decay, fused, unit in zip(
-            optimizer.param_groups, self._weight_decays, self._fused, self._units, strict=True
+            optimizer.param_groups, self._weight_decays, self._fused, self.units, strict=True
         ):
             group.update(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
             if course is not None and unit is not None:
