@@ -60,8 +60,8 @@ def crows_rows(path: Path) -> Iterator[dict[str, str]]:
 
 def bbq_rows(path: Path) -> Iterator[dict[str, Any]]:
     """context, question, category, context_condition, choices (three), label, ``biased`` (the number of the
-    answer that a stereotype would give) and ``unknown`` (of the one that says nobody knows), both -1 where the
-    data do not say; of a folder all categories.
+    answer that a stereotype would give) and ``unknown`` (of the one that says nobody knows), both -1 where
+    the data do not say; of a folder all categories.
 
     Raises:
         UserError: A line is of another form, or a label is not among the answers.
@@ -82,8 +82,10 @@ def bbq_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _roles(row: dict[str, Any]) -> tuple[int, int]:
-    """Which answer a stereotype would give (of a negative question the one that names the stereotyped group, of
-    another one the other group's), and which says that it cannot be known."""
+    """Which answer a stereotype would give, and which says that it cannot be known.
+
+    A stereotype answers a negative question with the stereotyped group, another one with the other group.
+    """
     groups = [str(row["answer_info"][f"ans{k}"][1]).lower() for k in range(3)]
     theirs = {str(one).lower() for one in row["additional_metadata"]["stereotyped_groups"]}
     named = [k for k, group in enumerate(groups) if group != "unknown"]
