@@ -219,17 +219,13 @@ def mean_and_range(scores: list[float]) -> str:
     return f"{statistics.mean(scores):.3f}{spread}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=list(TASKS), default="mqar")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["dense", "local", "routed"])
+def options_of_training(parser: argparse.ArgumentParser, variants: list[str]) -> None:
+    """Add the options that :func:`build`, :func:`train` and :func:`accuracy` read."""
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=variants)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--start", type=int, default=128, help="tokens at which the curriculum begins")
     parser.add_argument("--evaluate", type=int, nargs="*", default=[], help="multiples of the length")
-    parser.add_argument(
-        "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
-    )
     parser.add_argument("--min_distance", type=int, default=256)
     parser.add_argument("--steps", type=int, default=300, help="at the full length")
     parser.add_argument("--patience", type=int, default=2000, help="steps by which it must be reached")
@@ -248,6 +244,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--output", type=Path, help="folder for the CSV")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=list(TASKS), default="mqar")
+    options_of_training(parser, ["dense", "local", "routed"])
+    parser.add_argument(
+        "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
+    )
     options = parser.parse_args()
     device = prepare(options.threads, options.device)
     rows = []

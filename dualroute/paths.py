@@ -50,6 +50,8 @@ LocalPath = Annotated[str, PathField()]
 PathOrName = Annotated[str, PathField(or_name=True)]
 #: One of our names, or a Python file
 NameOrModule = Annotated[str, PathField(or_name=True, suffix=".py")]
+#: The name of a shipped suite, or a YAML file of the user's
+SuiteName = Annotated[str, PathField(or_name=True, suffix=".yaml")]
 ConfigFile = Annotated[str, PathField(included=True)]
 #: ``--resume``
 ResumePath = Annotated[str, PathField(words=("auto", "never"))]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
-from dualroute.paths import LocalPath, PathField, PathOrName
+from dualroute.paths import LocalPath, PathOrName, SuiteName
 from dualroute.settings import at_least, check_fields
 
-#: The name of a suite, or a file of the user's
-SuiteName = Annotated[str, PathField(or_name=True, suffix=".yaml")]
 _OF_A_SUITE = ("suite", "lengths", "samples", "compare")
 
 

@@ -11,7 +11,7 @@ from dualroute.distillation.config import DistillConfig
 from dualroute.errors import UserError
 from dualroute.evaluate.config import EvaluateConfig
 from dualroute.export.config import ExportConfig
-from dualroute.paths import LocalPath
+from dualroute.paths import LocalPath, SuiteName
 from dualroute.pipeline.section import SectionOf
 from dualroute.settings import at_least, check_fields
 from dualroute.training.config import PretrainConfig
@@ -40,6 +40,8 @@ class PipelineConfig:
         rounds: Prune and recover so many times; prune.keep is what all rounds keep together.
         quantize: Of dualroute quantize; null leaves it out.
         evaluate: Of dualroute evaluate, for every model on the way.
+        suite: What every model on the way is measured by besides, and compared with the parent in the report:
+            the name of a suite of dualroute evaluate, or a YAML file; null leaves it out.
         export: Of dualroute export; null leaves it out.
         controls: What to compare the recovered model with: the parent trained the same further steps,
             recovery by cross-entropy alone (cross_entropy), and recovery after random pruning.
@@ -65,6 +67,7 @@ class PipelineConfig:
     rounds: int = 1
     quantize: Annotated[Section | None, SectionOf(QuantizeConfig)] = field(default_factory=dict)
     evaluate: Annotated[Section, SectionOf(EvaluateConfig)] = field(default_factory=dict)
+    suite: SuiteName | None = None
     export: Annotated[Section | None, SectionOf(ExportConfig)] = field(
         default_factory=lambda: {"format": "hf"}
     )
@@ -92,5 +95,7 @@ class PipelineConfig:
             raise UserError(f"rounds is {self.rounds}: give prune.keep, which the rounds divide among them")
         if self.controls and self.prune is None:
             raise UserError("controls compare with the recovered model: there is none without prune")
+        if self.evaluate.get("suite") is not None:
+            raise UserError("evaluate.suite: a pipeline names its suite by suite, beside its sections")
         if self.from_stage is not None and self.only is not None:
             raise UserError("--from and --only are both given: keep one of them")

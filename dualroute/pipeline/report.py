@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dualroute.errors import UserError
+from dualroute.evaluate.suite.compare import differences
+from dualroute.evaluate.suite.record import read_record
+from dualroute.evaluate.suite.run import error_of, figure, flat_scores
 from dualroute.files import write_bytes_atomically
 from dualroute.pipeline.config import PipelineConfig
 from dualroute.pipeline.stages import Plan
@@ -39,6 +42,12 @@ def write_report(config: PipelineConfig, plan: Plan, records: dict[str, dict[str
         ("table", _summary(models)),
         ("picture", ("pareto.svg", "Size against held-out loss", _pareto(models))),
     ]
+    if config.suite is not None:
+        blocks += [
+            ("title", f"Suite: {Path(config.suite).stem}"),
+            ("text", _SUITE),
+            ("table", _suite(output, plan)),
+        ]
     if controls:
         blocks += [("title", "Controls"), ("text", _CONTROLS), ("table", _controls(models, controls))]
     curves = _curves(plan)
@@ -62,6 +71,10 @@ def write_report(config: PipelineConfig, plan: Plan, records: dict[str, dict[str
     return page
 
 
+_SUITE = (
+    "Scores with their standard errors. A model is called better or worse than the parent where they "
+    "differ by more than two standard errors of the difference."
+)
 _CONTROLS = (
     "The same data, steps and learning rate: the parent trained further, the pruned model recovered by "
     "cross-entropy alone, and a model of the same shape pruned at random and recovered by distillation."
@@ -122,6 +135,28 @@ def _summary(models: dict[str, dict[str, Any]]) -> list[Row]:
             f"{of['eager_tokens_per_second']:,.0f}", f"{compiled:,.0f}{faster}" if compiled else "–",
             f"{of['peak_memory_bytes'] / 1e6:,.0f}" if of["peak_memory_bytes"] else "–",
         ])  # fmt: skip
+    return rows
+
+
+def _suite(output: Path, plan: Plan) -> list[Row]:
+    """A line for each score, a column for each model."""
+    records = {label: read_record(output / "suite" / f"{label}.json", "the suite's") for label in plan.models}
+    first, *others = records
+    rows: list[Row] = [["", *records]]
+    verdicts = {
+        (label, f"{one.key}/{one.metric}"): one.verdict
+        for label in others
+        for one in differences(records[label], records[first])
+    }
+    scores = {label: dict(flat_scores(record)) for label, record in records.items()}
+    for name in scores[first]:
+        cells = [name]
+        for label in records:
+            score = scores[label].get(name)
+            verdict = verdicts.get((label, name), "")
+            told = f" ({verdict})" if verdict in ("better", "worse", "different") else ""
+            cells.append("–" if score is None else f"{figure(score.value)} ± {error_of(score)}{told}")
+        rows.append(cells)
     return rows
 
 
@@ -262,6 +297,6 @@ def _html(title: str, blocks: Iterable[tuple[str, Any]]) -> str:
             parts.append(f"<h3>{html.escape(content[1])}</h3>{picture}")
     body = "\n".join(parts)
     return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
+        "<!doctype html><html lang='en'><meta "
+        f"charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
     )

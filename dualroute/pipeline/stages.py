@@ -177,6 +177,13 @@ class Planner:
         for label, model in {**plan.models, **plan.controls}.items():
             file = self.output / "evaluate" / f"{label}.json"
             self.add(f"evaluate-{label}", "evaluate", options, checkpoint=model, output=file)
+        for label, model in plan.models.items() if self.config.suite is not None else ():
+            how: dict[str, Any] = {
+                name: options[name] for name in ("batch_size", "device", "dtype") if name in options
+            }
+            file = self.output / "suite" / f"{label}.json"
+            how["suite"] = self.config.suite
+            self.add(f"suite-{label}", "evaluate", how, checkpoint=model, output=file)
         for label, model in plan.models.items():
             file = self.output / "speed" / f"{label}.json"
             arguments = [
@@ -201,6 +208,7 @@ class Planner:
         filled = {key: str(path) for key, path in checkpoints.items()} | {"output": str(output)}
         key = "data.path" if command in TRAINING else "data"
         wants_data = command != "export" or not ({"data", "text"} & options.keys())
+        wants_data = wants_data and "suite" not in options  # which names its own
         if wants_data and command != "quantize":
             filled[key] = str(self.plan.data)
         reads = dict(checkpoints)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.paths import ConfigFile, LocalPath, ResumePath
+from dualroute.paths import ConfigFile, LocalPath, ResumePath, SuiteName
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.finetuning.config import StrategyConfig
 
@@ -239,6 +239,9 @@ class MonitorConfig:
         sample_every_steps: Optimizer steps between two samples of generated text; 0 never.
         sample_prompts: Beginnings that the samples continue.
         sample_tokens: New tokens per sample.
+        evaluate_suite: What ``dualroute evaluate --suite`` measures, also during the training: the name of a
+            suite, or a YAML file.
+        evaluate_every_steps: Optimizer steps between two such measurements; 0 never.
         peak_tflops: Dense bfloat16 peak of one device for the model FLOPs utilisation; null takes it from a
             table of NVIDIA GPUs and measures a matmul on any other device.
     """
@@ -248,6 +251,8 @@ class MonitorConfig:
     sample_every_steps: int = 500
     sample_prompts: list[str] = field(default_factory=lambda: ["Once upon a time", "The"])
     sample_tokens: int = 100
+    evaluate_suite: SuiteName | None = None
+    evaluate_every_steps: int = 0
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
@@ -256,9 +261,15 @@ class MonitorConfig:
             "router_statistics_every": at_least(0),
             "sample_every_steps": at_least(0),
             "sample_tokens": at_least(1),
+            "evaluate_every_steps": at_least(0),
             "peak_tflops": above(0),
         }
         check_fields(self, "monitor", ranges)
+        if self.evaluate_every_steps and self.evaluate_suite is None:
+            raise UserError(
+                f"monitor.evaluate_every_steps is {self.evaluate_every_steps}, and monitor.evaluate_suite "
+                "names no suite: give one"
+            )
 
 
 @dataclass
@@ -337,7 +348,8 @@ class WatchdogConfig:
         if self.silence_seconds < 3 * self.poll_seconds:
             raise UserError(
                 f"watchdog.silence_seconds {self.silence_seconds:g} is less than three times "
-                f"watchdog.poll_seconds {self.poll_seconds:g}: a heartbeat that is late once would be a death"
+                f"watchdog.poll_seconds {self.poll_seconds:g}: a heartbeat that is late once would be a "
+                "death"
             )
 
     def limit(self, phase: str, first_step_done: bool) -> float:

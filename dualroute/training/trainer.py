@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 
 from dualroute.attention import backend
 from dualroute.errors import one_line
+from dualroute.evaluate.suite.config import read_suite
 from dualroute.paths import absolute_paths
 from dualroute.settings import given_fields
 from dualroute.training.checkpointing.publishing.first_write import FirstWrite, LateTensorBoardLogger
@@ -25,6 +26,7 @@ from dualroute.training.checkpointing.publishing.publisher import CheckpointPubl
 from dualroute.training.config import PretrainConfig
 from dualroute.training.finetuning.early_stopping import early_stopping
 from dualroute.training.kernels import device
+from dualroute.training.monitoring.evaluation import SuiteDuringTraining
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
 from dualroute.training.parallel.strategy import build_strategy
@@ -63,6 +65,21 @@ class Parts:
         self.first_write.config = self.monitor.resolved_config = resolved_yaml(config)
 
 
+def _evaluation(prepared: Prepared, watchdog: Watchdog) -> SuiteDuringTraining | None:
+    """What is measured during the training, if anything."""
+    config = prepared.config
+    if not config.monitor.evaluate_every_steps or config.monitor.evaluate_suite is None:
+        return None
+    return SuiteDuringTraining(
+        read_suite(config.monitor.evaluate_suite),
+        config.train.micro_batch,
+        prepared.output,
+        config.data.context,
+        # it may last as long as a validation, and so may each of its cells
+        alive=lambda step: watchdog.heart.mark("validation", step),
+    )
+
+
 def build_trainer(prepared: Prepared) -> Parts:
     """The Trainer of a run; it touches nothing yet."""
     config, world, output = prepared.config, prepared.world, prepared.output
@@ -94,7 +111,12 @@ def build_trainer(prepared: Prepared) -> Parts:
         resolved_yaml(config),
         also=None if roll_back is None else lambda: roll_back.write(output, config.spike_guard.max_rollbacks),
     )
-    monitor = Monitor(config.monitor, folder=output, resolved_config=resolved_yaml(config))
+    monitor = Monitor(
+        config.monitor,
+        folder=output,
+        resolved_config=resolved_yaml(config),
+        evaluation=_evaluation(prepared, watchdog),
+    )
     trainer = Trainer(
         accelerator=accelerator,
         strategy=strategy,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ import datasets
 from dualroute.errors import UserError
 from dualroute.evaluate.long_context.questions import read_paragraphs
 from dualroute.evaluate.long_context.tasks import data_file
+from dualroute.evaluate.parts.fair_rows import PLACES as FAIRNESS
+from dualroute.evaluate.parts.fair_rows import bbq_rows, crows_rows, table_rows
 from dualroute.evaluate.parts.wikitext import articles, detokenise
 from dualroute.evaluate.perplexity import read_text
 
@@ -25,10 +25,9 @@ PLACES = {
     "local_wikitext": "wikitext/wt2.test.txt.gz",
     "local_sst2": "glue/SST-2/dev.tsv.gz",
     "local_xquad": "squad_style/xquad.en.json.gz",
-    "local_crows_pairs": "fairness/crows_pairs_anonymized.csv.gz",
-    "local_bbq": "fairness/bbq",
+    "local_crows_pairs": FAIRNESS["crows_pairs"],
+    "local_bbq": FAIRNESS["bbq"],
 }
-_MOST_ROWS = 10_000_000
 
 
 def file_of(task: str, files: dict[str, str] | None = None) -> Path:
@@ -55,26 +54,6 @@ def _dataset(rows: Iterable[dict[str, Any]], path: Path) -> dict[str, Any]:
     return {"test": datasets.Dataset.from_list(listed)}
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            for number, line in enumerate(stream):
-                if number >= _MOST_ROWS:
-                    raise UserError(f"{path} has over {_MOST_ROWS:,} lines: give a part of it")
-                yield line
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give another file") from error
-
-
-def _table(path: Path, wanted: Iterable[str], **form: Any) -> Iterator[dict[str, str]]:
-    reader = csv.DictReader(_lines(path), **form)
-    missing = [name for name in wanted if name not in (reader.fieldnames or [])]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}, it has {reader.fieldnames}: give another file")
-    yield from reader
-
-
 # -- data sets: called by lm_eval with the task manager's metadata -------------------------------------------
 
 
@@ -89,7 +68,7 @@ def sst2(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     path = file_of("local_sst2", files)
     rows = []
     for number, row in enumerate(
-        _table(path, ("sentence", "label"), delimiter="\t", quoting=csv.QUOTE_NONE), 2
+        table_rows(path, ("sentence", "label"), delimiter="\t", quoting=csv.QUOTE_NONE), 2
     ):
         if row["label"] not in ("0", "1"):
             raise UserError(f"{path}, line {number}: the label {row['label']!r} is not among 0 and 1")
@@ -111,35 +90,13 @@ def xquad(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
 def crows_pairs(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """Pairs of sentences of CrowS-Pairs' table."""
     path = file_of("local_crows_pairs", files)
-    names = ("sent_more", "sent_less", "bias_type")
-    return _dataset(({name: row[name] for name in names} for row in _table(path, names)), path)
+    return _dataset(crows_rows(path), path)
 
 
 def bbq(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """Questions of BBQ's JSON lines; of a folder all categories."""
     path = file_of("local_bbq", files)
     return _dataset(bbq_rows(path), path)
-
-
-def bbq_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """BBQ's questions with three answers each.
-
-    Raises:
-        UserError: A line is of another form, or a label is not among the answers.
-    """
-    for file in sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]:
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                row = json.loads(line)
-                said = {
-                    name: str(row[name]) for name in ("context", "question", "category", "context_condition")
-                }
-                choices, label = [str(row[f"ans{k}"]) for k in range(3)], row["label"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{file}, line {number} is not of BBQ's form ({error!r})") from error
-            if label not in (0, 1, 2):
-                raise UserError(f"{file}, line {number}: the label {label!r} is not among 0, 1 and 2")
-            yield {**said, "choices": choices, "label": label}
 
 
 # -- answers -------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Our models as lm-evaluation-harness asks them: its ``TemplateLM`` over :class:`SuiteModel`.
 
-Batches, contexts that several continuations share and ranks are the suite model's; the harness is told of one
-process.  Texts are encoded as its own ``hf`` model encodes them on our export: without a <bos> before
-(unless asked for), which stands alone where there is no context.
+Batches, contexts that several continuations share and ranks are the suite model's; the harness is told of
+one process.  Requests are cut and encoded as its own ``hf`` model does on our export, so that answers agree:
+a <bos> stands before each text where the tokenizer puts one, also where a whole text is scored (``hf`` then
+asks for the probability of that <bos> too).  One thing differs: a special token that is spelt in a text
+("<unk>") is text here.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from dualroute.data.tokenizer import MAX_FILE_BYTES
 from dualroute.errors import UserError
 from dualroute.evaluate.suite.model import Pair, SuiteModel
+from dualroute.files import read_json
 
 _NEW_TOKENS = 256  # where a task does not say
 
@@ -25,12 +29,12 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: It.
-        add_bos: Put a <bos> before each context, as the tokenizers of some models do.
+        add_bos: Put a <bos> before each context; null as its tokenizer does.
     """
 
-    def __init__(self, model: SuiteModel, add_bos: bool = False) -> None:
+    def __init__(self, model: SuiteModel, add_bos: bool | None = None) -> None:
         super().__init__()
-        self.model, self.add_bos = model, add_bos
+        self.model, self.add_bos = model, puts_bos(model) if add_bos is None else add_bos
 
     @property
     def eot_token_id(self) -> int:
@@ -116,3 +120,16 @@ class HarnessModel(TemplateLM):
         )
         until = said.get("until") or []
         return (int(new_tokens), *([until] if isinstance(until, str) else until))
+
+
+def puts_bos(model: SuiteModel) -> bool:
+    """Whether transformers' tokenizer of a model begins each text with a special token: an export's does
+    where there is a <bos>, another folder says it in its tokenizer.json."""
+    file = model.folder / "tokenizer.json"
+    if not file.is_file():
+        return model.tokenizer.bos_id >= 0
+    said = read_json(file, limit=MAX_FILE_BYTES).get("post_processor") or {}
+    for one in [said, *(said.get("processors") or [])]:
+        if one.get("type") == "TemplateProcessing" and "SpecialToken" in (one.get("single") or [{}])[0]:
+            return True
+    return False

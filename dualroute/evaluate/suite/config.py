@@ -108,7 +108,7 @@ class HarnessSettings(PartSettings):
         include: A folder of task YAMLs of your own.
         files: {task: file} for the local tasks; null looks in $DUALROUTE_DATA.
         seed: Of the few-shot examples.
-        add_bos: Put a <bos> before each context: for models from elsewhere whose own tokenizer does.
+        add_bos: Put a <bos> before each context; null as the model's tokenizer does for transformers.
     """
 
     kind: ClassVar[str] = "lm_eval"
@@ -118,7 +118,7 @@ class HarnessSettings(PartSettings):
     include: LocalPath | None = None
     files: dict[str, LocalPath] = field(default_factory=dict)
     seed: int = 1234
-    add_bos: bool = False
+    add_bos: bool | None = None
 
     def check(self) -> None:
         check_fields(self, "", {"samples": at_least(1), "num_fewshot": at_least(0, 1000), "seed": SEEDS})

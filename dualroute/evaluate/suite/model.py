@@ -262,14 +262,9 @@ class SuiteModel:
             )
         except UserError as error:
             raise UserError(str(error).replace("the model gives", f"{self.folder} gives", 1)) from error
-        # a text's first space belongs to it, which a tokenizer drops at the start of what it decodes
-        texts = []
-        for prompt, ids in zip(prompts, written, strict=True):
-            before = list(prompt)[-4:]
-            text = decode([*before, *ids])[len(decode(before)) :]
-            for one in until:
-                text = text.split(one)[0]
-            texts.append(text)
+        texts = [decode(ids) for ids in written]
+        for one in until:
+            texts = [text.split(one)[0] for text in texts]
         return texts
 
 

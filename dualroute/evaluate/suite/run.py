@@ -74,7 +74,7 @@ def _build(part: PartSettings, model: SuiteModel, builders: Mapping[str, Builder
     if build is None and part.kind in _PARTS:
         build = importlib.import_module(_PARTS[part.kind]).cells
     if build is None:
-        raise UserError(f"part {part.name}: {part.kind} cannot be measured here")
+        raise UserError(f"part {part.name}: {part.kind} is not measured in a training: leave it out there")
     try:
         return build(part, model)
     except UserError as error:

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dualroute.training.config import MonitorConfig
+from dualroute.training.monitoring.evaluation import SuiteDuringTraining
 from dualroute.training.monitoring.metrics_log import MetricsLog
 from dualroute.training.monitoring.router_statistics import RouterStatistics
 from dualroute.training.monitoring.throughput import StepClock, memory_statistics, peak_tflops
@@ -63,6 +64,7 @@ class Monitor(Callback):
         config: What is written and how often.
         folder: Where ``metrics.jsonl`` goes; null is the folder given to the Trainer's logger.
         resolved_config: The run's whole configuration as text, logged once a start.
+        evaluation: (module, step) → {tag: figure} of what is measured besides, on every rank.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class Monitor(Callback):
         *,
         folder: str | Path | None = None,
         resolved_config: str = "",
+        evaluation: SuiteDuringTraining | None = None,
     ) -> None:
         self.config = config or MonitorConfig()
         self.folder = folder
         self.resolved_config = resolved_config
+        self.evaluation = evaluation
         self._clock = StepClock()
         self._writer: Any = None  # SummaryWriter, on rank zero of a run with a TensorBoardLogger
         self._log: MetricsLog | None = None  # on rank zero
@@ -91,6 +95,8 @@ class Monitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open(trainer, pl_module)
+        if self.evaluation is not None:
+            self.evaluation.check(pl_module)
         self._last_step, self._first_of_step = steps_done(trainer, pl_module), True
         self._clock.start()
 
@@ -157,6 +163,9 @@ class Monitor(Callback):
         if self.config.sample_prompts and self._due(step, self.config.sample_every_steps):
             self._clock.interrupt()
             self._sample(step, pl_module)
+        if self.evaluation is not None and self._due(step, self.config.evaluate_every_steps):
+            self._clock.interrupt()
+            self._write(step, "evaluation", self.evaluation(pl_module, step))
 
     @staticmethod
     def _due(step: int, every: int) -> bool:

@@ -1,0 +1,114 @@
+"""CrowS-Pairs, WinoBias and BBQ as their authors publish them, row by row."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dualroute.errors import UserError
+
+_MOST_ROWS = 10_000_000
+#: {set: where its file or folder lies in $DUALROUTE_DATA}
+PLACES = {
+    "crows_pairs": "fairness/crows_pairs_anonymized.csv.gz",
+    "winobias": "fairness/winobias",
+    "bbq": "fairness/bbq",
+}
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Lines of a text file, also of a .gz.
+
+    Raises:
+        UserError: It cannot be read, or has too many.
+    """
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            for number, line in enumerate(stream):
+                if number >= _MOST_ROWS:
+                    raise UserError(f"{path} has over {_MOST_ROWS:,} lines: give a part of it")
+                yield line
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give another file") from error
+
+
+def table_rows(path: Path, wanted: Iterable[str], **form: Any) -> Iterator[dict[str, str]]:
+    """Rows of a table with a header.
+
+    Raises:
+        UserError: A column is missing.
+    """
+    reader = csv.DictReader(lines_of(path), **form)
+    missing = [name for name in wanted if name not in (reader.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}, it has {reader.fieldnames}: give another file")
+    yield from reader
+
+
+def crows_rows(path: Path) -> Iterator[dict[str, str]]:
+    """sent_more (the more stereotypical), sent_less, bias_type."""
+    names = ("sent_more", "sent_less", "bias_type")
+    for row in table_rows(path, names):
+        yield {name: row[name] for name in names}
+
+
+def bbq_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """context, question, category, context_condition, choices (three), label, ``biased`` (the number of the
+    answer that a stereotype would give) and ``unknown`` (of the one that says nobody knows), both -1 where
+    the data do not say; of a folder all categories.
+
+    Raises:
+        UserError: A line is of another form, or a label is not among the answers.
+    """
+    names = ("context", "question", "category", "context_condition")
+    for file in sorted(path.glob("*.jsonl*")) if path.is_dir() else [path]:
+        for number, line in enumerate(lines_of(file), 1):
+            try:
+                row = json.loads(line)
+                said = {name: str(row[name]) for name in names}
+                choices, label = [str(row[f"ans{k}"]) for k in range(3)], row["label"]
+                biased, unknown = _roles(row)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise UserError(f"{file}, line {number} is not of BBQ's form ({error!r})") from error
+            if label not in (0, 1, 2):
+                raise UserError(f"{file}, line {number}: the label {label!r} is not among 0, 1 and 2")
+            yield {**said, "choices": choices, "label": label, "biased": biased, "unknown": unknown}
+
+
+def _roles(row: dict[str, Any]) -> tuple[int, int]:
+    """Which answer a stereotype would give, and which says that it cannot be known.
+
+    A stereotype answers a negative question with the stereotyped group, another one with the other group.
+    """
+    groups = [str(row["answer_info"][f"ans{k}"][1]).lower() for k in range(3)]
+    theirs = {str(one).lower() for one in row["additional_metadata"]["stereotyped_groups"]}
+    named = [k for k, group in enumerate(groups) if group != "unknown"]
+    target = [k for k in named if groups[k] in theirs]
+    if len(named) != 2 or len(target) != 1:
+        return -1, -1
+    return target[0] if row["question_polarity"] == "neg" else sum(named) - target[0], 3 - sum(named)
+
+
+def winobias_pairs(folder: Path) -> Iterator[tuple[str, str]]:
+    """(as the stereotype has it, against it): test sentences that differ in a pronoun.
+
+    Raises:
+        UserError: A file is missing, or the two of a pair are of different lengths.
+    """
+    for kind in ("type1", "type2"):
+        pro, anti = (folder / f"{side}_stereotyped_{kind}.txt.test" for side in ("pro", "anti"))
+        both = [[*lines_of(pro)], [*lines_of(anti)]]
+        if len(both[0]) != len(both[1]):
+            raise UserError(f"{pro} and {anti} have different numbers of lines: copy them again")
+        for one, other in zip(*both, strict=True):
+            yield _sentence(one), _sentence(other)
+
+
+def _sentence(line: str) -> str:
+    return re.sub(r"^\d+ ", "", line.strip()).replace("[", "").replace("]", "")
