@@ -229,7 +229,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         batch, length = hidden.shape[:2]
         if segment_ids is None and positions is not None:
             segment_ids = (positions == 0).cumsum(-1) + 1
-        attention: DualRouting = self.layers[0].attention  # type: ignore[union-attr,assignment]
+        attention: DualRouting = self.layers[0].attention  # type: ignore[assignment]
         grid, block = attention.grid, attention.block
         lay_out = lay_out_in_graph if tracing() and grid is None else Layout.of_batch
         layout = lay_out(None, batch, length, block, segment_ids, tokens.mask, hidden.device, grid)
