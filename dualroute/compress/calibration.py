@@ -126,6 +126,11 @@ def calibrate(options: CalibrationOptions) -> Calibrated:
     refuse_quantized(found, "only floats are pruned; give the checkpoint it was made from")
     loaded = load(options.checkpoint, options.device)
     loaded.model.config.require_tokens("the statistics that decide what is pruned")
+    if loaded.model.config.parts is not None:
+        raise UserError(
+            f"{options.checkpoint} has parts of an encoder from elsewhere (model.parts), which nothing here "
+            f"can cut: quantize it instead"
+        )
     if loaded.model.config.task_head is not None:
         return _of_task(options)
     if options.data is None:
