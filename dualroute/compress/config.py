@@ -103,9 +103,10 @@ class PruneConfig:
     """Cut a trained model to a smaller one.
 
     Args:
-        checkpoint: A checkpoint folder or a run folder (its newest checkpoint).
+        checkpoint: A checkpoint folder or a run folder (its newest checkpoint, or the best one of a task).
         output: Folder of the new checkpoint; must not exist.
-        data: Folder of the shards that the model was trained on, for calibration.
+        data: Folder of the shards that the model was trained on, for calibration; of a model of a task a file
+            or folder of rows, null taking those of its training.
         keep: Share of the target that the new model may have at most; null keeps the shape, but for sizes
             given below.
         target: What keep counts: parameters, training flops per token, or the measured latency of a forward
@@ -133,7 +134,7 @@ class PruneConfig:
 
     checkpoint: LocalPath
     output: LocalPath
-    data: LocalPath
+    data: LocalPath | None = None
     keep: float | None = None
     target: Target = "parameters"
     axes: list[Literal["layers", "dim", "ffn", "heads"]] = field(

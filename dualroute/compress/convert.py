@@ -84,10 +84,11 @@ def convert(config: ConvertConfig) -> Conversion:
         model = _with_vocabulary(model, tokenizer, config.source)
         groups = mass = None
         comes_back = wrote(Path(config.source)) and model.config.attention != "dense" and not config.changes
-        attention = model.config.attention if comes_back else config.attention
+        keeps = comes_back or (model.config.parts is not None and not config.changes)
+        attention = model.config.attention if keeps else config.attention
         note: dict[str, Any] = {"source": config.source, "attention": attention}
         converted = model
-        if config.attention == "dual" and not comes_back:
+        if config.attention == "dual" and not keeps:
             check_dense(model.config)
             shape = dual_config(
                 model.config, both=config.heads == "both", local_heads=config.local_heads, **config.routing

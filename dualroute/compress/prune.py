@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dualroute import __version__
-from dualroute.compress.calibration import Batch, Statistics, calibrate, described, loss_on, measure
+from dualroute.compress.calibration import Calibrated, Statistics, calibrate, described, measure
 from dualroute.compress.config import Axis, Criterion, PruneConfig
 from dualroute.compress.importance import Shape, choose
 from dualroute.compress.routing_need import Need, fit_routing
 from dualroute.compress.shapes import FIELDS, Search, Sensitivity, axis_sizes, latency, share
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
-from dualroute.evaluate.load import Loaded
-from dualroute.model import ModelConfig
+from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import CONFIG, find_checkpoint, save_model
+from dualroute.tasks.evaluate import scored_rows, usable_rows
 
 REPORT = "prune.json"
 _SHARES = (0.75, 0.5, 0.25)
@@ -43,21 +43,22 @@ def prune(config: PruneConfig) -> None:
     Raises:
         UserError: The inputs do not fit together, or the target cannot be reached.
     """
-    loaded, batches, context = calibrate(config)
+    found = calibrate(config)
+    loaded, batches, context = found.loaded, found.batches, found.context
     parent = loaded.model
     statistics = measure(parent, batches, loaded.device)
     account: dict[str, Any] = {
         "options": asdict(config),
         "dualroute": __version__,
         "parent": str(loaded.checkpoint.folder),
-        "loss": {"parent": loss_on(parent, batches, loaded.device)},
+        "loss": {"parent": found.loss(parent, batches)},
     }
-    shape = _shape(config, loaded, statistics, batches, context, account)
+    shape = _shape(config, found, statistics, account)
     kept = choose(parent, statistics, shape, config.criterion, config.seed)
     small = slice_model(parent, kept, statistics if config.compensate else None).to(loaded.device)
-    account["loss"]["pruned"] = loss_on(small, batches, loaded.device)
+    account["loss"]["pruned"] = found.loss(small, batches)
     if config.fit_routing:
-        small, need = fit_routing(small, batches, loaded.device, config.routing_tolerance)
+        small, need = fit_routing(small, batches, loaded.device, config.routing_tolerance, found.loss)
         account["routing"] = asdict(need)
         account["loss"]["with fitted routing"] = need.loss
     account["shape"] = {"parent": asdict(Shape.of(parent.config)), "pruned": asdict(shape)}
@@ -71,6 +72,8 @@ def prune(config: PruneConfig) -> None:
             name: 1e3 * latency(parent.config, one, context, loaded.device)
             for name, one in (("parent", Shape.of(parent.config)), ("pruned", shape))
         }
+    if found.answerer is not None:
+        account["task"] = _task_scores(found, small)
     _show(account)
     metadata = described(loaded, "prune", pruned_from=str(loaded.checkpoint.folder), context=context)
     extra = {REPORT: json.dumps(account, indent=1).encode(), **loaded.checkpoint.task_file()}
@@ -80,15 +83,9 @@ def prune(config: PruneConfig) -> None:
     )
 
 
-def _shape(
-    config: PruneConfig,
-    loaded: Loaded,
-    statistics: Statistics,
-    batches: list[Batch],
-    context: int,
-    account: dict[str, Any],
-) -> Shape:
+def _shape(config: PruneConfig, found: Calibrated, statistics: Statistics, account: dict[str, Any]) -> Shape:
     """The shape that is asked for: sizes that were given, the others by search."""
+    loaded, context = found.loaded, found.context
     parent = Shape.of(loaded.model.config)
     given = config.sizes(parent, loaded.model.config.heads_per_group)
     if loaded.model.config.attention == "interleaved" and (
@@ -109,9 +106,7 @@ def _shape(
         if not config.axis_report:
             sensitivities[axis] = Sensitivity([0.0, 1.0], [1.0, 0.0])
             continue
-        sensitivities[axis], account["axes"][axis] = _sensitivity(
-            config, loaded, statistics, batches, account["loss"]["parent"], axis
-        )
+        sensitivities[axis], account["axes"][axis] = _sensitivity(config, found, statistics, axis)
     search = Search(loaded.model.config, sensitivities, config.multiple, context, loaded.device)
     for axis, shapes in search.sizes.items():
         fixed = [one for one in shapes if all(getattr(one, name) == v for name, v in given.items())]
@@ -121,14 +116,10 @@ def _shape(
 
 
 def _sensitivity(
-    config: PruneConfig,
-    loaded: Loaded,
-    statistics: Statistics,
-    batches: list[Batch],
-    parent_loss: float,
-    axis: Axis,
+    config: PruneConfig, found: Calibrated, statistics: Statistics, axis: Axis
 ) -> tuple[Sensitivity, list[dict[str, Any]]]:
     """What an axis costs at a few sizes, beside the same sizes chosen at random."""
+    loaded, batches = found.loaded, found.batches
     parent = Shape.of(loaded.model.config)
     possible = axis_sizes(parent, axis, config.multiple)
     sizes = {
@@ -138,7 +129,7 @@ def _sensitivity(
     if not sizes:
         return Sensitivity([0.0, 1.0], [1.0, 0.0]), []
     few = batches[: max(1, len(batches) // 4)]
-    base = loss_on(loaded.model, few, loaded.device)
+    base = found.loss(loaded.model, few)
     rows = []
     for shape in sorted(sizes, key=lambda one: -share(one, parent, axis)):
         row: dict[str, Any] = {"shape": asdict(shape), "share": share(shape, parent, axis)}
@@ -147,12 +138,26 @@ def _sensitivity(
             for draw in range(draws):
                 kept = choose(loaded.model, statistics, shape, criterion, config.seed + draw)
                 small = slice_model(loaded.model, kept, statistics if config.compensate else None)
-                losses.append(loss_on(small.to(loaded.device), few, loaded.device) - base)
+                losses.append(found.loss(small.to(loaded.device), few) - base)
             row[criterion] = sum(losses) / draws
         rows.append(row)
     ascending = rows[::-1]
     sizes_of = [row["share"] for row in ascending] + [1.0]
     return Sensitivity(sizes_of, [row["activation"] for row in ascending] + [0.0]), rows
+
+
+def _task_scores(found: Calibrated, small: DualRoutingTransformer) -> dict[str, Any]:
+    """The task's metrics before and after, on rows that were held out where they are still there."""
+    answerer = found.answerer
+    assert answerer is not None
+    try:
+        source, rows, _ = usable_rows(answerer)
+    except UserError:  # they were moved, or were never kept
+        source, rows, _ = usable_rows(answerer, found.source)
+    before, _ = scored_rows(answerer, rows)
+    answerer.loaded = dataclasses.replace(answerer.loaded, model=small)
+    after, _ = scored_rows(answerer, rows)
+    return {"rows": len(rows), "measured_on": source, "parent": before, "pruned": after}
 
 
 def _show(account: dict[str, Any]) -> None:
@@ -171,6 +176,11 @@ def _show(account: dict[str, Any]) -> None:
             table.add_row(name.replace("_", " "), *figures)
     losses = account["loss"]
     table.add_row("calibration loss", f"{losses['parent']:.4f}", f"{losses['pruned']:.4f}", "")
+    if "task" in account:
+        before, after = account["task"]["parent"], account["task"]["pruned"]
+        for name in before:
+            row = f"{name.replace('_', ' ')}, {account['task']['rows']:,} rows"
+            table.add_row(row, f"{before[name]:.4f}", f"{after[name]:.4f}", "")
     for name, size in account["shape"]["pruned"].items():
         table.add_row(name, f"{account['shape']['parent'][name]:,}", f"{size:,}", "")
     console.print(table)

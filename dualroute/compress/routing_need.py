@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dualroute.compress.calibration import Batch, loss_on
+from dualroute.compress.calibration import Batch, Loss, loss_on
 from dualroute.model import DualRoutingTransformer
 
 SMALLEST_WINDOW = 16
@@ -32,16 +32,26 @@ class Need:
 
 
 def fit_routing(
-    model: DualRoutingTransformer, batches: list[Batch], device: torch.device, tolerance: float
+    model: DualRoutingTransformer,
+    batches: list[Batch],
+    device: torch.device,
+    tolerance: float,
+    loss_of: Loss | None = None,
 ) -> tuple[DualRoutingTransformer, Need]:
     """Halve windows and top_k while the loss stays within ``tolerance`` nats of what it was, in all.
 
     Each layer may use up its equal part of the tolerance, and what the layers before it left over.
 
+    Args:
+        model, batches, device: What is measured, on what and where.
+        tolerance: In nats.
+        loss_of: The loss; null is that of the batches' labels.
+
     Returns:
         A model of the same weights, and what was found.  Routes that a layer does not have stay as they are.
     """
-    start = loss_on(model, batches, device)
+    loss_of = loss_of or (lambda model, batches: loss_on(model, batches, device))
+    start = loss_of(model, batches)
     loss, used = start, 0
     steps = 2 * len(model.layers)
     attentions: list[Any] = [layer.attention for layer in model.layers]
@@ -54,7 +64,7 @@ def fit_routing(
             while has_route and _get(attention, name) // 2 >= least:
                 before = _get(attention, name)
                 _set(attention, name, before // 2)
-                tried = loss_on(model, batches, device)
+                tried = loss_of(model, batches)
                 if tried - start > tolerance * used / steps:
                     _set(attention, name, before)
                     break

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualroute.compress.calibration import Statistics, calibrate, described, loss_on, measure
+from dualroute.compress.calibration import Statistics, calibrate, described, measure
 from dualroute.compress.config import SparsifyConfig
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
@@ -32,11 +32,12 @@ def sparsify(config: SparsifyConfig) -> None:
     Raises:
         UserError: The inputs do not fit together.
     """
-    loaded, batches, _ = calibrate(config)
-    before = loss_on(loaded.model, batches, loaded.device)
+    found = calibrate(config)
+    loaded, batches = found.loaded, found.batches
+    before = found.loss(loaded.model, batches)
     statistics = measure(loaded.model, batches, loaded.device) if config.method == "wanda" else None
     zero_weights(loaded.model, statistics, config.sparsity, config.pattern)
-    after = loss_on(loaded.model, batches, loaded.device)
+    after = found.loss(loaded.model, batches)
     sparsity = {"method": config.method, "share": config.sparsity, "pattern": config.pattern}
     metadata = described(loaded, "sparsify", sparsified_from=str(loaded.checkpoint.folder), sparsity=sparsity)
     extra = loaded.checkpoint.task_file()

@@ -20,8 +20,8 @@ from dualroute.data.chat.ids import SpecialToken
 from dualroute.data.text_parts import JsonParts
 from dualroute.errors import UserError
 
-BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
-EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>")
+BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
+EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "[SEP]")
 PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 UNK = ("<unk>", "[UNK]")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

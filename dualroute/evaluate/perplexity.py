@@ -1,7 +1,8 @@
 """``dualroute evaluate``: loss, perplexity and bits per byte of a checkpoint.
 
 In: a checkpoint and either a folder of shards or a text file.  Every next-token target is scored exactly
-once.  Out: a table on the terminal, JSON on request.
+once; of a model that reads both sides (``causal`` false) the tokens that masked training would hide, in the
+share that it was trained with, by masks of seed 0.  Out: a table on the terminal, JSON on request.
 
 Perplexity depends on the tokenizer and says nothing across models with different ones;
 bits per byte do not.  They are the loss of all targets divided by the bytes of the text they spell.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import math
@@ -18,16 +20,19 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dualroute.data.manifest import Manifest, verify_shards
+from dualroute.data.masking import MaskedSequentialPlan, MaskedWindows, Masking
 from dualroute.data.plan import SequentialPlan, WalkSequence
 from dualroute.data.reader import IGNORE_INDEX, ShardReader, WindowDataset, collate, open_stream
 from dualroute.data.tokenizer import Tokenizer
@@ -40,6 +45,10 @@ from dualroute.model.steering import steer
 
 #: Rows of [tokens, vocab] logits that exist at once.
 LOGIT_ROWS = 2048
+#: Of the masks by which models that read both sides are compared, whatever a run's own seed was.
+MASK_SEED = 0
+#: Share of the tokens that is hidden, where a checkpoint does not say with which it was trained.
+USUAL_MASK_SHARE = 0.3
 #: Of a text that is scored as one document.
 MOST_BYTES = 2**30
 
@@ -51,6 +60,7 @@ class Score:
     loss: float  # nats per target
     targets: int
     bytes: float  # of text that the targets spell
+    masked: float | None = None  # share of the tokens that was hidden; null: next tokens
 
     @property
     def perplexity(self) -> float:
@@ -58,6 +68,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
+        """Of next tokens; hidden ones are a part of the text."""
         return self.loss * self.targets / (math.log(2) * self.bytes)
 
 
@@ -90,21 +101,45 @@ def evaluate_shards(
     """Score a split of a shard folder.
 
     Raises:
-        UserError: The model is not causal, or the shards were made with another tokenizer or are damaged.
+        UserError: The model writes no text, or the shards were made with another tokenizer or are damaged.
     """
-    loaded.model.config.require_causal("the perplexity of a text")
+    share = mask_share(loaded)
     manifest = Manifest.load(folder)
     refuse_other_tokenizer(manifest, loaded.tokenizer, loaded.checkpoint.folder)
     verify_shards(manifest, split, level="size")
-    plan = SequentialPlan(open_stream(manifest, split), context, max_tokens)
+    order = (open_stream(manifest, split), context, max_tokens)
+    plan = SequentialPlan(*order) if share is None else MaskedSequentialPlan(*order, share)
     if not plan.windows:
         raise UserError(
             f"{folder} has no documents in split '{split}': prepare it with a larger --val_fraction"
         )
-    dataset = WindowDataset(ShardReader(manifest, split), plan)
+    dataset: Dataset[Any] = WindowDataset(ShardReader(manifest, split), plan)
+    if share is not None:
+        masking = Masking.of(loaded.tokenizer, share, manifest.fingerprint, MASK_SEED)
+        dataset = MaskedWindows(dataset, masking)  # type: ignore[arg-type]
     loader = DataLoader(dataset, batch_sampler=WalkSequence(plan, 0, 1, batch_size), collate_fn=collate)
     nll, count = score_batches(loaded.model, loader, loaded.device)
-    return Score(nll / count, count, count / manifest.split(split).targets_per_byte)
+    return Score(nll / count, count, count / manifest.split(split).targets_per_byte, share)
+
+
+def mask_share(loaded: Loaded) -> float | None:
+    """The share of tokens that a model was trained to find; null for one of next tokens.
+
+    Raises:
+        UserError: The model has a task's head or reads no text.
+    """
+    config = loaded.model.config
+    config.require_tokens("the perplexity of a text")
+    if config.task_head is not None:
+        raise UserError(
+            f"{loaded.checkpoint.folder} answers a task and finds no tokens: give --data, rows of the task"
+        )
+    if config.causal:
+        return None
+    settings = loaded.checkpoint.metadata.get("settings")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    share = data.get("mask_share") if isinstance(data, dict) else None
+    return float(share) if isinstance(share, int | float) and 0 < share <= 1 else USUAL_MASK_SHARE
 
 
 def evaluate_text(
@@ -113,9 +148,9 @@ def evaluate_text(
     """Score a text file as one document, in windows of ``context`` tokens that start ``stride`` apart.
 
     Raises:
-        UserError: The model is not causal, or the file is missing, not UTF-8, or too short to hold a target.
+        UserError: The model writes no text, or the file is missing, not UTF-8, or too short to hold a target.
     """
-    loaded.model.config.require_causal("the perplexity of a text")
+    share = mask_share(loaded)
     text = read_text(path)
     ids = loaded.tokenizer.encode(text, bos=True, eos=True)
     size = len(text.encode())
@@ -124,9 +159,24 @@ def evaluate_text(
         size = len(loaded.tokenizer.decode(ids).encode())
     if len(ids) < 2 or not size:
         raise UserError(f"{path} holds {len(ids)} tokens: too short to score; give a longer text")
-    batches = text_windows(torch.tensor(ids), context, stride, batch_size)
+    if share is None:
+        batches = text_windows(torch.tensor(ids), context, stride, batch_size)
+    elif stride != context:
+        raise UserError("stride works with models of next tokens only, which score those that follow a past")
+    else:
+        name = hashlib.sha256(text.encode()).hexdigest()
+        masking = Masking.of(loaded.tokenizer, share, name, MASK_SEED)
+        batches = _masked_windows(np.array(ids), context, masking)
     nll, count = score_batches(loaded.model, batches, loaded.device)
-    return Score(nll / count, count, size)
+    return Score(nll / count, count, size, share)
+
+
+def _masked_windows(ids: NDArray[np.int64], context: int, masking: Masking) -> Iterator[dict[str, Tensor]]:
+    """Windows (1, n) of ids (T,), one after the other, with tokens hidden."""
+    for number, start in enumerate(range(0, len(ids), context)):
+        part = ids[start : start + context]
+        window = masking.mask({"input_ids": part, "segment_ids": np.ones_like(part)}, "text", number)
+        yield {name: torch.from_numpy(value)[None] for name, value in window.items()}
 
 
 def refuse_other_tokenizer(manifest: Manifest, tokenizer: Tokenizer, checkpoint: Path) -> None:
@@ -226,16 +276,19 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.output is not None and not Path(config.output).parent.is_dir():  # said now, not after the work
         raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")
     score = evaluate(config)
-    table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens scored")
-    table.add_row(
-        f"{score.loss:.4f}", f"{score.perplexity:.2f}", f"{score.bits_per_byte:.4f}", f"{score.targets:,}"
-    )
+    if score.masked is None:
+        table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens scored")
+        density = [f"{score.bits_per_byte:.4f}"]
+    else:
+        hidden = f"hidden tokens scored ({score.masked:.0%}, masks of seed {MASK_SEED})"
+        table, density = Table("masked loss (nats/token)", "pseudo-perplexity", hidden), []
+    table.add_row(f"{score.loss:.4f}", f"{score.perplexity:.2f}", *density, f"{score.targets:,}")
     Console().print(table)
     if config.output is not None:
         figures = {
             **asdict(score),
             "perplexity": score.perplexity,
-            "bits_per_byte": score.bits_per_byte,
+            **({"bits_per_byte": score.bits_per_byte} if score.masked is None else {"mask_seed": MASK_SEED}),
             "evaluation": config.of_one_measure(),
         }
         try:

@@ -284,8 +284,9 @@ def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[
         if "score" in quality:
             rows.append((f"{quality['metric']} on {quality['measured_on']}", f"{quality['score']:.4f}"))
         else:
-            rows.append((f"loss (nats per token) on {place}", f"{quality['loss']:.4f}"))
-            rows.append(("perplexity", f"{quality['perplexity']:.2f}"))
+            hidden = "" if loaded.model.config.causal else "masked "
+            rows.append((f"{hidden}loss (nats per token) on {place}", f"{quality['loss']:.4f}"))
+            rows.append((f"{'pseudo-' if hidden else ''}perplexity", f"{quality['perplexity']:.2f}"))
         if "bits_per_byte" in quality:
             rows.append(("bits per byte", f"{quality['bits_per_byte']:.4f}"))
             rows.append(("tokens scored", f"{quality['tokens']:,}"))

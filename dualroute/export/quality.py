@@ -75,7 +75,7 @@ def _figures(score: Score) -> dict[str, float]:
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
+        **({"bits_per_byte": score.bits_per_byte} if score.masked is None else {"masked": score.masked}),
         "tokens": score.targets,
     }
 

@@ -38,6 +38,7 @@ _LEFT_OUT: dict[str, Any] = {
     "local_rotary_factor": 1.0,
     "task_head": None,
     "frontend": None,
+    "parts": None,
 }
 _RANGES = {
     **dict.fromkeys(
@@ -160,6 +161,30 @@ class FrontendConfig:
             raise UserError(f"model.frontend: {error}") from error
 
 
+@dataclass
+class PartsConfig:
+    """Parts that an encoder from elsewhere has otherwise; ``dualroute convert`` sets them.
+
+    Args:
+        norm: rms, or layer: LayerNorm without a bias.
+        activation: Of the feed-forward's gate: silu or gelu.
+        first_norm: Whether the first layer's attention has a norm in front of it.
+        dense_layers: With attention interleaved, numbers of the layers, from 0, that read every token; null
+            goes by dense_every.
+        local_rope_theta: Base of the rotary frequencies in the other layers; null is the same.
+    """
+
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "gelu"] = "silu"
+    first_norm: bool = True
+    dense_layers: list[int] | None = None
+    local_rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {"dense_layers": at_least(0, _MOST), "local_rope_theta": above(0, 1e12)}
+        check_fields(self, "model.parts", ranges)
+
+
 @_noting_what_is_given
 @dataclass
 class ModelConfig:
@@ -213,6 +238,7 @@ class ModelConfig:
         norm_eps: Epsilon of every RMSNorm.
         frontend: What enters instead of token ids; ``dualroute finetune`` sets it from the task.
         task_head: What leaves instead of the next token; ``dualroute finetune`` sets it from task and data.
+        parts: What an encoder from elsewhere has otherwise; ``dualroute convert`` sets it.
     """
 
     vocab_size: int | None = None
@@ -250,12 +276,15 @@ class ModelConfig:
     norm_eps: float = 1e-5
     task_head: TaskHeadConfig | None = field(default=None, metadata=DERIVED)
     frontend: FrontendConfig | None = field(default=None, metadata=DERIVED)
+    parts: PartsConfig | None = field(default=None, metadata=DERIVED)
 
     def __post_init__(self) -> None:
         if isinstance(self.frontend, dict):  # of a model.json
             self.frontend = FrontendConfig(**self.frontend)
         if isinstance(self.task_head, dict):  # of a model.json
             self.task_head = TaskHeadConfig(**self.task_head)
+        if isinstance(self.parts, dict):  # of a model.json
+            self.parts = PartsConfig(**self.parts)
         self._derived()  # raises where the numbers contradict each other
 
     #: fields that were given, by position, by name or (see ``dualroute.cli``) in files and flags
@@ -291,12 +320,20 @@ class ModelConfig:
         """The configuration of layer number ``index``, from 0.
 
         Interleaved layers are dense or local ones, and a layer may have a window and a top_k of its own."""
-        kind = self.attention
+        kind, parts, theta = self.attention, self.parts, self.rope_theta
+        listed = None if parts is None else parts.dense_layers
         if kind == "interleaved":
-            kind = "local" if (index + 1) % self.dense_every else "dense"
+            dense = (index + 1) % self.dense_every == 0 if listed is None else index in listed
+            kind = "dense" if dense else "local"
+        if parts is not None:
+            parts = dataclasses.replace(parts, first_norm=parts.first_norm or index > 0, dense_layers=None)
+            if kind == "local" and parts.local_rope_theta is not None:
+                theta = parts.local_rope_theta
         return dataclasses.replace(
             self,
             attention=kind,
+            parts=parts,
+            rope_theta=theta,
             window=self.window if self.layer_windows is None else self.layer_windows[index],
             top_k=self.top_k if self.layer_top_k is None else self.layer_top_k[index],
             layer_windows=None,
@@ -317,6 +354,8 @@ class ModelConfig:
                     f"model.{name} is {values}: give {self.num_layers} numbers of at least {least}, one for "
                     f"each layer, or null"
                 )
+        if self.parts is not None and self.causal:
+            raise UserError("model.parts are those of an encoder: set model.causal to false")
         _check_rope_scaling(self.rope_scaling)
         heads = self._heads()
         ffn_dim = -(-8 * self.dim // (3 * 64)) * 64 if self.ffn_dim is None else self.ffn_dim

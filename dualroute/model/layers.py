@@ -13,14 +13,28 @@ from torch import Tensor, nn
 
 from dualroute.attention.core.rope import RopeScaling
 from dualroute.attention.layer import DualRouting
-from dualroute.model.config import ModelConfig
+from dualroute.model.config import ModelConfig, PartsConfig
+
+
+def norm_of(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
+    """A norm of the residual stream: RMSNorm, or what `ModelConfig.parts` says."""
+    if config.parts is not None and config.parts.norm == "layer":
+        return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=False)
+    return nn.RMSNorm(config.dim, eps=config.norm_eps)
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward: down(silu(gate(x)) · up(x)) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """Gated feed-forward: down(silu(gate(x)) · up(x)) (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    Args:
+        dim: Width of the residual stream.
+        ffn_dim: Inner width.
+        gelu: Take GELU instead of SiLU.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, *, gelu: bool = False) -> None:
         super().__init__()
+        self.gelu = gelu
         self.gate = nn.Linear(dim, ffn_dim, bias=False)
         self.up = nn.Linear(dim, ffn_dim, bias=False)
         self.down = nn.Linear(ffn_dim, dim, bias=False)
@@ -31,7 +45,7 @@ class SwiGLU(nn.Module):
 
     def down_project(self, gate: Tensor, up: Tensor) -> Tensor:
         """What follows the two products, (…, ffn_dim) each → (…, dim)."""
-        return self.down(F.silu(gate) * up)
+        return self.down((F.gelu(gate) if self.gelu else F.silu(gate)) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -40,7 +54,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.ffn_dim is not None
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        parts = config.parts or PartsConfig()
+        self.attention_norm = norm_of(config) if parts.first_norm else nn.Identity()
         self.attention = DualRouting(
             config.dim,
             config.num_heads,
@@ -67,8 +82,8 @@ class TransformerBlock(nn.Module):
             qk_norm=config.qk_norm,
             gate=config.gate,
         )
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = SwiGLU(config.dim, config.ffn_dim)
+        self.ffn_norm = norm_of(config)
+        self.ffn = SwiGLU(config.dim, config.ffn_dim, gelu=parts.activation == "gelu")
 
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
         """(B, n, dim) → (B, n, dim); ``attention`` holds layout, positions and cache for the attention."""

@@ -22,7 +22,7 @@ from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.frontends import Frontend
-from dualroute.model.layers import TransformerBlock
+from dualroute.model.layers import TransformerBlock, norm_of
 from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.task_heads import TaskHead
 
@@ -54,7 +54,7 @@ class DualRoutingTransformer(nn.Module):
         else:
             self.embedding = Frontend(config.frontend, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config.of_layer(i)) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = norm_of(config)
         own = None if config.head_is_tied else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.head = NextTokenHead(self.embedding.weight if own is None else own)
         self.task_head = None if config.task_head is None else TaskHead(config.task_head, config.dim)

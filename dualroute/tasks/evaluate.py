@@ -63,12 +63,19 @@ def evaluate_task(answerer: Answerer, source: str | None = None, max_rows: int |
     kind = answerer.kind
     name, rows, problems = usable_rows(answerer, source, max_rows)
     kind.tally.counts.clear()  # rows are encoded once more, to be answered
+    metrics, count = scored_rows(answerer, rows)
+    return TaskScore(metrics, count, list(problems.lines(name)), name)
+
+
+def scored_rows(answerer: Answerer, rows: list[Row]) -> tuple[dict[str, float], int]:
+    """The metrics of a checkpoint on rows with their targets, and how many of them were answered."""
+    kind = answerer.kind
     predictions = [answer.prediction for answer in answerer.answers(rows)]
     scored = [(row, found) for row, found in zip(rows, predictions, strict=True) if found is not None]
     metrics = kind.score([kind.target(row) for row, _ in scored], [found for _, found in scored])
     if kind.head() is None:
         metrics["perplexity"] = math.exp(min(answerer.next_token_loss([row for row, _ in scored]), 700.0))
-    return TaskScore(metrics, len(scored), list(problems.lines(name)), name)
+    return metrics, len(scored)
 
 
 def usable_rows(

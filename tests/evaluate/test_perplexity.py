@@ -1,19 +1,26 @@
 import gzip
+import hashlib
 import json
 import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from data_prep.prepare import PrepareConfig, prepare
+from dualroute.cli import main
 from dualroute.data.manifest import Manifest
+from dualroute.data.masking import Masking
 from dualroute.data.reader import IGNORE_INDEX, ShardReader
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate, evaluate_command, text_windows
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint.format import save_model
 from tests.conftest import write_corpus
 
 TEXT = "The old bird sees the river.\nA stone sleeps under the hill.\n" * 12
@@ -187,3 +194,41 @@ def test_a_text_from_outside_has_a_limit_and_is_a_file(tmp_path, monkeypatch):
     (tmp_path / "bomb.gz").write_bytes(damaged)
     with pytest.raises(UserError, match="cannot be read"):
         perplexity.read_text(tmp_path / "bomb.gz")
+
+
+@pytest.mark.parametrize("what", ["data", "text"])
+def test_a_model_that_reads_both_sides_is_scored_on_hidden_tokens(what, tiny_dataset, tmp_path, capsys):
+    """In the share of its training; whatever its own seed was, by the same masks."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=320, dim=16, num_layers=1, num_heads=2, block=16, max_context=64, causal=False
+    )
+    model = DualRoutingTransformer(config).eval()
+    said = {"context": 32, "settings": {"data": {"mask_share": 0.25}}}
+    save_model(model, tmp_path / "c", tiny_dataset / "tokenizer.model", said)
+    (tmp_path / "t.txt").write_text(TEXT * 9)
+    source = {"data": tiny_dataset, "text": tmp_path / "t.txt"}[what]
+    output = tmp_path / "f.json"
+    asked = ["evaluate", "--checkpoint", tmp_path / "c", f"--{what}", source, "--output", output]
+    assert main([*map(str, asked), "--max_tokens", "200"]) == 0
+    assert "pseudo-perplexity" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert (found["masked"], found["mask_seed"]) == (0.25, 0)
+    assert "bits_per_byte" not in found
+    if what == "text":
+        tokenizer = Tokenizer(tiny_dataset / "tokenizer.model")
+        ids = np.array(tokenizer.encode(TEXT * 9, bos=True, eos=True)[:200])
+        masking = Masking.of(tokenizer, 0.25, hashlib.sha256((TEXT * 9).encode()).hexdigest(), 0)
+        losses = []
+        for number in range(-(-len(ids) // 32)):
+            part = ids[32 * number : 32 * number + 32]
+            hidden = masking.hidden(part, np.ones_like(part), "text", number)
+            given = torch.from_numpy(np.where(hidden, masking.mask_id, part))[None]
+            wanted = torch.from_numpy(part)[hidden]
+            losses += torch.nn.functional.cross_entropy(
+                model(given)[0, hidden], wanted, reduction="none"
+            ).tolist()
+        assert found["targets"] == len(losses)
+        assert found["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    else:
+        assert found["targets"] == 6 * 8 + 2  # 200 tokens: six windows of 32, and one of 8

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dualroute.attention import reference
 from dualroute.errors import UserError
-from dualroute.export.masked import MaskedTransformer
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
 from dualroute.model.decoding.generation import continue_batch
 
@@ -135,8 +134,6 @@ def test_what_reads_from_left_to_right_is_refused_by_name() -> None:
         next(generate(model, [1, 2], SamplingConfig(max_new_tokens=2)))
     with pytest.raises(UserError, match=r"generation .*model\.causal false"):
         continue_batch(model, ids(4), 2, torch.Generator())
-    with pytest.raises(UserError, match=r"model\.causal false: export it with --format hf"):
-        MaskedTransformer(model)
 
 
 def test_a_file_says_it_only_where_it_is_so(tmp_path: Any) -> None:

@@ -46,8 +46,8 @@ TOLERANCE = 1e-5
 OTHERS_TOLERANCE = 2e-5  # of another program's logits, as a share of the largest
 MODEL_CODE, TOKENIZER_CODE = "modeling_dualroute.py", "tokenization_dualroute.py"
 NEW_TOKENS = 24
-PLACE, MEDIA = "dualroute.export.hf", "media"
-ROOTS = ["configuration", "modeling", "heads"]
+ROOTS = [f"dualroute.export.hf.{name}_dualroute" for name in ("configuration", "modeling", "heads")]
+MEDIA = "dualroute.export.hf.media_dualroute"
 
 
 def write(loaded: Loaded, folder: Path, layout: str = "own") -> dict[str, Any]:
@@ -77,7 +77,7 @@ def write(loaded: Loaded, folder: Path, layout: str = "own") -> dict[str, Any]:
     if layout == "own" or reason:
         write_tensors(folder / "model.safetensors", named_weights(loaded.model))
         media = [] if shape.reads_text else [MEDIA]
-        code += bundle([f"{PLACE}.{name}_dualroute" for name in [*ROOTS, *media]], folder)
+        code += bundle([*ROOTS, *media], folder)
         config = config_of(loaded, medium)
     else:
         write_tensors(folder / "model.safetensors", transformers_layout.named_weights(loaded.model))

@@ -30,7 +30,7 @@ from dualroute.export.hf.cache_dualroute import DualRoutingCache, NewTokens
 from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
 from dualroute.model.config import ModelConfig
 from dualroute.model.frontends import Frontend
-from dualroute.model.layers import TransformerBlock
+from dualroute.model.layers import TransformerBlock, norm_of
 
 CAPACITY = 512  # tokens that a cache has room for at first
 
@@ -65,7 +65,7 @@ class DualRoutingPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             if isinstance(module, Frontend):
                 nn.init.normal_(module.bias, std=std)
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, DualRouting) and module.gate_weight is not None:
             nn.init.zeros_(module.gate_weight)
@@ -85,7 +85,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
             self.embedding = Frontend(shape.frontend, shape.dim)
             self.main_input_name = "input_features" if shape.frontend.kind == "frames" else "pixel_values"
         self.layers = nn.ModuleList(DualRoutingLayer(shape.of_layer(i)) for i in range(shape.num_layers))
-        self.norm = nn.RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.norm = norm_of(shape)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -229,7 +229,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         batch, length = hidden.shape[:2]
         if segment_ids is None and positions is not None:
             segment_ids = (positions == 0).cumsum(-1) + 1
-        attention: DualRouting = self.layers[0].attention  # type: ignore[union-attr,assignment]
+        attention: DualRouting = self.layers[0].attention  # type: ignore[assignment]
         grid, block = attention.grid, attention.block
         lay_out = lay_out_in_graph if tracing() and grid is None else Layout.of_batch
         layout = lay_out(None, batch, length, block, segment_ids, tokens.mask, hidden.device, grid)

@@ -98,10 +98,10 @@ def write_tokenizer(
         are code.
     """
     special: dict[str, Any] = dict(_specials(tokenizer))
-    if masks:
-        mask = tokenizer.pieces()[mask_id(tokenizer)]
-        # a hidden word was hidden with the space before it
-        special["mask_token"] = {**_added(mask), "lstrip": True, "__type": "AddedToken"}
+    mask: dict[str, Any] = {}
+    if masks:  # a hidden word was hidden with the space before it
+        mask = {**_added(tokenizer.pieces()[mask_id(tokenizer)]), "lstrip": True}
+        special["mask_token"] = {**mask, "__type": "AddedToken"}
     settings: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' own number for "no limit"
@@ -122,9 +122,14 @@ def write_tokenizer(
         settings |= {"tokenizer_class": "DualRoutingTokenizer", "end_with_eos": ends}
         settings["auto_map"] = {"AutoTokenizer": ["tokenization_dualroute.DualRoutingTokenizer", None]}
         settings["added_tokens_decoder"] = {
-            str(token.id): _added(piece) for piece, token in tokenizer.special_tokens.items()
+            str(token.id): mask if piece == mask.get("content") else _added(piece)
+            for piece, token in tokenizer.special_tokens.items()
         }
     else:
+        if mask:
+            others = [each for each in fast.get("added_tokens") or [] if each["content"] != mask["content"]]
+            named = [*others, {"id": mask_id(tokenizer), **mask}]
+            fast["added_tokens"] = sorted(named, key=lambda token: int(token["id"]))
         (folder / "tokenizer.json").write_text(json.dumps(fast, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(

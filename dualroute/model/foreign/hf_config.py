@@ -22,7 +22,7 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 @dataclass(frozen=True)
-class _Keys:
+class Keys:
     """config.json with its place, for messages."""
 
     values: dict[str, Any]
@@ -52,7 +52,7 @@ def llama_like_config(values: dict[str, Any], place: str) -> ModelConfig:
     Raises:
         UserError: A key asks for something that our model does not compute.
     """
-    keys = _Keys(values, place)
+    keys = Keys(values, place)
     family = values["model_type"]
     _refuse_what_differs(keys)
     theta, scaling = _rope(keys)
@@ -82,7 +82,7 @@ def llama_like_config(values: dict[str, Any], place: str) -> ModelConfig:
     )
 
 
-def _refuse_what_differs(keys: _Keys) -> None:
+def _refuse_what_differs(keys: Keys) -> None:
     if keys.get("hidden_act", "silu") not in ("silu", "swish"):
         raise keys.refuse("hidden_act", keys.get("hidden_act"), "the feed-forward here is SwiGLU (silu)")
     for key, reason in (
@@ -94,7 +94,7 @@ def _refuse_what_differs(keys: _Keys) -> None:
             raise keys.refuse(key, keys.get(key), reason)
 
 
-def _window(keys: _Keys, family: str) -> int | None:
+def _window(keys: Keys, family: str) -> int | None:
     """Keys that every layer sees; None = all."""
     layers = keys.need("num_hidden_layers")
     window: int | None
@@ -117,7 +117,7 @@ def _window(keys: _Keys, family: str) -> int | None:
     return window
 
 
-def _rope(keys: _Keys) -> tuple[float, dict[str, float] | None]:
+def _rope(keys: Keys) -> tuple[float, dict[str, float] | None]:
     """Base and scaling: ``rope_parameters`` of transformers 5, or rope_theta and rope_scaling before it."""
     given = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     theta = float(given.get("rope_theta", keys.get("rope_theta", 10000.0)))

@@ -5,6 +5,8 @@ In: a path on this machine.  Here it is recognised and read:
 - a checkpoint or run folder of dualroute;
 - a Hugging Face directory (config.json with safetensors, whole or sharded) of a Llama, Mistral, Qwen2 or
   Qwen3 model, which becomes a `DualRoutingTransformer` with ``attention: dense``, equal in every logit;
+- one of a ModernBERT, which becomes an encoder, equal in every hidden state
+  (:mod:`dualroute.model.foreign.modernbert`);
 - a Hugging Face directory that ``dualroute export`` wrote, of any attention, also after a training elsewhere
   (:mod:`dualroute.model.foreign.own_export`);
 - a Hugging Face directory of a GPT-2, which stays what it is (:mod:`dualroute.model.foreign.gpt2_teacher`);
@@ -39,18 +41,13 @@ from dualroute.model.checkpoint.format import (
     replace_parameter,
 )
 from dualroute.model.config import ModelConfig
-from dualroute.model.foreign import own_export
+from dualroute.model.foreign import modernbert, own_export
 from dualroute.model.foreign.hf_config import LLAMA_LIKE, llama_like_config
 from dualroute.model.foreign.llama2c import read_llama2c
 from dualroute.model.transformer import DualRoutingTransformer
 
-_LEARNED = "its learned positions, LayerNorm after each layer and GELU have no counterpart here"
-#: encoders that people ask for → why none of their layers computes the same in RMSNorm, SwiGLU and RoPE
-_ENCODERS = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "distilbert"), _LEARNED),
-    "modernbert": "its first layer has no norm, its feed-forward is gated by GELU, and its local layers turn "
-    "positions by another base than its global ones",
-}
+#: encoders that people ask for, none of whose layers computes the same as ours
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 _MAX_TOKENIZER_BYTES = 256 << 20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: In a layer of ours → in a layer of theirs; queries, keys and values are joined.
@@ -125,15 +122,20 @@ def load_causal_lm(
     if family == own_export.MODEL_TYPE:
         config = own_export.own_config(values, str(source / "config.json"))
         return filled(config, read_own_export(source, config), str(source), dtype), tokenizer_file(source)
+    if family == modernbert.MODEL_TYPE:
+        config = modernbert.modernbert_config(values, str(source / "config.json"))
+        return filled(config, read_modernbert(source, config), str(source), dtype), tokenizer_file(source)
     if family in _ENCODERS:
         raise UserError(
-            f"{source / 'config.json'}: a {family} cannot be read: {_ENCODERS[family]}; masked pretraining "
-            f"(model.causal false) makes an encoder here"
+            f"{source / 'config.json'}: a {family} cannot be read: its learned positions, LayerNorm with a "
+            f"bias after each layer and GELU without a gate have no counterpart here; a modernbert can, and "
+            f"masked pretraining (model.causal false) makes an encoder with this one's vocabulary "
+            f"(prepare --tokenizer {source / 'tokenizer.json'})"
         )
     if family not in LLAMA_LIKE:
         raise UserError(
             f"{source / 'config.json'}: model_type '{family}' is not supported: llama, mistral, qwen2, "
-            f"qwen3 and exports of dualroute are read, gpt2 as a teacher"
+            f"qwen3, modernbert and exports of dualroute are read, gpt2 as a teacher"
         )
     config = llama_like_config(values, str(source / "config.json"))
     return filled(config, read_llama_like(source, config), str(source), dtype), tokenizer_file(source)
@@ -272,6 +274,26 @@ def read_own_export(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         raise UserError(
             f"{folder} holds {len(unknown)} tensor(s) that a language model here has no place for, "
             f"{unknown[0]} for one: merge adapters and save the language model itself"
+        )
+    return weights
+
+
+def read_modernbert(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a ModernBERT's directory under our names; those of its heads stay behind.
+
+    Raises:
+        UserError: A file or tensor is missing, or there is a tensor that our model has no place for.
+    """
+    files = _Weights(folder)
+    with torch.device("meta"):
+        wanted = [name for name, _ in DualRoutingTransformer(config).named_parameters()]
+    prefix = "model." if any(name.startswith("model.") for name in files.file_of) else ""
+    weights = modernbert.modernbert_weights(wanted, config, prefix, lambda name: files.take((name,)))
+    unknown = sorted(name for name in files.untouched() if not name.startswith(modernbert.HEADS))
+    if unknown:
+        raise UserError(
+            f"{folder} holds {len(unknown)} tensor(s) that an encoder here has no place for, {unknown[0]} "
+            f"for one"
         )
     return weights
 

@@ -9,11 +9,14 @@ import pytest
 
 from dualroute.export.hf import bundle as bundling
 from dualroute.export.hf.bundle import bundle, source_file
-from dualroute.export.hf.folder import ROOTS
+from dualroute.export.hf.folder import MEDIA, ROOTS
+
+PROCESSORS = [f"dualroute.export.hf.{name}_dualroute" for name in ("image_processing", "feature_extraction")]
+ALL = [*ROOTS, MEDIA, *PROCESSORS]
 
 
 def test_everything_that_is_imported_comes_along(tmp_path):
-    files = bundle(ROOTS, tmp_path)
+    files = bundle(ALL, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert "modeling_dualroute.py" in files
     assert "dualroute_attention_core_router.py" in files
@@ -28,7 +31,7 @@ def test_everything_that_is_imported_comes_along(tmp_path):
 
 
 def test_only_lines_that_import_differ(tmp_path):
-    bundle(ROOTS, tmp_path)
+    bundle(ALL, tmp_path)
     ours = source_file("dualroute.attention.layer").read_text().splitlines()
     theirs = (tmp_path / "dualroute_attention_layer.py").read_text().splitlines()
     assert theirs[0] == "# SPDX-License-Identifier: Apache-2.0"
@@ -47,7 +50,7 @@ def test_an_import_that_cannot_be_rewritten_is_refused(tmp_path, monkeypatch):
 
 def test_substitutes_have_every_name_that_is_asked_of_them(tmp_path):
     asked = {f"{bundling.stem(module)}": set() for module in bundling.SUBSTITUTES}
-    for file in bundle(ROOTS, tmp_path):
+    for file in bundle(ALL, tmp_path):
         for node in ast.walk(ast.parse((tmp_path / file).read_text())):
             if isinstance(node, ast.ImportFrom) and node.module in asked:
                 asked[node.module] |= {alias.name for alias in node.names}
