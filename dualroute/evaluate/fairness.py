@@ -253,11 +253,12 @@ def _batch(model: DualRoutingTransformer, rows: list[tuple[list[int], int]], wid
 def _draws(clusters: NDArray[np.int64], resamples: int, seed: int) -> NDArray[np.float64]:
     """(resamples, clusters) how often each cluster is drawn."""
     count = int(clusters.max()) + 1
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    return drawn.astype(np.float64)
 
 
 def _sums(values: Array, clusters: NDArray[np.int64]) -> Array:
-    return np.bincount(clusters, weights=values, minlength=int(clusters.max()) + 1)
+    return np.bincount(clusters, weights=values, minlength=int(clusters.max()) + 1).astype(np.float64)
 
 
 def _resampled(score: Score, draws: NDArray[np.float64]) -> Array:
@@ -375,8 +376,8 @@ def _read_bbq(folder: Path) -> list[Item]:
                 items.append(_bbq_item(json.loads(line)))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
-                    f"{path}:{number}: no question of BBQ ({type(error).__name__}: {error}); give the file as "
-                    f"it was published"
+                    f"{path}:{number}: no question of BBQ ({type(error).__name__}: {error}); give the file "
+                    f"as it was published"
                 ) from error
     return items
 
