@@ -90,8 +90,8 @@ class Swaps:
         rule = _RULE.fullmatch(line)
         if rule is None:
             raise UserError(
-                f"counterfactual {place}: {line[:60]!r} is no rule; write A <-> B, A -> B, A -> B | before WORDS or "
-                f"keep A"
+                f"counterfactual {place}: {line[:60]!r} is no rule; write A <-> B, A -> B, "
+                f"A -> B | before WORDS, or keep A"
             )
         first, arrow, second, before = rule.groups()
         words = None if before is None else frozenset(before.lower().split())
@@ -173,8 +173,8 @@ def with_counterfactuals(
     Args:
         documents: From `clean.select`.
         swaps: What is swapped.
-        mode: ``add`` puts the swapped text behind each one that it changes; ``replace`` takes the swapped text
-            instead for half of the documents, by the hash of their text.
+        mode: ``add`` puts the swapped text behind each one that it changes; ``replace`` takes the swapped
+            text instead for half of the documents, by the hash of their text.
         seed: Changes which half.
     """
     for document in documents:

@@ -84,6 +84,7 @@ class DualRouting(Projections):
         collect_statistics: set it to have the next forward fill `statistics` (see `statistics`, plus
             `gate_global` and `gate_local`, the mean gates; 1 without a gate). Without global heads only the
             gates are there.
+        collect_map: have `block_map` among them.
         sequence_group: P ranks that share every text (see `sequence_parallel`), None = this one alone. The
             hidden states of `forward` are then this rank's n/P tokens; layout, positions, segment_ids and
             attention_mask stay those of all n. The heads of each route, and their key heads, must be
@@ -238,7 +239,7 @@ class DualRouting(Projections):
             cache.global_cache.append(*(layout.text_rows(part) for part in rows[1:]))
             how["max_exact_blocks"] = None if cache.exact else self.routing.top_k + 2
         if self.collect_statistics:
-            self.statistics = routing_statistics(*rows, layout.stream, **how)
+            self.statistics = routing_statistics(*rows, layout.stream, block_map=self.collect_map, **how)
         if tracing():
             return compiled_global(*rows, layout.handle, **how)
         return global_attention(*rows, layout.stream, **how)

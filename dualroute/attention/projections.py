@@ -51,7 +51,7 @@ class Projections(nn.Module):
         #: (H,) factors of the heads' outputs, the global route's first; None = all 1
         self.head_scale: Tensor | None
         self.register_buffer("head_scale", None, persistent=False)
-        self.collect_statistics = False
+        self.collect_statistics = self.collect_map = False
         self.statistics: dict[str, Tensor] = {}
 
     def _qkv(self, heads: int, bias: bool) -> nn.Linear | None:

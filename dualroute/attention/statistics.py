@@ -3,7 +3,8 @@
 In: queries and keys of a global route on a stream. Out: a dict of 0-dim tensors for the monitor:
 `router_entropy`, how evenly blocks are chosen (1 = all candidates equally often, 0 = always the same one),
 and the shares of softmax mass on the token's `mass_own` block, on the sink, on the selected blocks and on
-what is far.
+what is far. On demand also `block_map`, the mean mass that the tokens of each block of the longest document
+give to each block of it.
 
 In full mode they exist as well. They tell what the router would choose, and so how much
 mass routing would still read exactly, before one turns it on.
@@ -23,6 +24,7 @@ from dualroute.attention.core.router import block_features, block_scores, top_bl
 from dualroute.attention.core.routing import Routing
 
 MAX_ROWS = 256  # sampled tokens
+MAX_BINS = 64  # rows and columns of a map
 MAX_LOGITS = 1 << 24  # logits held at once; fewer tokens are sampled where a row of them is long
 
 
@@ -36,11 +38,14 @@ def routing_statistics(
     *,
     max_exact_blocks: int | None,
     causal: bool,
+    block_map: bool = False,
 ) -> dict[str, Tensor]:
     """Statistics of the global route of queries (H, S, d), keys and values (H_kv, S, d).
 
     Tokens in documents of at most `max_exact_blocks` blocks (None: all) have their far mass measured on the
-    keys themselves, the others on the pseudo-keys they really read.
+    keys themselves, the others on the pseudo-keys they really read. `block_map` adds (rows, columns) of that
+    name: blocks of queries and of keys, neighbours together where there are more than `MAX_BINS`; NaN where
+    no token was sampled.
     """
     kv_heads, block = key.shape[0], stream.block
     slots = _sample(stream, len(query))
@@ -93,7 +98,8 @@ def routing_statistics(
     def share(where: Tensor) -> Tensor:
         return (mass * where).sum(-1).mean()
 
-    return {
+    found = {} if not block_map else {"block_map": _block_map(mass.mean((0, 1)), own, stream)}
+    return found | {
         "router_entropy": _entropy(selected, candidates),
         "mass_own": share(number == own[:, None]),
         "mass_sink": share(sink),
@@ -113,6 +119,20 @@ def _sample(stream: Stream, heads: int) -> Tensor:
     return tokens[
         torch.linspace(0, len(tokens) - 1, rows, dtype=torch.float64, device=stream.device).round().long()
     ]
+
+
+def _block_map(mass: Tensor, own: Tensor, stream: Stream) -> Tensor:
+    """Mean mass (rows, nb) of the sampled tokens, by blocks of the last document, which is the longest."""
+    blocks = stream.buckets[-1].blocks
+    first = stream.num_blocks - blocks
+    inside = own >= first
+    together = -(-blocks // MAX_BINS)
+    bins = -(-blocks // together)
+    columns = torch.nn.functional.pad(mass[inside, first:], (0, bins * together - blocks))
+    columns = columns.unflatten(-1, (bins, together)).sum(-1)  # (rows, bins)
+    place = (own[inside] - first) // together
+    total = columns.new_zeros(bins, bins).index_add_(0, place, columns)
+    return total / torch.bincount(place, minlength=bins)[:, None]  # 0 / 0 is NaN
 
 
 def _entropy(selected: Tensor, candidates: Tensor) -> Tensor:

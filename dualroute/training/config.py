@@ -236,6 +236,8 @@ class MonitorConfig:
         log_every_steps: Optimizer steps between two lines of training metrics; the first and the last step
             always have one.
         router_statistics_every: Optimizer steps between two readings of the attention's router; 0 never.
+        router_images_every: Optimizer steps between two heat maps of what each layer's global route reads, as
+            images of TensorBoard; 0 never. Needs matplotlib, and is off with a warning without it.
         sample_every_steps: Optimizer steps between two samples of generated text; 0 never.
         sample_prompts: Beginnings that the samples continue.
         sample_tokens: New tokens per sample.
@@ -248,6 +250,7 @@ class MonitorConfig:
 
     log_every_steps: int = 10
     router_statistics_every: int = 100
+    router_images_every: int = 0
     sample_every_steps: int = 500
     sample_prompts: list[str] = field(default_factory=lambda: ["Once upon a time", "The"])
     sample_tokens: int = 100
@@ -259,6 +262,7 @@ class MonitorConfig:
         ranges = {
             "log_every_steps": at_least(1),
             "router_statistics_every": at_least(0),
+            "router_images_every": at_least(0),
             "sample_every_steps": at_least(0),
             "sample_tokens": at_least(1),
             "evaluate_every_steps": at_least(0),

@@ -98,3 +98,21 @@ def test_the_mean_gates_of_each_route() -> None:
     only_local.collect_statistics = True
     only_local(hidden)
     assert set(only_local.statistics) == {"gate_global", "gate_local"}
+
+
+def test_the_map_is_the_mass_of_blocks_of_the_longest_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = torch.tensor([[1] * 20 + [2] * 44])
+    layout = Layout.build(1, 64, 8, segment_ids=segments)
+    query, key, _ = (rows.detach() for rows in heads(1, 64))
+    rows = [to_stream(layout, part).float() for part in (query, key, key)]
+    how = {"max_exact_blocks": 0, "causal": True, "block_map": True}
+    found = routing_statistics(*rows, layout.stream, Routing(1, sub_block=4), **how)["block_map"]
+    ones = torch.zeros(2, 44, 6, dtype=torch.float64)
+    ones[:, torch.arange(44), torch.arange(44) // 8] = 1
+    weight = reference.routed(query[0][:, 20:], key[0][:, 20:], ones, block=8, top_k=1, sub_block=4).mean(0)
+    expected = torch.stack([part.mean(0) for part in weight.split(8)])
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
+    monkeypatch.setattr("dualroute.attention.statistics.MAX_BINS", 3)
+    coarse = routing_statistics(*rows, layout.stream, Routing(1, sub_block=4), **how)["block_map"]
+    pairs = torch.stack([part.mean(0) for part in weight.split(16)]).unflatten(-1, (3, 2)).sum(-1)
+    torch.testing.assert_close(coarse, pairs.float(), atol=1e-4, rtol=0)

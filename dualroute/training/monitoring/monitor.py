@@ -10,6 +10,7 @@ ZeRO-3 gathers parameters, which needs all ranks; a monitor that lived on rank z
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dualroute.training.config import MonitorConfig
 from dualroute.training.monitoring.evaluation import SuiteDuringTraining
 from dualroute.training.monitoring.metrics_log import MetricsLog
-from dualroute.training.monitoring.router_statistics import RouterStatistics
+from dualroute.training.monitoring.router_statistics import RouterStatistics, draw_map
 from dualroute.training.monitoring.throughput import StepClock, memory_statistics, peak_tflops
 
 _TAGS = {"lr": "optim/lr", "grad_norm": "optim/grad_norm"}  # the others go under train/
@@ -87,6 +88,7 @@ class Monitor(Callback):
         self._context = 0
         self._router = RouterStatistics()
         self._first_of_step = True
+        self._images_every = self.config.router_images_every
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -97,6 +99,12 @@ class Monitor(Callback):
         self._open(trainer, pl_module)
         if self.evaluation is not None:
             self.evaluation.check(pl_module)
+        if self._images_every and importlib.util.find_spec("matplotlib") is None:
+            self._images_every = 0
+            rank_zero_warn(
+                "monitor.router_images_every draws with matplotlib, which is not installed: no images; "
+                "pip install -e '.[compress]'"
+            )
         self._last_step, self._first_of_step = steps_done(trainer, pl_module), True
         self._clock.start()
 
@@ -140,8 +148,10 @@ class Monitor(Callback):
         if isinstance(batch, Mapping) and isinstance(batch.get("segment_ids"), torch.Tensor):
             self._context = batch["segment_ids"].shape[-1]
         # of a step's micro-batches the first stands for all
-        if self._first_of_step and self._due(self._last_step + 1, self.config.router_statistics_every):
-            self._router.begin(pl_module)
+        images = self._images_every > 0 and self._due(self._last_step + 1, self._images_every)
+        statistics = self._due(self._last_step + 1, self.config.router_statistics_every)
+        if self._first_of_step and (statistics or images):
+            self._router.begin(pl_module, images)
         self._first_of_step = False
 
     def on_train_batch_end(
@@ -149,8 +159,9 @@ class Monitor(Callback):
     ) -> None:
         step = steps_done(trainer, pl_module)
         router = self._router.end()
-        if router:
+        if router and self._due(self._last_step + 1, self.config.router_statistics_every):
             self._write(self._last_step + 1, "router", router)
+        self._draw(self._last_step + 1, self._router.maps)
         if step == self._last_step:  # a micro-batch inside a step
             self._clock.batch_ended()
             return
@@ -234,6 +245,12 @@ class Monitor(Callback):
         if self._writer is not None:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
+
+    def _draw(self, step: int, maps: Mapping[str, torch.Tensor]) -> None:
+        if self._writer is not None and maps:
+            for layer, block_map in maps.items():
+                self._writer.add_figure(f"router/{layer}", draw_map(block_map, f"{layer}, step {step}"), step)
             self._writer.flush()
 
     def _write_text(self, tag: str, text: str, step: int) -> None:

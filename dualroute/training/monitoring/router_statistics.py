@@ -7,9 +7,13 @@ dictionary of 0-dim tensors; here they become ``router/<statistic>/layer_00``, â
 
 With activation checkpointing the layers run twice, the second time in the backward pass,
 so the switch stays on until the micro-batch is completely done.
+
+A ``block_map``, of two dimensions, is asked for more rarely; :func:`draw_map` makes a figure of it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,22 +24,27 @@ class RouterStatistics:
 
     def __init__(self) -> None:
         self._layers: list[nn.Module] = []
+        self.maps: dict[str, torch.Tensor] = {}  # {layer: what was collected last, on the CPU}
 
-    def begin(self, model: nn.Module) -> None:
-        """Switch on, in every module below ``model`` that can."""
+    def begin(self, model: nn.Module, maps: bool = False) -> None:
+        """Switch on, in every module below ``model`` that can; ``maps`` asks for theirs, too."""
         self._layers = [module for module in model.modules() if hasattr(module, "collect_statistics")]
         for layer in self._layers:
             layer.collect_statistics = True  # type: ignore[assignment]
+            layer.collect_map = maps  # type: ignore[assignment]
 
     def end(self) -> dict[str, float]:
         """Switch off; what was collected per layer, and its mean.  Empty without :meth:`begin`."""
-        layers, self._layers = self._layers, []
+        layers, self._layers, self.maps = self._layers, [], {}
         tags: list[tuple[str, str]] = []
         tensors: list[torch.Tensor] = []
         for index, layer in enumerate(layers):
-            layer.collect_statistics = False  # type: ignore[assignment]
+            layer.collect_statistics = layer.collect_map = False  # type: ignore[assignment]
             statistics: dict[str, torch.Tensor] = getattr(layer, "statistics", {})
             for statistic, tensor in statistics.items():
+                if tensor.ndim == 2:
+                    self.maps[f"layer_{index:02d}"] = tensor.detach().float().cpu()
+                    continue
                 tags.append((statistic, f"layer_{index:02d}"))
                 tensors.append(tensor.detach().float().reshape(()))
         if not tensors:
@@ -49,3 +58,19 @@ class RouterStatistics:
             of_layers = [number for (name, _), number in zip(tags, numbers, strict=True) if name == statistic]
             values[f"router/{statistic}/mean"] = sum(of_layers) / len(of_layers)
         return values
+
+
+def draw_map(block_map: torch.Tensor, title: str) -> Any:
+    """A matplotlib figure of a map (rows, columns): which blocks are read from where.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure
+
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(block_map.numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(title=title, xlabel="block that is read", ylabel="block of the token")
+    figure.colorbar(image, ax=axes, label="mean weight")
+    return figure

@@ -274,3 +274,28 @@ def test_perplexity_never_overflows() -> None:
 def test_bad_values_name_their_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         MonitorConfig(**values)
+
+
+def test_heat_maps_are_images_of_the_steps_they_are_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: RoutedLayer, x: torch.Tensor) -> torch.Tensor:
+        if getattr(self, "collect_map", False):
+            self.statistics = {"router_entropy": torch.tensor(0.5), "block_map": torch.rand(4, 4)}
+        return x * self.weight
+
+    monkeypatch.setattr(RoutedLayer, "forward", forward)
+    watch = monitor(tmp_path / "logs", router_images_every=2, router_statistics_every=0, sample_every_steps=0)
+    fit(Monitored(), tmp_path, [watch], steps=4, accumulate=1)
+    board = events(tmp_path)
+    assert {tag: [image.step for image in board.Images(tag)] for tag in board.Tags()["images"]} == {
+        "router/layer_00": [2, 4],
+        "router/layer_01": [2, 4],
+    }
+    assert not read_metrics(tmp_path / "logs" / "metrics.jsonl", "router")
+
+
+def test_heat_maps_are_off_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="router_images_every draws with matplotlib"):
+        fit(Monitored(), tmp_path, [monitor(router_images_every=1, sample_every_steps=0)], steps=1)

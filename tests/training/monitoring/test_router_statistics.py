@@ -59,3 +59,21 @@ def test_a_model_without_routers_is_fine() -> None:
     collector = RouterStatistics()
     collector.begin(nn.Linear(1, 1))
     assert collector.end() == {}
+
+
+def test_maps_come_only_where_they_are_asked_for() -> None:
+    class Mapped(Routed):
+        collect_map = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            super().forward(x)
+            if self.collect_map:
+                self.statistics["block_map"] = torch.eye(3)
+            return x
+
+    model, collector = Mapped(0.5), RouterStatistics()
+    for maps in (True, False):
+        collector.begin(model, maps)
+        model(torch.zeros(1))
+        assert collector.end()["router/router_entropy/mean"] == 0.5
+        assert list(collector.maps) == (["layer_00"] if maps else [])
