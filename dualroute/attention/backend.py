@@ -67,6 +67,9 @@ class Backend(Protocol):
     def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
         """Why it cannot take them, as a sentence; None where it can."""
 
+    def similar_order(self, keys: Tensor, cells: int) -> Tensor:
+        """See `core.clusters`: the same for all back ends."""
+
     def select_blocks(
         self,
         query: Tensor,
@@ -167,9 +170,7 @@ def plain_torch() -> Iterator[None]:
         _only_torch.reset(token)
 
 
-def choose(
-    query: Tensor, *, causal: bool = True, block: int | None = None, copies: bool = False
-) -> Backend:
+def choose(query: Tensor, *, causal: bool = True, block: int | None = None, copies: bool = False) -> Backend:
     """The back end for these queries (..., d): the one that was asked for, if it can take them.
 
     `block` is that of the global route; None asks for the local one. `copies`: of a stream that holds copies

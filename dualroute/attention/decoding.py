@@ -105,9 +105,7 @@ def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, 
     return torch.cat(outputs, dim=1)
 
 
-def _decode(
-    layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache
-) -> Tensor:
+def _decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
     """Tokens that have the same order of what is past."""
     batch, count, _ = hidden_states.shape
     if count == 1 and positions is None and not torch.is_grad_enabled():

@@ -180,7 +180,7 @@ def past_order(
 
 def regroup(keys: Tensor, cell: int) -> Tensor:
     """(H_kv, n) the order of keys (H_kv, n, d) in which neighbouring cells of `cell` hold similar ones: halves
-    at the median of the channel that varies most, halved again."""
+    at the median of the channel that varies most, halved again; of equal values the earlier comes first."""
 
     def halves(keys: Tensor, numbers: Tensor) -> Tensor:
         if len(numbers) == cell:
@@ -188,7 +188,7 @@ def regroup(keys: Tensor, cell: int) -> Tensor:
         channel = keys[numbers].var(0, unbiased=False).argmax()
         numbers = numbers[torch.sort(keys[numbers, channel], stable=True).indices]
         half = len(numbers) // 2
-        return torch.cat([halves(keys, numbers[:half]), halves(keys, numbers[half:])])
+        return torch.cat([halves(keys, part.sort().values) for part in (numbers[:half], numbers[half:])])
 
     return torch.stack([halves(head, torch.arange(keys.shape[1])) for head in keys.detach()])
 

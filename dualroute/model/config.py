@@ -45,7 +45,9 @@ _RANGES = {
     ),
     **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
     **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
-    **dict.fromkeys(("global_heads", "local_heads", "top_k", "layer_top_k", "cluster_span"), at_least(0, _MOST)),
+    **dict.fromkeys(
+        ("global_heads", "local_heads", "top_k", "layer_top_k", "cluster_span"), at_least(0, _MOST)
+    ),
     "vocab_size": at_least(2, _MOST),
     "rope_theta": above(0, 1e12),
     "rope_scaling": above(0),

@@ -189,7 +189,9 @@ class GlobalCache(KeysAndValues):
         assert self.places is not None
         tokens = slice(first * self.block, (first + count) * self.block)
         text = self.places[:, tokens].argsort(dim=1)  # ties are broken by the order of the text
-        keys, _ = self.read(lambda rows: _ordered(rows[:, tokens], text), accumulation_dtype(self.features.dtype))
+        keys, _ = self.read(
+            lambda rows: _ordered(rows[:, tokens], text), accumulation_dtype(self.features.dtype)
+        )
         order = text.gather(1, similar_order(keys, count * self.block // cell))
         for name in self.OF_TOKENS:
             rows = getattr(self, name)
