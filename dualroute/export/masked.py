@@ -36,7 +36,7 @@ class MaskedTransformer(nn.Module):
                 "false: export it with --format hf"
             )
         span = model.config.cluster_span
-        if span and any(layer.attention.max_exact_blocks is not None for layer in model.layers):
+        if span and model.config.global_mode != "full" and model.config.attention in ("dual", "interleaved"):
             raise UserError(
                 f"a graph of fixed operators has no blocks of similar keys, and this one has "
                 f"model.cluster_span {span}: export it with --format hf"

@@ -135,8 +135,8 @@ def _spread(stream: Stream, sizes: tuple[int, ...]) -> Spread:
 def regrouped(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, span: int, cell: int, order: Order
 ) -> tuple[Tensor, Tensor, Tensor, Spread | None]:
-    """Queries (H, S', d), keys and values (H_kv, S', d) on the stream with copies of past spans of up to `span`
-    tokens, and that stream; where no document has one, what was given, and None."""
+    """Queries (H, S', d), keys and values (H_kv, S', d) on the stream with copies of past spans of up to
+    `span` tokens, and that stream; where no document has one, what was given, and None."""
     wider = spread(stream, span // stream.block)
     if wider is None:
         return query, key, value, None
