@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense, no positions": {"attention": "dense", "global_rotary_factor": 0.0},
     "full": {"global_mode": "full"},
     "routed": {},
+    "routed, clusters": {"cluster_span": 1024},
+    "routed, no positions, clusters": {"global_rotary_factor": 0.0, "cluster_span": 1024},
     "routed, no positions": {"global_rotary_factor": 0.0},  # of the global route; the local one keeps them
     "routed moment": {"router": "moment"},
     "routed mean": {"router": "mean"},

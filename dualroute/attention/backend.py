@@ -67,6 +67,9 @@ class Backend(Protocol):
     def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
         """Why it cannot take them, as a sentence; None where it can."""
 
+    def similar_order(self, keys: Tensor, cells: int) -> Tensor:
+        """See `core.clusters`: the same for all back ends."""
+
     def select_blocks(
         self,
         query: Tensor,

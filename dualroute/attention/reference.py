@@ -98,30 +98,13 @@ def routed(
     causal: bool = True,
     selected: Tensor | None = None,
     owner: Tensor | None = None,
-    cluster_span: int = 0,
 ) -> Tensor:
     """Own block, sink, the top_k blocks of the router (or `selected`, see `select`), and the far summary.
 
-    With `cluster_span` what is past is regrouped, see `past_order`. `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
+    `owner` (n,) is the block of each token, consecutive ones of `block` tokens by default; see `regions`.
     """
     heads, length, dim = query.shape
     kv_heads = key.shape[0]
-    if cluster_span:
-        how: dict[str, Any] = {"block": block, "router": router, "sub_block": sub_block}
-        cell = sub_block if router == "minmax" else block
-        outputs = [query[:, :0]]
-        for begin in range(0, length, block):  # the tokens of a block see the same order
-            end = min(length, begin + block)
-            order = past_order(key, begin, block, cluster_span, cell)
-            inside = past_order(key, begin, block, cluster_span, cell, inside=True)
-            keys, values = (rows.take_along_dim(order[..., None], 1)[:, :end] for rows in (key, value))
-            bounds = key.take_along_dim(inside[..., None], 1)[:, :end]
-            chosen = select(query[:, :end], bounds, top_k=top_k, **how)
-            out = routed(
-                query[:, :end], keys, values, top_k=top_k, far_summary=far_summary, selected=chosen, **how
-            )
-            outputs.append(out[:, begin:])
-        return torch.cat(outputs, dim=1)
     if owner is None:
         owner = torch.arange(length) // block
     if selected is None:
@@ -156,6 +139,37 @@ def routed(
     return weights @ torch.cat(values, 1)
 
 
+def clustered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block: int,
+    top_k: int,
+    cluster_span: int,
+    router: str = "minmax",
+    far_summary: str = "second_order",
+    sub_block: int = 16,
+) -> Tensor:
+    """`routed`, causal, on blocks of similar keys: what is past is read in another order, see `past_order`."""
+    how: dict[str, Any] = {"block": block, "router": router, "sub_block": sub_block}
+    cell = sub_block if router == "minmax" else block
+    outputs = []
+    for begin in range(0, query.shape[1], block):  # the tokens of a block see the same order
+        end = min(query.shape[1], begin + block)
+        orders = [
+            past_order(key, begin, block, cluster_span, cell, inside=inside) for inside in (False, True)
+        ]
+        seen, bounded = (order[:, :end, None] for order in orders)
+        chosen = select(query[:, :end], key.take_along_dim(bounded, 1), top_k=top_k, **how)
+        keys, values = (rows.take_along_dim(seen, 1) for rows in (key, value))
+        out = routed(
+            query[:, :end], keys, values, top_k=top_k, far_summary=far_summary, selected=chosen, **how
+        )
+        outputs.append(out[:, begin:])
+    return torch.cat(outputs, dim=1)
+
+
 def past_order(
     key: Tensor, begin: int, block: int, cluster_span: int, cell: int, *, inside: bool = False
 ) -> Tensor:
@@ -179,8 +193,10 @@ def past_order(
 
 
 def regroup(keys: Tensor, cell: int) -> Tensor:
-    """(H_kv, n) the order of keys (H_kv, n, d) in which neighbouring cells of `cell` hold similar ones: halves
-    at the median of the channel that varies most, halved again."""
+    """(H_kv, n) the order of keys (H_kv, n, d) in which neighbouring cells of `cell` hold similar ones.
+
+    Halves at the median of the channel that varies most, halved again; of equal values the earlier first.
+    """
 
     def halves(keys: Tensor, numbers: Tensor) -> Tensor:
         if len(numbers) == cell:
@@ -188,7 +204,7 @@ def regroup(keys: Tensor, cell: int) -> Tensor:
         channel = keys[numbers].var(0, unbiased=False).argmax()
         numbers = numbers[torch.sort(keys[numbers, channel], stable=True).indices]
         half = len(numbers) // 2
-        return torch.cat([halves(keys, numbers[:half]), halves(keys, numbers[half:])])
+        return torch.cat([halves(keys, part.sort().values) for part in (numbers[:half], numbers[half:])])
 
     return torch.stack([halves(head, torch.arange(keys.shape[1])) for head in keys.detach()])
 

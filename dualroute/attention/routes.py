@@ -22,14 +22,7 @@ from dualroute.attention.core.arguments import (
     check_selected,
     check_whole,
 )
-from dualroute.attention.core.clusters import (
-    cell_size,
-    gather_keys,
-    gather_rows,
-    ordered_in_blocks,
-    orders,
-    spread,
-)
+from dualroute.attention.core.clusters import cell_size, gather_rows, ordered_in_blocks, regrouped
 from dualroute.attention.core.layout import Stream, attend_by_length
 from dualroute.attention.core.options import ROUTERS, check_clusters, check_name
 from dualroute.attention.core.precision import without_autocast
@@ -104,9 +97,9 @@ def routed_attention(
     """
     check_rows(stream, query, key, value)
     if routing.cluster_span and selected is None:
-        regrouped = _regrouped(query, key, value, stream, routing, causal)
-        if regrouped is not None:
-            return regrouped
+        out = _by_similarity(query, key, value, stream, routing, causal)
+        if out is not None:
+            return out
     if selected is not None:
         check_selected(selected, key, stream, causal)
     else:
@@ -123,7 +116,7 @@ def routed_attention(
     return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
 
 
-def _regrouped(
+def _by_similarity(
     query: Tensor, key: Tensor, value: Tensor, stream: Stream, routing: Routing, causal: bool
 ) -> Tensor | None:
     """The route with blocks of similar keys; None where no document is long enough for it to matter."""
@@ -131,15 +124,13 @@ def _regrouped(
     check_clusters(span, stream.block, cell, causal)
     if all(bucket.blocks <= 2 for bucket in stream.buckets):
         return None  # nobody chooses anything
-    wider = spread(stream, span // stream.block)
+    order = _backend(stream, query, causal, stream.block).similar_order
+    query, key, value, wider = regrouped(query, key, value, stream, span, cell, order)
     if wider is not None:
-        found = orders(key.detach(), wider, cell)
-        query = gather_rows(query, wider.source, wider.place)
-        key, value = (gather_keys(rows, wider, found) for rows in (key, value))
         stream = wider.stream
     selected = select_blocks(
         query.detach(),
-        ordered_in_blocks(key.detach(), stream.block, cell),
+        ordered_in_blocks(key.detach(), stream.block, cell, order),
         stream,
         top_k=routing.top_k,
         router=routing.router,

@@ -26,12 +26,18 @@ class MaskedTransformer(nn.Module):
             its own TopK takes the first, as the router does; torch's takes any.
 
     Raises:
-        UserError: The model reads no ids.
+        UserError: The model reads no ids, or its blocks are of similar keys.
     """
 
     def __init__(self, model: DualRoutingTransformer, for_onnx: bool = False) -> None:
         super().__init__()
         model.config.require_tokens("a graph of fixed operators")
+        span = model.config.cluster_span
+        if span and model.config.global_mode != "full" and model.config.attention in ("dual", "interleaved"):
+            raise UserError(
+                f"a graph of fixed operators has no blocks of similar keys, and this one has "
+                f"model.cluster_span {span}: export it with --format hf"
+            )
         self.model, self.for_onnx = model, for_onnx
 
     def forward(self, input_ids: Tensor) -> Tensor:

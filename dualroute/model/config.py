@@ -223,7 +223,7 @@ class ModelConfig:
         far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
             or none.
         cluster_span: Tokens of the longest past span whose blocks are made of similar keys, so that far
-            blocks are found at any length: block times 1, 2, 4, ...; 0 leaves blocks as they stand in the text.
+            blocks are found at any length: block times 1, 2, 4, ...; 0 leaves blocks as they stand.
         rope_theta: Base of the rotary position frequencies.
         rope_scaling: How frequencies are lowered to read further than a source was pretrained to: factor
             alone (linear), or factor, low_freq_factor, high_freq_factor and

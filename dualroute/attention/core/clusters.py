@@ -22,12 +22,12 @@ whole span is past, so no token sees what comes after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dualroute.attention.core.precision import accumulation_dtype
 from dualroute.attention.core.stream import Bucket, Stream
 
 SHORTER = 4  # a span consists of so many of the next shorter ones
@@ -50,20 +50,24 @@ def span_sizes(span: int) -> tuple[int, ...]:
 def similar_order(keys: Tensor, cells: int) -> Tensor:
     """Order (..., n) int64 of keys (..., n, d) that puts similar ones into `cells` neighbouring cells.
 
-    `cells` is a power of two that divides n. Of equal values the earlier key comes first.
+    `cells` is a power of two that divides n. Of equal values the earlier key comes first, and each cell is in
+    the order of the text. Variances are summed in float64, so that all back ends halve the same channel.
     """
     shape, dim = keys.shape[:-1], keys.shape[-1]
-    rows = keys.reshape(-1, dim).to(accumulation_dtype(keys.dtype))
+    rows = keys.reshape(-1, dim).to(torch.float64)
     order = torch.arange(len(rows), device=keys.device)
     size = shape[-1]
     while size > shape[-1] // cells:
         channel = rows.view(-1, size, dim).var(1, unbiased=False).argmax(-1)  # (cells,)
         values = rows.view(-1, size, dim).gather(2, channel[:, None, None].expand(-1, size, 1))[..., 0]
-        turn = values.argsort(dim=-1, stable=True)
+        turn = values.argsort(dim=-1, stable=True).unflatten(1, (2, -1)).sort(-1).values.flatten(1)
         turn = (turn + torch.arange(0, len(rows), size, device=keys.device)[:, None]).flatten()
         rows, order = rows.index_select(0, turn), order.index_select(0, turn)
         size //= 2
     return order.view(shape) % shape[-1]
+
+
+Order = Callable[[Tensor, int], Tensor]  # `similar_order`, or what a back end has for it
 
 
 class Copies(NamedTuple):
@@ -128,6 +132,19 @@ def _spread(stream: Stream, sizes: tuple[int, ...]) -> Spread:
     return Spread(wider, source.clamp_min(-1), place, copies)
 
 
+def regrouped(
+    query: Tensor, key: Tensor, value: Tensor, stream: Stream, span: int, cell: int, order: Order
+) -> tuple[Tensor, Tensor, Tensor, Spread | None]:
+    """Queries (H, S', d), keys and values (H_kv, S', d) on the stream with copies of past spans of up to
+    `span` tokens, and that stream; where no document has one, what was given, and None."""
+    wider = spread(stream, span // stream.block)
+    if wider is None:
+        return query, key, value, None
+    found = orders(key.detach(), wider, cell, order)
+    key, value = (gather_keys(rows, wider, found) for rows in (key, value))
+    return gather_rows(query, wider.source, wider.place), key, value, wider
+
+
 def gather_rows(rows: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """(H, X, d) -> (H, X', d): row source[i] at i, 0 where it is -1. `target` (X,) is where each row goes."""
     return _Gathered.apply(rows, source, target)
@@ -139,23 +156,22 @@ def gather_keys(rows: Tensor, spread: Spread, orders: list[Tensor]) -> Tensor:
     return _Copied.apply(rows, spread, *orders)
 
 
-def orders(keys: Tensor, spread: Spread, cell: int) -> list[Tensor]:
+def orders(keys: Tensor, spread: Spread, cell: int, order: Order) -> list[Tensor]:
     """The order (H_kv, N, n) of the keys (H_kv, S, d) of the spans of each size, in cells of `cell` keys."""
     return [
-        similar_order(
-            keys.index_select(1, _slots(copies)).unflatten(1, (-1, copies.tokens)), copies.tokens // cell
-        )
+        order(keys.index_select(1, _slots(copies)).unflatten(1, (-1, copies.tokens)), copies.tokens // cell)
         for copies in spread.copies
     ]
 
 
-def ordered_in_blocks(keys: Tensor, block: int, cell: int) -> Tensor:
+def ordered_in_blocks(keys: Tensor, block: int, cell: int, order: Order) -> Tensor:
     """Keys (H_kv, S, d) with those of each block in cells of `cell` similar ones."""
     if cell == block:
         return keys
     blocks = keys.unflatten(1, (-1, block))
-    order = similar_order(blocks, block // cell)
-    return blocks.take_along_dim(order[..., None], 2).flatten(1, 2)
+    place = order(blocks, block // cell) + torch.arange(0, keys.shape[1], block, device=keys.device)[:, None]
+    place = place + torch.arange(len(keys), device=keys.device)[:, None, None] * keys.shape[1]
+    return keys.flatten(0, 1).index_select(0, place.flatten()).view(keys.shape)
 
 
 def _slots(copies: Copies) -> Tensor:

@@ -117,8 +117,8 @@ def check_clusters(cluster_span: int, block: int, cell: int, causal: bool) -> No
         raise ValueError(f"cluster_span={cluster_span} with causal=False: no span is past there, use 0")
     if not _is_power_of_two(block, cell):
         raise ValueError(
-            f"cluster_span={cluster_span} halves spans into cells of sub_block={cell} keys: block={block} must "
-            f"be {cell} times 1, 2, 4, ...; change one of them, or use cluster_span=0"
+            f"cluster_span={cluster_span} halves spans down to cells of sub_block={cell} keys: block={block} "
+            f"must be {cell} times 1, 2, 4, ...; change one of them, or use cluster_span=0"
         )
     if not _is_power_of_two(cluster_span, block):
         nearest = block << max(0, round(math.log2(cluster_span / block)))

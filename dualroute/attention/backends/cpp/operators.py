@@ -66,6 +66,18 @@ def select(
     return selected
 
 
+def similar_order(keys: Tensor, cells: int) -> Tensor:
+    """Order (..., n) int64 of keys (..., n, d), as `clusters.similar_order` gives it."""
+    rows = (keys.float() if keys.dtype == torch.float16 else keys).contiguous()
+    *_, size, dim = rows.shape
+    order = torch.empty(rows.shape[:-1], dtype=torch.int32)
+    function = getattr(load(), f"similar_order_{str(rows.dtype).removeprefix('torch.')}")
+    sizes = (order.numel() // size, size, dim, size // cells, torch.get_num_threads())
+    function.restype = None
+    function(_argument(rows), *map(_Long, sizes), _argument(order))
+    return order.long()
+
+
 def routed_forward(
     query: Tensor,
     key: Tensor,

@@ -209,7 +209,8 @@ struct Routed {
                 close_outside<T>(line, from, to, int(std::max(0L, document + 1 - tile_begin)), to);
                 for (int range = 0; range < shape.ranges; ++range) {
                     const long shown = std::min<long>(to, shape.end(range, block) - tile_begin);
-                    for (long j = std::max<long>(from, shape.begin(range, block) - tile_begin); j < shown; ++j)
+                    for (long j = std::max<long>(from, shape.begin(range, block) - tile_begin); j < shown;
+                         ++j)
                         line[j] = NEG_INF<T>;
                 }
                 const int32_t* chosen = selected + (slot + r) * columns;
