@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dualroute.attention.backends.traceable import traceable_attention
 from dualroute.export.parity import place_of_output
+from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.layers import TransformerBlock
 
