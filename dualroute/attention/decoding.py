@@ -23,7 +23,7 @@ from dualroute.attention.backends.torch.decode import (
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import check_at_least
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
-from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.core.rope import Table, token_tables
 from dualroute.attention.projections import Projections
 
 
@@ -99,14 +99,14 @@ def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, 
     if positions is None:
         positions = cache.length + torch.arange(count, device=hidden_states.device)
     positions = positions.expand(batch, count).flatten()
-    table = rotary_table(positions, layer.head_dim, layer.rope_theta, hidden_states.dtype, layer.rope_scaling)
+    far_table, near_table = layer.rotary_tables(positions, hidden_states.dtype)
     outputs = []
     if layer.global_qkv is not None and cache.global_cache is not None:
-        query, key, value = _heads(layer, layer.global_qkv, hidden_states, table)
+        query, key, value = _heads(layer, layer.global_qkv, hidden_states, far_table)
         cache.global_cache.append(key, value)
         outputs.append(decode_global(query, cache.global_cache, layer.routing.top_k, cache.exact))
     if layer.local_qkv is not None and cache.local_cache is not None:
-        query, key, value = _heads(layer, layer.local_qkv, hidden_states, table)
+        query, key, value = _heads(layer, layer.local_qkv, hidden_states, near_table)
         outputs.append(_decode_local(query, key, value, cache.local_cache))
     heads = [out.view(batch, -1, count, layer.head_dim).transpose(1, 2).flatten(2) for out in outputs]
     return layer.combine(torch.cat(heads, dim=-1), hidden_states)
@@ -139,11 +139,8 @@ def _decode_token(layer: Projections, rows: Tensor, cache: LayerCache) -> Tensor
     position = torch.tensor(cache.length)
     if cache.global_cache is not None:
         cache.global_cache.reserve(cache.length + 1)
-    cos, sin = rotary_table(
-        position.view(1), layer.head_dim, layer.rope_theta, rows.dtype, layer.rope_scaling
-    )
-    table, memory = (cos.flatten(), sin.flatten()), kernels.cache_memory([cache])
-    heads = token_heads(layer, kernels, projected, table, memory, 0, position)
+    tables = token_tables((layer.global_rope, layer.local_rope), position, rows.dtype)
+    heads = token_heads(layer, kernels, projected, tables, kernels.cache_memory([cache]), 0, position)
     for part in (cache.global_cache, cache.local_cache):
         if part is not None:
             part.length += 1
@@ -154,7 +151,7 @@ def token_heads(
     layer: Projections,
     kernels: ModuleType,
     projected: Sequence[Tensor | None],
-    table: tuple[Tensor, Tensor],
+    tables: Table,
     memory: Tensor,
     number: int,
     position: Tensor,
@@ -163,7 +160,7 @@ def token_heads(
 
     Args:
         projected: (B, (H + 2 H_kv) * d) of the global and the local projection, None where there is none.
-        table: `rope.rotary_table` of the position, flat.
+        tables: `rope.token_tables` of both routes, the global one's first.
         memory, number: the kernels' `cache_memory`, and the row of it that is this layer's; the cache is
             written in place, except for its lengths; its room must suffice.
         position: () int64, the number of tokens before this one.
@@ -171,7 +168,7 @@ def token_heads(
     rows = [None if part is None else _normalised_rows(layer, part) for part in projected]
     return kernels.decode_layer(
         rows,
-        table,
+        tables,
         memory,
         number,
         position,
@@ -189,7 +186,7 @@ def _normalised_rows(layer: Projections, rows: Tensor) -> Tensor:
 
 
 def _heads(
-    layer: Projections, projection: nn.Linear, hidden_states: Tensor, table: tuple[Tensor, Tensor]
+    layer: Projections, projection: nn.Linear, hidden_states: Tensor, table: Table | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d)."""
     batch, count, _ = hidden_states.shape

@@ -71,7 +71,9 @@ def mass_beyond(
 def _far_mass(attention: DualRouting, hidden_states: Tensor, layout: Layout, window: int) -> Tensor:
     """(H,) sum over all tokens of the probability beyond the window."""
     assert attention.global_qkv is not None
-    query, key, _ = attention.stream_heads(attention.global_qkv, hidden_states, layout, None, False)
+    query, key, _ = attention.stream_heads(
+        attention.global_qkv, attention.global_rope, hidden_states, layout, None, False
+    )
     # back from the stream to the batch: (H, B, n, d)
     query, key = (
         layout.from_stream(rows.transpose(0, 1).flatten(1))
