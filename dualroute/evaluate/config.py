@@ -63,8 +63,8 @@ class GenerateConfig:
         device: auto, cpu, cuda, ….
         compile: Compile the step that makes one token into one program first (tens of seconds; needs a C++
             compiler on a CPU). Long texts are then written faster, with int8 weights most of all.
-        cache_dtype: How keys and values of the text so far are kept: auto is the arithmetic's type, int8 a
-            quarter of float32.
+        cache_dtype: How the global route keeps keys and values of complete blocks of the text so far: auto is
+            the arithmetic's type, int8 and int4 are integers.
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
     """
 
@@ -73,7 +73,7 @@ class GenerateConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stream: bool = True
     compile: bool = False
-    cache_dtype: Literal["auto", "int8"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -89,8 +89,8 @@ class ChatConfig:
         checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
         system: What the system says before the chat; empty for nothing.
         sampling: How tokens are drawn.
-        cache_dtype: How keys and values of the chat are kept: auto is the arithmetic's type, int8 a quarter
-            of float32.
+        cache_dtype: How the global route keeps keys and values of complete blocks of the chat: auto is the
+            arithmetic's type, int8 and int4 are integers.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
     """
@@ -98,7 +98,7 @@ class ChatConfig:
     checkpoint: LocalPath
     system: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    cache_dtype: Literal["auto", "int8"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -23,11 +23,11 @@ def generate_text(
     prompt: str,
     sampling: SamplingConfig,
     decoder: Decoder | None = None,
-    int8_cache: bool = False,
+    cache_dtype: str = "auto",
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces of whole characters.
 
-    ``decoder`` and ``int8_cache`` are those of :func:`~dualroute.model.decoding.generation.generate`.
+    ``decoder`` and ``cache_dtype`` are those of :func:`~dualroute.model.decoding.generation.generate`.
     A character outside the vocabulary is several byte tokens; a piece is held back until it is complete.
 
     Raises:
@@ -39,7 +39,7 @@ def generate_text(
         raise UserError(f"the prompt has {len(ids)} tokens and the model reads at most {limit}: shorten it")
     new: list[int] = []
     shown = tokenizer.decode(ids)
-    for token in generate(model, ids, sampling, tokenizer.eos_ids, decoder, int8_cache):
+    for token in generate(model, ids, sampling, tokenizer.eos_ids, decoder, cache_dtype):
         if token in tokenizer.eos_ids:
             break
         new.append(token)
@@ -72,8 +72,9 @@ def generate_command(config: GenerateConfig) -> None:
     loaded = load(config.checkpoint, config.device, config.dtype, compiled=config.compile)
     decoder = CompiledDecoder(loaded.model) if config.compile else None
     prompt = _prompt_of_input() if config.prompt == "-" else config.prompt
-    int8_cache = config.cache_dtype == "int8"
-    pieces = generate_text(loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, int8_cache)
+    pieces = generate_text(
+        loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, config.cache_dtype
+    )
     # a model may write what a terminal obeys; a file or a pipe gets the text as it is
     shown = printable if sys.stdout.isatty() else str
     if config.stream:

@@ -205,8 +205,9 @@ class DualRoutingTransformer(nn.Module):
             raise UserError("a model with a frontend has no vocabulary to write: give it a task_head")
         return self.head(hidden)
 
-    def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:
-        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8.
+    def new_caches(self, batch_size: int, max_length: int, *, cache_dtype: str = "auto") -> list[Any]:
+        """Empty decoding caches, one per layer, on the model's device and in its dtype; complete blocks
+        of the global route as integers with ``cache_dtype`` int8 or int4.
 
         Raises:
             UserError: The model is not causal.
@@ -214,7 +215,9 @@ class DualRoutingTransformer(nn.Module):
         self.config.require_causal("decoding token by token")
         weight = self.norm.weight  # floats in a quantised model too
         return [
-            layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype, int8=int8)  # type: ignore[union-attr,operator]
+            layer.attention.new_cache(
+                batch_size, max_length, weight.device, weight.dtype, cache_dtype=cache_dtype
+            )  # type: ignore[union-attr,operator]
             for layer in self.layers
         ]
 

@@ -61,13 +61,13 @@ def generate(
     sampling: SamplingConfig,
     eos_id: int | Collection[int] | None = None,
     decoder: Decoder | None = None,
-    int8_cache: bool = False,
+    cache_dtype: str = "auto",
 ) -> Iterator[int]:
     """Yield new token ids after ``prompt`` until ``eos_id`` (any of them, if several), ``max_new_tokens`` or
     the model's context.
 
     ``decoder(tokens, caches)`` gives the logits (1, V) after tokens (1, n); null asks the model itself.
-    ``int8_cache`` keeps keys and values as integers.
+    ``cache_dtype`` is how complete blocks of the global route are kept: auto (as the model), int8 or int4.
 
     Raises:
         ValueError: The prompt is empty, or leaves no room in the model's context.
@@ -86,7 +86,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        caches = model.new_caches(1, length, int8=int8_cache)
+        caches = model.new_caches(1, length, cache_dtype=cache_dtype)
         fed = torch.tensor([prompt], device=device)
         for _ in range(length - len(prompt)):
             if decoder is None:

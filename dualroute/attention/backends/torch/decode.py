@@ -26,7 +26,7 @@ QUERY_CHUNK = 128  # tokens of a chunk that are masked at once
 def decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
     """Every key of the text, for the newest m tokens: (R, group, m, d)."""
     count, total = query.shape[2], cache.length
-    keys, values = cache.read(lambda rows: rows[:, None, :total], query.dtype)
+    keys, values = (rows[:, None] for rows in cache.read_first(total, cache.own, query.dtype))
     mask = None
     if (
         count > 1
@@ -52,7 +52,7 @@ def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | T
     block, rows = cache.block, len(query)
     own = position // block
     number = torch.arange(1, blocks, device=query.device)  # candidates; block 0, the sink, is read anyway
-    scores = block_scores(query, cache.features[:, 1:blocks], cache.router)[:, 0]  # (R, blocks - 1)
+    scores = block_scores(query, cache.router_features(1, blocks), cache.router)[:, 0]  # (R, blocks - 1)
     best = _first_best if isinstance(position, Tensor) else top_blocks
     chosen = best(scores, number < own, top_k)
     chosen = torch.where(chosen < 0, -1, chosen + 1)  # (R, k)
@@ -62,11 +62,7 @@ def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | T
     closed = torch.cat([last == 0, chosen < 0, torch.zeros_like(last, dtype=torch.bool)], dim=1)
     token = read[..., None] * block + torch.arange(block, device=query.device)  # (R, k + 2, block)
     hidden = (closed[..., None] | (token > position)).flatten(1)
-    row = torch.arange(rows, device=query.device)[:, None]
-    keys, values = cache.read(
-        lambda stored: stored.unflatten(1, (-1, block))[row, read].flatten(1, 2),
-        accumulation_dtype(query.dtype),
-    )
+    keys, values = cache.read_blocks(read, accumulation_dtype(query.dtype))
     exact = (chosen[..., None] == number).any(1)  # (R, blocks - 1)
     far_keys, far_values = (
         None if part is None else part[:, 1:blocks] for part in (cache.far_keys, cache.far_values)
@@ -104,11 +100,11 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
     number = torch.arange(blocks, device=query.device)
     # (R, m, blocks + 1) whether a block is read exactly; the last column takes the "-1 = none" entries
     read = torch.zeros(rows, count, blocks + 1, dtype=torch.bool, device=query.device)
-    scores = block_scores(query, cache.features[:, 1 : blocks - 1], cache.router)
+    scores = block_scores(query, cache.router_features(1, blocks - 1), cache.router)
     chosen = top_blocks(scores, number[1:-1] < own, top_k)
     read.scatter_(-1, torch.where(chosen < 0, blocks, chosen + 1), True)
     read = read[..., :blocks] | (number == own) | (number == 0)
-    keys, values = cache.read(lambda stored: stored[:, :end], accumulation_dtype(query.dtype))
+    keys, values = cache.read_first(end, cache.own, accumulation_dtype(query.dtype))
     far_keys, far_values = (
         None if part is None else part[:, :blocks] for part in (cache.far_keys, cache.far_values)
     )
@@ -121,7 +117,9 @@ def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache)
     if count == 1:
         cache.append(keys, values)
         filled = min(cache.length, cache.window)  # in the order of the ring: a softmax does not mind
-        past_keys, past_values = cache.read(lambda rows: rows[:, None, :filled], query.dtype)
+        past_keys, past_values = (
+            rows[:, None, :filled].to(query.dtype) for rows in (cache.keys, cache.values)
+        )
         return F.scaled_dot_product_attention(query, past_keys, past_values, enable_gqa=True)
     before = min(cache.length, cache.window - 1)
     past_keys, past_values = cache.last(before, keys.dtype)
