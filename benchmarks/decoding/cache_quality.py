@@ -2,9 +2,10 @@
 
     python benchmarks/decoding/cache_quality.py --checkpoint runs/books_5m --data data/books
 
-Windows of held-out text are read up to `--prefix` at once, then token by token (`--chunk` at once, which reads
-the cache alike), each time giving the true token; every loss is that of a prediction over the cache. `share` is
-the whole cache over that of a dense model with as many heads, in the same arithmetic and in bfloat16.
+Windows of held-out text are read up to `--prefix` at once, then token by token (`--chunk` at once, which
+reads the cache alike), each time giving the true token; every loss is that of a prediction over the cache.
+`share` is the whole cache over that of a dense model with as many heads, in the same arithmetic and in
+bfloat16.
 """
 
 from __future__ import annotations

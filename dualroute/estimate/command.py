@@ -155,7 +155,8 @@ def _activation_bytes(config: EstimateConfig, model: ModelConfig) -> tuple[float
 def _measured_layer(model: ModelConfig, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes per token that one layer keeps for its backward pass, and its feed-forward alone."""
     # of interleaved layers the first, a local one; a dense one keeps as much
-    one = dataclasses.replace(model.of_layer(0), num_layers=1, vocab_size=8, dense_every=1)
+    number = 0 if model.global_layers is None else model.global_layers[0]
+    one = dataclasses.replace(model.of_layer(number), num_layers=1, vocab_size=8, dense_every=1)
     block = DualRoutingTransformer(one).to(dtype).layers[0]
     tokens = min(SAMPLE_TOKENS, model.max_context)
     layout = Layout.build(1, tokens, model.block)

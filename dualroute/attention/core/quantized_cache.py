@@ -30,8 +30,9 @@ BITS = {"int8": 8, "int4": 4}
 
 
 class QuantizedGlobalCache(GlobalCache):
-    """`GlobalCache` with integers of `bits` bits. `tail_keys` and `tail_values` (R, block, d) are the floats of
-    the newest token's block, in `dtype`."""
+    """`GlobalCache` with integers of `bits` bits.
+
+    `tail_keys` and `tail_values` (R, block, d) are the floats of the newest token's block, in `dtype`."""
 
     OF_TOKENS = ("keys", "values", "value_grids")
     OF_BLOCKS = ("features", "far_keys", "far_values", "key_grids")

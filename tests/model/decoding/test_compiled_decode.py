@@ -41,6 +41,7 @@ KINDS = {
     "dense, grouped": {"attention": "dense", "num_kv_heads": 2},
     "local": {"attention": "local"},
     "interleaved": {"attention": "interleaved", "dense_every": 2},
+    "global in one layer": {"global_mode": "routed", "top_k": 1, "global_layers": [1]},
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
     "biases and scaled RoPE": {"global_mode": "full", "qkv_bias": True, "rope_scaling": {"factor": 4.0}},
 }
