@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from dualroute.attention.backends.torch.decode import (
 )
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import CACHE_DTYPES, check_at_least, check_name
+from dualroute.attention.core.paging import make_pages
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
 from dualroute.attention.core.quantized_cache import BITS, QuantizedGlobalCache
 from dualroute.attention.core.rope import Table, token_tables
@@ -40,15 +42,20 @@ def new_cache(
     capacity: int | None = None,
     *,
     cache_dtype: str = "auto",
+    cache_offload: str | Path | None = None,
 ) -> LayerCache:
     """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
 
     There is room for all of them at once, or for `capacity` at first and for more when they come.
     `cache_dtype` is how the global route's complete blocks are kept: "auto" in `dtype`, "int8" or "int4" as
-    integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`.
+    integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload` is a
+    folder for a file that holds the global route's keys and values, or "host" (see `core.paging`); the room for
+    all tokens is then reserved at once.
 
     Raises:
-        ValueError: the layer is not causal, a size is below 1, or cache_dtype is unknown.
+        ValueError: the layer is not causal, a size is below 1, cache_dtype is unknown, or cache_offload does not
+        fit the device.
+        OSError: the folder is missing or full.
     """
     if not layer.causal:
         raise ValueError("causal=False: a layer that reads both directions cannot be run token by token")
@@ -61,7 +68,7 @@ def new_cache(
     if layer.global_heads:
         sizes: tuple[Any, ...] = (
             batch_size * layer.global_heads // layer.group,
-            min(capacity or max_length, max_length),
+            min((None if cache_offload else capacity) or max_length, max_length),
             layer.head_dim,
             layer.block,
             routing.router,
@@ -72,6 +79,8 @@ def new_cache(
         )
         quantized = cache_dtype in BITS
         global_cache = QuantizedGlobalCache(*sizes, BITS[cache_dtype]) if quantized else GlobalCache(*sizes)
+        if cache_offload is not None:
+            global_cache.offload(make_pages(cache_offload, torch.device(device)))
     if layer.local_heads:
         rows = batch_size * layer.local_heads // layer.group
         local_cache = LocalCache(rows, layer.window, layer.head_dim, device, dtype)
@@ -144,7 +153,9 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
         return decode_full(query, cache)
     if query.shape[2] > 1:
         return decode_chunk(query, cache, top_k)
-    if torch.is_grad_enabled() or cache.bits:  # the kernels have no gradients, and read floats
+    if (
+        torch.is_grad_enabled() or cache.bits or cache.pages is not None
+    ):  # the kernels have no gradients, and read floats
         return decode_step(query, cache, top_k)
     return choose(query, block=cache.block).decode_step(query, cache, top_k)
 
@@ -167,7 +178,7 @@ def _decode_token(layer: Projections, rows: Tensor, cache: LayerCache) -> Tensor
     heads = token_heads(layer, kernels, projected, tables, kernels.cache_memory([cache]), 0, position)
     for part in (cache.global_cache, cache.local_cache):
         if part is not None:
-            part.length += 1
+            part.advance()
     return heads
 
 

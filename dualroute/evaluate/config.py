@@ -7,7 +7,7 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
-from dualroute.paths import LocalPath, PathOrName
+from dualroute.paths import FolderOrHost, LocalPath, PathOrName
 from dualroute.settings import at_least, check_fields
 
 
@@ -65,6 +65,9 @@ class GenerateConfig:
             compiler on a CPU). Long texts are then written faster, with int8 weights most of all.
         cache_dtype: How the global route keeps keys and values of complete blocks of the text so far: auto is
             the arithmetic's type, int8 and int4 are integers.
+        cache_offload: A folder for a file of these keys and values, of which a step reads the blocks it has
+            chosen; it is reserved for the whole text at once, and gone at the end. host: the memory of the
+            host, for a model on a GPU.
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
     """
 
@@ -74,6 +77,7 @@ class GenerateConfig:
     stream: bool = True
     compile: bool = False
     cache_dtype: Literal["auto", "int8", "int4"] = "auto"
+    cache_offload: FolderOrHost | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from dualroute.attention.core.paging import HOST
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, printable
 from dualroute.evaluate.config import GenerateConfig
@@ -24,10 +25,11 @@ def generate_text(
     sampling: SamplingConfig,
     decoder: Decoder | None = None,
     cache_dtype: str = "auto",
+    cache_offload: str | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces of whole characters.
 
-    ``decoder`` and ``cache_dtype`` are those of :func:`~dualroute.model.decoding.generation.generate`.
+    ``decoder`` and the cache's options: see :func:`~dualroute.model.decoding.generation.generate`.
     A character outside the vocabulary is several byte tokens; a piece is held back until it is complete.
 
     Raises:
@@ -39,7 +41,7 @@ def generate_text(
         raise UserError(f"the prompt has {len(ids)} tokens and the model reads at most {limit}: shorten it")
     new: list[int] = []
     shown = tokenizer.decode(ids)
-    for token in generate(model, ids, sampling, tokenizer.eos_ids, decoder, cache_dtype):
+    for token in generate(model, ids, sampling, tokenizer.eos_ids, decoder, cache_dtype, cache_offload):
         if token in tokenizer.eos_ids:
             break
         new.append(token)
@@ -68,12 +70,20 @@ def _prompt_of_input() -> str:
 def generate_command(config: GenerateConfig) -> None:
     """``dualroute generate``: print the prompt and its continuation."""
     if config.compile:
+        if config.cache_offload == HOST:
+            raise UserError("cache_offload host works without --compile: leave one of them out")
         check_compiler(choose_device(config.device))
     loaded = load(config.checkpoint, config.device, config.dtype, compiled=config.compile)
     decoder = CompiledDecoder(loaded.model) if config.compile else None
     prompt = _prompt_of_input() if config.prompt == "-" else config.prompt
     pieces = generate_text(
-        loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, config.cache_dtype
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        config.sampling,
+        decoder,
+        config.cache_dtype,
+        config.cache_offload,
     )
     # a model may write what a terminal obeys; a file or a pipe gets the text as it is
     shown = printable if sys.stdout.isatty() else str

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.far_summary import far_keys
+from dualroute.attention.core.paging import Pages
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.router import block_features
 
@@ -32,6 +33,7 @@ class KeysAndValues:
     OF_BLOCKS: tuple[str, ...] = ()
     #: tensors whose size does not depend on the text's
     OF_TEXTS: tuple[str, ...] = ()
+    length = 0
 
     def __init__(
         self, rows: int, tokens: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
@@ -43,6 +45,10 @@ class KeysAndValues:
         """Put (R, m, d) keys and values at m tokens."""
         put(self.keys, place, keys)
         put(self.values, place, values)
+
+    def advance(self) -> None:
+        """One token more was written."""
+        self.length += 1
 
     @outside_inference_mode
     def select(self, rows: Tensor) -> None:
@@ -58,7 +64,7 @@ def put(rows: Tensor, place: Place, new: Tensor) -> None:
     if isinstance(place, slice):
         rows[:, place] = new
     else:
-        rows.index_copy_(1, place, new.to(rows.dtype))
+        rows.index_copy_(1, place.to(rows.device), new.to(rows.device, rows.dtype))
 
 
 class GlobalCache(KeysAndValues):
@@ -70,6 +76,8 @@ class GlobalCache(KeysAndValues):
     OF_BLOCKS = ("features", "far_keys", "far_values")
     #: bits of a stored number, None for floats
     bits: int | None = None
+    #: where the tensors of tokens lie, None where the others do
+    pages: Pages | None = None
 
     def __init__(
         self,
@@ -90,7 +98,7 @@ class GlobalCache(KeysAndValues):
             statistics_dtype = dtype
         if statistics_dtype == torch.float16:  # too narrow for squares
             statistics_dtype = torch.float32
-        self.length, self.block = 0, block
+        self.block = block
         self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
 
         def zeros(*shape: int) -> Tensor:
@@ -104,6 +112,23 @@ class GlobalCache(KeysAndValues):
         if far_summary != "none":
             self.far_keys = zeros(blocks, (2 if far_summary == "second_order" else 1) * head_dim)
             self.far_values = zeros(blocks, head_dim)
+
+    def offload(self, pages: Pages) -> None:
+        """Let the tensors of tokens, still empty, lie in `pages`; there is no more room than now."""
+        for name in self.OF_TOKENS:
+            empty = getattr(self, name)
+            setattr(self, name, pages.zeros(empty.shape, empty.dtype))
+        self.pages = pages
+
+    def advance(self) -> None:
+        super().advance()
+        if self.pages is not None and self.length % self.block == 0:
+            self.pages.release()
+
+    def select(self, rows: Tensor) -> None:
+        if self.pages is not None:
+            raise ValueError("a cache with cache_offload cannot be put in another order: leave that out")
+        super().select(rows)
 
     @property
     def own(self) -> int:
@@ -121,6 +146,8 @@ class GlobalCache(KeysAndValues):
             tokens = slice(first * self.block, last * self.block)
             blocks, of_values = (rows[:, tokens].unflatten(1, (-1, self.block)) for rows in self._rows())
             self._summarise(slice(first, last), blocks, of_values)
+            if self.pages is not None:
+                self.pages.release()
 
     def put_token(self, key: Tensor, value: Tensor, position: Tensor, *, statistics: bool) -> None:
         """`append` of one token (R, d) at a position (), with shapes that never change; `length` stays.
@@ -132,7 +159,8 @@ class GlobalCache(KeysAndValues):
         if statistics:
             own = (position // self.block).view(1)
             blocks, values = (
-                rows.unflatten(1, (-1, self.block)).index_select(1, own) for rows in self._rows()
+                rows.unflatten(1, (-1, self.block)).index_select(1, own.to(rows.device))
+                for rows in self._rows()
             )
             self._summarise(own, blocks, values)
 
@@ -141,8 +169,8 @@ class GlobalCache(KeysAndValues):
 
     def _summarise(self, place: Place, keys: Tensor, values: Tensor) -> None:
         """Write the statistics of blocks, whose keys and values are (R, n, block, d)."""
-        wide = accumulation_dtype(self.features.dtype)
-        keys, values = keys.to(wide), values.to(wide)
+        wide, device = accumulation_dtype(self.features.dtype), self.features.device
+        keys, values = keys.to(device, wide), values.to(device, wide)
         put(self.features, place, block_features(keys, self.router, self.sub_block))
         self._summarise_far(place, keys, values)
 
@@ -157,7 +185,8 @@ class GlobalCache(KeysAndValues):
 
     def read_first(self, count: int, own: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values (R, count, d) of the first tokens, `own` being the block of the newest one."""
-        return self.keys[:, :count].to(dtype), self.values[:, :count].to(dtype)
+        device = self.features.device
+        return self.keys[:, :count].to(device, dtype), self.values[:, :count].to(device, dtype)
 
     def read_blocks(self, numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values (R, k * block, d) of blocks (R, k), the last of which is the newest token's own."""
@@ -165,8 +194,9 @@ class GlobalCache(KeysAndValues):
 
     def _picked(self, stored: Tensor, numbers: Tensor) -> Tensor:
         """Rows (R, n, ...) of tokens -> those of the blocks (R, k), (R, k * block, ...)."""
-        row = torch.arange(len(numbers), device=numbers.device)[:, None]
-        return stored.unflatten(1, (-1, self.block))[row, numbers].flatten(1, 2)
+        row = torch.arange(len(numbers), device=stored.device)[:, None]
+        blocks = stored.unflatten(1, (-1, self.block))[row, numbers.to(stored.device)]
+        return blocks.flatten(1, 2).to(numbers.device)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in all."""
@@ -190,7 +220,7 @@ class LocalCache(KeysAndValues):
         self, rows: int, window: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
     ) -> None:
         super().__init__(rows, window, head_dim, device, dtype)
-        self.length, self.window = 0, window
+        self.window = window
 
     def last(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The last `count` keys and values in the order of the text; count <= min(length, window)."""

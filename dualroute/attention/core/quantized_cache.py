@@ -89,6 +89,8 @@ class QuantizedGlobalCache(GlobalCache):
             tokens = complete * self.block
             blocks = (rows[:, :tokens].unflatten(1, (-1, self.block)) for rows in (keys, values))
             self._summarise(slice(first, first + complete), *blocks)
+            if self.pages is not None:
+                self.pages.release()
         self.length = end
         behind = (self.own - first) * self.block
         for tail, rows in zip(tails, (keys, values), strict=True):
@@ -131,8 +133,9 @@ class QuantizedGlobalCache(GlobalCache):
 
     def read_first(self, count: int, own: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         blocks = -(-count // self.block)
-        every = torch.arange(blocks, device=self.keys.device).expand(len(self.keys), -1)
-        place = own.view(1) if isinstance(own, Tensor) else torch.tensor([own], device=self.keys.device)
+        device = self.features.device
+        every = torch.arange(blocks, device=device).expand(len(self.keys), -1)
+        place = own.view(1) if isinstance(own, Tensor) else torch.tensor([own], device=device)
         keys, values = (
             rows.unflatten(1, (-1, self.block)).index_copy(1, place, tail[:, None].to(dtype)).flatten(1, 2)
             for rows, tail in zip(self._stored(every, dtype), (self.tail_keys, self.tail_values), strict=True)

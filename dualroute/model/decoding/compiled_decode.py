@@ -121,7 +121,7 @@ class CompiledDecoder:
                 self._programs[shapes] = Program(self._step)
             logits = self._programs[shapes](tokens, position, caches, held, size)
         for part in held.parts:
-            part.length += 1
+            part.advance()
         return logits
 
 

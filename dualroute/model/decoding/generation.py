@@ -62,16 +62,18 @@ def generate(
     eos_id: int | Collection[int] | None = None,
     decoder: Decoder | None = None,
     cache_dtype: str = "auto",
+    cache_offload: str | None = None,
 ) -> Iterator[int]:
     """Yield new token ids after ``prompt`` until ``eos_id`` (any of them, if several), ``max_new_tokens`` or
     the model's context.
 
     ``decoder(tokens, caches)`` gives the logits (1, V) after tokens (1, n); null asks the model itself.
-    ``cache_dtype`` is how complete blocks of the global route are kept: auto (as the model), int8 or int4.
+    ``cache_dtype`` is how complete blocks of the global route are kept: auto (as the model), int8 or int4;
+    ``cache_offload`` a folder, or host, where its keys and values lie.
 
     Raises:
         ValueError: The prompt is empty, or leaves no room in the model's context.
-        UserError: The model is not causal.
+        UserError: The model is not causal, or the folder cannot be used, or is full.
     """
     model.config.require_causal("generation")
     limit = model.config.max_context
@@ -86,7 +88,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        caches = model.new_caches(1, length, cache_dtype=cache_dtype)
+        caches = model.new_caches(1, length, cache_dtype=cache_dtype, cache_offload=cache_offload)
         fed = torch.tensor([prompt], device=device)
         for _ in range(length - len(prompt)):
             if decoder is None:

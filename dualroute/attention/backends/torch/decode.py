@@ -4,9 +4,7 @@ In: queries (R, group, m, d) of the m newest tokens, whose keys are already in t
 batch * kv_heads. Out: (R, group, m, d), equal to what the routes give for these tokens in a forward pass
 over the whole text.
 
-One token gathers the few blocks it reads, but a chunk of tokens masks all of them.
-Chunks come from prompts, which are short or start at 0 (where the routes themselves run); gathering per
-token would only copy.
+One token gathers the few blocks it reads, a chunk those that any of its tokens reads.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.cache import GlobalCache, LocalCache
-from dualroute.attention.core.joint_softmax import Past, joint_softmax, routed_by_mask
+from dualroute.attention.core.joint_softmax import Past, joint_softmax
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 from dualroute.attention.core.router import block_scores, top_blocks
 
@@ -80,7 +78,7 @@ def _first_best(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
 
 
 def decode_chunk(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
-    """The routed route of the newest m tokens, (R, group, m, d): every past token is scored and masked."""
+    """The routed route of the newest m tokens, (R, group, m, d): every past block is scored."""
     count = query.shape[2]
     begin = cache.length - count
     chunks = [
@@ -104,11 +102,21 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
     chosen = top_blocks(scores, number[1:-1] < own, top_k)
     read.scatter_(-1, torch.where(chosen < 0, blocks, chosen + 1), True)
     read = read[..., :blocks] | (number == own) | (number == 0)
-    keys, values = cache.read_first(end, cache.own, accumulation_dtype(query.dtype))
+    # what any of these tokens reads, in the order of the text: the rest need not be looked at
+    used = read.any(1)  # (R, nb)
+    most = int(used.sum(1).max())
+    numbers = used.to(torch.int8).argsort(dim=1, stable=True)[
+        :, -most:
+    ]  # (R, most), the newest own block last
+    keys, values = cache.read_blocks(numbers, accumulation_dtype(query.dtype))
+    token = (numbers[..., None] * block + torch.arange(block, device=query.device)).flatten(1)  # (R, s)
+    visible = read.gather(2, numbers[:, None].expand(-1, count, -1)).repeat_interleave(block, dim=2)
+    hidden = ~visible | (token[:, None] > position[:, None])  # (R, m, s)
     far_keys, far_values = (
         None if part is None else part[:, :blocks] for part in (cache.far_keys, cache.far_values)
     )
-    return routed_by_mask(query, Past(keys, values, far_keys, far_values, block), read, position)
+    past = Past(keys, values, far_keys, far_values, block)
+    return joint_softmax(query, past, hidden, read | (number >= own))
 
 
 def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache) -> Tensor:
