@@ -48,13 +48,13 @@ def new_cache(
 
     There is room for all of them at once, or for `capacity` at first and for more when they come.
     `cache_dtype` is how the global route's complete blocks are kept: "auto" in `dtype`, "int8" or "int4" as
-    integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload` is a
-    folder for a file that holds the global route's keys and values, or "host" (see `core.paging`); the room for
-    all tokens is then reserved at once.
+    integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload`
+    is a folder for files that hold the global route's keys and values, or "host" (see `core.paging`); the room
+    for all tokens is then reserved at once.
 
     Raises:
-        ValueError: the layer is not causal, a size is below 1, cache_dtype is unknown, or cache_offload does not
-        fit the device.
+        ValueError: the layer is not causal, a size is below 1, cache_dtype is unknown, or cache_offload does
+        not fit the device.
         OSError: the folder is missing or full.
     """
     if not layer.causal:
@@ -153,9 +153,8 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
         return decode_full(query, cache)
     if query.shape[2] > 1:
         return decode_chunk(query, cache, top_k)
-    if (
-        torch.is_grad_enabled() or cache.bits or cache.pages is not None
-    ):  # the kernels have no gradients, and read floats
+    # the kernels have no gradients, and read floats where the queries are
+    if torch.is_grad_enabled() or cache.bits or cache.pages is not None:
         return decode_step(query, cache, top_k)
     return choose(query, block=cache.block).decode_step(query, cache, top_k)
 

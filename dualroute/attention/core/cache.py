@@ -122,7 +122,7 @@ class GlobalCache(KeysAndValues):
 
     def advance(self) -> None:
         super().advance()
-        if self.pages is not None and self.length % self.block == 0:
+        if self.pages is not None:
             self.pages.release()
 
     def select(self, rows: Tensor) -> None:
@@ -158,11 +158,8 @@ class GlobalCache(KeysAndValues):
         self.write(position.view(1), key[:, None], value[:, None])
         if statistics:
             own = (position // self.block).view(1)
-            blocks, values = (
-                rows.unflatten(1, (-1, self.block)).index_select(1, own.to(rows.device))
-                for rows in self._rows()
-            )
-            self._summarise(own, blocks, values)
+            in_blocks = (rows.unflatten(1, (-1, self.block)) for rows in self._rows())
+            self._summarise(own, *(rows.index_select(1, own.to(rows.device)) for rows in in_blocks))
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         return self.keys, self.values

@@ -1,13 +1,13 @@
 """Where the keys and values of past blocks lie when not in the memory of the model's device.
 
-In: the shapes of a global cache's tensors with a row for each token, all of their room at once. Out: tensors in
-a memory-mapped file, or in the memory of the host; a step reads the few blocks there that it has chosen.
+In: the shapes of a global cache's tensors with a row for each token, all of their room at once. Out: tensors
+in a memory-mapped file, or in the memory of the host; a step reads the few blocks there that it has chosen.
 Statistics of blocks, which every step reads whole, stay where they were.
 
 A file has no name from the moment it is made: whatever ends the process, the system frees it. Its bytes are
-reserved first, since a full disk ends a process that writes to a mapping without a word. Pages
-that were written or read are given back each time a block is complete; the system keeps them as long as it has
-memory for them, and then reads them from the disk.
+reserved first, since a full disk ends a process that writes to a mapping without a word. Pages that were
+written or read are given back after each step: with every one that is read the system maps its neighbours,
+megabytes a step. It keeps them as long as it has memory for them, and then reads them from the disk.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class FilePages:
                 f"another disk, fewer tokens, or a smaller cache_dtype",
                 str(self.folder),
             ) from error
+        if sys.platform == "linux":
+            mapped.madvise(mmap.MADV_RANDOM)
         self._maps.append(mapped)
         return torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape)).view(shape)
 

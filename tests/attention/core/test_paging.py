@@ -60,7 +60,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(paging, "_reserve", full)
-    with pytest.raises(OSError, match="no room for 4,608 bytes of keys or values, .* free") as error:
+    with pytest.raises(OSError, match=r"no room for 4,608 bytes of keys or values, .* free") as error:
         _layer().new_cache(1, 70, cache_offload=tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert error.value.filename == str(tmp_path)

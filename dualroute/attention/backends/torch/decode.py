@@ -105,9 +105,8 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
     # what any of these tokens reads, in the order of the text: the rest need not be looked at
     used = read.any(1)  # (R, nb)
     most = int(used.sum(1).max())
-    numbers = used.to(torch.int8).argsort(dim=1, stable=True)[
-        :, -most:
-    ]  # (R, most), the newest own block last
+    order = used.to(torch.int8).argsort(dim=1, stable=True)
+    numbers = order[:, -most:]  # (R, most), the newest own block last
     keys, values = cache.read_blocks(numbers, accumulation_dtype(query.dtype))
     token = (numbers[..., None] * block + torch.arange(block, device=query.device)).flatten(1)  # (R, s)
     visible = read.gather(2, numbers[:, None].expand(-1, count, -1)).repeat_interleave(block, dim=2)
