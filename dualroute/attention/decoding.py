@@ -49,8 +49,8 @@ def new_cache(
     There is room for all of them at once, or for `capacity` at first and for more when they come.
     `cache_dtype` is how the global route's complete blocks are kept: "auto" in `dtype`, "int8" or "int4" as
     integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload`
-    is a folder for files that hold the global route's keys and values, or "host" (see `core.paging`); the room
-    for all tokens is then reserved at once.
+    is a folder for files that hold the global route's keys and values, or "host" (see `core.paging`); the
+    room for all tokens is then reserved at once.
 
     Raises:
         ValueError: the layer is not causal, a size is below 1, cache_dtype is unknown, or cache_offload does
@@ -68,7 +68,7 @@ def new_cache(
     if layer.global_heads:
         sizes: tuple[Any, ...] = (
             batch_size * layer.global_heads // layer.group,
-            min((None if cache_offload else capacity) or max_length, max_length),
+            0 if cache_offload is not None else min(capacity or max_length, max_length),
             layer.head_dim,
             layer.block,
             routing.router,
@@ -80,7 +80,7 @@ def new_cache(
         quantized = cache_dtype in BITS
         global_cache = QuantizedGlobalCache(*sizes, BITS[cache_dtype]) if quantized else GlobalCache(*sizes)
         if cache_offload is not None:
-            global_cache.offload(make_pages(cache_offload, torch.device(device)))
+            global_cache.offload(make_pages(cache_offload, torch.device(device)), max_length)
     if layer.local_heads:
         rows = batch_size * layer.local_heads // layer.group
         local_cache = LocalCache(rows, layer.window, layer.head_dim, device, dtype)

@@ -113,12 +113,15 @@ class GlobalCache(KeysAndValues):
             self.far_keys = zeros(blocks, (2 if far_summary == "second_order" else 1) * head_dim)
             self.far_values = zeros(blocks, head_dim)
 
-    def offload(self, pages: Pages) -> None:
-        """Let the tensors of tokens, still empty, lie in `pages`; there is no more room than now."""
-        for name in self.OF_TOKENS:
-            empty = getattr(self, name)
-            setattr(self, name, pages.zeros(empty.shape, empty.dtype))
+    def offload(self, pages: Pages, length: int) -> None:
+        """Make room for `length` tokens at most, in `pages` for tensors of tokens; there was none before."""
         self.pages = pages
+        self._grow(length)
+        blocks = -(-length // self.block)
+        for name in self.OF_TOKENS:
+            none = getattr(self, name)
+            shape = torch.Size((len(none), blocks * self.block, *none.shape[2:]))
+            setattr(self, name, pages.zeros(shape, none.dtype))
 
     def advance(self) -> None:
         super().advance()
@@ -203,7 +206,8 @@ class GlobalCache(KeysAndValues):
     @outside_inference_mode
     def _grow(self, length: int) -> None:
         blocks = max(-(-length // self.block), 2 * self.features.shape[1])
-        for names, count in ((self.OF_TOKENS, blocks * self.block), (self.OF_BLOCKS, blocks)):
+        of_tokens = self.OF_TOKENS if self.pages is None else ()
+        for names, count in ((of_tokens, blocks * self.block), (self.OF_BLOCKS, blocks)):
             for name in names:
                 rows = getattr(self, name)
                 if rows is not None:
