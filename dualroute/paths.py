@@ -46,6 +46,8 @@ class PathField:
 
 
 LocalPath = Annotated[str, PathField()]
+#: A folder, or the memory of the host
+FolderOrHost = Annotated[str, PathField(words=("host",))]
 #: A file or folder, or the name of a data set elsewhere
 PathOrName = Annotated[str, PathField(or_name=True)]
 #: One of our names, or a Python file

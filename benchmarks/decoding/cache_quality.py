@@ -1,9 +1,11 @@
-"""What an int8 cache costs in quality: the loss of decoding token by token over it, beside a float cache.
+"""What a quantised cache costs in quality: the loss of decoding over it, beside a float cache, and its bytes.
 
     python benchmarks/decoding/cache_quality.py --checkpoint runs/books_5m --data data/books
 
-Windows of held-out text are read up to `--prefix` at once, then token by token, each time giving the true
-token; every loss is that of a prediction over the cache.
+Windows of held-out text are read up to `--prefix` at once, then token by token (`--chunk` at once, which
+reads the cache alike), each time giving the true token; every loss is that of a prediction over the cache.
+`share` is the whole cache over that of a dense model with as many heads, in the same arithmetic and in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -28,18 +30,23 @@ from measure import prepare, show
 
 @torch.no_grad()
 def decoding_loss(
-    model: DualRoutingTransformer, ids: torch.Tensor, prefix: int, *, int8: bool
-) -> tuple[float, float]:
-    """Mean loss of tokens behind `prefix` of ids (B, n), decoded one by one; bytes of cache per token."""
+    model: DualRoutingTransformer, ids: torch.Tensor, prefix: int, chunk: int, cache_dtype: str
+) -> tuple[torch.Tensor, float]:
+    """Losses (B, n - prefix) of tokens behind `prefix` of ids (B, n); bytes of cache per token."""
     batch, length = ids.shape
-    caches = model.new_caches(batch, length, int8=int8)
-    hidden = model.hidden_states(ids[:, :prefix], caches=caches)[:, -1]
-    total = 0.0
-    for at in range(prefix, length):
-        total += float(F.cross_entropy(model.head(hidden).float(), ids[:, at], reduction="sum"))
-        hidden = model.hidden_states(ids[:, at : at + 1], caches=caches)[:, -1]
+    caches = model.new_caches(batch, length, cache_dtype=cache_dtype)
+    hidden = model.hidden_states(ids[:, :prefix], caches=caches)[:, -1:]
+    losses = []
+    for at in range(prefix, length, chunk):
+        fed = ids[:, at : at + chunk]
+        if at + chunk < length or chunk > 1:
+            later = model.hidden_states(fed, caches=caches)
+            hidden = torch.cat([hidden, later], 1)
+        logits = model.head(hidden[:, : fed.shape[1]]).float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), fed, reduction="none"))
+        hidden = hidden[:, -1:]
     size = sum(cache_bytes(cache) for cache in caches)
-    return total / (batch * (length - prefix)), size / (batch * length)
+    return torch.cat(losses, 1).double(), size / (batch * length)
 
 
 def main() -> None:
@@ -49,6 +56,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prefix", type=int, default=512)
+    parser.add_argument("--chunk", type=int, default=1)
+    parser.add_argument("--caches", nargs="+", default=["auto", "int8", "int4"])
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     prepare(options.threads, "cpu")
@@ -57,11 +66,23 @@ def main() -> None:
     plan = SequentialPlan(open_stream(manifest, "val"), options.context, None)
     windows = WindowDataset(ShardReader(manifest, "val"), plan)
     ids = torch.stack([torch.as_tensor(windows[number]["input_ids"]) for number in range(options.windows)])
-    rows = []
-    for name, int8 in (("float32", False), ("int8", True)):
-        loss, size = decoding_loss(model, ids, options.prefix, int8=int8)
-        rows.append({"cache": name, "loss": f"{loss:.5f}", "bytes per token": f"{size:,.0f}"})
-    title = f"{options.windows * (options.context - options.prefix):,} tokens decoded one by one"
+    config = model.config
+    dense = 2 * config.num_layers * (config.num_kv_heads or config.num_heads) * (config.head_dim or 0)
+    rows, exact = [], None
+    for name in options.caches:
+        losses, size = decoding_loss(model, ids, options.prefix, options.chunk, name)
+        exact = losses if exact is None else exact
+        rows.append(
+            {
+                "cache": name,
+                "loss": f"{losses.mean():.5f}",
+                f"against {options.caches[0]}": f"{100 * (losses.mean() / exact.mean() - 1):+.4f} %",
+                "bytes per token": f"{size:,.0f}",
+                "share": f"{size / (dense * model.norm.weight.itemsize):.3f}",
+                "share of bfloat16": f"{size / (2 * dense):.3f}",
+            }
+        )
+    title = f"{ids[:, options.prefix :].numel():,} tokens behind {options.prefix:,} of the cache"
     show(title, rows, None, "cache_quality")
 
 

@@ -5,7 +5,7 @@
 Batch 1, random keys. Dense reads all keys of `--heads` heads with torch's scaled_dot_product_attention;
 DualRouting has half of them on each route, and also rotates and stores the token. A figure is the median of
 steps that take turns, projections left out. Bytes are those of the keys, values and block statistics that one
-step reads.
+step reads. `--cache_dtype` quantises DualRouting's cache, not the dense one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py is
 from measure import medians, prepare, show
 
 
-def filled_cache(layer: DualRouting, length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
+def filled_cache(
+    layer: DualRouting, length: int, device: torch.device, dtype: torch.dtype, cache_dtype: str = "auto"
+) -> LayerCache:
     """A cache that holds `length` random tokens and has room for one more block."""
-    cache = layer.new_cache(1, length + layer.block, device, dtype)
+    cache = layer.new_cache(1, length + layer.block, device, dtype, cache_dtype=cache_dtype)
     assert cache.global_cache is not None
     assert cache.local_cache is not None
     for part in (cache.global_cache, cache.local_cache):
@@ -55,9 +57,9 @@ def cache_bytes(cache: LayerCache) -> int:
 def bytes_read(cache: GlobalCache, window: int, top_k: int) -> int:
     """Bytes that one step reads: statistics of past blocks, the read blocks, half of the own, the window."""
     blocks = cache.length // cache.block
-    token = cache.keys[:, 0].nbytes + cache.values[:, 0].nbytes
-    statistics = sum(
-        part[:, 0].nbytes for part in (cache.features, cache.far_keys, cache.far_values) if part is not None
+    token, statistics = (
+        sum(part[:, 0].nbytes for name in names if (part := getattr(cache, name)) is not None)
+        for names in (cache.OF_TOKENS, cache.OF_BLOCKS)
     )
     exact = (top_k + 1) * cache.block + cache.block // 2
     return statistics * blocks + token * (exact + window)
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--router", default="minmax")
     parser.add_argument("--far_summary", default="second_order")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--cache_dtype", default="auto", choices=("auto", "int8", "int4"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -117,7 +120,7 @@ def main() -> None:
     )
     rows = []
     for length in options.lengths:
-        cache = filled_cache(layer, length, device, dtype)
+        cache = filled_cache(layer, length, device, dtype, options.cache_dtype)
         far = cache.global_cache
         assert far is not None
         wide = torch.randn(1, options.heads, 1, options.head_dim, device=device, dtype=dtype)

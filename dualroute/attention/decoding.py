@@ -7,8 +7,11 @@ one pass over the whole text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +24,10 @@ from dualroute.attention.backends.torch.decode import (
     decode_step,
 )
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
-from dualroute.attention.core.options import check_at_least
+from dualroute.attention.core.options import CACHE_DTYPES, check_at_least, check_name
+from dualroute.attention.core.paging import make_pages
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
+from dualroute.attention.core.quantized_cache import BITS, QuantizedGlobalCache
 from dualroute.attention.core.rope import Table, token_tables
 from dualroute.attention.projections import Projections
 
@@ -36,41 +41,60 @@ def new_cache(
     dtype: torch.dtype | None = None,
     capacity: int | None = None,
     *,
-    int8: bool = False,
+    cache_dtype: str = "auto",
+    cache_offload: str | Path | None = None,
 ) -> LayerCache:
     """An empty cache for texts of up to `max_length` tokens; device and dtype of the weights by default.
 
-    There is room for all of them at once, or for `capacity` at first and for more when they come. `int8`
-    stores keys and values as integers, with a scale for each token and head.
+    There is room for all of them at once, or for `capacity` at first and for more when they come.
+    `cache_dtype` is how the global route's complete blocks are kept: "auto" in `dtype`, "int8" or "int4" as
+    integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload`
+    is a folder for files that hold the global route's keys and values, or "host" (see `core.paging`); the
+    room for all tokens is then reserved at once.
 
     Raises:
-        ValueError: the layer is not causal, or a size is below 1.
+        ValueError: the layer is not causal, a size is below 1, cache_dtype is unknown, or cache_offload does
+        not fit the device.
+        OSError: the folder is missing or full.
     """
     if not layer.causal:
         raise ValueError("causal=False: a layer that reads both directions cannot be run token by token")
     check_at_least(1, batch_size=batch_size, max_length=max_length)
+    check_name("cache_dtype", cache_dtype, CACHE_DTYPES)
     device = device or layer.out_proj.weight.device
     dtype = dtype or layer.out_proj.weight.dtype
-    stored = torch.int8 if int8 else dtype
     limit, routing = layer.max_exact_blocks, layer.routing
-    global_cache = local_cache = None
+    global_cache: GlobalCache | None = None
+    local_cache: LocalCache | None = None
     if layer.global_heads:
-        global_cache = GlobalCache(
+        kind: Any
+        sizes: tuple[Any, ...] = (
             batch_size * layer.global_heads // layer.group,
-            min(capacity or max_length, max_length),
+            0 if cache_offload is not None else min(capacity or max_length, max_length),
             layer.head_dim,
             layer.block,
             routing.router,
             routing.sub_block,
             routing.far_summary,
             device,
-            stored,
             dtype,
-            routing.cluster_span,
         )
+        if routing.cluster_span and (cache_dtype in BITS or cache_offload is not None):
+            raise ValueError(
+                f"cluster_span={routing.cluster_span}: blocks of similar keys are put in another order while "
+                f"a text grows, which cache_dtype and cache_offload do not take: leave them out"
+            )
+        if cache_dtype in BITS:
+            kind, more = QuantizedGlobalCache, {"bits": BITS[cache_dtype]}
+        else:
+            kind, more = GlobalCache, {"cluster_span": routing.cluster_span}
+        made: GlobalCache = kind(*sizes, **more)
+        if cache_offload is not None:
+            made.offload(make_pages(cache_offload, torch.device(device)), max_length)
+        global_cache = made
     if layer.local_heads:
         rows = batch_size * layer.local_heads // layer.group
-        local_cache = LocalCache(rows, layer.window, layer.head_dim, device, stored)
+        local_cache = LocalCache(rows, layer.window, layer.head_dim, device, dtype)
     exact = limit is None or -(-max_length // layer.block) <= limit
     return LayerCache(batch_size, max_length, exact, global_cache, local_cache)
 
@@ -136,6 +160,7 @@ def decode_rows(
     projected = _projected(layer, hidden_states)
     heads = []
     for number, cache in enumerate(caches):
+        cache.regroup()
         own = [None if part is None else part[number : number + 1] for part in projected]
         token = _decode_token(layer, own, cache, tables[number])
         if token is None:
@@ -162,13 +187,32 @@ def _decode_tokens(
     far_table, near_table = layer.rotary_tables(positions.flatten(), dtype)
     if far is not None and cache.global_cache is not None:
         query, key, value = _heads(layer, far, far_table)
-        cache.global_cache.append(key, value)
-        outputs.append(decode_global(query, cache.global_cache, layer.routing.top_k, cache.exact))
+        outputs.append(
+            _global_tokens(query, key, value, cache.global_cache, layer.routing.top_k, cache.exact)
+        )
     if near is not None and cache.local_cache is not None:
         query, key, value = _heads(layer, near, near_table)
         outputs.append(_decode_local(query, key, value, cache.local_cache))
     heads = [out.view(batch, -1, count, layer.head_dim).transpose(1, 2).flatten(2) for out in outputs]
     return torch.cat(heads, dim=-1)
+
+
+def _global_tokens(
+    query: Tensor, key: Tensor, value: Tensor, cache: GlobalCache, top_k: int, exact: bool
+) -> Tensor:
+    """The global route of m new tokens, which the cache is given: (R, group, m, d).
+
+    A quantised cache has floats of the newest block alone, so it gets and gives a block at a time.
+    """
+    count = key.shape[1]
+    ends = [count]
+    if cache.bits:
+        ends = [*range(cache.block - cache.length % cache.block, count, cache.block), count]
+    outputs = []
+    for begin, end in itertools.pairwise((0, *ends)):
+        cache.append(key[:, begin:end], value[:, begin:end])
+        outputs.append(decode_global(query[:, :, begin:end], cache, top_k, exact))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 @without_autocast
@@ -179,7 +223,8 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
         return decode_full(query, cache)
     if query.shape[2] > 1:
         return decode_chunk(query, cache, top_k)
-    if torch.is_grad_enabled() or cache.is_int8:  # the kernels have no gradients, and read floats
+    # the kernels have no gradients, and read floats where the queries are
+    if torch.is_grad_enabled() or cache.bits or cache.pages is not None:
         return decode_step(query, cache, top_k)
     return choose(query, block=cache.block).decode_step(query, cache, top_k)
 
@@ -203,7 +248,7 @@ def _decode_token(
     heads = token_heads(layer, kernels, projected, tables, kernels.cache_memory([cache]), 0, position)
     for part in (cache.global_cache, cache.local_cache):
         if part is not None:
-            part.length += 1
+            part.advance()
     return heads
 
 

@@ -20,6 +20,7 @@ SIZES = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
 #: What belongs to dual attention alone.
 ROUTING = (
     "window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary", "cluster_span",
+    "global_layers",
 )  # fmt: skip
 
 
@@ -40,6 +41,8 @@ class ConvertConfig:
         local_heads: With divide: query heads of the local route; null means half.
         choose: Which heads become local: those with the least attention beyond the window (distance), or
             any (random), to compare with.
+        global_layers: Numbers of the layers, from 0, that get a global route; the others become local. null
+            means every layer.
         window: Keys that the local route sees, the token itself included; null keeps the source's.
         block: Keys per routed block; null keeps the source's.
         sub_block: Keys per bound of the minmax router; null keeps the source's.
@@ -65,6 +68,7 @@ class ConvertConfig:
     heads: Literal["divide", "both"] = "divide"
     local_heads: int | None = None
     choose: Literal["distance", "random"] = "distance"
+    global_layers: list[int] | None = None
     window: int | None = None
     block: int | None = None
     sub_block: int | None = None

@@ -98,6 +98,9 @@ def convert(config: ConvertConfig) -> Conversion:
                 converted = double_heads(model, shape)
             else:
                 groups, mass = _choose(config, model, tokenizer, shape.window, shape.local_heads or 0)
+                if shape.global_layers is not None:
+                    every = list(range(shape.num_kv_heads or 0))
+                    groups = [of if i in shape.global_layers else every for i, of in enumerate(groups)]
                 note |= {"choose": config.choose, "local_groups": groups}
                 if mass is not None:
                     note["mass_beyond_window"] = [[round(x, 6) for x in row] for row in mass.tolist()]

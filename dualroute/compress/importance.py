@@ -89,7 +89,8 @@ def choose(
         ffn.append(best(ffn_scores(model, statistics, index), shape.ffn_dim))
         of_global, of_local = group_scores(model, statistics, index)
         global_groups.append(best(of_global, shape.global_groups))
-        local_groups.append(best(of_local, shape.local_groups))
+        only_local = model.config.global_layers is not None and not len(of_global)  # keeps all its heads
+        local_groups.append(best(of_local, len(of_local) if only_local else shape.local_groups))
     return Kept(layers, channels, ffn, global_groups, local_groups)
 
 

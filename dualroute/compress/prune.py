@@ -92,6 +92,15 @@ def _shape(config: PruneConfig, found: Calibrated, statistics: Statistics, accou
         "layers" in config.axes or given.get("num_layers", parent.num_layers) != parent.num_layers
     ):
         raise UserError("layers cannot be pruned from attention interleaved: the dense ones would move")
+    if loaded.model.config.global_layers is not None:
+        changed = sorted(name for name, size in given.items() if size != getattr(parent, name))
+        for axis in ("layers", "heads"):
+            fields = set(FIELDS[axis]).intersection(changed)
+            if (config.keep is not None and axis in config.axes) or fields:
+                raise UserError(
+                    f"{axis} cannot be pruned from a model with global_layers, whose layers have different "
+                    f"routes: choose --axes of dim and ffn"
+                )
     if config.shape_of is not None:
         shape = Shape.of(ModelConfig.from_file(find_checkpoint(config.shape_of).folder / CONFIG))
         larger = [name for name, size in asdict(shape).items() if size > asdict(parent)[name]]

@@ -134,7 +134,8 @@ def _columns(weight: Tensor, kept: Tensor, gram: Tensor | None) -> Tensor:
 def _config(config: ModelConfig, kept: Kept) -> ModelConfig:
     """The smaller configuration, all widths written out."""
     group = config.heads_per_group
-    groups = [len(kept.global_groups[0]), len(kept.local_groups[0])]
+    with_global = 0 if config.global_layers is None else config.global_layers[0]
+    groups = [len(kept.global_groups[with_global]), len(kept.local_groups[with_global])]
     if config.attention == "interleaved":  # each layer has one route, with all of its heads
         counts = {len(g) + len(local) for g, local in zip(kept.global_groups, kept.local_groups, strict=True)}
         groups = [counts.pop(), 0]

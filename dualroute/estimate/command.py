@@ -179,7 +179,8 @@ def _measured_layer(model: ModelConfig, dtype: torch.dtype, strategy: StrategyCo
 
     With the adapters of ``strategy``, which names them as those of layer 0."""
     # of interleaved layers the first, a local one; a dense one keeps as much
-    one = dataclasses.replace(model.of_layer(0), num_layers=1, vocab_size=8, dense_every=1)
+    number = 0 if model.global_layers is None else model.global_layers[0]
+    one = dataclasses.replace(model.of_layer(number), num_layers=1, vocab_size=8, dense_every=1)
     small = DualRoutingTransformer(one)
     if strategy.adapter != "none":
         add_adapters(small, strategy, 0)

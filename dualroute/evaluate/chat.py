@@ -38,7 +38,7 @@ def chat_command(config: ChatConfig) -> None:
         loaded.tokenizer,
         config.sampling,
         config.system,
-        int8_cache=config.cache_dtype == "int8",
+        cache_dtype=config.cache_dtype,
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:

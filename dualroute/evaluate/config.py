@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
-from dualroute.paths import LocalPath, PathOrName, SuiteName
+from dualroute.paths import FolderOrHost, LocalPath, PathOrName, SuiteName
 from dualroute.settings import at_least, check_fields
 
 _OF_A_SUITE = ("suite", "lengths", "samples", "compare")
@@ -88,8 +88,11 @@ class GenerateConfig:
         device: auto, cpu, cuda, ….
         compile: Compile the step that makes one token into one program first (tens of seconds; needs a C++
             compiler on a CPU). Long texts are then written faster, with int8 weights most of all.
-        cache_dtype: How keys and values of the text so far are kept: auto is the arithmetic's type, int8 a
-            quarter of float32.
+        cache_dtype: How the global route keeps keys and values of complete blocks of the text so far: auto is
+            the arithmetic's type, int8 and int4 are integers.
+        cache_offload: A folder for a file of these keys and values, of which a step reads the blocks it has
+            chosen; it is reserved for the whole text at once, and gone at the end. host: the memory of the
+            host, for a model on a GPU.
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
             docs/interpretability.md.
@@ -105,7 +108,8 @@ class GenerateConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stream: bool = True
     compile: bool = False
-    cache_dtype: Literal["auto", "int8"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] = "auto"
+    cache_offload: FolderOrHost | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     scale: str | None = None
@@ -128,8 +132,8 @@ class ChatConfig:
         checkpoint: A run folder (its newest finished checkpoint) or a checkpoint folder.
         system: What the system says before the chat; empty for nothing.
         sampling: How tokens are drawn.
-        cache_dtype: How keys and values of the chat are kept: auto is the arithmetic's type, int8 a quarter
-            of float32.
+        cache_dtype: How the global route keeps keys and values of complete blocks of the chat: auto is the
+            arithmetic's type, int8 and int4 are integers.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
@@ -139,7 +143,7 @@ class ChatConfig:
     checkpoint: LocalPath
     system: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    cache_dtype: Literal["auto", "int8"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     scale: str | None = None

@@ -38,7 +38,7 @@ class Conversation:
         tokenizer: Its, with a chat template.
         sampling: How tokens are drawn, and how many for an answer at most.
         system: What the system says first; "" nothing.
-        int8_cache: Keep keys and values as integers.
+        cache_dtype: How complete blocks of the global route are kept: auto, int8 or int4.
 
     Attributes:
         messages: The chat so far, without turns that had to go.
@@ -56,10 +56,10 @@ class Conversation:
         sampling: SamplingConfig,
         system: str = "",
         *,
-        int8_cache: bool = False,
+        cache_dtype: str = "auto",
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.system, self.int8_cache = system, int8_cache
+        self.system, self.cache_dtype = system, cache_dtype
         self.tokens_read = 0
         _ = tokenizer.chat_template
         self.reset()
@@ -124,11 +124,7 @@ class Conversation:
         model, limit = self.model, self.model.config.max_context
         device = model.norm.weight.device
         if not self._held or ids[: len(self._held)] != self._held or len(ids) == len(self._held):
-            weight = model.norm.weight
-            self._caches = [
-                layer.attention.new_cache(1, limit, device, weight.dtype, CAPACITY, int8=self.int8_cache)  # type: ignore[union-attr,operator]
-                for layer in model.layers
-            ]
+            self._caches = model.new_caches(1, limit, capacity=CAPACITY, cache_dtype=self.cache_dtype)
             self._held = []
         fed = ids[len(self._held) :]
         stops = self.tokenizer.eos_ids

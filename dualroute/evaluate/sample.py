@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dualroute.attention.core.paging import HOST
 from dualroute.control import TextStream, new_sampler
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, printable
@@ -83,7 +84,8 @@ def write_batch(
     prompts: Sequence[str],
     samplings: Sequence[SamplingConfig],
     decoder: Decoder | None = None,
-    int8_cache: bool = False,
+    cache_dtype: str = "auto",
+    cache_offload: str | None = None,
 ) -> list[Written]:
     """Continue several prompts at once; each becomes what it becomes alone.
 
@@ -91,7 +93,7 @@ def write_batch(
         model, tokenizer: Of one checkpoint.
         prompts: Texts to continue.
         samplings: How tokens are drawn, one for each prompt.
-        decoder, int8_cache: Those of :func:`~dualroute.model.decoding.generation.generate`.
+        decoder, cache_dtype, cache_offload: Those of :func:`~dualroute.model.decoding.generation.generate`.
 
     Raises:
         UserError: A prompt leaves no room in the model's context, or an option cannot be used.
@@ -99,7 +101,9 @@ def write_batch(
     ids = [_prompt_ids(model, tokenizer, prompt) for prompt in prompts]
     writers = [Writer(tokenizer, how, of) for how, of in zip(samplings, ids, strict=True)]
     samplers = [writer.sampler for writer in writers]
-    for number, token in generate_batch(model, ids, samplers, tokenizer.eos_ids, decoder, int8_cache):
+    for number, token in generate_batch(
+        model, ids, samplers, tokenizer.eos_ids, decoder, cache_dtype, cache_offload
+    ):
         writers[number].add(token)
     for writer in writers:
         writer.finish()
@@ -120,12 +124,13 @@ def generate_text(
     prompt: str,
     sampling: SamplingConfig,
     decoder: Decoder | None = None,
-    int8_cache: bool = False,
+    cache_dtype: str = "auto",
+    cache_offload: str | None = None,
     written: Written | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces of whole characters.
 
-    ``decoder`` and ``int8_cache`` are those of :func:`~dualroute.model.decoding.generation.generate`;
+    ``decoder`` and the cache's options are those of :func:`~dualroute.model.decoding.generation.generate`;
     ``written`` is filled at the end.  A character outside the vocabulary is several byte tokens; a piece is
     held back until it is complete, or until it cannot be the beginning of a stop.
 
@@ -134,7 +139,9 @@ def generate_text(
     """
     ids = _prompt_ids(model, tokenizer, prompt)
     writer = Writer(tokenizer, sampling, ids)
-    for _, token in generate_batch(model, [ids], [writer.sampler], tokenizer.eos_ids, decoder, int8_cache):
+    for _, token in generate_batch(
+        model, [ids], [writer.sampler], tokenizer.eos_ids, decoder, cache_dtype, cache_offload
+    ):
         piece = writer.add(token)
         if piece:
             yield piece
@@ -167,19 +174,21 @@ def generate_command(config: GenerateConfig) -> None:
     if config.output is not None and not Path(config.output).parent.is_dir():  # said now, not after the work
         raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")
     if config.compile:
+        if config.cache_offload == HOST:
+            raise UserError("cache_offload host works without --compile: leave one of them out")
         check_compiler(choose_device(config.device))
     loaded = load(config.checkpoint, config.device, config.dtype, compiled=config.compile)
     steer(loaded.model, config.scale or "")
     decoder = CompiledDecoder(loaded.model) if config.compile else None
     prompt = _prompt_of_input() if config.prompt == "-" else config.prompt
-    int8_cache = config.cache_dtype == "int8"
     # a model may write what a terminal obeys; a file or a pipe gets the text as it is
     shown = printable if sys.stdout.isatty() else str
     texts: list[Written] = []
+    cache = (config.cache_dtype, config.cache_offload)
     if config.samples == 1:
         texts.append(Written())
         pieces = generate_text(
-            loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, int8_cache, texts[0]
+            loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, *cache, texts[0]
         )
         if config.stream:
             print(shown(prompt), end="", flush=True)
@@ -195,7 +204,7 @@ def generate_command(config: GenerateConfig) -> None:
                 replace(config.sampling, seed=seed) for seed in seeds[first : first + config.batch_size]
             ]
             some = write_batch(
-                loaded.model, loaded.tokenizer, [prompt] * len(samplings), samplings, decoder, int8_cache
+                loaded.model, loaded.tokenizer, [prompt] * len(samplings), samplings, decoder, *cache
             )
             for one in some:
                 print(f"--- seed {one.seed}, ended by {one.ended}\n{shown(prompt + one.text)}", flush=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dualroute.attention.backends.traceable import traceable_attention
-from dualroute.export.parity import place_of_output
 from dualroute.errors import UserError
+from dualroute.export.parity import place_of_output
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.layers import TransformerBlock
 

@@ -250,7 +250,12 @@ def _attention(shape: ModelConfig) -> str:
         "dense": "every head reading every token (the dense baseline)",
         "local": "every head reading a sliding window",
         "interleaved": f"one dense layer in every {shape.dense_every} and sliding windows in the others",
-        "dual": f"{shape.global_heads} global and {shape.local_heads} local heads in each layer",
+        "dual": f"{shape.global_heads} global and {shape.local_heads} local heads in "
+        + (
+            "each layer"
+            if (layers := shape.global_layers) is None
+            else f"layers {layers}, local ones in the others"
+        ),
     }
     size = f"{shape.num_layers} layers, width {shape.dim}, vocabulary {shape.vocab_size:,}"
     text = f"{kinds[shape.attention]}; {size}."

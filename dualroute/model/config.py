@@ -34,6 +34,7 @@ _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
 _LEFT_OUT: dict[str, Any] = {
     "causal": True,
     "cluster_span": 0,
+    "global_layers": None,
     "global_rotary_factor": 1.0,
     "local_rotary_factor": 1.0,
     "task_head": None,
@@ -47,7 +48,8 @@ _RANGES = {
     **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
     **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
     **dict.fromkeys(
-        ("global_heads", "local_heads", "top_k", "layer_top_k", "cluster_span"), at_least(0, _MOST)
+        ("global_heads", "local_heads", "global_layers", "top_k", "layer_top_k", "cluster_span"),
+        at_least(0, _MOST),
     ),
     "vocab_size": at_least(2, _MOST),
     "rope_theta": above(0, 1e12),
@@ -209,6 +211,8 @@ class ModelConfig:
         global_heads: Query heads of the global route; null means those of half of the key/value heads,
             rounded down.
         local_heads: Query heads of the local route; null means the others.
+        global_layers: Numbers of the layers, from 0, that have a global route; the others are local, with all
+            num_heads. null means every layer.
         window: Keys that the local route sees, the token itself included; with causal false so many to each
             side, the token itself counted in both: 2 * window - 1 in all.
         layer_windows: The window of each layer, where they differ; null means window for all.
@@ -254,6 +258,7 @@ class ModelConfig:
     dense_every: int = 6
     global_heads: int | None = None
     local_heads: int | None = None
+    global_layers: list[int] | None = None
     window: int = 128
     layer_windows: list[int] | None = None
     global_mode: Literal["auto", "full", "routed"] = "auto"
@@ -319,9 +324,12 @@ class ModelConfig:
     def of_layer(self, index: int) -> ModelConfig:
         """The configuration of layer number ``index``, from 0.
 
-        Interleaved layers are dense or local ones, and a layer may have a window and a top_k of its own."""
+        Interleaved layers are dense or local ones, dual ones outside of global_layers local, and a layer may
+        have a window and a top_k of its own."""
         kind, parts, theta = self.attention, self.parts, self.rope_theta
         listed = None if parts is None else parts.dense_layers
+        if self.global_layers is not None and index not in self.global_layers:
+            kind = "local"
         if kind == "interleaved":
             dense = (index + 1) % self.dense_every == 0 if listed is None else index in listed
             kind = "dense" if dense else "local"
@@ -334,6 +342,7 @@ class ModelConfig:
             attention=kind,
             parts=parts,
             rope_theta=theta,
+            global_layers=None,
             window=self.window if self.layer_windows is None else self.layer_windows[index],
             top_k=self.top_k if self.layer_top_k is None else self.layer_top_k[index],
             layer_windows=None,
@@ -347,6 +356,18 @@ class ModelConfig:
                 f"model.dense_every {self.dense_every} is above model.num_layers {self.num_layers}: no layer "
                 f"would be dense; lower it, or use attention local instead of interleaved"
             )
+        layers = self.global_layers
+        if layers is not None:
+            if self.attention != "dual":
+                raise UserError(
+                    f"model.global_layers works with attention dual, and model.attention is "
+                    f"{self.attention}: leave it out"
+                )
+            if not layers or layers != sorted(set(layers)) or layers[-1] >= self.num_layers:
+                raise UserError(
+                    f"model.global_layers is {layers}: give ascending numbers of layers, of 0 to "
+                    f"{self.num_layers - 1}, or null for all of them"
+                )
         for name, least in (("layer_windows", 1), ("layer_top_k", 0)):
             values = getattr(self, name)
             if values is not None and (len(values) != self.num_layers or min(values) < least):

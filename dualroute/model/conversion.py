@@ -139,7 +139,7 @@ def divide_heads(
     Args:
         model: The dense model; its tensors are copied.
         config: Of the dual model; differs in routes and windows only.
-        local_groups: KV groups that become local, for each layer.
+        local_groups: KV groups that become local, for each layer; in one without a global route all do.
 
     Raises:
         UserError: The model is not dense.
@@ -150,6 +150,8 @@ def divide_heads(
         attention_layers(model), attention_layers(dual), local_groups, strict=True
     ):
         groups = range(source.global_heads // source.group)
+        if not target.global_heads:  # a layer outside of global_layers
+            local = groups
         order = [g for g in groups if g not in set(local)], list(local)
         _fill(target, source, order, share=1.0)
     return dual
@@ -169,7 +171,10 @@ def double_heads(model: DualRoutingTransformer, config: ModelConfig) -> DualRout
     dual = _skeleton(model, config)
     for source, target in zip(attention_layers(model), attention_layers(dual), strict=True):
         every = list(range(source.global_heads // source.group))
-        _fill(target, source, (every, every), share=0.5)
+        if target.global_heads:
+            _fill(target, source, (every, every), share=0.5)
+        else:  # a layer outside of global_layers
+            _fill(target, source, ([], every), share=1.0)
     return dual
 
 
@@ -194,6 +199,8 @@ def _fill(target: DualRouting, source: DualRouting, order: tuple[list[int], list
     """Give the routes of ``target`` the KV groups in ``order`` (global, local) of ``source``."""
     group, head_dim = source.group, source.head_dim
     for projection, groups in zip((target.global_qkv, target.local_qkv), order, strict=True):
+        if not groups:
+            continue
         assert source.global_qkv is not None
         assert projection is not None
         projection.weight.copy_(_taken(source.global_qkv.weight, groups, group, head_dim))

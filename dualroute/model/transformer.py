@@ -205,18 +205,39 @@ class DualRoutingTransformer(nn.Module):
             raise UserError("a model with a frontend has no vocabulary to write: give it a task_head")
         return self.head(hidden)
 
-    def new_caches(self, batch_size: int, max_length: int, *, int8: bool = False) -> list[Any]:
-        """Empty decoding caches, one per layer, on the model's device and in its dtype, or in int8.
+    def new_caches(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+        cache_dtype: str = "auto",
+        cache_offload: str | None = None,
+    ) -> list[Any]:
+        """Empty decoding caches, one per layer, on the model's device and in its dtype; complete blocks
+        of the global route as integers with ``cache_dtype`` int8 or int4, its keys and values in a file of
+        the folder ``cache_offload``, or in the memory of the ``host`` for a model that is not there.
+
+        There is room for ``max_length`` tokens, or for ``capacity`` at first and for more when they come.
 
         Raises:
-            UserError: The model is not causal.
+            UserError: The model is not causal, or the folder cannot be used, or is full.
         """
         self.config.require_causal("decoding token by token")
         weight = self.norm.weight  # floats in a quantised model too
-        return [
-            layer.attention.new_cache(batch_size, max_length, weight.device, weight.dtype, int8=int8)  # type: ignore[union-attr,operator]
-            for layer in self.layers
-        ]
+        device = weight.device if device is None else device
+        options: dict[str, Any] = {"cache_dtype": cache_dtype, "cache_offload": cache_offload}
+        attentions: list[Any] = [layer.attention for layer in self.layers]
+        try:
+            return [
+                attention.new_cache(batch_size, max_length, device, weight.dtype, capacity, **options)
+                for attention in attentions
+            ]
+        except OSError as error:
+            raise UserError(f"cache_offload {cache_offload}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Trainable parameters; tied embeddings count once, and not at all with ``embeddings=False``."""

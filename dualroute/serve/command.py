@@ -65,7 +65,7 @@ def serve(config: ServeConfig) -> None:
             cache_bytes=int(total / len(paths)),
             prefix_share=config.prefix_cache,
             prefill_chunk=config.prefill_chunk,
-            int8_cache=config.cache_dtype == "int8",
+            cache_dtype=config.cache_dtype,
             metrics=metrics,
         )
         models.append(Served(name, engine))

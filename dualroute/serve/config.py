@@ -35,7 +35,8 @@ class ServeConfig:
         shutdown_s: Seconds that running requests have to finish when the server is stopped.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; of the first
             model alone.
-        cache_dtype: How keys and values are kept: auto is the arithmetic's type, int8 a quarter of float32.
+        cache_dtype: How keys and values of the global route are kept: auto is the arithmetic's type, int8 and
+            int4 a quarter and an eighth of float32.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
     """
@@ -59,7 +60,7 @@ class ServeConfig:
     max_connections: int = 1024
     shutdown_s: float = 30.0
     scale: str | None = None
-    cache_dtype: Literal["auto", "int8"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 

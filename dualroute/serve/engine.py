@@ -150,7 +150,7 @@ class Engine:
         cache_bytes: Of keys and values of all texts.
         prefix_share: Of them, for texts that are done.
         prefill_chunk: Tokens of a prompt between two steps.
-        int8_cache: Keep keys and values as integers.
+        cache_dtype: How keys and values are kept: auto, int8 or int4.
         metrics: Are told.
     """
 
@@ -164,12 +164,12 @@ class Engine:
         cache_bytes: int = 1 << 30,
         prefix_share: float = 0.25,
         prefill_chunk: int = 256,
-        int8_cache: bool = False,
+        cache_dtype: str = "auto",
         metrics: Metrics | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_waiting, self.prefill_chunk = max_batch, max_waiting, prefill_chunk
-        self.cache_bytes, self.int8_cache = cache_bytes, int8_cache
+        self.cache_bytes, self.cache_dtype = cache_bytes, cache_dtype
         self.metrics = metrics or Metrics()
         self.prefixes = PrefixCache(int(cache_bytes * prefix_share))
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
@@ -342,7 +342,7 @@ class Engine:
 
     def _need(self, request: Request) -> int:
         texts = max(len(request.samplers), 1)
-        return texts * num_bytes(self.model, request.capacity, int8=self.int8_cache)
+        return texts * num_bytes(self.model, request.capacity, cache_dtype=self.cache_dtype)
 
     def _admit(self) -> None:
         """Let requests in, in their order, while there is a place and memory."""
@@ -359,7 +359,7 @@ class Engine:
             self._waiting.popleft()
             found = None if request.prompt_logprobs is not None else self.prefixes.find(request.prompt)
             if found is None:
-                caches, read = new_text(self.model, request.capacity, int8=self.int8_cache), 0
+                caches, read = new_text(self.model, request.capacity, cache_dtype=self.cache_dtype), 0
             else:
                 caches, read = copied(self.model, found.caches, request.capacity), len(found.ids)
             self._reserved += need

@@ -167,9 +167,9 @@ def test_through_the_layer(mode: str, causal: bool) -> None:
             assert torch.equal(got[0, ~inside], wanted[0, ~inside])
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("cache_dtype", ["auto", "int4"])
 @pytest.mark.parametrize("poison", POISON)
-def test_texts_of_a_batch_that_is_decoded(poison: str, int8: bool) -> None:
+def test_texts_of_a_batch_that_is_decoded(poison: str, cache_dtype: str) -> None:
     """One text is poisoned in the middle of its prompt or at a single step: the others go on as ever."""
     torch.manual_seed(0)
     layer = DualRouting(32, 4, window=10, block=8, sub_block=4, top_k=2, global_mode="routed")
@@ -179,7 +179,7 @@ def test_texts_of_a_batch_that_is_decoded(poison: str, int8: bool) -> None:
         for rows in (hidden, hidden.clone()):
             if rows is not hidden:
                 rows[1, place] = POISON[poison]
-            cache = layer.new_cache(3, 60, int8=int8)
+            cache = layer.new_cache(3, 60, cache_dtype=cache_dtype)
             with torch.no_grad():
                 parts = [layer(rows[:, :30], cache=cache)]
                 parts += [layer(rows[:, at : at + 1], cache=cache) for at in range(30, 60)]

@@ -55,6 +55,7 @@ def test_keeping_everything_changes_nothing(calibrated):
         {"attention": "interleaved", "dense_every": 2},
         {"qk_norm": True, "gate": True, "tie_embeddings": False},
         {"qkv_bias": True, "global_rotary_factor": 0.0, "local_rotary_factor": 0.5},
+        {"global_layers": [1]},
         {"layer_windows": [3, 9], "layer_top_k": [1, 2]},
     ],
 )
@@ -72,6 +73,8 @@ def test_parts_that_do_nothing_can_be_cut_without_a_trace(options):
         global_groups=[torch.tensor([1])[: layer.attention.global_heads] for layer in model.layers],
         local_groups=[torch.tensor([0])[: layer.attention.local_heads] for layer in model.layers],
     )
+    if "global_layers" in options:  # a layer without a global route has as many heads as the other one
+        kept.local_groups[0] = torch.tensor([0, 2])
     with torch.no_grad():
         for number, layer in enumerate(model.layers):
             gone = torch.ones(24, dtype=torch.bool)

@@ -35,6 +35,7 @@ KINDS = {
     "gqa": {"num_heads": 8, "num_kv_heads": 4, "qk_norm": True},
     "gate": {"gate": True, "qk_norm": True, "global_heads": 3},
     "layers": {"layer_windows": [4, 30], "layer_top_k": [1, 4]},
+    "global_layers": {"global_layers": [1]},
     "untied": {"tie_embeddings": False, "head_dim": 6, "norm_eps": 1e-3},
     "moment": {"router": "moment", "far_summary": "first_order", "rope_theta": 500.0},
     "mean": {"router": "mean", "far_summary": "none"},

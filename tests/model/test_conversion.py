@@ -74,6 +74,18 @@ def test_routes_that_read_everything_are_the_dense_model(changes, heads):
     assert float(difference[4:].min()) > 1e-3
 
 
+@pytest.mark.parametrize("heads", ["divide", "both"])
+@torch.no_grad()
+def test_layers_without_a_global_route_get_all_heads_as_local_ones(heads):
+    model = dense(gate=True)
+    both = heads == "both"
+    config = dual_config(model.config, both=both, local_heads=None, **EVERYTHING, global_layers=[1])
+    dual = double_heads(model, config) if both else divide_heads(model, config, groups_of(model))
+    assert [layer.attention.local_heads for layer in dual.layers] == [8, 8 if both else 4, 8]
+    tokens = ids(60)
+    torch.testing.assert_close(dual(tokens), model(tokens), rtol=1e-9, atol=1e-9)
+
+
 @torch.no_grad()
 def test_an_unequal_division_and_its_cache():
     model = dense()

@@ -68,6 +68,30 @@ def test_interleaved_is_local_with_a_dense_layer_now_and_then():
     torch.testing.assert_close(torch.cat(pieces, 1), model.hidden_states(tokens))
 
 
+def test_some_layers_have_a_global_route():
+    model = build(num_layers=3, num_heads=8, global_layers=[0, 2], global_heads=2, local_heads=6)
+    heads = [(layer.attention.global_heads, layer.attention.local_heads) for layer in model.layers]
+    assert heads == [(2, 6), (0, 8), (2, 6)]
+    kinds = (("dual", 2), ("local", 1))
+    for count in ("flops_per_token", "attention_flops_per_token"):
+        every, none = (
+            getattr(build(num_layers=3, num_heads=8, global_heads=2, local_heads=6, attention=kind), count)(
+                512
+            )
+            for kind, _ in kinds
+        )
+        assert getattr(model, count)(512) == pytest.approx((2 * every + none) / 3)
+    assert model.num_parameters() == build(num_layers=3, num_heads=8).num_parameters()
+    tokens = ids(2, 40)
+    caches = model.new_caches(2, 40)
+    assert [cache.global_cache is None for cache in caches] == [False, True, False]
+    pieces = [model.hidden_states(tokens[:, a:b], caches=caches) for a, b in [(0, 30), (30, 31), (31, 40)]]
+    torch.testing.assert_close(torch.cat(pieces, 1), model.hidden_states(tokens))
+    whole = model.config.to_dict()
+    assert whole["global_layers"] == [0, 2]
+    assert "global_layers" not in build().config.to_dict()
+
+
 def test_tied_embeddings_are_one_tensor_and_counted_once():
     tied, untied = build(), build(tie_embeddings=False)
     assert tied.head.weight is tied.embedding.weight

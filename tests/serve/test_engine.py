@@ -91,9 +91,9 @@ def test_logits_of_several_texts_are_those_of_each_alone(
 
 def test_memory_is_known_before_it_is_taken(tokenizer: Tokenizer) -> None:
     model = model_of(tokenizer)
-    for int8 in (False, True):
-        assert num_bytes(model, 100, int8=int8) == held_bytes(new_text(model, 100, int8=int8))
-    assert num_bytes(model, 100, int8=True) < num_bytes(model, 100) < num_bytes(model, 300)
+    for kept in ("auto", "int8", "int4"):
+        assert num_bytes(model, 100, cache_dtype=kept) == held_bytes(new_text(model, 100, cache_dtype=kept))
+    assert num_bytes(model, 300, cache_dtype="int4") < num_bytes(model, 300)
 
 
 def test_texts_beside_others_are_those_alone(tokenizer: Tokenizer) -> None:

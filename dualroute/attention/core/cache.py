@@ -3,18 +3,15 @@
 In: keys and values of new tokens, (R, m, d) with R = batch * kv_heads, in the order of the text; every row
 of the batch has the same length. Out: the tensors that `decode` reads.
 
-With `dtype=torch.int8` keys and values are stored as integers with one scale for each token and head, and
-widened where they are read; statistics of blocks stay floats, there is one of them for many tokens.
-
 A block's statistics are written once, when its last token arrives. So a step costs what it
 reads, top_k + 2 blocks and one pseudo-key per past block, and not the length of the text. With blocks of
 similar keys (`core.clusters`) what is past is put in another order where it lies, between two steps: kernels
 see blocks as ever.
+
+`core.quantized_cache` has a global cache whose complete blocks are integers of 8 or 4 bits.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,7 @@ from torch import Tensor
 
 from dualroute.attention.core.clusters import cell_size, similar_order, span_sizes
 from dualroute.attention.core.far_summary import far_keys
+from dualroute.attention.core.paging import Pages
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.router import block_features
 
@@ -29,69 +27,46 @@ Place = slice | Tensor  # tokens: a slice, or their numbers
 
 
 class KeysAndValues:
-    """Storage of (R, n, d) keys and values, as floats or as int8 with scales (R, n, 1)."""
+    """Storage of (R, n, d) keys and values."""
 
     #: tensors with a row for each token
-    OF_TOKENS: tuple[str, ...] = ("keys", "values", "key_scales", "value_scales")
+    OF_TOKENS: tuple[str, ...] = ("keys", "values")
     #: tensors with a row for each block
     OF_BLOCKS: tuple[str, ...] = ()
+    #: tensors whose size does not depend on the text's
+    OF_TEXTS: tuple[str, ...] = ()
+    length = 0
 
     def __init__(
         self, rows: int, tokens: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
     ) -> None:
         self.keys = torch.zeros(rows, tokens, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.key_scales: Tensor | None = None
-        self.value_scales: Tensor | None = None
-        if dtype == torch.int8:
-            self.key_scales = torch.zeros(rows, tokens, 1, device=device)
-            self.value_scales = torch.zeros_like(self.key_scales)
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether keys and values are integers."""
-        return self.key_scales is not None
 
     def write(self, place: Place, keys: Tensor, values: Tensor) -> None:
         """Put (R, m, d) keys and values at m tokens."""
-        if self.key_scales is not None and self.value_scales is not None:
-            keys, key_scales = to_int8(keys)
-            values, value_scales = to_int8(values)
-            _put(self.key_scales, place, key_scales)
-            _put(self.value_scales, place, value_scales)
-        _put(self.keys, place, keys)
-        _put(self.values, place, values)
+        put(self.keys, place, keys)
+        put(self.values, place, values)
 
-    def read(self, pick: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`pick` of keys and of values, in `dtype`; it must treat any width of the last dimension alike."""
-        parts = ((self.keys, self.key_scales), (self.values, self.value_scales))
-        keys, values = (
-            pick(rows).to(dtype) if scales is None else (pick(rows) * pick(scales)).to(dtype)
-            for rows, scales in parts
-        )
-        return keys, values
+    def advance(self) -> None:
+        """One token more was written."""
+        self.length += 1
 
     @outside_inference_mode
     def select(self, rows: Tensor) -> None:
         """Go on with the rows (R',) only, in that order; a row may come twice."""
-        for name in (*self.OF_TOKENS, *self.OF_BLOCKS):
+        for name in (*self.OF_TOKENS, *self.OF_BLOCKS, *self.OF_TEXTS):
             part = getattr(self, name)
             if part is not None:
                 setattr(self, name, part.index_select(0, rows))
 
 
-def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., d) -> int8 (..., d) and float32 scales (..., 1), with rows = int8 * scale up to half a scale."""
-    wide = rows.to(torch.float32)
-    scales = (wide.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    return (wide / scales).round().to(torch.int8), scales
-
-
-def _put(rows: Tensor, place: Place, new: Tensor) -> None:
+def put(rows: Tensor, place: Place, new: Tensor) -> None:
+    """Write new (R, m, ...) at m places of rows (R, n, ...)."""
     if isinstance(place, slice):
         rows[:, place] = new
     else:
-        rows.index_copy_(1, place, new.to(rows.dtype))
+        rows.index_copy_(1, place.to(rows.device), new.to(rows.device, rows.dtype))
 
 
 class GlobalCache(KeysAndValues):
@@ -101,7 +76,11 @@ class GlobalCache(KeysAndValues):
     """
 
     OF_TOKENS = (*KeysAndValues.OF_TOKENS, "places")
-    OF_BLOCKS = ("features", "far_keys", "far_values")
+    OF_BLOCKS: tuple[str, ...] = ("features", "far_keys", "far_values")
+    #: bits of a stored number, None for floats
+    bits: int | None = None
+    #: where the tensors of tokens lie, None where the others do
+    pages: Pages | None = None
 
     def __init__(
         self,
@@ -120,10 +99,10 @@ class GlobalCache(KeysAndValues):
         blocks = -(-capacity // block)
         super().__init__(rows, blocks * block, head_dim, device, dtype)
         if statistics_dtype is None:
-            statistics_dtype = torch.float32 if dtype == torch.int8 else dtype
+            statistics_dtype = dtype
         if statistics_dtype == torch.float16:  # too narrow for squares
             statistics_dtype = torch.float32
-        self.length, self.block = 0, block
+        self.block = block
         self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
         self.cluster_span, self.regrouped = cluster_span, 0
         #: (R, tokens) int32, with blocks of similar keys: where in the text the token in each place stands
@@ -144,6 +123,33 @@ class GlobalCache(KeysAndValues):
             self.far_keys = zeros(blocks, (2 if far_summary == "second_order" else 1) * head_dim)
             self.far_values = zeros(blocks, head_dim)
 
+    def offload(self, pages: Pages, length: int) -> None:
+        """Make room for `length` tokens at most, in `pages` for tensors of tokens; there was none before."""
+        self.pages = pages
+        self._grow(length)
+        blocks = -(-length // self.block)
+        for name in self.OF_TOKENS:
+            none = getattr(self, name)
+            if none is None:
+                continue
+            shape = torch.Size((len(none), blocks * self.block, *none.shape[2:]))
+            setattr(self, name, pages.zeros(shape, none.dtype))
+
+    def advance(self) -> None:
+        super().advance()
+        if self.pages is not None:
+            self.pages.release()
+
+    def select(self, rows: Tensor) -> None:
+        if self.pages is not None:
+            raise ValueError("a cache with cache_offload cannot be put in another order: leave that out")
+        super().select(rows)
+
+    @property
+    def own(self) -> int:
+        """The block that the newest token lies in."""
+        return (self.length - 1) // self.block
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add (R, m, d) keys and values, and the statistics of every block they complete."""
         begin, end = self.length, self.length + keys.shape[1]
@@ -152,19 +158,57 @@ class GlobalCache(KeysAndValues):
         self.length = end
         first, last = begin // self.block, end // self.block  # blocks that became complete
         if first < last:
-            self._summarise(first, last)
+            tokens = slice(first * self.block, last * self.block)
+            blocks, of_values = (rows[:, tokens].unflatten(1, (-1, self.block)) for rows in self._rows())
+            self._summarise(slice(first, last), blocks, of_values)
+            if self.pages is not None:
+                self.pages.release()
 
-    def _summarise(self, first: int, last: int) -> None:
-        """Write the statistics of the complete blocks first .. last-1."""
-        tokens = slice(first * self.block, last * self.block)
-        blocks, values = self.read(
-            lambda rows: rows[:, tokens].unflatten(1, (-1, self.block)),
-            accumulation_dtype(self.features.dtype),
-        )
-        self.features[:, first:last] = block_features(blocks, self.router, self.sub_block)
+    def put_token(self, key: Tensor, value: Tensor, position: Tensor, *, statistics: bool) -> None:
+        """`append` of one token (R, d) at a position (), with shapes that never change; `length` stays.
+
+        The statistics of its block are written with what the block holds so far, wrong until its last token:
+        nobody sees them before. Without `statistics` they are left out.
+        """
+        self.write(position.view(1), key[:, None], value[:, None])
+        if statistics:
+            own = (position // self.block).view(1)
+            in_blocks = (rows.unflatten(1, (-1, self.block)) for rows in self._rows())
+            self._summarise(own, *(rows.index_select(1, own.to(rows.device)) for rows in in_blocks))
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def _summarise(self, place: Place, keys: Tensor, values: Tensor) -> None:
+        """Write the statistics of blocks, whose keys and values are (R, n, block, d)."""
+        wide, device = accumulation_dtype(self.features.dtype), self.features.device
+        keys, values = keys.to(device, wide), values.to(device, wide)
+        put(self.features, place, block_features(keys, self.router, self.sub_block))
+        self._summarise_far(place, keys, values)
+
+    def _summarise_far(self, place: Place, keys: Tensor, values: Tensor) -> None:
         if self.far_keys is not None and self.far_values is not None:
-            self.far_keys[:, first:last] = far_keys(blocks, self.far_summary)
-            self.far_values[:, first:last] = values.mean(2)
+            put(self.far_keys, place, far_keys(keys, self.far_summary))
+            put(self.far_values, place, values.mean(2))
+
+    def router_features(self, first: int, last: int) -> Tensor:
+        """Features (R, last - first, parts, f) of blocks."""
+        return self.features[:, first:last]
+
+    def read_first(self, count: int, own: int | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (R, count, d) of the first tokens, `own` being the block of the newest one."""
+        device = self.features.device
+        return self.keys[:, :count].to(device, dtype), self.values[:, :count].to(device, dtype)
+
+    def read_blocks(self, numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (R, k * block, d) of blocks (R, k), the last of which is the newest token's own."""
+        return self._picked(self.keys, numbers).to(dtype), self._picked(self.values, numbers).to(dtype)
+
+    def _picked(self, stored: Tensor, numbers: Tensor) -> Tensor:
+        """Rows (R, n, ...) of tokens -> those of the blocks (R, k), (R, k * block, ...)."""
+        row = torch.arange(len(numbers), device=stored.device)[:, None]
+        blocks = stored.unflatten(1, (-1, self.block))[row, numbers.to(stored.device)]
+        return blocks.flatten(1, 2).to(numbers.device)
 
     def regroup(self) -> None:
         """Bring blocks of similar keys up to date, before a token is appended: what that token has behind it
@@ -189,15 +233,14 @@ class GlobalCache(KeysAndValues):
         assert self.places is not None
         tokens = slice(first * self.block, (first + count) * self.block)
         text = self.places[:, tokens].argsort(dim=1)  # ties are broken by the order of the text
-        keys, _ = self.read(
-            lambda rows: _ordered(rows[:, tokens], text), accumulation_dtype(self.features.dtype)
-        )
+        keys = _ordered(self.keys[:, tokens], text).to(accumulation_dtype(self.features.dtype))
         order = text.gather(1, similar_order(keys, count * self.block // cell))
         for name in self.OF_TOKENS:
             rows = getattr(self, name)
             if rows is not None:
                 rows[:, tokens] = _ordered(rows[:, tokens], order)
-        self._summarise(first, first + count)
+        blocks = (rows[:, tokens].unflatten(1, (-1, self.block)) for rows in self._rows())
+        self._summarise(slice(first, first + count), *blocks)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in all."""
@@ -207,7 +250,8 @@ class GlobalCache(KeysAndValues):
     @outside_inference_mode
     def _grow(self, length: int) -> None:
         blocks = max(-(-length // self.block), 2 * self.features.shape[1])
-        for names, count in ((self.OF_TOKENS, blocks * self.block), (self.OF_BLOCKS, blocks)):
+        of_tokens = self.OF_TOKENS if self.pages is None else ()
+        for names, count in ((of_tokens, blocks * self.block), (self.OF_BLOCKS, blocks)):
             for name in names:
                 rows = getattr(self, name)
                 if rows is not None:
@@ -229,12 +273,12 @@ class LocalCache(KeysAndValues):
         self, rows: int, window: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype
     ) -> None:
         super().__init__(rows, window, head_dim, device, dtype)
-        self.length, self.window = 0, window
+        self.window = window
 
     def last(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The last `count` keys and values in the order of the text; count <= min(length, window)."""
         places = torch.arange(self.length - count, self.length, device=self.keys.device) % self.window
-        return self.read(lambda rows: rows.index_select(1, places), dtype)
+        return self.keys.index_select(1, places).to(dtype), self.values.index_select(1, places).to(dtype)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add (R, m, d) keys and values, dropping what leaves the window."""

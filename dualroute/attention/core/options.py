@@ -14,6 +14,7 @@ from typing import NamedTuple
 GLOBAL_MODES = ("auto", "full", "routed")
 ROUTERS = ("minmax", "moment", "mean")
 FAR_SUMMARIES = ("second_order", "first_order", "none")
+CACHE_DTYPES = ("auto", "int8", "int4")
 
 # global_mode="auto" routes documents longer than this many tokens by default. In plain torch, which GPUs run,
 # routed and full are equally fast there (whole training steps of the 5m preset, benchmarks/train_step.py).

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.cache import GlobalCache, LayerCache
 from dualroute.attention.decoding import decode_rows, row_tables
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.transformer import DualRoutingTransformer
@@ -33,31 +33,30 @@ def next_logits(model: DualRoutingTransformer, tokens: Sequence[int], texts: Seq
     return model.head(model.norm(hidden))
 
 
-def new_text(model: DualRoutingTransformer, capacity: int, *, int8: bool = False) -> Caches:
+def new_text(model: DualRoutingTransformer, capacity: int, *, cache_dtype: str = "auto") -> Caches:
     """Empty caches of one text, with room for `capacity` tokens.
 
     Whether a routed layer reads everything is decided by the model's context, not by the capacity: a text
     does not depend on how much was asked for.
     """
-    weight, limit = model.norm.weight, model.config.max_context
-    return [
-        layer.attention.new_cache(1, limit, weight.device, weight.dtype, min(capacity, limit), int8=int8)  # type: ignore[union-attr,operator]
-        for layer in model.layers
-    ]
+    limit = model.config.max_context
+    return model.new_caches(1, limit, capacity=min(capacity, limit), cache_dtype=cache_dtype)
 
 
 def copied(model: DualRoutingTransformer, text: Caches, capacity: int) -> Caches:
     """Caches that go on for themselves after what `text` holds, with room for `capacity` tokens in all."""
-    either = text[0].global_cache or text[0].local_cache
-    assert either is not None
-    copies = new_text(model, capacity, int8=either.is_int8)
+    far = text[0].global_cache
+    bits = None if far is None else far.bits
+    copies = new_text(model, capacity, cache_dtype="auto" if bits is None else f"int{bits}")
     for old, new in zip(text, copies, strict=True):
         for name in ("global_cache", "local_cache"):
             source, target = getattr(old, name), getattr(new, name)
             if source is None:
                 continue
             target.length = source.length
-            for part in (*source.OF_TOKENS, *source.OF_BLOCKS):
+            if isinstance(target, GlobalCache):
+                target.regrouped = source.regrouped
+            for part in (*source.OF_TOKENS, *source.OF_BLOCKS, *source.OF_TEXTS):
                 held, room = getattr(source, part), getattr(target, part)
                 if held is not None:
                     count = min(held.shape[1], room.shape[1])
@@ -65,14 +64,11 @@ def copied(model: DualRoutingTransformer, text: Caches, capacity: int) -> Caches
     return copies
 
 
-def num_bytes(model: DualRoutingTransformer, capacity: int, *, int8: bool = False) -> int:
+def num_bytes(model: DualRoutingTransformer, capacity: int, *, cache_dtype: str = "auto") -> int:
     """Memory of the caches of one text with room for `capacity` tokens."""
-    weight, limit = model.norm.weight, model.config.max_context
-    caches = [
-        layer.attention.new_cache(1, limit, "meta", weight.dtype, min(capacity, limit), int8=int8)  # type: ignore[union-attr,operator]
-        for layer in model.layers
-    ]
-    return held_bytes(caches)
+    limit = model.config.max_context
+    meta = {"device": "meta", "cache_dtype": cache_dtype}
+    return held_bytes(model.new_caches(1, limit, capacity=min(capacity, limit), **meta))
 
 
 def held_bytes(text: Caches) -> int:
@@ -81,6 +77,8 @@ def held_bytes(text: Caches) -> int:
 
 
 def _tensors(cache: LayerCache) -> list[Tensor]:
-    parts = [part for part in (cache.global_cache, cache.local_cache) if part is not None]
-    held: list[Any] = [getattr(part, name) for part in parts for name in (*part.OF_TOKENS, *part.OF_BLOCKS)]
+    held: list[Any] = []
+    for part in (cache.global_cache, cache.local_cache):
+        if part is not None:
+            held += [getattr(part, name) for name in (*part.OF_TOKENS, *part.OF_BLOCKS, *part.OF_TEXTS)]
     return [tensor for tensor in held if tensor is not None]

@@ -123,7 +123,7 @@ class CompiledDecoder:
                 self._programs[shapes] = Program(self._step)
             logits = self._programs[shapes](tokens, position, caches, held, size)
         for part in held.parts:
-            part.length += 1
+            part.advance()
         return logits
 
 
@@ -146,7 +146,7 @@ class _Held:
         self.memory: Tensor | None = None
         #: what a step reads and writes: the tensors of the caches in one order, or only their memory
         self.tensors: list[Tensor] = []
-        #: what a program depends on in the caches, which are alike in all layers
+        #: what a program depends on in the caches
         self.shapes: tuple[Any, ...] = ()
         if kernels is not None:
             self.memory = kernels.cache_memory(caches)
@@ -155,8 +155,8 @@ class _Held:
         self.tensors = [
             value for part in self.parts for value in vars(part).values() if isinstance(value, Tensor)
         ]
-        first = [part for part in (caches[0].global_cache, caches[0].local_cache) if part is not None]
-        self.shapes = caches[0].exact, *((part.keys.shape, part.keys.dtype) for part in first)
+        kinds = [(type(part), part.keys.shape, part.keys.dtype) for part in self.parts]
+        self.shapes = caches[0].exact, *dict.fromkeys(kinds)
 
     def still(self) -> bool:
         """Whether the caches have neither grown nor been put in another order since."""

@@ -41,6 +41,7 @@ KINDS = {
     "dense, grouped": {"attention": "dense", "num_kv_heads": 2},
     "local": {"attention": "local"},
     "interleaved": {"attention": "interleaved", "dense_every": 2},
+    "global in one layer": {"global_mode": "routed", "top_k": 1, "global_layers": [1]},
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
     "no global positions": {"global_mode": "routed", "top_k": 1, "global_rotary_factor": 0.0},
     "some channels": {"global_rotary_factor": 0.5, "local_rotary_factor": 0.25, "num_kv_heads": 2},
@@ -128,11 +129,11 @@ def test_generated_text_is_the_same():
 
 
 @pytest.mark.usefixtures("each_kernels")
-@pytest.mark.parametrize("mode", ["routed", "full"])
-def test_int8_caches_are_read_alike(mode):
+@pytest.mark.parametrize(("mode", "cache_dtype"), [("routed", "int8"), ("routed", "int4"), ("full", "int4")])
+def test_quantised_caches_are_read_alike(mode, cache_dtype):
     model = build(global_mode=mode, top_k=1)
     ids = torch.randint(60, (2, 70))
-    ours, theirs = model.new_caches(2, 70, int8=True), model.new_caches(2, 70, int8=True)
+    ours, theirs = (model.new_caches(2, 70, cache_dtype=cache_dtype) for _ in range(2))
     decoder = CompiledDecoder(model, compile=False)
     with torch.no_grad():
         for begin, end in [(0, 9), *((at, at + 1) for at in range(9, 70))]:
@@ -147,12 +148,12 @@ def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
     """Models of equal shapes, caches of several kinds, in turns: kernels need one program for all of them."""
     ids = torch.randint(60, (1, 50))
     runs = []
-    for seed, length, int8 in [(0, 50, False), (1, 50, False), (1, 64, False), (1, 50, True)]:
+    for seed, length, kept in [(0, 50, "auto"), (1, 50, "auto"), (1, 64, "auto"), (1, 50, "int4")]:
         shape = {"global_mode": "routed", "top_k": 1, "num_layers": 1, "global_rotary_factor": 0.5}
         model = build(seed, **shape) if len(runs) < 2 else runs[-1][0]
         decoder = CompiledDecoder(model) if len(runs) < 2 else runs[-1][1]
-        theirs = model.new_caches(1, length, int8=int8)
-        runs.append((model, decoder, model.new_caches(1, length, int8=int8), theirs))
+        theirs = model.new_caches(1, length, cache_dtype=kept)
+        runs.append((model, decoder, model.new_caches(1, length, cache_dtype=kept), theirs))
     tolerances = [1e-4, 1e-4, 1e-4, 1e-3]  # the last cache rounds
     with torch.no_grad():
         for begin, end in [(0, 30), *((at, at + 1) for at in range(30, 50))]:

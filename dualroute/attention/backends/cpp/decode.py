@@ -17,21 +17,23 @@ import torch
 from torch import Tensor
 
 from dualroute.attention.backends.cpp.operators import ROUTERS
-from dualroute.attention.core.cache import GlobalCache, KeysAndValues, LayerCache
+from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.core.quantized_cache import QuantizedGlobalCache
 
-STORED = {
-    torch.float64: (torch.float64,),
-    torch.float32: (torch.float32, torch.int8),
-    torch.bfloat16: (torch.bfloat16, torch.int8),
-}  # what keys and values may be stored as, by the type of the model
+TYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def can_decode(rows: Tensor, cache: LayerCache) -> bool:
     """Whether `decode_layer` can take projections like `rows` and this cache."""
-    parts = [part for part in (cache.global_cache, cache.local_cache) if part is not None]
-    usable = STORED.get(rows.dtype, ())
-    typed = (not isinstance(part, GlobalCache) or part.features.dtype == rows.dtype for part in parts)
-    return all(part.keys.dtype in usable for part in parts) and all(typed)
+    if rows.dtype not in TYPES:
+        return False
+    far, near = cache.global_cache, cache.local_cache
+    kept = [] if near is None else [near.keys.dtype]
+    if isinstance(far, QuantizedGlobalCache):
+        kept.append(far.tail_keys.dtype)
+    elif far is not None:
+        kept += [far.keys.dtype, far.features.dtype]
+    return all(dtype == rows.dtype for dtype in kept)
 
 
 def cache_memory(caches: Sequence[LayerCache]) -> Tensor:
@@ -45,22 +47,19 @@ def cache_memory(caches: Sequence[LayerCache]) -> Tensor:
 def _addresses(cache: LayerCache) -> list[int]:
     far, near = cache.global_cache, cache.local_cache
     far_sizes, near_sizes = [0, 1, 1, 0, 1, 0], [0, 1]
-    statistics: tuple[Tensor | None, ...] = (None, None, None)
+    kept: list[Tensor | None] = [None] * 11
     if far is not None:
-        statistics = far.features, far.far_keys, far.far_values
+        kept[:2], kept[4:7] = (far.keys, far.values), (far.features, far.far_keys, far.far_values)
         parts, width = far.features.shape[2], 0 if far.far_keys is None else far.far_keys.shape[-1]
         far_sizes = [*far.keys.shape[:2], far.block, ROUTERS[far.router], parts, width]
+    if isinstance(far, QuantizedGlobalCache):
+        kept[7:] = far.key_grids, far.value_grids, far.tail_keys, far.tail_values
     if near is not None:
+        kept[2:4] = near.keys, near.values
         near_sizes = [*near.keys.shape[:2]]
-    stored = [
-        None if part is None else getattr(part, name)
-        for part in (far, near)
-        for name in KeysAndValues.OF_TOKENS
-    ]
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (*stored, *statistics)]
-    either = far or near
-    assert either is not None
-    return [*pointers, *far_sizes, *near_sizes, int(cache.exact), int(either.is_int8)]
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in kept]
+    bits = 0 if far is None else far.bits or 0
+    return [*pointers, *far_sizes, *near_sizes, int(cache.exact), bits]
 
 
 def decode_layer(

@@ -4,9 +4,7 @@ In: queries (R, group, m, d) of the m newest tokens, whose keys are already in t
 batch * kv_heads. Out: (R, group, m, d), equal to what the routes give for these tokens in a forward pass
 over the whole text.
 
-One token gathers the few blocks it reads, but a chunk of tokens masks all of them.
-Chunks come from prompts, which are short or start at 0 (where the routes themselves run); gathering per
-token would only copy.
+One token gathers the few blocks it reads, a chunk those that any of its tokens reads.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.cache import GlobalCache, LocalCache
-from dualroute.attention.core.joint_softmax import Past, joint_softmax, routed_by_mask
+from dualroute.attention.core.joint_softmax import Past, joint_softmax
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 from dualroute.attention.core.router import block_scores, top_blocks
 
@@ -26,7 +24,7 @@ QUERY_CHUNK = 128  # tokens of a chunk that are masked at once
 def decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
     """Every key of the text, for the newest m tokens: (R, group, m, d)."""
     count, total = query.shape[2], cache.length
-    keys, values = cache.read(lambda rows: rows[:, None, :total], query.dtype)
+    keys, values = (rows[:, None] for rows in cache.read_first(total, cache.own, query.dtype))
     mask = None
     if (
         count > 1
@@ -52,7 +50,7 @@ def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | T
     block, rows = cache.block, len(query)
     own = position // block
     number = torch.arange(1, blocks, device=query.device)  # candidates; block 0, the sink, is read anyway
-    scores = block_scores(query, cache.features[:, 1:blocks], cache.router)[:, 0]  # (R, blocks - 1)
+    scores = block_scores(query, cache.router_features(1, blocks), cache.router)[:, 0]  # (R, blocks - 1)
     best = _first_best if isinstance(position, Tensor) else top_blocks
     chosen = best(scores, number < own, top_k)
     chosen = torch.where(chosen < 0, -1, chosen + 1)  # (R, k)
@@ -62,11 +60,7 @@ def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | T
     closed = torch.cat([last == 0, chosen < 0, torch.zeros_like(last, dtype=torch.bool)], dim=1)
     token = read[..., None] * block + torch.arange(block, device=query.device)  # (R, k + 2, block)
     hidden = (closed[..., None] | (token > position)).flatten(1)
-    row = torch.arange(rows, device=query.device)[:, None]
-    keys, values = cache.read(
-        lambda stored: stored.unflatten(1, (-1, block))[row, read].flatten(1, 2),
-        accumulation_dtype(query.dtype),
-    )
+    keys, values = cache.read_blocks(read, accumulation_dtype(query.dtype))
     exact = (chosen[..., None] == number).any(1)  # (R, blocks - 1)
     far_keys, far_values = (
         None if part is None else part[:, 1:blocks] for part in (cache.far_keys, cache.far_values)
@@ -84,7 +78,7 @@ def _first_best(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
 
 
 def decode_chunk(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
-    """The routed route of the newest m tokens, (R, group, m, d): every past token is scored and masked."""
+    """The routed route of the newest m tokens, (R, group, m, d): every past block is scored."""
     count = query.shape[2]
     begin = cache.length - count
     chunks = [
@@ -104,15 +98,24 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
     number = torch.arange(blocks, device=query.device)
     # (R, m, blocks + 1) whether a block is read exactly; the last column takes the "-1 = none" entries
     read = torch.zeros(rows, count, blocks + 1, dtype=torch.bool, device=query.device)
-    scores = block_scores(query, cache.features[:, 1 : blocks - 1], cache.router)
+    scores = block_scores(query, cache.router_features(1, blocks - 1), cache.router)
     chosen = top_blocks(scores, number[1:-1] < own, top_k)
     read.scatter_(-1, torch.where(chosen < 0, blocks, chosen + 1), True)
     read = read[..., :blocks] | (number == own) | (number == 0)
-    keys, values = cache.read(lambda stored: stored[:, :end], accumulation_dtype(query.dtype))
+    # what any of these tokens reads, in the order of the text: the rest need not be looked at
+    used = read.any(1)  # (R, nb)
+    most = int(used.sum(1).max())
+    order = used.to(torch.int8).argsort(dim=1, stable=True)
+    numbers = order[:, -most:]  # (R, most), the newest own block last
+    keys, values = cache.read_blocks(numbers, accumulation_dtype(query.dtype))
+    token = (numbers[..., None] * block + torch.arange(block, device=query.device)).flatten(1)  # (R, s)
+    visible = read.gather(2, numbers[:, None].expand(-1, count, -1)).repeat_interleave(block, dim=2)
+    hidden = ~visible | (token[:, None] > position[:, None])  # (R, m, s)
     far_keys, far_values = (
         None if part is None else part[:, :blocks] for part in (cache.far_keys, cache.far_values)
     )
-    return routed_by_mask(query, Past(keys, values, far_keys, far_values, block), read, position)
+    past = Past(keys, values, far_keys, far_values, block)
+    return joint_softmax(query, past, hidden, read | (number >= own))
 
 
 def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache) -> Tensor:
@@ -121,7 +124,9 @@ def decode_local(query: Tensor, keys: Tensor, values: Tensor, cache: LocalCache)
     if count == 1:
         cache.append(keys, values)
         filled = min(cache.length, cache.window)  # in the order of the ring: a softmax does not mind
-        past_keys, past_values = cache.read(lambda rows: rows[:, None, :filled], query.dtype)
+        past_keys, past_values = (
+            rows[:, None, :filled].to(query.dtype) for rows in (cache.keys, cache.values)
+        )
         return F.scaled_dot_product_attention(query, past_keys, past_values, enable_gqa=True)
     before = min(cache.length, cache.window - 1)
     past_keys, past_values = cache.last(before, keys.dtype)

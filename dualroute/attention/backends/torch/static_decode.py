@@ -6,9 +6,6 @@ functions of `decode` give for that token; the routed step is the same one.
 
 What those slice by the length of the text is read whole here, up to a fixed size, and masked: keys behind the
 position, blocks from the own one on, slots of the ring that hold nothing yet.
-
-The statistics of the own block are written at every step and are wrong until its last
-token. Nobody sees them before: candidates are the blocks *before* the own one.
 """
 
 from __future__ import annotations
@@ -20,16 +17,15 @@ from torch import Tensor
 
 from dualroute.attention.backends.torch.decode import routed_step
 from dualroute.attention.core.cache import GlobalCache, LocalCache
-from dualroute.attention.core.far_summary import far_keys
 from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
-from dualroute.attention.core.router import block_features
 
 
 def static_local(query: Tensor, key: Tensor, value: Tensor, cache: LocalCache, position: Tensor) -> Tensor:
     """The local route of one token, (R, group, d); the cache is written, its `length` is not."""
     cache.write((position % cache.window).view(1), key[:, None], value[:, None])
     filled = torch.arange(cache.window, device=query.device) <= position
-    keys, values = cache.read(lambda rows: rows, accumulation_dtype(query.dtype))
+    wide = accumulation_dtype(query.dtype)
+    keys, values = cache.keys.to(wide), cache.values.to(wide)
     return _weighted(_logits(query, keys).masked_fill(~filled, NEG_INF), values, query.dtype)
 
 
@@ -46,9 +42,9 @@ def static_full(
 
     `statistics`: keep those of the blocks, which a longer text will be routed by.
     """
-    _append(cache, key, value, position, statistics=statistics)
+    cache.put_token(key, value, position, statistics=statistics)
     seen = torch.arange(size, device=query.device) <= position
-    keys, values = cache.read(lambda rows: rows[:, :size], accumulation_dtype(query.dtype))
+    keys, values = cache.read_first(size, position // cache.block, accumulation_dtype(query.dtype))
     return _weighted(_logits(query, keys).masked_fill(~seen, NEG_INF), values, query.dtype)
 
 
@@ -59,29 +55,8 @@ def static_routed(
 
     `size` > position, a multiple of the block, is how many tokens' statistics are looked at.
     """
-    _append(cache, key, value, position, statistics=True)
+    cache.put_token(key, value, position, statistics=True)
     return routed_step(query[:, :, None], cache, top_k, position, size // cache.block)[:, :, 0]
-
-
-def _append(cache: GlobalCache, key: Tensor, value: Tensor, position: Tensor, *, statistics: bool) -> None:
-    cache.write(position.view(1), key[:, None], value[:, None])
-    if not statistics:
-        return
-    own = (position // cache.block).view(1)
-
-    def own_block(rows: Tensor) -> Tensor:
-        return rows.unflatten(1, (-1, cache.block)).index_select(1, own)
-
-    keys, values = cache.read(own_block, accumulation_dtype(cache.features.dtype))  # (R, 1, block, d)
-    _write(cache.features, own, block_features(keys, cache.router, cache.sub_block)[:, 0])
-    if cache.far_keys is not None and cache.far_values is not None:
-        _write(cache.far_keys, own, far_keys(keys, cache.far_summary)[:, 0])
-        _write(cache.far_values, own, values.mean(2)[:, 0])
-
-
-def _write(rows: Tensor, place: Tensor, row: Tensor) -> None:
-    """Put (R, ...) at place (1,) of rows (R, n, ...)."""
-    rows.index_copy_(1, place, row[:, None].to(rows.dtype))
 
 
 def _logits(query: Tensor, keys: Tensor) -> Tensor:

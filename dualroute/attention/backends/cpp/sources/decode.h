@@ -1,7 +1,7 @@
 // One token of a text: both routes of a layer write it to their caches and read them.
 //
-// T is what is computed in, A the type of the model (projections, output, statistics of blocks), S what keys
-// and values are stored as.
+// T is what is computed in, A the type of the model (projections, output, statistics of blocks, and keys and
+// values but where a cache is quantised).
 //
 // A row of the softmax is short, top_k + 2 blocks and a pseudo-key for each past block,
 // so all its logits are kept: no running softmax, two plain passes.
@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "quantized.h"
 #include "select.h"
 #include "stored.h"
 
@@ -38,37 +39,64 @@ void soften(T* logits, long count) {
     scale_row<T>(logits, logits, 1 / total<T>(sum), padded);
 }
 
-// The tensors of a cache: (rows, tokens, dim), and scales (rows, tokens) of int8.
+// The tensors of a cache: (rows, tokens, dim).
 template <class S>
 struct Cache {
     S *keys, *values;
-    float *key_scales, *value_scales;
 };
 
 // Keys and values of one row of a cache.
 template <class T, class S>
 struct Stored {
+    using Memory = Cache<S>;
+    using Statistic = S;
     Rows<S> keys, values;
-    Stored(const Step& step, long row, const Cache<S>& cache)
-        : keys{cache.keys + row * step.tokens * step.dim,
-               cache.key_scales ? cache.key_scales + row * step.tokens : nullptr, step.dim},
-          values{cache.values + row * step.tokens * step.dim,
-                 cache.value_scales ? cache.value_scales + row * step.tokens : nullptr, step.dim} {}
+    long block, own;
+    Stored(long row, long tokens, long dim, long block_size, long position, const Cache<S>& cache)
+        : keys{cache.keys + row * tokens * dim, dim},
+          values{cache.values + row * tokens * dim, dim},
+          block(block_size),
+          own(position / block_size) {}
     void put(long token, const T* key, const T* value) const {
         put_row<T>(keys, token, key);
         put_row<T>(values, token, value);
     }
+    static long feature_bytes(Router router, long parts, long dim) {
+        return parts * (router == MEAN ? dim : 2 * dim) * sizeof(S);
+    }
+    Rows<S> own_keys() const { return {keys.numbers + own * block * keys.dim, keys.dim}; }
+    Rows<S> own_values() const { return {values.numbers + own * block * values.dim, values.dim}; }
     // The logits of tokens begin .. end-1.
     void logits(const T* scaled, long begin, long end, T* out) const {
         dot_rows<T>(scaled, keys.numbers + begin * keys.dim, end - begin, keys.dim, out);
-        if (keys.scales)
-            for (long token = begin; token < end; ++token) out[token - begin] *= T(keys.scales[token]);
     }
-    // out (dim,) += the values of tokens begin .. end-1, times weights[0 ..], which take on the scales.
+    // out (dim,) += the values of tokens begin .. end-1, times weights[0 ..], which are used up.
     void add(T* out, T* weights, long begin, long end) const {
-        if (values.scales)
-            for (long token = begin; token < end; ++token) weights[token - begin] *= T(values.scales[token]);
         add_rows<T>(out, weights, values.numbers + begin * values.dim, end - begin, values.dim);
+    }
+    // The own block is complete: for the minmax router (null: another one) write the bounds of its `parts`.
+    void complete(S* features, long parts) const {
+        if (!features) return;
+        const long dim = keys.dim, size = block / parts;
+        std::vector<T> most(dim), least(dim), row(dim);
+        features += own * parts * 2 * dim;
+        for (long part = 0; part < parts; ++part, features += 2 * dim) {
+            get_row<T>(own_keys(), part * size, most.data());
+            least = most;
+            for (long i = 1; i < size; ++i) {
+                get_row<T>(own_keys(), part * size + i, row.data());
+                for (long j = 0; j < dim; ++j) {
+                    most[j] = std::max(most[j], row[j]);
+                    least[j] = std::min(least[j], row[j]);
+                }
+            }
+            for (long j = 0; j < dim; ++j)
+                narrow<T>(most[j], features[j]), narrow<T>(least[j], features[dim + j]);
+        }
+    }
+    // The minmax router's scores of the parts of blocks 0 .. count-1, for query features (2 dim,).
+    void bound_scores(const T* query, const S* features, long parts, long count, T* out) const {
+        dot_rows<T>(query, features, count * parts, 2 * keys.dim, out);
     }
 };
 
@@ -78,7 +106,7 @@ void decode_local(const Step& step, const T* query, const T* key, const T* value
     const long filled = std::min(step.tokens, step.position + 1), dim = step.dim;
 #pragma omp parallel for num_threads(step.threads) if (step.worth_threads(filled))
     for (long row = 0; row < step.rows; ++row) {
-        const Stored<T, S> stored(step, row, cache);
+        const Stored<T, S> stored(row, step.tokens, dim, step.tokens, step.position, cache);
         stored.put(step.position % step.tokens, key + row * dim, value + row * dim);
         std::vector<T> scaled(dim), logits(round_up<T>(filled));
         for (long head = row * step.group; head < (row + 1) * step.group; ++head) {
@@ -98,63 +126,54 @@ struct Statistics {
     long parts, far_width;  // far_width 0: no summary
     Router router;
     long width(long dim) const { return router == MEAN ? dim : 2 * dim; }
+    // Those of one row, of `blocks` blocks whose features have so many bytes.
+    Statistics of_row(long row, long blocks, long dim, long feature_bytes) const {
+        Statistics of = *this;
+        of.features = reinterpret_cast<A*>(reinterpret_cast<char*>(features) + row * blocks * feature_bytes);
+        of.far_keys += row * blocks * far_width;
+        of.far_values += row * blocks * dim;
+        return of;
+    }
 };
 
-// Mean and variance, (dim,) each, of `count` rows from `first` on.
+// Mean and variance, (dim,) each, of `count` rows.
 template <class T, class S>
-void moments(const Rows<S>& rows, long first, long count, T* mean, T* variance) {
+void moments(const Rows<S>& rows, long count, T* mean, T* variance) {
     std::vector<T> row(rows.dim);
     std::fill_n(mean, rows.dim, T(0));
     std::fill_n(variance, rows.dim, T(0));
-    for (long i = first; i < first + count; ++i)
-        add_stored<T>(mean, scale_of<T>(rows, i), rows.numbers + i * rows.dim, rows.dim);
+    for (long i = 0; i < count; ++i) add_stored<T>(mean, T(1), rows.numbers + i * rows.dim, rows.dim);
     for (long j = 0; j < rows.dim; ++j) mean[j] /= count;
-    for (long i = first; i < first + count; ++i) {
+    for (long i = 0; i < count; ++i) {
         get_row<T>(rows, i, row.data());
         for (long j = 0; j < rows.dim; ++j) variance[j] += (row[j] - mean[j]) * (row[j] - mean[j]) / count;
     }
 }
 
-// The statistics of a complete block of a row of the cache.
-template <class T, class S, class A>
-void summarise(const Stored<T, S>& stored, const Statistics<A>& to, long row_blocks, long block_number,
-               long block) {
-    const long dim = stored.keys.dim, first = block_number * block, width = to.width(dim);
-    const long place = row_blocks + block_number;
-    std::vector<T> mean(dim), variance(dim), row(dim);
-    A* features = to.features + place * to.parts * width;
-    if (to.router == MINMAX) {
-        const long size = block / to.parts;
-        for (long part = 0; part < to.parts; ++part, features += width) {
-            get_row<T>(stored.keys, first + part * size, mean.data());  // the largest
-            variance = mean;                                            // the smallest
-            for (long i = 1; i < size; ++i) {
-                get_row<T>(stored.keys, first + part * size + i, row.data());
-                for (long j = 0; j < dim; ++j) {
-                    mean[j] = std::max(mean[j], row[j]);
-                    variance[j] = std::min(variance[j], row[j]);
-                }
-            }
-            for (long j = 0; j < dim; ++j)
-                narrow<T>(mean[j], features[j]), narrow<T>(variance[j], features[dim + j]);
-        }
-    }
-    moments<T>(stored.keys, first, block, mean.data(), variance.data());
+// The statistics of the own block of a row of the cache, which is complete. `to` begins with the row's.
+template <class T, class K>
+void summarise(const K& kept, const Statistics<typename K::Statistic>& to) {
+    const auto keys = kept.own_keys();
+    const long dim = keys.dim;
+    kept.complete(to.router == MINMAX ? to.features : nullptr, to.parts);
+    std::vector<T> mean(dim), variance(dim);
+    moments<T>(keys, kept.block, mean.data(), variance.data());
     for (long j = 0; j < dim; ++j) {
-        if (to.router != MINMAX) narrow<T>(mean[j], features[j]);
-        if (to.router == MOMENT) narrow<T>(variance[j], features[dim + j]);
-        if (to.far_width) narrow<T>(mean[j], to.far_keys[place * to.far_width + j]);
-        if (to.far_width > dim) narrow<T>(variance[j], to.far_keys[place * to.far_width + dim + j]);
+        if (to.router != MINMAX) narrow<T>(mean[j], to.features[kept.own * to.width(dim) + j]);
+        if (to.router == MOMENT) narrow<T>(variance[j], to.features[kept.own * to.width(dim) + dim + j]);
+        if (to.far_width) narrow<T>(mean[j], to.far_keys[kept.own * to.far_width + j]);
+        if (to.far_width > dim) narrow<T>(variance[j], to.far_keys[kept.own * to.far_width + dim + j]);
     }
     if (!to.far_width) return;
-    moments<T>(stored.values, first, block, mean.data(), variance.data());
-    for (long j = 0; j < dim; ++j) narrow<T>(mean[j], to.far_values[place * dim + j]);
+    moments<T>(kept.own_values(), kept.block, mean.data(), variance.data());
+    for (long j = 0; j < dim; ++j) narrow<T>(mean[j], to.far_values[kept.own * dim + j]);
 }
 
 // The best blocks among 1 .. own - 1 for one row, whose heads share the choice; -1 where there are too few.
-template <class T, class A>
-void choose(const Step& step, const T* query, const Statistics<A>& statistics, long row_blocks, long own,
-            std::vector<int32_t>& chosen) {
+template <class T, class K>
+void choose(const Step& step, const K& kept, const T* query,
+            const Statistics<typename K::Statistic>& statistics, std::vector<int32_t>& chosen) {
+    const long own = kept.own;
     const long dim = step.dim, width = statistics.width(dim);
     std::vector<T> features(width, T(0));
     for (long head = 0; head < step.group; ++head, query += dim)
@@ -175,8 +194,10 @@ void choose(const Step& step, const T* query, const Statistics<A>& statistics, l
     float worst = -INFINITY;
     const long parts = statistics.parts;
     std::vector<T> of_parts(own * parts);
-    dot_rows<T>(features.data(), statistics.features + row_blocks * parts * width, own * parts, width,
-                of_parts.data());
+    if (statistics.router == MINMAX)
+        kept.bound_scores(features.data(), statistics.features, parts, own, of_parts.data());
+    else
+        dot_rows<T>(features.data(), statistics.features, own, width, of_parts.data());
     for (long b = 1; b < own; ++b) {
         const T* first = of_parts.data() + b * parts;
         const T score = *std::max_element(first, first + parts);
@@ -187,24 +208,26 @@ void choose(const Step& step, const T* query, const Statistics<A>& statistics, l
     }
 }
 
-template <class T, class S, class A>
+// K is how a row of the cache is kept: `Stored` or `Quantized`.
+template <class T, class K>
 void decode_global(const Step& step, long block, int top_k, bool exact, const T* query, const T* key,
-                   const T* value, const Cache<S>& cache, const Statistics<A>& statistics, T* out) {
+                   const T* value, const typename K::Memory& cache,
+                   const Statistics<typename K::Statistic>& of_rows, T* out) {
     const long dim = step.dim, own = step.position / block, count = step.position + 1;
     const bool everything = exact || own <= top_k + 1;  // every block is own, sink or chosen
-#pragma omp parallel for num_threads(                                           \
-        step.threads) if (step.worth_threads(everything ? count                 \
-                                                        : (top_k + 2) * block + \
-                                                                  own * (2 * statistics.parts + 3)))
+#pragma omp parallel for num_threads(                        \
+        step.threads) if (step.worth_threads(everything      \
+                                                     ? count \
+                                                     : (top_k + 2) * block + own * (2 * of_rows.parts + 3)))
     for (long row = 0; row < step.rows; ++row) {
-        const Stored<T, S> stored(step, row, cache);
-        const long row_blocks = row * (step.tokens / block);
+        const K stored(row, step.tokens, dim, block, step.position, cache);
+        const auto statistics = of_rows.of_row(row, step.tokens / block, dim,
+                                               K::feature_bytes(of_rows.router, of_rows.parts, dim));
         stored.put(step.position, key + row * dim, value + row * dim);
-        if (count % block == 0) summarise<T>(stored, statistics, row_blocks, own, block);
+        if (count % block == 0) summarise<T>(stored, statistics);
 
         std::vector<int32_t> chosen(everything ? 0 : top_k, -1);
-        if (!chosen.empty())
-            choose<T>(step, query + row * step.group * dim, statistics, row_blocks, own, chosen);
+        if (!chosen.empty()) choose<T>(step, stored, query + row * step.group * dim, statistics, chosen);
         std::sort(chosen.begin(), chosen.end());
         std::vector<std::pair<long, long>> ranges;  // of tokens that are read exactly
         if (everything) {
@@ -232,8 +255,7 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
                 next += end - begin;
             }
             if (summaries) {
-                dot_rows<T>(features.data(), statistics.far_keys + row_blocks * statistics.far_width,
-                            summaries, statistics.far_width, next);
+                dot_rows<T>(features.data(), statistics.far_keys, summaries, statistics.far_width, next);
                 for (long b = 0; b < summaries; ++b) next[b] += std::log(T(block));
                 logits[exactly] = NEG_INF<T>;
                 for (const int32_t b : chosen)
@@ -246,8 +268,7 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
                 stored.add(sums, weights, begin, end);
                 weights += end - begin;
             }
-            if (summaries)
-                add_rows<T>(sums, weights, statistics.far_values + row_blocks * dim, summaries, dim);
+            if (summaries) add_rows<T>(sums, weights, statistics.far_values, summaries, dim);
         }
     }
 }
@@ -291,9 +312,10 @@ struct Layer {
 
 // Both routes of a layer: out (batch, (global heads + local heads) * dim). cos, sin: (2, dim / 2), the global
 // route's first.
-template <class T, class A, class S>
+template <class T, class A, class K>
 void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* global, const A* local,
-                  const Cache<S>& far, const Statistics<A>& statistics, const Cache<S>& near, A* out) {
+                  const typename K::Memory& far, const Statistics<typename K::Statistic>& statistics,
+                  const Cache<A>& near, A* out) {
     const long width = (layer.global_kv_heads + layer.local_kv_heads) * layer.group * layer.dim;
     const auto write = [&](const std::vector<T>& heads, long kv_heads, long offset) {
         const long size = kv_heads * layer.group * layer.dim;
@@ -308,9 +330,9 @@ void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* globa
     if (global) {
         const Projected<T> p(global, layer.batch, layer.global_kv_heads, layer.group, layer.dim, cos, sin);
         std::vector<T> heads(layer.batch * layer.global_kv_heads * layer.group * layer.dim);
-        decode_global<T, S, A>(step_of(layer.global_kv_heads, layer.global_tokens), layer.block, layer.top_k,
-                               layer.exact, p.query.data(), p.key.data(), p.value.data(), far, statistics,
-                               heads.data());
+        decode_global<T, K>(step_of(layer.global_kv_heads, layer.global_tokens), layer.block, layer.top_k,
+                            layer.exact, p.query.data(), p.key.data(), p.value.data(), far, statistics,
+                            heads.data());
         write(heads, layer.global_kv_heads, 0);
     }
     if (local) {
@@ -318,7 +340,7 @@ void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* globa
         const Projected<T> p(local, layer.batch, layer.local_kv_heads, layer.group, layer.dim, cos + pairs,
                              sin + pairs);
         std::vector<T> heads(layer.batch * layer.local_kv_heads * layer.group * layer.dim);
-        decode_local<T, S>(step_of(layer.local_kv_heads, layer.window), p.query.data(), p.key.data(),
+        decode_local<T, A>(step_of(layer.local_kv_heads, layer.window), p.query.data(), p.key.data(),
                            p.value.data(), near, heads.data());
         write(heads, layer.local_kv_heads, layer.global_kv_heads * layer.group * layer.dim);
     }

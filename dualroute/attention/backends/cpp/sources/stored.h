@@ -1,10 +1,10 @@
-// Rows as they are stored: floats, doubles, bfloat16, or in a cache int8 with a scale for each row.
+// Rows as they are stored: floats, doubles, bfloat16; and the int8 of a weight.
 //
 // The number of elements need not be a multiple of the lanes here. A cache's rows are as wide as a head; what
 // is left over is read one by one.
 //
 // Widening is the only place that names instructions. GCC widens bytes one by one
-// where it is not told how, which makes a cache of int8 ten times slower to read.
+// where it is not told how, which makes int8 ten times slower to read.
 #pragma once
 
 #include <algorithm>
@@ -32,6 +32,22 @@ struct Narrow {
 };
 
 template <class T>
+inline T widen(T x) {
+    return x;
+}
+template <class T>
+inline T widen(int8_t x) {
+    return T(x);
+}
+template <class T>
+inline T widen(BFloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+template <class T>
 inline Vector<T> load_stored(const T* p) {
     return load<T>(p);
 }
@@ -48,35 +64,25 @@ inline Vector<T> load_stored(const int8_t* p) {
 }
 template <class T>
 inline Vector<T> load_stored(const BFloat16* p) {
+    if constexpr (sizeof(T) == 8) {
+        Vector<T> v;
+        for (int i = 0; i < LANES<T>; ++i) v[i] = widen<T>(p[i]);
+        return v;
+    } else {
 #if defined(__AVX512F__)
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 #elif defined(__AVX2__)
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 #else
-    typedef uint32_t Wide __attribute__((vector_size(VECTOR_BYTES)));
-    const Wide bits = __builtin_convertvector(Narrow<T, uint16_t>::load(p), Wide) << 16;
-    Vector<T> v;
-    std::memcpy(&v, &bits, sizeof v);
-    return v;
+        typedef uint32_t Wide __attribute__((vector_size(VECTOR_BYTES)));
+        const Wide bits = __builtin_convertvector(Narrow<T, uint16_t>::load(p), Wide) << 16;
+        Vector<T> v;
+        std::memcpy(&v, &bits, sizeof v);
+        return v;
 #endif
-}
-
-template <class T>
-inline T widen(T x) {
-    return x;
-}
-template <class T>
-inline T widen(int8_t x) {
-    return T(x);
-}
-template <class T>
-inline T widen(BFloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
+    }
 }
 
 template <class T>
@@ -128,18 +134,12 @@ inline void put_numbers(S* to, const T* from, long n) {
     }
 }
 
-// Rows (rows, dim); `scales` (rows,) where they are int8.
+// Rows (rows, dim).
 template <class S>
 struct Rows {
     S* numbers;
-    float* scales;
     long dim;
 };
-
-template <class T, class S>
-inline T scale_of(const Rows<S>& rows, long row) {
-    return rows.scales ? T(rows.scales[row]) : T(1);
-}
 
 // Sum of a (n,) times a stored row.
 template <class T, class S>
@@ -218,27 +218,7 @@ inline void put_row(const Rows<S>& rows, long row, const T* from) {
     for (long j = 0; j < rows.dim; ++j) narrow<T>(from[j], rows.numbers[row * rows.dim + j]);
 }
 
-// Rounded to 255 steps of the largest number, as `cache.to_int8` does; a row with a number that is none is
-// none.
-template <class T>
-inline void put_row(const Rows<int8_t>& rows, long row, const T* from) {
-    T largest = 0, none = 0;
-    for (long j = 0; j < rows.dim; ++j) {
-        largest = std::max(largest, std::abs(from[j]));
-        none += from[j] - from[j];  // 0, or NaN of a NaN and of an infinity
-    }
-    const float scale = std::max(float(largest) / 127, 1.17549435e-38f) + float(none);
-    rows.scales[row] = scale;
-    if (scale != scale) {
-        std::fill_n(rows.numbers + row * rows.dim, rows.dim, int8_t(0));
-        return;
-    }
-    for (long j = 0; j < rows.dim; ++j)
-        rows.numbers[row * rows.dim + j] = int8_t(std::nearbyint(float(from[j]) / scale));
-}
-
 template <class T, class S>
 inline void get_row(const Rows<S>& rows, long row, T* to) {
-    std::fill_n(to, rows.dim, T(0));
-    add_stored<T>(to, scale_of<T>(rows, row), rows.numbers + row * rows.dim, rows.dim);
+    for (long j = 0; j < rows.dim; ++j) to[j] = widen<T>(rows.numbers[row * rows.dim + j]);
 }

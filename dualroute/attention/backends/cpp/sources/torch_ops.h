@@ -19,9 +19,10 @@
 
 // A row of `cache_memory` in decode.py: pointers, 0 where there is nothing, and sizes.
 struct CacheMemory {
-    int64_t far[4], near[4], features, summary_keys, summary_values;
+    int64_t far[2], near[2], features, summary_keys, summary_values;
+    int64_t key_grids, value_grids, tail_keys, tail_values;  // of a quantised global cache
     int64_t far_rows, far_tokens, block, router, parts, far_width;
-    int64_t near_rows, window, exact, int8;
+    int64_t near_rows, window, exact, bits;  // bits: 0 = not quantised
 };
 
 template <class N>
@@ -29,8 +30,8 @@ N* numbers(int64_t address) {
     return reinterpret_cast<N*>(address);
 }
 template <class S>
-Cache<S> cache_of(const int64_t (&a)[4]) {
-    return {numbers<S>(a[0]), numbers<S>(a[1]), numbers<float>(a[2]), numbers<float>(a[3])};
+Cache<S> cache_of(const int64_t (&a)[2]) {
+    return {numbers<S>(a[0]), numbers<S>(a[1])};
 }
 
 inline void check(AOTITorchError error) {
@@ -149,27 +150,39 @@ inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle
                       far_heads,    m.far_tokens, m.block,  int(top_k),
                       m.exact != 0, near_heads,   m.window, *numbers<int64_t>(position)};
     const AtenTensorHandle out = new_rows(rows, batch, (far_heads + near_heads) * group * dim);
-    const auto run = [&](auto computed, auto model, auto stored) {
+    const auto run = [&](auto computed, auto model) {
         using T = decltype(computed);
         using A = decltype(model);
-        using S = decltype(stored);
-        const Statistics<A> statistics{numbers<A>(m.features),
-                                       numbers<A>(m.summary_keys),
-                                       numbers<A>(m.summary_values),
-                                       m.parts,
-                                       m.far_width,
-                                       Router(m.router)};
-        decode_layer<T, A, S>(layer, numbers<T>(cos), numbers<T>(sin), numbers<A>(global_rows),
-                              numbers<A>(local_rows), cache_of<S>(m.far), statistics, cache_of<S>(m.near),
-                              numbers<A>(out));
+        const auto kept = [&](auto* as, const auto& memory) {
+            using K = std::remove_pointer_t<decltype(as)>;
+            using F = typename K::Statistic;
+            const Statistics<F> statistics{numbers<F>(m.features),
+                                           numbers<F>(m.summary_keys),
+                                           numbers<F>(m.summary_values),
+                                           m.parts,
+                                           m.far_width,
+                                           Router(m.router)};
+            decode_layer<T, A, K>(layer, numbers<T>(cos), numbers<T>(sin), numbers<A>(global_rows),
+                                  numbers<A>(local_rows), memory, statistics, cache_of<A>(m.near),
+                                  numbers<A>(out));
+        };
+        const QuantizedMemory<A> quantized{numbers<uint8_t>(m.far[0]),     numbers<uint8_t>(m.far[1]),
+                                           numbers<BFloat16>(m.key_grids), numbers<BFloat16>(m.value_grids),
+                                           numbers<A>(m.tail_keys),        numbers<A>(m.tail_values)};
+        if (m.bits == 4)
+            kept(static_cast<Quantized<T, A, 4>*>(nullptr), quantized);
+        else if (m.bits == 8)
+            kept(static_cast<Quantized<T, A, 8>*>(nullptr), quantized);
+        else
+            kept(static_cast<Stored<T, A>*>(nullptr), cache_of<A>(m.far));
     };
     const int32_t dtype = type(rows);
     if (dtype == aoti_torch_dtype_float64())
-        run(double{}, double{}, double{});
+        run(double{}, double{});
     else if (dtype == aoti_torch_dtype_bfloat16())
-        m.int8 ? run(float{}, BFloat16{}, int8_t{}) : run(float{}, BFloat16{}, BFloat16{});
+        run(float{}, BFloat16{});
     else
-        m.int8 ? run(float{}, float{}, int8_t{}) : run(float{}, float{}, float{});
+        run(float{}, float{});
     return out;
 }
 
