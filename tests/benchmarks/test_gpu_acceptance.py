@@ -120,9 +120,7 @@ def test_the_toy_form_fills_the_table(
 def test_the_script_starts_it_with_the_python_that_is_named(tmp_path: Path) -> None:
     command = ["bash", "benchmarks/gpu_acceptance.sh", "--toy", "--only", "decode", "--output", str(tmp_path)]
     command += ["--minutes", "40"]  # the limits of its parts are not what is asked about on a busy machine
-    done = subprocess.run(
-        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     ((part, what, *_),) = _rows(tmp_path)
     assert (part, what) == ("| decode", "a step at 512 tokens")
