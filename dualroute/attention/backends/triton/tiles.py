@@ -98,7 +98,8 @@ class Tile(NamedTuple):
 
 # By the major number of the compute capability and the work of a kernel: tiles of half-precision heads of up
 # to 64, 128 and 256 numbers. They are the largest that do not spill (tests/attention/backends/triton/
-# test_compile.py), and for 9, 64 rows at least of what is held, which wgmma wants. No tile was timed.
+# test_compile.py; docs/gpu.md tells what was seen of 256), and for 9, up to 128, 64 rows at least of what is
+# held, which wgmma wants. No tile was timed.
 # What pairs_key holds grows with its keys, too, see `pairs_key_tile`.
 TILES: dict[int, dict[str, tuple[Tile, Tile, Tile]]] = {
     8: {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,15 @@ SIZES = {
 }
 
 
+MOST_KEPT = 300 << 20  # bytes
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of all sizes, from one process."""
-    cache = tmp_path_factory.mktemp("cache")
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Of all sizes, from one process. pytest's cache keeps what was compiled of the same sources."""
+    cache = request.config.cache.mkdir("triton")
+    if sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) > MOST_KEPT:
+        shutil.rmtree(cache)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
