@@ -98,7 +98,10 @@ class TaskConfig:
             …), or a Python file of your own that registers one.
         columns: {what the kind calls it: column of the data}, where they differ (text: review).
         labels: Names of the classes, in the order of the outputs; null finds and sorts them.
-        metric: Of the validation, by which the best checkpoint is known; null takes the kind's first.
+        metric: Of the validation, by which the best checkpoint is known; null takes the kind's first, or the
+            loss where answers are texts.  Given another one there (bleu, rougeL, exact_match), the model
+            writes answers at each validation.
+        metric_rows: Validation rows that the model writes on for such a metric, the first so many.
         pooling: Where a text's one output is read: last token, first, or mean of all; auto is last in a model
             that reads from left to right, else first.
         class_weights: balanced weighs each class by the inverse of its share of the training targets.
@@ -117,6 +120,7 @@ class TaskConfig:
     columns: dict[str, str] = field(default_factory=dict)
     labels: list[str] | None = None
     metric: str | None = None
+    metric_rows: int = 64
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = 0.0
@@ -137,6 +141,7 @@ class TaskConfig:
             "label_smoothing": at_least(0, 1),
             "stride": at_least(0),
             "max_new_tokens": at_least(1),
+            "metric_rows": at_least(1),
             "beta": above(0, 1e3),
         }
         check_fields(self, "task", ranges)
@@ -204,6 +209,7 @@ RESUME_RULES: dict[str, Rule] = {
     "task.columns": "compared",
     "task.labels": "compared",
     "task.metric": "obeyed",
+    "task.metric_rows": "obeyed",
     "task.pooling": "compared",
     "task.class_weights": "obeyed",
     "task.label_smoothing": "obeyed",

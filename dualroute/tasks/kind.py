@@ -125,7 +125,8 @@ class Kind:
     name: ClassVar[str] = ""
     #: columns by what they are called here
     roles: ClassVar[dict[str, Role]] = {}
-    #: {metric: whether more of it is better}; the first is the one that the best checkpoint is known by
+    #: {metric: whether more of it is better}; the first is the one that the best checkpoint is known by, of
+    #: a kind that writes text the loss
     metrics: ClassVar[dict[str, bool]] = {}
     #: {field: value} of empty slots in a window, where that is not 0
     fills: ClassVar[dict[str, Any]] = {}
@@ -152,12 +153,6 @@ class Kind:
             raise UserError(
                 f"task.metric is {task.metric}: a task of kind {self.name} has {', '.join(self.metrics)}, "
                 f"loss"
-            )
-
-        if self.writes_text and task.metric not in (None, "loss"):
-            raise UserError(
-                f"task.metric {task.metric} is measured by dualroute evaluate, where the model writes: a "
-                f"training of kind {self.name} knows its best checkpoint by loss"
             )
 
     # ------------------------------------------------------------------ what a kind says

@@ -9,6 +9,7 @@ A kind without a head learns the next token: nothing but the metric differs from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from dualroute.model import DualRoutingTransformer
 from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.kind import Kind, LossSums, Part, Row
+from dualroute.tasks.written import PERPLEXITY, WrittenMetrics
 from dualroute.training.parallel.agreement import told_by_all
 from dualroute.training.step.module import Pretrain
 
@@ -33,6 +35,9 @@ class Finetune(Pretrain):
         arguments: Those of :class:`Pretrain`.
     """
 
+    #: The metrics of a kind that writes text are those of what is written.
+    writes_metrics = True
+
     def __init__(self, kind: Kind, validation: Encoded, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.kind, self.validation = kind, validation
@@ -40,8 +45,14 @@ class Finetune(Pretrain):
         scored = kind.metrics and not kind.writes_text
         metric = kind.task.metric or (next(iter(kind.metrics)) if scored else "loss")
         self.best_by = (metric, kind.metrics.get(metric, False))
+        writes = kind.writes_text and metric not in ("loss", PERPLEXITY) and self.writes_metrics
+        self.written = WrittenMetrics(kind, validation, self.tokenizer) if writes else None
         if self.model.task_head is not None:
             self.generate_sample = None  # type: ignore[method-assign, assignment]
+
+    def on_fit_start(self) -> None:
+        if self.written is not None and self.trainer.is_global_zero:
+            self.written.tell()
 
     def _loss_sums(self, batch: Batch, z_loss: float = 0.0) -> Any:
         if self.model.task_head is None:
@@ -69,6 +80,10 @@ class Finetune(Pretrain):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.model.task_head is None:
+            if self.best_by is not None and self.best_by[0] == PERPLEXITY:
+                self.validation_metrics[PERPLEXITY] = math.exp(min(self.validation_metrics["loss"], 700.0))
+            elif self.written is not None:
+                self.validation_metrics |= self.written(self.model)
             return
         gathered = dict(pair for part in told_by_all(lambda: self._reduced) for pair in part)
         rows, predictions = answered(self.kind, self.validation, gathered)

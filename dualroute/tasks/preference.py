@@ -160,6 +160,8 @@ class Prefer(Finetune):
             where the pairs have their reference already.
     """
 
+    writes_metrics = False  # those of pairs
+
     def __init__(
         self,
         kind: Kind,

@@ -196,7 +196,10 @@ def encode_part(kind: Kind, part: Part, data: TaskDataConfig, *, keep_rows: bool
     encoded = encode_rows(kind, part.rows, part.problems, keep_rows=keep_rows)
     part.problems.refuse_above(data.max_bad_rows, part.source)
     if not len(encoded.examples):
-        raise UserError(f"{part.source} has no row that can be used: give other rows")
+        reasons = "; ".join([*part.problems.lines(part.source), *kind.tally.lines()])
+        raise UserError(
+            f"{part.source} has no row that can be used{f' ({reasons})' if reasons else ''}: give other rows"
+        )
     return encoded
 
 

@@ -57,11 +57,17 @@ class Preferences(Chats):
         if value is None:
             found: list[Message] = []
         elif isinstance(value, list):
-            found, _ = messages_of(value)
+            found = self._said(value)
         else:
             found = [{"role": "user", "content": text_of(value, "prompt")}]
         if isinstance(system, str) and system.strip() and (not found or found[0]["role"] != "system"):
             found.insert(0, {"role": "system", "content": system})
+        return found
+
+    def _said(self, value: Any) -> list[Message]:
+        found, joined = messages_of(value)
+        if joined:
+            self.tally.add("chats in which turns of one speaker in a row were joined")
         return found
 
     def side(self, row: Row, name: str) -> list[Message]:
@@ -72,7 +78,7 @@ class Preferences(Chats):
         """
         value = row.get(self.column(name))
         if isinstance(value, list):
-            said, _ = messages_of(value)
+            said = self._said(value)
             found = said if said[0]["role"] in ("user", "system") else [*self._asked(row), *said]
         else:
             found = [*self._asked(row), {"role": "assistant", "content": text_of(value, name)}]
