@@ -74,7 +74,7 @@ def folders(tmp_path_factory, tiny_dataset):
     def run(name):
         if name not in done:
             task, rows, shape = KINDS[name]
-            kind = find_kind(task.kind)(task, Setting(None, 96, shape.get("causal", True)))
+            kind = find_kind(task.kind)(task, Setting(None, 64, shape.get("causal", True)))
             kind.fit(rows)
             head, frontend = kind.head(), kind.frontend()
             options = {**shape, "task_head": head, "frontend": frontend}
