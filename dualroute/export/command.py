@@ -88,7 +88,7 @@ def prepare(config: ExportConfig) -> tuple[Loaded, Writer]:
         dtype = saved if config.format in ("hf", "gguf") else "float32"
     loaded = load(checkpoint.folder, "cpu", dtype)
     if config.format != "hf":
-        loaded.model.config.require_tokens(f"dualroute export --format {config.format}")
+        loaded.model.config.require_tokens(f"--format {config.format} (unlike hf)")
     return loaded, writer
 
 

@@ -172,7 +172,7 @@ def _use(loaded: Loaded, folder: Path, figures: dict[str, Any]) -> list[str]:
 
 def _of_no_text(loaded: Loaded, purpose: str) -> str:
     """What a user of a model of images, recordings or items has to know."""
-    needs = "torch, transformers" + (" and Pillow" if purpose == "ImageClassification" else "")
+    needs = "torch, transformers and Pillow" if purpose == "ImageClassification" else "torch and transformers"
     said = f"It needs {needs}; the `dualroute` package is not needed."
     medium = Medium.of(loaded)
     if medium is None:
@@ -257,11 +257,13 @@ def _attention(shape: ModelConfig) -> str:
             else f"layers {layers}, local ones in the others"
         ),
     }
-    size = f"{shape.num_layers} layers, width {shape.dim}, vocabulary {shape.vocab_size:,}"
+    size = f"{shape.num_layers} layers, width {shape.dim}"
+    size += f", vocabulary {shape.vocab_size:,}" if shape.reads_text else ""
     text = f"{kinds[shape.attention]}; {size}."
     if shape.attention == "dual" and shape.global_mode != "full":
         text += (
-            f" Long texts are routed: the {shape.top_k} best blocks of {shape.block} tokens are read exactly."
+            f" Long {'texts' if shape.reads_text else 'inputs'} are routed: the {shape.top_k} best blocks of "
+            f"{shape.block} {'tokens' if shape.reads_text else 'steps'} are read exactly."
         )
     return text
 
@@ -285,10 +287,10 @@ def _table(loaded: Loaded, folder: Path, quality: dict[str, Any], figures: dict[
     if tokens:
         rows.append(("trained on", f"{tokens:,} tokens in all (see History)"))
     if quality:
-        place = f"{quality['measured_on']}, context {quality['context']:,}"
         if "score" in quality:
             rows.append((f"{quality['metric']} on {quality['measured_on']}", f"{quality['score']:.4f}"))
         else:
+            place = f"{quality['measured_on']}, context {quality['context']:,}"
             hidden = "" if loaded.model.config.causal else "masked "
             rows.append((f"{hidden}loss (nats per token) on {place}", f"{quality['loss']:.4f}"))
             rows.append((f"{'pseudo-' if hidden else ''}perplexity", f"{quality['perplexity']:.2f}"))

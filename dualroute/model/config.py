@@ -463,9 +463,14 @@ class ModelConfig:
         """Refuse ``what``, which reads from left to right, where the model does not.
 
         Raises:
-            UserError: ``causal`` is false, or there are no tokens.
+            UserError: ``causal`` is false, there are no tokens, or a task's head writes none.
         """
         self.require_tokens(what)
+        if self.task_head is not None:
+            raise UserError(
+                f"{what} predicts the next token, and this model answers a task (model.task_head "
+                f"{self.task_head.kind}): use dualroute predict or dualroute evaluate"
+            )
         if not self.causal:
             raise UserError(
                 f"{what} predicts the next token, and this model sees both sides of each token (model.causal "

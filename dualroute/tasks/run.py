@@ -70,7 +70,7 @@ def check(config: FinetuneConfig) -> Prepared:
     for part in (train, validation):
         asking.check_columns(part.rows[0][1], source=part.source)
     if not asking.reads_text:
-        _refuse_text_keys(config.data, asking)
+        _refuse_text_keys(config, asking)
     tokenizer = tokenizer_of(
         config.data, begun, chain.from_iterable(asking.texts(row) for _, row in train.rows)
     )
@@ -166,12 +166,16 @@ def _refuse_other_parts(data: TaskDataConfig, kind: Kind) -> None:
             )
 
 
-def _refuse_text_keys(data: TaskDataConfig, kind: Kind) -> None:
-    for name in ("tokenizer", "vocab_size"):
-        if getattr(data, name) is not None:
+def _refuse_text_keys(config: FinetuneConfig, kind: Kind) -> None:
+    keys = {
+        "data.tokenizer": config.data.tokenizer,
+        "data.vocab_size": config.data.vocab_size,
+        "model.vocab_size": config.model.vocab_size,
+    }
+    for name, value in keys.items():
+        if value is not None:
             raise UserError(
-                f"data.{name} has no meaning for a task of kind {kind.name}, which reads no text: leave "
-                f"it out"
+                f"{name} has no meaning for a task of kind {kind.name}, which reads no text: leave it out"
             )
 
 

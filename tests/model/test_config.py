@@ -8,6 +8,7 @@ import torch
 from dualroute.attention import DualRouting
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
+from dualroute.model.config import TaskHeadConfig
 from dualroute.model.layers import TransformerBlock
 
 
@@ -119,6 +120,12 @@ def _built(options: dict) -> DualRouting | None:
             return TransformerBlock(config).attention
     except ValueError:
         return None
+
+
+def test_a_model_of_a_task_writes_no_text() -> None:
+    config = ModelConfig(vocab_size=9, task_head=TaskHeadConfig("sequence", ["a", "b"]))
+    with pytest.raises(UserError, match=r"generation predicts the next token.*use dualroute predict"):
+        config.require_causal("generation")
 
 
 def test_it_accepts_exactly_what_the_attention_builds():

@@ -128,7 +128,8 @@ class Medium:
         audio = self.kind.task.audio
         longest = min(self.kind.setting.max_length, 2 * shape.block * (shape.top_k + 3))
         lengths = {1, max(1, longest // 3), longest}  # steps
-        samples = [audio.frame + (length - 1) * audio.stack * audio.hop for length in sorted(lengths)]
+        # a frame at each hop, the first in the middle of the first sample
+        samples = [max(audio.frame, (length * audio.stack - 1) * audio.hop) for length in sorted(lengths)]
         return [draw.standard_normal(count).astype(np.float32) for count in samples]
 
 

@@ -35,7 +35,8 @@ def holds_media(source: str) -> bool:
 
 def media_files(folder: Path) -> list[Path]:
     """Images and recordings in a folder and those in it, by name."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES + RECORDINGS)
+    named = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGES + RECORDINGS)
+    return sorted(file for file in named if not file.is_dir())
 
 
 def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:

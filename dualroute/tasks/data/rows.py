@@ -63,7 +63,7 @@ def read_rows(
     """
     rows: Iterator[tuple[str, Row]]
     if is_local(source):
-        if media_rows.holds_media(source) and not _row_files(Path(source)):
+        if _is_of_media(Path(source)):
             folder = Path(source)
             rows = ((place, FileRow(row, folder)) for place, row in media_rows.folder_rows(folder))
         else:
@@ -96,12 +96,16 @@ def files_of(source: str) -> list[Path]:
     if not path.is_dir():
         require_regular(path)
         return [path]
-    found = _row_files(path)
-    if not found:
-        found = media_rows.media_files(path)
+    found = media_rows.media_files(path) if _is_of_media(path) else _row_files(path)
     if not found:
         raise UserError(f"{source} holds no file of rows: it reads {', '.join(FORMATS)}")
     return found
+
+
+def _is_of_media(folder: Path) -> bool:
+    """Whether a folder's rows are its images or recordings: no file in it but notes (.txt) has rows."""
+    said = [file for file in _row_files(folder) if file.suffix != ".txt"] if folder.is_dir() else []
+    return not said and media_rows.holds_media(str(folder))
 
 
 def _row_files(folder: Path) -> list[Path]:

@@ -137,6 +137,8 @@ class Items(Kind):
         items = row.get(self.column("items"))
         if not isinstance(items, list) or not items:
             raise BadRow(f"{self.column('items')} is no list of items")
+        if not all(isinstance(item, str | int | float) for item in items):
+            raise BadRow(f"{self.column('items')} holds what is no name of an item")
         items = [str(item) for item in items]
         ids = [self.numbers.get(item, UNKNOWN - 1) + 1 for item in items]
         following = UNKNOWN

@@ -17,8 +17,11 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 from dualroute.cli import main  # noqa: E402
 from dualroute.errors import UserError  # noqa: E402
 from dualroute.evaluate.load import load  # noqa: E402
+from dualroute.export import model_card  # noqa: E402
+from dualroute.export.config import ExportConfig  # noqa: E402
 from dualroute.export.hf import check_folder  # noqa: E402
 from dualroute.export.hf import folder as huggingface  # noqa: E402
+from dualroute.export.quality import measure  # noqa: E402
 from dualroute.model import ModelConfig  # noqa: E402
 from dualroute.model.checkpoint.folder import TASK  # noqa: E402
 from dualroute.model.checkpoint.format import save_model  # noqa: E402
@@ -32,6 +35,7 @@ AUDIO = AudioConfig(RATE, MELS, 80, 160, 2)
 NOISE = np.random.default_rng(1)
 PICTURE = NOISE.integers(0, 256, (9, 8, 3), dtype=np.uint8)
 SOUND = NOISE.standard_normal(3000).astype(np.float32)
+SAID = {"step": 1, "score": {"name": "accuracy", "value": 0.75, "higher_is_better": True}}
 #: kind → what is configured, a training row, what the model has besides
 KINDS = {
     "image": (
@@ -74,19 +78,20 @@ def folders(tmp_path_factory, tiny_dataset):
     def run(name):
         if name not in done:
             task, rows, shape = KINDS[name]
-            kind = find_kind(task.kind)(task, Setting(None, 96, shape.get("causal", True)))
+            kind = find_kind(task.kind)(task, Setting(None, 64, shape.get("causal", True)))
             kind.fit(rows)
             head, frontend = kind.head(), kind.frontend()
             options = {**shape, "task_head": head, "frontend": frontend}
             model = tiny_model(kind.num_ids() or 320, **options)
             extra = {TASK: describe_task(kind, {})}
-            at = save_model(model, made / f"{name}-c", tiny_dataset / "tokenizer.model", {"step": 1}, extra)
+            at = save_model(model, made / f"{name}-c", tiny_dataset / "tokenizer.model", SAID, extra)
             loaded, folder = load(at.folder, "cpu", "float32"), made / name
             folder.mkdir()
-            huggingface.write(loaded, folder)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(huggingface, "run_check", lambda at, said: check_folder.check(str(at), said))
-                done[name] = loaded, folder, huggingface.verify(loaded, folder, []), kind
+                config = ExportConfig(str(at.folder), "hf", str(folder))
+                figures = model_card.write_export(config, loaded, folder, measure(config, loaded))
+                done[name] = loaded, folder, figures["parity"], kind
         return done[name]
 
     return run
@@ -98,6 +103,9 @@ def test_the_folder_gives_what_the_model_gives(name, folders):
     _, folder, figures, kind = folders(name)
     assert figures["class"] == f"DualRoutingFor{CLASSES[name]}"
     assert max(figures["logits"].values()) <= huggingface.TOLERANCE
+    card = (folder / "README.md").read_text()
+    assert "| accuracy on validation data, by the training run | 0.7500 |" in card
+    assert ("rank(" if name == "item" else f'pipeline("{card.split("pipeline_tag: ")[1].split()[0]}"') in card
     config = json.loads((folder / "config.json").read_text())
     if name != "recognition":
         assert list(config["id2label"].values()) == kind.labels

@@ -68,6 +68,9 @@ def test_files_are_answered_and_the_bad_ones_say_why(trained: Path, tmp_path: Pa
     x, y = images(4, seed=5)
     folder = tmp_path / "asked"
     folder.mkdir()
+    Image.fromarray(x[0].astype(np.uint16) * 257).save(folder / "16bit.png")  # Pillow itself makes it white
+    (folder / "notes.txt").write_text("what these are")
+    (folder / "folder.jpg").mkdir()
     for number, mode in enumerate(("L", "RGB", "P", "RGBA")):
         Image.fromarray(x[number]).convert(mode).save(folder / f"{number}.png")
     Image.fromarray(x[0]).resize((20, 20)).save(folder / "4.png")
@@ -78,6 +81,10 @@ def test_files_are_answered_and_the_bad_ones_say_why(trained: Path, tmp_path: Pa
     asked = ["predict", "--checkpoint", str(trained), "--input", str(folder), "--output", str(output)]
     assert main(asked) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["image"] for line in lines] == sorted(line["image"] for line in lines)
+    wide = next(line for line in lines if line["image"] == "16bit.png")
+    assert wide["prediction"] == str(y[0])
+    lines.remove(wide)
     assert [line.get("prediction") for line in lines[:4]] == [str(label) for label in y]
     assert all(line.get("prediction") is None for line in lines[4:])
     said = [json.dumps(line) for line in lines[4:]]
@@ -160,6 +167,7 @@ def test_single_pixels_are_one_long_line(tmp_path: Path) -> None:
         (("--data.context", "16", "--data.max_length", "16"), "has 20 steps, more than the 16"),
         (("--task.image.channels", "2"), "give 1 (grey) or 3"),
         (("--task.columns", "{image: x, label: z}"), "has no column 'z'"),
+        (("--model.vocab_size", "300"), "model.vocab_size has no meaning for a task of kind image"),
     ],
 )
 def test_what_does_not_fit_is_refused(

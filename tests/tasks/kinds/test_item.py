@@ -20,7 +20,7 @@ from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.data.encode import encode_rows
 from dualroute.tasks.data.problems import Problems
 from dualroute.tasks.data.rows import read_rows
-from dualroute.tasks.kind import Setting
+from dualroute.tasks.kind import BadRow, Setting
 from dualroute.tasks.kinds.item import Items, best_of
 from tests.tasks.made import SMALL
 
@@ -124,6 +124,14 @@ def test_long_histories_are_learnt_in_pieces_and_asked_by_their_latest() -> None
     assert [kind.labels[i - 1] for i in asked.fields["input_ids"].tolist()] == items[-4:]
     assert asked.fields["outputs"].tolist() == [False] * 3 + [True]
     assert kind.reduce(np.zeros((1, 11), np.float32), asked) == []  # all of them were had
+
+
+@pytest.mark.parametrize("items", [None, [], "i1", [["i1"]], [None]])
+def test_what_is_no_history_is_told(items: Any) -> None:
+    kind = kind_of()
+    kind.fit([{"items": ["a", "b"]}])
+    with pytest.raises(BadRow, match="items"):
+        kind.encode({"items": items}, with_target=False)
 
 
 def test_the_measures_are_those_of_the_ranks() -> None:
