@@ -20,6 +20,11 @@ ROOTS = ("dualroute", "data_prep")
 FILE = "log.txt"
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 row", "2,000 rows": a number and what it counts, for a line that a person reads."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Terminal(logging.Handler):
     """Lines as they are, on whatever standard output and standard error are when a line comes."""
 

@@ -1,7 +1,8 @@
 """``dualroute predict``: rows in, the same rows with a prediction out.
 
 In: a checkpoint that was trained for a task, and rows, read as they come.  Out: a line of JSON for each row,
-in their order: its own columns, then the prediction's; ``problem`` says why a row has none.
+in their order: its own columns, then the prediction's; ``problem`` says why a row has none.  Where a row has
+a column of that name already, that one stays, and the prediction's has an underscore more (``prediction_``).
 
 What is written so far lies in ``OUTPUT.partial``.  The same command goes on after its last whole line, if
 checkpoint and input are the ones that it was begun with (``OUTPUT.partial.json``).
@@ -21,6 +22,7 @@ import numpy as np
 
 from dualroute.errors import UserError
 from dualroute.files import fsync_folder, read_json, write_bytes_atomically
+from dualroute.log import counted
 from dualroute.model.checkpoint.folder import WEIGHTS
 from dualroute.tasks.answer import Answer, Answerer
 from dualroute.tasks.config import PredictConfig
@@ -58,7 +60,7 @@ def predict_command(config: PredictConfig) -> None:
     partial = output.with_name(f"{output.name}.partial")
     done = _begin(partial, _identity(config, answerer))
     if done:
-        log.info("%s", f"{partial} has {done:,} rows already: going on after them")
+        log.info("%s", f"{partial} has {counted(done, 'row')} already: going on after them")
     unanswered = _write(partial, answerer.answers(islice(chain([first], rows), done, None)))
     os.replace(partial, output)
     _identity_file(partial).unlink(missing_ok=True)
@@ -66,10 +68,10 @@ def predict_command(config: PredictConfig) -> None:
     for line in problems.lines(config.input):
         log.warning("%s", line)
     if unanswered:
-        log.warning("%s", f"{unanswered:,} rows have no prediction: see their column {_PROBLEM!r}")
+        log.warning("%s", f"{counted(unanswered, 'row')} without a prediction: see the column {_PROBLEM!r}")
     for line in answerer.kind.tally.lines():
         log.warning("%s", line)
-    log.info("%s", f"{problems.rows - problems.bad:,} rows → {output}")
+    log.info("%s", f"{counted(problems.rows - problems.bad, 'row')} → {output}")
 
 
 def _identity(config: PredictConfig, answerer: Answerer) -> dict[str, Any]:
@@ -126,11 +128,11 @@ def _write(partial: Path, answers: Iterator[Answer]) -> int:
 
 
 def _line(answer: Answer) -> Row:
-    new = answer.prediction if answer.prediction is not None else {_PROBLEM: answer.problem}
-    twice = next((name for name in new if name in answer.row), None)
-    if twice is not None:
-        raise UserError(
-            f"the input has a column {twice!r} of its own, which the prediction would write over: rename it"
-        )
-    told = {name: value for name, value in answer.row.items() if not isinstance(value, np.ndarray)}
-    return {**told, **new}  # pixels are not written out again
+    line = {
+        name: value for name, value in answer.row.items() if not isinstance(value, np.ndarray)
+    }  # no pixels
+    for name, value in (answer.prediction or {_PROBLEM: answer.problem}).items():
+        while name in answer.row:
+            name += "_"
+        line[name] = value
+    return line

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 from dualroute.errors import UserError
+from dualroute.log import counted
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.config import FinetuneConfig, TaskDataConfig
 from dualroute.tasks.data.encode import Encoded, encode_rows
@@ -206,7 +207,8 @@ def remarks_on(kind: Kind, parts: list[Part], encoded: list[Encoded]) -> Iterato
         used = len(set(examples.rows.tolist()))
         yield (
             logging.INFO,
-            f"{part.source}: {used:,} rows, {len(examples):,} examples, {examples.lengths.sum():,} tokens",
+            f"{part.source}: {counted(used, 'row')}, {counted(len(examples), 'example')}, "
+            f"{counted(int(examples.lengths.sum()), 'token')}",
         )
     yield from ((logging.WARNING, line) for line in kind.tally.lines())
     yield from ((logging.WARNING, line) for line in kind.warnings([row for _, row in parts[0].rows]))

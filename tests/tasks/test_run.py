@@ -145,6 +145,18 @@ def test_a_prediction_goes_on_after_its_last_whole_line(
     assert len(answered) == 29  # 11 were there
 
 
+def test_a_column_that_a_row_has_already_is_never_written_over(trained: Path, tmp_path: Path) -> None:
+    rows = [{"review": "fine"}, {"review": "fine", "prediction": "mine", "prediction_": 2}]
+    source = write_jsonl(tmp_path / "asked.jsonl", [*rows, {"review": " ", "problem": "old"}])
+    output = tmp_path / "out.jsonl"
+    arguments = ["predict", "--checkpoint", str(trained), "--input", str(source), "--output", str(output)]
+    assert main(arguments) == 0
+    first, second, third = (json.loads(line) for line in output.read_text(encoding="utf-8").splitlines())
+    assert (second["prediction"], second["prediction_"]) == ("mine", 2)
+    assert second["prediction__"] == first["prediction"]
+    assert third == {"review": " ", "problem": "old", "problem_": "empty review"}
+
+
 def test_another_input_does_not_go_on_with_the_rest_of_an_old_one(trained: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "asked.jsonl", [{"review": "fine"}])
     (tmp_path / "out.jsonl.partial").write_text("{}\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dualroute.cli.aliases import say
 from dualroute.cli.family import Parser
 from dualroute.cli.shipped import find_config
@@ -31,6 +33,7 @@ ParseStage = Callable[[str, Sequence[str]], Any]
 EXAMPLES = """
   dualroute submit pretrain --config configs/pretrain/1b.yaml --nodes 4 --gpus_per_node 8 --time 24:00:00
   dualroute submit finetune --config configs/pretrain/finetune.yaml --nodes 2 -- --init_from runs/1b
+  dualroute submit finetune --config configs/task/sst2.yaml --gpus_per_node 1 -- --init_from runs/1b
   dualroute submit sweep    --config lr-1.yaml lr-2.yaml lr-3.yaml --gpus_per_node 8 --max_parallel 2
   dualroute submit distill  --config configs/distill/books_5m.yaml --nodes 2 -- --init_from runs/pruned
   dualroute submit pipeline --prepare prepare.yaml --config pretrain.yaml --dry-run
@@ -136,14 +139,31 @@ Scripts = dict[Path, str]
 
 def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: ParseStage) -> Scripts:
     arguments = [*_configs(options.config), *overrides]
-    stage = "distill" if options.kind == "distill" else "pretrain"
+    is_task = options.kind == "finetune" and _names_a_task(options.config, overrides)
+    stage = "finetune" if is_task else "distill" if options.kind == "distill" else "pretrain"
     config = _checked(options, arguments, parse_stage, stage)
-    if options.kind == "finetune" and config.init_from is None:
+    if options.kind == "finetune" and not is_task and config.init_from is None:
         raise UserError(
-            "fine-tuning begins with a model: set init_from, or append `-- --init_from CHECKPOINT`"
+            "without a section `task`, fine-tuning is a pretraining that begins with a model: set init_from, "
+            "append `-- --init_from CHECKPOINT`, or name the task (configs/task)"
         )
-    _check_data(options, config.data.path)
+    if not is_task:  # whose data are rows, which the run itself reads
+        _check_data(options, config.data.path)
     return _training_job(options, config, arguments, stage, options.kind)
+
+
+def _names_a_task(configs: Sequence[str], overrides: Sequence[str]) -> bool:
+    """Whether `dualroute finetune` is meant, and not a pretraining that begins with a model."""
+    if any(word.startswith("--task.") for word in overrides):
+        return True
+    for file in configs:
+        try:
+            content = yaml.safe_load(find_config(file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue  # the stage's own parser says what is wrong with it
+        if isinstance(content, dict) and "task" in content:
+            return True
+    return False
 
 
 def _training_job(

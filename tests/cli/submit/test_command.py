@@ -146,6 +146,20 @@ def test_a_finetuning_is_a_pretraining_that_begins_with_weights(work, tiny_datas
     assert "init_from" in refused(capsys, "finetune", "--config", config)
 
 
+def test_a_finetuning_for_a_task_is_a_job_of_dualroute_finetune(work, capsys):
+    (work / "rows.csv").write_text("text,label\ngood,yes\nbad,no\n")
+    settings = {"output": "runs/task", "data": {"path": "rows.csv"}, "task": {"kind": "sequence"}}
+    (work / "task.yaml").write_text(yaml.safe_dump(settings))
+    (script,) = scripts(capsys, "finetune", "--config", work / "task.yaml", "--gpus_per_node", 1)
+    assert shlex.split(command(script))[1:] == ["finetune", "--config", str(work / "task.yaml")]
+    settings.pop("task")
+    (work / "data.yaml").write_text(yaml.safe_dump(settings))
+    (script,) = scripts(capsys, "finetune", "--config", work / "data.yaml", "--", "--task.kind", "sequence")
+    assert shlex.split(command(script))[1] == "finetune"
+    (work / "broken.yaml").write_text("task: [")
+    assert "broken.yaml" in refused(capsys, "finetune", "--config", work / "broken.yaml")
+
+
 def test_a_compression_is_a_job_for_each_training_and_what_lies_between(work, tiny_dataset, capsys):
     training = {
         "data": {"context": 64},
