@@ -136,6 +136,7 @@ def decode_rows(
     projected = _projected(layer, hidden_states)
     heads = []
     for number, cache in enumerate(caches):
+        cache.regroup()
         own = [None if part is None else part[number : number + 1] for part in projected]
         token = _decode_token(layer, own, cache, tables[number])
         if token is None:

@@ -190,7 +190,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        source, target = ctx.saved_tensors
+        _, target = ctx.saved_tensors
         return _pick(grads[0], target), None, None
 
 

@@ -57,6 +57,8 @@ def copied(model: DualRoutingTransformer, text: Caches, capacity: int) -> Caches
             if source is None:
                 continue
             target.length = source.length
+            if name == "global_cache":
+                target.regrouped = source.regrouped
             for part in (*source.OF_TOKENS, *source.OF_BLOCKS):
                 held, room = getattr(source, part), getattr(target, part)
                 if held is not None:

@@ -129,7 +129,8 @@ def test_a_cache_goes_on_after_its_rows_were_put_in_another_order() -> None:
         part = hidden[1:, token : token + 1]
         torch.testing.assert_close(layer(part, cache=cache), layer(part, cache=swapped))
     far = cache.global_cache
-    assert far is not None and far.places is not None
+    assert far is not None
+    assert far.places is not None
     assert torch.equal(far.places.sort(1).values, torch.arange(60, dtype=torch.int32).expand(2, 60))
     assert not torch.equal(far.places[0], torch.arange(60, dtype=torch.int32))
 
