@@ -151,7 +151,7 @@ def clustered(
     far_summary: str = "second_order",
     sub_block: int = 16,
 ) -> Tensor:
-    """`routed`, causal, on blocks of similar keys: the past is read in another order, see `past_order`."""
+    """`routed`, causal, on blocks of similar keys: what is past is read in the order of `past_order`."""
     how: dict[str, Any] = {"block": block, "router": router, "sub_block": sub_block}
     cell = sub_block if router == "minmax" else block
     outputs = []

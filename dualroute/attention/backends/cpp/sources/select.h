@@ -59,6 +59,7 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
     {
         Buffer<T> rows_features(TILE * width), scores(TILE * row);
         std::vector<float> best(TILE * top_k), worst(TILE), compared(columns);
+        std::vector<int32_t> closed(columns);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long order = 0; order < blocks; ++order)
             for (long kv = 0; kv < shape.kv_heads; ++kv) {
@@ -84,6 +85,11 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                                     false);
                         const int from = std::max(0L, first + 1 - tile * columns);
                         const int to = std::min<long>(columns, end - tile * columns);
+                        for (int j = 0; j < columns; ++j) {
+                            const long block = tile * columns + j;
+                            closed[j] =
+                                j < from || j >= to || block == own || shape.hides(own, block, block + 1);
+                        }
                         for (int r = 0; r < rows; ++r) {
                             const T* line = scores.data() + r * row;
                             float top = -INFINITY;
@@ -91,10 +97,7 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                                 T score = line[j];
                                 for (int part = 1; part < parts; ++part)
                                     score = std::max(score, line[part * columns + j]);
-                                const long block = tile * columns + j;
-                                const bool closed =
-                                    j < from || j >= to || block == own || shape.hides(own, block, block + 1);
-                                compared[j] = closed ? -INFINITY : float(score);
+                                compared[j] = closed[j] ? -INFINITY : float(score);
                                 top = std::max(top, compared[j]);
                             }
                             if (!(top > worst[r])) continue;
