@@ -124,7 +124,7 @@ def test_a_model_of_nan_is_named_and_not_scored(checkpoint, files):
         measured(broken, files)
     assert not (files / "result.json").exists()
     model = SuiteModel(load(broken))
-    with pytest.raises(UserError, match="broken.*no finite numbers"):
+    with pytest.raises(UserError, match=r"broken.*no finite numbers"):
         model.write([[1, 5, 7]], 4)
 
 
