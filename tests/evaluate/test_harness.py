@@ -26,7 +26,7 @@ SENTENCES = [" ".join(WORDS[k : k + 5]).capitalize() + "." for k in range(8)]
 
 @pytest.fixture(scope="module")
 def lettered(checkpoint, tmp_path_factory):
-    """The tiny checkpoint, made to write pieces and no bytes, of which two libraries spell broken ones apart."""
+    """The tiny checkpoint, made to write no bytes, of which two libraries spell broken ones apart."""
     model = load_any(checkpoint).model
     pieces = load_any(checkpoint).tokenizer.pieces()
     with torch.no_grad():

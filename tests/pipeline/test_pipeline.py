@@ -68,7 +68,9 @@ class Stages:
     def record(worse):
         """Results of a suite: one score that pruning has lowered, and one within the errors."""
         scores = [("match", 0.5 if worse else 0.9, 0.05), ("f1", 0.61 if worse else 0.6, 0.05)]
-        listed = [{"metric": m, "value": v, "stderr": e, "n": 9, "higher_is_better": True} for m, v, e in scores]
+        listed = [
+            {"metric": m, "value": v, "stderr": e, "n": 9, "higher_is_better": True} for m, v, e in scores
+        ]
         cell = {"part": "p", "name": "c", "digest": "d", "setting": "s", "scores": listed}
         return {"format": "dualroute-evaluation", "version": 1, "model": {}, "cells": {"p/c": cell}}
 
