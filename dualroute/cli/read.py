@@ -50,7 +50,7 @@ class Words:
 def split_words(arguments: Sequence[str], schema: Schema) -> Words:
     """``--key value``, ``--key=value``, ``--switch`` and ``--no-switch``; dashes are underscores in a key.
 
-    Several words after the flag of a list are its items: ``--lengths 4096 16384`` is
+    Several words after the flag of a list, or one number, are its items: ``--lengths 4096 16384`` is
     ``--lengths [4096, 16384]``.
 
     Raises:
@@ -75,8 +75,9 @@ def split_words(arguments: Sequence[str], schema: Schema) -> Words:
         if not has_value and rest and not rest[0].startswith("--"):
             given = rest.pop(0)
             more = list(takewhile(lambda one: not one.startswith("--"), rest))
-            if more and key in schema.options and takes_list(schema.options[key].hint):
-                given = json.dumps([given, *more])  # a list in YAML too
+            if key in schema.options and takes_list(schema.options[key].hint):
+                if more or given.strip().isdigit():
+                    given = json.dumps([given, *more])  # a list in YAML too
                 del rest[: len(more)]
         if key == "config":
             if given is None:

@@ -27,6 +27,8 @@ COMMANDS = {
     "--settings passive 1000",
     "recall-mqar": "recall.py --variants dense local routed --seeds 0 --length 256 --start 128 --evaluate 2 "
     "--steps 4 --patience 4 --tokens 512 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
+    "long_context": "long_context.py --tasks variables common --seeds 0 --length 128 --start 128 --steps 2 "
+    "--patience 2 --tokens 256 --batches 1 --min_distance 16 --window 8 --block 16 --top_k 1 --threads 1",
     "recall-passkey": "recall.py --task passkey --variants routed --seeds 0 1 --length 128 --start 128 "
     "--steps 4 --patience 4 --tokens 256 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
 }

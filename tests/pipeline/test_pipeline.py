@@ -36,6 +36,8 @@ class Stages:
             return self.fails[name]
         if arguments[0] == "evaluate":
             figures = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5}
+            if "suite" in values:
+                figures = self.record("pruned" in output.stem)
             output.write_text(json.dumps(figures))
         elif arguments[0] == "export":
             output.mkdir()
@@ -61,6 +63,16 @@ class Stages:
             path.write_text(json.dumps(figures))
             return 0
         return self(program[start:])
+
+    @staticmethod
+    def record(worse):
+        """Results of a suite: one score that pruning has lowered, and one within the errors."""
+        scores = [("match", 0.5 if worse else 0.9, 0.05), ("f1", 0.61 if worse else 0.6, 0.05)]
+        listed = [
+            {"metric": m, "value": v, "stderr": e, "n": 9, "higher_is_better": True} for m, v, e in scores
+        ]
+        cell = {"part": "p", "name": "c", "digest": "d", "setting": "s", "scores": listed}
+        return {"format": "dualroute-evaluation", "version": 1, "model": {}, "cells": {"p/c": cell}}
 
 
 @pytest.fixture
@@ -102,6 +114,22 @@ def test_everything_is_done_once(go, tmp_path):
     assert "The | end" in page
     assert "The \\| end" in (tmp_path / "run" / "report.md").read_text()
     assert go() == (0, [])
+
+
+def test_a_suite_compares_every_model_with_the_parent(go, tmp_path):
+    status, done = go(suite="ruler")
+    assert status == 0
+    measured = [one for one in done if one.startswith("evaluate-")]
+    assert len(measured) == 8  # the loss, and the suite, of four models
+    rows = (tmp_path / "run" / "report.md").read_text().split("## Suite: ruler")[1].split("##")[0]
+    match, f1 = (row for row in rows.splitlines() if row.startswith("| p/c/"))
+    assert "0.5000 ± 0.0500 (worse)" in match
+    assert match.count("worse") == 1
+    assert "worse" not in f1
+    assert "better" not in f1
+    assert go(suite="ruler") == (0, [])
+    with pytest.raises(UserError, match=r"evaluate\.suite"):
+        go(evaluate={"suite": "ruler"})
 
 
 def test_changed_options_redo_what_depends_on_them_and_lose_nothing(go, tmp_path):

@@ -262,7 +262,8 @@ class SuiteModel:
             )
         except UserError as error:
             raise UserError(str(error).replace("the model gives", f"{self.folder} gives", 1)) from error
-        texts = [decode(ids) for ids in written]
+        special = {token.id for token in self.tokenizer.special_tokens.values()}
+        texts = [decode(one for one in ids if one not in special) for ids in written]
         for one in until:
             texts = [text.split(one)[0] for text in texts]
         return texts
