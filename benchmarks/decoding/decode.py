@@ -50,7 +50,8 @@ def filled_cache(
 
 def cache_bytes(cache: LayerCache) -> int:
     """Bytes of every tensor that a layer's cache keeps."""
-    tensors = [value for part in (cache.global_cache, cache.local_cache) for value in vars(part).values()]
+    parts = [part for part in (cache.global_cache, cache.local_cache) if part is not None]
+    tensors = [value for part in parts for value in vars(part).values()]
     return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
 
 

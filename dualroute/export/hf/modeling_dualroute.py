@@ -177,9 +177,10 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         embedded: Tensor = self.embedding(entering[given[0]])
         return embedded
 
-    def new_cache(self, expected: int | None = None) -> DualRoutingCache:
+    def new_cache(self, expected: int | None = None, cache_dtype: str = "auto") -> DualRoutingCache:
         """An empty cache for texts of ``expected`` tokens when they are finished (null: the model's context);
-        more may come, up to the context."""
+        more may come, up to the context.  ``cache_dtype`` int8 or int4 keeps complete blocks of the global
+        route as integers; give such a cache to ``generate`` as ``past_key_values``."""
         layers, context = self.layers, self.config.max_position_embeddings
 
         def new_caches(batch: int, length: int, device: torch.device) -> list[LayerCache]:
@@ -187,7 +188,9 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
             for layer in layers:
                 weight = layer.attention.out_proj.weight  # type: ignore[union-attr]
                 place = device if weight.device.type == "meta" else weight.device  # meta: offloaded
-                caches.append(layer.attention.new_cache(batch, length, place, capacity=CAPACITY))  # type: ignore[union-attr,operator]
+                attention: Any = layer.attention
+                options: Any = {"capacity": CAPACITY, "cache_dtype": cache_dtype}
+                caches.append(attention.new_cache(batch, length, place, **options))
             return caches
 
         expected = expected or context

@@ -166,3 +166,19 @@ def test_a_padded_text_has_the_logits_of_itself_wherever_the_padding_is():
         for use_cache in (True, False, None):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=use_cache).logits
             torch.testing.assert_close(logits[:, before : before + 33], alone, rtol=0, atol=1e-5)
+
+
+def test_a_quantised_cache_in_a_beam_search():
+    """Every beam's rows follow it, the newest block's floats too: each beam's score is that of its text."""
+    _, model = wrapped()
+    ids = ids_of(40, batch=2)
+    out = model.generate(
+        input_ids=ids, past_key_values=model.model.new_cache(60, cache_dtype="int8"), max_new_tokens=12,
+        num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True, **GREEDY,
+    )  # fmt: skip
+    kept = [cache.global_cache for group in out.past_key_values.groups for cache in group.caches]
+    assert {part.bits for part in kept if part is not None} == {8}
+    with torch.no_grad():
+        logits = model(input_ids=out.sequences, use_cache=False).logits[:, 39:-1].log_softmax(-1)
+    scores = logits.gather(2, out.sequences[:, 40:, None])[..., 0].mean(1)
+    torch.testing.assert_close(out.sequences_scores, scores, rtol=0, atol=2e-2)
