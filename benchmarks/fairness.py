@@ -52,7 +52,7 @@ def main() -> None:
                         f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f}){within}"
                     )
                 rows.append(row)
-    show("bias", rows, options.output)
+    show("bias", rows, options.output, "fairness")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class EvaluateConfig:
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
-            docs/interpretability.md.
+            docs/behaviour/interpretability.md.
         output: Also write the figures to this JSON file.
     """
 
@@ -70,7 +70,7 @@ class GenerateConfig:
             quarter of float32.
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
-            docs/interpretability.md.
+            docs/behaviour/interpretability.md.
         samples: Texts to write; the one after the first has the next seed, and so on, so each of them is what
             its seed gives alone.
         batch_size: Texts that are written together.
@@ -111,7 +111,7 @@ class ChatConfig:
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
-            docs/interpretability.md.
+            docs/behaviour/interpretability.md.
     """
 
     checkpoint: LocalPath

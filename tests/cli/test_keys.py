@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dualroute.cli import STAGES, parse_stage
-from dualroute.cli.schema import schema_of
+from dualroute.cli.schema import schema_of, takes_text
 from dualroute.errors import UserError, one_line
 from dualroute.training.config import PretrainConfig
 
@@ -17,6 +17,7 @@ NEEDED = {
     "evaluate": {"checkpoint": "c", "data": "d"},
     "generate": {"checkpoint": "c"},
     "chat": {"checkpoint": "c"},
+    "inspect": {"checkpoint": "c", "text": "t", "output": "o"},
     "report": {"run": "r"},
     "predict": {"checkpoint": "c", "input": "i", "output": "o"},
     "convert": {"source": "s", "output": "o"},
@@ -57,7 +58,7 @@ TRAINING = (
     "parallel",
     "watchdog",
 )
-MAY_BE_NEGATIVE = {"layer_map", "seed"}
+MAY_BE_NEGATIVE = {"layer_map", "seed", "presence_penalty", "frequency_penalty"}
 
 
 def keys_of(stage):
@@ -139,7 +140,8 @@ def test_each_path_is_refused_where_it_is_empty(stage, tmp_path):
     paths = [key for key, option in schema.options.items() if path_field(option.hint) is not None]
     assert paths
     for key in paths:
-        refused = parsed(stage, tmp_path / "run.yaml", key, "")
+        empty = "" if takes_text(schema.options[key].hint) else [""]
+        refused = parsed(stage, tmp_path / "run.yaml", key, empty)
         assert isinstance(refused, str)
         assert f"{key} in {tmp_path / 'run.yaml'}:" in refused
         assert "a path may not be empty" in refused
