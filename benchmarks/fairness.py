@@ -42,7 +42,7 @@ def main() -> None:
                     "score": score.name,
                     "value": f"{score.value:.3f}",
                     "95 %": f"{score.low:.3f} to {score.high:.3f}",
-                    "items": score.items,
+                    "items": f"{score.items:,}",
                     "change": "",
                 }
                 if scores is not before:
