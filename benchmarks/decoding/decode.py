@@ -24,7 +24,7 @@ from dualroute.attention import DualRouting
 from dualroute.attention.backend import token_kernels
 from dualroute.attention.backends.torch.decode import decode_local
 from dualroute.attention.core.cache import GlobalCache, LayerCache
-from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.core.rope import token_tables
 from dualroute.attention.decoding import decode_global, token_heads
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py is
@@ -71,10 +71,10 @@ def token_step(
     rows = torch.randn(1, 3 * layer.global_heads * layer.head_dim, device=device, dtype=dtype)
     kernels = token_kernels(rows)
     if kernels is not None:
-        cos, sin = rotary_table(torch.tensor([length]), layer.head_dim, 10000.0, dtype)
-        table = cos.flatten(), sin.flatten()
+        position = torch.tensor(length)
+        tables = token_tables((layer.global_rope, layer.local_rope), position, dtype)
         memory = kernels.cache_memory([cache])
-        return partial(token_heads, layer, kernels, [rows, rows], table, memory, 0, torch.tensor(length))
+        return partial(token_heads, layer, kernels, [rows, rows], tables, memory, 0, position)
     far, near = cache.global_cache, cache.local_cache
     assert far is not None
     assert near is not None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualroute.attention.backend import choose, token_kernels
 from dualroute.attention.backends.torch.decode import (
@@ -23,7 +23,7 @@ from dualroute.attention.backends.torch.decode import (
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import check_at_least
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
-from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.core.rope import Table, token_tables
 from dualroute.attention.projections import Projections
 
 
@@ -92,24 +92,67 @@ def check_cache(cache: LayerCache, batch: int, length: int) -> None:
 def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
     """The next tokens, (B, m, dim), after those in the cache."""
     batch, count, _ = hidden_states.shape
+    projected = _projected(layer, hidden_states)
     if count == 1 and positions is None and not torch.is_grad_enabled():
-        token = _decode_token(layer, hidden_states[:, 0], cache)
+        token = _decode_token(layer, [None if part is None else part[:, 0] for part in projected], cache)
         if token is not None:
             return layer.combine(token[:, None], hidden_states)
     if positions is None:
         positions = cache.length + torch.arange(count, device=hidden_states.device)
-    positions = positions.expand(batch, count).flatten()
-    table = rotary_table(positions, layer.head_dim, layer.rope_theta, hidden_states.dtype, layer.rope_scaling)
-    outputs = []
-    if layer.global_qkv is not None and cache.global_cache is not None:
-        query, key, value = _heads(layer, layer.global_qkv, hidden_states, table)
+    return layer.combine(
+        _decode_tokens(layer, projected, positions.expand(batch, count), cache), hidden_states
+    )
+
+
+def row_tables(layer: Projections, caches: Sequence[LayerCache], dtype: torch.dtype) -> list[Table]:
+    """Of `decode_rows`, the same for all layers of a model."""
+    ropes = (layer.global_rope, layer.local_rope)
+    return [token_tables(ropes, torch.tensor(cache.length), dtype) for cache in caches]
+
+
+def decode_rows(
+    layer: Projections, hidden_states: Tensor, caches: Sequence[LayerCache], tables: Sequence[Table]
+) -> Tensor:
+    """The next token of each of B texts, (B, dim), each after those in a cache of its own, of any length.
+
+    The layer's weights are read once for all of them. No gradients. `tables`: of `row_tables`.
+    """
+    projected = _projected(layer, hidden_states)
+    heads = []
+    for number, cache in enumerate(caches):
+        own = [None if part is None else part[number : number + 1] for part in projected]
+        token = _decode_token(layer, own, cache, tables[number])
+        if token is None:
+            position = torch.full((1, 1), cache.length, device=hidden_states.device)
+            wide = [None if part is None else part[:, None] for part in own]
+            token = _decode_tokens(layer, wide, position, cache)[:, 0]
+        heads.append(token)
+    return layer.combine(torch.cat(heads)[:, None], hidden_states[:, None])[:, 0]
+
+
+def _projected(layer: Projections, hidden_states: Tensor) -> list[Tensor | None]:
+    """(…, (H + 2 H_kv) * d) of the global and of the local route, None where there is none."""
+    routes = (layer.global_qkv, layer.local_qkv)
+    return [None if route is None else route(hidden_states) for route in routes]
+
+
+def _decode_tokens(
+    layer: Projections, projected: Sequence[Tensor | None], positions: Tensor, cache: LayerCache
+) -> Tensor:
+    """The heads, (B, m, H * d), of tokens at `positions` (B, m) after those in the cache, by torch."""
+    batch, count = positions.shape
+    (far, near), outputs = projected, []
+    dtype = next(part for part in projected if part is not None).dtype
+    far_table, near_table = layer.rotary_tables(positions.flatten(), dtype)
+    if far is not None and cache.global_cache is not None:
+        query, key, value = _heads(layer, far, far_table)
         cache.global_cache.append(key, value)
         outputs.append(decode_global(query, cache.global_cache, layer.routing.top_k, cache.exact))
-    if layer.local_qkv is not None and cache.local_cache is not None:
-        query, key, value = _heads(layer, layer.local_qkv, hidden_states, table)
+    if near is not None and cache.local_cache is not None:
+        query, key, value = _heads(layer, near, near_table)
         outputs.append(_decode_local(query, key, value, cache.local_cache))
     heads = [out.view(batch, -1, count, layer.head_dim).transpose(1, 2).flatten(2) for out in outputs]
-    return layer.combine(torch.cat(heads, dim=-1), hidden_states)
+    return torch.cat(heads, dim=-1)
 
 
 @without_autocast
@@ -128,22 +171,20 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
 _decode_local = without_autocast(decode_local)
 
 
-def _decode_token(layer: Projections, rows: Tensor, cache: LayerCache) -> Tensor | None:
-    """The heads of one new token of each text, (B, H * d), for rows (B, dim); None without kernels."""
+def _decode_token(
+    layer: Projections, projected: Sequence[Tensor | None], cache: LayerCache, tables: Table | None = None
+) -> Tensor | None:
+    """The heads of one new token of each text, (B, H * d), of projected rows; None without kernels."""
+    rows = next(part for part in projected if part is not None)
     kernels = token_kernels(rows)
-    if kernels is None:
-        return None
-    projected = [None if route is None else route(rows) for route in (layer.global_qkv, layer.local_qkv)]
-    if not kernels.can_decode(next(part for part in projected if part is not None), cache):
+    if kernels is None or not kernels.can_decode(rows, cache):
         return None
     position = torch.tensor(cache.length)
     if cache.global_cache is not None:
         cache.global_cache.reserve(cache.length + 1)
-    cos, sin = rotary_table(
-        position.view(1), layer.head_dim, layer.rope_theta, rows.dtype, layer.rope_scaling
-    )
-    table, memory = (cos.flatten(), sin.flatten()), kernels.cache_memory([cache])
-    heads = token_heads(layer, kernels, projected, table, memory, 0, position)
+    if tables is None:
+        tables = token_tables((layer.global_rope, layer.local_rope), position, rows.dtype)
+    heads = token_heads(layer, kernels, projected, tables, kernels.cache_memory([cache]), 0, position)
     for part in (cache.global_cache, cache.local_cache):
         if part is not None:
             part.length += 1
@@ -154,7 +195,7 @@ def token_heads(
     layer: Projections,
     kernels: ModuleType,
     projected: Sequence[Tensor | None],
-    table: tuple[Tensor, Tensor],
+    tables: Table,
     memory: Tensor,
     number: int,
     position: Tensor,
@@ -163,7 +204,7 @@ def token_heads(
 
     Args:
         projected: (B, (H + 2 H_kv) * d) of the global and the local projection, None where there is none.
-        table: `rope.rotary_table` of the position, flat.
+        tables: `rope.token_tables` of both routes, the global one's first.
         memory, number: the kernels' `cache_memory`, and the row of it that is this layer's; the cache is
             written in place, except for its lengths; its room must suffice.
         position: () int64, the number of tokens before this one.
@@ -171,7 +212,7 @@ def token_heads(
     rows = [None if part is None else _normalised_rows(layer, part) for part in projected]
     return kernels.decode_layer(
         rows,
-        table,
+        tables,
         memory,
         number,
         position,
@@ -188,11 +229,9 @@ def _normalised_rows(layer: Projections, rows: Tensor) -> Tensor:
     return torch.cat(layer.split_heads(rows), dim=1).flatten(1)
 
 
-def _heads(
-    layer: Projections, projection: nn.Linear, hidden_states: Tensor, table: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d)."""
-    batch, count, _ = hidden_states.shape
-    parts = layer.rotated_heads(projection(hidden_states).flatten(0, 1), table)  # (H, B * m, d)
+def _heads(layer: Projections, projected: Tensor, table: Table | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d) of (B, m, (H + 2 H_kv) * d)."""
+    batch, count = projected.shape[:2]
+    parts = layer.rotated_heads(projected.flatten(0, 1), table)  # (H, B * m, d)
     query, key, value = (rows.unflatten(1, (batch, count)).transpose(0, 1) for rows in parts)  # (B, H, m, d)
     return query.reshape(-1, layer.group, count, layer.head_dim), key.flatten(0, 1), value.flatten(0, 1)

@@ -23,8 +23,14 @@ from dualroute.attention.compiled import local_attention as compiled_local
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.grid import Grid, check_grid
 from dualroute.attention.core.layout import Layout
-from dualroute.attention.core.options import AUTO_BREAK_EVEN, check_routes, resolve_heads
-from dualroute.attention.core.rope import RopeScaling
+from dualroute.attention.core.options import (
+    AUTO_BREAK_EVEN,
+    check_rotary,
+    check_routes,
+    resolve_heads,
+    rotary_channels,
+)
+from dualroute.attention.core.rope import Rope, RopeScaling
 from dualroute.attention.core.routing import Routing
 from dualroute.attention.decoding import check_cache, decode, new_cache
 from dualroute.attention.projections import Projections
@@ -65,6 +71,9 @@ class DualRouting(Projections):
             regions.
         rope_theta: base of the rotary embedding.
         rope_scaling: how its frequencies are lowered; None = not at all.
+        global_rotary_factor, local_rotary_factor: share of a head's channels that the rotary embedding turns,
+            for each route (see `core.rope`): 1 all, 0 none, which leaves a route without positions but for
+            its mask.
         qkv_bias: add a bias to queries, keys and values (as Qwen2 does); 0 at the start.
         qk_norm: RMS-normalise queries and keys per head, with one weight each for both routes.
         gate: multiply each head of each token by 2 sigmoid(w . x); w starts at 0, so the gate starts at 1.
@@ -104,6 +113,8 @@ class DualRouting(Projections):
         grid: Grid | None = None,
         rope_theta: float = 10000.0,
         rope_scaling: RopeScaling | None = None,
+        global_rotary_factor: float = 1.0,
+        local_rotary_factor: float = 1.0,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         gate: bool = False,
@@ -132,8 +143,13 @@ class DualRouting(Projections):
             check_grid(
                 grid, block=block, causal=causal, head_dim=heads.head_dim, scaled=rope_scaling is not None
             )
+        factors = {"global_rotary_factor": global_rotary_factor, "local_rotary_factor": local_rotary_factor}
+        check_rotary(heads.head_dim, grid=grid is not None, **factors)
         self.window, self.block, self.causal, self.grid = window, block, causal, grid
-        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        self.global_rope, self.local_rope = (
+            Rope(heads.head_dim, rotary_channels(heads.head_dim, factor), rope_theta, rope_scaling)
+            for factor in factors.values()
+        )
         self.global_mode, self.auto_break_even = global_mode, auto_break_even
         self.routing = Routing(top_k, router, far_summary, sub_block)
         self.sequence_group: Group | None = None
@@ -142,7 +158,8 @@ class DualRouting(Projections):
         return (
             f"global_heads={self.global_heads}, local_heads={self.local_heads}, group={self.group}, "
             f"window={self.window}, global_mode={self.global_mode}, block={self.block}, {self.routing}, "
-            f"causal={self.causal}"
+            f"causal={self.causal}, rotary channels {self.global_rope.channels} global and "
+            f"{self.local_rope.channels} local of {self.head_dim}"
         )
 
     def forward(
@@ -205,7 +222,9 @@ class DualRouting(Projections):
         self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         assert self.global_qkv is not None
-        rows = self.stream_heads(self.global_qkv, hidden_states, layout, positions, cache is None)
+        rows = self.stream_heads(
+            self.global_qkv, self.global_rope, hidden_states, layout, positions, cache is None
+        )
         how: dict[str, Any] = {
             "routing": self.routing,
             "max_exact_blocks": self.max_exact_blocks,
@@ -224,7 +243,9 @@ class DualRouting(Projections):
         self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         assert self.local_qkv is not None
-        rows = self.stream_heads(self.local_qkv, hidden_states, layout, positions, cache is None)
+        rows = self.stream_heads(
+            self.local_qkv, self.local_rope, hidden_states, layout, positions, cache is None
+        )
         if cache is not None and cache.local_cache is not None:
             cache.local_cache.append(*(layout.text_rows(part) for part in rows[1:]))
         if tracing():
@@ -234,6 +255,7 @@ class DualRouting(Projections):
     def stream_heads(
         self,
         projection: nn.Linear,
+        rope: Rope,
         hidden_states: Tensor,
         layout: Layout,
         positions: Tensor | None,
@@ -250,13 +272,13 @@ class DualRouting(Projections):
             sections = [kv_heads * self.group, kv_heads, kv_heads]
             rows = scatter_heads(rows, self.sequence_group, sections).flatten(2)
         rows = layout.to_stream(rows)
-        theta, scaling = self.rope_theta, self.rope_scaling
-        table = layout.rotary_table(positions, self.head_dim, theta, rows.dtype, scaling)
-        return self.rotated_heads(rows, table)
+        return self.rotated_heads(rows, layout.rotary_table(positions, rope, rows.dtype))
 
     def prepare(self, layout: Layout, dtype: torch.dtype) -> None:
         """Have the layout keep what `forward` reads of it, for hidden states of this type: what is kept is an
         input of a compiled layer, what is not is computed in it."""
-        layout.rotary_table(None, self.head_dim, self.rope_theta, dtype, self.rope_scaling)
+        for projection, rope in ((self.global_qkv, self.global_rope), (self.local_qkv, self.local_rope)):
+            if projection is not None:
+                layout.rotary_table(None, rope, dtype)
 
     new_cache = new_cache

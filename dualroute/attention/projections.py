@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dualroute.attention.core.options import Heads
 from dualroute.attention.core.precision import without_autocast
-from dualroute.attention.core.rope import RopeScaling, rotate
+from dualroute.attention.core.rope import Rope, Table, rotate
 from dualroute.attention.core.routing import Routing, exact_blocks
 
 
@@ -30,8 +30,8 @@ class Projections(nn.Module):
     causal: bool
     global_mode: str
     auto_break_even: int
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    global_rope: Rope
+    local_rope: Rope
     routing: Routing
 
     def __init__(self, dim: int, heads: Heads, *, qkv_bias: bool, qk_norm: bool, gate: bool) -> None:
@@ -76,7 +76,13 @@ class Projections(nn.Module):
             query, key = _normalise(query, self.query_norm), _normalise(key, self.key_norm)
         return query, key, value
 
-    def rotated_heads(self, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def rotary_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Table | None, Table | None]:
+        """Tables of positions (S,) for the global and the local route; None where a route turns nothing."""
+        ropes = (self.global_rope, self.local_rope)
+        tables = {rope: rope.table(positions, dtype) if rope.channels else None for rope in set(ropes)}
+        return tables[ropes[0]], tables[ropes[1]]
+
+    def rotated_heads(self, rows: Tensor, table: Table | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (H, S, d), keys and values (H_kv, S, d) of projected rows, turned as the table says."""
         query, key, value = self.split_heads(rows)
         return rotate(query, table), rotate(key, table), value.transpose(0, 1).contiguous()

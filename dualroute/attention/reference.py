@@ -1,8 +1,8 @@
 """The formulas of DualRouting, literally and slowly: the specification every fast path is tested against.
 
-In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, rotary embedding applied, in any dtype
-(float64 for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several documents and
-padding.
+In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, rotary embedding applied (`rotate`), in
+any dtype (float64 for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several documents
+and padding.
 
 For one head, with scale 1/sqrt(d):
 
@@ -194,18 +194,37 @@ def dual(global_heads: Tensor, local_heads: Tensor, global_weight: Tensor, local
     )
 
 
-def rotate(rows: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    """Rotary embedding of rows (H, n, d) at positions (n,), by complex multiplication."""
+def rotate(rows: Tensor, positions: Tensor, theta: float = 10000.0, channels: int | None = None) -> Tensor:
+    """Rotary embedding of rows (H, n, d) at positions (n,), by complex multiplication.
+
+    Of the pairs (x_i, x_{i + d/2}) those of i < channels/2 are turned, by theta^(-2i/channels) for each
+    position; all by default.
+    """
     dim = rows.shape[-1]
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    channels = dim if channels is None else channels
+    if channels == 0:
+        return rows
+    pairs = torch.complex(*rows.double().chunk(2, -1))
+    frequency = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     angle = positions.double()[:, None] * frequency
-    turned = torch.complex(*rows.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag], -1).to(rows.dtype)
+    turned = pairs[..., : channels // 2] * torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.cat([turned, pairs[..., channels // 2 :]], -1)
+    return torch.cat([pairs.real, pairs.imag], -1).to(rows.dtype)
 
 
-def grid_rotate(rows: Tensor, height: int, width: int, theta: float = 10000.0) -> Tensor:
+def grid_rotate(
+    rows: Tensor, height: int, width: int, theta: float = 10000.0, channels: int | None = None
+) -> Tensor:
     """Rotary embedding of the patches (H, height * width, d) of an image, raster order: the pairs
-    (x_i, x_{i + d/2}) of i < d/4 are turned by the row, the others by the column."""
+    (x_i, x_{i + d/2}) of i < d/4 are turned by the row, the others by the column; with r `channels` those of
+    i < r/4 by the row, those up to r/2 by the column, and the rest stay."""
+    dim = rows.shape[-1]
+    if channels is not None and channels < dim:
+        first, second = rows.chunk(2, -1)
+        half = channels // 2
+        turned = grid_rotate(torch.cat([first[..., :half], second[..., :half]], -1), height, width, theta)
+        x, y = turned.chunk(2, -1)
+        return torch.cat([x, first[..., half:], y, second[..., half:]], -1)
     place = torch.cartesian_prod(torch.arange(height), torch.arange(width))
     quarters = rows.chunk(4, -1)
     by_row = rotate(torch.cat(quarters[0::2], -1), place[:, 0], theta).chunk(2, -1)

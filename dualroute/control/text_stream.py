@@ -51,10 +51,10 @@ class TextStream:
 
     def finish(self) -> str:
         """What is left to be shown at the end."""
-        if self.stopped is None and self._read < len(self._ids):
-            self._take(self._new_text())
-        piece, self._shown = self.text[self._shown :], len(self.text)
-        return piece
+        unread = self.stopped is None and self._read < len(self._ids)
+        piece = self._take(self._new_text()) if unread else ""
+        rest, self._shown = self.text[self._shown :], len(self.text)
+        return piece + rest
 
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._ids[self._start : self._read])

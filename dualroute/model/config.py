@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from dualroute.attention.core.grid import Grid, check_grid
-from dualroute.attention.core.options import AUTO_BREAK_EVEN, Heads, check_routes, resolve_heads
+from dualroute.attention.core.options import (
+    AUTO_BREAK_EVEN,
+    Heads,
+    check_rotary,
+    check_routes,
+    resolve_heads,
+)
 from dualroute.errors import UserError
 from dualroute.files import read_json
 from dualroute.settings import DERIVED, above, at_least, check_fields
@@ -25,7 +31,13 @@ C = TypeVar("C")
 
 _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
 #: Fields that a file leaves out at these values, so that it stays what it was before there were such fields.
-_LEFT_OUT: dict[str, Any] = {"causal": True, "task_head": None, "frontend": None}
+_LEFT_OUT: dict[str, Any] = {
+    "causal": True,
+    "global_rotary_factor": 1.0,
+    "local_rotary_factor": 1.0,
+    "task_head": None,
+    "frontend": None,
+}
 _RANGES = {
     **dict.fromkeys(
         ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
@@ -36,6 +48,7 @@ _RANGES = {
     "vocab_size": at_least(2, _MOST),
     "rope_theta": above(0, 1e12),
     "rope_scaling": above(0),
+    **dict.fromkeys(("global_rotary_factor", "local_rotary_factor"), at_least(0, 1)),
     "norm_eps": at_least(0, 1),
 }
 
@@ -185,6 +198,9 @@ class ModelConfig:
         rope_scaling: How frequencies are lowered to read further than a source was pretrained to: factor
             alone (linear), or factor, low_freq_factor, high_freq_factor and
             original_max_position_embeddings (as Llama 3.1); null leaves them.
+        global_rotary_factor: Share of a head's channels that RoPE turns in the global route, and in dense
+            attention: 1 all, 0 none (transformers: partial_rotary_factor).
+        local_rotary_factor: The same share in the local route.
         qkv_bias: Add a bias to queries, keys and values, as Qwen2 does.
         qk_norm: Normalise queries and keys per head before RoPE.
         gate: A learned gate per head, 1 at the start.
@@ -219,6 +235,8 @@ class ModelConfig:
     far_summary: Literal["second_order", "first_order", "none"] = "second_order"
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None
+    global_rotary_factor: float = 1.0
+    local_rotary_factor: float = 1.0
     qkv_bias: bool = False
     qk_norm: bool = False
     gate: bool = False
@@ -339,6 +357,12 @@ class ModelConfig:
                 check_grid(
                     self.grid, block=self.block, causal=self.causal, head_dim=heads.head_dim, scaled=scaled
                 )
+            check_rotary(
+                heads.head_dim,
+                grid=self.grid is not None,
+                global_rotary_factor=self.global_rotary_factor,
+                local_rotary_factor=self.local_rotary_factor,
+            )
         except ValueError as error:
             raise UserError(f"model.{error}") from error
         if self.attention == "dual" and not (heads.global_heads and heads.local_heads):

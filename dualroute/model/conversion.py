@@ -71,7 +71,9 @@ def mass_beyond(
 def _far_mass(attention: DualRouting, hidden_states: Tensor, layout: Layout, window: int) -> Tensor:
     """(H,) sum over all tokens of the probability beyond the window."""
     assert attention.global_qkv is not None
-    query, key, _ = attention.stream_heads(attention.global_qkv, hidden_states, layout, None, False)
+    query, key, _ = attention.stream_heads(
+        attention.global_qkv, attention.global_rope, hidden_states, layout, None, False
+    )
     # back from the stream to the batch: (H, B, n, d)
     query, key = (
         layout.from_stream(rows.transpose(0, 1).flatten(1))
@@ -245,4 +247,5 @@ def dual_config(
             )
         heads = {"global_heads": dense.num_heads - local, "local_heads": local}
     chosen = {name: value for name, value in routing.items() if value is not None}
-    return dataclasses.replace(dense, attention="dual", **heads, **chosen).resolved()  # type: ignore[arg-type]
+    positions = {"local_rotary_factor": dense.global_rotary_factor}  # heads that become local keep theirs
+    return dataclasses.replace(dense, attention="dual", **heads, **positions, **chosen).resolved()  # type: ignore[arg-type]

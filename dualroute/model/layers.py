@@ -60,6 +60,8 @@ class TransformerBlock(nn.Module):
             grid=config.grid,
             rope_theta=config.rope_theta,
             rope_scaling=None if config.rope_scaling is None else RopeScaling(**config.rope_scaling),
+            global_rotary_factor=config.global_rotary_factor,
+            local_rotary_factor=config.local_rotary_factor,
             qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
             gate=config.gate,

@@ -170,9 +170,9 @@ def operator_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any], 
     caches = [layer.new_cache(2, 40)]
     projected = torch.randn(2, 6 * 12)
     right = {
-        "position": torch.tensor(7), "cos": torch.ones(6), "sin": torch.zeros(6), "global_rows": projected,
-        "local_rows": projected, "memory": decode.cache_memory(caches), "layer": 0, "head_dim": 12,
-        "group": 1, "top_k": 2,
+        "position": torch.tensor(7), "cos": torch.ones(2, 6), "sin": torch.zeros(2, 6),
+        "global_rows": projected, "local_rows": projected, "memory": decode.cache_memory(caches), "layer": 0,
+        "head_dim": 12, "group": 1, "top_k": 2,
     }  # fmt: skip
     step = torch.ops.dualroute.decode_layer.default
     step(*right.values())
@@ -184,7 +184,8 @@ def operator_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any], 
         torch.tensor(7.0),
     ):
         yield "decode_layer", step, right, "position", wrong
-    tables = torch.ones(5), torch.ones(6).double(), torch.ones(12)[::2]
+    tables = torch.ones(2, 5), torch.ones(2, 6).double(), torch.ones(2, 12)[:, ::2], torch.ones(6)
+    tables += (torch.ones(1, 6), torch.ones(3, 6))
     for name, wrong in itertools.product(("cos", "sin"), tables):
         yield "decode_layer", step, right, name, wrong
     for name in ("global_rows", "local_rows"):

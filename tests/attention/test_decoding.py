@@ -17,6 +17,8 @@ OPTIONS = [
     {"local_heads": 0},
     {"global_heads": 0},
     {"top_k": 0},
+    {"global_rotary_factor": 0.0},
+    {"global_rotary_factor": 0.5, "local_rotary_factor": 0.0},
     *({"router": router, "far_summary": order} for router, order in itertools.product(ROUTERS, ORDERS)),
 ]
 

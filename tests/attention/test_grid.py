@@ -19,7 +19,7 @@ from dualroute.attention import (
 from dualroute.attention.backends.torch import local_grid
 from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.layout import LayoutPlan
-from dualroute.attention.core.rope import rotate
+from dualroute.attention.core.rope import Rope, rotate
 from tests.attention.helpers import ORDERS, ROUTERS, assert_same_with_gradients, expected, heads, run
 
 GRIDS = [
@@ -177,17 +177,25 @@ def test_packed_images_do_not_see_each_other() -> None:
         assert torch.equal(poisoned[0, begin : begin + n], together[0, begin : begin + n])
 
 
-def test_patches_are_turned_by_row_and_by_column() -> None:
+@pytest.mark.parametrize("channels", [8, 4])
+def test_patches_are_turned_by_row_and_by_column(channels: int) -> None:
     """Only the difference of places counts: an image looks alike wherever the grid begins."""
     grid = Grid(4, 6, 2, 2)
     layout = Layout.build(1, grid.patches, 4, grid=grid)
-    cosine, sine = layout.rotary_table(None, 8, 100.0, torch.float64)
+    table = layout.rotary_table(None, Rope(8, channels, 100.0), torch.float64)
     rows = torch.randn(grid.patches, 1, 8, dtype=torch.float64)
     on_stream = layout.to_stream(rows.transpose(0, 1)).unflatten(1, (1, 8))
-    turned = layout.from_stream(rotate(on_stream, (cosine, sine))[0])
-    torch.testing.assert_close(
-        turned, reference.grid_rotate(rows.transpose(0, 1), 4, 6, 100.0), rtol=0, atol=1e-12
-    )
+    turned = layout.from_stream(rotate(on_stream, table)[0])
+    wanted = reference.grid_rotate(rows.transpose(0, 1), 4, 6, 100.0, channels)
+    torch.testing.assert_close(turned, wanted, rtol=0, atol=1e-12)
+
+
+def test_both_axes_turn_whole_pairs() -> None:
+    """The layer of images knows its own rotary share as well."""
+    options = {"block": 4, "sub_block": 4, "causal": False, "grid": Grid(4, 4, 2, 2)}
+    with pytest.raises(ValueError, match=r"is 6 channels, no multiple of 4, as the two axes .* use 0\.5"):
+        DualRouting(32, 4, **options, global_rotary_factor=0.75)
+    assert DualRouting(32, 4, **options, global_rotary_factor=0.5).global_rope.channels == 4
 
 
 def test_every_patch_has_a_slot_of_its_region() -> None:

@@ -40,6 +40,14 @@ def states(batch: int, length: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, length, DIM, generator=generator, dtype=torch.float64)
 
 
+#: positions of each route: some channels of each head of 4 (of 8), none, all
+POSITIONS = [
+    {"global_rotary_factor": 0.0},
+    {"global_rotary_factor": 0.5, "local_rotary_factor": 0.0},
+    {"global_rotary_factor": 0.0, "local_rotary_factor": 0.25, "head_dim": 8, "global_mode": "full"},
+]
+
+
 def by_reference(module: DualRouting, hidden: Tensor) -> Tensor:
     """The layer on one document (n, dim), from its weights."""
     positions = torch.arange(len(hidden))
@@ -51,7 +59,8 @@ def by_reference(module: DualRouting, hidden: Tensor) -> Tensor:
         kv_heads = heads // module.group
         rows = (hidden @ projection.weight.T).unflatten(1, (-1, module.head_dim)).transpose(0, 1)
         query, key, value = rows.split([heads, kv_heads, kv_heads])
-        query, key = reference.rotate(query, positions), reference.rotate(key, positions)
+        rope = module.global_rope if projection is module.global_qkv else module.local_rope
+        query, key = (reference.rotate(part, positions, channels=rope.channels) for part in (query, key))
         if projection is module.local_qkv:
             outputs.append(reference.local(query, key, value, window=module.window, causal=module.causal))
         elif module.global_mode == "full":
@@ -75,6 +84,7 @@ def by_reference(module: DualRouting, hidden: Tensor) -> Tensor:
         {"global_mode": "full"},
         {"num_kv_heads": 2},
         {"num_kv_heads": 2, "global_heads": 4, "local_heads": 2, "head_dim": 6},
+        *POSITIONS,
         *({"router": router, "far_summary": order} for router, order in itertools.product(ROUTERS, ORDERS)),
     ],
 )
@@ -99,6 +109,7 @@ MODES = [
     {},
     {"global_mode": "auto", "auto_break_even": 40},  # routes the longest document only
     {"qk_norm": True, "gate": True, "num_kv_heads": 2},
+    {"global_rotary_factor": 0.0, "local_rotary_factor": 0.5},
 ]
 
 
@@ -152,6 +163,17 @@ def test_the_rotary_embedding_sees_distances_only(options: dict) -> None:
     torch.testing.assert_close(shifted, module(hidden), rtol=0, atol=1e-9)
     stretched = module(hidden, positions=torch.arange(61)[None] * 3)
     assert not torch.allclose(stretched, module(hidden))
+
+
+@pytest.mark.parametrize("options", [{"global_mode": "full"}, {}])
+def test_a_route_without_rotation_knows_no_positions(options: dict) -> None:
+    """Wherever the tokens stand, the global route gives the same; the local one does not."""
+    hidden, stretched = states(1, 61), torch.arange(61)[None] * 3
+    without = {"global_rotary_factor": 0.0, **options}
+    alone = layer(local_heads=0, global_heads=HEADS, **without)
+    assert torch.equal(alone(hidden, positions=stretched), alone(hidden))
+    both = layer(**without)
+    assert not torch.allclose(both(hidden, positions=stretched), both(hidden))
 
 
 def test_positions_of_each_document_are_the_default() -> None:
@@ -253,6 +275,9 @@ def test_a_layer_survives_saving_and_loading() -> None:
         ({"top_k": -1}, "top_k=-1"),
         ({"auto_break_even": 0}, "auto_break_even=0"),
         ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"global_rotary_factor": -0.1}, "global_rotary_factor=-0.1 is a share of the channels"),
+        ({"local_rotary_factor": float("nan")}, "local_rotary_factor=nan is a share of the channels"),
+        ({"local_rotary_factor": 0.3}, "local_rotary_factor=0.3 of head_dim=4 is 1.2 channels.* use 0.5"),
         ({"block": 12, "sub_block": 16}, "block=12 is not a multiple of sub_block=16.*use block=16"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
         ({"num_kv_heads": 2, "global_heads": 1}, "global_heads=1 is not a multiple of 2"),

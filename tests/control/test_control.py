@@ -142,3 +142,14 @@ def test_tokens_spell_the_bytes_of_a_text(tokenizer):
     text = "the old bird\n  é中🙂\u2581x"
     assert b"".join(spelled[number] for number in tokenizer.encode(text)) == text.encode()
     assert spelled[tokenizer.eos_id] == b""
+
+
+def test_the_end_gives_out_what_was_held_back(tokenizer: Tokenizer) -> None:
+    whole = tokenizer.encode("a\N{GRINNING FACE}")
+    for stops in ([], ["never"]):
+        stream = TextStream(tokenizer, stops=stops)
+        pieces = [stream.add(token) for token in whole[:-1]]  # its last byte is missing
+        assert pieces[-1] == ""
+        pieces.append(stream.finish())
+        assert "".join(pieces) == tokenizer.decode(whole[:-1]) == stream.text
+        assert stream.finish() == ""

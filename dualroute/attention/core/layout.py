@@ -25,7 +25,7 @@ from torch import Tensor
 from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.held import hold
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
-from dualroute.attention.core.rope import RopeScaling, grid_rotary_table, rotary_table
+from dualroute.attention.core.rope import Rope, Table
 from dualroute.attention.core.stream import Bucket as Bucket
 from dualroute.attention.core.stream import Stream as Stream
 from dualroute.attention.core.stream import attend_by_length as attend_by_length
@@ -75,7 +75,7 @@ class Layout:
         self.batch, self.length, self.stream = batch, length, stream
         self.positions, self.documents = positions, documents
         self.slot_token, self.token_slot = slot_token, token_slot
-        self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[Hashable, Table] = {}
         self.handle: Tensor
         if not torch.compiler.is_compiling():  # there it is given, see `attention.compiled`
             self.handle = hold(stream)
@@ -312,37 +312,31 @@ class Layout:
             return rows
         return _Rows.apply(rows, self.slot_token, self.token_slot)
 
-    def rotary_table(
-        self,
-        positions: Tensor | None,
-        head_dim: int,
-        theta: float,
-        dtype: torch.dtype,
-        scaling: RopeScaling | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_table(self, positions: Tensor | None, rope: Rope, dtype: torch.dtype) -> Table | None:
         """Cosines and sines of the slots, for positions (B, n) or the layout's own; kept for all layers.
+        None where the embedding turns nothing.
 
         Positions that were made in inference mode count no versions: whether they have changed cannot be
         told, so nothing is kept for them. Nor does a compiled graph keep anything: there a table is one that
         was kept before by the same layout, or part of the graph.
         """
+        if rope.channels == 0:
+            return None
         dtype = accumulation_dtype(dtype)
         if positions is None:
-            key: Hashable = (head_dim, theta, dtype, scaling)
+            key: Hashable = (rope, dtype)
             if key in self._tables:
                 return self._tables[key]
             if torch.compiler.is_compiling():
-                return self._rotary_table(self.positions, head_dim, theta, dtype, scaling)
+                return self._rotary_table(self.positions, rope, dtype)
             compute = outside_inference_mode(self._rotary_table)
-            self._tables[key] = compute(self.positions, head_dim, theta, dtype, scaling)
+            self._tables[key] = compute(self.positions, rope, dtype)
             return self._tables[key]
         if torch.compiler.is_compiling() or positions.is_inference():
-            return self._rotary_table(positions, head_dim, theta, dtype, scaling)
+            return self._rotary_table(positions, rope, dtype)
         # The tensor itself is kept beside its table: as long as it lives, no other one can have its id.
-        key = ("rotary", id(positions), positions._version, head_dim, theta, dtype, scaling)
-        return self.stream.cached(
-            key, lambda: (self._rotary_table(positions, head_dim, theta, dtype, scaling), positions)
-        )[0]
+        key = ("rotary", id(positions), positions._version, rope, dtype)
+        return self.stream.cached(key, lambda: (self._rotary_table(positions, rope, dtype), positions))[0]
 
     def sized_by_packing(self) -> list[Tensor]:
         """What is kept whose first dimension is the S of this batch; none where no packing changes it."""
@@ -357,21 +351,14 @@ class Layout:
         places = self.documents, self.slot_token, self.token_slot
         return Layout(self.batch, self.length, self.stream, positions, *places)
 
-    def _rotary_table(
-        self,
-        positions: Tensor,
-        head_dim: int,
-        theta: float,
-        dtype: torch.dtype,
-        scaling: RopeScaling | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _rotary_table(self, positions: Tensor, rope: Rope, dtype: torch.dtype) -> Table:
         of_slot = positions.expand(self.batch, self.length).flatten().to(self.positions.device)
         if self.slot_token is not None:
             of_slot = of_slot[self.slot_token.clamp_min(0)]
         grid = None if self.stream is None else self.stream.grid  # none: made inside of a graph
         if grid is not None:
-            return grid_rotary_table(*grid.row_and_column(of_slot), head_dim, theta, dtype)
-        return rotary_table(of_slot, head_dim, theta, dtype, scaling)
+            return rope.grid_table(*grid.row_and_column(of_slot), dtype)
+        return rope.table(of_slot, dtype)
 
     def from_stream(self, rows: Tensor) -> Tensor:
         """(S, width) -> (B, n, width); padding becomes 0.

@@ -73,6 +73,36 @@ def check_routes(
         raise ValueError(f"rope_theta={rope_theta} must be a finite number above 0")
 
 
+def rotary_channels(head_dim: int, factor: float) -> int:
+    """Channels of a head that the rotary embedding turns."""
+    return round(head_dim * factor)
+
+
+def check_rotary(head_dim: int, *, grid: bool = False, **factors: float) -> None:
+    """Which share of a head's channels the rotary embedding turns: 1 all of them, 0 none.
+
+    Args:
+        head_dim: channels of a head.
+        grid: the heads read images, whose two axes turn half of these channels each.
+        factors: by the name of the option.
+
+    Raises:
+        ValueError: one is out of range, or no whole number of pairs of channels.
+    """
+    step = 4 if grid else 2
+    for name, factor in factors.items():
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{name}={factor} is a share of the channels: give a number from 0 to 1")
+        channels = rotary_channels(head_dim, factor)
+        if channels % step or abs(channels - head_dim * factor) > 1e-6 * head_dim:
+            nearest = min(range(0, head_dim + 1, step), key=lambda count: abs(count - head_dim * factor))
+            of_grid = ", as the two axes of an image need" if grid else ""
+            raise ValueError(
+                f"{name}={factor} of head_dim={head_dim} is {head_dim * factor:g} channels, no multiple of "
+                f"{step}{of_grid}: use {nearest / head_dim:g}, which is {nearest}"
+            )
+
+
 def resolve_heads(
     *,
     dim: int,

@@ -1,5 +1,8 @@
 """Rotary position embedding: turns each pair (x_i, x_{i+d/2}) of a head by position * theta^(-2i/d).
 
+With `channels` r below d only the pairs of i < r/2 are turned, by position * theta^(-2i/r), and the others
+stay as they are; with 0 there are no positions at all.
+
 In: queries or keys as the projection gives them, (S, heads, head_dim), and the table of their positions.
 Out: the rotated rows, heads first, (heads, S, head_dim), contiguous: what the routes read.
 Source: Su et al., RoFormer (arXiv 2104.09864), in the "half-split" order of GPT-NeoX and Llama.
@@ -10,11 +13,17 @@ by 0.004.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dualroute.attention.core.precision import outside_inference_mode
+
+Table = tuple[Tensor, Tensor]  # cosine and sine of each pair of channels
 
 
 class RopeScaling(NamedTuple):
@@ -41,32 +50,66 @@ class RopeScaling(NamedTuple):
         return frequencies * (stays + (1 - stays) / self.factor)
 
 
-def rotary_table(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (S, 1, head_dim // 2), of positions (S,); float64 for float64, else float32."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    frequencies = theta ** (-exponent)
-    if scaling is not None:
-        frequencies = scaling.apply(frequencies)
-    angles = positions.to(torch.float64)[:, None, None] * frequencies
+class Rope(NamedTuple):
+    """The rotary embedding of one route: all that its tables depend on besides positions.
+
+    `channels` of the head_dim channels of a head are turned; a multiple of 2, on a grid of 4.
+    """
+
+    head_dim: int
+    channels: int
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+    def frequencies(self, device: torch.device | str | None = None) -> Tensor:
+        """(head_dim // 2,) float64 radians per token of each pair; 0 of those that stay."""
+        turned = _frequencies(self.channels, self.theta, device)
+        if self.scaling is not None:
+            turned = self.scaling.apply(turned)
+        return F.pad(turned, (0, self.head_dim // 2 - len(turned)))
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Table:
+        """Cosine and sine, each (S, 1, head_dim // 2), of positions (S,), in float64 for float64, else in
+        float32."""
+        return _table(positions.to(torch.float64)[:, None, None] * self.frequencies(positions.device), dtype)
+
+    def grid_table(self, row: Tensor, column: Tensor, dtype: torch.dtype) -> Table:
+        """The same of places (S,) on a grid: the first half of the turned pairs is turned by the row, the
+        other half by the column, each as a head of half the size would be."""
+        turned = _frequencies(self.channels // 2, self.theta, row.device)
+        angles = torch.cat([axis.to(torch.float64)[:, None, None] * turned for axis in (row, column)], dim=-1)
+        return _table(F.pad(angles, (0, self.head_dim // 2 - angles.shape[-1])), dtype)
+
+
+def token_tables(ropes: tuple[Rope, ...], position: Tensor, dtype: torch.dtype) -> Table:
+    """Cosine and sine, each (len(ropes), head_dim // 2), of one position () or (1,)."""
+    # asked for by every layer at every token; a compiler sees to that by itself
+    frequencies = _stacked if torch.compiler.is_compiling() else _kept
+    return _table(position.to(torch.float64) * frequencies(ropes, position.device), dtype)
+
+
+def _stacked(ropes: tuple[Rope, ...], device: torch.device) -> Tensor:
+    return torch.stack([rope.frequencies(device) for rope in ropes])
+
+
+_kept = functools.lru_cache(maxsize=64)(outside_inference_mode(_stacked))
+
+
+def _frequencies(channels: int, theta: float, device: torch.device | str | None) -> Tensor:
+    exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
+    return theta ** (-exponent)
+
+
+def _table(angles: Tensor, dtype: torch.dtype) -> Table:
     table_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
 
 
-def grid_rotary_table(
-    row: Tensor, column: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (S, 1, head_dim // 2), of places (S,) on a grid: the first half of the pairs is
-    turned by the row, the other half by the column, each as a head of half the size would be.
-    head_dim is a multiple of 4."""
-    tables = [rotary_table(axis, head_dim // 2, theta, dtype) for axis in (row, column)]
-    cosine, sine = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
-    return cosine, sine
-
-
-def rotate(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate (S, heads, head_dim) rows by their table; the result is (heads, S, head_dim), contiguous."""
+def rotate(rows: Tensor, table: Table | None) -> Tensor:
+    """Rotate (S, heads, head_dim) rows by their table; the result is (heads, S, head_dim), contiguous.
+    Without a table they are not turned."""
+    if table is None:
+        return rows.transpose(0, 1).contiguous()
     if torch.compiler.is_compiling():  # a compiler makes one loop of it, and its gradient too
         return _rotated(rows, *table)
     return _Rotate.apply(rows, *table)

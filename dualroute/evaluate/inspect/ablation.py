@@ -102,7 +102,9 @@ def _block_off(layers: list[DualRouting], block: int) -> Iterator[None]:
     def of(layer: DualRouting) -> Any:
         def attend(hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: Any) -> Tensor:
             assert layer.global_qkv is not None
-            rows = layer.stream_heads(layer.global_qkv, hidden_states, layout, positions, False)
+            rows = layer.stream_heads(
+                layer.global_qkv, layer.global_rope, hidden_states, layout, positions, False
+            )
             length = hidden_states.shape[1]
             outputs = global_weights(layer, *rows, length, off=block).outputs
             missing = rows[0].shape[1] - length

@@ -172,7 +172,7 @@ def _layer_reading(layer: DualRouting, hidden: Tensor, layout: Layout, output: T
     }
     outputs = []
     if layer.global_qkv is not None:
-        rows = layer.stream_heads(layer.global_qkv, hidden, layout, None, False)
+        rows = layer.stream_heads(layer.global_qkv, layer.global_rope, hidden, layout, None, False)
         found = global_weights(layer, *rows, length)
         reading["block_weights"] = by_block(found.keys, block) + found.far
         reading["kinds"] = found.kinds
@@ -186,7 +186,7 @@ def _layer_reading(layer: DualRouting, hidden: Tensor, layout: Layout, output: T
         reading["missed_tokens"] = F.pad(best.indices.masked_fill(best.values <= 0, -1), missing, value=-1)
         outputs.append(found.outputs)
     if layer.local_qkv is not None:
-        rows = layer.stream_heads(layer.local_qkv, hidden, layout, None, False)
+        rows = layer.stream_heads(layer.local_qkv, layer.local_rope, hidden, layout, None, False)
         reading["window_weights"], near = local_weights(layer, *rows, length)
         outputs.append(near)
     heads = torch.cat(outputs).transpose(0, 1).to(hidden.dtype)  # (n, H, d)

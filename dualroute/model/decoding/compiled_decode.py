@@ -34,7 +34,7 @@ from dualroute.attention.backends.cpp import C_FUNCTIONS
 from dualroute.attention.backends.torch.static_decode import static_full, static_local, static_routed
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.precision import outside_inference_mode
-from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.core.rope import Table, token_tables
 from dualroute.attention.decoding import token_heads
 from dualroute.attention.layer import DualRouting
 from dualroute.errors import UserError
@@ -279,20 +279,17 @@ class DecodeStep(nn.Module):
         model = self.model
         hidden = model.embedding(tokens[:, 0])  # (B, dim)
         first: Any = model.layers[0].attention  # all layers rotate alike
-        cos, sin = rotary_table(
-            position.view(1), first.head_dim, first.rope_theta, hidden.dtype, first.rope_scaling
-        )
-        table = cos.flatten(), sin.flatten()
+        tables = token_tables((first.global_rope, first.local_rope), position, hidden.dtype)
         for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
             projected = self.qkv[number](rows)
             if memory is None:
-                heads = attend(layer.attention, projected, table, position, cache, size)
+                heads = attend(layer.attention, projected, tables, position, cache, size)
             else:
                 assert self.kernels is not None
                 pair = _by_route(layer.attention, projected)
-                heads = token_heads(layer.attention, self.kernels, pair, table, memory, number, position)
+                heads = token_heads(layer.attention, self.kernels, pair, tables, memory, number, position)
             hidden = hidden + layer.attention.combine(heads[:, None], rows[:, None])[:, 0]
             gate_up = self.gate_up[number]
             hidden = hidden + layer.ffn.down_project(*gate_up(layer.ffn_norm(hidden)))
@@ -302,16 +299,17 @@ class DecodeStep(nn.Module):
 def attend(
     attention: DualRouting,
     projected: Sequence[Tensor],
-    table: tuple[Tensor, Tensor],
+    tables: Table,
     position: Tensor,
     cache: LayerCache,
     size: int,
 ) -> Tensor:
     """The heads (B, H * d) of both routes of a layer for their projections, the global route's first."""
     outputs = []
+    far_table, near_table = zip(*tables, strict=True)
     far_rows, near_rows = _by_route(attention, projected)
     if far_rows is not None and cache.global_cache is not None:
-        query, key, value = _heads(attention, far_rows, table)
+        query, key, value = _heads(attention, far_rows, far_table)
         far = cache.global_cache
         top_k = attention.routing.top_k
         size = min(-(-size // far.block) * far.block, far.keys.shape[1])  # whole blocks
@@ -322,7 +320,7 @@ def attend(
         else:
             outputs.append(static_routed(query, key, value, far, position, size, top_k))
     if near_rows is not None and cache.local_cache is not None:
-        query, key, value = _heads(attention, near_rows, table)
+        query, key, value = _heads(attention, near_rows, near_table)
         outputs.append(static_local(query, key, value, cache.local_cache, position))
     return torch.cat([out.reshape(len(projected[0]), -1) for out in outputs], dim=-1)
 
@@ -334,9 +332,7 @@ def _by_route(attention: DualRouting, projected: Sequence[Tensor]) -> tuple[Tens
     return far, None if attention.local_qkv is None else next(rest)
 
 
-def _heads(
-    attention: DualRouting, projected: Tensor, table: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(attention: DualRouting, projected: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B * H_kv, group, d), keys and values (B * H_kv, d), rotated."""
     dim, group = attention.head_dim, attention.group
     heads = projected.unflatten(-1, (-1, dim))  # (B, H + 2 H_kv, d)
@@ -349,7 +345,7 @@ def _heads(
     return query.reshape(-1, group, dim), key.reshape(-1, dim), value.reshape(-1, dim)
 
 
-def _rotated(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def _rotated(rows: Tensor, table: Table) -> Tensor:
     """Rotate (B, heads, d) by the table (d / 2,) of one position, in float32 at least."""
     cos, sin = table
     first, second = rows.to(cos.dtype).chunk(2, dim=-1)

@@ -9,6 +9,7 @@ import torch
 
 from dualroute.attention import Layout
 from dualroute.attention.core.held import held, hold
+from dualroute.attention.core.rope import Rope
 
 
 class Thing:
@@ -60,7 +61,7 @@ def test_a_copy_of_the_number_is_refused():
 
 def test_a_layout_that_was_pickled_stands_for_its_own_stream():
     layout = Layout.build(2, 20, 8)
-    layout.rotary_table(None, 8, 1e4, torch.float32)
+    layout.rotary_table(None, Rope(8, 8), torch.float32)
     other = pickle.loads(pickle.dumps(layout))
     assert held(layout.handle) is layout.stream
     assert held(other.handle) is other.stream

@@ -51,7 +51,7 @@ def captured(model):
 @pytest.mark.parametrize("router", ["minmax", "moment"])
 def test_weights_give_the_outputs_of_the_formula(far, router):
     layer, hidden, layout, _ = captured(model_of(far_summary=far, router=router))[1]
-    rows = layer.stream_heads(layer.global_qkv, hidden, layout, None, False)
+    rows = layer.stream_heads(layer.global_qkv, layer.global_rope, hidden, layout, None, False)
     found = global_weights(layer, *rows, LENGTH)
     text = [part[:, :LENGTH] for part in rows]
     how = {"block": 16, "top_k": 1, "router": router, "sub_block": 4}
@@ -121,7 +121,7 @@ def test_what_is_switched_off_is_what_changes():
 def test_a_block_that_is_off_is_read_by_nobody():
     """Its keys and values may be anything."""
     layer, hidden, layout, _ = captured(model_of())[0]
-    rows = layer.stream_heads(layer.global_qkv, hidden, layout, None, False)
+    rows = layer.stream_heads(layer.global_qkv, layer.global_rope, hidden, layout, None, False)
     without = global_weights(layer, *rows, LENGTH, off=1)
     key, value = rows[1].clone(), rows[2].clone()
     key[:, 16:32] += 5

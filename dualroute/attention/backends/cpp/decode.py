@@ -65,7 +65,7 @@ def _addresses(cache: LayerCache) -> list[int]:
 
 def decode_layer(
     projected: Sequence[Tensor | None],
-    table: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, Tensor],
     memory: Tensor,
     layer: int,
     position: Tensor,
@@ -78,14 +78,15 @@ def decode_layer(
 
     Args:
         projected: (B, (H + 2 H_kv) d) of the global and of the local route, None where there is none.
-        table: cosines and sines (d / 2,) of the position, in `compute_dtype`.
+        tables: cosines and sines (2, d / 2) of the position for the global and the local route, in
+            `compute_dtype`.
         memory, layer: `cache_memory` of caches of B texts with room for the token, and which of them.
         position: () int64, the tokens before this one.
         head_dim, group: d, and query heads per key head.
         top_k: chosen blocks.
     """
     routes = [None if part is None else part.contiguous() for part in projected]
-    return torch.ops.dualroute.decode_layer(position, *table, *routes, memory, layer, head_dim, group, top_k)
+    return torch.ops.dualroute.decode_layer(position, *tables, *routes, memory, layer, head_dim, group, top_k)
 
 
 torch.library.define(

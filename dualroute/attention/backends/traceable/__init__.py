@@ -23,7 +23,7 @@ from torch import Tensor
 from dualroute.attention.core.far_summary import far_keys
 from dualroute.attention.core.joint_softmax import Past, routed_by_mask
 from dualroute.attention.core.precision import NEG_INF
-from dualroute.attention.core.rope import rotary_table
+from dualroute.attention.core.rope import Table
 from dualroute.attention.core.router import block_features, query_features
 from dualroute.attention.projections import Projections
 
@@ -37,13 +37,14 @@ def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: boo
     if not layer.causal:
         raise ValueError("causal=False has no graph of fixed operators: run the layer itself")
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    table = _rotary_table(layer, positions, hidden_states.dtype)
+    tables = layer.rotary_tables(positions, hidden_states.dtype)
+    far_table, near_table = (None if table is None else (table[0][:, 0], table[1][:, 0]) for table in tables)
     outputs = []
     if layer.global_qkv is not None:
-        query, key, value = _heads(layer, layer.global_qkv(hidden_states), table)
+        query, key, value = _heads(layer, layer.global_qkv(hidden_states), far_table)
         outputs.append(_global(layer, query, key, value, positions, for_onnx))
     if layer.local_qkv is not None:
-        query, key, value = _heads(layer, layer.local_qkv(hidden_states), table)
+        query, key, value = _heads(layer, layer.local_qkv(hidden_states), near_table)
         distance = positions[:, None] - positions
         outputs.append(_attend(query, key, value, (distance >= 0) & (distance < layer.window)))
     heads = torch.cat(outputs, dim=1).transpose(1, 2).flatten(2)  # (B, n, H * d)
@@ -53,24 +54,20 @@ def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: boo
     return layer.out_proj(heads)
 
 
-def _rotary_table(layer: Projections, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (n, d / 2)."""
-    cosine, sine = rotary_table(positions, layer.head_dim, layer.rope_theta, dtype, layer.rope_scaling)
-    return cosine[:, 0], sine[:, 0]
-
-
-def _heads(layer: Projections, rows: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries (B, H_kv, group, n, d), keys (B, H_kv, n, d) and values (B, H_kv, n, d)."""
+def _heads(layer: Projections, rows: Tensor, table: Table | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries (B, H_kv, group, n, d), keys (B, H_kv, n, d) and values (B, H_kv, n, d); the table is
+    (n, d / 2)."""
     kv_heads = rows.shape[-1] // layer.head_dim // (layer.group + 2)
     rows = rows.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)  # (B, H + 2 H_kv, n, d)
     query, key, value = rows.split([kv_heads * layer.group, kv_heads, kv_heads], dim=1)
     if layer.query_norm is not None and layer.key_norm is not None:
         query, key = layer.query_norm(query), layer.key_norm(key)
-    query, key = _turned(query, table), _turned(key, table)
+    if table is not None:
+        query, key = _turned(query, table), _turned(key, table)
     return query.unflatten(1, (kv_heads, layer.group)), key, value
 
 
-def _turned(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def _turned(rows: Tensor, table: Table) -> Tensor:
     cosine, sine = table
     x, y = rows.chunk(2, dim=-1)
     return torch.cat([x * cosine - y * sine, y * cosine + x * sine], dim=-1)

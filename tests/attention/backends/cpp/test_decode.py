@@ -80,6 +80,8 @@ def test_every_router_and_summary(router: str, order: str) -> None:
         {"head_dim": 16, "window": 1},
         {"head_dim": 70, "window": 200},
         {"block": 1, "sub_block": 1},
+        {"global_rotary_factor": 0.0},
+        {"global_rotary_factor": 0.5, "local_rotary_factor": 1 / 3},
     ],
     ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()),
 )
@@ -150,7 +152,7 @@ def test_the_operator_is_one_that_compilers_may_call() -> None:
     cache = layer.new_cache(2, LENGTH)
     memory = decode.cache_memory([cache])
     rows = torch.randn(2, 6 * 12)
-    arguments = (torch.tensor(7), torch.randn(6), torch.randn(6), rows, rows, memory, 0, 12, 1, 2)
+    arguments = (torch.tensor(7), torch.randn(2, 6), torch.randn(2, 6), rows, rows, memory, 0, 12, 1, 2)
     torch.library.opcheck(
         torch.ops.dualroute.decode_layer.default,
         arguments,
@@ -165,11 +167,11 @@ def test_the_memory_of_layers_is_told_apart() -> None:
         layer.new_cache(1, LENGTH, int8=int8) for layer, int8 in zip(layers, (True, False), strict=True)
     ]
     memory = decode.cache_memory(caches)
-    table = torch.ones(6), torch.zeros(6)
+    tables = torch.ones(2, 6), torch.zeros(2, 6)
     for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         rows = torch.randn(1, 3 * layer.global_heads * 12)
         near = rows if layer.local_heads else None
-        token_heads(layer, cpu_kernels, [rows, near], table, memory, number, torch.tensor(0))
+        token_heads(layer, cpu_kernels, [rows, near], tables, memory, number, torch.tensor(0))
         assert cache.global_cache is not None
         keys, _ = cache.global_cache.read(lambda tokens: tokens[:, 0], torch.float32)
         expected = rows.view(3, layer.global_heads, 12)[1]

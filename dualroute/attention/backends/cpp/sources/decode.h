@@ -289,7 +289,8 @@ struct Layer {
     long local_kv_heads, window, position;
 };
 
-// Both routes of a layer: out (batch, (global heads + local heads) * dim).
+// Both routes of a layer: out (batch, (global heads + local heads) * dim). cos, sin: (2, dim / 2), the global
+// route's first.
 template <class T, class A, class S>
 void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* global, const A* local,
                   const Cache<S>& far, const Statistics<A>& statistics, const Cache<S>& near, A* out) {
@@ -313,7 +314,9 @@ void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* globa
         write(heads, layer.global_kv_heads, 0);
     }
     if (local) {
-        const Projected<T> p(local, layer.batch, layer.local_kv_heads, layer.group, layer.dim, cos, sin);
+        const long pairs = layer.dim / 2;
+        const Projected<T> p(local, layer.batch, layer.local_kv_heads, layer.group, layer.dim, cos + pairs,
+                             sin + pairs);
         std::vector<T> heads(layer.batch * layer.local_kv_heads * layer.group * layer.dim);
         decode_local<T, S>(step_of(layer.local_kv_heads, layer.window), p.query.data(), p.key.data(),
                            p.value.data(), near, heads.data());

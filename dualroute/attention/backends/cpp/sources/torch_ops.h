@@ -129,8 +129,9 @@ inline void check_decode(AtenTensorHandle position, AtenTensorHandle cos, AtenTe
     for (const AtenTensorHandle table : {cos, sin}) {
         require(type(table) == (twice ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
                 "cos and sin must be float64 for float64 projections, else float32");
-        require(dimensions(table) == 1 && contiguous(table) && size(table, 0) == dim / 2,
-                "cos and sin must be contiguous (head_dim / 2,)");
+        require(
+            dimensions(table) == 2 && contiguous(table) && size(table, 0) == 2 && size(table, 1) == dim / 2,
+            "cos and sin must be contiguous (2, head_dim / 2)");
     }
     const int64_t at = *numbers<int64_t>(position);
     require(at >= 0 && (!global_rows || at < m.far_tokens), "position must lie in the room of the cache");
