@@ -35,7 +35,11 @@ def main() -> None:
             before = first.setdefault(name, scores)
             changes = {change.name: change for change in compare(before, scores)}
             for score in scores.values():
-                if not options.kinds and "/" in score.name and not score.name.startswith("bbq/ambig"):
+                if (
+                    not options.kinds
+                    and "/" in score.name
+                    and not score.name.startswith(("bbq/ambig", "winobias/male"))
+                ):
                     continue
                 row = {
                     "checkpoint": path.name,
