@@ -35,14 +35,18 @@ def main() -> None:
             before = first.setdefault(name, scores)
             changes = {change.name: change for change in compare(before, scores)}
             for score in scores.values():
-                if not options.kinds and "/" in score.name and not score.name.startswith("bbq/ambig"):
+                if (
+                    not options.kinds
+                    and "/" in score.name
+                    and not score.name.startswith(("bbq/ambig", "winobias/male"))
+                ):
                     continue
                 row = {
                     "checkpoint": path.name,
                     "score": score.name,
                     "value": f"{score.value:.3f}",
                     "95 %": f"{score.low:.3f} to {score.high:.3f}",
-                    "items": score.items,
+                    "items": f"{score.items:,}",
                     "change": "",
                 }
                 if scores is not before:
@@ -52,7 +56,7 @@ def main() -> None:
                         f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f}){within}"
                     )
                 rows.append(row)
-    show("bias", rows, options.output)
+    show("bias", rows, options.output, "fairness")
 
 
 if __name__ == "__main__":

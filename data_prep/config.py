@@ -58,7 +58,7 @@ class PrepareConfig:
             default the publisher's own validation split where it has one, else 0.02.
         val_documents: names or globs of the documents held out instead, for corpora of few long documents.
         counterfactual: lists of what is swapped to add the training texts as they would be told of the other
-            gender: ``english``, ``chinese`` or files; see docs/fairness.md.
+            gender: ``english``, ``chinese`` or files; see docs/behaviour/fairness.md.
         counterfactual_mode: ``add`` the swapped text to each one that it changes, or ``replace`` half of
             them.
         tokenizer: existing sentencepiece model or Hugging Face tokenizer.json to use; by default one is

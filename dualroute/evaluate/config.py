@@ -32,7 +32,7 @@ class EvaluateConfig:
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
-            docs/interpretability.md.
+            docs/behaviour/interpretability.md.
         output: Also write the figures to this JSON file; with a suite the same command goes on from it.
         suite: Measure a suite instead: the name of one in configs/suite, or a YAML file of your own.  Each of
             the other options then holds for every part of it that has such a setting.
@@ -95,7 +95,7 @@ class GenerateConfig:
             host, for a model on a GPU.
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
-            docs/interpretability.md.
+            docs/behaviour/interpretability.md.
         samples: Texts to write; the one after the first has the next seed, and so on, so each of them is what
             its seed gives alone.
         batch_size: Texts that are written together.
@@ -137,7 +137,7 @@ class ChatConfig:
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
-            docs/interpretability.md.
+            docs/behaviour/interpretability.md.
     """
 
     checkpoint: LocalPath

@@ -8,7 +8,8 @@ and after a distillation, a pruning, a quantisation, or a mitigation.
   stereotyping sentence the model finds likelier; 0.5 has no preference.  As lm-evaluation-harness does for
   causal models the whole sentences are compared.
 - ``winobias`` (Zhao et al. 2018, https://arxiv.org/abs/1804.06876): share of sentences that are likelier with
-  the pronoun of the stereotype than with the other one; 0.5 has no preference.
+  the pronoun of the stereotype than with the other one, and share that is likelier with the male pronoun
+  (``winobias/male``), whatever the occupation; 0.5 has no preference.
 - ``bbq`` (Parrish et al. 2022, https://arxiv.org/abs/2110.08193): accuracy, and the bias scores of its §4
   from -1 to 1; 0 has none.
 
@@ -359,7 +360,8 @@ def _read_winobias(folder: Path) -> list[Item]:
             for number, pair in enumerate(zip(*lines, strict=True)):
                 pro, anti = (re.sub(r"[\[\]]", "", re.sub(r"^\d+\s*", "", line)).strip() for line in pair)
                 if pro and anti and pro != anti:
-                    items.append(Item("", (pro, anti), kind, f"{kind} {part} {number}"))
+                    is_male = re.search(r"\[(he|him|his|himself)\]", pair[0], re.IGNORECASE) is not None
+                    items.append(Item("", (pro, anti), kind, f"{kind} {part} {number}", (is_male,)))
     return items
 
 
@@ -426,6 +428,13 @@ def _score_bbq(items: Sequence[Item], likelihoods: Sequence[Sequence[float]]) ->
     return found
 
 
+def _score_winobias(items: Sequence[Item], likelihoods: Sequence[Sequence[float]]) -> Scored:
+    found = _preferences("winobias")(items, likelihoods)
+    pro, weights, neutral = found["winobias"]
+    of_male = np.array([item.facts[0] for item in items])
+    return found | {"winobias/male": (np.where(of_male, pro, 1 - pro), weights, neutral)}
+
+
 def _default_folder() -> Path:
     data = os.environ.get("DUALROUTE_DATA")
     if not data:
@@ -457,7 +466,7 @@ def _text(path: Path) -> str:
 
 SETS: dict[str, _Set] = {
     "crows_pairs": _Set(_read_crows_pairs, _preferences("crows_pairs")),
-    "winobias": _Set(_read_winobias, _preferences("winobias")),
+    "winobias": _Set(_read_winobias, _score_winobias),
     "bbq": _Set(_read_bbq, _score_bbq),
 }
 

@@ -116,3 +116,10 @@ def test_the_map_is_the_mass_of_blocks_of_the_longest_document(monkeypatch: pyte
     coarse = routing_statistics(*rows, layout.stream, Routing(1, sub_block=4), **how)["block_map"]
     pairs = torch.stack([part.mean(0) for part in weight.split(16)]).unflatten(-1, (3, 2)).sum(-1)
     torch.testing.assert_close(coarse, pairs.float(), atol=1e-4, rtol=0)
+    module = layer(global_mode="routed")
+    module.collect_statistics = module.collect_map = True
+    module(states(1, 64), layout=layout)
+    assert module.statistics["block_map"].shape == (3, 3)
+    module.collect_map = False
+    module(states(1, 64), layout=layout)
+    assert "block_map" not in module.statistics

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dualroute.cli import STAGES, parse_stage
-from dualroute.cli.schema import schema_of
+from dualroute.cli.schema import schema_of, takes_text
 from dualroute.errors import UserError, one_line
 from dualroute.training.config import PretrainConfig
 
@@ -142,8 +142,8 @@ def test_each_path_is_refused_where_it_is_empty(stage, tmp_path):
     paths = [key for key, option in schema.options.items() if path_field(option.hint) is not None]
     assert paths
     for key in paths:
-        is_list = "list[" in str(schema.options[key].hint)
-        refused = parsed(stage, tmp_path / "run.yaml", key, [""] if is_list else "")
+        empty = "" if takes_text(schema.options[key].hint) else [""]
+        refused = parsed(stage, tmp_path / "run.yaml", key, empty)
         assert isinstance(refused, str)
         assert f"{key} in {tmp_path / 'run.yaml'}:" in refused
         assert "a path may not be empty" in refused

@@ -175,6 +175,15 @@ def test_a_text_that_is_cut_has_the_ids_of_the_whole(kind, monkeypatch):
     assert is_cut == (cuts > 200)
 
 
+def test_tokens_spell_the_bytes_of_a_text(kind):
+    tokenizer, _ = kind
+    spelled = tokenizer.token_bytes()
+    for text in ["".join(SCRAPS), "a bird é中🙂", "Bird a <tool>"]:
+        ids = tokenizer.encode(text)
+        assert b"".join(spelled[number] for number in ids) == tokenizer.decode(ids).encode()
+    assert spelled[tokenizer.eos_id] == b""
+
+
 def test_a_dataset_is_prepared_with_it(path, tmp_path):
     from data_prep.prepare import PrepareConfig, prepare
     from dualroute.data.manifest import Manifest

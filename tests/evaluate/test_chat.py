@@ -85,6 +85,16 @@ def test_it_stops_at_the_end_of_a_turn(tokenizer: Tokenizer, monkeypatch: pytest
     assert list(script) == [7, 7]
 
 
+def test_an_answer_ends_in_front_of_a_stop(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = iter([*tokenizer.encode("the old bird sleeps"), 7, 7])
+    monkeypatch.setattr("dualroute.model.decoding.sampler.draw", lambda *_: next(script))
+    conversation = talk(tokenizer, new=40)
+    conversation.sampling = SamplingConfig(40, stop=[" bird"])
+    assert said(conversation, "well") == "the old"
+    assert conversation.messages[-1] == {"role": "assistant", "content": "the old"}
+    assert next(script) != 7  # what comes later was not drawn
+
+
 def test_a_full_context_forgets_the_oldest_turns(tokenizer: Tokenizer) -> None:
     conversation = talk(tokenizer, context=160, new=10, system="be kind")
     for number in range(6):

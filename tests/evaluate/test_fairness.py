@@ -111,7 +111,13 @@ def test_crows_pairs_and_winobias_count_what_is_likelier(monkeypatch, model, tok
     scores = measure(model, tokenizer, "winobias", folder=sets)
     assert (scores["winobias"].value, scores["winobias"].items) == (0.5, 20)
     assert not scores["winobias"].is_biased
-    assert set(scores) == {"winobias", "winobias/type1", "winobias/type2"}
+    assert set(scores) == {"winobias", "winobias/type1", "winobias/type2", "winobias/male"}
+    scripted(monkeypatch, [1.0, 0.0] * 15 + [0.0, 1.0] * 5)  # the text of the stereotype has "he"
+    assert measure(model, tokenizer, "winobias", folder=sets)["winobias/male"].value == 0.75
+    for side, word in (("pro", "her"), ("anti", "his")):
+        for path in (sets / "winobias").glob(f"{side}_*"):
+            path.write_text("".join(f"{k} The bird {k} saw [{word}] stone.\n" for k in range(5)))
+    assert measure(model, tokenizer, "winobias", folder=sets)["winobias/male"].value == 0.25
 
 
 def test_bbq_has_the_scores_of_its_paper(monkeypatch, model, tokenizer, sets):

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from dualroute.errors import UserError
+from dualroute.evaluate.config import EvaluateConfig
 from dualroute.evaluate.load import load
+from dualroute.evaluate.perplexity import evaluate
 from dualroute.evaluate.sample import GenerateConfig, generate_command, generate_text
 from dualroute.model import SamplingConfig
 
@@ -99,3 +101,12 @@ def test_a_prompt_that_is_no_text_or_endless_is_refused(checkpoint, monkeypatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("abcd"))
     with pytest.raises(UserError, match="more than 3 characters"):
         generate_command(GenerateConfig(str(checkpoint), "-"))
+
+
+def test_an_evaluation_takes_the_heads_as_they_are_scaled(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("the old bird sleeps near the river " * 4)
+    losses = [
+        evaluate(EvaluateConfig(str(checkpoint), text=str(tmp_path / "text.txt"), scale=scale)).loss
+        for scale in (None, "global=1", "global=0")
+    ]
+    assert losses[0] == losses[1] != losses[2]
