@@ -68,6 +68,7 @@ def serve(config: ServeConfig) -> None:
             cache_dtype=config.cache_dtype,
             metrics=metrics,
         )
+        engine.warm_up()
         models.append(Served(name, engine))
     app = create_app(
         models,

@@ -246,6 +246,22 @@ class Engine:
         self._inbox.put(None)
         return future
 
+    def warm_up(self) -> None:
+        """Compute a token, so that kernels are compiled before the first request comes."""
+        self.call(self._one_token).result()
+
+    @torch.no_grad()
+    def _one_token(self) -> None:
+        config = self.model.config
+        if not config.reads_text:
+            return
+        ids = torch.tensor([[0, 1, 2]], device=self.model.norm.weight.device)
+        self.model.hidden_states(ids)
+        if config.causal:
+            text = new_text(self.model, 4, cache_dtype=self.cache_dtype)
+            self.model.hidden_states(ids, caches=text)
+            next_logits(self.model, [0], [text])
+
     def stop(self, within: float = 0.0) -> None:
         """Take no more requests, let those that run finish for `within` seconds, and end the thread."""
         with self._lock:

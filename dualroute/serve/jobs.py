@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from dualroute.control.grammar import Grammar, GrammarConstraint
@@ -199,16 +201,19 @@ class Job:
 
         Raises:
             ApiError: It has failed.
-            asyncio.CancelledError: The client has gone.
+            ClientDisconnect: Nobody listens any more.
         """
-        ended, wanted = 0, max(len(self._request.samplers), 1)
+        ended, wanted, looked = 0, max(len(self._request.samplers), 1), time.monotonic()
         try:
             while ended < wanted:
-                try:
+                event = None
+                with contextlib.suppress(TimeoutError):
                     event = await asyncio.wait_for(self._events.get(), _POLL)
-                except TimeoutError:
+                if time.monotonic() - looked > _POLL:
+                    looked = time.monotonic()
                     if await http.is_disconnected():
-                        raise asyncio.CancelledError from None
+                        raise ClientDisconnect
+                if event is None:
                     yield None
                     continue
                 if isinstance(event, Failure):

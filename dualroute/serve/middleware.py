@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dualroute.serve.errors import ApiError
@@ -18,6 +19,7 @@ from dualroute.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+_GONE = 499  # in the log and the metrics, as nginx writes it: nobody waited for an answer
 ID_HEADER = "x-request-id"
 
 
@@ -61,6 +63,8 @@ class Gate:
                 await self._within_limits(scope, headers, receive, answer)
             else:
                 await problem.response()(scope, receive, answer)
+        except ClientDisconnect:
+            status = _GONE
         finally:
             known = getattr(scope.get("route"), "path", None) or "other"
             self.metrics.requests.labels(known, str(status)).inc()
@@ -96,7 +100,7 @@ class Gate:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        raise ClientDisconnect
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self.most_bytes:

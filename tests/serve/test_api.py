@@ -328,6 +328,19 @@ def test_clients_that_vanish_or_are_slow_leave_room_for_others(address: str) -> 
     assert answer.status_code == 200
 
 
+def test_a_client_that_goes_away_is_no_failure_of_the_server(address: str) -> None:
+    body = {"model": "other", "prompt": "The", "max_tokens": 390, "ignore_eos": True}
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{address}/v1/completions", json=body, timeout=0.05)
+    gone = 'dualroute_requests_total{path="/v1/completions",status="499"}'
+    end = time.monotonic() + 30
+    while gone not in (page := httpx.get(f"{address}/metrics").text) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gone in page
+    assert 'status="500"' not in page
+    assert 'status="0"' not in page
+
+
 @pytest.fixture(scope="module")
 def strict(tokenizer: Tokenizer) -> Iterator[str]:
     """A server that asks for keys and allows little."""

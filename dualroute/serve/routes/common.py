@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from dualroute.errors import UserError
 from dualroute.serve.errors import ApiError
@@ -79,6 +80,8 @@ def streamed(events: AsyncIterator[bytes], done: bytes = b"") -> StreamingRespon
                 yield done
         except ApiError as error:
             yield sse(error.body)
+        except ClientDisconnect:
+            return
 
     return StreamingResponse(guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from dualroute.serve.engine import NOT_FINITE, Busy
 from dualroute.serve.errors import ApiError
@@ -62,7 +63,7 @@ def router(state: State) -> APIRouter:
                 raise ApiError(500, NOT_FINITE)
             vectors.append(vector)
             if await http.is_disconnected():
-                raise asyncio.CancelledError
+                raise ClientDisconnect
         data = [
             {"object": "embedding", "index": number, "embedding": _encoded(vector, body.encoding_format)}
             for number, vector in enumerate(vectors)
