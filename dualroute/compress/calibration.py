@@ -86,7 +86,7 @@ class Calibrated:
         context: Tokens of a window.
         loss: What its training made small.
         answerer: Of a model with a task's head, which can be asked for the task's metric.
-        source: The rows that it is calibrated on; null for shards.
+        source: The rows that were given to calibrate it on; null for those of its training, and for shards.
     """
 
     loaded: Loaded
@@ -175,9 +175,10 @@ def _of_task(options: CalibrationOptions) -> Calibrated:
     if options.context is not None:
         raise UserError(f"context is that of the task ({context}): leave it out")
     if options.data is None:
-        rows, source = training_rows(answerer), "the training rows"
+        rows, source = training_rows(answerer), None
     else:
-        source, rows, _ = usable_rows(answerer, str(options.data))
+        source = str(options.data)
+        _, rows, _ = usable_rows(answerer, source)
     random.Random(options.seed).shuffle(rows)
     examples: list[tuple[int, Example]] = []
     tokens = 0

@@ -78,9 +78,10 @@ def prune(config: PruneConfig) -> None:
     metadata = described(loaded, "prune", pruned_from=str(loaded.checkpoint.folder), context=context)
     extra = {REPORT: json.dumps(account, indent=1).encode(), **loaded.checkpoint.task_file()}
     save_model(small.cpu(), config.output, loaded.tokenizer.path, metadata, extra)
-    print(
-        f"{config.output}: next, dualroute distill --init_from {config.output} --teacher {config.checkpoint}"
-    )
+    follows = f"distill --init_from {config.output} --teacher {config.checkpoint}"
+    if found.answerer is not None:
+        follows = f"finetune --init_from {config.output} … (the task's configuration)"
+    print(f"{config.output}: next, dualroute {follows}")
 
 
 def _shape(config: PruneConfig, found: Calibrated, statistics: Statistics, account: dict[str, Any]) -> Shape:

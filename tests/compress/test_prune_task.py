@@ -68,7 +68,7 @@ def test_calibration_is_on_rows_by_the_loss_of_the_training(moods: Path, tmp_pat
         outputs = model(torch.from_numpy(example.fields["input_ids"]).long()[None])[0]
         chosen = torch.from_numpy(example.fields["outputs"])
         labels = torch.from_numpy(example.fields["labels"]).long()
-        total += float(torch.nn.functional.cross_entropy(outputs[chosen], labels[chosen]))
+        total += torch.nn.functional.cross_entropy(outputs[chosen], labels[chosen]).item()
     assert found.loss(model, found.batches) == pytest.approx(total / 20, abs=1e-5)
 
 

@@ -27,11 +27,8 @@ from dualroute.export.hf.heads_dualroute import (
 from dualroute.export.hf.modeling_dualroute import DualRoutingModel, DualRoutingPreTrainedModel
 
 
-class DualRoutingForImageClassification(DualRoutingPreTrainedModel):
-    """Classes of images: read over the mean of all patches, or at one (``config.pooling``)."""
-
-    main_input_name = "pixel_values"
-    input_modalities = "image"
+class DualRoutingOfSteps(DualRoutingPreTrainedModel):
+    """A backbone of images or recordings with one projection on it."""
 
     def __init__(self, config: DualRoutingConfig) -> None:
         super().__init__(config)
@@ -39,6 +36,13 @@ class DualRoutingForImageClassification(DualRoutingPreTrainedModel):
         self.model = DualRoutingModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
+
+
+class DualRoutingForImageClassification(DualRoutingOfSteps):
+    """Classes of images: read over the mean of all patches, or at one (``config.pooling``)."""
+
+    main_input_name = "pixel_values"
+    input_modalities = "image"
 
     @can_return_tuple
     def forward(
@@ -55,18 +59,11 @@ class DualRoutingForImageClassification(DualRoutingPreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class DualRoutingForAudioClassification(DualRoutingPreTrainedModel):
+class DualRoutingForAudioClassification(DualRoutingOfSteps):
     """Classes of recordings: read over the mean of all steps, or at one (``config.pooling``)."""
 
     main_input_name = "input_features"
     input_modalities = "audio"
-
-    def __init__(self, config: DualRoutingConfig) -> None:
-        super().__init__(config)
-        self.num_labels = int(config.num_labels or 2)
-        self.model = DualRoutingModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -88,17 +85,11 @@ class DualRoutingForAudioClassification(DualRoutingPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class DualRoutingForCTC(DualRoutingPreTrainedModel):
+class DualRoutingForCTC(DualRoutingOfSteps):
     """What is said in recordings: a character, or none (output 0), for each step."""
 
     main_input_name = "input_features"
     input_modalities = "audio"
-
-    def __init__(self, config: DualRoutingConfig) -> None:
-        super().__init__(config)
-        self.model = DualRoutingModel(config)
-        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 2))
-        self.post_init()
 
     @can_return_tuple
     def forward(
