@@ -149,13 +149,15 @@ def _measured(
     counts = [float(len(piece)) for one in losses for piece in _pieces(one)]
     loss, error = ratio(sums, counts)
     targets = int(sum(counts))
+    pieces = list(zip(sums, counts, strict=True))
     scores = [
-        _score("loss", loss, error, 1.0, targets, unit="token"),
+        _score("loss", loss, error, 1.0, targets, unit="token", pieces=pieces),
         _exponential("perplexity", loss, error, 1.0, targets, unit="token"),
-        _score("bits_per_byte", loss, error, targets / size / math.log(2), targets),
+        _score("bits_per_byte", loss, error, targets / size / math.log(2), targets, pieces=pieces),
     ]
     if words:
-        scores.append(_score("bits_per_word", loss, error, targets / words / math.log(2), targets))
+        bits = targets / words / math.log(2)
+        scores.append(_score("bits_per_word", loss, error, bits, targets, pieces=pieces))
         scores.append(_exponential("word_perplexity", loss, error, targets / words, targets))
     details = {
         "targets": targets,
@@ -170,8 +172,19 @@ def _pieces(values: NDArray[Any]) -> list[NDArray[Any]]:
     return [values[first : first + PIECE] for first in range(0, len(values), PIECE)]
 
 
-def _score(metric: str, loss: float, error: float | None, times: float, n: int, *, unit: str = "") -> Score:
-    return Score(metric, loss * times, None if error is None else error * times, n, False, unit)
+def _score(
+    metric: str,
+    loss: float,
+    error: float | None,
+    times: float,
+    n: int,
+    *,
+    pieces: Sequence[tuple[float, float]],
+    unit: str = "",
+) -> Score:
+    observations = tuple((nats * times, count) for nats, count in pieces)
+    stderr = None if error is None else error * times
+    return Score(metric, loss * times, stderr, n, False, unit, observations=observations)
 
 
 def _exponential(

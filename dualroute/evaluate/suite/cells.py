@@ -29,6 +29,8 @@ class Score:
         unit: What it is counted in where that makes two results incomparable: "token" for figures that
             depend on the tokenizer.
         interval: A confidence interval, where one was drawn.
+        observations: What it is the mean of, or the ratio of whose sums, where that is known; one for each
+            sample, in their order, so that two models can be compared sample by sample.
     """
 
     metric: str
@@ -38,6 +40,7 @@ class Score:
     higher_is_better: bool | None = True
     unit: str = ""
     interval: tuple[float, float] | None = None
+    observations: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As it is written: without what is not said."""
@@ -46,6 +49,9 @@ class Score:
             del said["unit"]
         if self.interval is None:
             del said["interval"]
+        del said["observations"]
+        if self.observations:  # a text: as a list each would be a line of the file
+            said["observations"] = " ".join(f"{a:.8g}/{b:.8g}" for a, b in self.observations)
         return said
 
 
@@ -101,7 +107,22 @@ def mean_score(metric: str, values: Sequence[float], **more: Any) -> Score:
     if stderr == 0 and mean in (0, 1):
         share = (mean * n + 2) / (n + 4)
         stderr = math.sqrt(share * (1 - share) / (n + 4))
-    return Score(metric, mean, stderr, n, **more)
+    return Score(metric, mean, stderr, n, observations=tuple((value, 1.0) for value in values), **more)
+
+
+def paired_error(ours: Score, theirs: Score) -> float | None:
+    """Standard error of the difference of two scores of the same samples; null where those are not known.
+
+    What is hard for both then counts for neither.
+    """
+    n = len(ours.observations)
+    if n < 2 or n != len(theirs.observations):
+        return None
+    parts = []
+    for score in (ours, theirs):
+        below = math.fsum(b for _, b in score.observations)
+        parts.append([(a - score.value * b) / below for a, b in score.observations])
+    return math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(*parts, strict=True)) * n / (n - 1))
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float | None]:

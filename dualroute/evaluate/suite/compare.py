@@ -1,7 +1,8 @@
 """Two results of suites, and which of their differences are more than chance.
 
-A difference counts where it is larger than two of its standard errors, √(se₁² + se₂²).  The two are taken to
-be independent; of one test on two models that is cautious, since what is hard is hard for both.
+A difference counts where it is larger than two of its standard errors.  Where both were asked the same and
+the answers to each sample are known, that is the error of the mean difference; else √(se₁² + se₂²), as if
+they were independent, which is cautious, since what is hard is hard for both.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dualroute.evaluate.suite.cells import Score
+from dualroute.evaluate.suite.cells import Score, paired_error
 from dualroute.evaluate.suite.record import Record, scores_of
 
 #: Standard errors that a difference must exceed.
@@ -55,8 +56,8 @@ def differences(ours: Record, theirs: Record) -> Iterator[Difference]:
             if score.metric not in known:
                 continue
             before = known[score.metric]
-            error = None
-            if score.stderr is not None and before.stderr is not None:
+            error = paired_error(score, before) if same_tokens else None
+            if error is None and score.stderr is not None and before.stderr is not None:
                 error = math.hypot(score.stderr, before.stderr)
             if cell["setting"] != other["setting"]:
                 verdict = "not compared: other data or settings"

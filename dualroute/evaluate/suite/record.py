@@ -59,8 +59,13 @@ def scores_of(cell: dict[str, Any]) -> list[Score]:
     """The scores of a cell as it stands in the file."""
     scores = []
     for said in cell["scores"]:
-        interval = said.get("interval")
-        scores.append(Score(**{**said, "interval": None if interval is None else tuple(interval)}))
+        interval, told = said.get("interval"), str(said.get("observations", ""))
+        pairs = (one.split("/") for one in told.split())
+        known = {
+            "interval": None if interval is None else tuple(interval),
+            "observations": tuple((float(a), float(b)) for a, b in pairs),
+        }
+        scores.append(Score(**{**said, **known}))
         if not isinstance(scores[-1].value, int | float) or not math.isfinite(scores[-1].value):
             raise ValueError(f"the value of {scores[-1].metric} is {scores[-1].value!r}")
     return scores

@@ -17,7 +17,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import evaluate
 from dualroute.evaluate.suite import run as suite_run
-from dualroute.evaluate.suite.cells import Score, mean_score, ratio
+from dualroute.evaluate.suite.cells import Score, mean_score, paired_error, ratio
 from dualroute.evaluate.suite.compare import differences
 from dualroute.evaluate.suite.model import SuiteModel
 from dualroute.model.checkpoint import format as checkpoint_format
@@ -147,6 +147,25 @@ def test_a_difference_within_two_errors_is_none():
     for one in (tokens := [record(2.0, 0.01), record(1.0, 0.01, tokenizer="b")]):
         one["cells"]["p/c"]["scores"][0]["unit"] = "token"
     assert "tokenizers differ" in verdict(*tokens)
+
+
+def test_the_same_samples_are_compared_one_by_one():
+    """Two models that agree on what is hard: a small difference everywhere is one."""
+    hard = [float(k % 9) for k in range(60)]
+    one, other = (
+        mean_score("m", hard),
+        mean_score("m", [value + 0.1 + 0.01 * (k % 2) for k, value in enumerate(hard)]),
+    )
+    assert abs(one.value - other.value) < one.stderr
+    spread = [0.1 + 0.01 * (k % 2) for k in range(60)]
+    assert paired_error(one, other) == pytest.approx(mean_score("d", spread).stderr)
+    record = {"model": {"tokenizer": "a"}, "cells": {"p/c": {"setting": "s", "digest": "d"}}}
+    records = [json.loads(json.dumps(record)) for _ in range(2)]
+    for said, score in zip(records, (other, one), strict=True):
+        said["cells"]["p/c"]["scores"] = [score.to_json()]
+    assert next(differences(*records)).verdict == "better"
+    records[0]["cells"]["p/c"]["setting"] = "another"
+    assert next(differences(*records)).verdict.startswith("not compared")
 
 
 def test_the_command_compares_with_another_result(checkpoint, files, capsys):
