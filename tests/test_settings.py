@@ -16,6 +16,7 @@ from dualroute.settings import Range, above, at_least, check_fields, note_given
 NEEDED = {
     "EvaluateConfig": {"checkpoint": "run", "data": "data"},
     "GenerateConfig": {"checkpoint": "run"},
+    "InspectConfig": {"checkpoint": "run", "text": "text", "output": "page.html"},
     "ReportConfig": {"run": "run"},
     "ConvertConfig": {"source": "run", "output": "out"},
     "PruneConfig": {"checkpoint": "run", "output": "out", "data": "data", "keep": 0.5},
