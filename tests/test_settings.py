@@ -16,6 +16,7 @@ from dualroute.settings import Range, above, at_least, check_fields, note_given
 NEEDED = {
     "EvaluateConfig": {"checkpoint": "run", "data": "data"},
     "GenerateConfig": {"checkpoint": "run"},
+    "InspectConfig": {"checkpoint": "run", "text": "text", "output": "page.html"},
     "ReportConfig": {"run": "run"},
     "ConvertConfig": {"source": "run", "output": "out"},
     "PruneConfig": {"checkpoint": "run", "output": "out", "data": "data", "keep": 0.5},
@@ -95,8 +96,9 @@ def test_no_value_gets_through_that_nobody_can_mean(cls: type, field: dataclasse
     if numeric:
         assert not any(isinstance(value, bool | str | list | dict) for value in taken), taken
         assert not any(abs(value) >= 1e30 for value in taken if value is not None), taken
-        # what may be negative: seeds, and layers that have no partner
-        assert field.name == "seed" or not any(value < 0 for value in taken if value is not None), taken
+        # what may be negative: seeds, penalties, and layers that have no partner
+        may = field.name in ("seed", "presence_penalty", "frequency_penalty")
+        assert may or not any(value < 0 for value in taken if value is not None), taken
     if kind == "bool":
         assert all(value is True for value in taken), taken
     if kind.split(" |")[0] in ("str", "LocalPath", "ConfigFile", "ResumePath") or kind.startswith("Literal"):
