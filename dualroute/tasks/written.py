@@ -1,8 +1,8 @@
 """The metric of a task whose answers are texts, in training: the model writes them at each validation.
 
-In: the rows of the validation.  Here: the prompts of the first ``task.metric_rows`` of them; each rank has the
-model write its share of the answers (all of them where weights are divided, since then all ranks have to run
-together).  Out: the metrics of the kind, by which the best checkpoint is known and early stopping goes.
+In: the rows of the validation.  Here: the prompts of the first ``task.metric_rows`` of them; each rank has
+the model write its share of the answers (all of them where weights are divided, since then all ranks have to
+run together).  Out: the metrics of the kind, by which the best checkpoint is known and early stopping goes.
 """
 
 from __future__ import annotations
