@@ -21,7 +21,7 @@ from dualroute.model import DualRoutingTransformer
 from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.kind import Kind, LossSums, Part, Row
-from dualroute.tasks.written import PERPLEXITY, WrittenMetrics
+from dualroute.tasks.writing import PERPLEXITY, WrittenMetrics
 from dualroute.training.parallel.agreement import told_by_all
 from dualroute.training.step.module import Pretrain
 
