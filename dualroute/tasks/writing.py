@@ -1,8 +1,8 @@
 """Texts that a model writes after prompts, and in training the metric of a task whose answers are texts.
 
 In: prompts of a kind of task.  Here: greedy decoding of prompts of one length at a time.  Out: texts for
-whoever answers rows; :class:`WrittenMetrics` scores those of some validation rows, by which the best checkpoint
-of a run is known and early stopping goes.
+whoever answers rows; :class:`WrittenMetrics` scores those of some validation rows, by which the best
+checkpoint of a run is known and early stopping goes.
 """
 
 from __future__ import annotations
