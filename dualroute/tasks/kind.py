@@ -134,6 +134,8 @@ class Kind:
     writes_text: ClassVar[bool] = False
     #: roles that are images or recordings; their column may be called as the role too, as in folders of files
     media: ClassVar[tuple[str, ...]] = ()
+    #: what to do where no row is left to validate on
+    few_rows: ClassVar[str] = "give data.validation, or more rows (equal rows stay on one side)"
     #: `texts` are read by the model; else it keeps a tokenizer of their characters that nothing reads
     reads_text: ClassVar[bool] = True
 

@@ -67,6 +67,7 @@ def check(config: FinetuneConfig) -> Prepared:
         begun = dataclasses.replace(begun, initial=begun.start.checkpoint)
     asking = make(config.task, Setting(None, 0))  # type: ignore[arg-type]  # asked for columns alone
     train, validation = read_parts(config.data, asking)
+    found_dividing = asking.tally.counts.copy()
     for part in (train, validation):
         asking.check_columns(part.rows[0][1], source=part.source)
     if not asking.reads_text:
@@ -81,6 +82,7 @@ def check(config: FinetuneConfig) -> Prepared:
             f"into a window; lower the one or raise the other"
         )
     kind = make(config.task, Setting(tokenizer, length, begun.config.model.causal, config.data.too_long))
+    kind.tally.counts.update(found_dividing)
     kind.fit(row for _, row in train.rows)
     encoded = [
         encode_part(kind, part, config.data, keep_rows=part is validation) for part in (train, validation)
@@ -149,7 +151,7 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
         problems.rows -= len(second)
     for part, remedy in (
         (train, "give a file with rows"),
-        (validation, "give data.validation, or more rows (equal rows stay on one side)"),
+        (validation, kind.few_rows),
     ):
         part.problems.refuse_above(data.max_bad_rows, part.source)
         if not part.rows:

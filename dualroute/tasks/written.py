@@ -1,8 +1,7 @@
 """The metric of a task whose answers are texts, in training: the model writes them at each validation.
 
-In: the rows of the validation.  Here: the prompts of the first ``task.metric_rows`` of them; each rank has the
-model write its share of the answers (all of them where weights are divided, since then all ranks have to run
-together).  Out: the metrics of the kind, by which the best checkpoint is known and early stopping goes.
+In: the rows of the validation.  Out: :class:`WrittenMetrics` scores what the model writes on some of them, by
+which the best checkpoint of a run is known and early stopping goes.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import logging
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+from dualroute.evaluate.writing import write_texts
 from dualroute.model import DualRoutingTransformer
 from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.kind import BadRow, Kind, Part, Row
-from dualroute.tasks.writing import write_texts
 from dualroute.training.parallel.agreement import place, told_by_all
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,10 @@ PERPLEXITY = "perplexity"
 
 
 class WrittenMetrics:
-    """Scores what a model writes on some of the rows that a run validates on.
+    """Scores what a model writes on the first ``task.metric_rows`` of the rows that a run validates on.
+
+    Each rank has the model write its share of the answers; all of them where weights are divided, since then
+    all ranks have to run together.
 
     Args:
         kind: Of the task; ``task.metric`` is one of its metrics.

@@ -296,6 +296,7 @@ def test_a_kind_learns_and_answers(kind: str, metric: str, above: float, tmp_pat
         == 0
     )
     metrics = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))["metrics"]
-    assert metrics[metric] == pytest.approx(best, abs=1e-6), "the best checkpoint is the best by the metric"
+    assert metrics[metric] > above
     if kind == "text":
+        assert metrics[metric] == pytest.approx(best, abs=1e-6), "of the best checkpoint, on the same rows"
         assert metrics["perplexity"] < 2.0

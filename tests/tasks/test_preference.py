@@ -157,6 +157,9 @@ def test_all_forms_of_a_pair_are_one(tokenizer: Tokenizer, row: dict[str, Any]) 
 
 def test_equal_sides_are_counted_and_dropped(tokenizer: Tokenizer) -> None:
     pairs = kind(tokenizer)
+    twice = kind(tokenizer)
+    twice.encode({**PAIRS[0], "prompt": [ASK, {"role": "user", "content": "say it"}]})
+    assert set(twice.tally.counts) == {"chats in which turns of one speaker in a row were joined"}
     assert pairs.encode({**PAIRS[0], "rejected": PAIRS[0]["chosen"]}) == []
     assert pairs.tally.counts["left out, because both sides of the pair are equal"] == 1
     short = kind(tokenizer, 140)
@@ -305,6 +308,14 @@ def test_what_cannot_be_is_refused_by_name(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_where_no_pair_is_left_the_reason_is_said(parent: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {number}", "chosen": "a", "rejected": "a"} for number in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train(parent, path, tmp_path / "run", 4) == 2
+    assert "both sides of the pair are equal" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ class Items(Kind):
         "next": Role("the item that follows", required=False, is_target=True),
     }
     metrics = {"ndcg@10": True, "hr@10": True}
+    few_rows = "give events of users who have three or more"
 
     def divide(self, rows: Sequence[PlacedRow]) -> dict[str, list[PlacedRow]]:
         parts: dict[str, list[PlacedRow]] = {"train": [], "validation": [], "test": []}
@@ -67,16 +68,21 @@ class Items(Kind):
         events: dict[str, list[tuple[float, int, str]]] = {}
         places: dict[str, str] = {}
         for number, (place, row) in enumerate(rows):
+            if any(row.get(names[role]) in (None, "") for role in ("user", "item")):
+                self.tally.add("of events without a user or without an item, which are left out")
+                continue
             user, item = str(row[names["user"]]), str(row[names["item"]])
             if names["time"] is None:
                 time = 0.0
             else:
                 try:
                     time = float(row[names["time"]])
-                except (TypeError, ValueError) as error:
+                    if not math.isfinite(time):
+                        raise ValueError
+                except (KeyError, TypeError, ValueError) as error:
                     raise UserError(
-                        f"{place}: column {names['time']!r} is {row[names['time']]!r}, not a number: give "
-                        f"the time as seconds (task.columns {{time: …}})"
+                        f"{place}: column {names['time']!r} is {row.get(names['time'])!r}, not a number: "
+                        f"give the time as seconds (task.columns {{time: …}})"
                     ) from error
             events.setdefault(user, []).append((time, number, item))
             places.setdefault(user, place)

@@ -146,7 +146,7 @@ def _have_lend(layer: Any) -> None:
     of_dora = [layer.lora_magnitude_vector[NAME]] if layer.use_dora[NAME] else []
     for module in (layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME], *of_dora):
         if not isinstance(module, _Lends):
-            module.__class__ = _lending(type(module))
+            module.__class__ = _lending(type(module))  # type: ignore[arg-type]
 
 
 def own_forward(model: nn.Module, *, dora: bool) -> None:

@@ -39,7 +39,7 @@ def add_deferred_adapters(
     beneath = {name: model.get_submodule(name).weight for name in chosen}
     for name, weight in beneath.items():
         # on the CPU, so that peft draws there; one number, whatever the shape
-        lent = torch.zeros((), dtype=weight.dtype).expand(weight.shape)  # type: ignore[call-overload,arg-type]
+        lent = torch.zeros((), dtype=weight.dtype).expand(weight.shape)  # type: ignore[arg-type]
         model.get_submodule(name).weight = nn.Parameter(lent, requires_grad=False)
     add_adapters(model, config, seed)
     for name, layer in adapted_layers(model).items():

@@ -116,7 +116,7 @@ class DepthCourse:
             "finetune/layers_trained": float(self.layers_trained(step)),
         }
 
-    def tell_unfrozen(self, step: int, units: Container[int]) -> None:
+    def tell_unfrozen(self, step: int, units: Container[int | None]) -> None:
         """Log which of ``units`` are trained from this step on, and were not before."""
         for unit in range(1, self.num_layers + 2) if self.config.unfreeze_share else ():
             if self.begin(unit) == step and unit in units:

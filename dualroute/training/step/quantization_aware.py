@@ -117,7 +117,7 @@ def round_weights_in_forward(model: DualRoutingTransformer, scheme: str, group_s
         if is_adapter(name) or is_base_layer(name):
             continue
         if type(module) is nn.Linear or (name in adapted and name != HEAD):
-            width = int(module.in_features)  # type: ignore[arg-type]
+            width = int(module.in_features)
             if of_rows is not None and width % of_rows:
                 raise UserError(
                     f"train.quantization_group_size {group_size} does not divide the {width} "

@@ -185,7 +185,18 @@ def test_what_does_not_fit_is_refused() -> None:
         kind_of().divide([("a:1", {"user": 1, "thing": 2})])
     with pytest.raises(UserError, match="a:1: column 'time' is 'noon', not a number"):
         kind_of().divide([("a:1", {"user": 1, "item": 2, "time": "noon"})])
+    for time in ("nan", "1e999", None):
+        with pytest.raises(UserError, match=f"a:1: column 'time' is {time!r}, not a number"):
+            kind_of().divide([("a:1", {"user": 1, "item": 2, "time": time})])
     with pytest.raises(UserError, match="fewer than two items"):
         kind_of().fit([{"items": ["a", "a"]}])
     with pytest.raises(UserError, match="no column 'items'"):
         kind_of().check_columns(["user", "item"])
+
+
+def test_an_event_without_a_user_or_an_item_is_left_out_and_counted() -> None:
+    kind = kind_of()
+    rows = [{"user": user, "item": item, "time": 1} for user, item in (("u", "a"), ("", "b"), ("v", None))]
+    parts = kind.divide([("a", row) for row in rows])
+    assert [row for _, row in parts["train"]] == [{"user": "u", "items": ["a"]}]
+    assert kind.tally.counts == {"of events without a user or without an item, which are left out": 2}
