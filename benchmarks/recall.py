@@ -39,8 +39,10 @@ LEARNT = 0.9  # share of right answers at which the texts double
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"attention": "dense"},
     "local": {"attention": "local"},
+    "dense, no positions": {"attention": "dense", "global_rotary_factor": 0.0},
     "full": {"global_mode": "full"},
     "routed": {},
+    "routed, no positions": {"global_rotary_factor": 0.0},  # of the global route; the local one keeps them
     "routed moment": {"router": "moment"},
     "routed mean": {"router": "mean"},
     "routed mean, no far": {"router": "mean", "far_summary": "none"},

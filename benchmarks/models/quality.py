@@ -31,6 +31,8 @@ VARIANTS = {
     "interleaved 5:1": ["--model.attention", "interleaved"],
     "dual, full": ["--model.global_mode", "full"],
     "dual, routed": ["--model.global_mode", "routed"],
+    "dense, no positions": ["--model.attention", "dense", "--model.global_rotary_factor", "0"],
+    "dual, routed, no positions": ["--model.global_mode", "routed", "--model.global_rotary_factor", "0"],
     "dual, routed, moment": ["--model.global_mode", "routed", "--model.router", "moment"],
     "dual, routed, no far": ["--model.global_mode", "routed", "--model.far_summary", "none"],
 }

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualroute.attention.backend import choose, token_kernels
 from dualroute.attention.backends.torch.decode import (
@@ -106,25 +106,67 @@ def check_cache(cache: LayerCache, batch: int, length: int) -> None:
 def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
     """The next tokens, (B, m, dim), after those in the cache."""
     batch, count, _ = hidden_states.shape
+    projected = _projected(layer, hidden_states)
     if count == 1 and positions is None and not torch.is_grad_enabled():
-        token = _decode_token(layer, hidden_states[:, 0], cache)
+        token = _decode_token(layer, [None if part is None else part[:, 0] for part in projected], cache)
         if token is not None:
             return layer.combine(token[:, None], hidden_states)
     if positions is None:
         positions = cache.length + torch.arange(count, device=hidden_states.device)
-    positions = positions.expand(batch, count).flatten()
-    far_table, near_table = layer.rotary_tables(positions, hidden_states.dtype)
-    outputs = []
-    if layer.global_qkv is not None and cache.global_cache is not None:
-        query, key, value = _heads(layer, layer.global_qkv, hidden_states, far_table)
-        outputs.append(
-            _global_tokens(query, key, value, cache.global_cache, layer.routing.top_k, cache.exact)
-        )
-    if layer.local_qkv is not None and cache.local_cache is not None:
-        query, key, value = _heads(layer, layer.local_qkv, hidden_states, near_table)
+    return layer.combine(
+        _decode_tokens(layer, projected, positions.expand(batch, count), cache), hidden_states
+    )
+
+
+def row_tables(layer: Projections, caches: Sequence[LayerCache], dtype: torch.dtype) -> list[Table]:
+    """Of `decode_rows`, the same for all layers of a model."""
+    ropes = (layer.global_rope, layer.local_rope)
+    return [token_tables(ropes, torch.tensor(cache.length), dtype) for cache in caches]
+
+
+def decode_rows(
+    layer: Projections, hidden_states: Tensor, caches: Sequence[LayerCache], tables: Sequence[Table]
+) -> Tensor:
+    """The next token of each of B texts, (B, dim), each after those in a cache of its own, of any length.
+
+    The layer's weights are read once for all of them. No gradients. `tables`: of `row_tables`.
+    """
+    projected = _projected(layer, hidden_states)
+    heads = []
+    for number, cache in enumerate(caches):
+        own = [None if part is None else part[number : number + 1] for part in projected]
+        token = _decode_token(layer, own, cache, tables[number])
+        if token is None:
+            position = torch.full((1, 1), cache.length, device=hidden_states.device)
+            wide = [None if part is None else part[:, None] for part in own]
+            token = _decode_tokens(layer, wide, position, cache)[:, 0]
+        heads.append(token)
+    return layer.combine(torch.cat(heads)[:, None], hidden_states[:, None])[:, 0]
+
+
+def _projected(layer: Projections, hidden_states: Tensor) -> list[Tensor | None]:
+    """(…, (H + 2 H_kv) * d) of the global and of the local route, None where there is none."""
+    routes = (layer.global_qkv, layer.local_qkv)
+    return [None if route is None else route(hidden_states) for route in routes]
+
+
+def _decode_tokens(
+    layer: Projections, projected: Sequence[Tensor | None], positions: Tensor, cache: LayerCache
+) -> Tensor:
+    """The heads, (B, m, H * d), of tokens at `positions` (B, m) after those in the cache, by torch."""
+    batch, count = positions.shape
+    (far, near), outputs = projected, []
+    dtype = next(part for part in projected if part is not None).dtype
+    far_table, near_table = layer.rotary_tables(positions.flatten(), dtype)
+    if far is not None and cache.global_cache is not None:
+        query, key, value = _heads(layer, far, far_table)
+        top_k = layer.routing.top_k
+        outputs.append(_global_tokens(query, key, value, cache.global_cache, top_k, cache.exact))
+    if near is not None and cache.local_cache is not None:
+        query, key, value = _heads(layer, near, near_table)
         outputs.append(_decode_local(query, key, value, cache.local_cache))
     heads = [out.view(batch, -1, count, layer.head_dim).transpose(1, 2).flatten(2) for out in outputs]
-    return layer.combine(torch.cat(heads, dim=-1), hidden_states)
+    return torch.cat(heads, dim=-1)
 
 
 def _global_tokens(
@@ -162,18 +204,19 @@ def decode_global(query: Tensor, cache: GlobalCache, top_k: int, exact: bool) ->
 _decode_local = without_autocast(decode_local)
 
 
-def _decode_token(layer: Projections, rows: Tensor, cache: LayerCache) -> Tensor | None:
-    """The heads of one new token of each text, (B, H * d), for rows (B, dim); None without kernels."""
+def _decode_token(
+    layer: Projections, projected: Sequence[Tensor | None], cache: LayerCache, tables: Table | None = None
+) -> Tensor | None:
+    """The heads of one new token of each text, (B, H * d), of projected rows; None without kernels."""
+    rows = next(part for part in projected if part is not None)
     kernels = token_kernels(rows)
-    if kernels is None:
-        return None
-    projected = [None if route is None else route(rows) for route in (layer.global_qkv, layer.local_qkv)]
-    if not kernels.can_decode(next(part for part in projected if part is not None), cache):
+    if kernels is None or not kernels.can_decode(rows, cache):
         return None
     position = torch.tensor(cache.length)
     if cache.global_cache is not None:
         cache.global_cache.reserve(cache.length + 1)
-    tables = token_tables((layer.global_rope, layer.local_rope), position, rows.dtype)
+    if tables is None:
+        tables = token_tables((layer.global_rope, layer.local_rope), position, rows.dtype)
     heads = token_heads(layer, kernels, projected, tables, kernels.cache_memory([cache]), 0, position)
     for part in (cache.global_cache, cache.local_cache):
         if part is not None:
@@ -219,11 +262,9 @@ def _normalised_rows(layer: Projections, rows: Tensor) -> Tensor:
     return torch.cat(layer.split_heads(rows), dim=1).flatten(1)
 
 
-def _heads(
-    layer: Projections, projection: nn.Linear, hidden_states: Tensor, table: Table | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d)."""
-    batch, count, _ = hidden_states.shape
-    parts = layer.rotated_heads(projection(hidden_states).flatten(0, 1), table)  # (H, B * m, d)
+def _heads(layer: Projections, projected: Tensor, table: Table | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B * H_kv, group, m, d), keys and values (B * H_kv, m, d) of (B, m, (H + 2 H_kv) * d)."""
+    batch, count = projected.shape[:2]
+    parts = layer.rotated_heads(projected.flatten(0, 1), table)  # (H, B * m, d)
     query, key, value = (rows.unflatten(1, (batch, count)).transpose(0, 1) for rows in parts)  # (B, H, m, d)
     return query.reshape(-1, layer.group, count, layer.head_dim), key.flatten(0, 1), value.flatten(0, 1)

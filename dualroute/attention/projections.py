@@ -48,6 +48,9 @@ class Projections(nn.Module):
         self.gate_weight = nn.Parameter(torch.empty(both, dim)) if gate else None
         if self.gate_weight is not None:
             nn.init.zeros_(self.gate_weight)
+        #: (H,) factors of the heads' outputs, the global route's first; None = all 1
+        self.head_scale: Tensor | None
+        self.register_buffer("head_scale", None, persistent=False)
         self.collect_statistics = False
         self.statistics: dict[str, Tensor] = {}
 
@@ -85,10 +88,13 @@ class Projections(nn.Module):
         return rotate(query, table), rotate(key, table), value.transpose(0, 1).contiguous()
 
     def combine(self, heads: Tensor, hidden_states: Tensor) -> Tensor:
-        """Gate the heads (B, n, H * d) of both routes and project them back to (B, n, dim)."""
+        """Gate and scale the heads (B, n, H * d) of both routes and project them back to (B, n, dim)."""
         if self.gate_weight is not None:
             gate = 2 * torch.sigmoid(nn.functional.linear(hidden_states, self.gate_weight))  # (B, n, H)
             heads = (heads.unflatten(-1, (-1, self.head_dim)) * gate[..., None].to(heads.dtype)).flatten(2)
+        if self.head_scale is not None:
+            scale = self.head_scale.to(heads.dtype).repeat_interleave(self.head_dim)
+            heads = heads * scale
         if self.collect_statistics:
             if self.gate_weight is not None:
                 mean = gate.detach().float().mean((0, 1))

@@ -1,8 +1,8 @@
 """The formulas of DualRouting, literally and slowly: the specification every fast path is tested against.
 
-In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, its rotary embedding applied (`rotate`),
-in any dtype (float64 for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several
-documents and padding.
+In: queries (H, n, d), keys and values (H_kv, n, d) of *one* document, rotary embedding applied (`rotate`), in
+any dtype (float64 for tests). Out: (H, n, d). `per_document` lifts a route to a batch with several documents
+and padding.
 
 For one head, with scale 1/sqrt(d):
 

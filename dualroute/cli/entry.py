@@ -34,6 +34,9 @@ class Shown(Exception):
 
 def _given(stage: str, arguments: Sequence[str]) -> tuple[Schema, Words, Given]:
     schema = schema_of(STAGES[stage].config_class())
+    argument = STAGES[stage].argument
+    if argument and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{argument}", *arguments]
     words = split_words(arguments, schema)
     if words.help:
         from dualroute.cli.help import stage_parser

@@ -20,11 +20,13 @@ class Stage:
         config: Module and name of the dataclass.
         function: Module and name of the function that takes it.
         summary: One line of help.
+        argument: The option that a first word without dashes is the value of; empty for none.
     """
 
     config: tuple[str, str]
     function: tuple[str, str]
     summary: str
+    argument: str = ""
 
     def config_class(self) -> type:
         """The class of its options."""
@@ -95,6 +97,12 @@ STAGES = {
         ("dualroute.evaluate.config", "ChatConfig"),
         ("dualroute.evaluate.chat", "chat_command"),
         "a conversation with a checkpoint in the terminal",
+    ),
+    "serve": Stage(
+        ("dualroute.serve.config", "ServeConfig"),
+        ("dualroute.serve.command", "serve"),
+        "a checkpoint behind OpenAI's API, with a page to chat",
+        argument="checkpoint",
     ),
     "generate": Stage(
         ("dualroute.evaluate.config", "GenerateConfig"),

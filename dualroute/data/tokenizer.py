@@ -176,6 +176,26 @@ class Tokenizer:
         """The piece behind each id, as the model file spells it: a space is U+2581, a byte <0x0A>."""
         return [str(piece) for piece in self._processor.id_to_piece(list(range(self.vocab_size)))]
 
+    def token_bytes(self) -> list[bytes]:
+        """UTF-8 of what each id adds to a text; b"" for specials and ids that are not used.
+
+        The bytes of a text's ids are the text, but for a space that a model like Llama's puts in front.
+        """
+        processor = self._processor
+        if isinstance(processor, JsonProcessor):
+            return processor.token_bytes()
+        spelled = []
+        for number, piece in enumerate(self.pieces()):
+            if processor.is_byte(number):
+                spelled.append(bytes([int(piece[3:5], 16)]))
+            elif processor.is_unknown(number):
+                spelled.append(processor.decode([number]).encode())
+            elif processor.is_control(number) or processor.is_unused(number):
+                spelled.append(b"")
+            else:
+                spelled.append(piece.replace(SPACE_MARK, " ").encode())
+        return spelled
+
     def same_ids(self, other: Tokenizer) -> bool:
         """Whether an id means the same text to both: the same file, or the same piece for every id.
 

@@ -12,6 +12,7 @@ differ from version to version.  The usual names do say it, and GPT-2's one spec
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>")
 PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 UNK = ("<unk>", "[UNK]")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class JsonProcessor:
@@ -113,3 +115,33 @@ class JsonProcessor:
     def id_to_piece(self, ids: list[int]) -> list[str]:
         """How the vocabulary spells ids; "" where an id is not used."""
         return [self._pieces.get(number, "") for number in ids]
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text; see `Tokenizer.token_bytes`."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        alphabet = _byte_alphabet()
+        before = self.encode("x")[-1:]  # some decoders treat the first token of a text in their own way
+        start = len(self.decode(before))
+        spelled = []
+        for number, piece in enumerate(self.id_to_piece(list(range(self._size)))):
+            if not piece or piece in self._specials:
+                spelled.append(b"")
+            elif number in added:
+                spelled.append(piece.encode())
+            elif self.is_byte_level and all(character in alphabet for character in piece):
+                spelled.append(bytes(alphabet[character] for character in piece))
+            elif byte := _BYTE.fullmatch(piece):
+                spelled.append(bytes([int(byte[1], 16)]))
+            else:
+                spelled.append(self.decode([*before, number])[start:].encode())
+        return spelled
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """{character: byte} of GPT-2's spelling: printable characters of Latin-1 stand for themselves, the other
+    bytes for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }

@@ -15,6 +15,7 @@ from dualroute.errors import UserError, printable
 from dualroute.evaluate.config import ChatConfig
 from dualroute.evaluate.conversation import Conversation
 from dualroute.evaluate.load import Loaded, load
+from dualroute.model.steering import steer
 
 log = logging.getLogger(__name__)
 COMMANDS = {"/reset": "begin a new chat", "/help": "show these lines", "/quit": "leave (also Ctrl-D)"}
@@ -31,6 +32,7 @@ def chat_command(config: ChatConfig) -> None:
     """
     loaded = load(config.checkpoint, config.device, config.dtype)
     refuse_silent(loaded)
+    steer(loaded.model, config.scale or "")
     conversation = Conversation(
         loaded.model,
         loaded.tokenizer,

@@ -28,6 +28,8 @@ class EvaluateConfig:
         batch_size: Windows evaluated together.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+        scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
+            docs/interpretability.md.
         output: Also write the figures to this JSON file.
     """
 
@@ -41,6 +43,7 @@ class EvaluateConfig:
     batch_size: int = 8
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    scale: str | None = None
     output: LocalPath | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +72,13 @@ class GenerateConfig:
             chosen; it is reserved for the whole text at once, and gone at the end. host: the memory of the
             host, for a model on a GPU.
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+        scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
+            docs/interpretability.md.
+        samples: Texts to write; the one after the first has the next seed, and so on, so each of them is what
+            its seed gives alone.
+        batch_size: Texts that are written together.
+        output: Also write the texts to this JSON file, with their tokens, why each ended, and with
+            sampling.logprobs the log-probabilities.
     """
 
     checkpoint: LocalPath
@@ -80,9 +90,16 @@ class GenerateConfig:
     cache_offload: FolderOrHost | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    scale: str | None = None
+    samples: int = 1
+    batch_size: int = 8
+    output: LocalPath | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "", may_be_empty=("prompt",))
+        counts = {"samples": at_least(1, 10_000), "batch_size": at_least(1, 1024)}
+        check_fields(self, "", counts, may_be_empty=("prompt",))
+        if self.sampling.logprobs is not None and self.output is None:
+            raise UserError("sampling.logprobs are written to --output: give a JSON file")
 
 
 @dataclass
@@ -97,6 +114,8 @@ class ChatConfig:
             arithmetic's type, int8 and int4 are integers.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+        scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
+            docs/interpretability.md.
     """
 
     checkpoint: LocalPath
@@ -105,6 +124,7 @@ class ChatConfig:
     cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    scale: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "", may_be_empty=("system",))

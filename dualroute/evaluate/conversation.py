@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
+from dualroute.control import TextStream, new_sampler
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig
-from dualroute.model.decoding.generation import draw
 
 CAPACITY = 512  # tokens that a cache has room for at first
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the end of a character is still to come
 Message = dict[str, Any]
 
 
@@ -88,20 +87,20 @@ class Conversation:
         except UserError:
             self.messages, self.left_out = before, gone
             raise
-        written: list[int] = []
-        shown = ""
+        stream = TextStream(self.tokenizer, stops=self.sampling.stop)
         try:
             for token in self._tokens(ids):
-                written.append(token)
-                text = self.tokenizer.decode(written)
-                if not text.endswith(_INCOMPLETE):
-                    yield text[len(shown) :]
-                    shown = text
-            rest = self.tokenizer.decode(written)[len(shown) :]
+                piece = stream.add(token)
+                if piece:
+                    yield piece
+                if stream.stopped is not None:
+                    break
+            rest = stream.finish()
             if rest:
                 yield rest
         finally:  # also where the iterator is closed, or the user interrupts
-            self.messages.append({"role": "assistant", "content": self.tokenizer.decode(written)})
+            stream.finish()
+            self.messages.append({"role": "assistant", "content": stream.text})
 
     def _fitting(self) -> list[int]:
         """Ids of the chat up to where the answer begins, with room for one."""
@@ -135,12 +134,14 @@ class Conversation:
             self._held = []
         fed = ids[len(self._held) :]
         stops = self.tokenizer.eos_ids
-        for _ in range(min(self.sampling.max_new_tokens, limit - len(ids))):
+        sampler = new_sampler(self.sampling, self.tokenizer, ids, generator=self._generator)
+        sampler.room = min(sampler.room, limit - len(ids))
+        while not sampler.is_finished:
             held, self._held = self._held, []  # an interrupt in a layer leaves the caches unequal
             hidden = model.hidden_states(torch.tensor([fed], device=device), caches=self._caches)
             self._held = [*held, *fed]
             self.tokens_read += len(fed)
-            token = draw(model.head(hidden[0, -1]).float().cpu(), self.sampling, self._generator)
+            token = sampler.draw(model.head(hidden[0, -1]).cpu())
             if token in stops:
                 return
             yield token

@@ -35,6 +35,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.evaluate.load import Loaded, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer
+from dualroute.model.steering import steer
 
 #: Rows of [tokens, vocab] logits that exist at once.
 LOGIT_ROWS = 2048
@@ -189,6 +190,7 @@ def evaluate(config: EvaluateConfig) -> Score:
     if config.data is None and config.text is None:
         raise UserError("give --data (a folder of shards) or --text (a file)")
     loaded = load(config.checkpoint, config.device, config.dtype)
+    steer(loaded.model, config.scale or "")
     context = config.context or int(
         loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
     )

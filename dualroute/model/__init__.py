@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dualroute.model.config import ModelConfig
     from dualroute.model.decoding.generation import generate
+    from dualroute.model.decoding.sampler import Sampler
     from dualroute.model.decoding.sampling_config import SamplingConfig
     from dualroute.model.transformer import DualRoutingTransformer
 
-__all__ = ["DualRoutingTransformer", "ModelConfig", "SamplingConfig", "generate"]
+__all__ = ["DualRoutingTransformer", "ModelConfig", "Sampler", "SamplingConfig", "generate"]
 
 _MODULES = {
     "ModelConfig": "config",
     "SamplingConfig": "decoding.sampling_config",
+    "Sampler": "decoding.sampler",
     "generate": "decoding.generation",
     "DualRoutingTransformer": "transformer",
 }

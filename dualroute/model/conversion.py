@@ -254,4 +254,5 @@ def dual_config(
             )
         heads = {"global_heads": dense.num_heads - local, "local_heads": local}
     chosen = {name: value for name, value in routing.items() if value is not None}
-    return dataclasses.replace(dense, attention="dual", **heads, **chosen).resolved()  # type: ignore[arg-type]
+    positions = {"local_rotary_factor": dense.global_rotary_factor}  # heads that become local keep theirs
+    return dataclasses.replace(dense, attention="dual", **heads, **positions, **chosen).resolved()  # type: ignore[arg-type]

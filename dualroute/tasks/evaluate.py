@@ -22,6 +22,7 @@ from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.log import counted
 from dualroute.model.checkpoint.folder import TASK
+from dualroute.model.steering import steer
 from dualroute.tasks.answer import Answerer, task_checkpoint
 from dualroute.tasks.data.problems import Problems
 from dualroute.tasks.data.rows import divided, read_rows
@@ -147,6 +148,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     if config.output is not None and not Path(config.output).parent.is_dir():
         raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")
     answerer = Answerer(config.checkpoint, config.device, config.dtype, config.batch_size)
+    steer(answerer.loaded.model, config.scale or "")
     score = evaluate_task(answerer, config.data)
     console = Console()
     for line in score.left_out:

@@ -15,8 +15,9 @@ from dualroute.attention.core.held import held, hold
 
 OPTIONS = {
     "full": {"global_mode": "full"},
-    "routed": {"global_mode": "routed"},
-    "dual": {"global_mode": "auto", "auto_break_even": 32},  # short documents in full, long ones routed
+    "routed": {"global_mode": "routed", "global_rotary_factor": 0.0},
+    # short documents in full, long ones routed; each route has another rotary table
+    "dual": {"global_mode": "auto", "auto_break_even": 32, "global_rotary_factor": 0.5},
     "local": {"global_heads": 0, "local_heads": 4},
     "both ways": {"global_mode": "routed", "causal": False},
 }

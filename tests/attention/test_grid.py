@@ -190,6 +190,14 @@ def test_patches_are_turned_by_row_and_by_column(channels: int) -> None:
     torch.testing.assert_close(turned, wanted, rtol=0, atol=1e-12)
 
 
+def test_both_axes_turn_whole_pairs() -> None:
+    """The layer of images knows its own rotary share as well."""
+    options = {"block": 4, "sub_block": 4, "causal": False, "grid": Grid(4, 4, 2, 2)}
+    with pytest.raises(ValueError, match=r"is 6 channels, no multiple of 4, as the two axes .* use 0\.5"):
+        DualRouting(32, 4, **options, global_rotary_factor=0.75)
+    assert DualRouting(32, 4, **options, global_rotary_factor=0.5).global_rope.channels == 4
+
+
 def test_every_patch_has_a_slot_of_its_region() -> None:
     for grid in GRIDS:
         slots = grid.slot_of_patch()

@@ -71,7 +71,7 @@ def test_what_the_caches_hold_is_not_read_again(
     conversation = talk(tokenizer)
     answer = tokenizer.encode("the bird sleeps")
     script = iter([*answer, tokenizer.eos_id, *answer, tokenizer.eos_id])
-    monkeypatch.setattr("dualroute.evaluate.conversation.draw", lambda *_: next(script))
+    monkeypatch.setattr("dualroute.model.decoding.sampler.draw", lambda *_: next(script))
     assert said(conversation, "who sleeps") == "the bird sleeps"
     assert said(conversation, "and who else") == "the bird sleeps"
     whole = tokenizer.chat(conversation.messages[:3], add_generation_prompt=True).ids
@@ -80,7 +80,7 @@ def test_what_the_caches_hold_is_not_read_again(
 
 def test_it_stops_at_the_end_of_a_turn(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     script = iter([*tokenizer.encode("yes"), tokenizer.eos_id, 7, 7])
-    monkeypatch.setattr("dualroute.evaluate.conversation.draw", lambda *_: next(script))
+    monkeypatch.setattr("dualroute.model.decoding.sampler.draw", lambda *_: next(script))
     assert said(talk(tokenizer), "well") == "yes"
     assert list(script) == [7, 7]
 

@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import json
 
 import pytest
 
@@ -26,10 +28,40 @@ def test_pieces_are_whole_characters(checkpoint, monkeypatch):
 
     import dualroute.evaluate.sample as sample
 
-    monkeypatch.setattr(sample, "generate", lambda *_: iter([*spelled, loaded.tokenizer.eos_id, 50]))
+    script = [(0, number) for number in [*spelled, loaded.tokenizer.eos_id]]
+    monkeypatch.setattr(sample, "generate_batch", lambda *_: iter(script))
     pieces = list(generate_text(loaded.model, loaded.tokenizer, "a", SamplingConfig()))
     assert "".join(pieces) == "é中🙂"
     assert [p for p in pieces if p] == ["é", "中", "🙂"]
+
+
+def test_several_samples_are_those_of_their_seeds_and_their_numbers_are_written(checkpoint, tmp_path, capsys):
+    output = tmp_path / "texts.json"
+    sampling = SamplingConfig(max_new_tokens=8, seed=3, logprobs=2)
+    config = GenerateConfig(
+        str(checkpoint), "The", sampling, samples=3, batch_size=2, output=str(output), scale="local.1=0"
+    )
+    generate_command(config)
+    assert capsys.readouterr().out.count("--- seed ") == 3
+    texts = json.loads(output.read_text())["texts"]
+    assert [one["seed"] for one in texts] == [3, 4, 5]
+    for one in texts:
+        again = dataclasses.replace(
+            config, samples=1, sampling=dataclasses.replace(sampling, seed=one["seed"])
+        )
+        generate_command(again)
+        assert capsys.readouterr().out == f"The{one['text']}\n"
+        tokens = json.loads(output.read_text())["texts"][0]["tokens"]
+        assert [token["id"] for token in tokens] == [token["id"] for token in one["tokens"]]
+        logprobs = [token["logprob"] for token in one["tokens"]]
+        assert [token["logprob"] for token in tokens] == pytest.approx(logprobs, abs=1e-4)
+        token = one["tokens"][0]
+        assert token["logprob"] <= token["top"][0]["logprob"] <= 0
+        assert len(token["top"]) == 2
+    with pytest.raises(UserError, match="logprobs are written to --output"):
+        GenerateConfig(str(checkpoint), sampling=sampling)
+    with pytest.raises(UserError, match="there is no layer 7"):
+        generate_command(GenerateConfig(str(checkpoint), "The", scale="global.7=0"))
 
 
 def test_a_prompt_comes_from_standard_input(checkpoint, capsys, monkeypatch):

@@ -107,6 +107,7 @@ def test_the_command(checkpoint, tmp_path, capsys):
         ({}, "its attention is dual"),
         ({"attention": "local"}, "its attention is local, and llama.cpp's Llama has no sliding window"),
         ({"attention": "dense", "gate": True}, "its heads have gates"),
+        ({"attention": "dense", "global_rotary_factor": 0.5}, "RoPE turns a part of its heads"),
     ],
 )
 def test_what_llama_cpp_does_not_compute(options, said, checkpoint, tmp_path, capsys):

@@ -71,7 +71,7 @@ def test_the_lengths_reach_routing():
 
 @pytest.mark.slow
 def test_a_program_for_torch(checkpoint, tmp_path):
-    options = {"num_layers": 1, "num_kv_heads": 2, "gate": True}
+    options = {"num_layers": 1, "num_kv_heads": 2, "gate": True, "global_rotary_factor": 0.5}
     source = checkpoint(**options).folder
     output = tmp_path / "out"
     arguments = ["--checkpoint", source, "--format", "torch-export", "--output", output]
@@ -98,6 +98,7 @@ def test_a_file_for_onnxruntime(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The old river sees a green hill.\n" * 60)
     options = {"num_layers": 1, "global_mode": "auto", "qk_norm": True, "num_kv_heads": 2}
+    options["global_rotary_factor"] = 0.0
     output = tmp_path / "out"
     arguments = ["--checkpoint", checkpoint(**options).folder, "--format", "onnx", "--output", output]
     arguments += ["--text", text, "--context", "64", "--quantize", "true"]

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -52,11 +53,35 @@ def test_the_literal_sum_gives_each_route_all_heads():
         ({"vocab_size": 1}, "vocab_size is 1"),
         ({"rope_scaling": {"factor": 2.0, "beta": 1.0}}, "rope_scaling is .*beta"),
         ({"rope_scaling": {"factor": 0.0}}, "rope_scaling is .*0.0"),
+        ({"global_rotary_factor": 1.5}, "model.global_rotary_factor is 1.5"),
+        (
+            {"local_rotary_factor": 0.3, "head_dim": 16},
+            "model.local_rotary_factor=0.3 of head_dim=16 is 4.8 channels, no multiple of 2: use 0.25",
+        ),
     ],
 )
 def test_contradictions_name_the_key_and_the_value(values, named):
     with pytest.raises(UserError, match=named):
         ModelConfig(**values)
+
+
+def test_a_file_from_before_positions_were_chosen_stays_what_it_was(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(ModelConfig(vocab_size=320, window=64).to_dict()))
+    assert "rotary_factor" not in path.read_text()
+    config = ModelConfig.from_file(path)
+    assert (config.global_rotary_factor, config.local_rotary_factor) == (1, 1)
+    assert json.dumps(config.to_dict()) == path.read_text()
+    path.write_text(json.dumps(dataclasses.replace(config, global_rotary_factor=0.0).to_dict()))
+    assert ModelConfig.from_file(path).global_rotary_factor == 0
+
+
+@pytest.mark.parametrize("attention", ["dual", "dense", "local"])
+def test_each_route_has_its_own_positions(attention):
+    config = ModelConfig(attention=attention, head_dim=16, global_rotary_factor=0.0, local_rotary_factor=0.5)
+    with torch.device("meta"):
+        layer = TransformerBlock(config.of_layer(0)).attention
+    assert (layer.global_rope.channels, layer.local_rope.channels) == (0, 8)
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):
@@ -80,7 +105,7 @@ GRID = {
 READS = [
     {"block": 12}, {"block": 12, "router": "moment"}, {"sub_block": 0}, {"top_k": -1}, {"window": 0},
     {"rope_theta": 0.0}, {"router": "minmx"}, {"far_summary": "third"}, {"global_mode": "both"},
-    {"auto_break_even": 0}, {},
+    {"auto_break_even": 0}, {"global_rotary_factor": 0.3}, {"local_rotary_factor": 0.25}, {},
 ]  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def groups_of(model, count=None, seed=0):
         {"qk_norm": True, "gate": True},
         {"tie_embeddings": False, "num_kv_heads": 8},
         {"rope_theta": 500.0, "rope_scaling": {"factor": 2.0}},
+        {"global_rotary_factor": 0.0},
+        {"global_rotary_factor": 1 / 3, "local_rotary_factor": 0.0},
     ],
     ids=str,
 )

@@ -13,13 +13,15 @@ by 0.004.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dualroute.attention.core.precision import outside_inference_mode
 
 Table = tuple[Tensor, Tensor]  # cosine and sine of each pair of channels
 
@@ -79,10 +81,18 @@ class Rope(NamedTuple):
         return _table(F.pad(angles, (0, self.head_dim // 2 - angles.shape[-1])), dtype)
 
 
-def token_tables(ropes: Sequence[Rope], position: Tensor, dtype: torch.dtype) -> Table:
+def token_tables(ropes: tuple[Rope, ...], position: Tensor, dtype: torch.dtype) -> Table:
     """Cosine and sine, each (len(ropes), head_dim // 2), of one position () or (1,)."""
-    frequencies = torch.stack([rope.frequencies(position.device) for rope in ropes])
-    return _table(position.to(torch.float64) * frequencies, dtype)
+    # asked for by every layer at every token; a compiler sees to that by itself
+    frequencies = _stacked if torch.compiler.is_compiling() else _kept
+    return _table(position.to(torch.float64) * frequencies(ropes, position.device), dtype)
+
+
+def _stacked(ropes: tuple[Rope, ...], device: torch.device) -> Tensor:
+    return torch.stack([rope.frequencies(device) for rope in ropes])
+
+
+_kept = functools.lru_cache(maxsize=64)(outside_inference_mode(_stacked))
 
 
 def _frequencies(channels: int, theta: float, device: torch.device | str | None) -> Tensor:

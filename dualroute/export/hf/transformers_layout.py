@@ -30,6 +30,10 @@ def why_not(config: ModelConfig) -> str:
         return f"its attention is {config.attention}"
     if config.gate:
         return "its heads have gates"
+    route = "local" if config.attention == "local" else "global"
+    factor = getattr(config, f"{route}_rotary_factor")
+    if factor != 1:
+        return f"RoPE turns {'a part' if factor else 'none'} of its heads ({route}_rotary_factor {factor:g})"
     if config.attention == "local":
         if len(set(config.layer_windows or [])) > 1:
             return "its layers have windows of their own (layer_windows)"

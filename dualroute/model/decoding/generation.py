@@ -1,108 +1,123 @@
-"""Sampling: a prompt's ids in, one new id at a time out.
+"""Generation: prompts' ids in, new ids out.
 
-The prompt is read once into the caches, each further token costs one step of the model.  Temperature, then
-top-k, then top-p are applied in that order, as in Hugging Face's ``generate``.  Sampling
-has a random generator of its own, so drawing samples during training changes no training step.
+A prompt is read once into the caches, each further token costs one step of the model.  What comes next is
+drawn by the text's own :class:`~dualroute.model.decoding.sampler.Sampler`, so a text is the same alone and
+beside others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dualroute.model.decoding.cache_options import DEFAULT, CacheOptions
+from dualroute.model.decoding.sampler import Sampler
 from dualroute.model.decoding.sampling_config import SamplingConfig
 from dualroute.model.transformer import DualRoutingTransformer
 
 Decoder = Callable[[Tensor, list[Any]], Tensor]
 
-NUCLEUS = 1024  # tokens in which the nucleus of top_p is looked for first
 
-
-def next_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Tokens that may come next: (V,) logits → their ids and float32 probabilities, (m,), whose sum is 1."""
-    logits = logits.float()
-    if sampling.temperature == 0:
-        return logits.argmax().view(1), logits.new_ones(1)
-    ids = torch.arange(logits.numel(), device=logits.device)
-    if 0 < sampling.top_k < logits.numel():
-        logits, ids = logits.topk(sampling.top_k)
-    probabilities = torch.softmax(logits / sampling.temperature, -1)
-    if sampling.top_p < 1:
-        # sorting a large vocabulary takes longer than a small model's step: begin with the most likely ones
-        kept = count = 0
-        while kept == count < ids.numel():
-            count = min(8 * count or NUCLEUS, ids.numel())
-            ordered, order = probabilities.topk(count)
-            # a token stays while the mass *before* it has not reached top_p: the most likely always stays
-            kept = int((ordered.cumsum(0) - ordered < sampling.top_p).sum())
-        ids, probabilities = ids[order[:kept]], ordered[:kept]
-    return ids, probabilities / probabilities.sum()
-
-
-def draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """The next token for (V,) logits: where a uniform number falls among the summed probabilities."""
-    if sampling.temperature == 0:
-        return int(logits.max(0).indices)  # twice as fast as argmax on a CPU
-    ids, probabilities = next_tokens(logits, sampling)
-    if ids.numel() == 1:
-        return int(ids)
-    summed = probabilities.double().cumsum(0)
-    place = summed[-1] * torch.rand(1, generator=generator, dtype=torch.double)
-    return int(ids[torch.searchsorted(summed, place, right=True).clamp_max(ids.numel() - 1)])
-
-
-@torch.no_grad()
 def generate(
     model: DualRoutingTransformer,
     prompt: list[int],
     sampling: SamplingConfig,
     eos_id: int | Collection[int] | None = None,
     decoder: Decoder | None = None,
-    cache_dtype: str = "auto",
-    cache_offload: str | None = None,
+    cache: CacheOptions = DEFAULT,
+    sampler: Sampler | None = None,
 ) -> Iterator[int]:
     """Yield new token ids after ``prompt`` until ``eos_id`` (any of them, if several), ``max_new_tokens`` or
     the model's context.
 
-    ``decoder(tokens, caches)`` gives the logits (1, V) after tokens (1, n); null asks the model itself.
-    ``cache_dtype`` is how complete blocks of the global route are kept: auto (as the model), int8 or int4;
-    ``cache_offload`` a folder, or host, where its keys and values lie.
+    ``decoder(tokens, caches)`` gives the logits (B, V) after tokens (B, n); null asks the model itself.
+    ``cache`` says how keys and values are kept.  ``sampler`` draws instead of one made of ``sampling``.
 
     Raises:
-        ValueError: The prompt is empty, or leaves no room in the model's context.
-        UserError: The model is not causal, or the folder cannot be used, or is full.
+        ValueError: The prompt is empty, or leaves no room in the model's context, or ``sampling`` reads texts
+            and no sampler does.
+        UserError: The model is not causal, or nothing may come next.
+    """
+    sampler = sampler or Sampler(sampling, prompt)
+    for _, token in generate_batch(model, [prompt], [sampler], eos_id, decoder, cache):
+        yield token
+
+
+@torch.no_grad()
+def generate_batch(
+    model: DualRoutingTransformer,
+    prompts: Sequence[list[int]],
+    samplers: Sequence[Sampler],
+    eos_id: int | Collection[int] | None = None,
+    decoder: Decoder | None = None,
+    cache: CacheOptions = DEFAULT,
+) -> Iterator[tuple[int, int]]:
+    """Yield (number of a prompt, its next token), each prompt until its own end as in :func:`generate`.
+
+    Prompts of equal length are read and continued together; each draws by its own sampler, so what it becomes
+    does not depend on the others.  A caller that needs no more of a prompt sets its ``sampler.room`` to 0.
+
+    Raises:
+        ValueError, UserError: As in :func:`generate`.
     """
     model.config.require_causal("generation")
     limit = model.config.max_context
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least the <bos> token")
-    if len(prompt) >= limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the model reads at most {limit}: shorten it")
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least the <bos> token")
+        if len(prompt) >= limit:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens; the model reads at most {limit}: shorten it"
+            )
     ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
-    device = model.norm.weight.device  # the embedding may be quantised
-    generator = torch.Generator().manual_seed(sampling.seed)
-    length = min(len(prompt) + sampling.max_new_tokens, limit)
     was_training = model.training
     model.eval()
     try:
-        caches = model.new_caches(1, length, cache_dtype=cache_dtype, cache_offload=cache_offload)
-        fed = torch.tensor([prompt], device=device)
-        for _ in range(length - len(prompt)):
-            if decoder is None:
-                logits = model.head(model.hidden_states(fed, caches=caches)[0, -1])
-            else:
-                logits = decoder(fed, caches)[0]
-            # drawn on the CPU: the same seed gives the same text on every device
-            token = draw(logits.cpu(), sampling, generator)
-            yield token
-            if token in ends:
-                return
-            fed = torch.tensor([[token]], device=device)
+        for length in sorted({len(prompt) for prompt in prompts}):
+            rows = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
+            of_rows = [samplers[number] for number in rows]
+            for sampler in of_rows:
+                sampler.room = min(sampler.room, limit - length)
+            tokens = torch.tensor([prompts[number] for number in rows])
+            for row, token in _continue_rows(model, tokens, of_rows, ends, decoder, cache):
+                yield rows[row], token
     finally:
         model.train(was_training)
+
+
+def _continue_rows(
+    model: DualRoutingTransformer,
+    tokens: Tensor,
+    samplers: Sequence[Sampler],
+    ends: Collection[int | None],
+    decoder: Decoder | None,
+    cache: CacheOptions,
+) -> Iterator[tuple[int, int]]:
+    """(row, next token) of prompts (B, n)."""
+    device = model.norm.weight.device  # the embedding may be quantised
+    batch, length = tokens.shape
+    caches = model.new_caches(batch, length + max(sampler.room for sampler in samplers), **cache._asdict())
+    fed = tokens.to(device)
+    waiting = [row for row, sampler in enumerate(samplers) if not sampler.is_finished]
+    while waiting:
+        if decoder is None:
+            logits = model.head(model.hidden_states(fed, caches=caches)[:, -1])
+        else:
+            logits = decoder(fed, caches)
+        # drawn on the CPU: the same seed gives the same text on every device
+        logits = logits.cpu()
+        following = [0] * batch  # rows that have ended are fed anything
+        for row in list(waiting):
+            token = following[row] = samplers[row].draw(logits[row])
+            if token in ends:
+                samplers[row].room = 0
+            yield row, token
+            if samplers[row].is_finished:  # also where the caller says so
+                waiting.remove(row)
+        fed = torch.tensor(following, device=device)[:, None]
 
 
 @torch.no_grad()

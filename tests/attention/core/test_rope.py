@@ -78,6 +78,8 @@ def test_scaled_frequencies():
     plain = Rope(8, 8, 100.0).table(POSITIONS, torch.float64)
     linear = Rope(8, 8, 100.0, RopeScaling(4.0)).table(4 * POSITIONS, torch.float64)
     torch.testing.assert_close(linear, plain)
+    partial = Rope(8, 4, 100.0, RopeScaling(4.0)).table(4 * POSITIONS, torch.float64)
+    torch.testing.assert_close(partial, Rope(8, 4, 100.0).table(POSITIONS, torch.float64))
     frequencies = torch.tensor([1.0, 0.5, 1e-4], dtype=torch.float64)  # 15.9, 8.0, 0.002 turns in 100 tokens
     scaled = RopeScaling(8.0, 4.0, 12.0, 100.0).apply(frequencies)
     torch.testing.assert_close(scaled[[0, 2]], torch.tensor([1.0, 1e-4 / 8], dtype=torch.float64))

@@ -72,6 +72,8 @@ def test_logits_are_those_of_the_model(kind, loaded, tmp_path):
         ({**DENSE, "gate": True}, "its heads have gates"),
         ({**DENSE, "qkv_bias": True, "qk_norm": True}, "both qkv_bias and qk_norm"),
         ({**DENSE, "qk_norm": True}, "epsilon 1e-06 and the others 1e-05"),
+        ({**DENSE, "global_rotary_factor": 0.0}, "RoPE turns none of its heads (global_rotary_factor 0)"),
+        ({"attention": "local", "local_rotary_factor": 0.5}, "RoPE turns a part of its heads (local_rotary"),
         ({"attention": "local", "qk_norm": True}, "a Mistral has a sliding window"),
         ({"attention": "local", "layer_windows": [3, 4]}, "layers have windows of their own"),
     ],

@@ -43,6 +43,8 @@ KINDS = {
     "interleaved": {"attention": "interleaved", "dense_every": 2},
     "global in one layer": {"global_mode": "routed", "top_k": 1, "global_layers": [1]},
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
+    "no global positions": {"global_mode": "routed", "top_k": 1, "global_rotary_factor": 0.0},
+    "some channels": {"global_rotary_factor": 0.5, "local_rotary_factor": 0.25, "num_kv_heads": 2},
     "biases and scaled RoPE": {"global_mode": "full", "qkv_bias": True, "rope_scaling": {"factor": 4.0}},
 }
 
@@ -147,7 +149,8 @@ def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
     ids = torch.randint(60, (1, 50))
     runs = []
     for seed, length, kept in [(0, 50, "auto"), (1, 50, "auto"), (1, 64, "auto"), (1, 50, "int4")]:
-        model = build(seed, global_mode="routed", top_k=1, num_layers=1) if len(runs) < 2 else runs[-1][0]
+        shape = {"global_mode": "routed", "top_k": 1, "num_layers": 1, "global_rotary_factor": 0.5}
+        model = build(seed, **shape) if len(runs) < 2 else runs[-1][0]
         decoder = CompiledDecoder(model) if len(runs) < 2 else runs[-1][1]
         theirs = model.new_caches(1, length, cache_dtype=kept)
         runs.append((model, decoder, model.new_caches(1, length, cache_dtype=kept), theirs))
@@ -172,7 +175,8 @@ def test_compiled_steps_give_the_same_logits_with_every_model_and_cache():
 @pytest.mark.parametrize("tie", [True, False])
 def test_compiled_int8_weights_are_read_by_the_kernels(tie):
     """Without torch's dispatcher between them, and from programs that the compiler keeps on disk."""
-    model = build(global_mode="routed", top_k=1, num_layers=1, tie_embeddings=tie, ffn_dim=80)
+    shape = {"num_layers": 1, "tie_embeddings": tie, "ffn_dim": 80, "global_rotary_factor": 0.0}
+    model = build(global_mode="routed", top_k=1, **shape)
     model = quantize_model(model, Quantization("int8_weight_only"))
     exact = copy.deepcopy(model).double()
     ids = torch.randint(60, (1, 50))

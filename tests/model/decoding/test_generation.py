@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
-from dualroute.model.decoding.generation import continue_batch, draw, next_tokens
+from dualroute.model.decoding.generation import continue_batch
+from dualroute.model.decoding.sampler import draw, next_tokens
 
 
 @pytest.fixture(scope="module")

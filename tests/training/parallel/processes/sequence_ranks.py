@@ -18,6 +18,7 @@ def model(causal: bool) -> DualRoutingTransformer:
     config = ModelConfig(
         vocab_size=40, dim=32, num_layers=2, num_heads=8, num_kv_heads=4, window=8, block=16, top_k=1,
         max_context=200, global_mode="routed", causal=causal, gate=True, qk_norm=True,
+        global_rotary_factor=0.5,
     )  # fmt: skip
     made = DualRoutingTransformer(config).double()
     for layer in made.layers:
