@@ -187,9 +187,8 @@ def _decode_tokens(
     far_table, near_table = layer.rotary_tables(positions.flatten(), dtype)
     if far is not None and cache.global_cache is not None:
         query, key, value = _heads(layer, far, far_table)
-        outputs.append(
-            _global_tokens(query, key, value, cache.global_cache, layer.routing.top_k, cache.exact)
-        )
+        top_k = layer.routing.top_k
+        outputs.append(_global_tokens(query, key, value, cache.global_cache, top_k, cache.exact))
     if near is not None and cache.local_cache is not None:
         query, key, value = _heads(layer, near, near_table)
         outputs.append(_decode_local(query, key, value, cache.local_cache))

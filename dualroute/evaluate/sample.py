@@ -20,6 +20,7 @@ from dualroute.evaluate.config import GenerateConfig
 from dualroute.evaluate.load import choose_device, load
 from dualroute.files import write_bytes_atomically
 from dualroute.model import DualRoutingTransformer, Sampler, SamplingConfig
+from dualroute.model.decoding.cache_options import DEFAULT, CacheOptions
 from dualroute.model.decoding.compiled_decode import CompiledDecoder, check_compiler
 from dualroute.model.decoding.generation import Decoder, generate_batch
 from dualroute.model.decoding.sampler import TokenLogprob
@@ -84,8 +85,7 @@ def write_batch(
     prompts: Sequence[str],
     samplings: Sequence[SamplingConfig],
     decoder: Decoder | None = None,
-    cache_dtype: str = "auto",
-    cache_offload: str | None = None,
+    cache: CacheOptions = DEFAULT,
 ) -> list[Written]:
     """Continue several prompts at once; each becomes what it becomes alone.
 
@@ -93,7 +93,7 @@ def write_batch(
         model, tokenizer: Of one checkpoint.
         prompts: Texts to continue.
         samplings: How tokens are drawn, one for each prompt.
-        decoder, cache_dtype, cache_offload: Those of :func:`~dualroute.model.decoding.generation.generate`.
+        decoder, cache: Those of :func:`~dualroute.model.decoding.generation.generate`.
 
     Raises:
         UserError: A prompt leaves no room in the model's context, or an option cannot be used.
@@ -101,9 +101,7 @@ def write_batch(
     ids = [_prompt_ids(model, tokenizer, prompt) for prompt in prompts]
     writers = [Writer(tokenizer, how, of) for how, of in zip(samplings, ids, strict=True)]
     samplers = [writer.sampler for writer in writers]
-    for number, token in generate_batch(
-        model, ids, samplers, tokenizer.eos_ids, decoder, cache_dtype, cache_offload
-    ):
+    for number, token in generate_batch(model, ids, samplers, tokenizer.eos_ids, decoder, cache):
         writers[number].add(token)
     for writer in writers:
         writer.finish()
@@ -124,13 +122,12 @@ def generate_text(
     prompt: str,
     sampling: SamplingConfig,
     decoder: Decoder | None = None,
-    cache_dtype: str = "auto",
-    cache_offload: str | None = None,
+    cache: CacheOptions = DEFAULT,
     written: Written | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of ``prompt`` in pieces of whole characters.
 
-    ``decoder`` and the cache's options are those of :func:`~dualroute.model.decoding.generation.generate`;
+    ``decoder`` and ``cache`` are those of :func:`~dualroute.model.decoding.generation.generate`;
     ``written`` is filled at the end.  A character outside the vocabulary is several byte tokens; a piece is
     held back until it is complete, or until it cannot be the beginning of a stop.
 
@@ -139,9 +136,7 @@ def generate_text(
     """
     ids = _prompt_ids(model, tokenizer, prompt)
     writer = Writer(tokenizer, sampling, ids)
-    for _, token in generate_batch(
-        model, [ids], [writer.sampler], tokenizer.eos_ids, decoder, cache_dtype, cache_offload
-    ):
+    for _, token in generate_batch(model, [ids], [writer.sampler], tokenizer.eos_ids, decoder, cache):
         piece = writer.add(token)
         if piece:
             yield piece
@@ -181,14 +176,14 @@ def generate_command(config: GenerateConfig) -> None:
     steer(loaded.model, config.scale or "")
     decoder = CompiledDecoder(loaded.model) if config.compile else None
     prompt = _prompt_of_input() if config.prompt == "-" else config.prompt
+    cache = CacheOptions(config.cache_dtype, config.cache_offload)
     # a model may write what a terminal obeys; a file or a pipe gets the text as it is
     shown = printable if sys.stdout.isatty() else str
     texts: list[Written] = []
-    cache = (config.cache_dtype, config.cache_offload)
     if config.samples == 1:
         texts.append(Written())
         pieces = generate_text(
-            loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, *cache, texts[0]
+            loaded.model, loaded.tokenizer, prompt, config.sampling, decoder, cache, texts[0]
         )
         if config.stream:
             print(shown(prompt), end="", flush=True)
@@ -204,7 +199,7 @@ def generate_command(config: GenerateConfig) -> None:
                 replace(config.sampling, seed=seed) for seed in seeds[first : first + config.batch_size]
             ]
             some = write_batch(
-                loaded.model, loaded.tokenizer, [prompt] * len(samplings), samplings, decoder, *cache
+                loaded.model, loaded.tokenizer, [prompt] * len(samplings), samplings, decoder, cache
             )
             for one in some:
                 print(f"--- seed {one.seed}, ended by {one.ended}\n{shown(prompt + one.text)}", flush=True)

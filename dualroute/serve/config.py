@@ -35,8 +35,7 @@ class ServeConfig:
         shutdown_s: Seconds that running requests have to finish when the server is stopped.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; of the first
             model alone.
-        cache_dtype: How keys and values of the global route are kept: auto is the arithmetic's type, int8 and
-            int4 a quarter and an eighth of float32.
+        cache_dtype: How the global route keeps complete blocks: auto is the arithmetic's type, or int8, int4.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
     """

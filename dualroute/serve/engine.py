@@ -150,7 +150,7 @@ class Engine:
         cache_bytes: Of keys and values of all texts.
         prefix_share: Of them, for texts that are done.
         prefill_chunk: Tokens of a prompt between two steps.
-        cache_dtype: How keys and values are kept: auto, int8 or int4.
+        cache_dtype: How complete blocks of the global route are kept: auto, int8 or int4.
         metrics: Are told.
     """
 

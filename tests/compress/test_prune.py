@@ -54,8 +54,8 @@ def test_keeping_everything_changes_nothing(calibrated):
         {"attention": "local"},
         {"attention": "interleaved", "dense_every": 2},
         {"qk_norm": True, "gate": True, "tie_embeddings": False},
-        {"qkv_bias": True, "global_rotary_factor": 0.0, "local_rotary_factor": 0.5},
         {"global_layers": [1]},
+        {"qkv_bias": True, "global_rotary_factor": 0.0, "local_rotary_factor": 0.5},
         {"layer_windows": [3, 9], "layer_top_k": [1, 2]},
     ],
 )

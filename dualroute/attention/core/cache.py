@@ -123,6 +123,11 @@ class GlobalCache(KeysAndValues):
             self.far_keys = zeros(blocks, (2 if far_summary == "second_order" else 1) * head_dim)
             self.far_values = zeros(blocks, head_dim)
 
+    @property
+    def cache_dtype(self) -> str:
+        """How complete blocks are kept, as `decoding.new_cache` calls it."""
+        return "auto" if self.bits is None else f"int{self.bits}"
+
     def offload(self, pages: Pages, length: int) -> None:
         """Make room for `length` tokens at most, in `pages` for tensors of tokens; there was none before."""
         self.pages = pages

@@ -45,9 +45,8 @@ def new_text(model: DualRoutingTransformer, capacity: int, *, cache_dtype: str =
 
 def copied(model: DualRoutingTransformer, text: Caches, capacity: int) -> Caches:
     """Caches that go on for themselves after what `text` holds, with room for `capacity` tokens in all."""
-    far = text[0].global_cache
-    bits = None if far is None else far.bits
-    copies = new_text(model, capacity, cache_dtype="auto" if bits is None else f"int{bits}")
+    kept = [cache.global_cache.cache_dtype for cache in text if cache.global_cache is not None]
+    copies = new_text(model, capacity, cache_dtype=kept[0] if kept else "auto")
     for old, new in zip(text, copies, strict=True):
         for name in ("global_cache", "local_cache"):
             source, target = getattr(old, name), getattr(new, name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dualroute.model.decoding.cache_options import DEFAULT, CacheOptions
 from dualroute.model.decoding.sampler import Sampler
 from dualroute.model.decoding.sampling_config import SamplingConfig
 from dualroute.model.transformer import DualRoutingTransformer
@@ -26,17 +27,14 @@ def generate(
     sampling: SamplingConfig,
     eos_id: int | Collection[int] | None = None,
     decoder: Decoder | None = None,
-    cache_dtype: str = "auto",
-    cache_offload: str | None = None,
+    cache: CacheOptions = DEFAULT,
     sampler: Sampler | None = None,
 ) -> Iterator[int]:
     """Yield new token ids after ``prompt`` until ``eos_id`` (any of them, if several), ``max_new_tokens`` or
     the model's context.
 
     ``decoder(tokens, caches)`` gives the logits (B, V) after tokens (B, n); null asks the model itself.
-    ``cache_dtype`` is how complete blocks of the global route are kept: auto (as the model), int8 or int4;
-    ``cache_offload`` a folder, or host, where its keys and values lie.  ``sampler`` draws instead of one made
-    of ``sampling``.
+    ``cache`` says how keys and values are kept.  ``sampler`` draws instead of one made of ``sampling``.
 
     Raises:
         ValueError: The prompt is empty, or leaves no room in the model's context, or ``sampling`` reads texts
@@ -44,7 +42,7 @@ def generate(
         UserError: The model is not causal, or nothing may come next.
     """
     sampler = sampler or Sampler(sampling, prompt)
-    for _, token in generate_batch(model, [prompt], [sampler], eos_id, decoder, cache_dtype, cache_offload):
+    for _, token in generate_batch(model, [prompt], [sampler], eos_id, decoder, cache):
         yield token
 
 
@@ -55,8 +53,7 @@ def generate_batch(
     samplers: Sequence[Sampler],
     eos_id: int | Collection[int] | None = None,
     decoder: Decoder | None = None,
-    cache_dtype: str = "auto",
-    cache_offload: str | None = None,
+    cache: CacheOptions = DEFAULT,
 ) -> Iterator[tuple[int, int]]:
     """Yield (number of a prompt, its next token), each prompt until its own end as in :func:`generate`.
 
@@ -85,9 +82,7 @@ def generate_batch(
             for sampler in of_rows:
                 sampler.room = min(sampler.room, limit - length)
             tokens = torch.tensor([prompts[number] for number in rows])
-            for row, token in _continue_rows(
-                model, tokens, of_rows, ends, decoder, cache_dtype, cache_offload
-            ):
+            for row, token in _continue_rows(model, tokens, of_rows, ends, decoder, cache):
                 yield rows[row], token
     finally:
         model.train(was_training)
@@ -99,14 +94,12 @@ def _continue_rows(
     samplers: Sequence[Sampler],
     ends: Collection[int | None],
     decoder: Decoder | None,
-    cache_dtype: str,
-    cache_offload: str | None,
+    cache: CacheOptions,
 ) -> Iterator[tuple[int, int]]:
     """(row, next token) of prompts (B, n)."""
     device = model.norm.weight.device  # the embedding may be quantised
     batch, length = tokens.shape
-    longest = length + max(sampler.room for sampler in samplers)
-    caches = model.new_caches(batch, longest, cache_dtype=cache_dtype, cache_offload=cache_offload)
+    caches = model.new_caches(batch, length + max(sampler.room for sampler in samplers), **cache._asdict())
     fed = tokens.to(device)
     waiting = [row for row, sampler in enumerate(samplers) if not sampler.is_finished]
     while waiting:
