@@ -25,6 +25,8 @@ NEEDED = {
     "VerifyDataConfig": {"data": "data"},
     "ShowDataConfig": {"data": "data"},
     "ChatConfig": {"checkpoint": "run"},
+    "ServeConfig": {"checkpoint": "run"},
+    "CompareRunsConfig": {"first": "one", "second": "two"},
     "PredictConfig": {"checkpoint": "run", "input": "rows.csv", "output": "out"},
     "ExportConfig": {"checkpoint": "run", "output": "out", "format": "hf"},
 }

@@ -25,9 +25,9 @@ from dualroute.attention.backends.torch.decode import (
 )
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import CACHE_DTYPES, check_at_least, check_name
-from dualroute.attention.core.paging import make_pages
+from dualroute.attention.core.storage.paging import make_pages
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
-from dualroute.attention.core.quantized_cache import BITS, QuantizedGlobalCache
+from dualroute.attention.core.storage.quantized_cache import BITS, QuantizedGlobalCache
 from dualroute.attention.core.rope import Table, token_tables
 from dualroute.attention.projections import Projections
 
@@ -48,8 +48,8 @@ def new_cache(
 
     There is room for all of them at once, or for `capacity` at first and for more when they come.
     `cache_dtype` is how the global route's complete blocks are kept: "auto" in `dtype`, "int8" or "int4" as
-    integers (see `core.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload`
-    is a folder for files that hold the global route's keys and values, or "host" (see `core.paging`); the
+    integers (see `core.storage.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload`
+    is a folder for files that hold the global route's keys and values, or "host" (see `core.storage.paging`); the
     room for all tokens is then reserved at once.
 
     Raises:

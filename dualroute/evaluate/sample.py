@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dualroute.attention.core.paging import HOST
+from dualroute.attention.core.storage.paging import HOST
 from dualroute.control import TextStream, new_sampler
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, printable

@@ -180,7 +180,7 @@ def test_switches_and_print_config(file, capsys):
     assert (config.prune, config.output, config.prompts) == ({"keep": 0.5}, "a$b", ["a", "null"])
     assert main(["prune", "--print-config"]) == 0  # what must be given is null
     assert yaml.safe_load(capsys.readouterr().out)["checkpoint"] is None
-    assert "checkpoint and output and data must be given: --checkpoint …" in refusal("prune")
+    assert "checkpoint and output must be given: --checkpoint …" in refusal("prune")
 
 
 def test_configurations_that_come_with_it_are_found_by_name_from_anywhere(file, capsys):

@@ -23,8 +23,8 @@ from dualroute.tasks.data.module import PackedWindows, collate_examples
 from dualroute.tasks.data.packing import PackedSequence
 from dualroute.tasks.kind import BadRow, Setting
 from dualroute.tasks.kinds.preference import Preferences
-from dualroute.tasks.preference import preference_sums
-from dualroute.tasks.reference import FILE, lay_out, reference_scores
+from dualroute.tasks.dpo.loss import preference_sums
+from dualroute.tasks.dpo.reference import FILE, lay_out, reference_scores
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests import warm
 from tests.conftest import ROOT

@@ -8,7 +8,7 @@ reads, top_k + 2 blocks and one pseudo-key per past block, and not the length of
 similar keys (`core.clusters`) what is past is put in another order where it lies, between two steps: kernels
 see blocks as ever.
 
-`core.quantized_cache` has a global cache whose complete blocks are integers of 8 or 4 bits.
+`core.storage.quantized_cache` has a global cache whose complete blocks are integers of 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dualroute.attention.core.clusters import cell_size, similar_order, span_sizes
 from dualroute.attention.core.far_summary import far_keys
-from dualroute.attention.core.paging import Pages
+from dualroute.attention.core.storage.paging import Pages
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.router import block_features
 

@@ -37,7 +37,7 @@ class Preferences(Chats):
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        from dualroute.tasks.reference import check_preference
+        from dualroute.tasks.dpo.reference import check_preference
 
         check_preference(config)
 
@@ -127,8 +127,8 @@ class Preferences(Chats):
     def training(
         self, encoded: Sequence[Encoded], prepared: Any, arguments: Callable[[], dict[str, Any]]
     ) -> Any:
-        from dualroute.tasks.preference import Prefer
-        from dualroute.tasks.reference import add_reference
+        from dualroute.tasks.dpo.loss import Prefer
+        from dualroute.tasks.dpo.reference import add_reference
 
         parts = [part.examples for part in encoded]
         if prepared.sharded:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dualroute.attention.backends.cpp.operators import ROUTERS
 from dualroute.attention.core.cache import LayerCache
-from dualroute.attention.core.quantized_cache import QuantizedGlobalCache
+from dualroute.attention.core.storage.quantized_cache import QuantizedGlobalCache
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16)
 

@@ -1,7 +1,7 @@
 """Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290).
 
 In: batches whose examples are pairs of chats, with the log-probability of each under the model that the run
-began with (:mod:`~dualroute.tasks.reference`).  Here: with a = log p(chosen) and b = log p(rejected),
+began with (:mod:`~dualroute.tasks.dpo.reference`).  Here: with a = log p(chosen) and b = log p(rejected),
 
     margin = beta · ((a - a_reference) - (b - b_reference))
     loss   = -(1 - s) · log σ(margin) - s · log σ(-margin)

@@ -30,7 +30,7 @@ from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint, load_bod
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.data.module import PackedWindows, collate_examples
 from dualroute.tasks.data.packing import PackedSequence
-from dualroute.tasks.preference import answer_log_probabilities, document_numbers
+from dualroute.tasks.dpo.loss import answer_log_probabilities, document_numbers
 from dualroute.training.config import PretrainConfig
 from dualroute.training.parallel.agreement import decided_by_rank_zero, place, told_by_all
 

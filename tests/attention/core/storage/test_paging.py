@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dualroute.attention import DualRouting
-from dualroute.attention.core import paging
+from dualroute.attention.core.storage import paging
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.decoding.compiled_decode import CompiledDecoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dualroute.attention import DualRouting, reference
-from dualroute.attention.core.quantized_cache import QuantizedGlobalCache, pack, to_grid, unpack
+from dualroute.attention.core.storage.quantized_cache import QuantizedGlobalCache, pack, to_grid, unpack
 from dualroute.attention.decoding import _global_tokens, decode_global
 
 BLOCK, SUB_BLOCK, TOP_K, DIM = 8, 4, 2, 12

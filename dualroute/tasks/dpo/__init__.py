@@ -1,0 +1,1 @@
+"""Direct preference optimization: its loss, and what the reference model says, computed once."""
