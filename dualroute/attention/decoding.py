@@ -25,10 +25,10 @@ from dualroute.attention.backends.torch.decode import (
 )
 from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import CACHE_DTYPES, check_at_least, check_name
-from dualroute.attention.core.storage.paging import make_pages
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
-from dualroute.attention.core.storage.quantized_cache import BITS, QuantizedGlobalCache
 from dualroute.attention.core.rope import Table, token_tables
+from dualroute.attention.core.storage.paging import make_pages
+from dualroute.attention.core.storage.quantized_cache import BITS, QuantizedGlobalCache
 from dualroute.attention.projections import Projections
 
 

@@ -21,10 +21,10 @@ from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.data.module import PackedWindows, collate_examples
 from dualroute.tasks.data.packing import PackedSequence
-from dualroute.tasks.kind import BadRow, Setting
-from dualroute.tasks.kinds.preference import Preferences
 from dualroute.tasks.dpo.loss import preference_sums
 from dualroute.tasks.dpo.reference import FILE, lay_out, reference_scores
+from dualroute.tasks.kind import BadRow, Setting
+from dualroute.tasks.kinds.preference import Preferences
 from dualroute.training.monitoring.metrics_log import read_metrics
 from tests import warm
 from tests.conftest import ROOT

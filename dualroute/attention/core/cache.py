@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dualroute.attention.core.clusters import cell_size, similar_order, span_sizes
 from dualroute.attention.core.far_summary import far_keys
-from dualroute.attention.core.storage.paging import Pages
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.router import block_features
+from dualroute.attention.core.storage.paging import Pages
 
 Place = slice | Tensor  # tokens: a slice, or their numbers
 
