@@ -152,14 +152,14 @@ def _measured(
     pieces = list(zip(sums, counts, strict=True))
     scores = [
         _score("loss", loss, error, 1.0, targets, unit="token", pieces=pieces),
-        _exponential("perplexity", loss, error, 1.0, targets, unit="token", pieces=pieces),
+        _score("perplexity", loss, error, 1.0, targets, unit="token", pieces=pieces, exponential=True),
         _score("bits_per_byte", loss, error, targets / size / math.log(2), targets, pieces=pieces),
     ]
     if words:
         bits = targets / words / math.log(2)
         scores.append(_score("bits_per_word", loss, error, bits, targets, pieces=pieces))
         share = targets / words
-        scores.append(_exponential("word_perplexity", loss, error, share, targets, pieces=pieces))
+        scores.append(_score("word_perplexity", loss, error, share, targets, pieces=pieces, exponential=True))
     details = {
         "targets": targets,
         "bytes": round(size),
@@ -182,26 +182,14 @@ def _score(
     *,
     pieces: Sequence[tuple[float, float]],
     unit: str = "",
+    exponential: bool = False,
 ) -> Score:
-    observations = tuple((nats * times, count) for nats, count in pieces)
-    stderr = None if error is None else error * times
-    return Score(metric, loss * times, stderr, n, False, unit, observations=observations)
-
-
-def _exponential(
-    metric: str,
-    loss: float,
-    error: float | None,
-    times: float,
-    n: int,
-    *,
-    pieces: Sequence[tuple[float, float]],
-    unit: str = "",
-) -> Score:
-    """exp(times · loss); its observations are linearised, so that it differs where the loss does."""
-    value = math.exp(min(loss * times, 700.0))
-    observations = tuple((value * (times * (nats - loss * count) + count), count) for nats, count in pieces)
-    stderr = None if error is None else value * error * times
+    """times · loss, or its exponential, whose error and observations are linearised: it differs between two
+    models where the loss does."""
+    value = math.exp(min(loss * times, 700.0)) if exponential else loss * times
+    slope = value * times if exponential else times
+    observations = tuple((value * count + slope * (nats - loss * count), count) for nats, count in pieces)
+    stderr = None if error is None else slope * error
     return Score(metric, value, stderr, n, False, unit, observations=observations)
 
 
