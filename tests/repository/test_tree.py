@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 
 TOP = ("benchmarks", "configs", "data_prep", "docs", "dualroute", "launch", "slurm", "tests")
 MOST_FILES, MOST_LINES = 15, 500
-#: An enumeration: a short file for each task.
-ENUMERATIONS = {"configs/task"}
+#: Enumerations: a short file for each task, a page for each field.
+ENUMERATIONS = {"configs/task", "docs"}
 PICTURES = {".png", ".svg"}
 _NAMED = re.compile(
     rf"(?<![\w/.-])(?:{'|'.join(TOP)})/[\w/.-]+\.(?:py|sh|md|yaml|json|h|cpp|svg|png|sbatch)\b"

@@ -32,7 +32,7 @@ from dualroute.files import file_sha256
 
 #: Consecutive targets that count as one observation.
 PIECE = 256
-_VERSION = 1
+_VERSION = 1  # of what is measured; a change makes old results be measured again
 
 
 def cells(settings: PerplexitySettings, model: SuiteModel) -> list[Cell]:
@@ -152,13 +152,14 @@ def _measured(
     pieces = list(zip(sums, counts, strict=True))
     scores = [
         _score("loss", loss, error, 1.0, targets, unit="token", pieces=pieces),
-        _exponential("perplexity", loss, error, 1.0, targets, unit="token"),
+        _score("perplexity", loss, error, 1.0, targets, unit="token", pieces=pieces, exponential=True),
         _score("bits_per_byte", loss, error, targets / size / math.log(2), targets, pieces=pieces),
     ]
     if words:
         bits = targets / words / math.log(2)
         scores.append(_score("bits_per_word", loss, error, bits, targets, pieces=pieces))
-        scores.append(_exponential("word_perplexity", loss, error, targets / words, targets))
+        share = targets / words
+        scores.append(_score("word_perplexity", loss, error, share, targets, pieces=pieces, exponential=True))
     details = {
         "targets": targets,
         "bytes": round(size),
@@ -181,17 +182,15 @@ def _score(
     *,
     pieces: Sequence[tuple[float, float]],
     unit: str = "",
+    exponential: bool = False,
 ) -> Score:
-    observations = tuple((nats * times, count) for nats, count in pieces)
-    stderr = None if error is None else error * times
-    return Score(metric, loss * times, stderr, n, False, unit, observations=observations)
-
-
-def _exponential(
-    metric: str, loss: float, error: float | None, times: float, n: int, *, unit: str = ""
-) -> Score:
-    value = math.exp(min(loss * times, 700.0))
-    return Score(metric, value, None if error is None else value * error * times, n, False, unit)
+    """times · loss, or its exponential, whose error and observations are linearised: it differs between two
+    models where the loss does."""
+    value = math.exp(min(loss * times, 700.0)) if exponential else loss * times
+    slope = value * times if exponential else times
+    observations = tuple((value * count + slope * (nats - loss * count), count) for nats, count in pieces)
+    stderr = None if error is None else slope * error
+    return Score(metric, value, stderr, n, False, unit, observations=observations)
 
 
 def by_position(losses: Sequence[NDArray[Any]], firsts: Sequence[int]) -> list[dict[str, float]]:
