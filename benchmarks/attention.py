@@ -57,6 +57,7 @@ class Route(NamedTuple):
     sub_block: int
     far_summary: str
     mode: str
+    cluster_span: int
 
     @property
     def name(self) -> str:
@@ -93,7 +94,7 @@ def dual(shape: Shape, route: Route, backward: bool) -> Callable[[], Any]:
 
     def attend(*heads: Tensor) -> tuple[Tensor, Tensor]:
         layout = Layout.build(1, shape.length, route.block, segments, device=shape.device)
-        routing = Routing(route.top_k, route.router, route.far_summary, route.sub_block)
+        routing = Routing(route.top_k, route.router, route.far_summary, route.sub_block, route.cluster_span)
         far = global_attention(
             *heads[:3],
             layout.stream,
@@ -352,7 +353,10 @@ def _plot_sweep(rows: list[dict[str, str]], output: Path | None) -> None:
 def _route(options: argparse.Namespace, text: str) -> Route:
     window, block, top_k = (int(number) for number in text.split("/"))
     sub_block = min(options.sub_block, block)
-    return Route(window, block, top_k, options.router, sub_block, options.far_summary, options.mode)
+    return Route(
+        window, block, top_k, options.router, sub_block, options.far_summary, options.mode,
+        options.cluster_span,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -366,6 +370,7 @@ def main() -> None:
     parser.add_argument("--router", default="minmax")
     parser.add_argument("--sub_block", type=int, default=16)
     parser.add_argument("--far_summary", default="second_order")
+    parser.add_argument("--cluster_span", type=int, default=0)
     parser.add_argument("--mode", default="routed", choices=("routed", "auto", "full"))
     parser.add_argument("--document", type=int, default=2048, help="packed: tokens of a document")
     parser.add_argument("--repeats", type=int, default=3)

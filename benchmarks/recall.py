@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense, no positions": {"attention": "dense", "global_rotary_factor": 0.0},
     "full": {"global_mode": "full"},
     "routed": {},
+    "routed, clusters": {"cluster_span": 1024},
+    "routed, no positions, clusters": {"global_rotary_factor": 0.0, "cluster_span": 1024},
     "routed, no positions": {"global_rotary_factor": 0.0},  # of the global route; the local one keeps them
     "routed moment": {"router": "moment"},
     "routed mean": {"router": "mean"},
@@ -140,12 +142,12 @@ def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTr
     return model
 
 
-def set_top_k(model: DualRoutingTransformer, top_k: int) -> None:
-    """Change how many blocks the routed layers read."""
+def set_routing(model: DualRoutingTransformer, **changes: int) -> None:
+    """Change how the routed layers choose: top_k, cluster_span."""
     for layer in model.layers:
         routing = getattr(layer.attention, "routing", None)
         if routing is not None:
-            layer.attention.routing = dataclasses.replace(routing, top_k=top_k)
+            layer.attention.routing = dataclasses.replace(routing, **changes)
 
 
 def set_mode(model: DualRoutingTransformer, mode: str) -> None:
@@ -230,6 +232,9 @@ def main() -> None:
     parser.add_argument(
         "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
     )
+    parser.add_argument(
+        "--ask_cluster_span", type=int, nargs="*", default=[], help="ask with these cluster_spans too"
+    )
     parser.add_argument("--min_distance", type=int, default=256)
     parser.add_argument("--steps", type=int, default=300, help="at the full length")
     parser.add_argument("--patience", type=int, default=2000, help="steps by which it must be reached")
@@ -259,11 +264,20 @@ def main() -> None:
             row[f"{times * options.length:,} tokens"] = mean_and_range(scores)
             if options.grow_top_k and times > 1 and VARIANTS[variant].get("attention") is None:
                 for model, _ in trained:
-                    set_top_k(model, times * options.top_k)
+                    set_routing(model, top_k=times * options.top_k)
                 scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
                 row[f"top_k {times * options.top_k}"] = mean_and_range(scores)
                 for model, _ in trained:
-                    set_top_k(model, options.top_k)
+                    set_routing(model, top_k=options.top_k)
+            for span in options.ask_cluster_span:
+                if VARIANTS[variant].get("attention") is not None:
+                    continue
+                for model, _ in trained:
+                    set_routing(model, cluster_span=span)
+                scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
+                row[f"clusters of {span}, {times * options.length:,}"] = mean_and_range(scores)
+                for model, _ in trained:
+                    set_routing(model, cluster_span=VARIANTS[variant].get("cluster_span", 0))
         row["s per training"] = f"{statistics.mean(seconds for _, seconds in trained):.0f}"
         rows.append(row)
         print(row, flush=True)

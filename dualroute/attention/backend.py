@@ -52,6 +52,9 @@ class Backend(Protocol):
     and 0 in slots without a token, results (H, S, d). All but the choice of blocks is differentiable.
     """
 
+    #: whether streams may hold copies of past spans, see `core.clusters`
+    takes_copies: bool
+
     #: what one new token of a text goes through, see `token_kernels`; None where there is nothing of its own
     tokens: ModuleType | None
 
@@ -63,6 +66,9 @@ class Backend(Protocol):
 
     def why_not(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> str | None:
         """Why it cannot take them, as a sentence; None where it can."""
+
+    def similar_order(self, keys: Tensor, cells: int) -> Tensor:
+        """See `core.clusters`: the same for all back ends."""
 
     def select_blocks(
         self,
@@ -164,19 +170,23 @@ def plain_torch() -> Iterator[None]:
         _only_torch.reset(token)
 
 
-def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> Backend:
+def choose(query: Tensor, *, causal: bool = True, block: int | None = None, copies: bool = False) -> Backend:
     """The back end for these queries (..., d): the one that was asked for, if it can take them.
 
-    `block` is that of the global route; None asks for the local one.
+    `block` is that of the global route; None asks for the local one. `copies`: of a stream that holds copies
+    of past spans.
 
     Raises:
         ValueError: DUALROUTE_KERNELS is no known name, or a back end was named that cannot be had here.
     """
     backend = _wanted_for(query)
-    if _takes(backend, query, causal=causal, block=block):
+    reason = None
+    if copies and not backend.takes_copies:
+        reason = f"{backend.description()} have no blocks of similar keys (cluster_span)"
+    elif _takes(backend, query, causal=causal, block=block):
         return backend
     if query.device.type == "cuda" and _wanted()[0] != "auto" and not torch.compiler.is_compiling():
-        _warn_once(str(backend.why_not(query, causal=causal, block=block)))
+        _warn_once(reason or str(backend.why_not(query, causal=causal, block=block)))
     return _TORCH
 
 

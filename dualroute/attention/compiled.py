@@ -49,7 +49,7 @@ def global_attention(
 ) -> Tensor:
     """`routes.global_attention` as an operator."""
     exact = -1 if max_exact_blocks is None else max_exact_blocks
-    how = (routing.top_k, routing.router, routing.far_summary, routing.sub_block)
+    how = (routing.top_k, routing.router, routing.far_summary, routing.sub_block, routing.cluster_span)
     rows = (query.contiguous(), key.contiguous(), value.contiguous())
     return global_route(*rows, handle, *how, exact, causal, _records(*rows))[0]
 
@@ -117,10 +117,10 @@ def _(
 @torch.library.custom_op("dualroute::global_route", mutates_args=())
 def global_route(
     query: Tensor, key: Tensor, value: Tensor, handle: Tensor, top_k: int, router: str, far_summary: str,
-    sub_block: int, max_exact_blocks: int, causal: bool, records: bool,
+    sub_block: int, cluster_span: int, max_exact_blocks: int, causal: bool, records: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The route (H, S, d) and what stands for its backward pass; max_exact_blocks -1 = all."""
-    routing = Routing(top_k, router, far_summary, sub_block)
+    routing = Routing(top_k, router, far_summary, sub_block, cluster_span)
     exact = None if max_exact_blocks < 0 else max_exact_blocks
 
     def route(query: Tensor, key: Tensor, value: Tensor, stream: Stream) -> Tensor:

@@ -64,21 +64,26 @@ def new_cache(
     device = device or layer.out_proj.weight.device
     dtype = dtype or layer.out_proj.weight.dtype
     limit, routing = layer.max_exact_blocks, layer.routing
-    global_cache = local_cache = None
+    global_cache: GlobalCache | None = None
+    local_cache: LocalCache | None = None
     if layer.global_heads:
-        sizes: tuple[Any, ...] = (
-            batch_size * layer.global_heads // layer.group,
-            0 if cache_offload is not None else min(capacity or max_length, max_length),
-            layer.head_dim,
-            layer.block,
-            routing.router,
-            routing.sub_block,
-            routing.far_summary,
-            device,
-            dtype,
-        )
-        quantized = cache_dtype in BITS
-        global_cache = QuantizedGlobalCache(*sizes, BITS[cache_dtype]) if quantized else GlobalCache(*sizes)
+        shape: dict[str, Any] = {
+            "rows": batch_size * layer.global_heads // layer.group,
+            # room in pages is made below
+            "capacity": 0 if cache_offload is not None else min(capacity or max_length, max_length),
+            "head_dim": layer.head_dim,
+            "block": layer.block,
+            "router": routing.router,
+            "sub_block": routing.sub_block,
+            "far_summary": routing.far_summary,
+            "cluster_span": routing.cluster_span,
+            "device": device,
+            "dtype": dtype,
+        }
+        if cache_dtype in BITS:
+            global_cache = QuantizedGlobalCache(**shape, bits=BITS[cache_dtype])
+        else:
+            global_cache = GlobalCache(**shape)
         if cache_offload is not None:
             global_cache.offload(make_pages(cache_offload, torch.device(device)), max_length)
     if layer.local_heads:
@@ -105,6 +110,21 @@ def check_cache(cache: LayerCache, batch: int, length: int) -> None:
 
 def decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
     """The next tokens, (B, m, dim), after those in the cache."""
+    far = cache.global_cache
+    if far is None or not far.cluster_span or cache.exact:
+        return _decode(layer, hidden_states, positions, cache)
+    outputs, begin, count = [], 0, hidden_states.shape[1]
+    while begin < count:  # a token reads what those before it have completed
+        cache.regroup()
+        part = slice(begin, begin + far.block - far.length % far.block)
+        places = None if positions is None else positions[..., part]
+        outputs.append(_decode(layer, hidden_states[:, part], places, cache))
+        begin = part.stop
+    return torch.cat(outputs, dim=1)
+
+
+def _decode(layer: Projections, hidden_states: Tensor, positions: Tensor | None, cache: LayerCache) -> Tensor:
+    """Tokens that have the same order of what is past."""
     batch, count, _ = hidden_states.shape
     projected = _projected(layer, hidden_states)
     if count == 1 and positions is None and not torch.is_grad_enabled():
@@ -134,6 +154,7 @@ def decode_rows(
     projected = _projected(layer, hidden_states)
     heads = []
     for number, cache in enumerate(caches):
+        cache.regroup()
         own = [None if part is None else part[number : number + 1] for part in projected]
         token = _decode_token(layer, own, cache, tables[number])
         if token is None:

@@ -64,6 +64,8 @@ class DualRouting(Projections):
         router: "minmax", "moment" or "mean"; see `router`.
         sub_block: tokens per bound of the minmax router.
         far_summary: "second_order", "first_order" or "none"; see `far_summary`.
+        cluster_span: tokens of the longest past span whose blocks are made of similar keys, block times 1, 2,
+            4, ...; 0 leaves blocks as they stand in the text. See `core.clusters`.
         causal: False reads both directions; such a layer has no cache.
         grid: every document is an image of this size (see `core.grid`), its patches in raster order: blocks
             are regions, `window` counts patches in each direction of both axes, and the rotary embedding
@@ -108,6 +110,7 @@ class DualRouting(Projections):
         router: str = "minmax",
         sub_block: int = 16,
         far_summary: str = "second_order",
+        cluster_span: int = 0,
         causal: bool = True,
         grid: Grid | None = None,
         rope_theta: float = 10000.0,
@@ -128,6 +131,8 @@ class DualRouting(Projections):
             sub_block=sub_block,
             far_summary=far_summary,
             rope_theta=rope_theta,
+            cluster_span=cluster_span,
+            causal=causal,
         )
         heads = resolve_heads(
             dim=dim,
@@ -150,7 +155,7 @@ class DualRouting(Projections):
             for factor in factors.values()
         )
         self.global_mode, self.auto_break_even = global_mode, auto_break_even
-        self.routing = Routing(top_k, router, far_summary, sub_block)
+        self.routing = Routing(top_k, router, far_summary, sub_block, cluster_span)
         self.sequence_group: Group | None = None
 
     def extra_repr(self) -> str:

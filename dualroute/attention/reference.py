@@ -11,6 +11,7 @@ For one head, with scale 1/sqrt(d):
     routed   one softmax over
                q_t . k_s / sqrt(d)           s in the own block, the first block (sink) or a selected one: v_s
                log n_b + q_t . mu_b / sqrt(d) [+ 1/2 (q_t^2) . sigma_b^2 / d]      other past blocks b: vbar_b
+    clusters blocks of spans that are past hold similar keys (`regroup`), in another order for each head
     images   blocks are regions of a grid of patches, local is a square of patches (`regions`, `grid_local`)
     dual     y_t = W_O^g concat_heads(o^g_t) + W_O^l concat_heads(o^l_t)
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +137,76 @@ def routed(
             allowed.append(far[:, :, number, None])
     weights = softmax(torch.cat(logits, -1), torch.cat(allowed, -1))
     return weights @ torch.cat(values, 1)
+
+
+def clustered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block: int,
+    top_k: int,
+    cluster_span: int,
+    router: str = "minmax",
+    far_summary: str = "second_order",
+    sub_block: int = 16,
+) -> Tensor:
+    """`routed`, causal, on blocks of similar keys: what is past is read in the order of `past_order`."""
+    how: dict[str, Any] = {"block": block, "router": router, "sub_block": sub_block}
+    cell = sub_block if router == "minmax" else block
+    outputs = []
+    for begin in range(0, query.shape[1], block):  # the tokens of a block see the same order
+        end = min(query.shape[1], begin + block)
+        orders = [
+            past_order(key, begin, block, cluster_span, cell, inside=inside) for inside in (False, True)
+        ]
+        seen, bounded = (order[:, :end, None] for order in orders)
+        chosen = select(query[:, :end], key.take_along_dim(bounded, 1), top_k=top_k, **how)
+        keys, values = (rows.take_along_dim(seen, 1) for rows in (key, value))
+        out = routed(
+            query[:, :end], keys, values, top_k=top_k, far_summary=far_summary, selected=chosen, **how
+        )
+        outputs.append(out[:, begin:])
+    return torch.cat(outputs, dim=1)
+
+
+def past_order(
+    key: Tensor, begin: int, block: int, cluster_span: int, cell: int, *, inside: bool = False
+) -> Tensor:
+    """(H_kv, n) the order in which tokens of the block that begins at `begin` see keys (H_kv, n, d).
+
+    What lies behind the first block is cut into spans of `cluster_span` tokens while these are past, the rest
+    into quarters of a span, and so on; each is regrouped, single blocks `inside` only.
+    """
+    order = [torch.arange(min(block, key.shape[1])).expand(key.shape[0], -1)]
+    place, span = block, cluster_span
+    while place < begin:
+        while place + span > begin:
+            span = max(block, span // 4)
+        numbers = regroup(key[:, place : place + span], cell) + place
+        if span == block and not inside:
+            numbers = torch.arange(place, place + span).expand(key.shape[0], -1)
+        order.append(numbers)
+        place += span
+    rest = torch.arange(min(place, key.shape[1]), key.shape[1]).expand(key.shape[0], -1)
+    return torch.cat([*order, rest], dim=1)
+
+
+def regroup(keys: Tensor, cell: int) -> Tensor:
+    """(H_kv, n) the order of keys (H_kv, n, d) in which neighbouring cells of `cell` hold similar ones.
+
+    Halves at the median of the channel that varies most, halved again; of equal values the earlier first.
+    """
+
+    def halves(keys: Tensor, numbers: Tensor) -> Tensor:
+        if len(numbers) == cell:
+            return numbers
+        channel = keys[numbers].var(0, unbiased=False).argmax()
+        numbers = numbers[torch.sort(keys[numbers, channel], stable=True).indices]
+        half = len(numbers) // 2
+        return torch.cat([halves(keys, part.sort().values) for part in (numbers[:half], numbers[half:])])
+
+    return torch.stack([halves(head, torch.arange(keys.shape[1])) for head in keys.detach()])
 
 
 def select(

@@ -22,8 +22,9 @@ from dualroute.attention.core.arguments import (
     check_selected,
     check_whole,
 )
+from dualroute.attention.core.clusters import cell_size, gather_rows, ordered_in_blocks, regrouped
 from dualroute.attention.core.layout import Stream, attend_by_length
-from dualroute.attention.core.options import ROUTERS, check_name
+from dualroute.attention.core.options import ROUTERS, check_clusters, check_name
 from dualroute.attention.core.precision import without_autocast
 from dualroute.attention.core.routing import Routing
 
@@ -88,12 +89,17 @@ def routed_attention(
         query: (H, S, d).
         key, value: (H_kv, S, d), 0 in slots without a token.
         stream, routing: where the documents lie; what is read.
-        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it; chosen here when None.
+        selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it, for blocks as they stand in the text;
+            chosen here when None.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
     check_rows(stream, query, key, value)
+    if routing.cluster_span and selected is None:
+        out = _by_similarity(query, key, value, stream, routing, causal)
+        if out is not None:
+            return out
     if selected is not None:
         check_selected(selected, key, stream, causal)
     else:
@@ -110,6 +116,31 @@ def routed_attention(
     return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
 
 
+def _by_similarity(
+    query: Tensor, key: Tensor, value: Tensor, stream: Stream, routing: Routing, causal: bool
+) -> Tensor | None:
+    """The route with blocks of similar keys; None where no document is long enough for it to matter."""
+    span, cell = routing.cluster_span, cell_size(routing.router, stream.block, routing.sub_block)
+    check_clusters(span, stream.block, cell, causal)
+    if all(bucket.blocks <= 2 for bucket in stream.buckets):
+        return None  # nobody chooses anything
+    order = _backend(stream, query, causal, stream.block).similar_order
+    query, key, value, wider = regrouped(query, key, value, stream, span, cell, order)
+    if wider is not None:
+        stream = wider.stream
+    selected = select_blocks(
+        query.detach(),
+        ordered_in_blocks(key.detach(), stream.block, cell, order),
+        stream,
+        top_k=routing.top_k,
+        router=routing.router,
+        sub_block=routing.sub_block,
+    )
+    backend = _backend(stream, query, causal, stream.block)
+    out = backend.routed_attention(query, key, value, stream, routing, selected=selected)
+    return out if wider is None else gather_rows(out, wider.place, wider.source)
+
+
 def _backend(
     stream: Stream, query: Tensor, causal: bool, block: int | None = None, *, local: bool = False
 ) -> Backend:
@@ -120,7 +151,7 @@ def _backend(
         # others know no squares, and take slots without a token to lie at the end of a document
         if local or stream.slot_valid is not None:
             return plain()
-    return choose(query, causal=causal, block=block)
+    return choose(query, causal=causal, block=block, copies=bool(stream.copies))
 
 
 @torch.no_grad()

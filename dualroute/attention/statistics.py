@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from dualroute.attention.core.clusters import cell_size, ordered_in_blocks, regrouped, similar_order
 from dualroute.attention.core.far_summary import far_query_features, summarise
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import NEG_INF
@@ -43,20 +44,31 @@ def routing_statistics(
     keys themselves, the others on the pseudo-keys they really read.
     """
     kv_heads, block = key.shape[0], stream.block
-    slots = _sample(stream, len(query))
+    slots, bounded = _sample(stream, len(query)), key.float()
+    if routing.cluster_span:
+        cell = cell_size(routing.router, block, routing.sub_block)
+        query, key, value, spread = regrouped(
+            query, key, value, stream, routing.cluster_span, cell, similar_order
+        )
+        if spread is not None:
+            stream, slots = spread.stream, spread.place[slots]
+        bounded = ordered_in_blocks(key.float(), block, cell, similar_order)
     own = slots // block  # (rows,)
     number = torch.arange(stream.num_blocks, device=key.device)
     in_document = stream.block_in_document()
     document = (in_document == 0).cumsum(0)
     same = document == document[own][:, None]  # (rows, nb)
     past = same & ((number < own[:, None]) if causal else (number != own[:, None]))
+    if stream.copies:
+        for begin, end in stream.hidden_blocks()[1:, own].unflatten(0, (-1, 2)):
+            past &= (number < begin[:, None]) | (number >= end[:, None])
     sink = past & (in_document == 0)
     candidates = past & ~sink
 
     rows = query.index_select(1, slots).unflatten(0, (kv_heads, -1)).float()  # (H_kv, group, rows, d)
     keys = key.float()
     valid = stream.slot_valid.view(-1, block) if stream.slot_valid is not None and not causal else None
-    blocks = keys.unflatten(1, (-1, block))
+    blocks = bounded.unflatten(1, (-1, block))
     scores = block_scores(
         rows, block_features(blocks, routing.router, routing.sub_block, valid), routing.router
     )
@@ -71,7 +83,7 @@ def routing_statistics(
 
     logits = rows @ keys[:, None].transpose(-1, -2) / math.sqrt(key.shape[-1])  # (H_kv, group, rows, S)
     slot = torch.arange(stream.num_slots, device=key.device)
-    hidden = ~same.repeat_interleave(block, dim=1)
+    hidden = ~(past | (number == own[:, None])).repeat_interleave(block, dim=1)
     if causal:
         hidden |= slot > slots[:, None]
     elif stream.slot_valid is not None:

@@ -18,7 +18,10 @@ Axis = Literal["layers", "dim", "ffn", "heads"]
 Target = Literal["parameters", "flops", "latency"]
 SIZES = ("dim", "ffn_dim", "num_layers", "global_heads", "local_heads")
 #: What belongs to dual attention alone.
-ROUTING = ("window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary", "global_layers")
+ROUTING = (
+    "window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary", "cluster_span",
+    "global_layers",
+)  # fmt: skip
 
 
 @dataclass
@@ -48,6 +51,8 @@ class ConvertConfig:
         router: minmax, moment or mean; null keeps the source's.
         far_summary: second_order, first_order or none; null means first_order, since the second order's
             variance outweighs all else where a model not trained with it has keys that vary much in a block.
+        cluster_span: Tokens of the longest past span whose blocks are made of similar keys, 0 for blocks as
+            they stand in the text; null keeps the source's.
         data: Folder of shards to measure the heads on; null lets the model write the text.
         calibration_tokens: Tokens to measure on.
         context: Tokens of one text to measure on; null means the model's, 2048 at most.
@@ -71,6 +76,7 @@ class ConvertConfig:
     global_mode: Literal["auto", "full", "routed"] | None = None
     router: Literal["minmax", "moment", "mean"] | None = None
     far_summary: Literal["second_order", "first_order", "none"] | None = None
+    cluster_span: int | None = None
     data: LocalPath | None = None
     calibration_tokens: int = 16384
     context: int | None = None
@@ -80,7 +86,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         sizes = ("window", "block", "sub_block", "local_heads", "calibration_tokens")
-        ranges = {"context": at_least(2), "seed": SEEDS}
+        ranges = {"context": at_least(2), "seed": SEEDS, "cluster_span": at_least(0, 2**31 - 1)}
         check_fields(self, "", {**dict.fromkeys(sizes, at_least(1, 2**31 - 1)), **ranges})
         given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
         if self.attention == "dense" and given:

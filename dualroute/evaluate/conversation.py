@@ -125,11 +125,10 @@ class Conversation:
         device = model.norm.weight.device
         if not self._held or ids[: len(self._held)] != self._held or len(ids) == len(self._held):
             weight = model.norm.weight
+            attentions: list[Any] = [layer.attention for layer in model.layers]
+            options: dict[str, Any] = {"capacity": CAPACITY, "cache_dtype": self.cache_dtype}
             self._caches = [
-                layer.attention.new_cache(
-                    1, limit, device, weight.dtype, CAPACITY, cache_dtype=self.cache_dtype
-                )  # type: ignore[union-attr,operator]
-                for layer in model.layers
+                attention.new_cache(1, limit, device, weight.dtype, **options) for attention in attentions
             ]
             self._held = []
         fed = ids[len(self._held) :]

@@ -25,7 +25,7 @@ class MaskedTransformer(nn.Module):
             its own TopK takes the first, as the router does; torch's takes any.
 
     Raises:
-        UserError: The model is not causal.
+        UserError: The model is not causal, or its blocks are of similar keys.
     """
 
     def __init__(self, model: DualRoutingTransformer, for_onnx: bool = False) -> None:
@@ -34,6 +34,12 @@ class MaskedTransformer(nn.Module):
             raise UserError(
                 "a graph of fixed operators is made of causal models only, and this one has model.causal "
                 "false: export it with --format hf"
+            )
+        span = model.config.cluster_span
+        if span and model.config.global_mode != "full" and model.config.attention in ("dual", "interleaved"):
+            raise UserError(
+                f"a graph of fixed operators has no blocks of similar keys, and this one has "
+                f"model.cluster_span {span}: export it with --format hf"
             )
         self.model, self.for_onnx = model, for_onnx
 

@@ -19,7 +19,9 @@ def plain() -> TorchBackend:
     return _TORCH
 
 
-def choose(query: Tensor, *, causal: bool = True, block: int | None = None) -> TorchBackend:
+def choose(
+    query: Tensor, *, causal: bool = True, block: int | None = None, copies: bool = False
+) -> TorchBackend:
     """Plain torch."""
     return _TORCH
 

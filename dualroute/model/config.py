@@ -34,6 +34,7 @@ _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
 _LEFT_OUT: dict[str, Any] = {
     "causal": True,
     "global_layers": None,
+    "cluster_span": 0,
     "global_rotary_factor": 1.0,
     "local_rotary_factor": 1.0,
     "task_head": None,
@@ -46,7 +47,8 @@ _RANGES = {
     **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
     **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
     **dict.fromkeys(
-        ("global_heads", "local_heads", "global_layers", "top_k", "layer_top_k"), at_least(0, _MOST)
+        ("global_heads", "local_heads", "global_layers", "top_k", "layer_top_k", "cluster_span"),
+        at_least(0, _MOST),
     ),
     "vocab_size": at_least(2, _MOST),
     "rope_theta": above(0, 1e12),
@@ -199,6 +201,8 @@ class ModelConfig:
         sub_block: Keys per bound of the minmax router; divides block.
         far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
             or none.
+        cluster_span: Tokens of the longest past span whose blocks are made of similar keys, so that far
+            blocks are found at any length: block times 1, 2, 4, ...; 0 leaves blocks as they stand.
         rope_theta: Base of the rotary position frequencies.
         rope_scaling: How frequencies are lowered to read further than a source was pretrained to: factor
             alone (linear), or factor, low_freq_factor, high_freq_factor and
@@ -239,6 +243,7 @@ class ModelConfig:
     router: Literal["minmax", "moment", "mean"] = "minmax"
     sub_block: int = 16
     far_summary: Literal["second_order", "first_order", "none"] = "second_order"
+    cluster_span: int = 0
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] | None = None
     global_rotary_factor: float = 1.0
@@ -365,6 +370,8 @@ class ModelConfig:
                 sub_block=self.sub_block,
                 far_summary=self.far_summary,
                 rope_theta=self.rope_theta,
+                cluster_span=self.cluster_span,
+                causal=self.causal,
             )
             heads = resolve_heads(
                 dim=self.dim,

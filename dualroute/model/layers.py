@@ -56,6 +56,7 @@ class TransformerBlock(nn.Module):
             router=config.router,
             sub_block=config.sub_block,
             far_summary=config.far_summary,
+            cluster_span=config.cluster_span,
             causal=config.causal,
             grid=config.grid,
             rope_theta=config.rope_theta,

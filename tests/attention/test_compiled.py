@@ -15,7 +15,7 @@ from dualroute.attention.core.held import held, hold
 
 OPTIONS = {
     "full": {"global_mode": "full"},
-    "routed": {"global_mode": "routed", "global_rotary_factor": 0.0},
+    "routed": {"global_mode": "routed", "global_rotary_factor": 0.0, "cluster_span": 16},
     # short documents in full, long ones routed; each route has another rotary table
     "dual": {"global_mode": "auto", "auto_break_even": 32, "global_rotary_factor": 0.5},
     "local": {"global_heads": 0, "local_heads": 4},
@@ -125,7 +125,7 @@ def test_the_operators_keep_torch_s_rules():
     """Fake results like the real ones, gradients registered, nothing written to, also with changing sizes."""
     layout = Layout.build(1, 24, 8)
     rows = [torch.randn(heads, 24, 8, requires_grad=True) for heads in (4, 2, 2)]
-    settings = (1, "minmax", "second_order", 4, 2, True, True)
+    settings = (1, "minmax", "second_order", 4, 0, 2, True, True)
     arguments = (*rows, layout.handle, *settings)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(global_route, arguments, test_utils=utils)

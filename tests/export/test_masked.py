@@ -15,7 +15,7 @@ from tests.export.conftest import KINDS, TINY, tiny_model
 LENGTHS = (1, 3, 8, 9, 33, 61, 160)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "similar_keys"])
 @pytest.mark.parametrize("for_onnx", [False, True])
 @torch.no_grad()
 def test_the_same_numbers_in_float64(kind, for_onnx):
@@ -124,3 +124,8 @@ def test_a_file_for_onnxruntime(checkpoint, tmp_path):
     rounded = torch.from_numpy(run.run(["logits"], {"input_ids": ids.numpy()})[0])
     assert 1e-5 < (rounded - logits).abs().max() < 0.5
     assert int8["loss"]["int8"] == pytest.approx(int8["loss"]["float32"], rel=0.1)
+
+
+def test_blocks_of_similar_keys_are_refused_and_named():
+    with pytest.raises(UserError, match="cluster_span 16: export it with --format hf"):
+        MaskedTransformer(tiny_model(cluster_span=16))

@@ -53,6 +53,7 @@ def test_the_literal_sum_gives_each_route_all_heads():
         ({"vocab_size": 1}, "vocab_size is 1"),
         ({"rope_scaling": {"factor": 2.0, "beta": 1.0}}, "rope_scaling is .*beta"),
         ({"rope_scaling": {"factor": 0.0}}, "rope_scaling is .*0.0"),
+        ({"cluster_span": 96}, "model.cluster_span=96 is not block=64 times 1, 2, 4"),
         ({"global_rotary_factor": 1.5}, "model.global_rotary_factor is 1.5"),
         (
             {"local_rotary_factor": 0.3, "head_dim": 16},
@@ -69,6 +70,7 @@ def test_a_file_from_before_positions_were_chosen_stays_what_it_was(tmp_path):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(ModelConfig(vocab_size=320, window=64).to_dict()))
     assert "rotary_factor" not in path.read_text()
+    assert "cluster_span" not in path.read_text()
     config = ModelConfig.from_file(path)
     assert (config.global_rotary_factor, config.local_rotary_factor) == (1, 1)
     assert json.dumps(config.to_dict()) == path.read_text()

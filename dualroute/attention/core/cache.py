@@ -3,11 +3,13 @@
 In: keys and values of new tokens, (R, m, d) with R = batch * kv_heads, in the order of the text; every row
 of the batch has the same length. Out: the tensors that `decode` reads.
 
-A block's statistics are written once, when its last token arrives, and never touched
-again. So a step costs what it reads, top_k + 2 blocks and one pseudo-key per past block, and not the length
-of the text.
+A block's statistics are written once, when its last token arrives. So a step costs what it
+reads, top_k + 2 blocks and one pseudo-key per past block, and not the length of the text. With blocks of
+similar keys (`core.clusters`) what is past is put in another order where it lies, between two steps: kernels
+see blocks as ever.
 
-`core.quantized_cache` has a global cache whose complete blocks are integers of 8 or 4 bits.
+`core.quantized_cache` has a global cache whose complete blocks are integers of 8 or 4 bits, `core.paging` a
+place for them on the disk.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dualroute.attention.core.clusters import cell_size, similar_order, span_sizes
 from dualroute.attention.core.far_summary import far_keys
 from dualroute.attention.core.paging import Pages
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
@@ -73,7 +76,8 @@ class GlobalCache(KeysAndValues):
     There is room for `capacity` tokens at first; more is made when they come, twice as much each time.
     """
 
-    OF_BLOCKS = ("features", "far_keys", "far_values")
+    OF_TOKENS: tuple[str, ...] = (*KeysAndValues.OF_TOKENS, "places")
+    OF_BLOCKS: tuple[str, ...] = ("features", "far_keys", "far_values")
     #: bits of a stored number, None for floats
     bits: int | None = None
     #: where the tensors of tokens lie, None where the others do
@@ -91,6 +95,7 @@ class GlobalCache(KeysAndValues):
         device: torch.device | str | None,
         dtype: torch.dtype,
         statistics_dtype: torch.dtype | None = None,
+        cluster_span: int = 0,
     ) -> None:
         blocks = -(-capacity // block)
         super().__init__(rows, blocks * block, head_dim, device, dtype)
@@ -100,6 +105,12 @@ class GlobalCache(KeysAndValues):
             statistics_dtype = torch.float32
         self.block = block
         self.router, self.sub_block, self.far_summary = router, sub_block, far_summary
+        self.cluster_span, self.regrouped = cluster_span, 0
+        #: (R, tokens) int32, with blocks of similar keys: where in the text the token in each place stands
+        self.places: Tensor | None = None
+        if cluster_span:
+            places = torch.arange(blocks * block, dtype=torch.int32, device=device)
+            self.places = places.repeat(rows, 1)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, device=device, dtype=statistics_dtype)
@@ -125,8 +136,12 @@ class GlobalCache(KeysAndValues):
         blocks = -(-length // self.block)
         for name in self.OF_TOKENS:
             none = getattr(self, name)
+            if none is None:
+                continue
             shape = torch.Size((len(none), blocks * self.block, *none.shape[2:]))
             setattr(self, name, pages.zeros(shape, none.dtype))
+        if self.places is not None:
+            self.places[:] = torch.arange(blocks * self.block, dtype=torch.int32)
 
     def advance(self) -> None:
         super().advance()
@@ -203,6 +218,38 @@ class GlobalCache(KeysAndValues):
         blocks = stored.unflatten(1, (-1, self.block))[row, numbers.to(stored.device)]
         return blocks.flatten(1, 2).to(numbers.device)
 
+    def regroup(self) -> None:
+        """Bring blocks of similar keys up to date, before a token is appended: what that token has behind it
+        is read in this order. Only as much is moved as has become past since.
+
+        `regrouped` blocks behind the first one have been done, the spans of a size together with those of
+        which they consist.
+        """
+        done, past = self.regrouped, max(0, self.length // self.block - 1)
+        if not self.cluster_span or done == past:
+            return
+        cell, place = cell_size(self.router, self.block, self.sub_block), 0
+        for size in span_sizes(self.cluster_span // self.block):
+            while place + size <= past:
+                if place + size > done:
+                    self._regroup(1 + place, size, cell)
+                place += size
+        self.regrouped = past
+
+    def _regroup(self, first: int, count: int, cell: int) -> None:
+        """Put similar keys of `count` blocks together, from block `first` on."""
+        assert self.places is not None
+        tokens = slice(first * self.block, (first + count) * self.block)
+        text = self.places[:, tokens].argsort(dim=1)  # ties are broken by the order of the text
+        keys = ordered(self.keys[:, tokens], text).to(accumulation_dtype(self.features.dtype))
+        order = text.gather(1, similar_order(keys, count * self.block // cell))
+        for name in self.OF_TOKENS:
+            rows = getattr(self, name)
+            if rows is not None:
+                rows[:, tokens] = ordered(rows[:, tokens], order)
+        blocks = (rows[:, tokens].unflatten(1, (-1, self.block)) for rows in self._rows())
+        self._summarise(slice(first, first + count), *blocks)
+
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens in all."""
         if length > self.keys.shape[1]:
@@ -217,6 +264,14 @@ class GlobalCache(KeysAndValues):
                 rows = getattr(self, name)
                 if rows is not None:
                     setattr(self, name, F.pad(rows, (*(0, 0) * (rows.ndim - 2), 0, count - rows.shape[1])))
+        if self.places is not None:
+            new = torch.arange(self.places.shape[1], dtype=torch.int32, device=self.places.device)
+            self.places[:, self.length :] = new[self.length :]
+
+
+def ordered(rows: Tensor, order: Tensor) -> Tensor:
+    """(R, n, ...) with row order[r, i] of r at i."""
+    return rows.take_along_dim(order.view(*order.shape, *[1] * (rows.ndim - 2)), 1)
 
 
 class LocalCache(KeysAndValues):
@@ -266,6 +321,11 @@ class LayerCache:
     def length(self) -> int:
         either = self.global_cache or self.local_cache
         return either.length if either is not None else 0
+
+    def regroup(self) -> None:
+        """See `GlobalCache.regroup`; what is read completely may lie as it does."""
+        if self.global_cache is not None and not self.exact:
+            self.global_cache.regroup()
 
     def select(self, texts: Tensor) -> None:
         """Go on with the texts (B',) of the batch only, in that order, as a beam search does."""

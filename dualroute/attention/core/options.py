@@ -54,6 +54,8 @@ def check_routes(
     sub_block: int,
     far_summary: str,
     rope_theta: float,
+    cluster_span: int = 0,
+    causal: bool = True,
 ) -> None:
     """What the routes read; see `DualRouting` for the keys.
 
@@ -61,7 +63,7 @@ def check_routes(
         ValueError: one is out of range, or contradicts another one.
     """
     check_at_least(1, window=window, block=block, sub_block=sub_block, auto_break_even=auto_break_even)
-    check_at_least(0, top_k=top_k)
+    check_at_least(0, top_k=top_k, cluster_span=cluster_span)
     check_name("global_mode", global_mode, GLOBAL_MODES)
     check_name("router", router, ROUTERS)
     check_name("far_summary", far_summary, FAR_SUMMARIES)
@@ -70,6 +72,8 @@ def check_routes(
             f"block={block} is not a multiple of sub_block={sub_block}, which the minmax router needs: "
             f"use block={-(-block // sub_block) * sub_block}, another sub_block, or router=moment"
         )
+    if cluster_span:
+        check_clusters(cluster_span, block, sub_block if router == "minmax" else block, causal)
     if not (math.isfinite(rope_theta) and rope_theta > 0):
         raise ValueError(f"rope_theta={rope_theta} must be a finite number above 0")
 
@@ -102,6 +106,32 @@ def check_rotary(head_dim: int, *, grid: bool = False, **factors: float) -> None
                 f"{name}={factor} of head_dim={head_dim} is {head_dim * factor:g} channels, no multiple of "
                 f"{step}{of_grid}: use {nearest / head_dim:g}, which is {nearest}"
             )
+
+
+def check_clusters(cluster_span: int, block: int, cell: int, causal: bool) -> None:
+    """Whether a span of `cluster_span` tokens is blocks, and can be halved into cells of `cell` keys.
+
+    Raises:
+        ValueError: it cannot, or there is no past.
+    """
+    if not causal:
+        raise ValueError(f"cluster_span={cluster_span} with causal=False: no span is past there, use 0")
+    if not _is_power_of_two(block, cell):
+        raise ValueError(
+            f"cluster_span={cluster_span} halves spans down to cells of sub_block={cell} keys: block={block} "
+            f"must be {cell} times 1, 2, 4, ...; change one of them, or use cluster_span=0"
+        )
+    if not _is_power_of_two(cluster_span, block):
+        nearest = block << max(0, round(math.log2(cluster_span / block)))
+        raise ValueError(
+            f"cluster_span={cluster_span} is not block={block} times 1, 2, 4, ...: use {nearest}, or 0"
+        )
+
+
+def _is_power_of_two(value: int, unit: int) -> bool:
+    """Whether it is `unit` times a power of two."""
+    times, rest = divmod(value, unit)
+    return times > 0 and rest == 0 and times & (times - 1) == 0
 
 
 def resolve_heads(

@@ -20,10 +20,12 @@ class Routing:
     router: str = "minmax"
     far_summary: str = "second_order"
     sub_block: int = 16
+    cluster_span: int = 0
 
     def __post_init__(self) -> None:
         check_whole(0, top_k=self.top_k)
         check_whole(1, sub_block=self.sub_block)
+        check_whole(0, cluster_span=self.cluster_span)
         check_name("router", self.router, ROUTERS)
         check_name("far_summary", self.far_summary, FAR_SUMMARIES)
 

@@ -33,6 +33,10 @@ class Stream:
     are none. With a `grid` every document is an image of that size, whose blocks are regions; there any block
     but the first of a document may have slots without a patch, at its end.
 
+    `copies` and `spans` are for what `core.clusters.spread` gives: of each bucket, how many blocks behind the
+    first one of a document are copies of spans, for spans of each number of blocks, the longest first. They
+    hold keys, and nobody asks from there.
+
     Raises:
         ValueError: the buckets do not follow each other, or `slot_valid` is not of their slots, or the blocks
         are not the regions of the grid.
@@ -43,6 +47,8 @@ class Stream:
     slot_valid: Tensor | None
     device: torch.device
     grid: Grid | None = None
+    copies: tuple[tuple[int, ...], ...] = ()
+    spans: tuple[int, ...] = ()
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +110,39 @@ class Stream:
             starts = torch.arange(first, end, blocks, dtype=torch.int32, device=self.device)
             parts.append(starts[:, None].expand(-1, blocks).contiguous().view(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def hidden_blocks(self) -> Tensor:
+        """(1 + 2 sizes, num_blocks) int32, of a stream with copies: whether each block is one; and for each
+        size of spans the blocks begin..end-1 that its tokens do not read although they lie before it.
+
+        Those are the copies from the token's own span on, which come too early, and what stands behind them
+        in an other form: copies of shorter spans, or the text, of what is read as a longer one.
+        """
+        return self.cached("hidden_blocks", self._hidden_blocks)
+
+    def _hidden_blocks(self) -> Tensor:
+        number = self.block_in_document()
+        repeats = torch.tensor([b.documents * b.blocks for b in self.buckets], device=self.device)
+        extra = torch.tensor(self.copies, device=self.device)  # (buckets, sizes)
+        extra = extra.repeat_interleave(repeats, 0, output_size=self.num_blocks)
+        total = extra.sum(1)
+        past = number - 1 - total  # blocks of the text between the first one and this one
+        rows = [(number > 0) & (past < 0)]
+        begin = self.first_blocks() + 1  # of the copies of a size
+        for level, size in enumerate(self.spans):
+            hidden = begin + past // size * size
+            begin = begin + extra[:, level]
+            rows += [torch.where(past < 0, 0, part) for part in (hidden, hidden + extra[:, level])]
+        return torch.stack([row.to(torch.int32) for row in rows])
+
+    def hides(self, bucket: Bucket, own: Tensor, number: Tensor) -> Tensor:
+        """Whether tokens of blocks `own` do not read blocks `number`, of those before; both count inside a
+        document of the bucket, and broadcast."""
+        here = self.hidden_blocks()[1:, bucket.first_block : bucket.first_block + bucket.blocks].long()
+        hidden = torch.zeros((), dtype=torch.bool, device=self.device)
+        for begin, end in (here - bucket.first_block).unflatten(0, (-1, 2)):
+            hidden = hidden | ((number >= begin[own]) & (number < end[own]))
+        return hidden
 
     def blocks_in_document(self) -> Tensor:
         """(num_blocks,) how many blocks the document of each block has."""
@@ -188,7 +227,9 @@ def _map_stream(
     if id(stream) in done:  # a part may be the whole
         return done[id(stream)]
     valid = None if stream.slot_valid is None else move(stream.slot_valid)
-    moved = done[id(stream)] = Stream(stream.block, stream.buckets, valid, device, stream.grid)
+    moved = done[id(stream)] = Stream(
+        stream.block, stream.buckets, valid, device, stream.grid, stream.copies, stream.spans
+    )
 
     def through(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -197,6 +238,8 @@ def _map_stream(
             return _map_stream(value, move, device, done)
         if type(value) in (tuple, list):
             return type(value)(map(through, value))
+        if isinstance(value, tuple):  # a named one
+            return type(value)(*map(through, value))
         return value
 
     for key, value in stream._cache.items():

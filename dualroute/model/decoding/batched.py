@@ -41,10 +41,10 @@ def new_text(model: DualRoutingTransformer, capacity: int, *, cache_dtype: str =
     """
     weight, limit = model.norm.weight, model.config.max_context
     return [
-        layer.attention.new_cache(
+        attention.new_cache(
             1, limit, weight.device, weight.dtype, min(capacity, limit), cache_dtype=cache_dtype
-        )  # type: ignore[union-attr,operator]
-        for layer in model.layers
+        )
+        for attention in _attentions(model)
     ]
 
 
@@ -58,6 +58,8 @@ def copied(model: DualRoutingTransformer, text: Caches, capacity: int) -> Caches
             if source is None:
                 continue
             target.length = source.length
+            if name == "global_cache":
+                target.regrouped = source.regrouped
             for part in (*source.OF_TOKENS, *source.OF_BLOCKS, *source.OF_TEXTS):
                 held, room = getattr(source, part), getattr(target, part)
                 if held is not None:
@@ -70,12 +72,14 @@ def num_bytes(model: DualRoutingTransformer, capacity: int, *, cache_dtype: str 
     """Memory of the caches of one text with room for `capacity` tokens."""
     weight, limit = model.norm.weight, model.config.max_context
     caches = [
-        layer.attention.new_cache(
-            1, limit, "meta", weight.dtype, min(capacity, limit), cache_dtype=cache_dtype
-        )  # type: ignore[union-attr,operator]
-        for layer in model.layers
+        attention.new_cache(1, limit, "meta", weight.dtype, min(capacity, limit), cache_dtype=cache_dtype)
+        for attention in _attentions(model)
     ]
     return held_bytes(caches)
+
+
+def _attentions(model: DualRoutingTransformer) -> list[Any]:
+    return [layer.attention for layer in model.layers]
 
 
 def held_bytes(text: Caches) -> int:

@@ -102,6 +102,8 @@ class CompiledDecoder:
             return self.model.head(self.model.hidden_states(tokens, caches=caches)[:, -1])
         if length >= caches[0].max_length:
             raise ValueError(f"the caches hold max_length={length} tokens: make new ones, larger")
+        for cache in caches:
+            cache.regroup()
         held = self._held.get(caches[0])
         if held is None or length >= held.room or not held.still():
             for cache in caches:

@@ -44,6 +44,7 @@ KINDS = {
     "global in one layer": {"global_mode": "routed", "top_k": 1, "global_layers": [1]},
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
     "no global positions": {"global_mode": "routed", "top_k": 1, "global_rotary_factor": 0.0},
+    "similar keys": {"global_mode": "routed", "top_k": 1, "cluster_span": 32, "global_rotary_factor": 0.0},
     "some channels": {"global_rotary_factor": 0.5, "local_rotary_factor": 0.25, "num_kv_heads": 2},
     "biases and scaled RoPE": {"global_mode": "full", "qkv_bias": True, "rope_scaling": {"factor": 4.0}},
 }

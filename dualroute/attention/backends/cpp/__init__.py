@@ -16,6 +16,7 @@ decoding of both routes, and the product with an int8 weight that is most of suc
       select.h        which blocks a token reads: scores and running top-k
       routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
       local.h         the local route, both directions
+      order.h         similar keys side by side
       stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
       decode.h        one token, both routes
       int8_product.h  one token's row times an int8 weight
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from dualroute.attention.backends.cpp.c_functions import C_FUNCTIONS
 from dualroute.attention.backends.cpp.decode import cache_memory, can_decode, decode_layer
 from dualroute.attention.backends.cpp.int8_product import fast_int8_product, int8_panels, int8_product
+from dualroute.attention.backends.cpp.operators import similar_order
 from dualroute.attention.backends.cpp.routes import local_attention, routed_attention, select_blocks
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "local_attention",
     "routed_attention",
     "select_blocks",
+    "similar_order",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

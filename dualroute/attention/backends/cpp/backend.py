@@ -20,6 +20,7 @@ class CppBackend(TorchBackend):
     """See `dualroute.attention.backend.Backend`."""
 
     tokens: ModuleType | None = cpp
+    similar_order = staticmethod(cpp.similar_order)
 
     def description(self) -> str:
         size = build.load().vector_bytes()

@@ -39,12 +39,14 @@ def compute_dtype(rows: Tensor) -> torch.dtype:
 
 def block_tables(stream: Stream, causal: bool) -> Tensor:
     """(1, nb) int32: the first block of the document of each block. Not causal (3, nb): also the last + 1
-    block of the document, and how many tokens the block has."""
+    block of the document, and how many tokens the block has. With copies: also `hidden_blocks`."""
     return stream.cached(("block tables", causal), lambda: _block_tables(stream, causal))
 
 
 def _block_tables(stream: Stream, causal: bool) -> Tensor:
     first = stream.first_blocks()
+    if stream.copies:
+        return torch.cat([first[None], stream.hidden_blocks()])
     if causal:
         return first[None]
     ends = first + stream.blocks_in_document().to(torch.int32)
@@ -62,6 +64,18 @@ def select(
         ROUTERS[router], scale, query, features, parts, columns, top_k, selected,
     )  # fmt: skip
     return selected
+
+
+def similar_order(keys: Tensor, cells: int) -> Tensor:
+    """Order (..., n) int64 of keys (..., n, d), as `clusters.similar_order` gives it."""
+    rows = (keys.float() if keys.dtype == torch.float16 else keys).contiguous()
+    *_, size, dim = rows.shape
+    order = torch.empty(rows.shape[:-1], dtype=torch.int32)
+    function = getattr(load(), f"similar_order_{str(rows.dtype).removeprefix('torch.')}")
+    sizes = (order.numel() // size, size, dim, size // cells, torch.get_num_threads())
+    function.restype = None
+    function(_argument(rows), *map(_Long, sizes), _argument(order))
+    return order.long()
 
 
 def routed_forward(
@@ -85,7 +99,7 @@ def routed_forward(
     )  # fmt: skip
     if not done:
         raise ValueError(
-            f"selected has a block that is no {'past' if len(blocks) == 1 else 'other'} one of its document: "
+            f"selected has a block that is no {'other' if len(blocks) == 3 else 'past'} one of its document: "
             f"give what select_blocks gives"
         )
     return out, lse

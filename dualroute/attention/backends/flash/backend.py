@@ -12,6 +12,8 @@ from dualroute.attention.core.layout import Stream
 class FlashBackend(TorchBackend):
     """See `dualroute.attention.backend.Backend`."""
 
+    takes_copies = False
+
     def description(self) -> str:
         return "flash attention's operators"
 

@@ -28,6 +28,7 @@ from dualroute.attention.backends.torch.full import full_attention
 from dualroute.attention.backends.torch.local import local_attention
 from dualroute.attention.backends.torch.routed import routed_attention
 from dualroute.attention.backends.torch.select import select_blocks
+from dualroute.attention.core.clusters import similar_order
 from dualroute.attention.core.layout import Stream
 
 
@@ -35,6 +36,8 @@ class TorchBackend:
     """See `dualroute.attention.backend.Backend`."""
 
     tokens: ModuleType | None = None
+    takes_copies = True
+    similar_order = staticmethod(similar_order)
 
     def description(self) -> str:
         return "plain torch"

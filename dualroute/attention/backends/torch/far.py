@@ -54,6 +54,8 @@ def _far_chunks(
             own = torch.arange(begin, end, device=device).repeat_interleave(block)[:, None]
             number = torch.arange(1, columns.stop, device=device)
             closed = number >= own if causal else number == own  # (rows, count)
+            if stream.copies:
+                closed |= stream.hides(bucket, own, number)
             # One more column takes the "-1 = none" entries.
             closed = torch.nn.functional.pad(closed, (0, 1)).repeat(kv_heads, documents, 1, 1)
             picked = chosen_here[:, :, rows[0] : rows[1]].long()

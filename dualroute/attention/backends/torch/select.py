@@ -39,7 +39,10 @@ def select_blocks(
     valid = stream.slot_valid.view(-1, stream.block) if stream.slot_valid is not None and not causal else None
     features = block_features(key.unflatten(1, (-1, stream.block)), router, sub_block, valid)
     for bucket in stream.buckets:
-        _select_in_bucket(selected, grouped, features, bucket, stream.block, top_k, router, causal)
+        _select_in_bucket(selected, grouped, features, bucket, stream, top_k, router, causal)
+    if stream.copies:
+        copies = stream.hidden_blocks()[0].bool().repeat_interleave(stream.block)
+        selected.masked_fill_(copies[:, None], -1)
     if stream.slot_valid is not None:
         selected.masked_fill_(~stream.slot_valid[:, None], -1)
     return selected
@@ -50,12 +53,13 @@ def _select_in_bucket(
     query: Tensor,
     features: Tensor,
     bucket: Bucket,
-    block: int,
+    stream: Stream,
     top_k: int,
     router: str,
     causal: bool,
 ) -> None:
     kv_heads, group, _, dim = query.shape
+    block = stream.block
     first, documents, blocks = bucket
     part = slice(first * block, (first + documents * blocks) * block)
     out = selected[:, part].view(kv_heads, documents, blocks, block, 1 + top_k)
@@ -78,6 +82,8 @@ def _select_in_bucket(
         own = torch.arange(begin, end, device=query.device).repeat_interleave(block)[:, None]  # (rows, 1)
         block_number = torch.arange(1, candidates.stop, device=query.device)
         allowed = block_number < own if causal else block_number != own  # (rows, count)
+        if stream.copies:
+            allowed &= ~stream.hides(bucket, own, block_number)
         if count <= top_k:
             chosen = torch.where(allowed, block_number - 1, -1)
         else:

@@ -32,10 +32,14 @@ def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: boo
     """What ``layer(hidden_states)`` gives, (B, n, dim), for one causal document in each row.
 
     Raises:
-        ValueError: the layer is not causal.
+        ValueError: the layer is not causal, or its blocks are of similar keys.
     """
     if not layer.causal:
         raise ValueError("causal=False has no graph of fixed operators: run the layer itself")
+    if layer.routing.cluster_span and layer.global_heads and layer.max_exact_blocks is not None:
+        raise ValueError(
+            f"cluster_span={layer.routing.cluster_span} has no graph of fixed operators: run the layer itself"
+        )
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     tables = layer.rotary_tables(positions, hidden_states.dtype)
     far_table, near_table = (None if table is None else (table[0][:, 0], table[1][:, 0]) for table in tables)

@@ -11,6 +11,8 @@ from dualroute.attention.backends.torch import TorchBackend
 class TritonBackend(TorchBackend):
     """See `dualroute.attention.backend.Backend`."""
 
+    takes_copies = False
+
     def description(self) -> str:
         return "Triton kernels"
 

@@ -1,5 +1,6 @@
 // What Python calls by ctypes: see operators.py for the shapes. T is computed in, S how rows are stored.
 #include "local.h"
+#include "order.h"
 #include "routed_backward.h"
 #include "routed_forward.h"
 #include "select.h"
@@ -35,6 +36,10 @@
         select_blocks<T>(make_shape(shape, first_block), Router(router), T(scale), query, features, parts,  \
                          columns, top_k, selected);                                                         \
     }                                                                                                       \
+    DUALROUTE_CALLED void similar_order_##NAME(const S* keys, long spans, long size, long dim, long cell,   \
+                                               long threads, int32_t* order) {                              \
+        similar_order<T>(keys, spans, size, dim, cell, int(threads), order);                                \
+    }                                                                                                       \
     DUALROUTE_CALLED bool routed_forward_##NAME(DUALROUTE_PROBLEM(T, S), S* out, T* lse) {                  \
         return routed_forward(DUALROUTE_AS_PROBLEM(T, S), out, lse);                                        \
     }                                                                                                       \
@@ -47,16 +52,13 @@
 
 static Shape make_shape(const long* sizes, const int32_t* first_block) {
     const long blocks = sizes[2] / sizes[3];
-    const bool causal = sizes[6] == 1;  // one table of blocks, else three
-    return {sizes[0],
-            sizes[1],
-            sizes[2],
-            sizes[3],
-            sizes[4],
-            int(sizes[5]),
-            first_block,
-            causal ? nullptr : first_block + blocks,
-            causal ? nullptr : first_block + 2 * blocks};
+    const bool causal = sizes[6] != 3, hides = sizes[6] > 3;  // tables of blocks
+    const auto table = [&](bool there, int number) {
+        return there ? first_block + number * blocks : nullptr;
+    };
+    return {sizes[0],          sizes[1],        sizes[2],        sizes[3],
+            sizes[4],          int(sizes[5]),   first_block,     table(!causal, 1),
+            table(!causal, 2), table(hides, 1), table(hides, 2), hides ? int(sizes[6] - 2) / 2 : 0};
 }
 
 DUALROUTE_KERNELS(float, float, float32)

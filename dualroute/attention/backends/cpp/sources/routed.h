@@ -68,7 +68,8 @@ inline bool readable(const Shape& shape, const int32_t* selected, int columns) {
         const int32_t first = shape.first_block[own];
         for (int c = 1; c < columns; ++c) {
             const int32_t block = selected[row * columns + c];
-            all = all && (block < 0 || (block >= first && block < shape.end(own) && block != own));
+            all = all && (block < 0 || (block >= first && block < shape.end(own) && block != own &&
+                                        !shape.hides(own, block, block + 1)));
         }
     }
     return all;
@@ -183,6 +184,7 @@ struct Routed {
         turn_summaries(document);
         for (long tile = 0; document + tile * TILE < end; ++tile) {
             const long block = document + tile * TILE;
+            if (shape.hides(own, block, block + TILE)) continue;
             step(Keys<T>{far.keys + block * far.width, far_turned.data() + tile * far.width * TILE,
                          far.values + block * shape.dim, far_values.data() + tile * shape.dim * TILE, TILE,
                          int(std::min<long>(TILE, end - block))},
@@ -195,7 +197,7 @@ struct Routed {
     auto close_far(long slot, long document, long tile_begin) const {
         return [this, slot, document, tile_begin](T* logits, int, int rows, int from, int to) {
             const T log_tokens = std::log(T(shape.block));
-            const long own = slot / shape.block - tile_begin, last = shape.end(slot / shape.block) - 1;
+            const long block = slot / shape.block, own = block - tile_begin, last = shape.end(block) - 1;
             for (int r = 0; r < rows; ++r) {
                 T* line = logits + r * TILE;
                 for (int j = from; j < to; j += LANES<T>) store<T>(line + j, load<T>(line + j) + log_tokens);
@@ -205,6 +207,12 @@ struct Routed {
                     if (own >= from && own < to) line[own] = NEG_INF<T>;
                 }
                 close_outside<T>(line, from, to, int(std::max(0L, document + 1 - tile_begin)), to);
+                for (int range = 0; range < shape.ranges; ++range) {
+                    const long shown = std::min<long>(to, shape.end(range, block) - tile_begin);
+                    for (long j = std::max<long>(from, shape.begin(range, block) - tile_begin); j < shown;
+                         ++j)
+                        line[j] = NEG_INF<T>;
+                }
                 const int32_t* chosen = selected + (slot + r) * columns;
                 for (int c = 1; c < columns; ++c) {
                     const long column = chosen[c] - tile_begin;
@@ -249,7 +257,7 @@ struct Routed {
             for (int at = begin; at < end; at += TILE)
                 for (long member = 0; member < shape.group(); ++member)
                     read(keys, block, member, readers.tokens.data() + at, std::min(TILE, end - at));
-            if (!inside) continue;
+            if (!inside || shape.copied(block)) continue;
             for_rows([&](long member, long offset, int rows) {
                 own(keys, block, member, offset, rows);
                 if (shape.causal()) finish(block, member, offset, rows);

@@ -59,13 +59,14 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
     {
         Buffer<T> rows_features(TILE * width), scores(TILE * row);
         std::vector<float> best(TILE * top_k), worst(TILE), compared(columns);
+        std::vector<int32_t> closed(columns);
 #pragma omp for collapse(2) schedule(dynamic)
         for (long order = 0; order < blocks; ++order)
             for (long kv = 0; kv < shape.kv_heads; ++kv) {
                 const long own = blocks - 1 - order,
                            first = shape.first_block[own];  // the longest work first
                 const long end = shape.end(own);
-                if (own == first && shape.causal()) continue;
+                if ((own == first && shape.causal()) || shape.copied(own)) continue;
                 for (long offset = 0; offset < shape.block; offset += TILE) {
                     const int rows = std::min<long>(TILE, shape.block - offset);
                     const long slot = own * shape.block + offset;
@@ -78,11 +79,17 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                     std::fill(best.begin(), best.end(), -INFINITY);
                     std::fill(worst.begin(), worst.end(), -INFINITY);
                     for (long tile = (first + 1) / columns; tile * columns < end; ++tile) {
+                        if (shape.hides(own, tile * columns, (tile + 1) * columns)) continue;
                         multiply<T>(scores.data(), row, {rows_features.data(), width, 1},
                                     features + (kv * tiles + tile) * width * row, row, rows, row, width,
                                     false);
                         const int from = std::max(0L, first + 1 - tile * columns);
                         const int to = std::min<long>(columns, end - tile * columns);
+                        for (int j = 0; j < columns; ++j) {
+                            const long block = tile * columns + j;
+                            closed[j] =
+                                j < from || j >= to || block == own || shape.hides(own, block, block + 1);
+                        }
                         for (int r = 0; r < rows; ++r) {
                             const T* line = scores.data() + r * row;
                             float top = -INFINITY;
@@ -90,8 +97,7 @@ void select_blocks(const Shape& shape, Router router, T scale, const S* query, c
                                 T score = line[j];
                                 for (int part = 1; part < parts; ++part)
                                     score = std::max(score, line[part * columns + j]);
-                                const bool closed = j < from || j >= to || tile * columns + j == own;
-                                compared[j] = closed ? -INFINITY : float(score);
+                                compared[j] = closed[j] ? -INFINITY : float(score);
                                 top = std::max(top, compared[j]);
                             }
                             if (!(top > worst[r])) continue;

@@ -211,12 +211,25 @@ struct Shape {
     // + 1 one, and how many of its slots hold tokens. Causal, what follows a block is nobody's concern, and
     // slots without a token lie behind all others.
     const int32_t *first_block, *end_block, *block_tokens;
+    // Of each block, causal: whether it is a copy, from which nobody asks, and `ranges` times, the blocks
+    // begin..end-1 before it that its tokens do not read (see core/clusters.py). Null: nothing is hidden.
+    const int32_t *copy, *hidden;
+    int ranges;
 
     bool causal() const { return !end_block; }
     long blocks() const { return slots / block; }
     // Last + 1 block, of those that are not its own, that the tokens of block b may read.
     long end(long b) const { return causal() ? b : end_block[b]; }
     int tokens(long b) const { return int(causal() ? block : block_tokens[b]); }
+    bool copied(long b) const { return copy && copy[b]; }
+    // Whether the tokens of block b read none of the blocks from..to-1.
+    bool hides(long b, long from, long to) const {
+        bool all = false;
+        for (int range = 0; range < ranges; ++range) all |= from >= begin(range, b) && to <= end(range, b);
+        return all;
+    }
+    long begin(int range, long b) const { return hidden[2 * range * blocks() + b]; }
+    long end(int range, long b) const { return hidden[(2 * range + 1) * blocks() + b]; }
     long group() const { return heads / kv_heads; }
     long document(long b) const { return first_block[b] * block; }  // first slot of the document of a block
 };
