@@ -48,9 +48,9 @@ def new_cache(
 
     There is room for all of them at once, or for `capacity` at first and for more when they come.
     `cache_dtype` is how the global route's complete blocks are kept: "auto" in `dtype`, "int8" or "int4" as
-    integers (see `core.storage.quantized_cache`); the ring of the local route always is in `dtype`. `cache_offload`
-    is a folder for files that hold the global route's keys and values, or "host" (see `core.storage.paging`); the
-    room for all tokens is then reserved at once.
+    integers (see `core.storage.quantized_cache`); the ring of the local route always is in `dtype`.
+    `cache_offload` is a folder for files that hold the global route's keys and values, or "host" (see
+    `core.storage.paging`); the room for all tokens is then reserved at once.
 
     Raises:
         ValueError: the layer is not causal, a size is below 1, cache_dtype is unknown, or cache_offload does
@@ -67,31 +67,25 @@ def new_cache(
     global_cache: GlobalCache | None = None
     local_cache: LocalCache | None = None
     if layer.global_heads:
-        kind: Any
-        sizes: tuple[Any, ...] = (
-            batch_size * layer.global_heads // layer.group,
-            0 if cache_offload is not None else min(capacity or max_length, max_length),
-            layer.head_dim,
-            layer.block,
-            routing.router,
-            routing.sub_block,
-            routing.far_summary,
-            device,
-            dtype,
-        )
-        if routing.cluster_span and (cache_dtype in BITS or cache_offload is not None):
-            raise ValueError(
-                f"cluster_span={routing.cluster_span}: blocks of similar keys are put in another order while "
-                f"a text grows, which cache_dtype and cache_offload do not take: leave them out"
-            )
+        shape: dict[str, Any] = {
+            "rows": batch_size * layer.global_heads // layer.group,
+            # room in pages is made below
+            "capacity": 0 if cache_offload is not None else min(capacity or max_length, max_length),
+            "head_dim": layer.head_dim,
+            "block": layer.block,
+            "router": routing.router,
+            "sub_block": routing.sub_block,
+            "far_summary": routing.far_summary,
+            "cluster_span": routing.cluster_span,
+            "device": device,
+            "dtype": dtype,
+        }
         if cache_dtype in BITS:
-            kind, more = QuantizedGlobalCache, {"bits": BITS[cache_dtype]}
+            global_cache = QuantizedGlobalCache(**shape, bits=BITS[cache_dtype])
         else:
-            kind, more = GlobalCache, {"cluster_span": routing.cluster_span}
-        made: GlobalCache = kind(*sizes, **more)
+            global_cache = GlobalCache(**shape)
         if cache_offload is not None:
-            made.offload(make_pages(cache_offload, torch.device(device)), max_length)
-        global_cache = made
+            global_cache.offload(make_pages(cache_offload, torch.device(device)), max_length)
     if layer.local_heads:
         rows = batch_size * layer.local_heads // layer.group
         local_cache = LocalCache(rows, layer.window, layer.head_dim, device, dtype)

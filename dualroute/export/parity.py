@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 
 #: Positions of a text whose logits are compared, and how many numbers these may be.
 POSITIONS, MAX_LOGITS = 256, 1 << 24

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dualroute.model.config import FrontendConfig
+from dualroute.model.ends_config import FrontendConfig
 
 _MIDDLE = 127.5  # of a pixel
 

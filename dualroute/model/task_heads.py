@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 
 
 class TaskHead(nn.Module):

@@ -19,8 +19,9 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.model import SamplingConfig
 from dualroute.model.decoding.sampler import Constraint, Sampler, TokenLogprob
-from dualroute.serve.engine import Busy, End, Engine, Event, Failure, Piece, PromptRead, Request
+from dualroute.serve.engine import Engine
 from dualroute.serve.errors import ApiError
+from dualroute.serve.events import Busy, End, Event, Failure, Piece, PromptRead, Request
 from dualroute.serve.schemas import Sampled
 
 _POLL = 0.5  # seconds between two looks whether the client is still there

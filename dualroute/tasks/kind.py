@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model.config import FrontendConfig, TaskHeadConfig
+from dualroute.model.ends_config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.data.examples import Example
 

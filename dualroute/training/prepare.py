@@ -31,7 +31,7 @@ from dualroute.model.checkpoint.format import (
     find_checkpoint,
     refuse_quantized,
 )
-from dualroute.model.config import FrontendConfig, TaskHeadConfig
+from dualroute.model.ends_config import FrontendConfig, TaskHeadConfig
 from dualroute.training.checkpointing.resume import (
     Start,
     choose_start,

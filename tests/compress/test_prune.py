@@ -14,7 +14,7 @@ from dualroute.errors import UserError
 from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.model.foreign.hub import load_dense
 
 CPU = torch.device("cpu")

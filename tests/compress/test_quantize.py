@@ -18,7 +18,7 @@ from dualroute.evaluate.load import load
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate, quantized
 from dualroute.model.checkpoint.format import WEIGHTS, find_checkpoint, load_model, save_model
-from dualroute.model.config import FrontendConfig, TaskHeadConfig
+from dualroute.model.ends_config import FrontendConfig, TaskHeadConfig
 from dualroute.model.quantized import (
     Quantization,
     QuantizedLinear,

@@ -8,7 +8,7 @@ import torch
 from dualroute.attention import DualRouting
 from dualroute.errors import UserError
 from dualroute.model import ModelConfig
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.model.layers import TransformerBlock
 
 

@@ -10,7 +10,8 @@ import torch
 
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer
-from dualroute.model.config import FrontendConfig, ModelConfig, TaskHeadConfig
+from dualroute.model.config import ModelConfig
+from dualroute.model.ends_config import FrontendConfig, TaskHeadConfig
 from dualroute.model.frontends import Frontend, patches_of
 
 SHAPE: dict[str, Any] = {"vocab_size": 8, "dim": 16, "num_layers": 2, "num_heads": 4, "causal": False}

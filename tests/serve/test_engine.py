@@ -18,7 +18,8 @@ from dualroute.model import DualRoutingTransformer, SamplingConfig
 from dualroute.model.decoding.batched import copied, held_bytes, new_text, next_logits, num_bytes
 from dualroute.model.decoding.generation import generate
 from dualroute.model.decoding.sampler import Sampler
-from dualroute.serve.engine import Busy, End, Engine, Event, Failure, Piece, PromptRead, Request
+from dualroute.serve.engine import Engine
+from dualroute.serve.events import Busy, End, Event, Failure, Piece, PromptRead, Request
 from tests.serve.conftest import CONTEXT, model_of
 
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 90, 17, 40)]

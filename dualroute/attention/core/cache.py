@@ -8,7 +8,8 @@ reads, top_k + 2 blocks and one pseudo-key per past block, and not the length of
 similar keys (`core.clusters`) what is past is put in another order where it lies, between two steps: kernels
 see blocks as ever.
 
-`core.storage.quantized_cache` has a global cache whose complete blocks are integers of 8 or 4 bits.
+`core.storage` has a global cache whose complete blocks are integers of 8 or 4 bits, and a place for them on
+the disk.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class GlobalCache(KeysAndValues):
     There is room for `capacity` tokens at first; more is made when they come, twice as much each time.
     """
 
-    OF_TOKENS = (*KeysAndValues.OF_TOKENS, "places")
+    OF_TOKENS: tuple[str, ...] = (*KeysAndValues.OF_TOKENS, "places")
     OF_BLOCKS: tuple[str, ...] = ("features", "far_keys", "far_values")
     #: bits of a stored number, None for floats
     bits: int | None = None
@@ -139,6 +140,8 @@ class GlobalCache(KeysAndValues):
                 continue
             shape = torch.Size((len(none), blocks * self.block, *none.shape[2:]))
             setattr(self, name, pages.zeros(shape, none.dtype))
+        if self.places is not None:
+            self.places[:] = torch.arange(blocks * self.block, dtype=torch.int32)
 
     def advance(self) -> None:
         super().advance()
@@ -238,12 +241,12 @@ class GlobalCache(KeysAndValues):
         assert self.places is not None
         tokens = slice(first * self.block, (first + count) * self.block)
         text = self.places[:, tokens].argsort(dim=1)  # ties are broken by the order of the text
-        keys = _ordered(self.keys[:, tokens], text).to(accumulation_dtype(self.features.dtype))
+        keys = ordered(self.keys[:, tokens], text).to(accumulation_dtype(self.features.dtype))
         order = text.gather(1, similar_order(keys, count * self.block // cell))
         for name in self.OF_TOKENS:
             rows = getattr(self, name)
             if rows is not None:
-                rows[:, tokens] = _ordered(rows[:, tokens], order)
+                rows[:, tokens] = ordered(rows[:, tokens], order)
         blocks = (rows[:, tokens].unflatten(1, (-1, self.block)) for rows in self._rows())
         self._summarise(slice(first, first + count), *blocks)
 
@@ -266,7 +269,7 @@ class GlobalCache(KeysAndValues):
             self.places[:, self.length :] = new[self.length :]
 
 
-def _ordered(rows: Tensor, order: Tensor) -> Tensor:
+def ordered(rows: Tensor, order: Tensor) -> Tensor:
     """(R, n, ...) with row order[r, i] of r at i."""
     return rows.take_along_dim(order.view(*order.shape, *[1] * (rows.ndim - 2)), 1)
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from dualroute.model.decoding.sampler import TokenLogprob
-from dualroute.serve.engine import End, Piece, PromptRead
+from dualroute.serve.events import End, Piece, PromptRead
 from dualroute.serve.jobs import Job, Served, Text, Written, finished
 from dualroute.serve.routes.common import State, streamed
 from dualroute.serve.schemas import CompletionRequest

@@ -12,8 +12,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from dualroute.serve.engine import NOT_FINITE, Busy
+from dualroute.serve.engine import NOT_FINITE
 from dualroute.serve.errors import ApiError
+from dualroute.serve.events import Busy
 from dualroute.serve.jobs import Served, busy
 from dualroute.serve.routes.common import State
 from dualroute.serve.schemas import EmbeddingsRequest

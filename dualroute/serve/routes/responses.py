@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from dualroute.serve.engine import End, Piece
 from dualroute.serve.errors import ApiError
+from dualroute.serve.events import End, Piece
 from dualroute.serve.jobs import Job, Text, Written, finished
 from dualroute.serve.routes.common import State, chat_prompt, streamed
 from dualroute.serve.schemas import ChatMessage, ResponsesRequest

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualroute.errors import UserError
-from dualroute.model.config import FrontendConfig
+from dualroute.model.ends_config import FrontendConfig
 from dualroute.model.frontends import patches_of
 from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.data.examples import Example

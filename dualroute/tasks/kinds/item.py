@@ -22,7 +22,7 @@ import numpy as np
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.tasks.baselines import cosine_neighbours, popular
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, PlacedRow, Role, Row, register

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.tasks.baselines import tfidf_regression
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, LossSums, Part, Role, Row, register

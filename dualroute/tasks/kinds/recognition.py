@@ -18,7 +18,7 @@ import numpy as np
 
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.errors import UserError
-from dualroute.model.config import FrontendConfig, TaskHeadConfig
+from dualroute.model.ends_config import FrontendConfig, TaskHeadConfig
 from dualroute.tasks.baselines import majority
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, LossSums, Part, Role, Row, register

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.tasks.baselines import majority, tfidf_classifier, tfidf_cosine_classifier
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Floats, Kind, Part, Role, Row, at_place, register

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.tasks.baselines import overlap_answers
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.data.spans import encoded_with_places, occurrences

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.model.config import FrontendConfig
+from dualroute.model.ends_config import FrontendConfig
 from dualroute.tasks.baselines import nearest_centroid
 from dualroute.tasks.config import AudioConfig
 from dualroute.tasks.data.audio import Samples, frames_of

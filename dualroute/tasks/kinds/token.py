@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dualroute.errors import UserError
-from dualroute.model.config import TaskHeadConfig
+from dualroute.model.ends_config import TaskHeadConfig
 from dualroute.tasks.baselines import dictionary_tags
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.data.spans import is_wide

@@ -22,7 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualroute.attention.core.cache import GlobalCache, Place, put
+from dualroute.attention.core.cache import GlobalCache, Place, ordered, put
+from dualroute.attention.core.clusters import similar_order
 from dualroute.attention.core.precision import accumulation_dtype
 from dualroute.attention.core.router import block_features
 
@@ -34,7 +35,7 @@ class QuantizedGlobalCache(GlobalCache):
 
     `tail_keys` and `tail_values` (R, block, d) are the floats of the newest token's block, in `dtype`."""
 
-    OF_TOKENS = ("keys", "values", "value_grids")
+    OF_TOKENS = ("keys", "values", "value_grids", "places")
     OF_BLOCKS = ("features", "far_keys", "far_values", "key_grids")
     OF_TEXTS = ("tail_keys", "tail_values")
     bits: int
@@ -51,12 +52,16 @@ class QuantizedGlobalCache(GlobalCache):
         device: torch.device | str | None,
         dtype: torch.dtype,
         bits: int,
+        cluster_span: int = 0,
     ) -> None:
         width, blocks = head_dim * bits // 8, -(-capacity // block)
         super().__init__(
             rows, 0, head_dim, block, router, sub_block, far_summary, device, torch.bfloat16
         )  # no rows yet
-        self.bits = bits
+        self.bits, self.cluster_span = bits, cluster_span
+        if cluster_span:
+            places = torch.arange(blocks * block, dtype=torch.int32, device=device)
+            self.places = places.repeat(rows, 1)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(rows, *shape, device=device, dtype=dtype)
@@ -120,6 +125,19 @@ class QuantizedGlobalCache(GlobalCache):
         else:
             put(self.features, place, block_features(keys, self.router, self.sub_block))
         self._summarise_far(place, keys, values)
+
+    @torch.no_grad()
+    def _regroup(self, first: int, count: int, cell: int) -> None:
+        """Put similar keys together; what moves to another block is rounded anew, on that one's grid."""
+        assert self.places is not None
+        tokens = slice(first * self.block, (first + count) * self.block)
+        numbers = torch.arange(first, first + count, device=self.places.device).expand(len(self.places), -1)
+        stored = self._stored(numbers, accumulation_dtype(self.tail_keys.dtype))
+        text = self.places[:, tokens].argsort(dim=1)
+        order = text.gather(1, similar_order(ordered(stored[0], text), count * self.block // cell))
+        self.places[:, tokens] = ordered(self.places[:, tokens], order)
+        blocks = (ordered(rows, order).unflatten(1, (-1, self.block)) for rows in stored)
+        self._summarise(slice(first, first + count), *blocks)
 
     def router_features(self, first: int, last: int) -> Tensor:
         features = self.features[:, first:last]

@@ -171,3 +171,24 @@ def test_a_layer_decodes_close_to_its_forward_pass(cache_dtype):
 def test_an_unknown_type_is_named():
     with pytest.raises(ValueError, match="cache_dtype=int5 is unknown: did you mean int"):
         DualRouting(32, 4).new_cache(1, 60, cache_dtype="int5")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_blocks_of_similar_keys(tmp_path, offload):
+    """What moves to another block is rounded anew: alike in chunks and one by one, and close to floats."""
+    torch.manual_seed(0)
+    layer = DualRouting(32, 4, window=6, block=8, sub_block=4, top_k=1, cluster_span=32, global_mode="routed")
+    hidden = torch.randn(2, 90, 32)
+    options = {"cache_dtype": "int8", "cache_offload": tmp_path if offload else None}
+    outputs, caches = [], []
+    with torch.no_grad():
+        whole = layer(hidden)
+        for ends in ([20, 23, 60, 90], [20, *range(21, 91)]):
+            caches.append(layer.new_cache(2, 90, capacity=16, **options))
+            parts = itertools.pairwise((0, *ends))
+            outputs.append(torch.cat([layer(hidden[:, a:b], cache=caches[-1]) for a, b in parts], 1))
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+    assert 0 < (outputs[1] - whole).norm() / whole.norm() < 0.02
+    places = caches[0].global_cache.places
+    assert (places.sort(1).values == torch.arange(places.shape[1])).all()
+    assert not torch.equal(places[0].sort().values, places[0])

@@ -1,4 +1,4 @@
-// A row of a cache whose complete blocks are integers of BITS bits: core/quantized_cache.py says how.
+// A row of a cache whose complete blocks are integers of BITS bits: core/storage/quantized_cache.py says how.
 //
 // Integers are never widened into memory. A query is multiplied with the steps of a block's channels once,
 // for all of its keys; a value's step goes into its weight.
