@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 TOP = ("benchmarks", "configs", "data_prep", "docs", "dualroute", "launch", "slurm", "tests")
 MOST_FILES, MOST_LINES = 15, 500
 #: Enumerations: a short file for each task, a page for each field.
-ENUMERATIONS = {"configs/task", "docs"}
+ENUMERATIONS = {"configs/task"}
 PICTURES = {".png", ".svg"}
 _NAMED = re.compile(
     rf"(?<![\w/.-])(?:{'|'.join(TOP)})/[\w/.-]+\.(?:py|sh|md|yaml|json|h|cpp|svg|png|sbatch)\b"

@@ -16,11 +16,11 @@ from dualroute.data.plan import Request
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model, save_model
-from dualroute.tasks import reference as reference_module
 from dualroute.tasks.config import TaskConfig
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.data.module import PackedWindows, collate_examples
 from dualroute.tasks.data.packing import PackedSequence
+from dualroute.tasks.dpo import reference as reference_module
 from dualroute.tasks.dpo.loss import preference_sums
 from dualroute.tasks.dpo.reference import FILE, lay_out, reference_scores
 from dualroute.tasks.kind import BadRow, Setting
