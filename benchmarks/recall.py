@@ -228,12 +228,6 @@ def options_of_training(parser: argparse.ArgumentParser, variants: list[str]) ->
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--start", type=int, default=128, help="tokens at which the curriculum begins")
     parser.add_argument("--evaluate", type=int, nargs="*", default=[], help="multiples of the length")
-    parser.add_argument(
-        "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
-    )
-    parser.add_argument(
-        "--ask_cluster_span", type=int, nargs="*", default=[], help="ask with these cluster_spans too"
-    )
     parser.add_argument("--min_distance", type=int, default=256)
     parser.add_argument("--steps", type=int, default=300, help="at the full length")
     parser.add_argument("--patience", type=int, default=2000, help="steps by which it must be reached")
@@ -260,6 +254,9 @@ def main() -> None:
     options_of_training(parser, ["dense", "local", "routed"])
     parser.add_argument(
         "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
+    )
+    parser.add_argument(
+        "--ask_cluster_span", type=int, nargs="*", default=[], help="ask with these cluster_spans too"
     )
     options = parser.parse_args()
     device = prepare(options.threads, options.device)
