@@ -57,7 +57,7 @@ class Route(NamedTuple):
     sub_block: int
     far_summary: str
     mode: str
-    cluster_span: int
+    cluster_span: int = 0
 
     @property
     def name(self) -> str:
