@@ -6,10 +6,13 @@ import asyncio
 import base64
 import json
 import math
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -285,6 +288,20 @@ def test_the_page_loads_nothing_from_elsewhere(address: str) -> None:
         assert f"/page/{name}" in page.text
         assert httpx.get(f"{address}/page/{name}").status_code == 200
     assert "innerHTML" not in httpx.get(f"{address}/page/page.js").text
+
+
+def test_the_page_shows_the_models_in_a_browser(address: str, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: the page is not looked at")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    shown = subprocess.run(
+        [*command, "--virtual-time-budget=5000", "--dump-dom", address],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    assert "<option>tiny</option><option>other</option>" in shown
+    assert '<section class="pane"><h2>tiny</h2></section>' in shown
+    assert '<label id="beside-label">' in shown  # two models may be shown side by side
 
 
 def test_no_answer_holds_what_another_asked(address: str) -> None:
