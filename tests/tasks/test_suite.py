@@ -36,7 +36,7 @@ def test_a_task_s_metrics_have_bootstrap_errors(tmp_path, capsys):
     assert (
         main(["evaluate", "--checkpoint", str(tmp_path / "run"), "--suite", "ruler", "--lengths", "64"]) == 2
     )
-    assert "has a head for a task: use the part task" in capsys.readouterr().err
+    assert "answers a task" in capsys.readouterr().err
 
 
 def test_the_bootstrap_of_a_mean_is_its_standard_error():

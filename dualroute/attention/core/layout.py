@@ -324,7 +324,7 @@ class Layout:
             return None
         dtype = accumulation_dtype(dtype)
         if positions is None:
-            key: Hashable = (rope, dtype)
+            key: Hashable = (*rope.numbers, dtype)
             if key in self._tables:
                 return self._tables[key]
             if torch.compiler.is_compiling():

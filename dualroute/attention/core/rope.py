@@ -61,6 +61,12 @@ class Rope(NamedTuple):
     theta: float = 10000.0
     scaling: RopeScaling | None = None
 
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        """It as a plain tuple: a compiler tells named ones apart by what they are and not by what they hold,
+        and would make a program for each layer."""
+        return (*self[:3], *(self.scaling or ()))
+
     def frequencies(self, device: torch.device | str | None = None) -> Tensor:
         """(head_dim // 2,) float64 radians per token of each pair; 0 of those that stay."""
         turned = _frequencies(self.channels, self.theta, device)
