@@ -66,7 +66,8 @@ def by_reference(module: DualRouting, hidden: Tensor) -> Tensor:
         elif module.global_mode == "full":
             outputs.append(reference.full(query, key, value, causal=module.causal))
         else:
-            options = vars(module.routing)
+            options = dict(vars(module.routing))
+            assert options.pop("cluster_span") == 0  # see core/test_clusters.py
             outputs.append(
                 reference.routed(query, key, value, block=module.block, causal=module.causal, **options)
             )

@@ -62,7 +62,7 @@ def by_reference(model: DualRoutingTransformer, tokens: Tensor) -> Tensor:
             elif limit is None or len(tokens) <= limit * block:
                 out = reference.full(query, key, value, causal=False)
             else:
-                how = vars(attention.routing)
+                how = {k: v for k, v in vars(attention.routing).items() if k != "cluster_span"}
                 out = reference.routed(query, key, value, block=block, causal=False, **how)
             outputs.append(out.transpose(0, 1).flatten(1))
         hidden = hidden + torch.cat(outputs, 1) @ attention.out_proj.weight.T
