@@ -252,6 +252,15 @@ class Engine:
         begun = [*(one.request for one in self._reading), *(one.request for one in self._writing)]
         return [*self._waiting, *{id(request): request for request in begun}.values()]
 
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """End requests by an error that should not have come."""
+        name = type(error).__name__
+        log.error("%s", f"a request has failed: {name}: {error}", exc_info=error)
+        for request in requests:
+            self._end_request(
+                request, Failure(f"the server has failed ({name}); its log says more", "server")
+            )
+
     def _fail_all(self, message: str) -> None:
         for request in self._requests():
             self._end_request(request, Failure(message, "shutdown"))
@@ -306,12 +315,17 @@ class Engine:
             self._reading.append(_Reading(request, caches, read, need, cached=read))
             self.metrics.waited.observe(time.monotonic() - request.came)
 
-    @torch.no_grad()
     def _read_chunk(self) -> None:
         """One chunk of the oldest prompt."""
-        if not self._reading:
-            return
-        reading = self._reading[0]
+        if self._reading:
+            reading = self._reading[0]
+            try:
+                self._read_some(reading)
+            except Exception as error:
+                self._fail([reading.request], error)
+
+    @torch.no_grad()
+    def _read_some(self, reading: _Reading) -> None:
         request = reading.request
         prompt, begin = request.prompt, reading.read
         end = min(begin + self.prefill_chunk, len(prompt))
@@ -367,8 +381,11 @@ class Engine:
         if not self._writing:
             return
         texts = list(self._writing)
-        logits = next_logits(self.model, [text.last for text in texts], [text.caches for text in texts])
-        rows = logits.float().cpu()
+        try:
+            logits = next_logits(self.model, [text.last for text in texts], [text.caches for text in texts])
+            rows = logits.float().cpu()
+        except Exception as error:  # their caches are of unequal length now
+            return self._fail([text.request for text in texts], error)
         for text, row in zip(texts, rows, strict=True):
             if text in self._writing:
                 self._draw(text, row)
@@ -382,6 +399,8 @@ class Engine:
             token = text.sampler.draw(logits)
         except UserError as error:
             return self._end_request(request, Failure(str(error), "request"))
+        except Exception as error:  # is no reason to stop the others
+            return self._fail([request], error)
         now = time.monotonic()
         observed = self.metrics.next_token if text.tokens else self.metrics.first_token
         observed.observe(now - text.seen)

@@ -194,6 +194,20 @@ def test_a_broken_model_and_a_broken_listener_stop_nobody_else(tokenizer: Tokeni
         assert isinstance(failure, Failure)
         assert failure.kind == "server"
         assert "not finite" in failure.message
+        with torch.no_grad():
+            model.norm.weight[0] = 1.0
+
+        class Odd(Sampler):
+            def draw(self, logits: torch.Tensor) -> int:
+                raise IndexError("of this text alone")
+
+        broken, told = Heard(), asked([1, 2, 3])
+        engine.submit(Request([1, 2], 5, [Odd(SamplingConfig(5))], broken))
+        engine.submit(told[0])
+        failure = broken.wait().events[-1]
+        assert isinstance(failure, Failure)
+        assert "IndexError" in failure.message
+        assert len(told[1].wait().tokens()) == 20
         assert engine.call(lambda: 5).result(10) == 5
         with pytest.raises(ZeroDivisionError):
             engine.call(lambda: 1 // 0).result(10)

@@ -20,6 +20,8 @@ from torch import Tensor
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
 
+#: Below this temperature the likeliest token is all that is left, and float32 would overflow.
+COLDEST = 1e-6
 NUCLEUS = 1024  # tokens in which the nucleus of top_p is looked for first
 
 
@@ -159,7 +161,7 @@ def _token_logprob(logits: Tensor, token: int, alternatives: int) -> TokenLogpro
 def next_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Tokens that may come next: (V,) logits → their ids and float32 probabilities, (m,), whose sum is 1."""
     logits = logits.float()
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax().view(1), logits.new_ones(1)
     ids = torch.arange(logits.numel(), device=logits.device)
     if 0 < sampling.top_k < logits.numel():
@@ -172,7 +174,7 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tenso
             count = min(8 * count or NUCLEUS, ids.numel())
             ordered, order = probabilities.topk(count)
             # a token stays while the mass *before* it has not reached top_p: the most likely always stays
-            kept = int((ordered.cumsum(0) - ordered < sampling.top_p).sum())
+            kept = max(int((ordered.cumsum(0) - ordered < sampling.top_p).sum()), 1)  # 1e-50 is 0 in float32
         ids, probabilities = ids[order[:kept]], ordered[:kept]
     if sampling.min_p > 0:  # Nguyen et al. 2024, https://arxiv.org/abs/2407.01082
         likely = probabilities >= sampling.min_p * probabilities.max()
@@ -182,7 +184,7 @@ def next_tokens(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tenso
 
 def draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
     """The next token for (V,) logits: where a uniform number falls among the summed probabilities."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return int(logits.max(0).indices)  # twice as fast as argmax on a CPU
     ids, probabilities = next_tokens(logits, sampling)
     if ids.numel() == 1:

@@ -68,6 +68,13 @@ def test_each_option_is_its_formula(options):
         assert sampler.draw(logits) in expected
 
 
+@pytest.mark.parametrize("option", ["top_p", "temperature"])
+def test_numbers_too_small_for_float32_leave_the_likeliest_token(option: str) -> None:
+    sampling = SamplingConfig(**{"temperature": 1.0, "top_p": 1.0, option: 1e-60})
+    likeliest = max(range(len(LOGITS)), key=LOGITS.__getitem__)
+    assert Sampler(sampling).draw(torch.tensor(LOGITS)) == likeliest
+
+
 def test_greedy_drawing_heeds_penalties():
     sampler = Sampler(SamplingConfig(temperature=0, presence_penalty=1), [])
     assert [sampler.draw(torch.tensor(LOGITS)) for _ in range(3)] == [2, 0, 2]

@@ -34,4 +34,4 @@ def test_seconds_follow_from_the_rates():
 def test_the_table_of_the_documentation_is_the_one_that_is_printed():
     script = runpy.run_path(str(ROOT / "benchmarks" / "training" / "checkpoint_scale.py"))
     printed = script["table"]([7e9, 70e9], [64, 1024], 3, Machine())
-    assert printed in (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    assert printed in (ROOT / "docs" / "running" / "checkpoints.md").read_text(encoding="utf-8")
