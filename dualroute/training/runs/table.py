@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def show_runs(config: RunsConfig) -> None:
             "–" if run.seconds_left is None else duration(run.seconds_left),
             f"{duration(time.time() - run.time)} ago" if run.time else "–",
         )
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     console.print(table)
     for run in runs:
         if run.problem or run.resume:
