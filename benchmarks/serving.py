@@ -123,7 +123,7 @@ def main() -> None:
     shape = {
         "dim": args.dim,
         "num_layers": args.layers,
-        "num_heads": args.dim // 64,
+        "num_heads": max(args.dim // 64, 2),
         "max_context": args.context,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -139,12 +139,13 @@ def main() -> None:
             "--name",
             "model",
         ]
-        server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        said = Path(folder) / "server.log"  # a pipe that nobody reads would stop it
+        server = subprocess.Popen(words, stdout=said.open("wb"))
         try:
-            assert server.stdout is not None
-            line = next(line for line in server.stdout if "page: " in line)
-            found = re.search(r"page: (http://[^/)]+)", line)
-            assert found is not None
+            while (found := re.search(r"page: (http://[^/)]+)", said.read_text())) is None:
+                if server.poll() is not None:
+                    raise SystemExit(f"the server has ended: {said.read_text()[-2000:]}")
+                time.sleep(0.1)
             address = found[1]
             vocab = Tokenizer(checkpoint / "tokenizer.model").vocab_size
             asyncio.run(load(address, 2, 2, args.prompt, 8, vocab))  # warm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -70,7 +71,8 @@ class Gate:
             self.metrics.requests.labels(known, str(status)).inc()
             if scope["path"].startswith("/v1"):
                 seconds = time.monotonic() - began
-                log.info("%s", f"{name} {scope['method']} {known} {status} {seconds:.3f} s")
+                with contextlib.suppress(OSError):  # who read the log has gone: that is no reason to stop
+                    log.info("%s", f"{name} {scope['method']} {known} {status} {seconds:.3f} s")
         return None
 
     def _key_problem(self, scope: Scope, headers: Headers) -> ApiError | None:
