@@ -4,7 +4,8 @@
 
 A model of random weights (or --checkpoint) is served in a process of its own; each client asks again as soon
 as its text is done, streaming, with prompts of its own.  Figures are of whole texts; first and next token as
-the client sees them.  `--soak N` then sends N short requests and tells how the server's memory went.
+the client sees them.  `--steps` times the model's own steps instead, without HTTP.  `--soak N` then sends N
+short requests and tells how the server's memory went.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ import torch
 
 from data_prep.prepare import PrepareConfig, prepare
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.evaluate.load import load
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import save_model
+from dualroute.model.decoding.batched import new_text, next_logits
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> Path:
@@ -65,7 +68,7 @@ async def text(http: httpx.AsyncClient, body: dict[str, Any], times: dict[str, l
     return tokens
 
 
-async def load(
+async def under_load(
     address: str, clients: int, seconds: float, prompt: int, new: int, vocab: int
 ) -> dict[str, Any]:
     """What `clients` get in that time."""
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--soak", type=int, default=0)
+    parser.add_argument("--steps", action="store_true", help="only time steps of the model, without HTTP")
     args = parser.parse_args()
     shape = {
         "dim": args.dim,
@@ -139,6 +143,8 @@ def main() -> None:
             "--name",
             "model",
         ]
+        if args.steps:
+            return steps(checkpoint, args.clients, args.prompt)
         said = Path(folder) / "server.log"  # a pipe that nobody reads would stop it
         server = subprocess.Popen(words, stdout=said.open("wb"))
         try:
@@ -148,12 +154,12 @@ def main() -> None:
                 time.sleep(0.1)
             address = found[1]
             vocab = Tokenizer(checkpoint / "tokenizer.model").vocab_size
-            asyncio.run(load(address, 2, 2, args.prompt, 8, vocab))  # warm
+            asyncio.run(under_load(address, 2, 2, args.prompt, 8, vocab))  # warm
             print("| clients | tokens/s | times one | first token ms, p50 / p95 / p99 | next token ms |")
             print("|---|---|---|---|---|")
             alone = 0.0
             for clients in args.clients:
-                got = asyncio.run(load(address, clients, args.seconds, args.prompt, args.new, vocab))
+                got = asyncio.run(under_load(address, clients, args.seconds, args.prompt, args.new, vocab))
                 alone = alone or got["tokens_s"]
                 print(row(clients, got, alone), flush=True)
             process = psutil.Process(server.pid)
@@ -163,6 +169,27 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(60)
+
+
+def steps(checkpoint: Path, texts: list[int], before: int) -> None:
+    """CPU time of a step that writes a token of each text, `before` tokens behind its beginning."""
+    model = load(checkpoint, "cpu", "float32").model.eval()
+    torch.set_num_threads(1)
+    print("| texts in a step | ms of CPU | times the tokens of one |\n|---|---|---|")
+    alone = 0.0
+    for count in texts:
+        caches = [new_text(model, before + 100) for _ in range(count)]
+        with torch.no_grad():
+            for cache in caches:
+                model.hidden_states(torch.randint(10, 300, (1, before)), caches=cache)
+        spent = []
+        for _ in range(20):
+            began = time.process_time()
+            next_logits(model, [5] * count, caches)
+            spent.append(time.process_time() - began)
+        median = statistics.median(spent)
+        alone = alone or median
+        print(f"| {count} | {1000 * median:.1f} | {count * alone / median:.1f} |")
 
 
 def soak(address: str, process: psutil.Process, requests: int) -> None:

@@ -59,6 +59,17 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+def smallest_model(vocab_size: int, max_context: int) -> Any:
+    """One untrained layer of width 16, always the same."""
+    import torch
+
+    from dualroute.model import DualRoutingTransformer, ModelConfig
+
+    torch.manual_seed(0)
+    shape = {"dim": 16, "num_layers": 1, "num_heads": 2, "window": 8, "block": 16}
+    return DualRoutingTransformer(ModelConfig(vocab_size=vocab_size, max_context=max_context, **shape)).eval()
+
+
 @pytest.fixture(params=["cpp", "torch"])
 def each_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The test runs on both kinds of kernels that a CPU has: the C++ ones and plain torch."""

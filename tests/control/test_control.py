@@ -5,13 +5,13 @@ import re
 import sys
 
 import pytest
-import torch
 
 from dualroute.control import TextStream, new_sampler
 from dualroute.control.grammar import Grammar, GrammarConstraint
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-from dualroute.model import DualRoutingTransformer, ModelConfig, SamplingConfig, generate
+from dualroute.model import SamplingConfig, generate
+from tests.conftest import smallest_model
 
 SCHEMA = {
     "type": "object",
@@ -32,17 +32,7 @@ def tokenizer(tiny_dataset):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_context=512,
-        window=8,
-        block=16,
-    )
-    return DualRoutingTransformer(config).eval()
+    return smallest_model(tokenizer.vocab_size, 512)
 
 
 def write(model, tokenizer, **options):

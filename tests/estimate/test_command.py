@@ -28,10 +28,13 @@ def of(*more):
 def test_activations_are_what_a_step_really_uses(what):
     result = of("--train.activation_checkpointing", what)
     estimated = (result.kept_per_token + result.work_per_token) * 4096 / 1024  # KiB
-    # pages of libraries that the system took away come back during the step and count as its memory; from one
-    # process to the next what is measured differs by a sixth
+    # pages of libraries that the system took away come back during the step and count as its memory: what is
+    # measured is up to a sixth too much, from process to process, and the least of it is what is asked for
     measured = min(peaks((what, 1), (what, 1)))
-    assert estimated == pytest.approx(measured, rel=0.35)
+    for _ in range(2):
+        if estimated < 0.7 * measured:
+            measured = min(measured, *peaks((what, 1), (what, 1)))
+    assert estimated == pytest.approx(measured, rel=0.3)
 
 
 def test_states_by_hand():

@@ -11,7 +11,8 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.evaluate import fairness
 from dualroute.evaluate.fairness import compare, log_likelihoods, measure
-from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model import DualRoutingTransformer
+from tests.conftest import smallest_model
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +22,7 @@ def tokenizer(tiny_dataset):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_context=256,
-        window=8,
-        block=16,
-    )
-    return DualRoutingTransformer(config).eval()
+    return smallest_model(tokenizer.vocab_size, 256)
 
 
 def question(polarity, condition, label, index):

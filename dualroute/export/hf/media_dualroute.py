@@ -37,6 +37,14 @@ class DualRoutingOfSteps(DualRoutingPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    def _classified(
+        self, hidden: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, num_labels) of hidden states (B, n, dim), and the loss of ``labels`` (B,)."""
+        kept = tokens_of_texts(hidden, None, attention_mask, None)
+        logits = self.score(pooled(hidden, kept, self.config.pooling))
+        return logits, None if labels is None else self.loss_function(labels, logits, self.config)
+
 
 class DualRoutingForImageClassification(DualRoutingOfSteps):
     """Classes of images: read over the mean of all patches, or at one (``config.pooling``)."""
@@ -51,11 +59,7 @@ class DualRoutingForImageClassification(DualRoutingOfSteps):
         """Logits (B, num_labels) of pixel_values (B, channels, height, width), from -1 to 1, and the loss of
         ``labels`` (B,)."""
         outputs = self.model(pixel_values=pixel_values, **kwargs)
-        hidden = outputs.last_hidden_state
-        logits = self.score(pooled(hidden, tokens_of_texts(hidden, None, None, None), self.config.pooling))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config)
+        logits, loss = self._classified(outputs.last_hidden_state, None, labels)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -76,12 +80,7 @@ class DualRoutingForAudioClassification(DualRoutingOfSteps):
         """Logits (B, num_labels) of input_features (B, n, features), and the loss of ``labels`` (B,);
         attention_mask (B, n) is 0 where a shorter recording has ended."""
         outputs = self.model(input_features=input_features, attention_mask=attention_mask, **kwargs)
-        hidden = outputs.last_hidden_state
-        kept = tokens_of_texts(hidden, None, attention_mask, None)
-        logits = self.score(pooled(hidden, kept, self.config.pooling))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config)
+        logits, loss = self._classified(outputs.last_hidden_state, attention_mask, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
