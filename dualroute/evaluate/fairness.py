@@ -142,23 +142,46 @@ def measure(
     model.config.require_causal(f"the set {set}")
     if set not in SETS:
         raise UserError(f"there is no fairness set {set!r}; choose {', '.join(SETS)}")
-    where = Path(folder) if folder is not None else _default_folder()
-    items = SETS[set].read(where)
+    items = some_items(set, SETS[set].place(Path(folder or _default_folder())), max_items, seed)
+    found = iter(
+        log_likelihoods(model, tokenizer, [(item.prompt, text) for item in items for text in item.texts])
+    )
+    likelihoods = [[next(found) for _ in item.texts] for item in items]
+    return scores_of(set, items, likelihoods, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def some_items(set: str, place: Path, max_items: int | None, seed: int) -> list[Item]:
+    """The items of a set's own file or folder, or only so many, drawn at random by ``seed``.
+
+    Raises:
+        UserError: It is missing, damaged or empty.
+    """
+    items = SETS[set].read(place)
     if not items:
-        raise UserError(f"{where}: the set {set} holds no items; give its files")
+        raise UserError(f"{place}: the set {set} holds no items; give its files")
     if max_items is not None and max_items < len(items):
         kept = np.random.default_rng(seed).permutation(len(items))[:max_items]
         items = [items[number] for number in sorted(kept)]
-    asked = [(item.prompt, text) for item in items for text in item.texts]
-    found = iter(log_likelihoods(model, tokenizer, asked))
-    likelihoods = [[next(found) for _ in item.texts] for item in items]
+    return items
+
+
+def scores_of(
+    set: str,
+    items: Sequence[Item],
+    likelihoods: Sequence[Sequence[float]],
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, Score]:
+    """Scores of items, for whose texts a model has these log-likelihoods."""
     clusters = np.unique([item.cluster for item in items], return_inverse=True)[1].astype(np.int64)
     draws = _draws(clusters, resamples, seed)
-    scores = {}
-    for name, (added, weights, neutral) in SETS[set].score(items, likelihoods).items():
-        if weights.any():
-            scores[name] = _score(name, added, weights, clusters, neutral, draws, confidence)
-    return scores
+    return {
+        name: _score(name, added, weights, clusters, neutral, draws, confidence)
+        for name, (added, weights, neutral) in SETS[set].score(items, likelihoods).items()
+        if weights.any()
+    }
 
 
 def compare(
@@ -316,9 +339,26 @@ Scored = dict[str, tuple[Array, Array, float | None]]
 
 
 @dataclass(frozen=True)
-class _Set:
+class Set:
+    """A set of items.
+
+    Attributes:
+        names: Of its file or folder in the folder of the sets, the first that is there.
+        read: Its items, from that file or folder.
+        score: What each item adds to each score.
+    """
+
+    names: tuple[str, ...]
     read: Callable[[Path], list[Item]]
     score: Callable[[Sequence[Item], Sequence[Sequence[float]]], Scored]
+
+    def place(self, folder: Path) -> Path:
+        """Where it lies in the folder of the sets.
+
+        Raises:
+            UserError: It does not.
+        """
+        return _file(folder, *self.names)
 
 
 def _preferences(prefix: str) -> Callable[[Sequence[Item], Sequence[Sequence[float]]], Scored]:
@@ -336,8 +376,7 @@ def _preferences(prefix: str) -> Callable[[Sequence[Item], Sequence[Sequence[flo
     return score
 
 
-def _read_crows_pairs(folder: Path) -> list[Item]:
-    path = _file(folder, "crows_pairs_anonymized.csv.gz", "crows_pairs_anonymized.csv")
+def _read_crows_pairs(path: Path) -> list[Item]:
     reader = csv.DictReader(io.StringIO(_text(path)))
     items = []
     for number, row in enumerate(reader):
@@ -353,7 +392,9 @@ def _read_winobias(folder: Path) -> list[Item]:
     for kind in ("type1", "type2"):
         for part in ("dev", "test"):
             names = [f"{side}_stereotyped_{kind}.txt.{part}" for side in ("pro", "anti")]
-            paths = [_file(folder / "winobias", name) for name in names]
+            if part == "dev" and not any((folder / name).exists() for name in names):
+                continue  # some copies hold the test part alone
+            paths = [_file(folder, name) for name in names]
             lines = [_text(path).splitlines() for path in paths]
             if len(lines[0]) != len(lines[1]):
                 raise UserError(f"{paths[0]} and {paths[1]} have not the same lines: copy them again")
@@ -365,10 +406,10 @@ def _read_winobias(folder: Path) -> list[Item]:
     return items
 
 
-def _read_bbq(folder: Path) -> list[Item]:
-    paths = sorted((folder / "bbq").glob("*.jsonl*"))
+def _read_bbq(place: Path) -> list[Item]:
+    paths = sorted(place.glob("*.jsonl*")) if place.is_dir() else [place]
     if not paths:
-        raise UserError(f"{folder / 'bbq'}: there are no .jsonl files; give those of BBQ")
+        raise UserError(f"{place}: there are no .jsonl files; give those of BBQ")
     items = []
     for path in paths:
         for number, line in enumerate(_text(path).splitlines(), 1):
@@ -464,10 +505,14 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from error
 
 
-SETS: dict[str, _Set] = {
-    "crows_pairs": _Set(_read_crows_pairs, _preferences("crows_pairs")),
-    "winobias": _Set(_read_winobias, _score_winobias),
-    "bbq": _Set(_read_bbq, _score_bbq),
+SETS: dict[str, Set] = {
+    "crows_pairs": Set(
+        ("crows_pairs_anonymized.csv.gz", "crows_pairs_anonymized.csv"),
+        _read_crows_pairs,
+        _preferences("crows_pairs"),
+    ),
+    "winobias": Set(("winobias",), _read_winobias, _score_winobias),
+    "bbq": Set(("bbq",), _read_bbq, _score_bbq),
 }
 
 

@@ -144,9 +144,11 @@ def test_a_difference_within_its_interval_is_none(monkeypatch, model, tokenizer,
 def test_real_sets_are_read(real_data, model, tokenizer):
     scores = measure(model, tokenizer, "crows_pairs", folder=real_data / "fairness", max_items=20)
     assert scores["crows_pairs"].items == 20
-    counts = {name: len(fairness.SETS[name].read(real_data / "fairness")) for name in fairness.SETS}
+    counts = {name: len(one.read(one.place(real_data / "fairness"))) for name, one in fairness.SETS.items()}
     assert counts == {"crows_pairs": 1508, "winobias": 1584, "bbq": 11956}
-    unknown = [item for item in fairness.SETS["bbq"].read(real_data / "fairness") if item.facts[3] < 0]
+    unknown = [
+        item for item in fairness.SETS["bbq"].read(real_data / "fairness" / "bbq") if item.facts[3] < 0
+    ]
     assert len(unknown) < 100
 
 

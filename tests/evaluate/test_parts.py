@@ -117,13 +117,14 @@ def sets(tmp_path):
     rows = [
         {
             "context": "c", "question": "q", "category": "Age", "context_condition": condition,
-            "question_polarity": polarity, "label": label,
+            "question_polarity": polarity, "label": label, "question_index": index,
             "additional_metadata": {"stereotyped_groups": ["old"]},
             "answer_info": {"ans0": ["x", "old"], "ans1": ["y", "nonOld"], "ans2": ["z", "unknown"]},
             "ans0": "he", "ans1": "she", "ans2": "nobody",
         }
-        for condition, polarity, label in (("ambig", "neg", 2), ("ambig", "neg", 2), ("disambig", "neg", 1),
-                                            ("disambig", "nonneg", 0))
+        for index, (condition, polarity, label) in enumerate(
+            (("ambig", "neg", 2), ("ambig", "neg", 2), ("disambig", "neg", 1), ("disambig", "nonneg", 0))
+        )
     ]  # fmt: skip
     (tmp_path / "bbq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -142,7 +143,7 @@ def test_preferences_are_counted_with_their_intervals(checkpoint, sets):
     assert crows.value == pytest.approx(2 / 3)
     assert crows.interval[0] <= crows.value <= crows.interval[1]
     assert crows.higher_is_better is None
-    assert done["crows_pairs"].details["by_type"]["gender"]["pairs"] == 3
+    assert done["crows_pairs"].details["by_type"]["crows_pairs/gender"]["items"] == 3
     assert done["winobias"].scores[0].value == 1.0
     bbq = {score.metric: score for score in done["bbq"].scores}
     assert bbq["accuracy_ambiguous"].value == 0.0

@@ -1,11 +1,10 @@
-"""CrowS-Pairs, WinoBias and BBQ as their authors publish them, row by row."""
+"""Where the sets lie, and rows of CrowS-Pairs and BBQ for the harness's tasks on local files."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,22 +92,3 @@ def _roles(row: dict[str, Any]) -> tuple[int, int]:
     if len(named) != 2 or len(target) != 1:
         return -1, -1
     return target[0] if row["question_polarity"] == "neg" else sum(named) - target[0], 3 - sum(named)
-
-
-def winobias_pairs(folder: Path) -> Iterator[tuple[str, str]]:
-    """(as the stereotype has it, against it): test sentences that differ in a pronoun.
-
-    Raises:
-        UserError: A file is missing, or the two of a pair are of different lengths.
-    """
-    for kind in ("type1", "type2"):
-        pro, anti = (folder / f"{side}_stereotyped_{kind}.txt.test" for side in ("pro", "anti"))
-        both = [[*lines_of(pro)], [*lines_of(anti)]]
-        if len(both[0]) != len(both[1]):
-            raise UserError(f"{pro} and {anti} have different numbers of lines: copy them again")
-        for one, other in zip(*both, strict=True):
-            yield _sentence(one), _sentence(other)
-
-
-def _sentence(line: str) -> str:
-    return re.sub(r"^\d+ ", "", line.strip()).replace("[", "").replace("]", "")
