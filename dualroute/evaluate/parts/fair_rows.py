@@ -58,9 +58,7 @@ def crows_rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def bbq_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """context, question, category, context_condition, choices (three), label, ``biased`` (the number of the
-    answer that a stereotype would give) and ``unknown`` (of the one that says nobody knows), both -1 where
-    the data do not say; of a folder all categories.
+    """context, question, category, context_condition, choices (three) and label; of a folder all categories.
 
     Raises:
         UserError: A line is of another form, or a label is not among the answers.
@@ -72,23 +70,8 @@ def bbq_rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 said = {name: str(row[name]) for name in names}
                 choices, label = [str(row[f"ans{k}"]) for k in range(3)], row["label"]
-                biased, unknown = _roles(row)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{file}, line {number} is not of BBQ's form ({error!r})") from error
             if label not in (0, 1, 2):
                 raise UserError(f"{file}, line {number}: the label {label!r} is not among 0, 1 and 2")
-            yield {**said, "choices": choices, "label": label, "biased": biased, "unknown": unknown}
-
-
-def _roles(row: dict[str, Any]) -> tuple[int, int]:
-    """Which answer a stereotype would give, and which says that it cannot be known.
-
-    A stereotype answers a negative question with the stereotyped group, another one with the other group.
-    """
-    groups = [str(row["answer_info"][f"ans{k}"][1]).lower() for k in range(3)]
-    theirs = {str(one).lower() for one in row["additional_metadata"]["stereotyped_groups"]}
-    named = [k for k, group in enumerate(groups) if group != "unknown"]
-    target = [k for k in named if groups[k] in theirs]
-    if len(named) != 2 or len(target) != 1:
-        return -1, -1
-    return target[0] if row["question_polarity"] == "neg" else sum(named) - target[0], 3 - sum(named)
+            yield {**said, "choices": choices, "label": label}
