@@ -65,8 +65,8 @@ def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
 
     Args:
         optimizer: DeepSpeed's of ZeRO 1, 2 or 3.
-        state: Gives ``read_range(name, key, start, count)`` for the ``keys_of(name)``, which are fp32, exp_avg
-            and, but for Muon's, exp_avg_sq; and ``step``.
+        state: Gives ``read_range(name, key, start, count)`` for the ``keys_of(name)``, which are fp32,
+            exp_avg and, but for Muon's, exp_avg_sq; and ``step``.
     """
     import math
     import os

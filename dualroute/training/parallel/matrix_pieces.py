@@ -1,12 +1,12 @@
 """Which matrices Muon steps in the flat parameters that DeepSpeed makes of a model.
 
-In: DeepSpeed's wrapper of the optimizer, which has put flat partitions, or float32 copies, in the place of the
-model's parameters.  Here: the optimizer is told what lies where.  Next: it puts cut matrices together in each
-step (``training/step/optim/muon.py``).
+In: DeepSpeed's wrapper of the optimizer, which has put flat partitions, or float32 copies, in the place of
+the model's parameters.  Here: the optimizer is told what lies where.  Next: it puts cut matrices together in
+each step (``training/step/optim/muon.py``).
 
-DeepSpeed 0.19 has a Muon of its own for ZeRO.  It orthogonalises before the norm is taken and clips what comes out,
-knows one matrix of queries, keys and values, and keeps a state that cannot be cut up for other ranks, so a run
-of several ranks would be another one than that of one process.
+DeepSpeed 0.19 has a Muon of its own for ZeRO.  It orthogonalises before the norm is taken and clips what
+comes out, knows one matrix of queries, keys and values, and keeps a state that cannot be cut up for other
+ranks, so a run of several ranks would be another one than that of one process.
 """
 
 from __future__ import annotations

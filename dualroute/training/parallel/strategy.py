@@ -266,8 +266,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
     def _mend_universal_state(self, path: Path) -> None:
         """At stage 3 DeepSpeed gives all groups the settings of the first, so norms would decay too.
 
-        It also gives all of them one tensor as their count of steps, which each then raises by one, and a mean
-        of squares, which Muon has not.
+        It also gives all of them one tensor as their count of steps, which each then raises by one, and a
+        mean of squares, which Muon has not.
         """
         saved = load_deepspeed_file(path)["param_groups"]
         optimizer = self.deepspeed_engine.optimizer.optimizer

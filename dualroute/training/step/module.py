@@ -5,9 +5,9 @@ divided by the number of targets of the *whole* global batch, so that the gradie
 batch was divided over ranks and micro-batches.  Out: gradients for the strategy to step with, and
 ``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitoring.monitor`.
 
-The learning rate has no scheduler object.  It is a pure function of the step, written
-into the optimizer before each one, so there is no state to save and nothing to drift on resume.  Weight
-decay, betas, eps and momentum are written with it, because a restored optimizer brings those of the run before.
+The learning rate has no scheduler object.  It is a pure function of the step, written into the optimizer
+before each one, so there is no state to save and nothing to drift on resume.  Weight decay, betas, eps and
+momentum are written with it, because a restored optimizer brings those of the run before.
 """
 
 from __future__ import annotations
@@ -345,8 +345,8 @@ class Pretrain(LightningModule):
         else:
             key, was, now = "name", "another, or other groups of parameters,", config.name
         raise UserError(
-            f"the checkpoint was trained with optim.{key} {was} and this run asks for {now}: give the old value, "
-            f"or begin anew with --init_from"
+            f"the checkpoint was trained with optim.{key} {was} and this run asks for {now}: give the old "
+            f"value, or begin anew with --init_from"
         )
 
     def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:

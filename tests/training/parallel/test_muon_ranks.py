@@ -34,7 +34,10 @@ LAYOUTS = {
 def runs(tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("muon")
     legs = [
-        [leg(tiny_dataset, folder / lane, number, [*MUON, *arguments[number]]) for lane, arguments in LANES.items()]
+        [
+            leg(tiny_dataset, folder / lane, number, [*MUON, *arguments[number]])
+            for lane, arguments in LANES.items()
+        ]
         for number in range(len(RANKS))
     ]
     legs[1].append(leg(tiny_dataset, folder / "unbroken", len(RANKS) - 1, MUON))
@@ -64,4 +67,7 @@ def test_weights_and_means_went_on_as_well(runs, lane):
         assert ("exp_avg_sq" in whole.keys_of(name)) == (name not in ours.groups[2])
         for key in whole.keys_of(name):
             theirs = whole.read(name, key)
-            assert (ours.read(name, key) - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7, (name, key)
+            assert (ours.read(name, key) - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7, (
+                name,
+                key,
+            )

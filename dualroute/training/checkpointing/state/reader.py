@@ -1,11 +1,11 @@
 """A saved training state, read parameter by parameter, whatever the layout that it was saved in.
 
 In: the ``state.ckpt`` of a checkpoint: one file (one process, DDP), DeepSpeed's file at stage 0, or its
-partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's master weight and the moments of AdamW or Muon
-by name, whole or any elements of it, and the trainer's own state.  Files are mapped, and those of
-partitions only where they are asked for, so a rank that needs a hundredth of a state reads a hundredth.
-Next: ``reshard.py`` resumes from them, ``writer.py`` writes them in another layout, ``commands.py``
-as plain weights.
+partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's master weight and the moments
+of AdamW or Muon by name, whole or any elements of it, and the trainer's own state.  Files are mapped, and
+those of partitions only where they are asked for, so a rank that needs a hundredth of a state reads a
+hundredth. Next: ``reshard.py`` resumes from them, ``writer.py`` writes them in another layout,
+``commands.py`` as plain weights.
 
 No code of a checkpoint is run (``training/checkpointing/state/safe_load.py``).
 """
@@ -125,9 +125,9 @@ class TrainingState(ABC):
         known = ({"step", *_MOMENTS}, {"step", "exp_avg"})
         if other := [entry for entry in state.values() if set(entry) not in known]:
             raise UserError(
-                f"{self.folder} holds optimizer state {sorted(map(str, other[0]))}; only that of AdamW (step, "
-                f"exp_avg, exp_avg_sq) and Muon (step, exp_avg) can be cut up otherwise: continue it with the "
-                f"layout that it has"
+                f"{self.folder} holds optimizer state {sorted(map(str, other[0]))}; only that of AdamW "
+                f"(step, exp_avg, exp_avg_sq) and Muon (step, exp_avg) can be cut up otherwise: continue it "
+                f"with the layout that it has"
             )
         steps = {float(entry["step"]) for entry in state.values()}
         if len(steps) != 1:

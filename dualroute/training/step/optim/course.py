@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step.
 
-In: the settings of a run and what it has counted.  Next: ``build.HyperParameters`` writes it into the optimizer
-before each step, so there is no state to save and nothing to drift on resume.
+In: the settings of a run and what it has counted.  Next: ``build.HyperParameters`` writes it into the
+optimizer before each step, so there is no state to save and nothing to drift on resume.
 """
 
 from __future__ import annotations

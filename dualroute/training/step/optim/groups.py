@@ -94,9 +94,7 @@ def parameter_groups(
             continue
         is_embedding = id(parameter) in embeddings
         is_gate = name.rpartition(".")[2].startswith("gate")  # not the weight of a layer called gate
-        decays = (
-            len(real_shape(parameter)) >= 2 and not is_gate and (decay_embeddings or not is_embedding)
-        )
+        decays = len(real_shape(parameter)) >= 2 and not is_gate and (decay_embeddings or not is_embedding)
         kind = _DECAYING if decays else _KEPT
         if id(parameter) in matrices:
             kind = _MATRICES

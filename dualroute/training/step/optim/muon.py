@@ -7,8 +7,9 @@ as in Liu et al. 2025, https://arxiv.org/abs/2502.16982, §2.2).  Next: the weig
 
 ``torch.optim.Muon`` steps whole 2-D parameters.  This one is the same step (a test compares them) of what is
 less or more than that: each of the matrices that lie side by side in one weight is orthogonalised for itself,
-and a matrix that ZeRO has cut up is put together for the one product that needs it whole.  Its running mean is
-element by element, so it is divided, saved and cut up anew just as AdamW's are; it has AdamW's name for it.
+and a matrix that ZeRO has cut up is put together for the one product that needs it whole.  Its running mean
+is element by element, so it is divided, saved and cut up anew just as AdamW's are; it has AdamW's name for
+it.
 
 A rank sends the direction of the matrices that it has only a part of, in the arithmetic of the products, and
 gets their sum with what the others have: zeros, so nothing is rounded, and any number of ranks steps as one.
@@ -133,7 +134,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others = [group for group in groups if group["kind"] != "muon"]
         self._adamw = adamw(others) if others else None  # fills in what AdamW's groups have
         super().__init__(groups, {})
-        self.matrices = {parameter: matrix for parameter, matrix in matrices}
+        self.matrices = dict(matrices)
         self._flat: dict[Tensor, Flat] = {}
         self._precision = precision
 
@@ -212,9 +213,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 own = direction.narrow(0, piece.start, piece.count)
                 yield piece, own.view(piece.matrix.rows, -1).to(device=device, dtype=dtype)
         for pieces in _portions([piece for piece in flat.pieces if not piece.is_whole], dtype.itemsize):
-            together = torch.zeros(
-                sum(piece.matrix.numel for piece in pieces), dtype=dtype, device=device
-            )
+            together = torch.zeros(sum(piece.matrix.numel for piece in pieces), dtype=dtype, device=device)
             places = together.split([piece.matrix.numel for piece in pieces])
             for piece, place in zip(pieces, places, strict=True):
                 if piece.count:

@@ -40,7 +40,8 @@ def drawn(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer) -> Non
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(matrix, 5))
-    assert 0.6 < values.min() and values.max() < 1.3
+    assert values.min() > 0.6
+    assert values.max() < 1.3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     likeness = torch.nn.functional.cosine_similarity(
         orthogonalize(matrix, 5).flatten(), (left @ right).flatten(), dim=0
@@ -87,7 +88,9 @@ def test_layers_matrices_are_muons_and_all_else_is_adamws() -> None:
     assert kinds.keys() == set(names.values())
     for name, (kind, _) in kinds.items():
         matrix = name.endswith(("qkv.weight", "out_proj.weight", "gate.weight", "up.weight", "down.weight"))
-        expected = "muon" if matrix else {"embedding.weight": "embedding", "head.weight": "head"}.get(name, "rest")
+        expected = (
+            "muon" if matrix else {"embedding.weight": "embedding", "head.weight": "head"}.get(name, "rest")
+        )
         assert kind == expected, name
     assert kinds["head.weight"][1] > 0 == kinds["embedding.weight"][1]
     optimizer = build_optimizer(model, MUON)
@@ -117,66 +120,73 @@ def test_queries_keys_and_values_and_both_routes_are_orthogonalised_for_themselv
         torch.testing.assert_close(change, -orthogonalize(weight.grad[top:bottom], 5), rtol=1e-4, atol=1e-5)
 
 
+class Rank:
+    """One of several, with its part of all matrices laid end to end; the others answer through ``sums``."""
+
+    def __init__(
+        self, number: int, size: int, values: torch.Tensor, matrices: list[Matrix], group: Any
+    ) -> None:
+        self.begin, self.size = number * size, size
+        self.part = nn.Parameter(values[self.begin :][:size].clone())
+        pieces, offset = [], 0
+        for matrix in matrices:
+            first, last = max(offset, self.begin), min(offset + matrix.numel, self.begin + size)
+            is_cut = offset // size != (offset + matrix.numel - 1) // size
+            if is_cut or last > first:
+                pieces.append(Piece(matrix, first - self.begin, first - offset, max(last - first, 0)))
+            offset += matrix.numel
+        self.shared = [piece.matrix for piece in pieces if not piece.is_whole]
+        self.optimizer = MuonWithAdamW([{**group, "params": [self.part]}], torch.optim.AdamW, [])
+        self.optimizer.divided({self.part: Flat(pieces)}, {})
+
+    def step(self, answer: Any) -> None:
+        with mock.patch("torch.distributed.all_reduce", lambda together, group=None: answer(together)):
+            self.optimizer.step()
+
+    def sends(self) -> list[torch.Tensor]:
+        """What it sends in the step that comes, which is not taken."""
+        sent: list[torch.Tensor] = []
+        weights, state = self.part.detach().clone(), copy_of(dict(self.optimizer.state[self.part]))
+        self.step(lambda together: sent.append(together.clone()))
+        self.part.data.copy_(weights)
+        self.optimizer.state[self.part] = state
+        return sent
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_cut_up_over_ranks_the_step_is_that_of_one(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last bit, given the same gradients: ranks in turn, and a sum that has what each of them sent."""
+    """To the last bit, given the same gradients."""
     monkeypatch.setattr("dualroute.training.step.optim.muon._BYTES_AT_ONCE", 3000)
-    model, whole = model_of(), model_of()
-    config = OptimConfig(name="muon", lr=0.01)
-    drawn(whole, 3, build_optimizer(whole, config))
-
-    muon = [(p, m) for p, m in matrices_of(model)]
-    total = sum(m.numel for _, m in muon)
+    model, config = model_of(), OptimConfig(name="muon", lr=0.01)
+    muon = matrices_of(model)
+    total = sum(matrix.numel for _, matrix in muon)
     size = -(-total // ranks)
-    flat = torch.cat([p.detach().flatten() for p, _ in muon] + [torch.zeros(size * ranks - total)])
-    parts, optimizers, places = [], [], []
-    for rank in range(ranks):
-        begin, offset, pieces = rank * size, 0, []
-        for _, m in muon:
-            first, last = max(offset, begin), min(offset + m.numel, begin + size)
-            cut = offset // size != (offset + m.numel - 1) // size
-            count = max(last - first, 0)
-            if cut or count:
-                pieces.append(Piece(m, first - begin, first - offset, count))
-            offset += m.numel
-        part = nn.Parameter(flat[begin:][:size].clone())
-        group = next(g for g in build_optimizer(model, config).param_groups if g["kind"] == "muon")
-        optimizer = MuonWithAdamW([{**group, "params": [part]}], torch.optim.AdamW, [])
-        optimizer.divided({part: Flat(pieces, device=torch.device("cpu"))}, {})
-        parts.append(part), optimizers.append(optimizer), places.append(pieces)
-    cut = [[piece for piece in pieces if not piece.is_whole] for pieces in places]
-    assert all([p.matrix for p in c] == [p.matrix for p in cut[0]] for c in cut), "the same on all ranks"
 
+    def end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(
+            [*(tensor.detach().flatten() for tensor in tensors), torch.zeros(size * ranks - total)]
+        )
+
+    optimizer = build_optimizer(model, config)
+    group = next(group for group in optimizer.param_groups if group["kind"] == "muon")
+    values = end_to_end([parameter for parameter, _ in muon])
+    all_ranks = [Rank(number, size, values, [m for _, m in muon], group) for number in range(ranks)]
+    assert all(rank.shared == all_ranks[0].shared for rank in all_ranks), "they would wait for each other"
+    assert bool(all_ranks[0].shared) == (ranks > 1)
     draw = torch.Generator().manual_seed(1)
     for _ in range(3):
-        gradients = {id(p): torch.randn(p.shape, generator=draw) for p in model.parameters()}
-        gradient = torch.cat([gradients[id(p)].flatten() for p, _ in muon] + [torch.zeros(size * ranks - total)])
-        for rank, part in enumerate(parts):
-            part.grad = gradient[rank * size :][:size].clone()
-        sent: list[list[torch.Tensor]] = []
-
-        def collect(together: torch.Tensor, group: Any = None, sent: Any = sent) -> None:
-            sent[-1].append(together.clone())
-
-        before = [(p.detach().clone(), {k: v.clone() for k, v in o.state[p].items()}) for p, o in zip(parts, optimizers)]
-        with mock.patch("torch.distributed.all_reduce", collect):
-            for optimizer in optimizers:
-                sent.append([])
-                optimizer.step()
-        sums = [sum(of_ranks[1:], of_ranks[0]) for of_ranks in zip(*sent, strict=True)]
-        for (part, optimizer), (weights, state) in zip(zip(parts, optimizers), before):
-            part.data.copy_(weights)
-            for key, value in state.items():
-                optimizer.state[part][key].copy_(value)
-            if not state:
-                optimizer.state[part].clear()
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
+        gradient = end_to_end([parameter.grad for parameter, _ in muon if parameter.grad is not None])
+        for rank in all_ranks:
+            rank.part.grad = gradient[rank.begin :][:size].clone()
+        sums = [sum(sent) for sent in zip(*(rank.sends() for rank in all_ranks), strict=True)]
+        for rank in all_ranks:
             answers = iter(sums)
-            with mock.patch("torch.distributed.all_reduce", lambda t, group=None: t.copy_(next(answers))):
-                optimizer.step()
-    found = torch.cat([p.detach() for p in parts])
-    expected = torch.cat([p.detach().flatten() for p, _ in matrices_of(whole)])
-    assert torch.equal(found[:total], expected)
-    assert torch.equal(found[total:], torch.zeros(size * ranks - total))
+            rank.step(lambda together, answers=answers: together.copy_(next(answers)))
+    found = torch.cat([rank.part.detach() for rank in all_ranks])
+    assert torch.equal(found, end_to_end([parameter for parameter, _ in muon]))
 
 
 def test_cut_matrices_are_put_together_in_portions() -> None:
@@ -190,7 +200,9 @@ def test_settings_are_those_of_the_configuration_whatever_a_state_says() -> None
     optimizer = build_optimizer(model, MUON)
     HyperParameters(optimizer, MUON).write(optimizer, MUON.lr)
     drawn(model, 1, optimizer)
-    other = OptimConfig(name="muon", lr=1e-3, embedding_lr=5e-3, muon=MuonConfig(momentum=0.8, scale="original"))
+    other = OptimConfig(
+        name="muon", lr=1e-3, embedding_lr=5e-3, muon=MuonConfig(momentum=0.8, scale="original")
+    )
     resumed = build_optimizer(model, other)
     settings = HyperParameters(resumed, other)
     resumed.load_state_dict(optimizer.state_dict())
