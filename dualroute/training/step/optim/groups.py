@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dualroute.attention.projections import Projections
 from dualroute.model.layers import TransformerBlock
@@ -117,14 +117,14 @@ def parameter_groups(
     ]
 
 
-def matrices_of(model: nn.Module) -> list[tuple[nn.Parameter, Matrix]]:
+def matrices_of(model: nn.Module) -> list[tuple[Tensor, Matrix]]:
     """The weights of linear layers inside of Transformer blocks, which Muon steps, trainable ones.
 
     Queries, keys and values lie in one weight, a weight for each route; the output projection holds both
     routes side by side.  Each of these parts is orthogonalised for itself.  Adapters' thin factors are none
     of the matrices.
     """
-    found: dict[int, tuple[nn.Parameter, Matrix]] = {}
+    found: dict[int, tuple[Tensor, Matrix]] = {}
     for name, block in model.named_modules():
         if not isinstance(block, TransformerBlock):
             continue

@@ -21,11 +21,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 # of the quintic polynomial; torch.optim.Muon has the same
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -64,7 +64,8 @@ class Matrix:
         return self.rows * self.columns
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """The elements ``first`` to ``first + count`` of a matrix, from ``start`` on in a flat parameter."""
 
     matrix: Matrix
@@ -128,13 +129,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self,
         groups: list[dict[str, Any]],
         adamw: Callable[[list[dict[str, Any]]], torch.optim.AdamW],
-        matrices: Sequence[tuple[nn.Parameter, Matrix]],
+        matrices: Sequence[tuple[Tensor, Matrix]],
         precision: str = "auto",
     ) -> None:
         others = [group for group in groups if group["kind"] != "muon"]
         self._adamw = adamw(others) if others else None  # fills in what AdamW's groups have
         super().__init__(groups, {})
-        self.matrices = dict(matrices)
+        self.matrices: dict[Tensor, Matrix] = dict(matrices)
         self._flat: dict[Tensor, Flat] = {}
         self._precision = precision
 
@@ -153,7 +154,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return parameter in self._flat
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all groups that have gradients."""
         loss = None
         if closure is not None:
