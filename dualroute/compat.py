@@ -172,12 +172,6 @@ def _offsets(parameters: Any) -> list[int]:
     return [0, *accumulate(parameter.numel() for parameter in parameters)][:-1]
 
 
-def copied_parameters(optimizer: Any) -> Iterator[tuple[Any, Any]]:
-    """Each 16-bit parameter and the float32 one that DeepSpeed steps in its place, at stage 0."""
-    for ours, theirs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        yield from zip(ours, theirs, strict=True)
-
-
 def zero3_partition(parameter: Any, first: Any, config: dict[str, Any]) -> None:
     """Leave 1/N of ``parameter``, which all N ranks of the world hold, on each: rank 0's values.  Collective.
 

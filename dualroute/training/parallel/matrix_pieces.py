@@ -1,8 +1,8 @@
 """Which matrices Muon steps in the flat parameters that DeepSpeed makes of a model.
 
-In: DeepSpeed's wrapper of the optimizer, which has put flat partitions, or float32 copies, in the place of
-the model's parameters.  Here: the optimizer is told what lies where.  Next: it puts cut matrices together in
-each step (``training/step/optim/muon.py``).
+In: DeepSpeed's wrapper of the optimizer, which has put flat partitions in the place of the model's
+parameters.  Here: the optimizer is told what lies where.  Next: it puts cut matrices together in each step
+(``training/step/optim/muon.py``).
 
 DeepSpeed 0.19 has a Muon of its own for ZeRO.  It orthogonalises before the norm is taken and clips what
 comes out, knows one matrix of queries, keys and values, and keeps a state that cannot be cut up for other
@@ -16,25 +16,34 @@ from typing import Any
 import torch
 
 from dualroute import compat
+from dualroute.errors import UserError
 from dualroute.training.step.optim.muon import Flat, MuonWithAdamW, Piece
 
 
-def tell_pieces(optimizer: MuonWithAdamW, wrapper: Any, stage: int, device: torch.device) -> None:
+def refuse_copies(stage: int, plain: bool) -> None:
+    """Refuse stage 0 over float32 copies: DeepSpeed steps them once before they can be told from others.
+
+    Raises:
+        UserError: ``stage`` is 0, and not ``plain``.
+    """
+    if stage == 0 and not plain:
+        raise UserError(
+            "optim.name muon cannot be used with train.precision bf16-true at parallel.zero_stage 0: use "
+            "stage 1, or parallel.strategy ddp"
+        )
+
+
+def tell_pieces(optimizer: MuonWithAdamW, wrapper: Any, device: torch.device) -> None:
     """Tell ``optimizer`` what its parameters are now.
 
     Args:
         optimizer: Made over the parameters of the model.
-        wrapper: What DeepSpeed steps it through; the optimizer itself where it is stepped as it is.
-        stage: Of ZeRO.
-        device: Of this rank; a state on the host is stepped there too.
+        wrapper: What DeepSpeed steps it through; the optimizer itself at stage 0.
+        device: Of this rank; products of a state on the host are done there too.
     """
     if wrapper is optimizer:
         return
     matrices = optimizer.matrices
-    if stage == 0:
-        copies = compat.copied_parameters(wrapper)
-        optimizer.divided({}, {copy: matrices[own] for own, copy in copies if own in matrices})
-        return
     flat: dict[torch.Tensor, Flat] = {}
     for parameter, group, inside in compat.divided_parameters(wrapper):
         if not inside or inside[0][0] not in matrices:
@@ -45,4 +54,4 @@ def tell_pieces(optimizer: MuonWithAdamW, wrapper: Any, stage: int, device: torc
             if is_cut or count
         ]
         flat[parameter] = Flat(pieces, group, device)
-    optimizer.divided(flat, {})
+    optimizer.divided(flat)

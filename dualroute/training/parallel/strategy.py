@@ -38,7 +38,7 @@ from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
 from dualroute.training.parallel.loading import NamesTheState
-from dualroute.training.parallel.matrix_pieces import tell_pieces
+from dualroute.training.parallel.matrix_pieces import refuse_copies, tell_pieces
 from dualroute.training.parallel.reduction import mean_in_float32
 from dualroute.training.parallel.sequence import SharedSequences
 from dualroute.training.parallel.sharded_weights import InitialWeights, shard
@@ -302,6 +302,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         plain = self.config["zero_optimization"]["stage"] == 0 and not any(
             self.config.get(name, {}).get("enabled") for name in ("bf16", "fp16")
         )
+        if isinstance(optimizer, MuonWithAdamW):
+            refuse_copies(self.config["zero_optimization"]["stage"], plain)
         if plain:
             self.config["gradient_clipping"] = 0.0
         engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -313,7 +315,7 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
 
             wrapped.register_step_pre_hook(clip_gradients)
         if isinstance(optimizer, MuonWithAdamW):
-            tell_pieces(optimizer, wrapped, engine.zero_optimization_stage(), self.root_device)
+            tell_pieces(optimizer, wrapped, self.root_device)
         return engine, wrapped
 
 

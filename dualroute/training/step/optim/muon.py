@@ -139,15 +139,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._flat: dict[Tensor, Flat] = {}
         self._precision = precision
 
-    def divided(self, flat: Mapping[Tensor, Flat], whole: Mapping[Tensor, Matrix]) -> None:
-        """The parameters are others now.
-
-        Args:
-            flat: What lies in those that are flat.
-            whole: What those are that still are matrices.
-        """
+    def divided(self, flat: Mapping[Tensor, Flat]) -> None:
+        """Its parameters are others now: what lies in each of them."""
         self._flat = dict(flat)
-        self.matrices.update(whole)
 
     def is_flat_matrices(self, parameter: Tensor) -> bool:
         """Whether it is one of Muon's that :meth:`divided` has named."""

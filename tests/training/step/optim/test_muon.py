@@ -137,7 +137,7 @@ class Rank:
             offset += matrix.numel
         self.shared = [piece.matrix for piece in pieces if not piece.is_whole]
         self.optimizer = MuonWithAdamW([{**group, "params": [self.part]}], torch.optim.AdamW, [])
-        self.optimizer.divided({self.part: Flat(pieces)}, {})
+        self.optimizer.divided({self.part: Flat(pieces)})
 
     def step(self, answer: Any) -> None:
         with mock.patch("torch.distributed.all_reduce", lambda together, group=None: answer(together)):
