@@ -145,7 +145,7 @@ def table(curves: dict[str, list[list[dict[str, float]]]], peaks: dict[str, floa
             "wall s": f"{statistics.median(points[-1]['wall seconds'] for points in of_seeds):.0f}",
             "peak MiB": f"{peaks[recipe]:.0f}",
         }
-        for key, name in (("tokens", "of its tokens"), ("cpu seconds", "of its CPU s")):
+        for key, name in (("tokens", "tokens"), ("cpu seconds", "CPU s")):
             shares = [
                 None
                 if (at := reached(points, theirs[-1]["bits per byte"], key)) is None
@@ -154,7 +154,7 @@ def table(curves: dict[str, list[list[dict[str, float]]]], peaks: dict[str, floa
             ]
             known = [share for share in shares if share is not None]
             shown = f"{statistics.median(known):.2f}" if len(known) == len(shares) else "not reached"
-            row[f"the first one's value after {name}"] = shown
+            row[f"{name} to the first's end"] = shown
         rows.append(row)
     return rows
 

@@ -15,14 +15,12 @@ RANKS = (2, 1, 2)
 STEPS = 3 * len(RANKS)
 MUON = ["--optim.name", "muon", "--optim.muon.lr", "0.005", "--optim.grad_clip", "0.5"]
 LANES = {
-    "stage1": [ZERO[1]] * 3,
     "stage2": [ZERO[2]] * 3,
     "stage3": [ZERO[3]] * 3,
     "mixed": [ZERO[3], [], ZERO[1]],
     "whole": [["--parallel.strategy", "ddp"], [], ZERO[0]],
 }
 LAYOUTS = {
-    "stage1": [(1, 2), (1, 1), (1, 2)],
     "stage2": [(2, 2), (2, 1), (2, 2)],
     "stage3": [(3, 2), (3, 1), (3, 2)],
     "mixed": [(3, 2), None, (1, 2)],
