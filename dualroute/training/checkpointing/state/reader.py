@@ -205,7 +205,9 @@ class PartitionedState(TrainingState):
         scaler = first.get("loss_scaler")
         changes = bool(first.get("dynamic_loss_scale"))
         self.loss_scaler = {"loss_scaler": scaler, "dynamic_loss_scale": True} if changes else {}
-        self._check_adam(self._base(first)["state"])
+        moments = self._base(first)["state"]
+        self._check_adam(moments)
+        self._keys_by_group = {group: _keys(entry) for group, entry in moments.items()}
         self._take_hyperparameters(self._base(first)["param_groups"])
 
     def _optimizer(self, rank: int) -> dict[str, Any]:
@@ -240,8 +242,8 @@ class PartitionedState(TrainingState):
         return found
 
     def keys_of(self, name: str) -> tuple[str, ...]:
-        rank, group, _, _ = next(iter(self._pieces(name)))
-        return _keys(self._base(self._optimizer(rank))["state"][group])
+        _, group, _, _ = next(iter(self._pieces(name)))
+        return self._keys_by_group[group]
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32

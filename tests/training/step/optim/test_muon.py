@@ -153,7 +153,7 @@ class Rank:
         return sent
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("ranks", [1, 3, 5, 7])
 def test_cut_up_over_ranks_the_step_is_that_of_one(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit, given the same gradients."""
     monkeypatch.setattr("dualroute.training.step.optim.muon._BYTES_AT_ONCE", 3000)
