@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
-from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import MuonConfig, OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
@@ -45,7 +45,7 @@ RULES: dict[str, Rule] = {
     "optim.lr": "obeyed",
     "optim.embedding_lr": "obeyed",
     "optim.head_lr": "obeyed",
-    "optim.muon": "obeyed",
+    **{f"optim.muon.{field.name}": "obeyed" for field in dataclasses.fields(MuonConfig)},
     "optim.betas": "obeyed",
     "optim.eps": "obeyed",
     "optim.weight_decay": "obeyed",
