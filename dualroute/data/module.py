@@ -174,7 +174,7 @@ class ShardDataModule(WindowDataModule):
         return len(self.sources) > 1
 
     @property
-    def val_sources(self) -> tuple[str, ...]:
+    def val_sources(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(source.name for source in self.sources) if self.is_mixture else ()
 
     def refuse_other_past(self, metadata: Mapping[str, Any], where: str) -> None:
@@ -294,7 +294,7 @@ class ShardDataModule(WindowDataModule):
         return sum(tokens) / sum(count / density for count, density in parts if count)
 
     @property
-    def val_targets_per_byte(self) -> tuple[float, ...]:
+    def val_targets_per_byte(self) -> tuple[float, ...]:  # type: ignore[override]
         return tuple(
             source.manifest.split("val").targets_per_byte if source.has_validation else 1.0
             for source in self.sources

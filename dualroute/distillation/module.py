@@ -49,6 +49,7 @@ from dualroute.distillation.losses import (
 from dualroute.distillation.on_policy import Prompts, is_on_policy, own_continuations
 from dualroute.distillation.teacher import Teacher
 from dualroute.errors import UserError
+from dualroute.training.monitoring.source_losses import SourceLosses
 from dualroute.training.step.module import Pretrain
 
 

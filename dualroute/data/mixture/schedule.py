@@ -7,7 +7,7 @@ In: the weights of the stages of a mixture. Out: turns, of which `dualroute.data
 2. Turn j of m of a source must lie in [floor((j - 1) P / m), ceil(j P / m)) of the period P. Taking, in each
    place, the one of those that may whose end comes first keeps all of them (Baruah, Cohen, Plaxton & Varvel
    1996, "Proportionate progress": earliest deadlines first, on one processor). So after n turns a source has
-   had more than w n - 1 and fewer than w n + 1 of them, for every n. The period is held: at most 100,000 turns.
+   had more than w n - 1 and fewer than w n + 1 of them, for every n. Held are the turns of a period.
 3. A stage begins a period of its own (`Schedule`); the numbers within a source go on from where they were.
 
 Ties go by the sources' keys (their fingerprints): neither their order in the configuration nor one that has

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: some documents are told in another order, so that a model learns to write between texts.
+"""Fill-in-the-middle: some documents are told in another order, to learn writing between texts.
 
 In: the lengths of the documents and their ids. Out: the same documents, some of which are, by three tokens
 longer, prefix, suffix and middle (Bavarian et al. 2022, https://arxiv.org/abs/2207.14255):

@@ -50,7 +50,7 @@ def write_stages(output: Path, stages: Sequence[dict[str, Any]], resumed: Checkp
     """Write the stages of this start, and say which are new to the run.
 
     Args:
-        stages: tables with ``from_sample``, ``from_tokens``, ``weights`` and ``sources``; none writes nothing.
+        stages: tables with ``from_sample``, ``from_tokens``, ``weights`` and ``sources``; none: no file.
         resumed: what the run goes on from.
     """
     if not stages:

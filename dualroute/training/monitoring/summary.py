@@ -88,9 +88,10 @@ def warnings_at_start(
     for name, passes in data.epochs_at(samples).items():
         if passes <= MANY_EPOCHS or operation == "finetune":  # whose metric and best checkpoint show it
             continue
+        read = name if data.val_sources else "the training text"
         yield (
-            f"{name if data.val_sources else 'the training text'} is read {passes:.3g} times: past about {MANY_EPOCHS} times it teaches less "
-            f"and less, and a large model learns it by heart (Muennighoff et al. 2023, "
+            f"{read} is read {passes:.3g} times: past about {MANY_EPOCHS} times it teaches less and less, "
+            f"and a large model learns it by heart (Muennighoff et al. 2023, "
             f"https://arxiv.org/abs/2305.16264); prepare more text, or train on fewer tokens"
         )
     without_effect = settings_without_effect(config.parallel, world)
