@@ -105,6 +105,8 @@ def absolute_paths(config: Any) -> Any:
         path = path_field(hints[field.name])
         if dataclasses.is_dataclass(value):
             values[field.name] = absolute_paths(value)
+        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+            values[field.name] = [absolute_paths(one) for one in value]
         elif path is not None and isinstance(value, str) and not path.is_word(value):
             values[field.name] = os.path.abspath(value).replace("$", "$$")
     return dataclasses.replace(config, **values)

@@ -183,15 +183,14 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
         segment_ids = np.zeros(context, dtype=np.int64)
         positions = np.zeros(context, dtype=np.int64)
         at, segment = 0, 1
-        for span in self.plan.spans(request.sample):
-            for document, start, tokens, targets in self.plan.stream.pieces(*span).tolist():
-                # one past the piece where the document goes on, to the document's end where it does not
-                ids = self.reader.read(document, start, targets + 1)
-                input_ids[at : at + tokens] = ids[:tokens]
-                labels[at : at + targets] = ids[1:]
-                segment_ids[at : at + tokens] = segment
-                positions[at : at + tokens] = np.arange(tokens)
-                at, segment = at + tokens, segment + 1
+        for document, start, tokens, targets in self.plan.pieces(request.sample).tolist():
+            # one past the piece where the document goes on, to the document's end where it does not
+            ids = self.reader.read(document, start, targets + 1)
+            input_ids[at : at + tokens] = ids[:tokens]
+            labels[at : at + targets] = ids[1:]
+            segment_ids[at : at + tokens] = segment
+            positions[at : at + tokens] = np.arange(tokens)
+            at, segment = at + tokens, segment + 1
         return {
             "input_ids": input_ids,
             "labels": labels,

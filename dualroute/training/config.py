@@ -7,8 +7,10 @@ the data, the folder and the machine.  No torch is imported here, so that ``--he
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os.path import abspath
 from typing import Literal
 
+from dualroute.data.mixture.config import SourceConfig, StageConfig, check_mixture
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.paths import ConfigFile, LocalPath, ResumePath, SuiteName
@@ -23,7 +25,20 @@ class DataConfig:
     """What is read.
 
     Args:
-        path: Folder of shards made by ``dualroute prepare``.
+        path: Folder of shards made by ``dualroute prepare``; with sources the first of them.
+        sources: Several such folders that are mixed, each with its share of the samples: {path, weight, name,
+            max_epochs}, or PATH=WEIGHT.
+        stages: Other weights from a number of tokens on: {from_tokens, weights}, or
+            FROM_TOKENS:NAME=WEIGHT,NAME=WEIGHT.
+        temperature: Weights are taken to the power of 1 / temperature; above 1 makes them more alike.
+        over_max_epochs: What happens where the run would read a source more often than its max_epochs:
+            refuse to start, or report it.
+        packing: How documents fill the windows of training: concatenate (end to end, cut where a window
+            ends), best_fit (whole where they fit, padded), or one_per_row.
+        fim_rate: Share of the documents that are told as prefix, suffix and middle, so that the model learns
+            to fill in the middle.
+        fim_spm_rate: Share of these with the suffix first.
+        fim_tokens: The tokens that mark prefix, suffix and middle; null looks for the usual names.
         context: Tokens of one window: the longest distance that training sees.
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.
@@ -40,10 +55,40 @@ class DataConfig:
     verify: Literal["size", "sha256"] = "sha256"
     objective: Literal["next_token", "masked"] = "next_token"
     mask_share: float = 0.3
+    sources: list[SourceConfig] = field(default_factory=list)
+    stages: list[StageConfig] = field(default_factory=list)
+    temperature: float = 1.0
+    over_max_epochs: Literal["refuse", "report"] = "refuse"
+    packing: Literal["concatenate", "best_fit", "one_per_row"] = "concatenate"
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: list[str] | None = None
 
     def __post_init__(self) -> None:
         ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
-        check_fields(self, "data", {**ranges, "mask_share": above(0, 1)})
+        ranges |= {"mask_share": above(0, 1), "fim_rate": at_least(0, 1), "fim_spm_rate": at_least(0, 1)}
+        check_fields(self, "data", {**ranges, "temperature": above(0, 100)})
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Find what contradicts itself in the keys that say which tokens come when."""
+        check_mixture(self.sources, self.stages)
+        if self.sources:
+            first = self.sources[0].path
+            if self.path not in (None, "data/stdlib") and abspath(self.path) != abspath(first):
+                raise UserError(
+                    f"data.path {self.path} and data.sources are both given: name it among the sources"
+                )
+            self.path = first
+        if self.fim_tokens is not None and len(self.fim_tokens) != 3:
+            raise UserError(f"data.fim_tokens are {len(self.fim_tokens)}: give three, prefix, suffix, middle")
+        if self.objective == "masked":
+            for name in ("packing", "fim_rate"):
+                if getattr(self, name) not in ("concatenate", 0):
+                    raise UserError(
+                        f"data.{name} {getattr(self, name)} works with data.objective next_token only: leave "
+                        "it out"
+                    )
 
 
 def as_saved(precision: str) -> str:
