@@ -19,12 +19,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dualroute.data.manifest import Manifest
 from dualroute.data.masking import MaskedBatchPlan, MaskedSequentialPlan, MaskedWindows, Masking
-from dualroute.data.plan import BatchPlan, SequentialPlan
+from dualroute.data.order.document_stream import Span
+from dualroute.data.plan import BatchPlan, Request, SequentialPlan, WindowPlan
 from dualroute.data.reader import ShardReader, WindowDataset, open_stream
+from dualroute.data.remote.config import BadDataPolicy, RemoteOptions
+from dualroute.data.remote.prefetch import read_ahead
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.verify import verify_once
 from dualroute.data.window_module import MAX_WORKERS, Batch, WindowDataModule
@@ -43,6 +47,12 @@ class ShardDataModule(WindowDataModule):
         verify: ``size`` checks the files' sizes at start, ``sha256`` also their contents (once per copy
             of the data).
         mask_share: of the tokens that are hidden, to be found from both sides; None: labels are next tokens.
+        remote: how a set that lies elsewhere is read; None for the defaults.
+        prefetch_shards: shards of such a set that are brought before they are needed.
+        policy: what becomes of windows that cannot be read; None: the run ends.
+
+    Attributes:
+        bad_windows: training windows that were skipped since the start, on this rank.
     """
 
     def __init__(
@@ -56,13 +66,18 @@ class ShardDataModule(WindowDataModule):
         val_tokens: int | None = None,
         verify: Literal["size", "sha256"] = "size",
         mask_share: float | None = None,
+        remote: RemoteOptions | None = None,
+        prefetch_shards: int = 4,
+        policy: BadDataPolicy | None = None,
     ) -> None:
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
         if mask_share is not None and not 0 < mask_share <= 1:
             raise UserError(f"mask_share must be above 0 and at most 1, not {mask_share}")
         super().__init__(str(path), context, micro_batch, tokens_per_batch, seed, num_workers)
-        self.path = Path(path)
+        self.path = str(path)
+        self.remote, self.prefetch_shards, self.policy = remote, prefetch_shards, policy or BadDataPolicy()
+        self.bad_windows = 0
         self.val_tokens = val_tokens
         self.verify = verify
         self.mask_share = mask_share
@@ -72,7 +87,7 @@ class ShardDataModule(WindowDataModule):
     @cached_property
     def manifest(self) -> Manifest:
         """The manifest, read on first use."""
-        return Manifest.load(self.path)
+        return Manifest.load(self.path, self.remote)
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -127,7 +142,7 @@ class ShardDataModule(WindowDataModule):
 
     def prepare_data(self) -> None:
         """Check the files; Lightning calls it on one rank per node."""
-        verify_once(self.manifest, self.verify)
+        verify_once(self.manifest, self.verify, self.policy)
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
@@ -135,11 +150,46 @@ class ShardDataModule(WindowDataModule):
             _ = self.masking
 
     def train_windows(self) -> Dataset[Any]:
-        windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan)
+        windows = WindowDataset(ShardReader(self.manifest, "train"), self.plan, self.policy)
         return self._masked(windows) if self.extend is None else self.extend(windows)
 
     def val_windows(self) -> Dataset[Any]:
         return self._masked(WindowDataset(ShardReader(self.manifest, "val"), self.val_plan))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        sampler = self._ahead(self.train_sampler(), "train", self.plan)
+        return self._loader(self.train_windows(), sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        sampler = self._ahead(self.val_sampler(), "val", self.val_plan)
+        return self._loader(self.val_windows(), sampler)
+
+    def _ahead(self, sampler: Any, split: str, plan: WindowPlan) -> Any:
+        """The sampler, which has the shards of a set elsewhere brought before they are needed."""
+        mirror = self.manifest.mirror
+        if mirror is None or not self.prefetch_shards:
+            return sampler
+
+        def spans(batch: list[Request]) -> list[Span]:
+            return [span for request in batch for span in plan.spans(request.sample)]
+
+        return read_ahead(sampler, spans, mirror, self.manifest.split(split).shards, self.prefetch_shards)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Count the windows that were skipped.
+
+        Raises:
+            UserError: they are more than the policy allows.
+        """
+        if (skipped := batch.pop("skipped", None)) is not None and (count := int(skipped.sum())):
+            self.bad_windows += count
+            if self.bad_windows > self.policy.max_bad_windows:
+                raise UserError(
+                    f"{self.path}: {self.bad_windows} windows could not be read since the start, more than "
+                    f"data.max_bad_windows {self.policy.max_bad_windows} (the warnings above name their shards); "
+                    "mend the data, or allow more"
+                )
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _masked(self, windows: WindowDataset) -> Dataset[Any]:
         return windows if self.masking is None else MaskedWindows(windows, self.masking)

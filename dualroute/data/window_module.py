@@ -159,8 +159,13 @@ class WindowDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless; each new iterator starts at ``samples_consumed``."""
+        sampler = self.train_sampler()  # first: what it says of missing data is clearer
+        return self._loader(self.train_windows(), sampler)
+
+    def train_sampler(self) -> WalkPlan:
+        """This rank's batches of training."""
         rank, world_size = self._place()
-        sampler = WalkPlan(
+        return WalkPlan(
             self.plan,
             rank,
             world_size,
@@ -168,7 +173,6 @@ class WindowDataModule(pl.LightningDataModule):
             lambda: self.samples_consumed,
             lambda: self.skipped_samples,
         )
-        return self._loader(self.train_windows(), sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once over all ranks, in order; as many batches on every rank.
@@ -179,9 +183,13 @@ class WindowDataModule(pl.LightningDataModule):
         Raises:
             UserError: there are no validation data.
         """
-        rank, world_size = self._place()
-        sampler = WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
+        sampler = self.val_sampler()
         return self._loader(self.val_windows(), sampler)
+
+    def val_sampler(self) -> WalkSequence:
+        """This rank's batches of validation."""
+        rank, world_size = self._place()
+        return WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """All but `num_targets`, which the host would have to ask for again."""
@@ -255,7 +263,7 @@ class WindowDataModule(pl.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, dataset: Dataset[Any], sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=sampler,

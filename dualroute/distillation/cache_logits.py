@@ -51,7 +51,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
         raise UserError("max_tokens is not given: the tokens of the run, its steps × train.tokens_per_batch")
     world = detect_world()
     refuse_forgotten_srun(world)
-    manifest = Manifest.load(config.data.path)
+    manifest = Manifest.load(config.data.path, config.data.remote)
     if world.local_rank == 0:
         verify_once(manifest, config.data.verify)
     context = config.data.context
@@ -65,6 +65,10 @@ def cache_logits(config: CacheLogitsConfig) -> int:
         config.top_k, config.temperature, config.dtype, config.shard_samples,
     )  # fmt: skip
     default = f"logits-{teacher.digest[:8]}-seed{config.seed}-context{context}-top{config.top_k}"
+    if config.output is None and manifest.mirror is not None:
+        raise UserError(
+            f"output is not given, and the data lie elsewhere ({manifest.place}): name a folder here"
+        )
     folder = Path(config.output) if config.output is not None else manifest.folder / default
     samples = -(-config.max_tokens // context)
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -179,6 +179,9 @@ def check(config: PretrainConfig) -> Prepared:
         val_tokens=data.val_tokens,
         verify=data.verify,
         mask_share=data.mask_share if data.objective == "masked" else None,
+        remote=data.remote,
+        prefetch_shards=data.prefetch_shards,
+        policy=data.bad_data,
     )
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
