@@ -57,7 +57,7 @@ DataPath = Annotated[str, PathField(remote=True)]
 #: A folder, or the memory of the host
 FolderOrHost = Annotated[str, PathField(words=("host",))]
 #: A file or folder, or the name of a data set elsewhere
-PathOrName = Annotated[str, PathField(or_name=True)]
+PathOrName = Annotated[str, PathField(or_name=True, remote=True)]
 #: One of our names, or a Python file
 NameOrModule = Annotated[str, PathField(or_name=True, suffix=".py")]
 #: The name of a shipped suite, or a YAML file of the user's
@@ -68,8 +68,8 @@ ResumePath = Annotated[str, PathField(words=("auto", "never"))]
 
 
 def is_remote(path: object) -> bool:
-    """Whether ``path`` names a data set by an address (``s3://…``, ``https://…``, ``pipe:COMMAND``), not a folder."""
-    return _ADDRESS.match(str(path)) is not None
+    """Whether ``path`` names a data set by an address (``s3://…``, ``https://…``, ``pipe:COMMAND``), not a
+    folder.""" return _ADDRESS.match(str(path)) is not None
 
 
 def path_field(hint: Any) -> PathField | None:
@@ -118,6 +118,8 @@ def absolute_paths(config: Any) -> Any:
         path = path_field(hints[field.name])
         if dataclasses.is_dataclass(value):
             values[field.name] = absolute_paths(value)
+        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+            values[field.name] = [absolute_paths(one) for one in value]
         elif path is not None and path.remote and is_remote(value):
             values[field.name] = value.replace("$", "$$")
         elif path is not None and isinstance(value, str) and not path.is_word(value):

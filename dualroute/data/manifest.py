@@ -68,7 +68,8 @@ class Manifest:
 
     Attributes:
         folder: where it lies; not part of the fingerprint, so a folder may be moved or copied. Of a set that
-            lies elsewhere, where its copies are: tokenizer and index are there, shards come with `open_shard`.
+            lies elsewhere, where its copies are: tokenizer and index are there, shards come with
+                `open_shard`.
         dtype: of the stored ids, ``uint16`` or ``uint32``.
         tokenizer, splits: what is in it.
         preparation: options and counts of the run that made it, for people; not part of the fingerprint.
@@ -110,13 +111,14 @@ class Manifest:
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[Path]:
-        """Paths of a split's tars, in the order of the index's shard numbers; those of a set elsewhere are brought."""
-        if self.mirror is None:
+        """Paths of a split's tars, in the order of the index's shard numbers; those of a set elsewhere are
+        brought.""" if self.mirror is None:
             return [self.folder / shard.file for shard in self.split(split).shards]
         return [self.mirror.get(one.file, one.sha256, one.size) for one in self.split(split).shards]
 
     def open_shard(self, shard: Shard) -> IO[bytes]:
-        """A tar, opened to be read; a copy of one that lies elsewhere stays as long as it, or a map of it, is open.
+        """A tar, opened to be read; a copy of one that lies elsewhere stays as long as it, or a map of it,
+        is open.
 
         Raises:
             UserError: it is missing, no regular file, or cannot be read.
@@ -206,7 +208,8 @@ class Manifest:
             remote: how such a set is read; None for the defaults.
 
         Raises:
-            UserError: missing, not to be reached, not JSON, another format or version, a key missing or of a wrong type, or a
+            UserError: missing, not to be reached, not JSON, another format or version, a key missing or of a
+                wrong type, or a
                 fingerprint or checksum that does not match the contents (a manifest edited by hand).
         """
         if is_remote(folder):
@@ -461,8 +464,8 @@ def bad_files(
 def _bad_remote_files(
     manifest: Manifest, mirror: Mirror, info: Split, level: Literal["size", "sha256"]
 ) -> Iterator[tuple[str, str]]:
-    """`bad_files` of a set elsewhere: its index at every level, for ``sha256`` all that lies there, and copies."""
-    try:
+    """`bad_files` of a set elsewhere: its index at every level, for ``sha256`` all that lies there, and
+    copies.""" try:
         manifest.check_index(info.name)
     except UserError as error:
         yield info.index_file, str(error)

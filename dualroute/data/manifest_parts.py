@@ -1,6 +1,7 @@
 """What a manifest is made of: the tokenizer, the shards, and the splits that they add up to.
 
-In: what `data_prep` counted, or what stands in manifest.json. Out: parts of `dualroute.data.manifest.Manifest`.
+In: what `data_prep` counted, or what stands in manifest.json. Out: parts of
+    `dualroute.data.manifest.Manifest`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from dualroute.attention.core.layout import LayoutPlan
 from dualroute.data.index import IndexRows
 from dualroute.data.manifest import Manifest
-from dualroute.data.order.document_stream import DocumentStream, Span
+from dualroute.data.order.document_stream import DocumentStream
 from dualroute.data.plan import Request, WindowPlan
 from dualroute.data.remote.config import BadDataPolicy
 from dualroute.data.remote.mirror import UnusableData
@@ -187,8 +187,8 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
 
     A plain sample id will do as request; ``num_targets`` is then that of the window alone.
 
-    Under a ``policy`` that skips, a window whose shard cannot be read is padding; there is a 0-dim ``skipped`` then,
-    1 in such a window. All else stays as it is, the number of targets included.
+    Under a ``policy`` that skips, a window whose shard cannot be read is padding; there is a 0-dim
+    ``skipped`` then, 1 in such a window. All else stays as it is, the number of targets included.
     """
 
     def __init__(self, reader: ShardReader, plan: WindowPlan, policy: BadDataPolicy | None = None) -> None:
@@ -200,30 +200,29 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
         if not isinstance(request, Request):
             request = Request(request, self.plan.num_targets([request]))
         if self.policy.on_bad_data == "fail":
-            return self._window(self.plan.spans(request.sample), request.num_targets)
+            return self._window(self.plan.pieces(request.sample).tolist(), request.num_targets)
         try:
-            window = self._window(self.plan.spans(request.sample), request.num_targets)
+            window = self._window(self.plan.pieces(request.sample).tolist(), request.num_targets)
         except UnusableData as error:
             _log.warning("sample %d is skipped: %s", request.sample, error)
             return {**self._window([], request.num_targets), "skipped": np.array(1)}
         return {**window, "skipped": np.array(0)}
 
-    def _window(self, spans: Sequence[Span], num_targets: int) -> dict[str, NDArray[np.int64]]:
+    def _window(self, pieces: Sequence[Sequence[int]], num_targets: int) -> dict[str, NDArray[np.int64]]:
         context = self.plan.context
         input_ids = np.full(context, max(self.reader.manifest.tokenizer.pad_id, 0), dtype=np.int64)
         labels = np.full(context, IGNORE_INDEX, dtype=np.int64)
         segment_ids = np.zeros(context, dtype=np.int64)
         positions = np.zeros(context, dtype=np.int64)
         at, segment = 0, 1
-        for span in spans:
-            for document, start, tokens, targets in self.plan.stream.pieces(*span).tolist():
-                # one past the piece where the document goes on, to the document's end where it does not
-                ids = self.reader.read(document, start, targets + 1)
-                input_ids[at : at + tokens] = ids[:tokens]
-                labels[at : at + targets] = ids[1:]
-                segment_ids[at : at + tokens] = segment
-                positions[at : at + tokens] = np.arange(tokens)
-                at, segment = at + tokens, segment + 1
+        for document, start, tokens, targets in pieces:
+            # one past the piece where the document goes on, to the document's end where it does not
+            ids = self.reader.read(document, start, targets + 1)
+            input_ids[at : at + tokens] = ids[:tokens]
+            labels[at : at + targets] = ids[1:]
+            segment_ids[at : at + tokens] = segment
+            positions[at : at + tokens] = np.arange(tokens)
+            at, segment = at + tokens, segment + 1
         return {
             "input_ids": input_ids,
             "labels": labels,

@@ -1,4 +1,5 @@
-"""Addresses of data sets that lie elsewhere (`dualroute.paths.is_remote` tells them from folders) and of their files.
+"""Addresses of data sets that lie elsewhere (`dualroute.paths.is_remote` tells them from folders) and of
+their files.
 
 s3://bucket/set   https://host/set?token   file:///mnt/set   any other URL that fsspec knows
 pipe:aws s3 cp s3://bucket/set/{} -        a command that writes the file {} to its standard output
@@ -14,8 +15,8 @@ PIPE = "pipe:"
 
 
 def file_address(address: str, file: str) -> str:
-    """Where the file of a set lies: behind the path of a URL, before its query; in place of a command's {}."""
-    if address.startswith(PIPE):
+    """Where the file of a set lies: behind the path of a URL, before its query; in place of a command's
+    {}.""" if address.startswith(PIPE):
         return address.replace("{}", shlex.quote(file))
     path, mark, query = address.partition("?") if is_http(address) else (address, "", "")
     name = urllib.parse.quote(file) if is_http(address) else file

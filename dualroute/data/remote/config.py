@@ -1,4 +1,5 @@
-"""How data sets that lie elsewhere are read, and what becomes of damaged data; see `dualroute.data.remote`."""
+"""How data sets that lie elsewhere are read, and what becomes of damaged data; see
+`dualroute.data.remote`."""
 
 from __future__ import annotations
 

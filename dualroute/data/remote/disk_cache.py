@@ -1,17 +1,19 @@
-"""The folder of copies that all processes of a node share: whose turn it is, how much room there is, what goes.
+"""The folder of copies that all processes of a node share: whose turn it is, how much room there is, what
+goes.
 
     CACHEDIR.TAG               so that backups pass it over
-    sets/NAME/                 one data set, its files under their own names; NAME.part where one is unfinished
-    sets/NAME/.lease           locked, shared, by every process that has the set open
-    locks/NAME.FILE.lock       locked by the process that brings a file; tells the bytes that it has spoken for
+    sets/NAME/                 one data set, its files under their own names; NAME.part where one is
+    unfinished sets/NAME/.lease           locked, shared, by every process that has the set open
+    locks/NAME.FILE.lock       locked by the process that brings a file; tells the bytes that it has spoken
+    for
 
 Everything rests on locks of the kernel (flock), which end with the process that held them, however it ended.
 
 - One process brings a file, the others wait for it; they give up when it does not get ahead any more.
 - A reader keeps a shared lock on the shard that it has mapped. What is to go must be locked for this process
   alone first, so nothing in use ever goes; where the file system knows no locks, nothing goes at all.
-- Room is made before a file is brought: finished, unfinished and promised bytes together stay below the limit.
-  The shards that were read longest ago go first, then sets that nobody has open.
+- Room is made before a file is brought: finished, unfinished and promised bytes together stay below the
+  limit. The shards that were read longest ago go first, then sets that nobody has open.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from typing import IO
 from dualroute.errors import UserError
 from dualroute.files import locked, parse_json, read_limited
 
-_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# copies of data sets that dualroute reads; may be removed\n"
-_LEASE = ".lease"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# copies of data sets that dualroute reads; may be
+removed\n" _LEASE = ".lease"
 _STEP_SECONDS = 1.0
 _ROOM_SECONDS = 120.0
 _OPEN_SECONDS = 30.0
@@ -97,8 +99,8 @@ class DiskCache:
 
     @staticmethod
     def open_copy(path: Path) -> IO[bytes] | None:
-        """A copy, opened and locked so that it does not go as long as it, or a map of it, is open; None if it has
-        gone."""
+        """A copy, opened and locked so that it does not go as long as it, or a map of it, is open; None if
+        it has gone."""
         until = time.monotonic() + _OPEN_SECONDS
         while time.monotonic() < until:
             try:

@@ -9,7 +9,8 @@ Comes in: a URL and the place of the unfinished file. Goes out: a complete file,
    repeat name, place and length. All else comes from its start.
 3. Without a checksum a file whose length the server does not tell, and which does not come in chunks either,
    is refused: nobody could know that it is whole.
-4. No wait is without an end: a server that is silent for the time allowed, or sends less than 1 KiB/s over it,
+4. No wait is without an end: a server that is silent for the time allowed, or sends less than 1 KiB/s over
+it,
    counts as a broken connection.
 """
 

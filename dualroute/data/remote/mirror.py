@@ -1,9 +1,11 @@
 """One data set that lies elsewhere: its files by name, brought when they are asked for, compared, kept.
 
-In: an address and the options. Here: `Store` brings a file into the folder of the set in the `DiskCache`; what
-fails is tried again, later each time; a file counts only once its length and SHA-256 are those that the manifest
-states. Out: paths and open files, to `dualroute.data.manifest` and `dualroute.data.reader`, for which the folder is
-a data set as any other.
+In: an address and the options. Here: `Store` brings a file into the folder of the set in the `DiskCache`;
+    what
+fails is tried again, later each time; a file counts only once its length and SHA-256 are those that the
+manifest
+states. Out: paths and open files, to `dualroute.data.manifest` and `dualroute.data.reader`, for which the
+folder is a data set as any other.
 """
 
 from __future__ import annotations

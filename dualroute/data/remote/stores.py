@@ -1,11 +1,12 @@
 """One attempt to bring a file of a data set to the disk, by whatever way its address names.
 
-In: the name of a file and the unfinished copy (`Part`). Out: the copy grown to its end, which nobody has compared
+In: the name of a file and the unfinished copy (`Part`). Out: the copy grown to its end, which nobody has
+    compared
 with a checksum yet, or `Unreachable`, which says whether another attempt may help.
 
 - http(s): `http_transfer`, with its ranges and versions.
-- every other URL: fsspec, range by range, going on where an earlier attempt stopped if the store still has the
-  same version (ETag, or time and size).
+- every other URL: fsspec, range by range, going on where an earlier attempt stopped if the store still has
+  the same version (ETag, or time and size).
 - ``pipe:`` a command, through webdataset's opener; always from the start.
 
 An answer is waited for in a thread of its own, for a store's client may never come back.

@@ -14,7 +14,28 @@ from dualroute.data.remote.config import GIB, RemoteOptions
 from tests.data.remote.web_server import WebServer
 from tests.data.shards import numbered, write_dataset
 
-LENGTHS = [2000, 700, 1, 4100, 900, 30, 2600, 1700, 64, 5000, 3, 800, 1200, 900, 2500, 77, 640, 333, 2100, 900]
+LENGTHS = [
+    2000,
+    700,
+    1,
+    4100,
+    900,
+    30,
+    2600,
+    1700,
+    64,
+    5000,
+    3,
+    800,
+    1200,
+    900,
+    2500,
+    77,
+    640,
+    333,
+    2100,
+    900,
+]
 
 
 @pytest.fixture(scope="session")

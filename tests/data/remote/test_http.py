@@ -1,4 +1,5 @@
-"""Sets on an HTTP server that drops, stalls, lies and refuses: the batches of the folder, or one line that says why."""
+"""Sets on an HTTP server that drops, stalls, lies and refuses: the batches of the folder, or one line that
+says why."""
 
 from __future__ import annotations
 
@@ -58,9 +59,7 @@ def test_the_batches_are_those_of_the_folder(
     assert web.count() == {MANIFEST_FILE: 1}  # the rest was there
 
 
-def test_what_breaks_goes_on_where_it_broke(
-    web: WebServer, tmp_path: Path, expected: Batches
-) -> None:
+def test_what_breaks_goes_on_where_it_broke(web: WebServer, tmp_path: Path, expected: Batches) -> None:
     web.faults = {
         "train.index.npy": [("drop", 200), ("status", 503)],
         "tokenizer.model": [("status", 500), ("drop", 3)],
@@ -135,7 +134,10 @@ def test_a_wait_that_the_server_asks_for_is_kept(
     ("fault", "line"),
     [
         (("status", 404), r"manifest.json: the server answers 404 Not Found; correct the path"),
-        (("status", 500), r"manifest.json: the server answers 500 Internal Server Error; check the connection"),
+        (
+            ("status", 500),
+            r"manifest.json: the server answers 500 Internal Server Error; check the connection",
+        ),
         (("flip", 3), r"manifest.json: not (JSON|a dualroute-shards manifest)"),
         (("length", 1 << 40), r"manifest.json: the file has 1,099,511,627,776 bytes, more than"),
     ],
@@ -200,7 +202,9 @@ class TestBadData:
     def test_too_many_end_the_run(self, local: Manifest, web: WebServer, options: RemoteOptions) -> None:
         web.always["train-00003.tar"] = ("status", 404)
         data = module(web.url, options, policy=BadDataPolicy("skip", max_bad_windows=2))
-        with pytest.raises(UserError, match=r"3 windows could not be read .* more than data.max_bad_windows 2"):
+        with pytest.raises(
+            UserError, match=r"3 windows could not be read .* more than data.max_bad_windows 2"
+        ):
             for batch in data.train_dataloader():
                 moved = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
                 assert "skipped" not in moved

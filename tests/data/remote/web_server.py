@@ -16,9 +16,10 @@ class WebServer(ThreadingHTTPServer):
 
     Attributes:
         faults: by file name, what becomes of its next requests, one after the other: ("drop", n) breaks the
-            connection after n bytes, ("stall", n) falls silent after them, ("drip", n) goes on with a byte now and
-            then, ("status", code) answers so, ("length", n) states another length, ("flip", n) sends another byte
-            at n, ("range", text) states another place.
+            connection after n bytes, ("stall", n) falls silent after them, ("drip", n) goes on with a byte
+            now and
+            then, ("status", code) answers so, ("length", n) states another length, ("flip", n) sends another
+            byte at n, ("range", text) states another place.
         asked: (file, Range, status) of each request.
         wanted: Authorization that is asked for; None for none.
     """
