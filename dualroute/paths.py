@@ -21,7 +21,6 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from dualroute.errors import UserError
 
-
 _ADDRESS = re.compile(r"pipe:|[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 
 
@@ -69,7 +68,8 @@ ResumePath = Annotated[str, PathField(words=("auto", "never"))]
 
 def is_remote(path: object) -> bool:
     """Whether ``path`` names a data set by an address (``s3://…``, ``https://…``, ``pipe:COMMAND``), not a
-    folder.""" return _ADDRESS.match(str(path)) is not None
+    folder."""
+    return _ADDRESS.match(str(path)) is not None
 
 
 def path_field(hint: Any) -> PathField | None:

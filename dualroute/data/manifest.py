@@ -44,8 +44,8 @@ from dualroute.files import file_sha256, parse_json, read_limited, require_regul
 from dualroute.paths import is_remote
 
 __all__ = [
-    "MANIFEST_FILE", "MAX_MANIFEST_BYTES", "TOKENIZER_FILE", "Manifest", "Shard", "Split", "TokenizerInfo", "bad_files",
-    "canonical_json", "parse_json", "shard_from_json", "token_dtype", "verify_shards",
+    "MANIFEST_FILE", "MAX_MANIFEST_BYTES", "TOKENIZER_FILE", "Manifest", "Shard", "Split", "TokenizerInfo",
+    "bad_files", "canonical_json", "parse_json", "shard_from_json", "token_dtype", "verify_shards",
 ]  # fmt: skip
 FORMAT = "dualroute-shards"
 VERSION = 1
@@ -112,7 +112,8 @@ class Manifest:
 
     def shard_paths(self, split: str) -> list[Path]:
         """Paths of a split's tars, in the order of the index's shard numbers; those of a set elsewhere are
-        brought.""" if self.mirror is None:
+        brought."""
+        if self.mirror is None:
             return [self.folder / shard.file for shard in self.split(split).shards]
         return [self.mirror.get(one.file, one.sha256, one.size) for one in self.split(split).shards]
 
@@ -465,7 +466,8 @@ def _bad_remote_files(
     manifest: Manifest, mirror: Mirror, info: Split, level: Literal["size", "sha256"]
 ) -> Iterator[tuple[str, str]]:
     """`bad_files` of a set elsewhere: its index at every level, for ``sha256`` all that lies there, and
-    copies.""" try:
+    copies."""
+    try:
         manifest.check_index(info.name)
     except UserError as error:
         yield info.index_file, str(error)

@@ -16,7 +16,8 @@ PIPE = "pipe:"
 
 def file_address(address: str, file: str) -> str:
     """Where the file of a set lies: behind the path of a URL, before its query; in place of a command's
-    {}.""" if address.startswith(PIPE):
+    {}."""
+    if address.startswith(PIPE):
         return address.replace("{}", shlex.quote(file))
     path, mark, query = address.partition("?") if is_http(address) else (address, "", "")
     name = urllib.parse.quote(file) if is_http(address) else file

@@ -32,8 +32,8 @@ from typing import IO
 from dualroute.errors import UserError
 from dualroute.files import locked, parse_json, read_limited
 
-_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# copies of data sets that dualroute reads; may be
-removed\n" _LEASE = ".lease"
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# copies of data sets; may be removed\n"
+_LEASE = ".lease"
 _STEP_SECONDS = 1.0
 _ROOM_SECONDS = 120.0
 _OPEN_SECONDS = 30.0
@@ -76,8 +76,8 @@ class DiskCache:
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
             raise UserError(
-                f"data.cache_dir {self.folder}: cannot be written ({error.strerror}); name a folder on a disk of "
-                "this machine"
+                f"data.cache_dir {self.folder}: cannot be written ({error.strerror}); name a folder on "
+                "a disk of this machine"
             ) from error
 
     # ------------------------------------------------------------------ sets and files in use
@@ -163,7 +163,8 @@ class DiskCache:
         """
         if size > self.limit:
             raise UserError(
-                f"data.cache_gib {self.limit / 2**30:g} is less than one file needs ({size:,} bytes): raise it"
+                f"data.cache_gib {self.limit / 2**30:g} is less than one file needs ({size:,} bytes): raise "
+                "it"
             )
         with locked(self.folder / ".room.lock", wait=_ROOM_SECONDS) as free:
             if not free:
@@ -190,9 +191,9 @@ class DiskCache:
             if short > 0:
                 raise UserError(
                     f"data.cache_dir {self.folder} is full: {size:,} bytes more are needed, the limit is "
-                    f"{self.limit:,} (data.cache_gib), {shutil.disk_usage(self.folder).free:,} are free on the "
-                    f"disk, and {in_use:,} are being read; raise data.cache_gib, make room on the disk, or lower "
-                    "data.num_workers"
+                    f"{self.limit:,} (data.cache_gib), {shutil.disk_usage(self.folder).free:,} are free on "
+                    f"the disk, and {in_use:,} are being read; raise data.cache_gib, make room on the disk, "
+                    "or lower data.num_workers"
                 )
             lock.write_text(json.dumps({"part": str(part), "bytes": size, "process": os.getpid()}))
 

@@ -127,14 +127,14 @@ class Mirror:
         least = small_files + 2 * largest_shard
         if least > self.limit:
             raise UserError(
-                f"data.cache_gib {self.limit / GIB:.3g} is too little for {self.shown}: its index and two shards "
-                f"have {least:,} bytes; give at least {_round_up(least / GIB)}"
+                f"data.cache_gib {self.limit / GIB:.3g} is too little for {self.shown}: its index and two "
+                f"shards have {least:,} bytes; give at least {_round_up(least / GIB)}"
             )
         self.holds_all = all_files <= self.limit
         if not self.holds_all:
             _log.warning(
-                "%s has %.3g GiB and data.cache_gib is %.3g: shards will be brought more than once, which an order "
-                "that is random over all of them makes slow; give %s GiB where there is room",
+                "%s has %.3g GiB and data.cache_gib is %.3g: shards will be brought more than once, "
+                "which an order that is random over all of them makes slow; give %s GiB where there is room",
                 self.shown,
                 all_files / GIB,
                 self.limit / GIB,
@@ -174,8 +174,8 @@ class Mirror:
             if stream is not None:
                 return stream
         raise UserError(
-            f"{path}: goes as soon as it is there; data.cache_gib {self.limit / GIB:.3g} is too little for so many "
-            "processes: raise it"
+            f"{path}: goes as soon as it is there; data.cache_gib {self.limit / GIB:.3g} is too little "
+            "for so many processes: raise it"
         )
 
     def holds(self, file: str, size: int) -> bool:
@@ -224,8 +224,8 @@ class Mirror:
                         else f"sha256 {found}"
                     )
                     raise UnusableData(
-                        f"{whole}: contents differ from the manifest ({other}, expected sha256 {sha256}); copy it there "
-                        "again"
+                        f"{whole}: contents differ from the manifest ({other}, expected sha256 {sha256}); "
+                        "copy it there again"
                     )
                 _log.warning("%s: contents differ from the manifest; brought once more", whole)
         except Unreachable as error:

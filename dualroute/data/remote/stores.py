@@ -63,8 +63,8 @@ def store_of(address: str) -> Store:
     if address.startswith(PIPE):
         if "{}" not in address:
             raise UserError(
-                f"data path {address}: the command must hold {{}} where the name of a file is to stand, as in "
-                f"'pipe:aws s3 cp s3://bucket/set/{{}} -'"
+                f"data path {address}: the command must hold {{}} where the name of a file is to stand, as "
+                f"in 'pipe:aws s3 cp s3://bucket/set/{{}} -'"
             )
         return _Command(address)
     return _Http(address) if is_http(address) else _Fsspec(address)
@@ -162,7 +162,10 @@ def _is_permanent(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     said = one_line(str(error))[:200]
     if isinstance(error, PermissionError) or type(error).__name__.endswith("CredentialsError"):
-        return f"access is refused ({said or type(error).__name__}): check the store's credentials, which its client takes from the environment"
+        return (
+            f"access is refused ({said or type(error).__name__}): check the store's credentials, which its "
+            "client takes from the environment"
+        )
     if isinstance(error, FileNotFoundError):
         return f"there is no such file, bucket or folder ({said})"
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -63,8 +63,7 @@ def _of_manifests(one: Manifest, other: Manifest) -> Iterator[tuple[str, Any, An
         yield "tokenizer ids", one.tokenizer.vocab_size, other.tokenizer.vocab_size
         try:
             same = Tokenizer(one.tokenizer_path).same_ids(Tokenizer(other.tokenizer_path))
-            yield "tokenizers give", "the same ids" if same else "ids", "the same ids" if same else "other
-            ids"
+            yield "tokenizers", "ids", "the same ids" if same else "other ids"
         except UserError as error:
             yield "tokenizers", "cannot be compared", error
     for split in sorted({*one.splits, *other.splits}):
@@ -95,8 +94,10 @@ def _print_documents(console: Console, sets: list[Manifest], examples: int) -> b
     removed = _less(one, other)
     added = _less(other, one)
     moved = _moved(one, other)
-    for word, places, texts, manifest in (("only in", removed, one, sets[0]), ("only in", added, other,
-    sets[1])):
+    for word, places, texts, manifest in (
+        ("only in", removed, one, sets[0]),
+        ("only in", added, other, sets[1]),
+    ):
         shown.add_row(word, cell(manifest.place), cell(len(places)))
         for place in places[:examples].tolist():
             split = list(manifest.splits)[int(texts.splits[place])]
@@ -112,8 +113,8 @@ def _texts(manifest: Manifest) -> _Texts:
     total = sum(split.documents for split in manifest.splits.values())
     if total > MOST_DOCUMENTS:
         raise UserError(
-            f"{manifest.place} has {total:,} documents, more than the {MOST_DOCUMENTS:,} that are compared in memory: "
-            "leave them out (--documents false)"
+            f"{manifest.place} has {total:,} documents, more than the {MOST_DOCUMENTS:,} that are "
+            "compared in memory: leave them out (--documents false)"
         )
     held, splits, numbers = bytearray(), bytearray(), np.zeros(total, dtype=np.int64)
     for place, split in enumerate(manifest.splits):

@@ -17,7 +17,8 @@ _MOST_OPTIONS = 200
 
 def cell(value: Any) -> Text:
     """A value as a cell of a table: nothing in it commands the terminal, or rich."""
-    return Text(printable(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)))
+    counts = isinstance(value, int) and not isinstance(value, bool)
+    return Text(printable(f"{value:,}" if counts else str(value)))
 
 
 def table(title: str, *columns: str, numbers: int = 0) -> Table:
@@ -38,8 +39,17 @@ def inspect_data(config: ShowDataConfig) -> int:
     manifest, console = Manifest.load(config.data), Console()
     splits = table(
         f"{manifest.place}",
-        *("split", "documents", "tokens", "bytes of text", "bytes a token", "tokens a document", "shards",
-        "on disk"), numbers=7,
+        *(
+            "split",
+            "documents",
+            "tokens",
+            "bytes of text",
+            "bytes a token",
+            "tokens a document",
+            "shards",
+            "on disk",
+        ),
+        numbers=7,
     )
     for name, split in manifest.splits.items():
         size = sum(shard.size for shard in split.shards)
@@ -56,8 +66,8 @@ def inspect_data(config: ShowDataConfig) -> int:
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         here = [shard for shard in shards if manifest.mirror.holds(shard.file, shard.size)]
         size = sum(shard.size for shard in here) / 2**20
-        rest.add_row("copies here", cell(f"{len(here)} of {len(shards)} shards, {size:,.1f} MiB, in
-        {manifest.folder}"))
+        copies = f"{len(here)} of {len(shards)} shards, {size:,.1f} MiB, in {manifest.folder}"
+        rest.add_row("copies here", cell(copies))
     for key in ("licence", "input_files", "dropped"):
         if key in manifest.preparation:
             rest.add_row(key, cell(_listed(manifest.preparation[key])))

@@ -32,8 +32,8 @@ def sample_data(config: SampleDataConfig) -> int:
     reader = ShardReader(manifest, config.split)
     draw = np.random.default_rng(config.seed)
     count = min(config.documents, total)
-    numbers = [config.number] if config.number is not None else sorted(draw.choice(total, count,
-    replace=False)) for number in map(int, numbers):
+    numbers = sorted(draw.choice(total, count, replace=False).tolist())
+    for number in numbers if config.number is None else [config.number]:
         about = document(manifest, config.split, number)
         ids = reader.read(number, 0, min(about.tokens, config.max_tokens)).tolist()
         language = f", {about.language}" if about.language else ""

@@ -90,7 +90,9 @@ def stats_data(config: StatsDataConfig) -> int:
             write_bytes_atomically(folder / "stats.json", text.encode(errors="backslashreplace"))
             names = draw_charts(folder, found, config.sources)
         except OSError as error:
-            raise UserError(f"output {folder}: cannot be written ({error.strerror}); choose another") from error
+            raise UserError(
+                f"output {folder}: cannot be written ({error.strerror}); choose another"
+            ) from error
         console.print(f"written: {', '.join(['stats.json', *names])} in {folder}", markup=False)
     return 0
 
@@ -134,8 +136,9 @@ def largest(groups: dict[str, Group], most: int) -> list[tuple[str, Group]]:
     rest = ordered[most:]
     if not rest:
         return ordered
-    total = Group(*(sum(getattr(group, key) for _, group in rest) for key in ("documents", "tokens",
-    "bytes"))) return [*ordered[:most], (f"({len(rest):,} others)", total)]
+    keys = ("documents", "tokens", "bytes")
+    total = Group(*(sum(getattr(group, key) for _, group in rest) for key in keys))
+    return [*ordered[:most], (f"({len(rest):,} others)", total)]
 
 
 def _print(console: Console, split: str, stats: SplitStats, most: int) -> None:
@@ -157,9 +160,15 @@ def _print(console: Console, split: str, stats: SplitStats, most: int) -> None:
         )
         tokens = sum(group.tokens for group in groups.values())
         for name, group in largest(groups, most):
-            row: list[Any] = [name, group.documents, group.tokens, f"{group.tokens / tokens:.1%}",
-                group.bytes]
+            row: list[Any] = [
+                name,
+                group.documents,
+                group.tokens,
+                f"{group.tokens / tokens:.1%}",
+                group.bytes,
+            ]
             shown.add_row(*map(cell, row), f"{group.bytes_per_token:.2f}")
         console.print(shown)
-    console.print(f"{split}: {stats.duplicates:,} exact duplicates among {stats.read:,} documents\n",
-    markup=False)
+    console.print(
+        f"{split}: {stats.duplicates:,} exact duplicates among {stats.read:,} documents\n", markup=False
+    )

@@ -61,8 +61,9 @@ def test_a_killed_process_leaves_its_lock_and_its_half_to_the_next(
     rank = fork.Process(target=read_one, args=(web.url, dataclasses.replace(options, timeout=60.0)))
     rank.start()
     until = time.monotonic() + 30
-    while time.monotonic() < until and not any(one.stat().st_size >= 5000 for one in copies(options,
-    "*.part")):
+    while time.monotonic() < until and not any(
+        one.stat().st_size >= 5000 for one in copies(options, "*.part")
+    ):
         time.sleep(0.02)
     assert rank.pid is not None
     os.kill(rank.pid, signal.SIGKILL)
@@ -114,8 +115,13 @@ def test_the_shard_that_was_read_longest_ago_goes_first(web: WebServer, tmp_path
 def test_what_is_in_use_never_goes(web: WebServer, tmp_path: Path) -> None:
     manifest = Manifest.load(web.url, quick(tmp_path, size=90_000))
     held = [ShardReader(manifest, "train") for _ in range(2)]
-    assert [reader.read(document, 0, 1)[0] for reader, document in zip(held, (0, 3), strict=True)] == [0, 2701]
-    with pytest.raises(UserError, match=r"is full: 30,720 bytes more are needed, the limit is .*data.cache_gib"):
+    assert [reader.read(document, 0, 1)[0] for reader, document in zip(held, (0, 3), strict=True)] == [
+        0,
+        2701,
+    ]
+    with pytest.raises(
+        UserError, match=r"is full: 30,720 bytes more are needed, the limit is .*data.cache_gib"
+    ):
         ShardReader(manifest, "train").read(6, 0, 1)
     assert len(list(manifest.folder.glob("train-*.tar"))) == 2
     held[0].close()  # its shard may go now
@@ -160,7 +166,9 @@ def test_a_cache_that_cannot_be_used(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache_dir .*file.*: cannot be written \(Not a directory\)"):
         Manifest.load(web.url, quick(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"data.cache_gib .* is too little for .*two shards have 62,\d\d\d bytes"):
+    with pytest.raises(
+        UserError, match=r"data.cache_gib .* is too little for .*two shards have 62,\d\d\d bytes"
+    ):
         Manifest.load(web.url, quick(tmp_path / "small", size=40_000))
 
 
@@ -172,7 +180,9 @@ def test_a_full_disk(web: WebServer, options: RemoteOptions, monkeypatch: pytest
 
     manifest = Manifest.load(web.url, options)
     monkeypatch.setattr("dualroute.data.remote.http_transfer.os.fsync", full)
-    with pytest.raises(UserError, match=r"train-00000.tar: cannot be written \(No space left.*lower data.cache_gib"):
+    with pytest.raises(
+        UserError, match=r"train-00000.tar: cannot be written \(No space left.*lower data.cache_gib"
+    ):
         ShardReader(manifest, "train").read(0, 0, 1)
 
 
@@ -192,8 +202,9 @@ def test_a_pickled_manifest_keeps_its_set(web: WebServer, options: RemoteOptions
 
 
 class TestAhead:
-    def test_the_shards_of_the_batches_to_come(self, web: WebServer, local: Manifest, options: RemoteOptions)
-    -> None:
+    def test_the_shards_of_the_batches_to_come(
+        self, web: WebServer, local: Manifest, options: RemoteOptions
+    ) -> None:
         data = module(web.url, options)
         wanted = Wanted([data.manifest], "train", [data.plan])
         batch = next(iter(data.train_sampler(0, 1).sampler))

@@ -165,8 +165,10 @@ def test_a_shard_that_vanishes_in_mid_run(s3: str, endpoint: str, tmp_path: Path
         list(islice(loader, 60))
 
 
-@pytest.mark.parametrize("command", ["cat {folder}/{{}}", "cat {folder}/{{}} && true", "dd if={folder}/{{}}
-bs=1000"]) def test_a_command(local: Manifest, options: RemoteOptions, command: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["cat {folder}/{{}}", "cat {folder}/{{}} && true", "dd if={folder}/{{}} bs=1000"]
+)
+def test_a_command(local: Manifest, options: RemoteOptions, command: str) -> None:
     address = "pipe:" + command.format(folder=local.folder)
     assert same(batches(address, options, 20), batches(local.folder, count=20))
 
