@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from os.path import abspath
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dualroute.data.mixture.config import SourceConfig, StageConfig, check_mixture
+from dualroute.data.remote.config import (
+    DEFAULT_CACHE_GIB,
+    BadDataPolicy,
+    RemoteOptions,
+    default_cache_folder,
+)
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.paths import ConfigFile, LocalPath, ResumePath, SuiteName
+from dualroute.paths import ConfigFile, DataPath, LocalPath, ResumePath, SuiteName
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.finetuning.config import StrategyConfig
 
@@ -25,7 +31,9 @@ class DataConfig:
     """What is read.
 
     Args:
-        path: Folder of shards made by ``dualroute prepare``; with sources the first of them.
+        path: Folder of shards made by ``dualroute prepare``, or the address of such a set elsewhere:
+            s3://bucket/set, https://host/set, any other URL of fsspec, or a command that writes the file {}
+            to its standard output (pipe:aws s3 cp s3://bucket/set/{} -); with sources the first of them.
         sources: Several such folders that are mixed, each with its share of the samples: {path, weight, name,
             max_epochs}, or PATH=WEIGHT.
         stages: Other weights from a number of tokens on: {from_tokens, weights}, or
@@ -46,9 +54,21 @@ class DataConfig:
         objective: What is to be found: next_token, by a causal model, or masked tokens, by one with
             model.causal false.
         mask_share: With objective masked, the share of the tokens that are hidden, whole words of them.
+        cache_dir: Folder for copies of what lies elsewhere, shared by the processes of a node and best on a
+            disk of its own; null takes $DUALROUTE_CACHE, or dualroute/shards in the user's cache.
+        cache_gib: GiB that the copies may take up, over all sets.
+        prefetch_shards: Shards that lie elsewhere and are brought before they are needed; 0 brings none.
+        fetch_timeout: Seconds without an answer, or with less than 1 KiB/s, after which a transfer has
+            failed.
+        fetch_retries: Further attempts, each after twice the time, up to 30 s; the file goes on where it
+            broke.
+        retry_seconds: Time before the first of them.
+        on_bad_data: A window whose shard is damaged or cannot be had ends the run (fail), or is padding
+            without labels (skip), with a warning.
+        max_bad_windows: So many may be skipped on a rank between two starts.
     """
 
-    path: LocalPath = "data/stdlib"
+    path: DataPath = "data/stdlib"
     context: int = 512
     num_workers: int = 0
     val_tokens: int | None = None
@@ -63,11 +83,28 @@ class DataConfig:
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.5
     fim_tokens: list[str] | None = None
+    cache_dir: LocalPath | None = None
+    cache_gib: float = DEFAULT_CACHE_GIB
+    prefetch_shards: int = 4
+    fetch_timeout: float = 60.0
+    fetch_retries: int = 8
+    retry_seconds: float = 1.0
+    on_bad_data: Literal["fail", "skip"] = "fail"
+    max_bad_windows: int = 100
+
+    #: of the keys about reading
+    READ_RANGES: ClassVar[dict[str, Range]] = {
+        "cache_gib": above(0, 1e9),
+        "prefetch_shards": at_least(0, 1024),
+        "fetch_timeout": above(0, 1e5),
+        "fetch_retries": at_least(0, 1000),
+        "retry_seconds": at_least(0, 3600),
+    }
 
     def __post_init__(self) -> None:
         ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
         ranges |= {"mask_share": above(0, 1), "fim_rate": at_least(0, 1), "fim_spm_rate": at_least(0, 1)}
-        check_fields(self, "data", {**ranges, "temperature": above(0, 100)})
+        check_fields(self, "data", {**ranges, **self.READ_RANGES, "temperature": above(0, 100)})
         self._check_order()
 
     def _check_order(self) -> None:
@@ -89,6 +126,19 @@ class DataConfig:
                         f"data.{name} {getattr(self, name)} works with data.objective next_token only: leave "
                         "it out"
                     )
+
+    @property
+    def remote(self) -> RemoteOptions:
+        """How a set that lies elsewhere is read."""
+        folder = self.cache_dir or default_cache_folder()
+        return RemoteOptions(
+            folder, self.cache_gib, self.fetch_timeout, self.fetch_retries, self.retry_seconds
+        )
+
+    @property
+    def bad_data(self) -> BadDataPolicy:
+        """What becomes of windows that cannot be read."""
+        return BadDataPolicy(self.on_bad_data, self.max_bad_windows)
 
 
 def as_saved(precision: str) -> str:
