@@ -150,6 +150,15 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(text, pattern) for text in (name, last, last.partition(".")[0]))
 
 
+def length_fault(text: str, selection: Selection) -> str | None:
+    """Why a cleaned text is dropped for its length (steps 5 and 6); None if it is not."""
+    if not text or text.isspace():
+        return "empty"
+    if len(text) < selection.min_chars:
+        return "too_short"
+    return "too_long" if selection.max_chars is not None and len(text) > selection.max_chars else None
+
+
 def select(
     documents: Iterable[Document],
     selection: Selection,
@@ -168,14 +177,8 @@ def select(
     kept = kept_bytes = 0
     for document in documents:
         text = clean_text(document.text)
-        if not text or text.isspace():
-            dropped["empty"] += 1
-            continue
-        if len(text) < selection.min_chars:
-            dropped["too_short"] += 1
-            continue
-        if selection.max_chars is not None and len(text) > selection.max_chars:
-            dropped["too_long"] += 1
+        if fault := length_fault(text, selection):
+            dropped[fault] += 1
             continue
         data = text.encode()
         digest = hashlib.sha256(data).digest()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
-_BLOCK = 1 << 18  # characters at a time
+BLOCK = 1 << 18  # characters at a time
 _BASE = 0x9E3779B97F4A7C15
 _SPACED, _UNSPACED = 1, 2
 _UNSPACED_RANGES = (
@@ -49,7 +49,7 @@ def _powers() -> tuple[Hashes, Hashes]:
     """Powers of the base and of its inverse modulo 2^64, from the zeroth on."""
     powers = []
     for base in (_BASE, pow(_BASE, -1, 1 << 64)):
-        steps = np.full(_BLOCK + 1, base, np.uint64)
+        steps = np.full(BLOCK + 1, base, np.uint64)
         steps[0] = 1
         powers.append(np.cumprod(steps, dtype=np.uint64))
     return powers[0], powers[1]
@@ -69,12 +69,18 @@ def _blocks(text: str) -> Iterator[str]:
     """Pieces of a long text, cut where no token is if that is near."""
     start = 0
     while start < len(text):
-        end = min(start + _BLOCK, len(text))
+        end = min(start + BLOCK, len(text))
         if end < len(text):
             space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
-            end = space + 1 if space > start + _BLOCK // 2 else end
+            end = space + 1 if space > start + BLOCK // 2 else end
         yield text[start:end]
         start = end
+
+
+def lower(text: str) -> str:
+    """Lower case, if that keeps every letter in its place, as it does but for one or two."""
+    lowered = text.lower()
+    return lowered if len(lowered) == len(text) else text
 
 
 def tokens(text: str) -> Iterator[tuple[Hashes, NDArray[np.int64], NDArray[np.bool_]]]:
@@ -87,10 +93,7 @@ def tokens(text: str) -> Iterator[tuple[Hashes, NDArray[np.int64], NDArray[np.bo
     powers, inverse = _powers()
     place = 0
     for block in _blocks(text):
-        lowered = block.lower()
-        # few letters change their length in lower case; there the places of the original are kept
-        folded = lowered if len(lowered) == len(block) else block
-        codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<u4")
+        codes = np.frombuffer(lower(block).encode("utf-32-le", "surrogatepass"), "<u4")
         classes = _classes()[codes]
         alone, inside = classes == _UNSPACED, classes == _SPACED
         edges = np.diff(inside.view(np.int8), prepend=0, append=0)

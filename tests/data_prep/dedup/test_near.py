@@ -131,3 +131,11 @@ def test_bands_bring_similar_pairs_together(similarity) -> None:
     assert 1 - (1 - similarity**banding.rows) ** banding.bands >= 0.95
     longer = banding.rows + 1
     assert 1 - (1 - similarity**longer) ** (128 // longer) < 0.95
+
+
+def test_texts_that_are_signed_together_are_signed_as_alone() -> None:
+    draw = random.Random(4)
+    texts = [" ".join(words(draw, "en", draw.randint(0, 12))) for _ in range(60)]
+    texts += ["", "İstanbul ABC", "ΣΑΣ ΟΔΟΣ", "one TWO", "汉字", "x " * 20_000]
+    alone = np.concatenate([signatures([text]) for text in texts])
+    assert np.array_equal(signatures(texts), alone)

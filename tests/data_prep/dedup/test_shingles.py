@@ -37,7 +37,7 @@ def test_case_does_not_matter_and_letters_do() -> None:
 def test_blocks_leave_no_trace(monkeypatch) -> None:
     text = " ".join(f"word{number}" for number in range(400)) + "汉字" * 50
     whole = np.concatenate(list(shingles(text)))
-    monkeypatch.setattr(module, "_BLOCK", 64)
+    monkeypatch.setattr(module, "BLOCK", 64)
     pieces = np.concatenate(list(shingles(text)))
     # but for the few words that a border cut in a text without spaces
     assert len(np.intersect1d(whole, pieces)) == len(np.unique(whole))
