@@ -74,6 +74,7 @@ class CleanDocument:
     num_bytes: int
     digest: bytes
     split: str
+    language: str | None = None  # where one was asked for
 
 
 def clean_text(text: str) -> str:
@@ -164,6 +165,7 @@ def select(
     selection: Selection,
     dropped: Counter[str],
     matched: set[str] | None = None,
+    distinct: bool = False,
 ) -> Iterator[CleanDocument]:
     """Steps 2 to 9.
 
@@ -172,6 +174,7 @@ def select(
         selection: the limits.
         dropped: receives the number of documents dropped, by reason.
         matched: receives the members of ``val_documents`` that held out something.
+        distinct: no two documents are the same, so step 7 need not remember them.
     """
     seen: set[bytes] = set()
     kept = kept_bytes = 0
@@ -182,17 +185,18 @@ def select(
             continue
         data = text.encode()
         digest = hashlib.sha256(data).digest()
-        if digest[:16] in seen:
-            dropped["duplicate"] += 1
-            continue
-        seen.add(digest[:16])
+        if not distinct:
+            if digest[:16] in seen:
+                dropped["duplicate"] += 1
+                continue
+            seen.add(digest[:16])
         start = tail_start(text, selection.val_fraction) if selection.val_tail else None
         if start is None:
             split = _split(document.name, digest, selection, matched)
-            yield CleanDocument(document.name, text, len(data), digest, split)
+            yield CleanDocument(document.name, text, len(data), digest, split, document.language)
         else:
-            yield _part(document.name, text[:start], "train")
-            yield _part(f"{document.name}#tail", text[start:], "val")
+            yield _part(document, "", text[:start], "train")
+            yield _part(document, "#tail", text[start:], "val")
         kept += 1
         kept_bytes += len(data)
         if kept == selection.max_documents or (
@@ -201,9 +205,10 @@ def select(
             return
 
 
-def _part(name: str, text: str, split: str) -> CleanDocument:
+def _part(document: Document, ending: str, text: str, split: str) -> CleanDocument:
     data = text.encode()
-    return CleanDocument(name, text, len(data), hashlib.sha256(data).digest(), split)
+    digest = hashlib.sha256(data).digest()
+    return CleanDocument(document.name + ending, text, len(data), digest, split, document.language)
 
 
 def _split(name: str, digest: bytes, selection: Selection, matched: set[str] | None) -> str:

@@ -52,6 +52,10 @@ def _clean(batch: Batch) -> Cleaned:
     return _cleaner.clean(batch.documents)
 
 
+class Killed(UserError):
+    """A process died; what is finished is sound, and another run goes on from it."""
+
+
 class Pool:
     """Processes that clean; a context.
 
@@ -90,7 +94,7 @@ class Pool:
         """(batch, outcomes and signatures), in order; few batches are held at a time.
 
         Raises:
-            UserError: a process died, as the system lets it where memory is used up.
+            Killed: a process died, as the system lets it where memory is used up.
         """
         if self._executor is None:
             for batch in batches:
@@ -113,7 +117,7 @@ class Pool:
                 first, _, future = pending.popleft()
                 yield first, future.result()
         except BrokenProcessPool as error:
-            raise UserError(
+            raise Killed(
                 "a process that cleans documents was killed, as the system does where memory is used up; "
                 "use fewer workers, and run again (it continues)"
             ) from error
