@@ -5,7 +5,6 @@ Comes in: text and name. Goes out: an ISO 639-1 code and how sure that is, from 
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -31,10 +30,9 @@ def require_languages(wanted: Iterable[str]) -> None:
     known = sorted({CODE, *map(str, _identifier().nb_classes)})
     for language in wanted:
         if language not in known:
-            near = difflib.get_close_matches(language, known, 1, cutoff=0.0)
+            near = [code for code in known if language[:2].lower() == code] or ["en"]
             raise UserError(
-                f"languages: {language!r} is not known; did you mean {near[0] if near else 'en'!r}? "
-                f"({' '.join(known)})"
+                f"languages: {language!r} is not known; did you mean {near[0]!r}? ({' '.join(known)})"
             )
 
 
