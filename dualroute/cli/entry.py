@@ -16,13 +16,12 @@ from typing import Any
 import yaml
 
 from dualroute import __version__, log, threads
-from dualroute.cli.read import Given, Words, build, merged, split_words
+from dualroute.cli.read import Given, Words, merged, split_words
 from dualroute.cli.schema import Schema, schema_of
 from dualroute.cli.table import FAMILIES, OTHERS, STAGES, load
 from dualroute.configuration.names import nearest
 from dualroute.errors import Interrupted, UserError, exhaustion, one_line
 from dualroute.paths import path_field
-from dualroute.settings import note_given
 from dualroute.training.resilience import stop_signal
 
 #: Exit status of a program that nobody reads any more: 128 + SIGPIPE, as a shell sees it.
@@ -60,16 +59,10 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
         Shown: ``--help`` or ``--print_config`` was among them.
     """
     schema, words, given = _given(stage, arguments)
-    values = given.converted()
     if words.print_config:
-        print(_as_yaml(schema, values, given.nulls), end="")
+        print(_as_yaml(schema, given.converted(), given.nulls), end="")
         raise Shown
-    try:
-        config = build(schema, values, given.nulls)
-    except UserError as error:
-        raise UserError(given.with_place(str(error))) from error
-    note_given(config, given.values)
-    return config
+    return given.build()
 
 
 def _as_yaml(schema: Schema, values: dict[str, Any], nulls: set[str]) -> str:
