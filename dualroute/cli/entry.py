@@ -11,6 +11,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -90,6 +91,8 @@ def run(arguments: Sequence[str]) -> int:
         return submit(rest, parse_stage)
     if stage == "configs":
         return _configs(rest)
+    if stage == "notebook":
+        return _notebook(rest)
     if stage in FAMILIES:
         from dualroute.cli.family import run_family
 
@@ -108,21 +111,40 @@ def run(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _asks_help(arguments: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help") for word in arguments)
+
+
 def _configs(arguments: Sequence[str]) -> int:
     """``dualroute configs`` and ``dualroute configs show NAME``."""
     from dualroute.configuration.shipped import describe_configs, shipped_configs
 
-    if not arguments:
-        print(describe_configs())
+    usage = "write `dualroute configs`, or `dualroute configs show NAME`"
+    if not arguments or _asks_help(arguments):
+        print(usage if arguments else describe_configs())
         return 0
     if arguments[0] != "show" or len(arguments) != 2:
-        raise UserError("write `dualroute configs`, or `dualroute configs show NAME`")
+        raise UserError(usage)
     known = shipped_configs()
     name = arguments[1].removesuffix(".yaml")
     if name not in known:
         near = nearest(name, known)
         raise UserError(f"there is no configuration {name}" + (f"; did you mean {near}?" if near else ""))
     print(known[name].read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _notebook(arguments: Sequence[str]) -> int:
+    """``dualroute notebook [FOLDER]``."""
+    from dualroute.configuration.shipped import copy_notebook
+
+    usage = "write `dualroute notebook`, or `dualroute notebook FOLDER`"
+    if _asks_help(arguments):
+        print(usage)
+        return 0
+    if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
+        raise UserError(usage)
+    print(copy_notebook(Path(arguments[0] if arguments else ".")))
     return 0
 
 
