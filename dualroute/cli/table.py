@@ -260,5 +260,6 @@ FAMILIES = {
 #: Commands that are neither.
 OTHERS = {
     "configs": "list the configurations that come with dualroute, or show one",
+    "notebook": "copy the notebook of a first model into a folder, this one by default",
     "submit": "a training, a sweep or a chain of stages as jobs of Slurm",
 }

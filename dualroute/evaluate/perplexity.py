@@ -273,10 +273,24 @@ def evaluate(config: EvaluateConfig) -> Score:
     Raises:
         UserError: Any of the inputs cannot be used.
     """
-    if config.data is None and config.text is None:
-        raise UserError("give --data (a folder of shards) or --text (a file)")
+    _require_text(config)
     loaded = load_any(config.checkpoint, config.device, config.dtype)
     steer(loaded.model, config.scale or "")
+    return evaluate_loaded(loaded, config)
+
+
+def _require_text(config: EvaluateConfig) -> None:
+    if config.data is None and config.text is None:
+        raise UserError("give --data (a folder of shards) or --text (a file)")
+
+
+def evaluate_loaded(loaded: Loaded, config: EvaluateConfig) -> Score:
+    """:func:`evaluate` of a model that is loaded already; its device, dtype and scale are as they are.
+
+    Raises:
+        UserError: Any of the inputs cannot be used.
+    """
+    _require_text(config)
     context = config.context or int(
         loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
     )
