@@ -198,9 +198,8 @@ class DualRoutingTransformer(nn.Module):
         return self._through_layers(hidden, ids, segment_ids, positions, attention_mask, layout)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Logits (B, n, V), of the next token or, not causal, of the token itself, or a task's outputs for
-        each
-        token; arguments as in :meth:`hidden_states`."""
+        """Logits (B, n, V), of the next token or, not causal, of the token itself, or a task's outputs
+        for each token; arguments as in :meth:`hidden_states`."""
         hidden = self.hidden_states(input_ids, **inputs)
         if self.task_head is not None:
             outputs: Tensor = self.task_head(hidden, segment_ids=inputs.get("segment_ids"))

@@ -33,6 +33,7 @@ from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.depth import DepthCourse, course_of
 from dualroute.training.finetuning.draws import draw_seed
 from dualroute.training.finetuning.freezing import with_frozen, without_frozen
+from dualroute.training.monitoring.source_losses import SourceLosses
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
@@ -253,6 +254,7 @@ class Pretrain(LightningModule):
             "tokens_in_step": self.train_config.tokens_per_batch,
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
+            **self.trainer.datamodule.source_figures(),  # type: ignore[attr-defined]
         }
         if (course := self.course) is not None:
             self.step_metrics |= course.figures(self.trainer.global_step - 1, self.step_metrics["lr"])
@@ -272,15 +274,18 @@ class Pretrain(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.source_losses = SourceLosses(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         sums = self._loss_sums(batch)
         self._val_sums += torch.stack([sums.loss_sum.double(), sums.count.double()])
+        self.source_losses.add(batch, sums)
 
     def on_validation_epoch_end(self) -> None:
         nll, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         loss = nll / max(count, 1)
-        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val")}
+        figures = self.source_losses.figures()
+        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val"), **figures}
 
     def generate_sample(self, prompt: str, max_new_tokens: int, seed: int) -> str:
         """A continuation of ``prompt`` by the model as it stands."""
