@@ -197,6 +197,20 @@ class ShardDataModule(WindowDataModule):
         position = metadata.get("samples_consumed", int(metadata.get("tokens", 0)) // self.context)
         refuse_other_past(theirs, self.course, int(position), where)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **self.describe_order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `WindowDataModule.load_state_dict`; the course of a mixture may differ in what is to come.
+
+        Raises:
+            UserError: see there; or what was read until then is not what this module would have read.
+        """
+        told = {**state_dict, "data_fingerprint": state_dict.get("fingerprint")}
+        if isinstance(state_dict.get("samples_consumed"), int):
+            self.refuse_other_past(told, "the checkpoint")
+        super().load_state_dict(state_dict)
+
     def describe_order(self) -> dict[str, Any]:
         return {"mixture": self.course.to_json()} if self.is_mixture else {}
 
