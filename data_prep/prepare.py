@@ -1,10 +1,11 @@
 """The whole preparation: `prepare(config)` turns a corpus into a dataset folder.
 
-1. open the corpus (`corpora`) and note options and input files in ``preparation.json``;
+1. open the corpus (`corpora`) and note options and input files in ``preparation.json``; if options of cleaning are
+   set, put what they leave of it onto the disk (`staged`), from where the next steps read it;
 2. survey: read and clean everything once, count what stays and what is dropped, sample the training side;
 3. train the tokenizer on the sample, or copy the one that was given;
 4. read and clean again, tokenise, write shards (`shards`);
-5. index files, and last of all ``manifest.json``: a folder that has one is complete.
+5. index files, ``report.html`` and last of all ``manifest.json``: a folder that has one is complete.
 
 An interrupted run continues: the survey, the tokenizer and each shard are kept once complete (`notes`), and
 looked at again before they are believed. A second run with the same options and inputs returns at once; with
@@ -31,12 +32,17 @@ from typing import Any
 
 from data_prep import corpora
 from data_prep.clean import CleanDocument, Selection, select
+from data_prep.cleaning.stage import Cleaner
+from data_prep.composition import composition, described, warning
 from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
 from data_prep.counterfactual import Swaps, with_counterfactuals
 from data_prep.download import default_download_folder
 from data_prep.notes import SPLITS, STATE_FOLDER, SURVEY_FILE, Unusable, read_survey, write_note
 from data_prep.progress import Reporter
+from data_prep.report import REPORT_FILE, write_report
 from data_prep.shards import write_index, write_shards
+from data_prep.staged.build import staging_of
+from data_prep.staged.pool import Killed, Pool
 from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
 from dualroute.data.manifest import (
@@ -54,6 +60,7 @@ from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, locked, read_limited, remove_leftovers, write_bytes_atomically
 
 PREPARATION_FILE = "preparation.json"
+CONTAMINATED_FILE = "contaminated.jsonl"
 _LOCK_FILE = ".prepare.lock"
 _TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
 _MAX_PLAN_BYTES = 1 << 30  # 50 bytes an input file
@@ -92,6 +99,10 @@ def summary(manifest: Manifest) -> str:
         lines.append(
             "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
         )
+    made_of = manifest.preparation.get("composition", {})
+    lines += described(made_of)
+    if (vocabulary := made_of.get("vocabulary")) and (line := warning(vocabulary)):
+        lines.append(f"note: {line}")
     if manifest.preparation.get("val_tail"):
         lines.append(_TAIL_NOTE)
     lines += describe(manifest.preparation.get("files", {}))
@@ -154,6 +165,11 @@ class _Preparation:
             val_documents=held_out if config.val_fraction is None else (),
             seed=config.seed,
         )
+        self.staged = (
+            staging_of(config, corpus, self.state, self.plan_sha256, self.selection, self.report.note)
+            if config.is_cleaned
+            else None
+        )
 
     def run(self) -> Manifest:
         cleared = self.config.force and self._discard()
@@ -169,7 +185,10 @@ class _Preparation:
         remove_leftovers(self.state)
         write_bytes_atomically(self.output / PREPARATION_FILE, json.dumps(self.plan, indent=1).encode())
         try:
+            self._stage()
             survey = self._survey()
+        except Killed:
+            raise
         except UserError:
             self._discard()
             raise
@@ -225,21 +244,39 @@ class _Preparation:
             for path in self.output.glob(f"{split}-[0-9]*.tar"):
                 path.unlink()
             (self.output / f"{split}.index.npy").unlink(missing_ok=True)
-        (self.output / TOKENIZER_FILE).unlink(missing_ok=True)
+        for name in (TOKENIZER_FILE, REPORT_FILE, CONTAMINATED_FILE):
+            (self.output / name).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
         remove_leftovers(self.output)
         (self.output / PREPARATION_FILE).unlink()
         return True
+
+    def _stage(self) -> None:
+        """Clean the corpus onto the disk and find its duplicates, from where an earlier run stopped."""
+        if self.staged is None:
+            return
+        workers = self.config.workers or _cpus()
+        for staging in (*self.staged.seen, self.staged):
+            title = "cleaning" if staging is self.staged else f"reading {staging.corpus.name}, to compare with"
+            with Pool(Cleaner(staging.cleaning), workers) as pool, self.report.phase(title) as phase:
+                staging.clean_all(pool, lambda documents, chars: phase.update(chars, documents=documents))
+        if self.staged.columns:
+            with self.report.phase("comparing documents"):
+                self.staged.find_all()
 
     # Steps 2 and 3: count, and learn the vocabulary
 
     def _documents(
         self, dropped: Counter[str], matched: set[str] | None = None, files: Tally | None = None
     ) -> Iterator[CleanDocument]:
-        options = replace(self.config.read_options(), dropped=dropped, files=files or Tally())
-        downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
-        source = corpora.documents(self.corpus, options, downloads, self.report.download)
-        documents = select(source, self.selection, dropped, matched)
+        distinct = False
+        if self.staged is not None:
+            source, distinct = self.staged.documents(dropped), bool(self.staged.columns)
+        else:
+            options = replace(self.config.read_options(), dropped=dropped, files=files or Tally())
+            downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
+            source = corpora.documents(self.corpus, options, downloads, self.report.download)
+        documents = select(source, self.selection, dropped, matched, distinct)
         if not self.swaps:
             return documents
         return with_counterfactuals(documents, self.swaps, self.config.counterfactual_mode, self.config.seed)
@@ -274,8 +311,9 @@ class _Preparation:
     def _read_all(self) -> tuple[dict[str, Any], Sample]:
         """One pass over the corpus: what it holds, and a sample of its training side."""
         dropped: Counter[str] = Counter()
-        files = Tally()
-        files.add(self.corpus.passed_over)
+        files = self.staged.found().files if self.staged is not None else Tally()
+        if self.staged is None:
+            files.add(self.corpus.passed_over)
         matched: set[str] = set()
         counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
         sample = Sample(int(self.config.tokenizer_sample_mb * 1e6), self.config.seed)
@@ -367,6 +405,9 @@ class _Preparation:
                     f"corpus {self.config.corpus} changed while it was read ({name}: {split.documents} "
                     f"documents, {survey['splits'][name]['documents']} before); use --force true"
                 )
+        found = self.staged.found() if self.staged is not None else None
+        made_of = composition(self.output, splits, dtype, tokenizer.vocab_size)
+        cleaning = {"cleaning": {"read": found.read, "counts": dict(found.counts)}} if found is not None else {}
         manifest = Manifest(
             folder=self.output,
             dtype=dtype,
@@ -386,8 +427,14 @@ class _Preparation:
                 "dropped": survey["dropped"],
                 "files": survey.get("files", {}),
                 "val_tail": survey.get("val_tail", False),
+                "composition": made_of,
+                **cleaning,
             },
         )
+        hits = 0
+        if self.staged is not None and self.config.decontaminate:
+            hits = self.staged.write_hits(self.output / CONTAMINATED_FILE)
+        write_report(manifest, found, hits, summary(manifest).splitlines())
         for name in SPLITS:
             manifest.check_index(name)  # what is wrong now would be believed ever after
         manifest.save(self.output)

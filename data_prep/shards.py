@@ -78,6 +78,8 @@ class ShardWriter:
         start = self._member(f"{key}.npy", array)
         self._rows.append((self.number, start + header, len(ids), document.num_bytes))
         about = {"source": document.name, "bytes": document.num_bytes, "sha256": document.digest.hex()}
+        if document.language is not None:
+            about["language"] = document.language
         # a name that is not UTF-8 becomes what JSON escapes it as
         data = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace")
         self._member(f"{key}.json", data)

@@ -34,7 +34,9 @@ from dualroute.data.mixture.schedule import Schedule, turns_of
 from dualroute.data.mixture.sources import OpenSource, Reading, open_sources
 from dualroute.data.mixture.windows import MixtureWindows
 from dualroute.data.order.packing import PackedRows, Packing, use_line
-from dualroute.data.plan import BatchPlan, SequentialPlan, WalkSequence
+from dualroute.data.plan import BatchPlan, SequentialPlan
+from dualroute.data.remote.config import BadDataPolicy, RemoteOptions
+from dualroute.data.remote.prefetch import Wanted, read_ahead
 from dualroute.data.verify import verify_once
 from dualroute.data.window_module import MAX_WORKERS, Batch, WindowDataModule
 from dualroute.errors import UserError
@@ -56,6 +58,12 @@ class ShardDataModule(WindowDataModule):
         sources: what is mixed; none: ``path`` alone.
         stages, temperature: of the mixture, see ``dualroute.training.config.DataConfig``.
         packing, fim_rate, fim_spm_rate, fim_tokens: see there.
+        remote: how a set that lies elsewhere is read; None for the defaults.
+        prefetch_shards: shards of such a set that are brought before they are needed.
+        policy: what becomes of windows that cannot be read; None: the run ends.
+
+    Attributes:
+        bad_windows: training windows that were skipped since the start, on this rank.
     """
 
     def __init__(
@@ -77,6 +85,9 @@ class ShardDataModule(WindowDataModule):
         fim_rate: float = 0.0,
         fim_spm_rate: float = 0.5,
         fim_tokens: Sequence[str] | None = None,
+        remote: RemoteOptions | None = None,
+        prefetch_shards: int = 4,
+        policy: BadDataPolicy | None = None,
     ) -> None:
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
@@ -84,14 +95,25 @@ class ShardDataModule(WindowDataModule):
             raise UserError(f"mask_share must be above 0 and at most 1, not {mask_share}")
         name = ", ".join(source.path for source in sources) or str(path)
         super().__init__(name, context, micro_batch, tokens_per_batch, seed, num_workers)
-        self.path = Path(sources[0].path if sources else path)
+        self.path = str(sources[0].path if sources else path)
+        self.prefetch_shards, self.policy = prefetch_shards, policy or BadDataPolicy()
+        self.bad_windows = 0
         self.val_tokens = val_tokens
         self.verify = verify
         self.mask_share = mask_share
         self.mixed, self.stages, self.temperature = tuple(sources), tuple(stages), temperature
         tokens = None if fim_tokens is None else tuple(fim_tokens)
         self.reading = Reading(
-            context, self.samples_per_batch, seed, mask_share, packing, fim_rate, fim_spm_rate, tokens
+            context,
+            self.samples_per_batch,
+            seed,
+            mask_share,
+            packing,
+            fim_rate,
+            fim_spm_rate,
+            tokens,
+            remote,
+            self.policy,
         )
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
         self.extend: Callable[[Any], Dataset[Any]] | None = None
@@ -218,7 +240,7 @@ class ShardDataModule(WindowDataModule):
         if not self.is_mixture:
             return []
         folders = {
-            source.name: {"path": str(source.manifest.folder), "fingerprint": source.manifest.fingerprint}
+            source.name: {"path": source.manifest.place, "fingerprint": source.manifest.fingerprint}
             for source in self.sources
         }
         return [
@@ -317,7 +339,7 @@ class ShardDataModule(WindowDataModule):
     def prepare_data(self) -> None:
         """Check the files; Lightning calls it on one rank per node."""
         for source in self.sources:
-            verify_once(source.manifest, self.verify)
+            verify_once(source.manifest, self.verify, self.policy)
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
@@ -357,14 +379,46 @@ class ShardDataModule(WindowDataModule):
             parts.append(None if windows is None else source.masked(windows))
         return MixtureWindows(parts, tell_source=True)
 
-    def val_sampler(self, rank: int, world_size: int) -> WalkSequence:
+    def train_sampler(self, rank: int, world_size: int) -> Any:
+        return self._ahead(super().train_sampler(rank, world_size), "train")
+
+    def val_sampler(self, rank: int, world_size: int) -> Any:
         plan = self.val_plan
         if isinstance(plan, MixtureSequence):
-            return WalkSources(plan, rank, world_size, self.micro_batch)
-        return super().val_sampler(rank, world_size)
+            return self._ahead(WalkSources(plan, rank, world_size, self.micro_batch), "val")
+        return self._ahead(super().val_sampler(rank, world_size), "val")
+
+    def _ahead(self, sampler: Any, split: str) -> Any:
+        """The sampler, which has the shards of sources that lie elsewhere brought before they are needed."""
+        if not self.prefetch_shards or all(source.manifest.mirror is None for source in self.sources):
+            return sampler
+        wanted = Wanted([source.manifest for source in self.sources], split, self._plans(split))
+        return read_ahead(sampler, wanted.of, self.prefetch_shards)
+
+    def _plans(self, split: str) -> Sequence[Any]:
+        """The plan of each source."""
+        if split == "train":
+            return [source.plan for source in self.sources]
+        return self.val_plan.parts if isinstance(self.val_plan, MixtureSequence) else [self.val_plan]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """All but `num_targets` and ``source``, which the host would have to ask for again."""
+        """All but `num_targets` and ``source``, which the host would have to ask for again.
+
+        Raises:
+            UserError: more windows were skipped than the policy allows.
+        """
+        self._count_skipped(batch.pop("skipped", None))
         source = batch.pop("source", None)
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         return moved if source is None else {**moved, "source": max(int(source.max()), 0)}
+
+    def _count_skipped(self, skipped: torch.Tensor | None) -> None:
+        if skipped is None or not (count := int(skipped.sum())):
+            return
+        self.bad_windows += count
+        if self.bad_windows > self.policy.max_bad_windows:
+            raise UserError(
+                f"{self.data_name}: {self.bad_windows} windows could not be read since the start, more than "
+                f"data.max_bad_windows {self.policy.max_bad_windows} (the warnings above name their shards); "
+                "mend the data, or allow more"
+            )

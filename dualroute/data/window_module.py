@@ -200,8 +200,12 @@ class WindowDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless; each new iterator starts at ``samples_consumed``."""
-        rank, world_size = self._place()
-        sampler = WalkPlan(
+        sampler = self.train_sampler(*self._place())  # first: what it says of missing data is clearer
+        return self._loader(self.train_windows(), sampler)
+
+    def train_sampler(self, rank: int, world_size: int) -> Any:
+        """Which training windows a rank reads, batch by batch."""
+        return WalkPlan(
             self.plan,
             rank,
             world_size,
@@ -209,7 +213,6 @@ class WindowDataModule(pl.LightningDataModule):
             lambda: self.samples_consumed,
             lambda: self.skipped_samples,
         )
-        return self._loader(self.train_windows(), sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once over all ranks, in order; as many batches on every rank.
@@ -220,10 +223,10 @@ class WindowDataModule(pl.LightningDataModule):
         Raises:
             UserError: there are no validation data.
         """
-        rank, world_size = self._place()
-        return self._loader(self.val_windows(), self.val_sampler(rank, world_size))
+        sampler = self.val_sampler(*self._place())
+        return self._loader(self.val_windows(), sampler)
 
-    def val_sampler(self, rank: int, world_size: int) -> WalkSequence:
+    def val_sampler(self, rank: int, world_size: int) -> Any:
         """Which validation windows a rank reads."""
         return WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
 
@@ -299,7 +302,7 @@ class WindowDataModule(pl.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, dataset: Dataset[Any], sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=sampler,

@@ -51,6 +51,8 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     world = detect_world()
     refuse_forgotten_srun(world)
     context = config.data.context
+    if config.data.on_bad_data == "skip":
+        raise UserError("data.on_bad_data skip would cache what a teacher says of padding: use fail here")
     data = shard_module(config.data, config.seed, micro_batch=1, tokens_per_batch=context)
     manifest, plan = data.manifest, data.plan
     if world.local_rank == 0:
@@ -64,6 +66,10 @@ def cache_logits(config: CacheLogitsConfig) -> int:
         config.top_k, config.temperature, config.dtype, config.shard_samples,
     )  # fmt: skip
     default = f"logits-{teacher.digest[:8]}-seed{config.seed}-context{context}-top{config.top_k}"
+    if config.output is None and manifest.mirror is not None:
+        raise UserError(
+            f"output is not given, and the data lie elsewhere ({manifest.place}): name a folder here"
+        )
     folder = Path(config.output) if config.output is not None else manifest.folder / default
     samples = -(-config.max_tokens // context)
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -31,6 +31,9 @@ class EvaluateConfig:
         batch_size: Windows evaluated together.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+        cache_dtype: For ``text``: read each window block by block through the caches of decoding, whose
+            complete blocks are kept so (int8, int4; auto: as the arithmetic): the loss that a text has which
+            is written over such a cache.  Null reads it at once, without caches.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
             docs/behaviour/interpretability.md.
         output: Also write the figures to this JSON file; with a suite the same command goes on from it.
@@ -51,6 +54,7 @@ class EvaluateConfig:
     batch_size: int = 8
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] | None = None
     scale: str | None = None
     output: LocalPath | None = None
     suite: SuiteName | None = None
@@ -62,6 +66,8 @@ class EvaluateConfig:
         counts = ("context", "stride", "max_tokens", "batch_size", "lengths", "samples")
         check_fields(self, "", dict.fromkeys(counts, at_least(1)))
         if self.suite is not None:
+            if self.cache_dtype is not None:
+                raise UserError("cache_dtype does not work with a suite: give --text FILE instead")
             return  # its parts know which of the options go together
         for name in _OF_A_SUITE[1:]:
             if getattr(self, name) is not None:
@@ -70,6 +76,8 @@ class EvaluateConfig:
             raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
+        if self.cache_dtype is not None and self.text is None:
+            raise UserError("cache_dtype works with --text only: a cache holds one document")
 
     def of_one_measure(self) -> dict[str, Any]:
         """The options that say something without a suite."""

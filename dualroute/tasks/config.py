@@ -158,6 +158,14 @@ class TaskDataConfig(DataConfig):
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many slots; null means on all.
         verify: Without meaning here: rows are read whole at every start.
+        cache_dir: Without meaning here, as verify.
+        cache_gib: Without meaning here, as verify.
+        prefetch_shards: Without meaning here, as verify.
+        fetch_timeout: Without meaning here, as verify.
+        fetch_retries: Without meaning here, as verify.
+        retry_seconds: Without meaning here, as verify.
+        on_bad_data: Without meaning here, as verify.
+        max_bad_windows: Without meaning here, as verify.
         validation: Validation rows; null takes a share of the training rows.
         test: Rows that ``dualroute evaluate`` takes where it is told no others.
         format: Of the files; auto goes by the name's ending.

@@ -201,6 +201,9 @@ def shard_module(data: DataConfig, seed: int, micro_batch: int, tokens_per_batch
         fim_rate=data.fim_rate,
         fim_spm_rate=data.fim_spm_rate,
         fim_tokens=data.fim_tokens,
+        remote=data.remote,
+        prefetch_shards=data.prefetch_shards,
+        policy=data.bad_data,
     )
 
 

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -24,6 +23,7 @@ from dualroute.data.order.infill import Infill, InfilledLengths, InfilledReader,
 from dualroute.data.order.packing import PackedRows, Packing, Use, use_of
 from dualroute.data.plan import BatchPlan, SequentialPlan
 from dualroute.data.reader import IndexedLengths, ShardReader, WindowDataset, open_stream
+from dualroute.data.remote.config import BadDataPolicy, RemoteOptions
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 
@@ -40,6 +40,8 @@ class Reading:
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.5
     fim_tokens: tuple[str, ...] | None = None
+    remote: RemoteOptions | None = None
+    policy: BadDataPolicy | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +140,14 @@ class OpenSource:
                 else MaskedBatchPlan(*order, reading.mask_share)
             )
         except UserError as error:
-            raise UserError(f"{self.manifest.folder}: {error}") from error
+            raise UserError(f"{self.manifest.place}: {error}") from error
 
     def windows(self) -> WindowDataset:
         """Request → window of training, without masks."""
         reader: Any = ShardReader(self.manifest, "train")
         if self.infill is not None:
             reader = InfilledReader(reader, self.manifest.index_rows("train"), self.infill)
-        return WindowDataset(reader, self.plan)
+        return WindowDataset(reader, self.plan, self.reading.policy)
 
     def use(self) -> Use:
         """What the packing makes of its documents; reads the index once."""
@@ -194,14 +196,14 @@ def open_sources(configs: Sequence[SourceConfig], reading: Reading) -> list[Open
     Raises:
         UserError: one cannot be used, two hold the same data, or their ids mean different text.
     """
-    sources = [OpenSource(config, Manifest.load(Path(config.path)), reading) for config in configs]
+    sources = [OpenSource(config, Manifest.load(config.path, reading.remote), reading) for config in configs]
     first, seen = sources[0], dict[str, OpenSource]()
     for source in sources:
         refuse_other_ids(first.manifest, source.manifest)
         other = seen.setdefault(source.manifest.fingerprint, source)
         if other is not source:
             raise UserError(
-                f"data.sources: {source.manifest.folder} holds the same data as {other.manifest.folder} "
+                f"data.sources: {source.manifest.place} holds the same data as {other.manifest.place} "
                 f"(fingerprint {source.manifest.fingerprint[:12]}…): leave one out"
             )
     return sources
@@ -217,7 +219,7 @@ def refuse_other_ids(one: Manifest, other: Manifest) -> None:
         same = False
     if not same:
         raise UserError(
-            f"data.sources: {other.folder} was made with another tokenizer (sha256 "
-            f"{other.tokenizer.sha256[:12]}…) than {one.folder} ({one.tokenizer.sha256[:12]}…): the ids "
+            f"data.sources: {other.place} was made with another tokenizer (sha256 "
+            f"{other.tokenizer.sha256[:12]}…) than {one.place} ({one.tokenizer.sha256[:12]}…): the ids "
             f"would mean other text; prepare it again with --tokenizer {one.tokenizer_path}"
         )
