@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from dualroute.data.manifest import Manifest, canonical_json
 from dualroute.data.masking import Masking
-from dualroute.data.mixture.config import SourceConfig, StageConfig
+from dualroute.data.mixture.config import SourceConfig, StageConfig, lines_over_max_epochs
 from dualroute.data.mixture.history import Course, merged, refuse_other_past
 from dualroute.data.mixture.plan import MixturePlan, MixtureSequence, WalkSources
 from dualroute.data.mixture.schedule import Schedule, turns_of
@@ -252,13 +252,8 @@ class ShardDataModule(WindowDataModule):
         plan = self.plan
         if not isinstance(plan, MixturePlan):
             return {}
-        counts = plan.samples_by_source(self.samples_consumed, self.skipped_samples).tolist()
-        epochs = plan.epochs_by_source(self.samples_consumed)
-        figures: dict[str, float] = {}
-        for source, count, passes in zip(self.sources, counts, epochs, strict=True):
-            figures[f"data/tokens_by_source/{source.name}"] = count * self.context
-            figures[f"data/epochs_by_source/{source.name}"] = passes
-        return figures
+        names = [source.name for source in self.sources]
+        return plan.figures(names, self.samples_consumed, self.skipped_samples)
 
     def epochs_at(self, samples: int) -> dict[str, float]:
         plan = self.plan
@@ -268,14 +263,7 @@ class ShardDataModule(WindowDataModule):
         return {source.name: epochs for source, epochs in zip(self.sources, passes, strict=True)}
 
     def over_max_epochs(self, samples: int) -> Iterator[str]:
-        passes = self.epochs_at(samples)
-        for source in self.sources:
-            most, epochs = source.config.max_epochs, passes[source.name]
-            if most is not None and epochs > most * (1 + 1e-9):
-                yield (
-                    f"the run reads {source.name} {epochs:.3g} times, more than its max_epochs {most:g}: "
-                    "lower its weight, train on fewer tokens, or prepare more of it"
-                )
+        yield from lines_over_max_epochs([source.config for source in self.sources], self.epochs_at(samples))
 
     def order_lines(self) -> Iterator[str]:
         if self.is_mixture:

@@ -6,16 +6,22 @@ their mixture: the mean of the losses by weight, over text that is mixed so.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from dualroute.data.mixture.config import SourceConfig, check_mixture
 from dualroute.errors import UserError
-from dualroute.evaluate.load import Loaded
-from dualroute.evaluate.perplexity import Score, evaluate_shards
+from dualroute.evaluate.config import EvaluateConfig
+from dualroute.evaluate.load import Loaded, load_any
+from dualroute.evaluate.perplexity import Score, context_of, evaluate_shards
+from dualroute.files import write_bytes_atomically
+from dualroute.model.steering import steer
 
 Scores = dict[str, Score]
 
@@ -112,3 +118,28 @@ def figures_of(scores: Scores) -> dict[str, Any]:
         }
         for name, score in scores.items()
     }
+
+
+def evaluate_command(config: EvaluateConfig) -> None:
+    """``dualroute evaluate`` of a mixture: print the figures of each source, and write them where asked.
+
+    Raises:
+        UserError: Any of the inputs cannot be used, or the output cannot be written.
+    """
+    if config.output is not None and not Path(config.output).parent.is_dir():  # said now, not after the work
+        raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")
+    loaded = load_any(config.checkpoint, config.device, config.dtype)
+    sources = config.sources or sources_of(loaded)
+    steer(loaded.model, config.scale or "")
+    mixture, scores = evaluate_sources(
+        loaded, sources, config.split, context_of(loaded, config), config.batch_size, config.max_tokens
+    )
+    Console().print(table_of(mixture, scores))
+    if config.output is None:
+        return
+    by_name = figures_of({**scores, "mixture": mixture})
+    figures = {**by_name.pop("mixture"), "sources": by_name, "evaluation": config.of_one_measure()}
+    try:
+        write_bytes_atomically(config.output, json.dumps(figures, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"--output {config.output} cannot be written: {error.strerror or error}") from error
