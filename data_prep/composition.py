@@ -106,7 +106,10 @@ def _shards(folder: Path, split: Split) -> Iterator[tuple[mmap.mmap, list[list[i
     rows = map_index(folder / split.index_file, split.documents, "run `dualroute prepare` again")
     first = 0
     for shard in split.shards:
-        with open(folder / shard.file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        with (
+            open(folder / shard.file, "rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as tar,
+        ):
             yield tar, np.asarray(rows[first : first + shard.documents]).tolist()
         first += shard.documents
 
@@ -127,7 +130,9 @@ def _ids(folder: Path, split: Split, dtype: np.dtype[Any]) -> Iterator[np.ndarra
     total = size = 0
     for tar, rows in _shards(folder, split):
         for _, offset, tokens, _ in rows:
-            held.append(np.frombuffer(tar[offset : offset + dtype.itemsize * tokens], dtype.newbyteorder("<")))
+            held.append(
+                np.frombuffer(tar[offset : offset + dtype.itemsize * tokens], dtype.newbyteorder("<"))
+            )
             size += tokens
             if size >= _BLOCK_TOKENS:
                 yield np.concatenate(held)

@@ -69,10 +69,14 @@ def write_report(manifest: Manifest, found: Found | None, hits: int, lines: Sequ
             body.append("<h2>What was changed in documents that stayed</h2>")
             body.append(_table(("what", "how often"), sorted(found.counts.items())))
         if hits:
-            body.append(f"<p>{hits:,} documents hold text of evaluation sets: contaminated.jsonl lists them.</p>")
+            body.append(
+                f"<p>{hits:,} documents hold text of evaluation sets: contaminated.jsonl lists them.</p>"
+            )
     body += ["<h2>Files</h2><pre>", escape("\n".join(describe(preparation.get("files", {})))), "</pre>"]
     options = preparation.get("options", {}).items()
-    body.append("<h2>Options</h2>" + _table(("key", "value"), ((key, _short(value)) for key, value in options)))
+    body.append(
+        "<h2>Options</h2>" + _table(("key", "value"), ((key, _short(value)) for key, value in options))
+    )
     body.append("</body></html>\n")
     path = manifest.folder / REPORT_FILE
     write_bytes_atomically(path, "".join(body).encode(errors="backslashreplace"))

@@ -45,7 +45,9 @@ def runs(text: str, ngram: int) -> Iterator[tuple[Hashes, NDArray[np.int64], NDA
     for block in tokens(text):
         hashes, starts, unspaced = (np.concatenate(pair) for pair in zip(held, block, strict=True))
         weights = np.concatenate([[0], np.cumsum(np.where(unspaced, _UNSPACED, _SPACED))])
-        lasts = np.searchsorted(weights, weights[:-1] + _SPACED * ngram)  # one behind the last token of each run
+        lasts = np.searchsorted(
+            weights, weights[:-1] + _SPACED * ngram
+        )  # one behind the last token of each run
         count = int(np.count_nonzero(lasts <= len(hashes)))  # those that are whole come first
         if count:
             powers, inverse = _powers(len(hashes) + 1)
@@ -115,7 +117,9 @@ class Contamination:
                         f"evaluation set; give the test files alone"
                     )
             if self.examples == before:
-                raise UserError(f"decontaminate {readable(path)}: holds no text; give files of texts or records")
+                raise UserError(
+                    f"decontaminate {readable(path)}: holds no text; give files of texts or records"
+                )
         if not total:
             raise UserError(
                 f"decontaminate: none of {self.examples:,} texts has {ngram} words; lower decontaminate_ngram"

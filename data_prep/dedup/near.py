@@ -28,7 +28,9 @@ from data_prep.dedup.signed_part import SignedPart
 from dualroute.files import atomic_path
 
 STAYS, SAME, NEAR = 0, 1, 2
-RECORDS = 1 << 23  # of a column that are sorted at once: 8 bytes of hash and 8 of place, and as much again to sort
+RECORDS = (
+    1 << 23
+)  # of a column that are sorted at once: 8 bytes of hash and 8 of place, and as much again to sort
 _PAIRS = 1 << 16  # whose signatures are held at once: 2 × 256 bytes each
 _MAX_LEADERS = 64
 _NONE = np.iinfo(np.int64).max
@@ -144,7 +146,11 @@ class Documents:
 
     def _gather(self, places: Places, digests: bool) -> NDArray:
         """Rows of documents: their digests (places, 2) or signatures (places, 128)."""
-        rows = np.zeros((len(places), 2), np.uint64) if digests else np.zeros((len(places), PERMUTATIONS), np.uint16)
+        rows = (
+            np.zeros((len(places), 2), np.uint64)
+            if digests
+            else np.zeros((len(places), PERMUTATIONS), np.uint16)
+        )
         owners = np.searchsorted(self.firsts, places, side="right") - 1
         order = np.argsort(owners, kind="stable")
         borders = np.flatnonzero(np.diff(owners[order])) + 1

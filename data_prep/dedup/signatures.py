@@ -28,7 +28,9 @@ _WANTED = 0.95  # of the pairs that are exactly as similar as asked for share a 
 
 def signer() -> type:
     """`rensa.RMinHash`; an error that says how to get it if it is not there."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # its threads do not survive a fork, and processes do the work
+    os.environ.setdefault(
+        "RAYON_NUM_THREADS", "1"
+    )  # its threads do not survive a fork, and processes do the work
     try:
         from rensa import RMinHash
     except ImportError as error:

@@ -37,7 +37,9 @@ class HubSet:
         """
         found = _SPELLED.fullmatch(spelled)
         if found is None:
-            raise UserError(f"corpus {readable(spelled)}: write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG@SPLIT, or parts of it")
+            raise UserError(
+                f"corpus {readable(spelled)}: write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG@SPLIT, or parts of it"
+            )
         return cls(found["path"], found["config"], found["split"] or "train")
 
     @property
@@ -85,7 +87,9 @@ def read_hub(of: HubSet, options: ReadOptions) -> Iterator[Document]:
         number += 1
         where = f"{of.name}:{number}"
         if options.text_key not in row:
-            raise UserError(f"{where}: no column {options.text_key!r} (there are: {', '.join(list(row)[:10])}); set text_key")
+            raise UserError(
+                f"{where}: no column {options.text_key!r} (there are: {', '.join(list(row)[:10])}); set text_key"
+            )
         value = row[options.text_key]
         if isinstance(value, str) and len(value) > options.max_document_bytes:
             raise too_long(where, "a document", options)

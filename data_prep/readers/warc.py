@@ -132,5 +132,7 @@ def _main_content(html: bytes) -> str:
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     except ImportError as error:
         raise UserError("HTML in WARC files needs resiliparse: pip install -e '.[prepare]'") from error
-    text: str = extract_plain_text(bytes_to_str(html, detect_encoding(html, from_html_meta=True)), main_content=True)
+    text: str = extract_plain_text(
+        bytes_to_str(html, detect_encoding(html, from_html_meta=True)), main_content=True
+    )
     return text

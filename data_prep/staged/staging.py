@@ -128,7 +128,11 @@ class Staging:
                 return
 
     def clean_lot(
-        self, lot: Lot, pool: Pool, progress: Progress = lambda documents, chars: None, kept: _Kept | None = None
+        self,
+        lot: Lot,
+        pool: Pool,
+        progress: Progress = lambda documents, chars: None,
+        kept: _Kept | None = None,
     ) -> None:
         """One lot to its parts; those that are finished stay."""
         self.folder.mkdir(exist_ok=True)
@@ -152,7 +156,9 @@ class Staging:
         batches = batches_of(documents, self.part_bytes) if not kept.is_full else iter(())
         for batch, (outcomes, signed) in pool.clean(batches):
             if writer is None:
-                writer = PartWriter(self._base(lot, len(parts)), self.origin, self._banding, self._keeps_texts)
+                writer = PartWriter(
+                    self._base(lot, len(parts)), self.origin, self._banding, self._keeps_texts
+                )
             writer.add(outcomes, signed)
             read += len(batch.documents)
             chars += sum(len(document.text) for document in batch.documents)
@@ -246,7 +252,11 @@ class Staging:
         parts = hashlib.sha256(repr([part.documents for part in documents.parts]).encode()).hexdigest()
         try:
             known = read_note(note)
-            if known is not None and known == {"origin": self.origin, "parts": parts, "sha256": file_sha256(path)}:
+            if known is not None and known == {
+                "origin": self.origin,
+                "parts": parts,
+                "sha256": file_sha256(path),
+            }:
                 return
         except (Unusable, OSError, UserError):
             pass
@@ -329,7 +339,9 @@ class Staging:
         for number in dropped.tolist():
             other = texts.get(int(found.of[number]))
             named = (other.name, other.text) if other else ("a corpus of near_duplicates_of", "")
-            pairs.append([texts[number].name, texts[number].text[:_SAMPLE_CHARS], named[0], named[1][:_SAMPLE_CHARS]])
+            pairs.append(
+                [texts[number].name, texts[number].text[:_SAMPLE_CHARS], named[0], named[1][:_SAMPLE_CHARS]]
+            )
         return pairs
 
     def write_hits(self, path: Path) -> int:
@@ -368,5 +380,6 @@ class _Kept:
     @property
     def is_full(self) -> bool:
         documents, size = self._limit.documents, self._limit.bytes
-        return (documents is not None and self._documents >= documents) or (size is not None and self._bytes >= size)
-
+        return (documents is not None and self._documents >= documents) or (
+            size is not None and self._bytes >= size
+        )
