@@ -1,9 +1,11 @@
-"""What a finished data set is made of: tokens and bytes by source and by language, and whether its vocabulary fits.
+"""What a finished data set is made of: tokens and bytes by source and by language, and whether its
+vocabulary fits.
 
-Comes in: the shards and index files. Goes out: tables for manifest.json, `report` and the last lines of a preparation.
+Comes in: the shards and index files. Goes out: tables for manifest.json, `report` and the last lines of a
+preparation.
 
-A document's source is the first part of its name: a file or folder of the corpus. Its language is what `cleaning` found,
-if it was asked.
+A document's source is the first part of its name: a file or folder of the corpus. Its language is what
+`cleaning` found, if it was asked.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _SHOWN = 50
 _COUNTED_TOKENS = 50_000_000
 _BLOCK_TOKENS = 1 << 20
 _OTHER = "(others)"
-#: Fewest examples that a piece should have, for 95 % of the pieces: Gowda and May, Finding the Optimal Vocabulary Size
+#: Fewest examples that a piece should have, for 95 % of the pieces: Gowda and May, Finding the Optimal
+#: Vocabulary Size
 #: for Neural Machine Translation, 2020.
 EXAMPLES = 100
 

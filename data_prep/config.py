@@ -201,7 +201,8 @@ class PrepareConfig:
             raise UserError(f"tasks is {self.tasks}; give at most 100,000")
         if self.max_documents is not None or self.max_bytes is not None:
             raise UserError(
-                f"executor {self.executor}: max_documents and max_bytes end the reading at one place for all, which "
+                f"executor {self.executor}: max_documents and max_bytes end the reading at one place for "
+                f"all, which "
                 f"tasks cannot know; leave them out, or set executor none"
             )
         if self.executor == "slurm" and not self.partition:
@@ -236,7 +237,8 @@ class PrepareConfig:
             raise UserError(f"decontaminate_ngram must be from 2 to 1000, it is {self.decontaminate_ngram}")
         if not 0.3 <= self.near_duplicate_similarity <= 1:
             raise UserError(
-                f"near_duplicate_similarity must lie between 0.3 and 1, it is {self.near_duplicate_similarity}; "
+                f"near_duplicate_similarity must lie between 0.3 and 1, it is "
+                f"{self.near_duplicate_similarity}; "
                 f"below that, texts are alike by chance"
             )
         if self.near_duplicates_of and not self.near_duplicates:
@@ -316,8 +318,8 @@ _LIBRARIES = {
 
 #: Fields that do not change the result.
 INCIDENTAL = (
-    "output", "workers", "downloads", "force", "progress", "executor", "tasks", "task_logs", "partition", "time",
-    "mem_gb",
+    "output", "workers", "downloads", "force", "progress", "executor", "tasks", "task_logs", "partition",
+    "time", "mem_gb",
 )  # fmt: skip
 
 
@@ -342,7 +344,8 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
 
 
 def _plan_cleaning(config: PrepareConfig, options: dict[str, Any]) -> None:
-    """Options of cleaning as a plan holds them: those that are used, no paths, and what else decides the result."""
+    """Options of cleaning as a plan holds them: those that are used, no paths, and what else decides the
+    result."""
     defaults = {field.name: field.default for field in fields(PrepareConfig)}
     for name in CLEANING:
         if options[name] == defaults[name]:  # the plan is what it was before there was such an option

@@ -29,8 +29,8 @@ from data_prep import download
 from data_prep.clean import matches
 from data_prep.readers.documents import Document, NoTextKey, ReadOptions
 from data_prep.readers.folder import scan
-from data_prep.readers.hub import PREFIX, HubSet, read_hub
 from data_prep.readers.formats import known_endings, pass_over_table, read_documents, supported
+from data_prep.readers.hub import PREFIX, HubSet, read_hub
 from data_prep.tally import Tally, readable, reasons_of
 from dualroute.errors import UserError
 from dualroute.files import require_regular
@@ -243,7 +243,8 @@ def _of_addresses(spelled: str, options: ReadOptions) -> Corpus:
     for name in names:
         if not supported(name, options):
             raise UserError(
-                f"corpus {readable(spelled)}: {name!r} is of no kind that is read; known are {known_endings()}"
+                f"corpus {readable(spelled)}: {name!r} is of no kind that is read; known are "
+                f"{known_endings()}"
             )
     if len(set(names)) < len(names):
         raise UserError(

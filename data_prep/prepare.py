@@ -1,6 +1,7 @@
 """The whole preparation: `prepare(config)` turns a corpus into a dataset folder.
 
-1. open the corpus (`corpora`) and note options and input files in ``preparation.json``; if options of cleaning are
+1. open the corpus (`corpora`) and note options and input files in ``preparation.json``; if options of
+cleaning are
    set, put what they leave of it onto the disk (`staged`), from where the next steps read it;
 2. survey: read and clean everything once, count what stays and what is dropped, sample the training side;
 3. train the tokenizer on the sample, or copy the one that was given;
@@ -52,13 +53,12 @@ from dualroute.data.manifest import (
     Shard,
     TokenizerInfo,
     canonical_json,
-    parse_json,
     token_dtype,
     verify_shards,
 )
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, other_remedy
-from dualroute.files import file_sha256, locked, read_limited, remove_leftovers, write_bytes_atomically
+from dualroute.files import file_sha256, locked, remove_leftovers, write_bytes_atomically
 
 PREPARATION_FILE = "preparation.json"
 CONTAMINATED_FILE = "contaminated.jsonl"

@@ -1,13 +1,14 @@
 """Documents that hold what a model is to be tested on.
 
-In: evaluation sets (files or folders, in any format that a corpus has) and a document's text.  Out: the runs of at least
-``ngram`` words that they share, and the text without them, or none.
+In: evaluation sets (files or folders, in any format that a corpus has) and a document's text.  Out: the
+runs of at least ``ngram`` words that they share, and the text without them, or none.
 
-Words are `dedup.shingles`' tokens: case, punctuation and white space make no difference. A letter of a script without
-spaces counts as 0.6 of a word, so 13 words are 22 letters of Chinese. (13 words: Brown et al. 2020, appendix C.)
+Words are `dedup.shingles`' tokens: case, punctuation and white space make no difference. A letter of a
+script without spaces counts as 0.6 of a word, so 13 words are 22 letters of Chinese. (13 words: Brown et
+al. 2020, appendix C.)
 
-Of JSON records, tables and columns every text is taken, whatever its key. A question of fewer words than ``ngram``
-cannot be told from a common phrase; such ones are counted and not looked for.
+Of JSON records, tables and columns every text is taken, whatever its key. A question of fewer words than
+``ngram`` cannot be told from a common phrase; such ones are counted and not looked for.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
-"""Which documents repeat an earlier one, exactly or nearly; on the disk, in bounded memory, the same for any order of work.
+"""Which documents repeat an earlier one, exactly or nearly; on the disk, in bounded memory, the same for
+any order of work.
 
-In: the signed parts of all documents, in the order of the corpus.  Out: for each document 0 (stays), 1 (the same text
-as an earlier one) or 2 (nearly the same), and which earlier one that is.
+In: the signed parts of all documents, in the order of the corpus.  Out: for each document 0 (stays), 1 (the
+same text as an earlier one) or 2 (nearly the same), and which earlier one that is.
 
-A document goes if it resembles an earlier document, be that one kept or not. So a document's fate depends on the pairs
-that it is in and on nothing else: bands can be looked at in any order, at once, or by different tasks. The first of a
-chain of likenesses always stays, as in the connected components of datatrove and text-dedup.
+A document goes if it resembles an earlier document, be that one kept or not. So a document's fate depends
+on the pairs that it is in and on nothing else: bands can be looked at in any order, at once, or by
+different tasks. The first of a chain of likenesses always stays, as in the connected components of
+datatrove and text-dedup.
 
-One column at a time (digest, then band after band) is sorted by hash. Where it is larger than the memory allows, it is
-first dealt out to files by the hash's first bits. Documents with equal hashes are compared by their signatures: with
-the first of them, those that differ from it with the first of those, and so on, up to `_MAX_LEADERS`. A hash that more
-documents share comes from what all of them have in common, and is no reason to compare each with each.
+One column at a time (digest, then band after band) is sorted by hash. Where it is larger than the memory
+allows, it is first dealt out to files by the hash's first bits. Documents with equal hashes are compared by
+their signatures: with the first of them, those that differ from it with the first of those, and so on, up
+to `_MAX_LEADERS`. A hash that more documents share comes from what all of them have in common, and is no
+reason to compare each with each.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Every document's fate; ``fates`` (documents,) of `STAYS`, `SAME`, `NEAR`; ``of`` the earlier one, or -1."""
+    """Every document's fate; ``fates`` (documents,) of `STAYS`, `SAME`, `NEAR`; ``of`` the earlier one, or
+    -1."""
 
     fates: NDArray[np.uint8]
     of: Places
@@ -64,7 +68,8 @@ class Documents:
         self.columns = 1 + (parts[0].banding.bands if parts else 0)
 
     def pairs(self, column: int, scratch: Path) -> tuple[Places, Places]:
-        """(later, earlier): who repeats whom by one column, 0 being the digest; sorted, each ``later`` once."""
+        """(later, earlier): who repeats whom by one column, 0 being the digest; sorted, each ``later``
+        once."""
         found = [self._in_group(column, *group) for group in self._groups(column, scratch)]
         if not found:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)

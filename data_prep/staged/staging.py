@@ -1,14 +1,15 @@
 """A corpus through `cleaning` and `dedup` onto the disk, and back as documents.
 
-Comes in: a corpus and options. Goes out: the documents that stay, in the corpus' order, to `clean.select`; what was
-dropped and why, to `report`.
+Comes in: a corpus and options. Goes out: the documents that stay, in the corpus' order, to `clean.select`;
+what was dropped and why, to `report`.
 
-1. `clean_lot`: every lot is read, cleaned and written in parts. Lots are independent: any task may do any of them.
+1. `clean_lot`: every lot is read, cleaned and written in parts. Lots are independent: any task may do any
+   of them.
 2. `find_column`: digests and each band of the signatures are a column; columns are independent too.
 3. `documents`: the parts in order, without the duplicates.
 
-What is finished is kept and checked as in `notes`, so each step goes on where it stopped, and its files do not depend on
-who did what when.
+What is finished is kept and checked as in `notes`, so each step goes on where it stopped, and its files do
+not depend on who did what when.
 """
 
 from __future__ import annotations
@@ -220,7 +221,8 @@ class Staging:
             parts = list(self._finished(lot))
             if done is None or done.get("parts") != len(parts):
                 raise UserError(
-                    f"{self.folder}: lot {lot.number} of {len(self.lots)} is not done; run the tasks that clean "
+                    f"{self.folder}: lot {lot.number} of {len(self.lots)} is not done; run the tasks that "
+                    f"clean "
                     f"again (they continue)"
                 )
             for part in parts:

@@ -1,4 +1,5 @@
-"""A preparation in tasks: our stages as `PipelineStep`s of datatrove, for its executors on one machine or on Slurm.
+"""A preparation in tasks: our stages as `PipelineStep`s of datatrove, for its executors on one machine or
+on Slurm.
 
 Comes in: the same configuration as for one process. Goes out: the same bytes.
 
@@ -8,11 +9,13 @@ Comes in: the same configuration as for one process. Goes out: the same bytes.
     TokeniseStep   tasks share the shards
     FinishStep     one task: index files, report, manifest
 
-Every step keeps what is finished as `prepare` does, and `FinishStep` is `prepare`: what a task left undone, it does. A
-task that failed is run again by the executor, and goes on from its last part or shard. Each task of `TokeniseStep` reads
-all documents and tokenises its own: reading is some fifty times as fast as tokenising.
+Every step keeps what is finished as `prepare` does, and `FinishStep` is `prepare`: what a task left undone,
+it does. A task that failed is run again by the executor, and goes on from its last part or shard. Each task
+of `TokeniseStep` reads all documents and tokenises its own: reading is some fifty times as fast as
+tokenising.
 
-datatrove marks finished tasks in its folder of logs; the name of that folder holds the SHA-256 of options and inputs.
+datatrove marks finished tasks in its folder of logs; the name of that folder holds the SHA-256 of options
+and inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ except ImportError as missing:
     raise UserError(f"executor needs {missing.name}: pip install -e '.[prepare]'") from missing
 
 
-class _Step(PipelineStep):  # type: ignore[misc]
+class _Step(PipelineStep):
     """One of our stages; it reads and writes the output folder, and hands nothing on.
 
     Args:
@@ -130,7 +133,8 @@ class FinishStep(_Step):
 
 
 def steps(config: PrepareConfig) -> list[tuple[_Step, int]]:
-    """The steps of a preparation, each with the number of its tasks, in the order in which they depend on one another."""
+    """The steps of a preparation, each with the number of its tasks, in the order in which they depend on
+    one another."""
     found: list[tuple[_Step, int]] = []
     if config.is_cleaned:
         found.append((CleanStep(config), config.tasks))
@@ -140,7 +144,8 @@ def steps(config: PrepareConfig) -> list[tuple[_Step, int]]:
 
 
 def prepare_in_tasks(config: PrepareConfig) -> Manifest | None:
-    """Run all steps on this machine, or submit them to Slurm, each to begin when the one before it has succeeded.
+    """Run all steps on this machine, or submit them to Slurm, each to begin when the one before it has
+    succeeded.
 
     Returns:
         The manifest; None of what has been submitted.

@@ -108,7 +108,8 @@ def test_languages_come_without_a_download() -> None:
 def evaluation(tmp_path):
     rows = [
         {
-            "question": "Which animal was carried to the upper floor of the old mill by the miller and his daughter?"
+            "question": "Which animal was carried to the upper floor of the old mill "
+            "by the miller and his daughter?"
         },
         {"问题": ["太阳升起之前，村里的人们把所有的家具都搬到了楼上，然后在窗边等待了三天三夜。", "雨"]},
         {"question": "Too short?"},
@@ -171,8 +172,8 @@ def test_personal_data_gives_way() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["10.0.0.1 127.0.0.1", "version 1.2.3 or 1.2.3.4.5", "12:30:45", "std::vector a::b", "2026-11-29", "1,234,567.89",
-     "@property", "a @ b", "ISBN 978-3-16-148410-0", "3.14159265358979", "print(f'{x:>10}')"],
+    ["10.0.0.1 127.0.0.1", "version 1.2.3 or 1.2.3.4.5", "12:30:45", "std::vector a::b", "2026-11-29",
+     "1,234,567.89", "@property", "a @ b", "ISBN 978-3-16-148410-0", "3.14159265358979", "print(f'{x:>10}')"],
 )  # fmt: skip
 def test_what_is_no_personal_data_stays(text) -> None:
     assert scrub(text, KINDS) == (text, {})

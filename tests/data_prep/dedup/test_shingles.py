@@ -19,7 +19,7 @@ def hashes(text: str) -> list[int]:
 
 @given(st.text(alphabet="ab1_ é.,\n你好た", max_size=60))
 def test_tokens_are_words_and_single_letters_of_scripts_without_spaces(text) -> None:
-    expected = [found for found in re.finditer("[你好た]|[ab1_é]+", text)]
+    expected = list(re.finditer("[你好た]|[ab1_é]+", text))
     found = [
         (start, alone)
         for _, starts, unspaced in tokens(text)

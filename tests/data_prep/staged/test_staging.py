@@ -152,7 +152,7 @@ def test_documents_of_other_corpora_count_as_seen(cleaned, tmp_path) -> None:
     dropped = manifest.preparation["dropped"]
     assert (dropped["duplicate"], dropped["near_duplicate"]) == (2, 2)
     assert str(tmp_path) not in json.dumps(manifest.preparation)
-    with pytest.raises(UserError, match="near_duplicates_of.*is a prepared data set"):
+    with pytest.raises(UserError, match=r"near_duplicates_of.*is a prepared data set"):
         prepare(cleaned(near_duplicates_of=[str(manifest.folder)], output=str(tmp_path / "x")))
 
 
