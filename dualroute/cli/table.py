@@ -70,7 +70,7 @@ def load(name: tuple[str, str]) -> Any:
 STAGES = {
     "prepare": Stage(
         ("data_prep.config", "PrepareConfig"),
-        ("data_prep.prepare", "prepare"),
+        ("data_prep.prepare", "prepare_command"),
         "corpus → tokenizer → shards",
     ),
     "pretrain": Stage(
