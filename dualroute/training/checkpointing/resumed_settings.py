@@ -104,7 +104,8 @@ def refuse_changes(checkpoint: Checkpoint, config: PretrainConfig, data_fingerpr
         if rules.get(key) == "refused" and key in saved and saved[key] != ours[key]
     ]
     their_data = checkpoint.metadata.get("data_fingerprint", data_fingerprint)
-    if their_data != data_fingerprint:
+    packed = any(line.startswith(("data.packing", "data.fim")) for line in changed)  # which changes it too
+    if their_data != data_fingerprint and not packed:
         changed.append(
             f"data.path was {saved.get('data.path', 'a folder')} with fingerprint {their_data} and is "
             f"{config.data.path} with {data_fingerprint}"
