@@ -222,10 +222,6 @@ class TaskDataConfig(DataConfig):
                     "same weights from its beginning to its end; leave it out"
                 )
         if self.sources:
-            if self.path not in (None, self.sources[0].path):
-                raise UserError(
-                    f"data.path {self.path} and data.sources are both given: name it among the sources"
-                )
             self.path = self.sources[0].path
 
 

@@ -88,6 +88,8 @@ def usable_rows(
     name, problems = whole or data.get("path"), Problems()
     if name is None:
         raise UserError("give --data: a file or folder of rows to score on")
+    if whole is None and data.get("paths"):
+        return ", ".join(data["paths"]), _rows_of_files(answerer, data, 1, max_rows, problems), problems
     placed = _read(data, name, problems, None if whole else data.get("max_rows"))
     if answerer.kind.divides:
         placed = iter(answerer.kind.divide(list(placed))["test"])
@@ -99,6 +101,8 @@ def usable_rows(
 def training_rows(answerer: Answerer) -> list[Row]:
     """The rows that a checkpoint was trained on, for a baseline to learn from."""
     data, problems = answerer.said.get("data") or {}, Problems()
+    if data.get("paths") and data.get("validation") is None:
+        return _rows_of_files(answerer, data, 0, None, problems)
     name = data["path"]
     placed = _read(data, name, problems, data.get("max_rows"))
     if answerer.kind.divides:
@@ -106,6 +110,16 @@ def training_rows(answerer: Answerer) -> list[Row]:
     elif data.get("validation") is None:
         placed = iter(divided(placed, *_division(data))[0])
     return _with_target(answerer, name, placed, problems)
+
+
+def _rows_of_files(
+    answerer: Answerer, data: dict[str, Any], side: int, max_rows: int | None, problems: Problems
+) -> list[Row]:
+    """Rows of all files of a mixture that were trained on (``side`` 0) or held out (1)."""
+    placed: list[tuple[str, Row]] = []
+    for path in data["paths"]:
+        placed += divided(_read(data, path, problems, data.get("max_rows")), *_division(data))[side]
+    return _with_target(answerer, ", ".join(data["paths"]), islice(placed, max_rows), problems)
 
 
 def _division(data: dict[str, Any]) -> tuple[float, str | None]:

@@ -113,6 +113,8 @@ def check(config: FinetuneConfig) -> Prepared:
         begun, data, tokenizer, make_module, kind.head(), kind.frontend(), kind.num_ids()
     )
     sources = {name: getattr(config.data, name) for name in _TOLD}
+    if config.data.sources:
+        sources["paths"] = [source.path for source in config.data.sources]
     prepared = dataclasses.replace(
         prepared,
         operation="finetune",

@@ -7,7 +7,6 @@ the data, the folder and the machine.  No torch is imported here, so that ``--he
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from os.path import abspath
 from typing import ClassVar, Literal
 
 from dualroute.data.mixture.config import SourceConfig, StageConfig, check_mixture
@@ -33,7 +32,7 @@ class DataConfig:
     Args:
         path: Folder of shards made by ``dualroute prepare``, or the address of such a set elsewhere:
             s3://bucket/set, https://host/set, any other URL of fsspec, or a command that writes the file {}
-            to its standard output (pipe:aws s3 cp s3://bucket/set/{} -); with sources the first of them.
+            to its standard output (pipe:aws s3 cp s3://bucket/set/{} -); with sources it is the first of them.
         sources: Several such folders that are mixed, each with its share of the samples: {path, weight, name,
             max_epochs}, or PATH=WEIGHT.
         stages: Other weights from a number of tokens on: {from_tokens, weights}, or
@@ -111,12 +110,7 @@ class DataConfig:
         """Find what contradicts itself in the keys that say which tokens come when."""
         check_mixture(self.sources, self.stages)
         if self.sources:
-            first = self.sources[0].path
-            if self.path not in (None, "data/stdlib") and abspath(self.path) != abspath(first):
-                raise UserError(
-                    f"data.path {self.path} and data.sources are both given: name it among the sources"
-                )
-            self.path = first
+            self.path = self.sources[0].path  # whatever a file below the flags says
         if self.fim_tokens is not None and len(self.fim_tokens) != 3:
             raise UserError(f"data.fim_tokens are {len(self.fim_tokens)}: give three, prefix, suffix, middle")
         if self.objective == "masked":
