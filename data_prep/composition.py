@@ -1,9 +1,11 @@
-"""What a finished data set is made of: tokens and bytes by source and by language, and whether its vocabulary fits.
+"""What a finished data set is made of: tokens and bytes by source and by language, and whether its
+vocabulary fits.
 
-Comes in: the shards and index files. Goes out: tables for manifest.json, `report` and the last lines of a preparation.
+Comes in: the shards and index files. Goes out: tables for manifest.json, `report` and the last lines of a
+preparation.
 
-A document's source is the first part of its name: a file or folder of the corpus. Its language is what `cleaning` found,
-if it was asked.
+A document's source is the first part of its name: a file or folder of the corpus. Its language is what
+`cleaning` found, if it was asked.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _SHOWN = 50
 _COUNTED_TOKENS = 50_000_000
 _BLOCK_TOKENS = 1 << 20
 _OTHER = "(others)"
-#: Fewest examples that a piece should have, for 95 % of the pieces: Gowda and May, Finding the Optimal Vocabulary Size
+#: Fewest examples that a piece should have, for 95 % of the pieces: Gowda and May, Finding the Optimal
+#: Vocabulary Size
 #: for Neural Machine Translation, 2020.
 EXAMPLES = 100
 
@@ -106,7 +109,10 @@ def _shards(folder: Path, split: Split) -> Iterator[tuple[mmap.mmap, list[list[i
     rows = map_index(folder / split.index_file, split.documents, "run `dualroute prepare` again")
     first = 0
     for shard in split.shards:
-        with open(folder / shard.file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+        with (
+            open(folder / shard.file, "rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as tar,
+        ):
             yield tar, np.asarray(rows[first : first + shard.documents]).tolist()
         first += shard.documents
 
@@ -127,7 +133,9 @@ def _ids(folder: Path, split: Split, dtype: np.dtype[Any]) -> Iterator[np.ndarra
     total = size = 0
     for tar, rows in _shards(folder, split):
         for _, offset, tokens, _ in rows:
-            held.append(np.frombuffer(tar[offset : offset + dtype.itemsize * tokens], dtype.newbyteorder("<")))
+            held.append(
+                np.frombuffer(tar[offset : offset + dtype.itemsize * tokens], dtype.newbyteorder("<"))
+            )
             size += tokens
             if size >= _BLOCK_TOKENS:
                 yield np.concatenate(held)

@@ -90,6 +90,13 @@ class PrepareConfig:
         downloads: folder for downloaded files; by default $DUALROUTE_DOWNLOADS or the user's cache.
         force: discard what an earlier run left in the output folder.
         progress: show progress on stderr.
+        executor: ``none`` works in this process and its workers; ``local`` and ``slurm`` share the work among
+            tasks of datatrove's executors, with the same result; see docs/data/cleaning.md.
+        tasks: into how many.
+        task_logs: folder for their logs; by default beside the output, with .tasks behind its name.
+        partition: of Slurm.
+        time: that a task of Slurm may take, as sbatch spells it.
+        mem_gb: memory of a task of Slurm.
     """
 
     corpus: LocalPath = corpora.STDLIB
@@ -131,14 +138,28 @@ class PrepareConfig:
     downloads: LocalPath | None = None
     force: bool = False
     progress: bool = True
+    executor: Literal["none", "local", "slurm"] = "none"
+    tasks: int = 8
+    task_logs: LocalPath | None = None
+    partition: str | None = None
+    time: str = "24:00:00"
+    mem_gb: int = 4
 
     def check(self) -> None:
         """Raise a UserError for a value that makes no sense."""
         for name in ("min_chars", "reserved_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}")
-        positive = ("max_chars", "max_documents", "max_bytes", "workers", "vocab_size", "shard_size_mb")
-        for name in (*positive, "tokenizer_sample_mb", "max_document_mb"):
+        positive = (
+            "max_chars",
+            "max_documents",
+            "max_bytes",
+            "workers",
+            "vocab_size",
+            "shard_size_mb",
+            "tasks",
+        )
+        for name in (*positive, "tokenizer_sample_mb", "max_document_mb", "mem_gb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} must be positive, it is {value}")
@@ -159,17 +180,37 @@ class PrepareConfig:
             ("on_bad_file", ("error", "skip")),
             ("tokenizer_type", ("bpe", "unigram")),
             ("counterfactual_mode", ("add", "replace")),
+            ("executor", ("none", "local", "slurm")),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, it is {getattr(self, name)!r}")
         self._check_cleaning()
-        for name in ("corpus", "output", "tokenizer", "downloads"):
+        self._check_tasks()
+        for name in ("corpus", "output", "tokenizer", "downloads", "task_logs"):
             _check_path(name, getattr(self, name))
         for name in ("text_key", "separator", "text_endings", "exclude", "val_documents"):
             value = getattr(self, name)
             for text in [value] if isinstance(value, str) else value or []:
                 if not text.isascii() and re.search("[\ud800-\udfff]", text):
                     raise UserError(f"{name}: {text!a} is not UTF-8; spell it so that it is")
+
+    def _check_tasks(self) -> None:
+        if self.executor == "none":
+            return
+        if self.tasks > 100_000:
+            raise UserError(f"tasks is {self.tasks}; give at most 100,000")
+        if self.max_documents is not None or self.max_bytes is not None:
+            raise UserError(
+                f"executor {self.executor}: max_documents and max_bytes end the reading at one place for "
+                f"all, which "
+                f"tasks cannot know; leave them out, or set executor none"
+            )
+        if self.executor == "slurm" and not self.partition:
+            raise UserError("executor slurm needs a partition; `sinfo` lists them")
+        if not re.fullmatch(r"(\d+-)?\d{1,4}(:\d{1,2}){0,2}", self.time):
+            raise UserError(f"time is {self.time!r}; write it like 24:00:00, as sbatch does")
+        if self.partition is not None and not re.fullmatch(r"[\w.,-]+", self.partition):
+            raise UserError(f"partition is {self.partition!r}, which is no name; `sinfo` lists them")
 
     def _check_cleaning(self) -> None:
         for name, known in (
@@ -196,7 +237,8 @@ class PrepareConfig:
             raise UserError(f"decontaminate_ngram must be from 2 to 1000, it is {self.decontaminate_ngram}")
         if not 0.3 <= self.near_duplicate_similarity <= 1:
             raise UserError(
-                f"near_duplicate_similarity must lie between 0.3 and 1, it is {self.near_duplicate_similarity}; "
+                f"near_duplicate_similarity must lie between 0.3 and 1, it is "
+                f"{self.near_duplicate_similarity}; "
                 f"below that, texts are alike by chance"
             )
         if self.near_duplicates_of and not self.near_duplicates:
@@ -275,7 +317,10 @@ _LIBRARIES = {
 }
 
 #: Fields that do not change the result.
-INCIDENTAL = ("output", "workers", "downloads", "force", "progress")
+INCIDENTAL = (
+    "output", "workers", "downloads", "force", "progress", "executor", "tasks", "task_logs", "partition",
+    "time", "mem_gb",
+)  # fmt: skip
 
 
 def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | None) -> dict[str, Any]:
@@ -299,7 +344,8 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
 
 
 def _plan_cleaning(config: PrepareConfig, options: dict[str, Any]) -> None:
-    """Options of cleaning as a plan holds them: those that are used, no paths, and what else decides the result."""
+    """Options of cleaning as a plan holds them: those that are used, no paths, and what else decides the
+    result."""
     defaults = {field.name: field.default for field in fields(PrepareConfig)}
     for name in CLEANING:
         if options[name] == defaults[name]:  # the plan is what it was before there was such an option
@@ -315,7 +361,9 @@ def _plan_cleaning(config: PrepareConfig, options: dict[str, Any]) -> None:
 def _files_of(name: str, path: str, config: PrepareConfig) -> list[list[str | int]]:
     where = Path(path).expanduser()
     if (where / "manifest.json").exists():
-        raise UserError(f"{name} {readable(path)}: is a prepared data set; give the texts that it was made from")
+        raise UserError(
+            f"{name} {readable(path)}: is a prepared data set; give the texts that it was made from"
+        )
     try:
         corpus = corpora.open_corpus(path, config.read_options())
     except UserError as error:

@@ -29,8 +29,8 @@ from data_prep import download
 from data_prep.clean import matches
 from data_prep.readers.documents import Document, NoTextKey, ReadOptions
 from data_prep.readers.folder import scan
-from data_prep.readers.hub import PREFIX, HubSet, read_hub
 from data_prep.readers.formats import known_endings, pass_over_table, read_documents, supported
+from data_prep.readers.hub import PREFIX, HubSet, read_hub
 from data_prep.tally import Tally, readable, reasons_of
 from dualroute.errors import UserError
 from dualroute.files import require_regular
@@ -234,15 +234,22 @@ def _of_addresses(spelled: str, options: ReadOptions) -> Corpus:
     try:
         addresses = list(itertools.islice(braceexpand(spelled), _MOST_ADDRESSES + 1))
     except UnbalancedBracesError as error:
-        raise UserError(f"corpus {readable(spelled)}: its braces are not closed; write {{000..119}}") from error
+        raise UserError(
+            f"corpus {readable(spelled)}: its braces are not closed; write {{000..119}}"
+        ) from error
     if len(addresses) > _MOST_ADDRESSES:
         raise UserError(f"corpus {readable(spelled)}: more than {_MOST_ADDRESSES:,} addresses; give fewer")
     names = [readable(urlsplit(address).path.rpartition("/")[2]) for address in addresses]
     for name in names:
         if not supported(name, options):
-            raise UserError(f"corpus {readable(spelled)}: {name!r} is of no kind that is read; known are {known_endings()}")
+            raise UserError(
+                f"corpus {readable(spelled)}: {name!r} is of no kind that is read; known are "
+                f"{known_endings()}"
+            )
     if len(set(names)) < len(names):
-        raise UserError(f"corpus {readable(spelled)}: two addresses end in the same name; give them one by one")
+        raise UserError(
+            f"corpus {readable(spelled)}: two addresses end in the same name; give them one by one"
+        )
     host = readable(urlsplit(addresses[0]).netloc.rpartition("@")[2])
     files = tuple(SourceFile(name, urls=(address,)) for name, address in zip(names, addresses, strict=True))
     return Corpus(re.sub(r"[^\w.-]", "_", f"{host}-{names[0]}"), files)

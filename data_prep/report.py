@@ -1,7 +1,8 @@
 """A page about a preparation that needs nothing but itself: what stayed, what went and why, with samples.
 
-Comes in: the manifest's counts, and what `staged` and `composition` found. Goes out: ``report.html`` in the output folder.
-Every text in it comes from a corpus, and is escaped; there is no script, and a policy forbids all that is not on the page.
+Comes in: the manifest's counts, and what `staged` and `composition` found. Goes out: ``report.html`` in the
+output folder. Every text in it comes from a corpus, and is escaped; there is no script, and a policy
+forbids all that is not on the page.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ REPORT_FILE = "report.html"
 _HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
-table{{border-collapse:collapse;margin:.5rem 0}}td,th{{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:left}}
+body{{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0
+1rem;color:#222;background:#fff}} table{{border-collapse:collapse;margin:.5rem 0}}td,th{{padding:.2rem
+.8rem;border-bottom:1px solid #ddd;text-align:left}}
 td.n,th.n{{text-align:right;font-variant-numeric:tabular-nums}}summary{{cursor:pointer;padding:.2rem 0}}
-pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.6rem;margin:.2rem 0 1rem;font-size:13px}}
-.name{{color:#666;font-size:13px;overflow-wrap:anywhere}}.two{{display:grid;grid-template-columns:1fr 1fr;gap:1rem}}
+pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.6rem;margin:.2rem 0
+1rem;font-size:13px}}
+.name{{color:#666;font-size:13px;overflow-wrap:anywhere}}.two{{display:grid;grid-template-columns:1fr
+1fr;gap:1rem}}
 @media(prefers-color-scheme:dark){{body{{background:#16181a;color:#ddd}}pre{{background:#222528}}td,th{{border-color:#333}}}}
 </style></head><body>"""
 
@@ -62,17 +66,21 @@ def write_report(manifest: Manifest, found: Found | None, hits: int, lines: Sequ
         if found.pairs:
             body.append("<h2>Near duplicates: the first, and what each repeats</h2>")
             body += [
-                f'<div class="two"><div>{_sample(name, text)}</div><div>{_sample(other, original)}</div></div>'
-                for name, text, other, original in found.pairs
+                f'<div class="two"><div>{_sample(*pair[:2])}</div><div>{_sample(*pair[2:])}</div></div>'
+                for pair in found.pairs
             ]
         if found.counts:
             body.append("<h2>What was changed in documents that stayed</h2>")
             body.append(_table(("what", "how often"), sorted(found.counts.items())))
         if hits:
-            body.append(f"<p>{hits:,} documents hold text of evaluation sets: contaminated.jsonl lists them.</p>")
+            body.append(
+                f"<p>{hits:,} documents hold text of evaluation sets: contaminated.jsonl lists them.</p>"
+            )
     body += ["<h2>Files</h2><pre>", escape("\n".join(describe(preparation.get("files", {})))), "</pre>"]
     options = preparation.get("options", {}).items()
-    body.append("<h2>Options</h2>" + _table(("key", "value"), ((key, _short(value)) for key, value in options)))
+    body.append(
+        "<h2>Options</h2>" + _table(("key", "value"), ((key, _short(value)) for key, value in options))
+    )
     body.append("</body></html>\n")
     path = manifest.folder / REPORT_FILE
     write_bytes_atomically(path, "".join(body).encode(errors="backslashreplace"))

@@ -81,7 +81,10 @@ class Tally:
     @classmethod
     def from_json(cls, files: Mapping[str, Any]) -> Tally:
         """What `to_json` gave."""
-        skipped = {reason: Skipped(entry["count"], list(entry["examples"])) for reason, entry in files["skipped"].items()}
+        skipped = {
+            reason: Skipped(entry["count"], list(entry["examples"]))
+            for reason, entry in files["skipped"].items()
+        }
         return cls(Counter(files["read"]), skipped)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Documents that hold what a model is to be tested on.
 
-In: evaluation sets (files or folders, in any format that a corpus has) and a document's text.  Out: the runs of at least
-``ngram`` words that they share, and the text without them, or none.
+In: evaluation sets (files or folders, in any format that a corpus has) and a document's text.  Out: the
+runs of at least ``ngram`` words that they share, and the text without them, or none.
 
-Words are `dedup.shingles`' tokens: case, punctuation and white space make no difference. A letter of a script without
-spaces counts as 0.6 of a word, so 13 words are 22 letters of Chinese. (13 words: Brown et al. 2020, appendix C.)
+Words are `dedup.shingles`' tokens: case, punctuation and white space make no difference. A letter of a
+script without spaces counts as 0.6 of a word, so 13 words are 22 letters of Chinese. (13 words: Brown et
+al. 2020, appendix C.)
 
-Of JSON records, tables and columns every text is taken, whatever its key. A question of fewer words than ``ngram``
-cannot be told from a common phrase; such ones are counted and not looked for.
+Of JSON records, tables and columns every text is taken, whatever its key. A question of fewer words than
+``ngram`` cannot be told from a common phrase; such ones are counted and not looked for.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def runs(text: str, ngram: int) -> Iterator[tuple[Hashes, NDArray[np.int64], NDA
     for block in tokens(text):
         hashes, starts, unspaced = (np.concatenate(pair) for pair in zip(held, block, strict=True))
         weights = np.concatenate([[0], np.cumsum(np.where(unspaced, _UNSPACED, _SPACED))])
-        lasts = np.searchsorted(weights, weights[:-1] + _SPACED * ngram)  # one behind the last token of each run
+        lasts = np.searchsorted(
+            weights, weights[:-1] + _SPACED * ngram
+        )  # one behind the last token of each run
         count = int(np.count_nonzero(lasts <= len(hashes)))  # those that are whole come first
         if count:
             powers, inverse = _powers(len(hashes) + 1)
@@ -115,7 +118,9 @@ class Contamination:
                         f"evaluation set; give the test files alone"
                     )
             if self.examples == before:
-                raise UserError(f"decontaminate {readable(path)}: holds no text; give files of texts or records")
+                raise UserError(
+                    f"decontaminate {readable(path)}: holds no text; give files of texts or records"
+                )
         if not total:
             raise UserError(
                 f"decontaminate: none of {self.examples:,} texts has {ngram} words; lower decontaminate_ngram"

@@ -1,6 +1,7 @@
 """The language of a document, by `py3langid`, whose model comes with it: nothing is downloaded.
 
-Comes in: text and name. Goes out: an ISO 639-1 code and how sure that is, from 0 to 1; ``code`` for source code.
+Comes in: text and name. Goes out: an ISO 639-1 code and how sure that is, from 0 to 1; ``code`` for source
+code.
 """
 
 from __future__ import annotations

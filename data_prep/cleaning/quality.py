@@ -4,14 +4,15 @@ Comes in: a document's text and name. Goes out: None, or which rule it breaks; C
 
 - ``gopher``: number and length of words, symbols, bullets, stop words (Rae et al. 2021, table A1).
 - ``gopher_repetition``: repeated lines, paragraphs and n-grams (the same).
-- ``c4``: lines without an end mark or of few words, and of scripts and policies, go; so do documents with braces,
-  lorem ipsum or fewer than five sentences (Raffel et al. 2020, §2.2).
+- ``c4``: lines without an end mark or of few words, and of scripts and policies, go; so do documents with
+  braces, lorem ipsum or fewer than five sentences (Raffel et al. 2020, §2.2).
 - ``fineweb``: marks at the ends of lines, short lines, repeated letters, lists (Penedo et al. 2024, §3.6).
-- ``code``: for source code, which the others leave alone: lines of at most 1,000 characters, 100 in the mean,
-  a quarter of the characters letters or digits (Li et al. 2023, StarCoder, §3.1).
+- ``code``: for source code, which the others leave alone: lines of at most 1,000 characters, 100 in the
+  mean, a quarter of the characters letters or digits (Li et al. 2023, StarCoder, §3.1).
 
-The thresholds are the papers', and for text of mostly Chinese those that FineWeb-2 found for it (Penedo et al. 2025).
-Stop words are English or Chinese ones: a document that is known to be of another language is not asked for them.
+The thresholds are the papers', and for text of mostly Chinese those that FineWeb-2 found for it (Penedo et
+al. 2025). Stop words are English or Chinese ones: a document that is known to be of another language is not
+asked for them.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _c4(language: Any) -> Any:
 
     marks = tuple(TERMINAL_PUNCTUATION)
 
-    class C4(C4QualityFilter):  # type: ignore[misc]
+    class C4(C4QualityFilter):
         def filter(self, doc: Any) -> bool | tuple[bool, str]:
             doc.text = "\n".join(line for line in doc.text.splitlines() if self._stays(line.strip()))
             result: bool | tuple[bool, str] = super().filter(doc)

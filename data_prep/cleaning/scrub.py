@@ -1,11 +1,12 @@
-"""Personal data in a text: e-mail addresses, public IP addresses and telephone numbers give way to ones of nobody.
+"""Personal data in a text: e-mail addresses, public IP addresses and telephone numbers give way to ones of
+nobody.
 
-Comes in: text. Goes out: text, and how many of each kind were replaced. What replaces them is set aside for examples
-(RFC 2606, RFC 5737, RFC 3849, and the numbers 555-0100 of North America), and always the same: a stand-in that changed
-from one to the next would depend on what else the process has read.
+Comes in: text. Goes out: text, and how many of each kind were replaced. What replaces them is set aside for
+examples (RFC 2606, RFC 5737, RFC 3849, and the numbers 555-0100 of North America), and always the same: a
+stand-in that changed from one to the next would depend on what else the process has read.
 
-Every pattern is anchored to a mark and bounded in length, so that a megabyte without a space costs no more than another.
-Names and postal addresses are not found: no pattern tells them.
+Every pattern is anchored to a mark and bounded in length, so that a megabyte without a space costs no more
+than another. Names and postal addresses are not found: no pattern tells them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _IPV6 = re.compile(r"(?<![A-Za-z0-9_:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?!
 _BEFORE, _AFTER = r"(?<![A-Za-z0-9_.+-])", r"(?![A-Za-z0-9_-])"
 _PHONES = (
     re.compile(
-        r"(?<![A-Za-z0-9_+])\+[0-9]{1,3}[ .-]?(?:\([0-9]{1,4}\)[ .-]?)?[0-9]{1,5}(?:[ .-]?[0-9]{2,5}){1,4}(?![0-9])"
+        r"(?<![A-Za-z0-9_+])\+[0-9]{1,3}[ .-]?(?:\([0-9]{1,4}\)[ .-]?)?[0-9]{1,5}"
+        r"(?:[ .-]?[0-9]{2,5}){1,4}(?![0-9])"
     ),
     re.compile(rf"{_BEFORE}(?:\([0-9]{{3}}\) ?|[0-9]{{3}}[-.])[0-9]{{3}}[-.][0-9]{{4}}{_AFTER}"),
     re.compile(rf"{_BEFORE}(?:86[ -]?)?1[3-9][0-9](?:[ -][0-9]{{4}}[ -][0-9]{{4}}|[0-9]{{8}}){_AFTER}"),

@@ -83,7 +83,9 @@ class Cleaner:
         if options.near_duplicates:
             signer()
         self.contamination = (
-            Contamination(options.decontaminate, options.decontaminate_ngram) if options.decontaminate else None
+            Contamination(options.decontaminate, options.decontaminate_ngram)
+            if options.decontaminate
+            else None
         )
 
     def clean(self, documents: Sequence[Document]) -> tuple[list[Outcome], NDArray[np.uint32]]:

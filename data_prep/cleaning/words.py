@@ -1,6 +1,7 @@
 """Words and sentences for rules that count them, without asking that a script writes spaces.
 
-Comes in: text. Goes out: words to `quality`, whose rules are datatrove's and take any tokenizer of its kind.
+Comes in: text. Goes out: words to `quality`, whose rules are datatrove's and take any tokenizer of its
+kind.
 
 - Scripts with spaces: runs of letters and digits, marks inside them (don't, e-mail, 3.14) included; every
   other character that is no space is a word too, as in NLTK's and spaCy's rules.
@@ -80,7 +81,7 @@ def datatrove_tokenizer() -> Any:
     """The same as a `datatrove.utils.word_tokenizers.WordTokenizer`."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
-    class Words(WordTokenizer):  # type: ignore[misc]
+    class Words(WordTokenizer):
         def word_tokenize(self, text: str) -> list[str]:
             return words_of(text)
 

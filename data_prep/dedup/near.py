@@ -1,16 +1,19 @@
-"""Which documents repeat an earlier one, exactly or nearly; on the disk, in bounded memory, the same for any order of work.
+"""Which documents repeat an earlier one, exactly or nearly; on the disk, in bounded memory, the same for
+any order of work.
 
-In: the signed parts of all documents, in the order of the corpus.  Out: for each document 0 (stays), 1 (the same text
-as an earlier one) or 2 (nearly the same), and which earlier one that is.
+In: the signed parts of all documents, in the order of the corpus.  Out: for each document 0 (stays), 1 (the
+same text as an earlier one) or 2 (nearly the same), and which earlier one that is.
 
-A document goes if it resembles an earlier document, be that one kept or not. So a document's fate depends on the pairs
-that it is in and on nothing else: bands can be looked at in any order, at once, or by different tasks. The first of a
-chain of likenesses always stays, as in the connected components of datatrove and text-dedup.
+A document goes if it resembles an earlier document, be that one kept or not. So a document's fate depends
+on the pairs that it is in and on nothing else: bands can be looked at in any order, at once, or by
+different tasks. The first of a chain of likenesses always stays, as in the connected components of
+datatrove and text-dedup.
 
-One column at a time (digest, then band after band) is sorted by hash. Where it is larger than the memory allows, it is
-first dealt out to files by the hash's first bits. Documents with equal hashes are compared by their signatures: with
-the first of them, those that differ from it with the first of those, and so on, up to `_MAX_LEADERS`. A hash that more
-documents share comes from what all of them have in common, and is no reason to compare each with each.
+One column at a time (digest, then band after band) is sorted by hash. Where it is larger than the memory
+allows, it is first dealt out to files by the hash's first bits. Documents with equal hashes are compared by
+their signatures: with the first of them, those that differ from it with the first of those, and so on, up
+to `_MAX_LEADERS`. A hash that more documents share comes from what all of them have in common, and is no
+reason to compare each with each.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from data_prep.dedup.signed_part import SignedPart
 from dualroute.files import atomic_path
 
 STAYS, SAME, NEAR = 0, 1, 2
-RECORDS = 1 << 23  # of a column that are sorted at once: 8 bytes of hash and 8 of place, and as much again to sort
+RECORDS = (
+    1 << 23
+)  # of a column that are sorted at once: 8 bytes of hash and 8 of place, and as much again to sort
 _PAIRS = 1 << 16  # whose signatures are held at once: 2 × 256 bytes each
 _MAX_LEADERS = 64
 _NONE = np.iinfo(np.int64).max
@@ -38,7 +43,8 @@ Places = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Every document's fate; ``fates`` (documents,) of `STAYS`, `SAME`, `NEAR`; ``of`` the earlier one, or -1."""
+    """Every document's fate; ``fates`` (documents,) of `STAYS`, `SAME`, `NEAR`; ``of`` the earlier one, or
+    -1."""
 
     fates: NDArray[np.uint8]
     of: Places
@@ -62,7 +68,8 @@ class Documents:
         self.columns = 1 + (parts[0].banding.bands if parts else 0)
 
     def pairs(self, column: int, scratch: Path) -> tuple[Places, Places]:
-        """(later, earlier): who repeats whom by one column, 0 being the digest; sorted, each ``later`` once."""
+        """(later, earlier): who repeats whom by one column, 0 being the digest; sorted, each ``later``
+        once."""
         found = [self._in_group(column, *group) for group in self._groups(column, scratch)]
         if not found:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -144,7 +151,11 @@ class Documents:
 
     def _gather(self, places: Places, digests: bool) -> NDArray:
         """Rows of documents: their digests (places, 2) or signatures (places, 128)."""
-        rows = np.zeros((len(places), 2), np.uint64) if digests else np.zeros((len(places), PERMUTATIONS), np.uint16)
+        rows = (
+            np.zeros((len(places), 2), np.uint64)
+            if digests
+            else np.zeros((len(places), PERMUTATIONS), np.uint16)
+        )
         owners = np.searchsorted(self.firsts, places, side="right") - 1
         order = np.argsort(owners, kind="stable")
         borders = np.flatnonzero(np.diff(owners[order])) + 1

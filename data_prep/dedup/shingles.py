@@ -1,14 +1,14 @@
 """A text as a set of hashes that does not ask for white space.
 
-In: the text of a document.  Out: the hash of every run of ``size`` tokens, to `signatures` (near duplicates) and to
-`cleaning.contamination` (n-grams of evaluation sets).
+In: the text of a document.  Out: the hash of every run of ``size`` tokens, to `signatures` (near
+duplicates) and to `cleaning.contamination` (n-grams of evaluation sets).
 
-A token is a run of letters, marks and digits of a script that writes spaces, or one letter of a script that does not
-(Han, kana, Thai, Lao, Khmer, Burmese, Tibetan). Case, punctuation and white space are no part of it, so that a text is
-the same after it was wrapped or indented anew.
+A token is a run of letters, marks and digits of a script that writes spaces, or one letter of a script that
+does not (Han, kana, Thai, Lao, Khmer, Burmese, Tibetan). Case, punctuation and white space are no part of
+it, so that a text is the same after it was wrapped or indented anew.
 
-All of it is a few passes of numpy over the code points: a token's hash is the difference of two prefix sums of a
-polynomial, so no token becomes a Python string.
+All of it is a few passes of numpy over the code points: a token's hash is the difference of two prefix sums
+of a polynomial, so no token becomes a Python string.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ BLOCK = 1 << 18  # characters at a time
 _BASE = 0x9E3779B97F4A7C15
 _SPACED, _UNSPACED = 1, 2
 _UNSPACED_RANGES = (
-    (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x3029),
-    (0x3031, 0x3035), (0x3040, 0x30FF), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA9E0, 0xA9FF),
-    (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000, 0x323AF),
+    (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021,
+    0x3029), (0x3031, 0x3035), (0x3040, 0x30FF), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
+    (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000,
+    0x323AF),
 )  # fmt: skip
 
 
@@ -87,8 +88,8 @@ def tokens(text: str) -> Iterator[tuple[Hashes, NDArray[np.int64], NDArray[np.bo
     """Tokens of a text, a block at a time.
 
     Yields:
-        (hashes, starts, unspaced): of each token its hash, the character of the text where it begins, and whether
-        it is one letter of a script without spaces.
+        (hashes, starts, unspaced): of each token its hash, the character of the text where it begins, and
+        whether it is one letter of a script without spaces.
     """
     powers, inverse = _powers()
     place = 0

@@ -1,9 +1,9 @@
 """MinHash signatures of texts, by `rensa`, and their bands.
 
-In: texts.  Out: a row of 128 numbers for each; two texts agree in about the share of places that is the Jaccard
-similarity of their shingles (Broder 1997), with a standard error of at most 0.044. Bands of rows (locality-sensitive
-hashing: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, §3.4) bring together those that are to be compared;
-`near` compares them.
+In: texts.  Out: a row of 128 numbers for each; two texts agree in about the share of places that is the
+Jaccard similarity of their shingles (Broder 1997), with a standard error of at most 0.044. Bands of rows
+(locality-sensitive hashing: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, §3.4) bring together
+those that are to be compared; `near` compares them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _WANTED = 0.95  # of the pairs that are exactly as similar as asked for share a 
 
 def signer() -> type:
     """`rensa.RMinHash`; an error that says how to get it if it is not there."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # its threads do not survive a fork, and processes do the work
+    os.environ.setdefault(
+        "RAYON_NUM_THREADS", "1"
+    )  # its threads do not survive a fork, and processes do the work
     try:
         from rensa import RMinHash
     except ImportError as error:
@@ -56,7 +58,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 
 
 def _shingles_of(texts: Sequence[str]) -> Iterator[tuple[int, Hashes]]:
-    """(number of the text, hashes); short texts are looked at together, which takes a fraction of the time."""
+    """(number of the text, hashes); short texts are looked at together, in a fraction of the time."""
     group: list[int] = []
     size = 0
     for number, text in enumerate(texts):

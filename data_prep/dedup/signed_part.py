@@ -1,7 +1,9 @@
-"""What is kept on the disk of each document to find its duplicates: 16 bytes of digest, 8 for each band, 256 of signature.
+"""What is kept on the disk of each document to find its duplicates: 16 bytes of digest, 8 for each band,
+256 of signature.
 
-A file holds the documents of a part, column after column, so that `near` reads one column of all parts in turn and
-maps the rest. Signatures keep the low 16 bits of each number: two that differ agree in them once in 65,536.
+A file holds the documents of a part, column after column, so that `near` reads one column of all parts in
+turn and maps the rest. Signatures keep the low 16 bits of each number: two that differ agree in them once
+in 65,536.
 """
 
 from __future__ import annotations

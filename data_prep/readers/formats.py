@@ -2,7 +2,8 @@
 
 Comes in: a path and its name. The name's endings say what it is, from the outside in: compression
 (.gz .xz .bz2 .zst), archive (.tar .zip), then text, records (.jsonl .json .csv .tsv), columns (.parquet
-.arrow .feather) or crawls (.warc .wet). Goes out: `Document` (name, text), in the order of the file, to `clean`.
+.arrow .feather) or crawls (.warc .wet). Goes out: `Document` (name, text), in the order of the file, to
+`clean`.
 
 A file that ends too early, or is not what its name says, is an error that names it: nothing is guessed.
 What does not belong to a corpus by its name is counted and passed over (`tally`).

@@ -1,7 +1,8 @@
 """Data sets of the Hugging Face hub, streamed by `datasets`: nothing is downloaded before it is read.
 
-Comes in: ``hf:OWNER/NAME``, with a configuration behind ``:`` and a split behind ``@`` if the set has several
-(``hf:wikimedia/wikipedia:20231101.zh@train``); a local folder may stand for the name. Goes out: documents, named by row.
+Comes in: ``hf:OWNER/NAME``, with a configuration behind ``:`` and a split behind ``@`` if the set has
+several (``hf:wikimedia/wikipedia:20231101.zh@train``); a local folder may stand for the name. Goes out:
+documents, named by row.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class HubSet:
         """
         found = _SPELLED.fullmatch(spelled)
         if found is None:
-            raise UserError(f"corpus {readable(spelled)}: write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG@SPLIT, or parts of it")
+            raise UserError(
+                f"corpus {readable(spelled)}: write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG@SPLIT, or parts of it"
+            )
         return cls(found["path"], found["config"], found["split"] or "train")
 
     @property
@@ -85,7 +88,10 @@ def read_hub(of: HubSet, options: ReadOptions) -> Iterator[Document]:
         number += 1
         where = f"{of.name}:{number}"
         if options.text_key not in row:
-            raise UserError(f"{where}: no column {options.text_key!r} (there are: {', '.join(list(row)[:10])}); set text_key")
+            raise UserError(
+                f"{where}: no column {options.text_key!r} (there are: {', '.join(list(row)[:10])}); set "
+                f"text_key"
+            )
         value = row[options.text_key]
         if isinstance(value, str) and len(value) > options.max_document_bytes:
             raise too_long(where, "a document", options)
@@ -97,6 +103,7 @@ def read_hub(of: HubSet, options: ReadOptions) -> Iterator[Document]:
 def _unreachable(of: HubSet, error: Exception) -> UserError:
     why = " ".join(readable(error).split())[:300] or type(error).__name__
     return UserError(
-        f"corpus {PREFIX}{of.path}: cannot be read ({type(error).__name__}: {why}); check its name, configuration and "
+        f"corpus {PREFIX}{of.path}: cannot be read ({type(error).__name__}: {why}); check its name, "
+        f"configuration and "
         f"split, the network, and HF_TOKEN if it is gated"
     )

@@ -1,12 +1,14 @@
-"""Crawls to documents: WARC, and WET, which holds the text of its pages already. Records are parsed by `warcio`.
+"""Crawls to documents: WARC, and WET, which holds the text of its pages already. Records are parsed by
+`warcio`.
 
 - ``conversion`` records (WET): the text as it is.
-- ``response`` and ``resource`` records (WARC): plain text as it is; of HTML the main content, by `resiliparse`, which DCLM
-  and OLMo use. Pages with another status than 200, and all that is no text, are counted and passed over.
+- ``response`` and ``resource`` records (WARC): plain text as it is; of HTML the main content, by
+  `resiliparse`, which DCLM and OLMo use. Pages with another status than 200, and all that is no text, are
+  counted and passed over.
 - Everything else (requests, metadata) is no page.
 
-No header is read beyond 1 MiB, no page beyond ``max_document_bytes``. A record that is shorter than its Content-Length says
-is damage; the library takes it for a whole one.
+No header is read beyond 1 MiB, no page beyond ``max_document_bytes``. A record that is shorter than its
+Content-Length says is damage; the library takes it for a whole one.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class _Bounded:
             self.left -= len(data)
             if self.left < 0:
                 raise UserError(
-                    f"{self._name}: headers of more than 1 MiB near byte {self.offset}; fetch the file again, or "
+                    f"{self._name}: headers of more than 1 MiB near byte {self.offset}; fetch the file "
+                    f"again, or "
                     f"leave it out with exclude"
                 )
         return data
@@ -132,5 +135,7 @@ def _main_content(html: bytes) -> str:
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     except ImportError as error:
         raise UserError("HTML in WARC files needs resiliparse: pip install -e '.[prepare]'") from error
-    text: str = extract_plain_text(bytes_to_str(html, detect_encoding(html, from_html_meta=True)), main_content=True)
+    text: str = extract_plain_text(
+        bytes_to_str(html, detect_encoding(html, from_html_meta=True) or "utf-8"), main_content=True
+    )
     return text

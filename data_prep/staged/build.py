@@ -1,6 +1,7 @@
 """The staging that a configuration asks for.
 
-Comes in: `PrepareConfig` and the corpus. Goes out: `Staging`, for `prepare` in one process and for `steps` in many.
+Comes in: `PrepareConfig` and the corpus. Goes out: `Staging`, for `prepare` in one process and for `steps`
+in many.
 """
 
 from __future__ import annotations

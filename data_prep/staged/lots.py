@@ -1,8 +1,8 @@
 """Which files of a corpus are one piece of work, and which documents one part of it.
 
-Comes in: a corpus and a size. Goes out: `Lot`, some files that follow one another; the borders depend on the sizes of
-the files alone, so any number of tasks makes the same lots. A part is a stretch of a lot's documents; a run that was
-interrupted goes on behind the last part that it finished.
+Comes in: a corpus and a size. Goes out: `Lot`, some files that follow one another; the borders depend on
+the sizes of the files alone, so any number of tasks makes the same lots. A part is a stretch of a lot's
+documents; a run that was interrupted goes on behind the last part that it finished.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Lot:
 
 
 def lots_of(corpus: Corpus, size: int) -> list[Lot]:
-    """The files of a corpus in lots of about ``size`` bytes; a file that must be fetched is a lot by itself."""
+    """The files of a corpus in lots of about ``size`` bytes; a file that must be fetched is a lot by
+    itself."""
     lots: list[Lot] = []
     held: list[SourceFile] = []
     total = 0

@@ -1,4 +1,5 @@
-"""The files of one part: texts that stay, what is needed to find their duplicates, what was dropped and why.
+"""The files of one part: texts that stay, what is needed to find their duplicates, what was dropped and
+why.
 
 In ``.prepare/staged`` of the output folder, until the manifest is written::
 
@@ -43,7 +44,7 @@ class Part:
     Attributes:
         base: its files without their endings.
         read: documents that went in.
-        documents, bytes: that stay.
+        documents, size: that stay, and bytes of their lines.
         dropped, counts: documents by reason, and what was done to those that stay.
         samples: the first of each reason, as (name, beginning of the text).
         languages: documents that stay, by language.
@@ -54,7 +55,7 @@ class Part:
     base: Path
     read: int = 0
     documents: int = 0
-    bytes: int = 0
+    size: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[list[str]]] = field(default_factory=dict)
@@ -70,10 +71,12 @@ class Part:
     def texts(self) -> Iterator[Document]:
         """The documents that stay, one after another."""
         try:
-            with open(self.file(".zst"), "rb") as stream:
-                with zstandard.ZstdDecompressor().stream_reader(stream) as opened:
-                    for line in io.BufferedReader(opened, 1 << 18):
-                        yield Document(*json.loads(line))
+            with (
+                open(self.file(".zst"), "rb") as stream,
+                zstandard.ZstdDecompressor().stream_reader(stream) as opened,
+            ):
+                for line in io.BufferedReader(opened, 1 << 18):
+                    yield Document(*json.loads(line))
         except (OSError, ValueError, zstandard.ZstdError) as error:
             raise UserError(
                 f"{self.file('.zst')}: damaged since it was written ({error}); run again (it is made anew)"
@@ -121,7 +124,7 @@ class PartWriter:
             self._digests.append(outcome.digest)
             line = json.dumps([outcome.name, outcome.text, outcome.language], ensure_ascii=False)
             data = line.encode(errors="backslashreplace") + b"\n"
-            part.bytes += len(data)
+            part.size += len(data)
             if self._keeps_texts:
                 self._stream.write(data)
         self._signed.append(signed)

@@ -1,7 +1,7 @@
 """Cleaning in several processes, results in the order of the work.
 
-Threads would wait for each other: the rules are Python. The processes are forked where the system can, so that models
-and n-grams are in memory once; they end with the one that made them, however that ends.
+Threads would wait for each other: the rules are Python. The processes are forked where the system can, so
+that models and n-grams are in memory once; they end with the one that made them, however that ends.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """A corpus through `cleaning` and `dedup` onto the disk, and back as documents.
 
-Comes in: a corpus and options. Goes out: the documents that stay, in the corpus' order, to `clean.select`; what was
-dropped and why, to `report`.
+Comes in: a corpus and options. Goes out: the documents that stay, in the corpus' order, to `clean.select`;
+what was dropped and why, to `report`.
 
-1. `clean_lot`: every lot is read, cleaned and written in parts. Lots are independent: any task may do any of them.
+1. `clean_lot`: every lot is read, cleaned and written in parts. Lots are independent: any task may do any
+   of them.
 2. `find_column`: digests and each band of the signatures are a column; columns are independent too.
 3. `documents`: the parts in order, without the duplicates.
 
-What is finished is kept and checked as in `notes`, so each step goes on where it stopped, and its files do not depend on
-who did what when.
+What is finished is kept and checked as in `notes`, so each step goes on where it stopped, and its files do
+not depend on who did what when.
 """
 
 from __future__ import annotations
@@ -128,7 +129,11 @@ class Staging:
                 return
 
     def clean_lot(
-        self, lot: Lot, pool: Pool, progress: Progress = lambda documents, chars: None, kept: _Kept | None = None
+        self,
+        lot: Lot,
+        pool: Pool,
+        progress: Progress = lambda documents, chars: None,
+        kept: _Kept | None = None,
     ) -> None:
         """One lot to its parts; those that are finished stay."""
         self.folder.mkdir(exist_ok=True)
@@ -152,7 +157,9 @@ class Staging:
         batches = batches_of(documents, self.part_bytes) if not kept.is_full else iter(())
         for batch, (outcomes, signed) in pool.clean(batches):
             if writer is None:
-                writer = PartWriter(self._base(lot, len(parts)), self.origin, self._banding, self._keeps_texts)
+                writer = PartWriter(
+                    self._base(lot, len(parts)), self.origin, self._banding, self._keeps_texts
+                )
             writer.add(outcomes, signed)
             read += len(batch.documents)
             chars += sum(len(document.text) for document in batch.documents)
@@ -214,7 +221,8 @@ class Staging:
             parts = list(self._finished(lot))
             if done is None or done.get("parts") != len(parts):
                 raise UserError(
-                    f"{self.folder}: lot {lot.number} of {len(self.lots)} is not done; run the tasks that clean "
+                    f"{self.folder}: lot {lot.number} of {len(self.lots)} is not done; run the tasks that "
+                    f"clean "
                     f"again (they continue)"
                 )
             for part in parts:
@@ -246,7 +254,11 @@ class Staging:
         parts = hashlib.sha256(repr([part.documents for part in documents.parts]).encode()).hexdigest()
         try:
             known = read_note(note)
-            if known is not None and known == {"origin": self.origin, "parts": parts, "sha256": file_sha256(path)}:
+            if known is not None and known == {
+                "origin": self.origin,
+                "parts": parts,
+                "sha256": file_sha256(path),
+            }:
                 return
         except (Unusable, OSError, UserError):
             pass
@@ -329,7 +341,9 @@ class Staging:
         for number in dropped.tolist():
             other = texts.get(int(found.of[number]))
             named = (other.name, other.text) if other else ("a corpus of near_duplicates_of", "")
-            pairs.append([texts[number].name, texts[number].text[:_SAMPLE_CHARS], named[0], named[1][:_SAMPLE_CHARS]])
+            pairs.append(
+                [texts[number].name, texts[number].text[:_SAMPLE_CHARS], named[0], named[1][:_SAMPLE_CHARS]]
+            )
         return pairs
 
     def write_hits(self, path: Path) -> int:
@@ -368,5 +382,6 @@ class _Kept:
     @property
     def is_full(self) -> bool:
         documents, size = self._limit.documents, self._limit.bytes
-        return (documents is not None and self._documents >= documents) or (size is not None and self._bytes >= size)
-
+        return (documents is not None and self._documents >= documents) or (
+            size is not None and self._bytes >= size
+        )

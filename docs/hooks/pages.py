@@ -1,6 +1,6 @@
 """What the site needs beyond the pages as they stand in the repository; read by mkdocs alone.
 
-- A link to a file outside of docs/ (source, configuration) becomes the path as text: the site has no such file.
+- A link to a file outside of docs/ (source, configuration) becomes text: the site has no such file.
 - The notebook becomes a page.
 """
 
@@ -24,6 +24,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     def text(match: re.Match[str]) -> str:
         target = os.path.normpath(os.path.join(folder, match[3]))
+        if target == f"{NOTEBOOK}.ipynb" and page.file.src_uri != f"{NOTEBOOK}.md":
+            return match[0].replace(".ipynb", ".md")
         if not target.startswith(".."):
             return match[0]
         place = os.path.normpath(os.path.join("docs", target))
@@ -46,5 +48,7 @@ def as_markdown(notebook: str) -> str:
         text = "".join(cell["source"])
         parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
     name = NOTEBOOK.rpartition("/")[2]
-    parts.insert(1, f"[The notebook itself]({name}.ipynb); `dualroute notebook` copies it into a folder of yours.")
+    parts.insert(
+        1, f"[The notebook itself]({name}.ipynb); `dualroute notebook` copies it into a folder of yours."
+    )
     return "\n\n".join(parts) + "\n"

@@ -93,6 +93,10 @@ def run(arguments: Sequence[str]) -> int:
         return _configs(rest)
     if stage == "notebook":
         return _notebook(rest)
+    if stage == "completion":
+        from dualroute.cli.completion import completion
+
+        return completion(rest)
     if stage in FAMILIES:
         from dualroute.cli.family import run_family
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from dualroute.data.mixture.config import SourceConfig, check_mixture
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
 from dualroute.paths import FolderOrHost, LocalPath, PathOrName, SuiteName
@@ -22,6 +23,8 @@ class EvaluateConfig:
             folder.
         data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer; for a checkpoint
             of a task a file or folder of rows, null taking data.test or data.validation of its training.
+        sources: Several folders of shards with their shares, PATH=WEIGHT each: every source is scored, and
+            the mixture.  Null, with neither data nor text, takes those that the model was trained on.
         text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
         split: Which split of ``data``.
         context: Tokens the model sees at once; null takes the context it was trained with.
@@ -47,6 +50,7 @@ class EvaluateConfig:
     checkpoint: LocalPath
     data: PathOrName | None = None
     text: LocalPath | None = None
+    sources: list[SourceConfig] = field(default_factory=list)
     split: Literal["train", "val"] = "val"
     context: int | None = None
     stride: int | None = None
@@ -72,8 +76,13 @@ class EvaluateConfig:
         for name in _OF_A_SUITE[1:]:
             if getattr(self, name) is not None:
                 raise UserError(f"{name} says nothing without a suite: give --suite NAME")
-        if self.data is not None and self.text is not None:
-            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
+        given = [name for name in ("data", "text", "sources") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(
+                "give either --data (a folder of shards), --sources (several) or --text (a file), and not "
+                f"{'both' if len(given) == 2 else 'all'}"
+            )
+        check_mixture(self.sources, [])
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
         if self.cache_dtype is not None and self.text is None:

@@ -291,13 +291,7 @@ def evaluate_loaded(loaded: Loaded, config: EvaluateConfig) -> Score:
         UserError: Any of the inputs cannot be used.
     """
     _require_text(config)
-    context = config.context or int(
-        loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
-    )
-    if context > loaded.model.config.max_context:
-        raise UserError(
-            f"context {context} is longer than the model's max_context {loaded.model.config.max_context}"
-        )
+    context = context_of(loaded, config)
     if config.data is not None:
         return evaluate_shards(
             loaded, config.data, config.split, context, config.batch_size, config.max_tokens
@@ -307,6 +301,22 @@ def evaluate_loaded(loaded: Loaded, config: EvaluateConfig) -> Score:
     return evaluate_text(
         loaded, config.text, context, stride, config.batch_size, config.max_tokens, config.cache_dtype
     )
+
+
+def context_of(loaded: Loaded, config: EvaluateConfig) -> int:
+    """Tokens that the model sees at once: those asked for, or those that it was trained with.
+
+    Raises:
+        UserError: They are more than it can.
+    """
+    context = config.context or int(
+        loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
+    )
+    if context > loaded.model.config.max_context:
+        raise UserError(
+            f"context {context} is longer than the model's max_context {loaded.model.config.max_context}"
+        )
+    return context
 
 
 def evaluate_command(config: EvaluateConfig) -> None:

@@ -57,7 +57,11 @@ def test_good_text_passes_every_rule(text) -> None:
         (ENGLISH + "Use { and } in the text.\n", "c4", "c4: curly_bracket"),
         (CHINESE + "Lorem ipsum dolor sit amet.\n", "c4", "c4: lorem_ipsum"),
         ("One line. Two words.", "c4", "c4: too_few_sentences"),
-        ("\n".join(["no mark at the end of a line that is long enough"] * 3), "fineweb", "fineweb: line_punct_ratio"),
+        (
+            "\n".join(["no mark at the end of a line that is long enough"] * 3),
+            "fineweb",
+            "fineweb: line_punct_ratio",
+        ),
         ("\n".join(f"短行{n}。" for n in range(40)), "fineweb", "fineweb: short_line_ratio"),
     ],
 )
@@ -87,7 +91,9 @@ def test_source_code_has_rules_of_its_own() -> None:
 def test_words_need_no_spaces() -> None:
     assert words_of("我们今天去公园。") == ["我们", "今天", "去", "公园", "。"]
     assert words_of("Don't e-mail 3.14!") == ["Don't", "e-mail", "3.14", "!"]
-    assert [text for start, end in sentence_spans("你好。A b! C d") if (text := "你好。A b! C d"[start:end])] == ["你好。", "A b!", " C d"]
+    assert [
+        text for start, end in sentence_spans("你好。A b! C d") if (text := "你好。A b! C d"[start:end])
+    ] == ["你好。", "A b!", " C d"]
 
 
 def test_languages_come_without_a_download() -> None:
@@ -101,7 +107,10 @@ def test_languages_come_without_a_download() -> None:
 @pytest.fixture
 def evaluation(tmp_path):
     rows = [
-        {"question": "Which animal was carried to the upper floor of the old mill by the miller and his daughter?"},
+        {
+            "question": "Which animal was carried to the upper floor of the old mill "
+            "by the miller and his daughter?"
+        },
         {"问题": ["太阳升起之前，村里的人们把所有的家具都搬到了楼上，然后在窗边等待了三天三夜。", "雨"]},
         {"question": "Too short?"},
     ]
@@ -115,7 +124,9 @@ def test_stretches_of_evaluation_sets_are_found_and_cut(evaluation) -> None:
     contamination = Contamination([str(evaluation.parent)], 13)
     assert (contamination.examples, contamination.too_short) == (3, 1)
     assert contamination.hits(ENGLISH + CHINESE) == []
-    english = "He asked: which animal was CARRIED to the upper\n floor of the old mill, by the miller and another?"
+    english = (
+        "He asked: which animal was CARRIED to the upper\n floor of the old mill, by the miller and another?"
+    )
     chinese = "有人说，太阳升起之前，村里的人们把所有的家具都搬到了楼上然后在窗边。"
     text = f"first\n{english}\nmiddle\n{chinese}\nlast"
     hits = contamination.hits(text)
@@ -136,7 +147,9 @@ def test_evaluation_sets_that_cannot_be_used(path, message, tmp_path) -> None:
 
 
 def test_a_document_goes_or_a_passage(evaluation) -> None:
-    text = ENGLISH + "Which animal was carried to the upper floor of the old mill by the miller and his son?\n"
+    text = (
+        ENGLISH + "Which animal was carried to the upper floor of the old mill by the miller and his son?\n"
+    )
     for action, stays in (("document", None), ("passage", ENGLISH)):
         cleaner = Cleaner(CleaningOptions(decontaminate=(str(evaluation),), decontaminate_action=action))
         (outcome,), _ = cleaner.clean([Document("x", text)])
@@ -159,8 +172,8 @@ def test_personal_data_gives_way() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["10.0.0.1 127.0.0.1", "version 1.2.3 or 1.2.3.4.5", "12:30:45", "std::vector a::b", "2026-11-29", "1,234,567.89",
-     "@property", "a @ b", "ISBN 978-3-16-148410-0", "3.14159265358979", "print(f'{x:>10}')"],
+    ["10.0.0.1 127.0.0.1", "version 1.2.3 or 1.2.3.4.5", "12:30:45", "std::vector a::b", "2026-11-29",
+     "1,234,567.89", "@property", "a @ b", "ISBN 978-3-16-148410-0", "3.14159265358979", "print(f'{x:>10}')"],
 )  # fmt: skip
 def test_what_is_no_personal_data_stays(text) -> None:
     assert scrub(text, KINDS) == (text, {})

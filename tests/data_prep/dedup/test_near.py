@@ -49,7 +49,8 @@ def changed(draw: random.Random, text: list[str], share: float, language: str) -
 
 
 def planted(language: str, pairs: int = 150) -> tuple[list[str], np.ndarray]:
-    """Texts, and for each whether it is a copy with few changes; others share half of their text or nothing."""
+    """Texts, and for each whether it is a copy with few changes; others share half of their text or
+    nothing."""
     draw = random.Random(language)
     join = "" if language == "zh" else " "
     texts, copies = [], []

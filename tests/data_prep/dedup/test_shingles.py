@@ -19,8 +19,12 @@ def hashes(text: str) -> list[int]:
 
 @given(st.text(alphabet="ab1_ é.,\n你好た", max_size=60))
 def test_tokens_are_words_and_single_letters_of_scripts_without_spaces(text) -> None:
-    expected = [found for found in re.finditer("[你好た]|[ab1_é]+", text)]
-    found = [(start, alone) for _, starts, unspaced in tokens(text) for start, alone in zip(starts, unspaced, strict=True)]
+    expected = list(re.finditer("[你好た]|[ab1_é]+", text))
+    found = [
+        (start, alone)
+        for _, starts, unspaced in tokens(text)
+        for start, alone in zip(starts, unspaced, strict=True)
+    ]
     assert [start for start, _ in found] == [match.start() for match in expected]
     assert [alone for _, alone in found] == [match[0] in "你好た" for match in expected]
     numbers = hashes(text)

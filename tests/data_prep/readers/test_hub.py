@@ -25,9 +25,9 @@ def test_rows_become_documents(tmp_path, monkeypatch) -> None:
     documents = list(corpora.documents(corpus, ReadOptions(), tmp_path))
     assert [document.text for document in documents] == [row["text"] for row in rows]
     assert documents[0].name == "set@train:1"
-    with pytest.raises(UserError, match="no column 'body'.*text, id.*set text_key"):
+    with pytest.raises(UserError, match=r"no column 'body'.*text, id.*set text_key"):
         list(corpora.documents(corpus, ReadOptions(text_key="body"), tmp_path))
-    with pytest.raises(UserError, match="cannot be read.*check its name"):
+    with pytest.raises(UserError, match=r"cannot be read.*check its name"):
         list(corpora.documents(corpora.open_corpus(f"hf:{folder}@nothing"), ReadOptions(), tmp_path))
 
 

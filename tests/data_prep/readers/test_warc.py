@@ -38,7 +38,12 @@ def crawl(records, compressed: bool = True) -> bytes:
 RECORDS = [
     ("warcinfo", None, None, b"software: x"),
     ("response", "https://a.org/1", ("200 OK", "text/html; charset=utf-8"), PAGE.encode()),
-    ("response", "https://a.org/gbk", ("200 OK", "text/html"), PAGE.replace("<head>", "<head><meta charset=gbk>").encode("gbk")),
+    (
+        "response",
+        "https://a.org/gbk",
+        ("200 OK", "text/html"),
+        PAGE.replace("<head>", "<head><meta charset=gbk>").encode("gbk"),
+    ),
     ("response", "https://a.org/gone", ("404 Not Found", "text/html"), b"<p>gone</p>"),
     ("response", "https://a.org/picture", ("200 OK", "image/png"), b"\x89PNG"),
     ("response", "https://a.org/plain", ("200 OK", "text/plain"), b"plain text"),
@@ -66,13 +71,21 @@ def test_pages_of_a_crawl(compressed, tmp_path) -> None:
 
 def test_texts_of_wet(tmp_path) -> None:
     texts = [f"Page {number}\n你好" for number in range(5)]
-    records = [("conversion", f"https://a.org/{number}", None, text.encode()) for number, text in enumerate(texts)]
+    records = [
+        ("conversion", f"https://a.org/{number}", None, text.encode()) for number, text in enumerate(texts)
+    ]
     assert texts_of(written(tmp_path, "CC-MAIN-1.warc.wet.gz", crawl(records))) == texts
 
 
 @pytest.mark.parametrize("cut", [30, 200, 700, 1500])
 def test_a_crawl_that_is_cut_off_is_damaged(cut, tmp_path) -> None:
-    data = crawl([("conversion", "https://a.org/1", None, b"x" * 900), ("conversion", "https://a.org/2", None, b"y" * 900)], False)
+    data = crawl(
+        [
+            ("conversion", "https://a.org/1", None, b"x" * 900),
+            ("conversion", "https://a.org/2", None, b"y" * 900),
+        ],
+        False,
+    )
     with pytest.raises(UserError, match=r"c\.wet.*(damaged|cut off|shorter)"):
         texts_of(written(tmp_path, "c.wet", data[: len(data) - cut]))
 

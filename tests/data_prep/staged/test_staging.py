@@ -67,7 +67,11 @@ def test_bytes_do_not_depend_on_the_workers_and_everything_is_told(cleaned, tmp_
     assert files(first.folder) == files(second.folder)
     names = documents_of(first)
     assert not names & {"tested.txt", "hostile.txt"}
-    assert len(names & {"same.txt", "part0/story-003.txt"}) == len(names & {"near.txt", "part1/story-004.txt"}) == 1
+    assert (
+        len(names & {"same.txt", "part0/story-003.txt"})
+        == len(names & {"near.txt", "part1/story-004.txt"})
+        == 1
+    )
     dropped = first.preparation["dropped"]
     assert {"duplicate": 1, "near_duplicate": 1, "contaminated": 1, "too_short": 1}.items() <= dropped.items()
     assert first.preparation["cleaning"]["counts"] == {"email replaced": 1}
@@ -148,7 +152,7 @@ def test_documents_of_other_corpora_count_as_seen(cleaned, tmp_path) -> None:
     dropped = manifest.preparation["dropped"]
     assert (dropped["duplicate"], dropped["near_duplicate"]) == (2, 2)
     assert str(tmp_path) not in json.dumps(manifest.preparation)
-    with pytest.raises(UserError, match="near_duplicates_of.*is a prepared data set"):
+    with pytest.raises(UserError, match=r"near_duplicates_of.*is a prepared data set"):
         prepare(cleaned(near_duplicates_of=[str(manifest.folder)], output=str(tmp_path / "x")))
 
 
@@ -204,7 +208,10 @@ def test_lots_and_parts_follow_sizes_alone(corpus) -> None:
         assert [file for lot in lots for file in lot.files] == list(opened.files)
         assert [lot.number for lot in lots] == list(range(len(lots)))
     assert len(lots_of(opened, 1)) == 60
-    documents = [dataclasses.replace(document) for document in corpora.documents(opened, module.PrepareConfig().read_options(), corpus)]
+    documents = [
+        dataclasses.replace(document)
+        for document in corpora.documents(opened, module.PrepareConfig().read_options(), corpus)
+    ]
     batches = list(batches_of(documents, 2000))
     assert [document for batch in batches for document in batch.documents] == documents
     assert all(sum(len(d.text) for d in batch.documents) >= 2000 for batch in batches[:-1] if batch.ends)
