@@ -122,7 +122,8 @@ def text_dedup(texts: list[str]) -> list[bool]:
                 first = min(cluster)
                 for number in cluster:
                     union.union(number, first)
-    return [union.find(number) != number for number in range(len(texts))]
+    first: dict[int, int] = {}  # of each cluster, which is what stays
+    return [first.setdefault(union.find(number), number) != number for number in range(len(texts))]
 
 
 def datasketch(texts: list[str]) -> list[bool]:
