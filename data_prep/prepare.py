@@ -62,6 +62,7 @@ from dualroute.files import file_sha256, locked, remove_leftovers, write_bytes_a
 
 PREPARATION_FILE = "preparation.json"
 CONTAMINATED_FILE = "contaminated.jsonl"
+_SHOWN_REASONS = 12
 _LOCK_FILE = ".prepare.lock"
 _TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
 
@@ -110,9 +111,11 @@ def summary(manifest: Manifest) -> str:
         )
     dropped = manifest.preparation.get("dropped", {})
     if dropped:
-        lines.append(
-            "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-        )
+        ordered = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in ordered[:_SHOWN_REASONS])
+        rest = sum(count for _, count in ordered[_SHOWN_REASONS:])
+        more = f", {rest:,} for {len(ordered) - _SHOWN_REASONS} reasons more, in {REPORT_FILE}" if rest else ""
+        lines.append(f"dropped: {listed}{more}")
     made_of = manifest.preparation.get("composition", {})
     lines += described(made_of)
     if (vocabulary := made_of.get("vocabulary")) and (line := warning(vocabulary)):
