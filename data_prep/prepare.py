@@ -39,6 +39,7 @@ from data_prep.progress import Reporter
 from data_prep.shards import write_index, write_shards
 from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
+from dualroute import __version__
 from dualroute.data.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -380,6 +381,7 @@ class _Preparation:
             ),
             splits=splits,
             preparation={
+                "dualroute": __version__,
                 "options": self.plan["options"],
                 "licence": self.corpus.licence,
                 "input_files": len(self.plan["inputs"]),
