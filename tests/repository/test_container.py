@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 
+from dualroute import __version__
 from tests.conftest import ROOT
 
 FILE = ROOT / "launch/Dockerfile"
@@ -28,6 +29,15 @@ def test_both_targets_have_what_their_commands_need():
     assert tuple(map(int, version.split("."))) >= tuple(map(int, least.split(".")))
     pages = "".join((ROOT / name).read_text() for name in ("docs/start/install.md", "launch/Dockerfile"))
     assert set(re.findall(r"--target (\w+)", pages)) == {"cpu", "cuda"}
+
+
+def test_one_version_everywhere():
+    assert PROJECT["project"]["version"] == __version__
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited
+    assert cited[1] == __version__
+    named = re.findall(r"dualroute-(\d[\w.]*)-py3", (ROOT / "docs/start/install.md").read_text())
+    assert set(named) == {__version__}
 
 
 def test_what_the_wheel_is_built_of_is_sent_to_the_build():
