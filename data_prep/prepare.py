@@ -46,6 +46,7 @@ from data_prep.staged.build import staging_of
 from data_prep.staged.pool import Killed, Pool
 from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
+from dualroute import __version__
 from dualroute.data.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -460,6 +461,7 @@ class Preparation:
             ),
             splits=splits,
             preparation={
+                "dualroute": __version__,
                 "options": self.plan["options"],
                 "licence": self.corpus.licence,
                 "input_files": len(self.plan["inputs"]),
