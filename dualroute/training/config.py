@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 
 from dualroute.data.mixture.config import SourceConfig, StageConfig, check_mixture
 from dualroute.data.remote.config import (
-    DEFAULT_CACHE_GIB,
     BadDataPolicy,
     RemoteOptions,
     default_cache_folder,
+    default_cache_gib,
 )
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
@@ -56,7 +56,7 @@ class DataConfig:
         mask_share: With objective masked, the share of the tokens that are hidden, whole words of them.
         cache_dir: Folder for copies of what lies elsewhere, shared by the processes of a node and best on a
             disk of its own; null takes $DUALROUTE_CACHE, or dualroute/shards in the user's cache.
-        cache_gib: GiB that the copies may take up, over all sets.
+        cache_gib: GiB that the copies may take up, over all sets; null takes $DUALROUTE_CACHE_GIB, or 64.
         prefetch_shards: Shards that lie elsewhere and are brought before they are needed; 0 brings none.
         fetch_timeout: Seconds without an answer, or with less than 1 KiB/s, after which a transfer has
             failed.
@@ -84,7 +84,7 @@ class DataConfig:
     fim_spm_rate: float = 0.5
     fim_tokens: list[str] | None = None
     cache_dir: LocalPath | None = None
-    cache_gib: float = DEFAULT_CACHE_GIB
+    cache_gib: float | None = None
     prefetch_shards: int = 4
     fetch_timeout: float = 60.0
     fetch_retries: int = 8
@@ -130,9 +130,12 @@ class DataConfig:
     @property
     def remote(self) -> RemoteOptions:
         """How a set that lies elsewhere is read."""
-        folder = self.cache_dir or default_cache_folder()
         return RemoteOptions(
-            folder, self.cache_gib, self.fetch_timeout, self.fetch_retries, self.retry_seconds
+            self.cache_dir or default_cache_folder(),
+            default_cache_gib() if self.cache_gib is None else self.cache_gib,
+            self.fetch_timeout,
+            self.fetch_retries,
+            self.retry_seconds,
         )
 
     @property
