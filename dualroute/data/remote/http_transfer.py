@@ -89,8 +89,8 @@ class Part:
         url: to continue from.
         checked: a checksum is known, so what is wrongly joined will be found.
         limit: bytes that the file may have; None for `MAX_BYTES`.
-        keep_all: go on after all that is there, though some of it may not have reached the disk before a power
-            failure: the checksum will tell, and another attempt from the start costs little.
+        keep_all: go on after all that is there, though some of it may not have reached the disk before a
+            power failure: the checksum will tell, and another attempt from the start costs little.
     """
 
     def __init__(
