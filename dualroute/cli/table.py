@@ -70,7 +70,7 @@ def load(name: tuple[str, str]) -> Any:
 STAGES = {
     "prepare": Stage(
         ("data_prep.config", "PrepareConfig"),
-        ("data_prep.prepare", "prepare"),
+        ("data_prep.prepare", "prepare_command"),
         "corpus → tokenizer → shards",
     ),
     "pretrain": Stage(
@@ -260,5 +260,7 @@ FAMILIES = {
 #: Commands that are neither.
 OTHERS = {
     "configs": "list the configurations that come with dualroute, or show one",
+    "notebook": "copy the notebook of a first model into a folder, this one by default",
+    "completion": "what a shell reads to complete commands and options: bash, zsh or fish",
     "submit": "a training, a sweep or a chain of stages as jobs of Slurm",
 }

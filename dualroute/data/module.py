@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from dualroute.data.manifest import Manifest, canonical_json
 from dualroute.data.masking import Masking
-from dualroute.data.mixture.config import SourceConfig, StageConfig
+from dualroute.data.mixture.config import SourceConfig, StageConfig, lines_over_max_epochs
 from dualroute.data.mixture.history import Course, merged, refuse_other_past
 from dualroute.data.mixture.plan import MixturePlan, MixtureSequence, WalkSources
 from dualroute.data.mixture.schedule import Schedule, turns_of
@@ -219,6 +219,20 @@ class ShardDataModule(WindowDataModule):
         position = metadata.get("samples_consumed", int(metadata.get("tokens", 0)) // self.context)
         refuse_other_past(theirs, self.course, int(position), where)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **self.describe_order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `WindowDataModule.load_state_dict`; the course of a mixture may differ in what is to come.
+
+        Raises:
+            UserError: see there; or what was read until then is not what this module would have read.
+        """
+        told = {**state_dict, "data_fingerprint": state_dict.get("fingerprint")}
+        if isinstance(state_dict.get("samples_consumed"), int):
+            self.refuse_other_past(told, "the checkpoint")
+        super().load_state_dict(state_dict)
+
     def describe_order(self) -> dict[str, Any]:
         return {"mixture": self.course.to_json()} if self.is_mixture else {}
 
@@ -238,13 +252,8 @@ class ShardDataModule(WindowDataModule):
         plan = self.plan
         if not isinstance(plan, MixturePlan):
             return {}
-        counts = plan.samples_by_source(self.samples_consumed, self.skipped_samples).tolist()
-        epochs = plan.epochs_by_source(self.samples_consumed)
-        figures: dict[str, float] = {}
-        for source, count, passes in zip(self.sources, counts, epochs, strict=True):
-            figures[f"data/tokens_by_source/{source.name}"] = count * self.context
-            figures[f"data/epochs_by_source/{source.name}"] = passes
-        return figures
+        names = [source.name for source in self.sources]
+        return plan.figures(names, self.samples_consumed, self.skipped_samples)
 
     def epochs_at(self, samples: int) -> dict[str, float]:
         plan = self.plan
@@ -254,14 +263,7 @@ class ShardDataModule(WindowDataModule):
         return {source.name: epochs for source, epochs in zip(self.sources, passes, strict=True)}
 
     def over_max_epochs(self, samples: int) -> Iterator[str]:
-        passes = self.epochs_at(samples)
-        for source in self.sources:
-            most, epochs = source.config.max_epochs, passes[source.name]
-            if most is not None and epochs > most * (1 + 1e-9):
-                yield (
-                    f"the run reads {source.name} {epochs:.3g} times, more than its max_epochs {most:g}: "
-                    "lower its weight, train on fewer tokens, or prepare more of it"
-                )
+        yield from lines_over_max_epochs([source.config for source in self.sources], self.epochs_at(samples))
 
     def order_lines(self) -> Iterator[str]:
         if self.is_mixture:

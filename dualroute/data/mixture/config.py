@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -143,6 +143,21 @@ def check_mixture(sources: Sequence[SourceConfig], stages: Sequence[StageConfig]
                     f"are {', '.join(names)}"
                 )
         _check_sum(stage.weights, f"data.stages from_tokens {stage.from_tokens}")
+
+
+def lines_over_max_epochs(sources: Iterable[SourceConfig], passes: Mapping[str, float]) -> Iterator[str]:
+    """A line for each source that is read more often than it may be.
+
+    Args:
+        passes: over each source, by name.
+    """
+    for source in sources:
+        most, epochs = source.max_epochs, passes[source.called]
+        if most is not None and epochs > most * (1 + 1e-9):
+            yield (
+                f"the run reads {source.called} {epochs:.3g} times, more than its max_epochs {most:g}: lower "
+                "its weight, train on fewer tokens, or prepare more of it"
+            )
 
 
 def _check_sum(weights: Mapping[str, float], where: str) -> None:

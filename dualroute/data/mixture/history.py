@@ -134,7 +134,7 @@ def refuse_other_past(theirs: Course, ours: Course, consumed: int, where: str) -
         f"{described(now, names)}: what has been read cannot change"
     )
     if gone:
-        raise UserError(f"{message}; keep {', '.join(gone)} in data.sources, unchanged")
+        raise UserError(f"{message}; keep {', '.join(gone)} in data.sources and data.stages, unchanged")
     weights = ", ".join(f"{name}: {share:.5g}" for name, share in shares(wanted, names).items())
     kept = "data.sources and data.stages" if len(theirs.stages) > 1 else "the weights of data.sources"
     new = [ours.names[key] for key in wanted if key not in theirs.names]

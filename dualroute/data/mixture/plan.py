@@ -82,6 +82,15 @@ class MixturePlan:
         counts = self.schedule.counts(samples).tolist()
         return [part.epochs(count) for part, count in zip(self.parts, counts, strict=True)]
 
+    def figures(self, names: Sequence[str], samples: int, skipped: Sequence[Span] = ()) -> dict[str, float]:
+        """{tag: tokens or epochs} of each source after so many samples of the run."""
+        found: dict[str, float] = {}
+        counts, passes = self.samples_by_source(samples, skipped).tolist(), self.epochs_by_source(samples)
+        for name, count, epochs in zip(names, counts, passes, strict=True):
+            found[f"data/tokens_by_source/{name}"] = count * self.context
+            found[f"data/epochs_by_source/{name}"] = epochs
+        return found
+
     def ids(self, numbers: Int64) -> Int64:
         """See `SamplePlan.ids`."""
         sources, indices = self.schedule.turns(numbers)

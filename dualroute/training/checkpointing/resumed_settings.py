@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
-from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import MuonConfig, OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
@@ -57,7 +57,11 @@ RULES: dict[str, Rule] = {
     "data.on_bad_data": "obeyed",
     "data.max_bad_windows": "obeyed",
     "train": "obeyed",
+    "optim.name": "refused",
     "optim.lr": "obeyed",
+    "optim.embedding_lr": "obeyed",
+    "optim.head_lr": "obeyed",
+    **{f"optim.muon.{field.name}": "obeyed" for field in dataclasses.fields(MuonConfig)},
     "optim.betas": "obeyed",
     "optim.eps": "obeyed",
     "optim.weight_decay": "obeyed",
@@ -66,6 +70,7 @@ RULES: dict[str, Rule] = {
     "optim.schedule": "obeyed",
     "optim.min_lr_ratio": "obeyed",
     "optim.decay_fraction": "obeyed",
+    "optim.decay_shape": "obeyed",
     "optim.grad_clip": "obeyed",
     "optim.fused": "obeyed",
     **STRATEGY_RULES,

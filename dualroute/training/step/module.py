@@ -5,14 +5,15 @@ divided by the number of targets of the *whole* global batch, so that the gradie
 batch was divided over ranks and micro-batches.  Out: gradients for the strategy to step with, and
 ``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitoring.monitor`.
 
-The learning rate has no scheduler object.  It is a pure function of the step, written
-into the optimizer before each one, so there is no state to save and nothing to drift on resume.  Weight
-decay, betas and eps are written with it, because a restored optimizer brings those of the run before.
+The learning rate has no scheduler object.  It is a pure function of the step, written into the optimizer
+before each one, so there is no state to save and nothing to drift on resume.  Weight decay, betas, eps and
+momentum are written with it, because a restored optimizer brings those of the run before.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -36,7 +37,7 @@ from dualroute.training.monitoring.source_losses import SourceLosses
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
-from dualroute.training.step.optim import HyperParameters, build_optimizer, learning_rate, parameter_groups
+from dualroute.training.step.optim import HyperParameters, build_optimizer, groups_of, learning_rate
 from dualroute.training.step.spike_guard import SpikeGuard
 from dualroute.training.step.step_guard import StepGuard, StepOutcome
 from dualroute.training.step.token_count import TokenCount
@@ -305,15 +306,11 @@ class Pretrain(LightningModule):
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
-    def _names_by_group(self) -> list[list[str]]:
-        """Names of the parameters in each group of the optimizer."""
-        config = self.optim_config
-        groups = parameter_groups(
-            self.trained,
-            config.weight_decay,
-            decay_embeddings=config.decay_embeddings,
-            unit_of=None if self.course is None else self.course.unit,
-        )
+    def _names_by_group(self, config: OptimConfig | None = None) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizer, or of one by another ``config``."""
+        course = self.course
+        unit = None if course is None else course.unit
+        groups = groups_of(self.trained, config or self.optim_config, unit)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
@@ -337,12 +334,25 @@ class Pretrain(LightningModule):
     def _refuse_other_groups(self, saved: list[list[str]] | None) -> None:
         """The same parameters in other groups: an optimizer's state cannot follow them."""
         ours = self._names_by_group()
-        if saved is not None and saved != ours and sorted(chain(*saved)) == sorted(chain(*ours)):
-            decays = self.optim_config.decay_embeddings
-            raise UserError(
-                f"the checkpoint was trained with optim.decay_embeddings {str(not decays).lower()} and this "
-                f"run asks for {str(decays).lower()}: give the old value, or begin anew with --init_from"
-            )
+        if saved is None or saved == ours or sorted(chain(*saved)) != sorted(chain(*ours)):
+            return
+        config = self.optim_config
+        others: dict[str, Any] = {
+            "decay_embeddings": not config.decay_embeddings,
+            "name": "adamw" if config.name == "muon" else "muon",
+            "embedding_lr": config.lr if config.embedding_lr is None else None,
+            "head_lr": config.lr if config.head_lr is None else None,
+        }
+        for key, other in others.items():
+            if self._names_by_group(replace(config, **{key: other})) == saved:
+                was, now = (_shown(key, value) for value in (other, getattr(config, key)))
+                break
+        else:
+            key, was, now = "name", "another, or other groups of parameters,", config.name
+        raise UserError(
+            f"the checkpoint was trained with optim.{key} {was} and this run asks for {now}: give the old "
+            f"value, or begin anew with --init_from"
+        )
 
     def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:
         """Put Lightning's count of micro-batches right; by it Lightning finds the end of a step.
@@ -356,6 +366,12 @@ class Pretrain(LightningModule):
                 counts["ready"] - counts["completed"]
             )  # 1 where it was saved inside a batch's last hook
             counts.update(ready=ready, started=ready, processed=ready, completed=ready - unfinished)
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_lr"):
+        return "null" if value is None else "a number"
+    return str(value).lower()
 
 
 def _digest(of_weights: str | None) -> str:

@@ -140,6 +140,8 @@ def test_known_points_of_the_schedules() -> None:
     assert lr_at(79, 100, wsd) == lr_at(80, 100, wsd) == 1.0
     assert lr_at(85, 100, wsd) == pytest.approx(0.5)  # 1 - sqrt(5/20)
     assert lr_at(100, 100, wsd) == 0.0
+    line = dataclasses.replace(wsd, decay_shape="linear")
+    assert [lr_at(step, 100, line) for step in (79, 80, 85, 99, 100)] == pytest.approx([1, 1, 0.75, 0.05, 0])
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,10 @@ def test_known_points_of_the_schedules() -> None:
         ({"min_lr_ratio": 1.5}, "optim.min_lr_ratio"),
         ({"decay_fraction": 0.0}, "optim.decay_fraction"),
         ({"grad_clip": 0.0}, "optim.grad_clip"),
+        ({"name": "lion"}, "optim.name is 'lion'"),
+        ({"head_lr": -1.0}, "optim.head_lr"),
+        ({"muon": {"momentum": 1.0}}, "optim.muon.momentum"),
+        ({"muon": {"steps": 0}}, "optim.muon.steps"),
     ],
 )
 def test_bad_values_name_their_key(values: dict[str, object], message: str) -> None:
