@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.quantization import GROUPED, Quantization, SchemeName
-from dualroute.paths import LocalPath
+from dualroute.paths import DataPath, LocalPath
 from dualroute.settings import SEEDS, Range, at_least, check_fields
 
 Criterion = Literal["activation", "random"]
@@ -77,7 +77,7 @@ class ConvertConfig:
     router: Literal["minmax", "moment", "mean"] | None = None
     far_summary: Literal["second_order", "first_order", "none"] | None = None
     cluster_span: int | None = None
-    data: LocalPath | None = None
+    data: DataPath | None = None
     calibration_tokens: int = 16384
     context: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -143,7 +143,7 @@ class PruneConfig:
 
     checkpoint: LocalPath
     output: LocalPath
-    data: LocalPath | None = None
+    data: DataPath | None = None
     keep: float | None = None
     target: Target = "parameters"
     axes: list[Literal["layers", "dim", "ffn", "heads"]] = field(
@@ -218,7 +218,7 @@ class SparsifyConfig:
 
     checkpoint: LocalPath
     output: LocalPath
-    data: LocalPath
+    data: DataPath
     method: Literal["wanda", "magnitude"] = "wanda"
     sparsity: float = 0.5
     pattern: Literal["unstructured", "2:4"] = "unstructured"

@@ -103,21 +103,31 @@ class IndexRows:
         target = rows.reshape(-1).view(np.uint8).data
         step = size * ROW_BYTES
         try:
-            if self._stream is None:
-                self._stream = open(self.path, "rb", buffering=0)  # noqa: SIM115
-            descriptor, found = self._stream.fileno(), 0
+            descriptor, missing = self._descriptor(), 0
             for place, number in enumerate(numbers.tolist()):
                 part = target[place * step : (place + 1) * step]
-                found += os.preadv(descriptor, [part], self.offset + number * step)
+                missing += ROW_BYTES * min(max(self.documents - number * size, 0), size)
+                missing -= os.preadv(descriptor, [part], self.offset + number * step)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); {self.remedy}") from error
-        if found < ROW_BYTES * int(np.clip(self.documents - numbers * size, 0, size).sum()):
+        if missing > 0:
             raise UserError(f"{self.path}: it has become shorter; {self.remedy}")
         return rows
 
     def __getitem__(self, document: int) -> NDArray[np.int64]:
-        """(4,): the row of one document."""
-        return self.blocks(np.array([document]), 1)[0, 0]
+        """(4,): the row of one document; raises as `blocks` does."""
+        try:
+            row = os.pread(self._descriptor(), ROW_BYTES, self.offset + document * ROW_BYTES)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); {self.remedy}") from error
+        if len(row) < ROW_BYTES:
+            raise UserError(f"{self.path}: it has become shorter; {self.remedy}")
+        return np.frombuffer(row, dtype="<i8")
+
+    def _descriptor(self) -> int:
+        if self._stream is None:
+            self._stream = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        return self._stream.fileno()
 
 
 def check_rows(

@@ -233,8 +233,7 @@ class Manifest:
 
 def _load_remote(address: str, options: RemoteOptions | None) -> Manifest:
     """The manifest at an address, with its tokenizer brought; the last one seen there if nobody answers."""
-    if address.endswith(f"/{MANIFEST_FILE}"):
-        address = address.removesuffix(f"/{MANIFEST_FILE}")
+    address = address.removesuffix(f"/{MANIFEST_FILE}")
     mirror = Mirror(address, options)
     path = f"{shown(address)}/{MANIFEST_FILE}"
     try:
@@ -244,12 +243,8 @@ def _load_remote(address: str, options: RemoteOptions | None) -> Manifest:
             raise UserError(
                 f"{mirror.shown}/{MANIFEST_FILE}: {error}; check the connection and run again"
             ) from error
-        _log.warning(
-            "%s: %s; the copies of it in %s are read, as it was when it was last seen",
-            mirror.shown,
-            error,
-            mirror.folder,
-        )
+        last = f"its copies in {mirror.folder} are read, as it was when it was last seen"
+        _log.warning("%s: %s; %s", mirror.shown, error, last)
         data = read_limited(mirror.folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
     try:
         content = parse_json(data)
@@ -260,9 +255,8 @@ def _load_remote(address: str, options: RemoteOptions | None) -> Manifest:
     manifest = dataclasses.replace(read, folder=mirror.folder, mirror=mirror)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     indices = sum(ROW_BYTES * split.documents for split in manifest.splits.values())
-    mirror.check_fits(
-        indices, max(shard.size for shard in shards), indices + sum(shard.size for shard in shards)
-    )
+    sizes = [shard.size for shard in shards]
+    mirror.check_fits(indices, max(sizes), indices + sum(sizes))
     if not (mirror.folder / MANIFEST_FILE).exists():
         write_bytes_atomically(mirror.folder / MANIFEST_FILE, data)
     mirror.get(manifest.tokenizer.file, manifest.tokenizer.sha256, limit=_MAX_TOKENIZER_BYTES)

@@ -17,12 +17,13 @@ samples, micro batch by micro batch for one rank, and the spans of the token str
    the split (`WalkSequence`).
 
 Nothing is shuffled. The permutation is a small cipher computed at the indices asked for, so order costs O(1)
-memory whatever the corpus, and resuming at sample 10^12 is as quick as starting. What is held is two bits per
-document (`DocumentStream`); the lengths stay in the index, which the processes of a node share.
+memory whatever the corpus, and resuming at sample 10^12 is as quick as starting. What is held is a quarter of
+a bit per document (`DocumentStream`); the lengths stay in the index, which the processes of a node share.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,8 +173,7 @@ class BatchPlan:
         epochs, windows = np.divmod(np.asarray(samples, dtype=np.int64), self.windows_per_epoch)
         starts = windows * self.context
         for epoch in np.unique(epochs):
-            word = seeded_words(self.fingerprint, self.seed, epoch, "offset", count=1)[0]
-            starts[epochs == epoch] += int(word) % self.context
+            starts[epochs == epoch] += _offset_word(self.fingerprint, self.seed, int(epoch)) % self.context
         return starts % self.stream.tokens
 
     def pieces(self, sample: int) -> Int64:
@@ -182,7 +182,9 @@ class BatchPlan:
 
     def spans(self, sample: int) -> list[Span]:
         """Stream ranges of one sample: one, or two where the window crosses the seam of the ring."""
-        start = int(self.starts([sample])[0])
+        epoch, window = divmod(int(sample), self.windows_per_epoch)
+        offset = _offset_word(self.fingerprint, self.seed, epoch) % self.context
+        start = (window * self.context + offset) % self.stream.tokens
         beyond = start + self.context - self.stream.tokens
         return [(start, start + self.context)] if beyond <= 0 else [(start, self.stream.tokens), (0, beyond)]
 
@@ -192,6 +194,12 @@ class BatchPlan:
         stops = starts + self.context
         targets = self.stream.targets_before(np.minimum(stops, tokens)) - self.stream.targets_before(starts)
         return int(np.sum(targets + self.stream.targets_before(np.maximum(stops - tokens, 0))))
+
+
+@functools.lru_cache(1024)
+def _offset_word(fingerprint: str, seed: int, epoch: int) -> int:
+    """What the offset of an epoch is the remainder of."""
+    return int(seeded_words(fingerprint, seed, epoch, "offset", count=1)[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from dualroute.estimate.config import EstimateConfig
 from dualroute.estimate.times import Times, accumulation, times, zero_stage
 from dualroute.estimate.trained import counted, trained_model
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.paths import is_remote
 from dualroute.training.finetuning.adapted import adapted_layers
 from dualroute.training.finetuning.adapters import add_adapters
 from dualroute.training.finetuning.config import StrategyConfig
@@ -121,10 +122,9 @@ def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
     """With the vocabulary of the data, or one of the usual size while there are none."""
     if config.model.vocab_size is not None:
         return config
-    folder = Path(config.data.path)
-    size = USUAL_VOCABULARY
-    if (folder / MANIFEST_FILE).is_file():
-        size = Manifest.load(folder).tokenizer.vocab_size
+    folder, size = config.data.path, USUAL_VOCABULARY
+    if is_remote(folder) or (Path(folder) / MANIFEST_FILE).is_file():
+        size = Manifest.load(folder, config.data.remote).tokenizer.vocab_size
     else:
         print(
             printable(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dualroute.errors import UserError
-from dualroute.paths import LocalPath
+from dualroute.paths import DataPath, LocalPath
 from dualroute.settings import at_least, check_fields
 
 
@@ -40,7 +40,7 @@ class ExportConfig:
     format: Literal["hf", "gguf", "onnx", "torch-export"]
     output: LocalPath
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    data: LocalPath | None = None
+    data: DataPath | None = None
     text: LocalPath | None = None
     context: int | None = None
     max_tokens: int | None = None

@@ -11,7 +11,7 @@ from dualroute.distillation.config import DistillConfig
 from dualroute.errors import UserError
 from dualroute.evaluate.config import EvaluateConfig
 from dualroute.export.config import ExportConfig
-from dualroute.paths import LocalPath, SuiteName
+from dualroute.paths import DataPath, LocalPath, SuiteName
 from dualroute.pipeline.section import SectionOf
 from dualroute.settings import at_least, check_fields
 from dualroute.training.config import PretrainConfig
@@ -57,7 +57,7 @@ class PipelineConfig:
     """
 
     output: LocalPath = "runs/pipeline"
-    data: LocalPath | None = None
+    data: DataPath | None = None
     parent: LocalPath | None = None
     prepare: Annotated[Section | None, SectionOf(PrepareConfig)] = field(default_factory=dict)
     pretrain: Annotated[Section | None, SectionOf(PretrainConfig)] = field(default_factory=dict)

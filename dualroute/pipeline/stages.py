@@ -43,7 +43,7 @@ class Stage:
         arguments: All of them.
         options: {dotted key: value} of what they give, files read; the rest has its default.
         output: File or folder that is there when it is done.
-        data: Folder of shards that it reads.
+        data: Folder or address of the shards that it reads.
         checkpoints: Run or checkpoint folders that it reads.
     """
 
@@ -51,7 +51,7 @@ class Stage:
     command: str
     arguments: list[str]
     output: Path
-    data: Path | None = None
+    data: Path | str | None = None
     checkpoints: tuple[Path, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Plan:
     stages: list[Stage] = field(default_factory=list)
     models: dict[str, Path] = field(default_factory=dict)
     controls: dict[str, Path] = field(default_factory=dict)
-    data: Path = Path()
+    data: Path | str = Path()
 
     def names(self) -> list[str]:
         return [stage.name for stage in self.stages]
@@ -105,10 +105,10 @@ class Planner:
             arguments = self.arguments("prepare", config.prepare)
             parsed = self.parse("prepare", "prepare", arguments)
             plan.data = Path(parsed.output)
-            stage = Stage("prepare", "prepare", arguments, plan.data, options=_given(parsed))
+            stage = Stage("prepare", "prepare", arguments, Path(parsed.output), options=_given(parsed))
             plan.stages.append(stage)
         else:
-            plan.data = Path(str(config.data))
+            plan.data = str(config.data)
         model = self.trained_model()
         plan.models["parent"] = model
         if config.prune is not None and config.recover is not None:

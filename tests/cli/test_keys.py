@@ -29,6 +29,10 @@ NEEDED = {
     "export": {"checkpoint": "c", "output": "o", "format": "hf"},
     "data verify": {"data": "d"},
     "data show": {"data": "d"},
+    "data inspect": {"data": "d"},
+    "data stats": {"data": "d"},
+    "data sample": {"data": "d"},
+    "data diff": {"first": "d", "second": "e"},
 }
 WRONG = {
     "word": "wrong",

@@ -25,6 +25,7 @@ from dualroute.cli.submit.scripts import check_names, common_values, hand_to_slu
 from dualroute.configuration.shipped import find_config
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
 from dualroute.errors import UserError
+from dualroute.paths import is_remote
 from dualroute.pipeline.stages import Planner
 
 ParseStage = Callable[[str, Sequence[str]], Any]
@@ -290,10 +291,12 @@ def _configs(files: Sequence[str]) -> list[str]:
 def _check_data(options: argparse.Namespace, data: Any) -> None:
     """The shards must be there when a job is submitted; to look at its script they need not."""
     for folder in [source.path for source in data.sources] or [data.path]:
+        if options.dry_run and is_remote(folder):
+            continue
         if options.dry_run and not (Path(folder) / MANIFEST_FILE).is_file():
             say(f"there are no shards in {folder} yet: `dualroute prepare` makes them")
             continue
-        Manifest.load(folder)
+        Manifest.load(folder, data.remote)
 
 
 def _checked(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dualroute.errors import UserError
+
 GIB = 1 << 30
-DEFAULT_CACHE_GIB = 64.0
 
 
 def default_cache_folder() -> str:
@@ -17,6 +18,22 @@ def default_cache_folder() -> str:
     if folder := os.environ.get("DUALROUTE_CACHE"):
         return folder
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dualroute" / "shards")
+
+
+def default_cache_gib() -> float:
+    """``$DUALROUTE_CACHE_GIB``, else 64.
+
+    Raises:
+        UserError: it is set to what is no number above 0.
+    """
+    text = os.environ.get("DUALROUTE_CACHE_GIB", "64")
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e9:
+        raise UserError(f"DUALROUTE_CACHE_GIB is {text!r}: set it to a number of GiB above 0")
+    return size
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class RemoteOptions:
     """
 
     cache_dir: str = field(default_factory=default_cache_folder)
-    cache_gib: float = DEFAULT_CACHE_GIB
+    cache_gib: float = field(default_factory=default_cache_gib)
     timeout: float = 60.0
     retries: int = 8
     retry_seconds: float = 1.0

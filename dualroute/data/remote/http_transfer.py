@@ -89,10 +89,14 @@ class Part:
         url: to continue from.
         checked: a checksum is known, so what is wrongly joined will be found.
         limit: bytes that the file may have; None for `MAX_BYTES`.
+        keep_all: go on after all that is there, though some of it may not have reached the disk before a
+            power failure: the checksum will tell, and another attempt from the start costs little.
     """
 
-    def __init__(self, destination: Path, url: str, checked: bool, limit: int | None = None) -> None:
-        self.url, self.checked = url, checked
+    def __init__(
+        self, destination: Path, url: str, checked: bool, limit: int | None = None, keep_all: bool = False
+    ) -> None:
+        self.url, self.checked, self._keep_all = url, checked, keep_all
         self.limit = MAX_BYTES if limit is None else limit
         self._url_digest = hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()
         self.path = destination.with_name(destination.name + ".part")
@@ -122,6 +126,8 @@ class Part:
             return 0, ""
         size, version = self.path.stat().st_size, self.version()
         same_server = version is not None and version.url == self._url_digest and version.validator
+        if version is not None and same_server and self._keep_all:
+            return size, version.validator
         if version is not None and same_server and version.bytes <= size:
             with open(self.path, "rb+") as stream:
                 stream.truncate(version.bytes)  # what comes after may never have reached the disk

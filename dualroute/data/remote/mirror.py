@@ -205,7 +205,7 @@ class Mirror:
             return False
 
     def _bring(self, file: str, path: Path, sha256: str, size: int | None, limit: int) -> None:
-        part = Part(path, file_address(self.address, file), checked=True, limit=limit)
+        part = Part(path, file_address(self.address, file), checked=True, limit=limit, keep_all=True)
         whole = f"{self.shown}/{file}"
         try:
             for last in (False, True):

@@ -20,6 +20,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -110,7 +111,8 @@ class _Fsspec:
             part.keep(version, size, done)
             while done < size:
                 stop = min(done + _RANGE_BYTES, size)
-                block = self._ask(lambda a=done, b=stop: system.cat_file(path, start=a, end=b), timeout)
+                ask = partial(system.cat_file, path, start=done, end=stop)
+                block: bytes = self._ask(ask, timeout)
                 if len(block) != stop - done:
                     raise Unreachable(f"the store sends {len(block):,} bytes for {stop - done:,}")
                 stream.write(block)

@@ -69,7 +69,7 @@ def inspect_data(config: ShowDataConfig) -> int:
         copies = f"{len(here)} of {len(shards)} shards, {size:,.1f} MiB, in {manifest.folder}"
         rest.add_row("copies here", cell(copies))
     for key in ("licence", "input_files", "dropped"):
-        if key in manifest.preparation:
+        if manifest.preparation.get(key):
             rest.add_row(key, cell(_listed(manifest.preparation[key])))
     options = manifest.preparation.get("options")
     if isinstance(options, dict):
@@ -82,6 +82,8 @@ def inspect_data(config: ShowDataConfig) -> int:
 def _listed(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_listed(inner)}" for key, inner in sorted(value.items())) or "none"
+    if isinstance(value, str) and not value.isprintable():
+        return repr(value)  # a separator of line ends
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return text if len(text) <= 500 else f"{text[:499]}…"
 

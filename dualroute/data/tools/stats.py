@@ -120,6 +120,7 @@ def _of_split(
             group.bytes += document.bytes
     found = np.unique(np.frombuffer(bytes(held), dtype="V16").view([("a", "<u8"), ("b", "<u8")]))
     stats.duplicates = stats.read - len(found)
+    stats.sources, stats.languages = dict(stats.sources), dict(stats.languages)
     digests[split] = found
     return stats
 

@@ -22,7 +22,7 @@ from dualroute.configuration.shipped import shipped_configs
 from dualroute.configuration.table import from_table
 from dualroute.configuration.yaml_file import Node, read_file
 from dualroute.errors import UserError
-from dualroute.paths import LocalPath
+from dualroute.paths import DataPath, LocalPath
 from dualroute.settings import SEEDS, above, at_least, check_fields
 
 #: The longest text that a long-context task is made for.
@@ -68,7 +68,7 @@ class PerplexitySettings(PartSettings):
 
     kind: ClassVar[str] = "perplexity"
     text: list[LocalPath] = field(default_factory=list)
-    data: LocalPath | None = None
+    data: DataPath | None = None
     split: Literal["train", "val"] = "val"
     context: int | None = None
     stride: int | None = None
@@ -89,7 +89,7 @@ class TaskSettings(PartSettings):
     """
 
     kind: ClassVar[str] = "task"
-    data: LocalPath | None = None
+    data: DataPath | None = None
     samples: int | None = None
 
     def check(self) -> None:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
-from dualroute.training.config import MuonConfig, OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import PretrainConfig, TrainConfig
 from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
+from dualroute.training.optim_config import MuonConfig, OptimConfig
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
 

@@ -28,6 +28,7 @@ from dualroute.model.checkpoint.format import (
     scan_checkpoints,
 )
 from dualroute.model.checkpoint.lineage import total_tokens
+from dualroute.paths import is_remote
 from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
 
@@ -46,8 +47,8 @@ def report(config: ReportConfig) -> None:
     Console().print(Markdown(text))
 
 
-def _data_of(path: Path) -> Path:
-    """The folder of shards that a run's config.yaml names.
+def _data_of(path: Path) -> str:
+    """The folder or address of the shards that a run's config.yaml names.
 
     Raises:
         UserError: The file cannot be read, or names none.
@@ -58,14 +59,19 @@ def _data_of(path: Path) -> Path:
             raise TypeError("data.path is no text")
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({one_line(str(error))}): it should name data.path") from error
-    return Path(folder.replace("$$", "$"))  # as dualroute.paths writes it
+    return folder.replace("$$", "$")  # as dualroute.paths writes it
 
 
-def _corpus(folder: Path) -> list[tuple[str, str]]:
+def _corpus(folder: str) -> list[tuple[str, str]]:
     """Lines about the data; where a run was moved without them, that they are not there."""
-    if not (folder / MANIFEST_FILE).is_file():
+    if not is_remote(folder) and not (Path(folder) / MANIFEST_FILE).is_file():
         return [("corpus", f"the shards are no longer in `{folder}`")]
-    manifest = Manifest.load(folder)
+    try:
+        manifest = Manifest.load(folder)
+    except UserError as error:
+        if not is_remote(folder):
+            raise
+        return [("corpus", f"the shards cannot be reached: {error}")]
     options = manifest.preparation.get("options", {})
     tokens = f"{manifest.split('train').tokens:,} (vocabulary {manifest.tokenizer.vocab_size:,})"
     text = f"{options.get('corpus', '?')}: {manifest.split('train').bytes / 1e6:.1f} MB of text"
@@ -93,7 +99,7 @@ def _newest(run: Path) -> tuple[Checkpoint | None, DualRoutingTransformer | None
     return None, None, [problem for _, problem in sorted(problems.items())]
 
 
-def _page(run: Path, data: Path, config: ReportConfig) -> str:
+def _page(run: Path, data: str, config: ReportConfig) -> str:
     train = read_metrics(run / "metrics.jsonl", "train")
     validation = read_metrics(run / "metrics.jsonl", "validation")
     if not train or not validation:

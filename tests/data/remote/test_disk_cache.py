@@ -57,12 +57,12 @@ def test_one_process_brings_a_file_and_the_others_wait(web: WebServer, options: 
 def test_a_killed_process_leaves_its_lock_and_its_half_to_the_next(
     web: WebServer, options: RemoteOptions
 ) -> None:
-    web.faults["train-00000.tar"] = [("stall", 5000)]
+    web.faults["train-00000.tar"] = [("stall", 16_000)]
     rank = fork.Process(target=read_one, args=(web.url, dataclasses.replace(options, timeout=60.0)))
     rank.start()
     until = time.monotonic() + 30
     while time.monotonic() < until and not any(
-        one.stat().st_size >= 5000 for one in copies(options, "*.part")
+        one.stat().st_size >= 8000 for one in copies(options, "*.part")
     ):
         time.sleep(0.02)
     assert rank.pid is not None
@@ -71,7 +71,7 @@ def test_a_killed_process_leaves_its_lock_and_its_half_to_the_next(
     begin = time.monotonic()
     read_one(web.url, options)
     assert time.monotonic() - begin < 20
-    assert ("train-00000.tar", "bytes=5000-", 206) in web.asked
+    assert web.count(206) == {"train-00000.tar": 1}  # it went on where the other was killed
     assert not copies(options, "*.part*")
 
 
@@ -113,7 +113,7 @@ def test_the_shard_that_was_read_longest_ago_goes_first(web: WebServer, tmp_path
 
 
 def test_what_is_in_use_never_goes(web: WebServer, tmp_path: Path) -> None:
-    manifest = Manifest.load(web.url, quick(tmp_path, size=90_000))
+    manifest = Manifest.load(web.url, quick(tmp_path, size=80_000))
     held = [ShardReader(manifest, "train") for _ in range(2)]
     assert [reader.read(document, 0, 1)[0] for reader, document in zip(held, (0, 3), strict=True)] == [
         0,
@@ -130,7 +130,7 @@ def test_what_is_in_use_never_goes(web: WebServer, tmp_path: Path) -> None:
 
 
 def test_a_reader_gives_up_its_own_maps_before_it_gives_up(web: WebServer, tmp_path: Path) -> None:
-    manifest = Manifest.load(web.url, quick(tmp_path, size=90_000))
+    manifest = Manifest.load(web.url, quick(tmp_path, size=80_000))
     assert manifest.mirror is not None
     manifest.mirror.holds_all = True  # or it would keep two maps only
     reader = ShardReader(manifest, "train")
@@ -179,6 +179,7 @@ def test_a_full_disk(web: WebServer, options: RemoteOptions, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "No space left on device")
 
     manifest = Manifest.load(web.url, options)
+    manifest.open_index("train")
     monkeypatch.setattr("dualroute.data.remote.http_transfer.os.fsync", full)
     with pytest.raises(
         UserError, match=r"train-00000.tar: cannot be written \(No space left.*lower data.cache_gib"
