@@ -35,6 +35,7 @@ from dualroute.training.finetuning.adapters import add_adapters
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.parallel.environment import World
 from dualroute.training.parallel.sequence import check_sequence_parallel
+from dualroute.training.step.optim.groups import matrices_of
 
 GIB = 2**30
 #: Where neither the configuration nor the data say: that of configs/prepare/fineweb_edu.yaml.
@@ -81,7 +82,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     model = whole.config
     count = counted(whole)
     parameters, trained = count.held, count.trained
-    of_weights, of_gradients, of_optimizer = _state_bytes(config)
+    matrices = sum(m.numel for _, m in matrices_of(whole)) if config.optim.name == "muon" else 0
+    of_weights, of_gradients, of_optimizer = _state_bytes(config, matrices / max(trained, 1))
     weights, gradients, optimizer = parameters * of_weights, trained * of_gradients, trained * of_optimizer
     kept, work = _activation_bytes(config, model, _a_trained_layer(whole))
     kept *= 1 - count.layers_without_gradients / model.num_layers
@@ -133,17 +135,22 @@ def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _state_bytes(config: EstimateConfig) -> tuple[float, float, float]:
-    """Bytes per parameter of weights, gradients and optimizer on one rank."""
+def _state_bytes(config: EstimateConfig, of_muon: float) -> tuple[float, float, float]:
+    """Bytes per parameter of weights, gradients and optimizer on one rank.
+
+    The share ``of_muon`` of the trained parameters has one running mean, the others AdamW's two.
+    """
+    means = 2.0 - of_muon
     half = config.train.precision != "32"
     stage = zero_stage(config)
     if stage is None:
-        return (2.0, 2.0, 4.0) if config.train.precision == "bf16-true" else (4.0, 4.0, 8.0)
+        size = 2.0 if config.train.precision == "bf16-true" else 4.0
+        return size, size, means * size
     shard = config.gpus
     masters = 4.0 if half and stage else 0.0  # fp32 weights that a 16-bit model is stepped through
     weights = (2.0 if masters else 4.0) / (shard if stage == 3 else 1)
     gradients = 4.0 / (shard if stage >= 2 else 1)
-    optimizer = (8.0 + masters) / (shard if stage >= 1 else 1)
+    optimizer = (4.0 * means + masters) / (shard if stage >= 1 else 1)
     if config.parallel.offload_optimizer:
         gradients, optimizer = 0.0, 0.0
     if config.parallel.offload_parameters:
