@@ -32,7 +32,7 @@ def test_a_vocabulary_that_is_too_large_is_told(config, corpus) -> None:
 def test_one_source_needs_no_line(config, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {n} " * 20}) + "\n" for n in range(80)))
-    made_of = prepare(config(corpus=str(path), output=str(tmp_path / "x"), vocab_size=290)).preparation[
+    made_of = prepare(config(corpus=str(path), output=str(tmp_path / "x"), vocab_size=294)).preparation[
         "composition"
     ]
     assert list(made_of["sources"]) == ["rows.jsonl"]
