@@ -22,10 +22,10 @@ def test_sources_and_bytes_a_token(config, corpus) -> None:
 def test_a_vocabulary_that_is_too_large_is_told(config, corpus) -> None:
     small = prepare(config())
     assert "note: the vocabulary is large for this corpus: " in summary(small)
-    vocabulary = {"size": 400, "tokens_counted": 90_000, "tokens": 90_000, "pieces_with_100_examples": 250}
+    vocabulary = {"size": 4000, "tokens_counted": 90_000, "tokens": 90_000, "pieces_with_100_examples": 2500}
     assert warning(vocabulary) is None
-    assert warning(vocabulary | {"pieces_with_100_examples": 150}) is not None
-    sample = vocabulary | {"pieces_with_100_examples": 150, "tokens": 10**9}
+    assert warning(vocabulary | {"pieces_with_100_examples": 1500}) is not None
+    sample = vocabulary | {"pieces_with_100_examples": 1500, "tokens": 10**9}
     assert warning(sample) is None  # what a sample lacks, the rest may have
 
 
