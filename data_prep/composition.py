@@ -69,7 +69,8 @@ def warning(vocabulary: Mapping[str, int]) -> str | None:
     if not whole or 2 * enough >= size:
         return None
     return (
-        f"the vocabulary is large for this corpus: {size - enough:,} of {size:,} pieces of text occur fewer than "
+        f"the vocabulary is large for this corpus: {size - enough:,} of {size:,} pieces of text "
+        f"occur fewer than "
         f"{EXAMPLES} times in {vocabulary['tokens']:,} tokens; lower vocab_size, or add text"
     )
 
