@@ -28,6 +28,7 @@ _SHOWN = 50
 _COUNTED_TOKENS = 50_000_000
 _BLOCK_TOKENS = 1 << 20
 _OTHER = "(others)"
+_NOT_OF_TEXT = 256 + 20  # ids of bytes, specials and reserved ones, which good text leaves unused
 #: Fewest examples that a piece should have, for 95 % of the pieces: Gowda and May, Finding the Optimal
 #: Vocabulary Size
 #: for Neural Machine Translation, 2020.
@@ -63,12 +64,13 @@ def warning(vocabulary: Mapping[str, int]) -> str | None:
 
     A sample of `_COUNTED_TOKENS` is not held against a corpus that is larger.
     """
-    size, enough = vocabulary["size"], vocabulary["pieces_with_100_examples"]
+    size, enough = max(1, vocabulary["size"] - _NOT_OF_TEXT), vocabulary["pieces_with_100_examples"]
     whole = vocabulary["tokens_counted"] >= vocabulary["tokens"]
     if not whole or 2 * enough >= size:
         return None
     return (
-        f"the vocabulary is large for this corpus: {size - enough:,} of {size:,} pieces occur fewer than "
+        f"the vocabulary is large for this corpus: {size - enough:,} of {size:,} pieces of text "
+        f"occur fewer than "
         f"{EXAMPLES} times in {vocabulary['tokens']:,} tokens; lower vocab_size, or add text"
     )
 

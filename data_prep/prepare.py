@@ -115,7 +115,9 @@ def summary(manifest: Manifest) -> str:
         ordered = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
         listed = ", ".join(f"{count:,} {reason}" for reason, count in ordered[:_SHOWN_REASONS])
         rest = sum(count for _, count in ordered[_SHOWN_REASONS:])
-        more = f", {rest:,} for {len(ordered) - _SHOWN_REASONS} reasons more, in {REPORT_FILE}" if rest else ""
+        more = (
+            f", {rest:,} for {len(ordered) - _SHOWN_REASONS} reasons more, in {REPORT_FILE}" if rest else ""
+        )
         lines.append(f"dropped: {listed}{more}")
     made_of = manifest.preparation.get("composition", {})
     lines += described(made_of)

@@ -1,12 +1,15 @@
-"""Near duplicates: documents a second and core, peak memory and F1, beside text-dedup and datasketch, in one run.
+"""Near duplicates: documents a second and core, peak memory and F1, beside text-dedup and datasketch, in
+one run.
 
     python benchmarks/data/dedup.py TEXT [TEXT ...] --megabytes 1 10
 
-TEXT: files of plain text (also .xz .gz .zst, or archives), cut into documents of 500 to 4,000 characters. Of one document
-in ten a copy is planted in which one word in a hundred is another; as many get a copy in which one word in five is, which
-is no near duplicate. Each method works in a process of its own, with one thread, on 128 permutations of runs of 5 words;
-its time is CPU time, from the texts in memory to the list of what is dropped. text-dedup's steps are called without the
-data set around them. A method that is not installed is left out (pip install datasketch; text-dedup needs pyspark).
+TEXT: files of plain text (also .xz .gz .zst, or archives), cut into documents of 500 to 4,000
+characters. Of one document in ten a copy is planted in which one word in a hundred is another; as many
+get a copy in which one word in five is, which is no near duplicate. Each method works in a process of
+its own, with one thread, on 128 permutations of runs of 5 words; its time is CPU time, from the texts
+in memory to the list of what is dropped. text-dedup's steps are called without the data set around
+them. A method that is not installed is left out (pip install datasketch; pip install --no-deps
+text-dedup click-option-group pybloom-live bitarray ftfy).
 """
 
 from __future__ import annotations

@@ -22,17 +22,17 @@ def test_sources_and_bytes_a_token(config, corpus) -> None:
 def test_a_vocabulary_that_is_too_large_is_told(config, corpus) -> None:
     small = prepare(config())
     assert "note: the vocabulary is large for this corpus: " in summary(small)
-    vocabulary = {"size": 400, "tokens_counted": 90_000, "tokens": 90_000, "pieces_with_100_examples": 250}
+    vocabulary = {"size": 4000, "tokens_counted": 90_000, "tokens": 90_000, "pieces_with_100_examples": 2500}
     assert warning(vocabulary) is None
-    assert warning(vocabulary | {"pieces_with_100_examples": 150}) is not None
-    sample = vocabulary | {"pieces_with_100_examples": 150, "tokens": 10**9}
+    assert warning(vocabulary | {"pieces_with_100_examples": 1500}) is not None
+    sample = vocabulary | {"pieces_with_100_examples": 1500, "tokens": 10**9}
     assert warning(sample) is None  # what a sample lacks, the rest may have
 
 
 def test_one_source_needs_no_line(config, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {n} " * 20}) + "\n" for n in range(80)))
-    made_of = prepare(config(corpus=str(path), output=str(tmp_path / "x"), vocab_size=290)).preparation[
+    made_of = prepare(config(corpus=str(path), output=str(tmp_path / "x"), vocab_size=294)).preparation[
         "composition"
     ]
     assert list(made_of["sources"]) == ["rows.jsonl"]

@@ -54,7 +54,7 @@ def test_a_step_before_its_turn_says_what_is_missing(options, tmp_path) -> None:
 
     with claimed(Path(config.output)):
         Preparation(config).begin()
-    found = dict((step.name, step) for step, _ in steps(config))
+    found = {step.name: step for step, _ in steps(config)}
     list(found["clean"](None, 0, 3))
     with pytest.raises(UserError, match=r"lot \d of \d+ is not done; run the tasks that clean again"):
         list(found["compare"](None, 0, 3))
