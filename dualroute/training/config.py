@@ -11,9 +11,10 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.paths import ConfigFile, LocalPath, ResumePath, SuiteName
+from dualroute.paths import ConfigFile, LocalPath, ResumePath
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.finetuning.config import StrategyConfig
+from dualroute.training.monitoring.config import MonitorConfig
 
 MOST_MINUTES = 1e6  # about two years; more does not fit into the clocks of the libraries
 
@@ -226,54 +227,6 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint", {"every_steps": at_least(1), "keep_last": at_least(1)})
-
-
-@dataclass
-class MonitorConfig:
-    """What is written, and how often.
-
-    Args:
-        log_every_steps: Optimizer steps between two lines of training metrics; the first and the last step
-            always have one.
-        router_statistics_every: Optimizer steps between two readings of the attention's router; 0 never.
-        router_images_every: Optimizer steps between two heat maps of what each layer's global route reads, as
-            images of TensorBoard; 0 never. Needs matplotlib, and is off with a warning without it.
-        sample_every_steps: Optimizer steps between two samples of generated text; 0 never.
-        sample_prompts: Beginnings that the samples continue.
-        sample_tokens: New tokens per sample.
-        evaluate_suite: What ``dualroute evaluate --suite`` measures, also during the training: the name of a
-            suite, or a YAML file.
-        evaluate_every_steps: Optimizer steps between two such measurements; 0 never.
-        peak_tflops: Dense bfloat16 peak of one device for the model FLOPs utilisation; null takes it from a
-            table of NVIDIA GPUs and measures a matmul on any other device.
-    """
-
-    log_every_steps: int = 10
-    router_statistics_every: int = 100
-    router_images_every: int = 0
-    sample_every_steps: int = 500
-    sample_prompts: list[str] = field(default_factory=lambda: ["Once upon a time", "The"])
-    sample_tokens: int = 100
-    evaluate_suite: SuiteName | None = None
-    evaluate_every_steps: int = 0
-    peak_tflops: float | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "log_every_steps": at_least(1),
-            "router_statistics_every": at_least(0),
-            "router_images_every": at_least(0),
-            "sample_every_steps": at_least(0),
-            "sample_tokens": at_least(1),
-            "evaluate_every_steps": at_least(0),
-            "peak_tflops": above(0),
-        }
-        check_fields(self, "monitor", ranges)
-        if self.evaluate_every_steps and self.evaluate_suite is None:
-            raise UserError(
-                f"monitor.evaluate_every_steps is {self.evaluate_every_steps}, and monitor.evaluate_suite "
-                "names no suite: give one"
-            )
 
 
 @dataclass

@@ -48,6 +48,7 @@ from dualroute.training.initial_model import (
     with_given,
 )
 from dualroute.training.kernels import with_kernels
+from dualroute.training.monitoring.trackers import check_trackers
 from dualroute.training.parallel.deepspeed_config import asked_stage
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
@@ -157,6 +158,7 @@ def begin(config: PretrainConfig) -> Begun:
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     if train.epochs is None:
         _ = train.total_steps  # refused where neither steps nor tokens are given
+    check_trackers(config.monitor)
     return Begun(config, world, output, start, initial, accumulation)
 
 

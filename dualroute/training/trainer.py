@@ -115,8 +115,10 @@ def build_trainer(prepared: Prepared) -> Parts:
         config.monitor,
         folder=output,
         resolved_config=resolved_yaml(config),
+        given=getattr(config, "given", ()),
         evaluation=_evaluation(prepared, watchdog),
     )
+    watchdog.tell = lambda line: monitor.stalled(output, line)
     trainer = Trainer(
         accelerator=accelerator,
         strategy=strategy,
