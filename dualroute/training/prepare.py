@@ -38,9 +38,9 @@ from dualroute.training.checkpointing.resume import (
 )
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import PretrainConfig
-from dualroute.training.finetuning.adapters import unties_head
 from dualroute.training.finetuning.check import check_strategy
 from dualroute.training.finetuning.early_stopping import has_stopped
+from dualroute.training.finetuning.patterns import unties_head
 from dualroute.training.initial_model import (
     build_model,
     build_sharded_model,

@@ -284,6 +284,11 @@ class Monitor(Callback):
     ) -> None:
         self._clock.checkpoint_started()
 
+    def note(self, step: int, event: str, values: Mapping[str, float]) -> None:
+        """A line of ``metrics.jsonl`` that is measured once, and has no curve."""
+        if self._log is not None:
+            self._log.write(step, event, values)
+
     # -- writing -------------------------------------------------------------------------------------------
 
     def _write(self, step: int, event: str, values: Mapping[str, float]) -> None:
