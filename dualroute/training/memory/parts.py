@@ -118,14 +118,12 @@ def memory_of(
         UserError: As :func:`~dualroute.training.memory.trained.counted`.
     """
     count = counted(config) if count is None else count
-    stage, model, train = zero_stage(config, ranks), config.model.resolved(), config.train
+    stage, model, train = zero_stage(config, ranks), count.model, config.train
     sizes = sizes_of(train.precision, stage)
     of_weights, of_gradients, of_optimizer = state_bytes(config, ranks)
     hpz = config.parallel.zero_hpz_partition_size
     second = count.held * (4.0 if train.precision == "32" else 2.0) / hpz if hpz > 1 else 0.0
     copies = 2.0 * count.matrices if sizes.casts else 0.0
-    if stage == 3:  # one layer's are gathered
-        copies += sizes.products * (count.matrices / model.num_layers)
     tokens = config.data.context * train.micro_batch / config.parallel.sequence_parallel
     kept, work = activation_bytes(config, count, ranks)
     activations = tokens * (kept + work)
@@ -133,6 +131,8 @@ def memory_of(
     buffers = float(BUFFERS[device])
     if stage is not None:
         buffers += 2 * _reduced_in(config) * min(_BUCKET[device], count.trained)
+    if stage == 3:  # a layer's weights are gathered
+        buffers += sizes.products * count.matrices / model.num_layers
     if ranks > 1 and device == "cuda":
         buffers += _OF_NCCL
     return Memory(
@@ -170,10 +170,16 @@ def state_bytes(config: PretrainConfig, ranks: int) -> tuple[float, float, float
 
 def activation_bytes(config: PretrainConfig, count: Count, ranks: int = 1) -> tuple[float, float]:
     """Bytes per token that all layers keep, and that the layer in work needs on top."""
-    model, train = config.model.resolved(), config.train
+    model, train = count.model, config.train
     assert model.ffn_dim is not None
     sizes = sizes_of(train.precision, zero_stage(config, ranks))
-    layers = [layer_bytes(model.of_layer(i), sizes, config.data.context) for i in range(model.num_layers)]
+    kinds: dict[tuple[object, ...], tuple[float, float]] = {}
+    layers = []
+    for layer in count.layers:
+        kind = (heads_of(layer), layer.top_k, layer.attention)  # in nothing else do they differ
+        if kind not in kinds:
+            kinds[kind] = layer_bytes(layer, sizes, config.data.context)
+        layers.append(kinds[kind])
     extra = count.adapter_width * sizes.products
     whole = [attention + feed_forward + extra for attention, feed_forward in layers]
     # the gradient of the feed-forward's inner product splits into those of its two factors

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dualroute.errors import UserError
 from dualroute.model.arithmetic import numel, parameter_shapes
+from dualroute.model.config import ModelConfig
 from dualroute.training.config import PretrainConfig
 from dualroute.training.finetuning.patterns import HEAD, OF_TASK, chosen_layers, matches, unties_head
 
@@ -37,6 +38,8 @@ class Count:
         layers_without_gradients: Layers from the bottom on that keep nothing for a backward pass, because
             nothing is trained in them, nor beneath.
         adapter_width: Numbers a token that the adapters of one layer keep besides.
+        model: Resolved.
+        layers: Configurations of its layers.
     """
 
     held: int
@@ -46,6 +49,8 @@ class Count:
     frozen_matrices: int
     layers_without_gradients: int
     adapter_width: int
+    model: ModelConfig
+    layers: tuple[ModelConfig, ...]
 
 
 def counted(config: PretrainConfig) -> Count:
@@ -94,6 +99,8 @@ def counted(config: PretrainConfig) -> Count:
         frozen_matrices=sum(sizes[name] for name in counted_products if not trained[name]),
         layers_without_gradients=max(lowest, 0),
         adapter_width=width,
+        model=model,
+        layers=tuple(model.of_layer(i) for i in range(model.num_layers)),
     )
 
 
