@@ -25,6 +25,7 @@ NEEDED = {
     "VerifyDataConfig": {"data": "data"},
     "ShowDataConfig": {"data": "data"},
     "ChatConfig": {"checkpoint": "run"},
+    "GenerateDataConfig": {"server": "http://h", "model": "m", "prompts": "p", "output": "o"},
     "ServeConfig": {"checkpoint": "run"},
     "CompareRunsConfig": {"first": "one", "second": "two"},
     "PredictConfig": {"checkpoint": "run", "input": "rows.csv", "output": "out"},

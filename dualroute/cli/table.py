@@ -193,6 +193,11 @@ STAGES = {
         ("dualroute.data.verify", "show_data"),
         "what a data set holds",
     ),
+    "data generate": Stage(
+        ("data_prep.teacher.config", "GenerateDataConfig"),
+        ("data_prep.teacher.generate", "generate_data"),
+        "training text from a model behind an API",
+    ),
     "doctor": Stage(
         ("dualroute.doctor.config", "DoctorConfig"),
         ("dualroute.doctor.command", "doctor"),

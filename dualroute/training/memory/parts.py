@@ -182,8 +182,8 @@ def activation_bytes(config: PretrainConfig, count: Count, ranks: int = 1) -> tu
         layers.append(kinds[kind])
     extra = count.adapter_width * sizes.products
     whole = [attention + feed_forward + extra for attention, feed_forward in layers]
-    # the gradient of the feed-forward's inner product splits into those of its two factors
-    work = 2.0 * model.ffn_dim * sizes.products
+    # gradients of about the size of what they belong to, and what is computed again
+    work = max(whole)
     kept = 0.0
     for index, (attention, feed_forward) in enumerate(layers):
         if index < count.layers_without_gradients:
