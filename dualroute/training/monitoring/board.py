@@ -56,12 +56,16 @@ _ALWAYS = (
 
 #: Settings in which runs are compared, besides those that were given.
 HPARAMS = (
-    *("model.dim", "model.num_layers", "model.num_heads", "model.attention", "model.window", "model.top_k"),
-    *("model.block", "model.global_mode", "data.context", "data.path", "train.tokens_per_batch"),
-    *("train.max_steps", "train.max_tokens", "train.precision", "optim.lr", "optim.weight_decay"),
-    *("optim.warmup_steps", "optim.schedule", "seed"),
+    "data.context",
+    "model.dim",
+    "model.num_layers",
+    "optim.lr",
+    "train.tokens_per_batch",
+    "train.max_steps",
 )
-_NO_HPARAMS = re.compile(r"(output|resume|monitor|watchdog|checkpoint|parallel\.timeout_minutes)(\.|$)")
+_NO_HPARAMS = re.compile(
+    r"(output|resume|monitor|watchdog|checkpoint|parallel\.timeout_minutes|data\.path)(\.|$)"
+)
 RESULTS = ("val/loss", "val/perplexity", "val/bits_per_byte", "train/loss", "speed/tokens_per_second")
 
 
