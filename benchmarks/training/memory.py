@@ -2,7 +2,7 @@
 
     python benchmarks/training/memory.py --data data/stdlib [--only "5m" ...] [--output DIR]
 
-Every row is a process of its own that trains three steps; after the second one it has compared its peak
+Every row is a process of its own that trains two steps; after the second one it has compared its peak
 with what was predicted of it (the event `memory` of its `metrics.jsonl`). What libraries and data took
 before there was a model is measured, and stands in a column; the last column leaves it out on both sides.
 """
@@ -24,28 +24,28 @@ from dualroute.training.monitoring.metrics_log import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 #: name → (preset, context, micro_batch, further words)
 RUNS = {
-    "5m": ("5m", 1024, 8, ""),
-    "5m, 4 texts": ("5m", 1024, 4, ""),
-    "5m, routed, long": ("5m", 4096, 2, "--model.global_mode routed --model.max_context 4096"),
-    "5m, full": ("5m", 1024, 16, "--train.activation_checkpointing full"),
+    "5m": ("5m", 1024, 4, ""),
+    "5m, 8 texts": ("5m", 1024, 8, ""),
+    "5m, routed, long": ("5m", 4096, 1, ""),
+    "5m, full": ("5m", 1024, 8, "--train.activation_checkpointing full"),
     "5m, full, every second layer": (
-        *("5m", 1024, 12),
+        *("5m", 1024, 4),
         "--train.activation_checkpointing full --train.recompute_every_layers 2",
     ),
-    "5m, feed_forward": ("5m", 1024, 8, "--train.activation_checkpointing feed_forward"),
-    "5m, bf16-mixed": ("5m", 1024, 8, "--train.precision bf16-mixed"),
-    "5m, bf16-true": ("5m", 1024, 8, "--train.precision bf16-true"),
-    "5m, dense": ("5m", 1024, 8, "--model.attention dense"),
-    "5m, gate and qk_norm": ("5m", 1024, 8, "--model.gate true --model.qk_norm true"),
-    "5m, LoRA": ("5m", 1024, 8, "--finetune.adapter lora"),
-    "5m, lower half frozen": ("5m", 1024, 12, "--finetune.freeze [embedding,'layers.[0-2]']"),
-    "5m, accumulation 2": ("5m", 1024, 8, "--train.tokens_per_batch 16384"),
+    "5m, feed_forward": ("5m", 1024, 4, "--train.activation_checkpointing feed_forward"),
+    "5m, bf16-mixed": ("5m", 1024, 4, "--train.precision bf16-mixed"),
+    "5m, bf16-true": ("5m", 1024, 4, "--train.precision bf16-true"),
+    "5m, dense": ("5m", 1024, 4, "--model.attention dense"),
+    "5m, gate and qk_norm": ("5m", 1024, 4, "--model.gate true --model.qk_norm true"),
+    "5m, LoRA": ("5m", 1024, 4, "--finetune.adapter lora"),
+    "5m, lower half frozen": ("5m", 1024, 4, "--finetune.freeze [embedding,'layers.[0-2]']"),
+    "5m, accumulation 2": ("5m", 1024, 4, "--train.tokens_per_batch 8192"),
     "wide, few tokens": ("5m", 256, 4, "--model.dim 768 --model.num_layers 8 --model.num_heads 12"),
 }
 
 
 def run(name: str, data: Path, folder: Path) -> dict[str, float]:
-    """Train three steps; the event `memory`."""
+    """Train two steps; the event `memory`."""
     preset, context, micro_batch, words = RUNS[name]
     output = folder / name.replace(" ", "-").replace(",", "")
     more = words.split()
