@@ -74,6 +74,7 @@ class CleanDocument:
     num_bytes: int
     digest: bytes
     split: str
+    language: str | None = None  # where one was asked for
 
 
 def clean_text(text: str) -> str:
@@ -150,11 +151,21 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(text, pattern) for text in (name, last, last.partition(".")[0]))
 
 
+def length_fault(text: str, selection: Selection) -> str | None:
+    """Why a cleaned text is dropped for its length (steps 5 and 6); None if it is not."""
+    if not text or text.isspace():
+        return "empty"
+    if len(text) < selection.min_chars:
+        return "too_short"
+    return "too_long" if selection.max_chars is not None and len(text) > selection.max_chars else None
+
+
 def select(
     documents: Iterable[Document],
     selection: Selection,
     dropped: Counter[str],
     matched: set[str] | None = None,
+    distinct: bool = False,
 ) -> Iterator[CleanDocument]:
     """Steps 2 to 9.
 
@@ -163,33 +174,29 @@ def select(
         selection: the limits.
         dropped: receives the number of documents dropped, by reason.
         matched: receives the members of ``val_documents`` that held out something.
+        distinct: no two documents are the same, so step 7 need not remember them.
     """
     seen: set[bytes] = set()
     kept = kept_bytes = 0
     for document in documents:
         text = clean_text(document.text)
-        if not text or text.isspace():
-            dropped["empty"] += 1
-            continue
-        if len(text) < selection.min_chars:
-            dropped["too_short"] += 1
-            continue
-        if selection.max_chars is not None and len(text) > selection.max_chars:
-            dropped["too_long"] += 1
+        if fault := length_fault(text, selection):
+            dropped[fault] += 1
             continue
         data = text.encode()
         digest = hashlib.sha256(data).digest()
-        if digest[:16] in seen:
-            dropped["duplicate"] += 1
-            continue
-        seen.add(digest[:16])
+        if not distinct:
+            if digest[:16] in seen:
+                dropped["duplicate"] += 1
+                continue
+            seen.add(digest[:16])
         start = tail_start(text, selection.val_fraction) if selection.val_tail else None
         if start is None:
             split = _split(document.name, digest, selection, matched)
-            yield CleanDocument(document.name, text, len(data), digest, split)
+            yield CleanDocument(document.name, text, len(data), digest, split, document.language)
         else:
-            yield _part(document.name, text[:start], "train")
-            yield _part(f"{document.name}#tail", text[start:], "val")
+            yield _part(document, "", text[:start], "train")
+            yield _part(document, "#tail", text[start:], "val")
         kept += 1
         kept_bytes += len(data)
         if kept == selection.max_documents or (
@@ -198,9 +205,10 @@ def select(
             return
 
 
-def _part(name: str, text: str, split: str) -> CleanDocument:
+def _part(document: Document, ending: str, text: str, split: str) -> CleanDocument:
     data = text.encode()
-    return CleanDocument(name, text, len(data), hashlib.sha256(data).digest(), split)
+    digest = hashlib.sha256(data).digest()
+    return CleanDocument(document.name + ending, text, len(data), digest, split, document.language)
 
 
 def _split(name: str, digest: bytes, selection: Selection, matched: set[str] | None) -> str:

@@ -5,6 +5,8 @@ after the other through `formats`; a remote file is downloaded only when its tur
 of a large corpus downloads little.
 
 - ``stdlib``: the Python sources of the interpreter that runs this; no download.  The default.
+- ``hf:OWNER/NAME``: a data set of the Hugging Face hub, streamed (`readers.hub`).
+- ``https://…``: files of the web, braces standing for many.
 - a folder or file: every supported file below it, in the order of the path (`folder`).
 - a public corpus: see `REGISTRY`. Each carries its licence; a checksum stands where one is known for
   certain, elsewhere `download` trusts the first use.
@@ -13,6 +15,7 @@ of a large corpus downloads little.
 from __future__ import annotations
 
 import difflib
+import itertools
 import platform
 import re
 import sysconfig
@@ -20,32 +23,41 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from data_prep import download
 from data_prep.clean import matches
 from data_prep.readers.documents import Document, NoTextKey, ReadOptions
 from data_prep.readers.folder import scan
 from data_prep.readers.formats import known_endings, pass_over_table, read_documents, supported
+from data_prep.readers.hub import PREFIX, HubSet, read_hub
 from data_prep.tally import Tally, readable, reasons_of
 from dualroute.errors import UserError
 from dualroute.files import require_regular
 
 STDLIB = "stdlib"
+_MOST_ADDRESSES = 100_000
 _STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _HF = "https://huggingface.co/datasets"
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file, local (``path``) or remote (``urls``); ``name`` is relative to the corpus, with slashes."""
+    """One file, local (``path``) or remote (``urls``), or a data set of the hub.
+
+    ``name`` is relative to the corpus, with slashes.
+    """
 
     name: str
     path: Path | None = None
     urls: tuple[str, ...] = ()
     sha256: str | None = None
+    hub: HubSet | None = None
 
     def fingerprint(self) -> list[str | int]:
         """What is compared to notice that the inputs changed."""
+        if self.hub is not None:
+            return [self.name, self.hub.revision()]
         if self.path is None:
             return [self.name, self.urls[0], self.sha256 or "first use"]
         status = self.path.stat()
@@ -192,6 +204,11 @@ def open_corpus(corpus: str, options: ReadOptions | None = None) -> Corpus:
         return _stdlib()
     if corpus in REGISTRY:
         return REGISTRY[corpus]
+    if corpus.startswith(PREFIX):
+        hub = HubSet.parse(corpus)
+        return Corpus(hub.name, (SourceFile(hub.name, hub=hub),))
+    if re.match("https?://", corpus):
+        return _of_addresses(corpus, options or ReadOptions())
     path = Path(corpus).expanduser()
     try:
         if path.exists():
@@ -208,6 +225,34 @@ def open_corpus(corpus: str, options: ReadOptions | None = None) -> Corpus:
     near = difflib.get_close_matches(corpus.lower(), names(), 1, cutoff=0.0)[0]
     known = ", ".join(names())
     raise UserError(f"corpus {corpus!r} is neither a known name nor a path; did you mean {near!r}? ({known})")
+
+
+def _of_addresses(spelled: str, options: ReadOptions) -> Corpus:
+    """Files of the web; braces stand for many: ``https://host/part-{000..119}.jsonl.zst``."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        addresses = list(itertools.islice(braceexpand(spelled), _MOST_ADDRESSES + 1))
+    except UnbalancedBracesError as error:
+        raise UserError(
+            f"corpus {readable(spelled)}: its braces are not closed; write {{000..119}}"
+        ) from error
+    if len(addresses) > _MOST_ADDRESSES:
+        raise UserError(f"corpus {readable(spelled)}: more than {_MOST_ADDRESSES:,} addresses; give fewer")
+    names = [readable(urlsplit(address).path.rpartition("/")[2]) for address in addresses]
+    for name in names:
+        if not supported(name, options):
+            raise UserError(
+                f"corpus {readable(spelled)}: {name!r} is of no kind that is read; known are "
+                f"{known_endings()}"
+            )
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"corpus {readable(spelled)}: two addresses end in the same name; give them one by one"
+        )
+    host = readable(urlsplit(addresses[0]).netloc.rpartition("@")[2])
+    files = tuple(SourceFile(name, urls=(address,)) for name, address in zip(names, addresses, strict=True))
+    return Corpus(re.sub(r"[^\w.-]", "_", f"{host}-{names[0]}"), files)
 
 
 def _local(path: Path, options: ReadOptions) -> Corpus:
@@ -266,6 +311,9 @@ def documents(
         heading=corpus.heading or options.heading,
     )
     for source in corpus.files:
+        if source.hub is not None:
+            yield from read_hub(source.hub, options)
+            continue
         path = source.path
         if path is None:
             path = download.fetch(

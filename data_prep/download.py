@@ -1,8 +1,8 @@
 """Fetch a file over HTTP so that it is either complete and right, or not there.
 
 Comes in: URLs (mirrors of one file, tried in order) and, where it is known, the file's SHA-256. Goes out:
-a path in the download folder, for `corpora` to open. `transfer` does the transfer; one that was cut off
-continues where it stopped, if it is certain to be the same file.
+a path in the download folder, for `corpora` to open. `dualroute.data.remote.http_transfer` does the
+transfer; one that was cut off continues where it stopped, if it is certain to be the same file.
 
 Where the registry states a checksum, the file must match it.
 Where it cannot (a publisher that states none), the checksum of the first complete download is recorded in
@@ -20,12 +20,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.transfer import Part, Report, Unreachable, transfer
-from dualroute.data.manifest import parse_json
+from dualroute.data.remote.http_transfer import Part, Report, Unreachable, transfer
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import (
     file_sha256,
     locked,
+    parse_json,
     publish,
     read_limited,
     require_regular,

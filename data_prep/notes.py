@@ -32,13 +32,14 @@ from numpy.typing import NDArray
 
 from dualroute.data.index import INDEX_COLUMNS, ROW_BYTES, check_rows
 from dualroute.data.manifest import Shard, canonical_json, parse_json, shard_from_json
-from dualroute.errors import UserError
+from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, read_limited, require_regular, write_bytes_atomically
 
 STATE_FOLDER = ".prepare"
 SPLITS = ("train", "val")
 SURVEY_FILE = "survey.json"
 _MAX_NOTE_BYTES = 64 << 20
+_MAX_PLAN_BYTES = 1 << 30  # 50 bytes an input file
 _MAX_ROWS_BYTES = 4 << 30
 
 
@@ -91,6 +92,23 @@ def clear(path: Path) -> None:
     """Make way for a file inside the state folder; what is there is ours, whatever became of it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan of an earlier run, of the types that a comparison relies on."""
+    try:
+        plan = parse_json(read_limited(path, _MAX_PLAN_BYTES))
+    except UserError as error:
+        raise other_remedy(error, "use --force true to start again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); use --force true to start again") from error
+    inputs = plan.get("inputs") if isinstance(plan, dict) else None
+    sound = isinstance(inputs, list) and all(isinstance(entry, list) and entry for entry in inputs)
+    if not sound or not isinstance(plan.get("options"), dict):
+        raise UserError(f"{path}: no record of a preparation; use --force true to start again")
+    if not all(isinstance(entry[0], str) for entry in plan["inputs"]):
+        raise UserError(f"{path}: no record of a preparation; use --force true to start again")
+    return plan
 
 
 def read_survey(folder: Path, tokenizer_file: Path, plan: str) -> dict[str, Any] | None:

@@ -1,10 +1,12 @@
 """The whole preparation: `prepare(config)` turns a corpus into a dataset folder.
 
-1. open the corpus (`corpora`) and note options and input files in ``preparation.json``;
+1. open the corpus (`corpora`) and note options and input files in ``preparation.json``; if options of
+cleaning are
+   set, put what they leave of it onto the disk (`staged`), from where the next steps read it;
 2. survey: read and clean everything once, count what stays and what is dropped, sample the training side;
 3. train the tokenizer on the sample, or copy the one that was given;
 4. read and clean again, tokenise, write shards (`shards`);
-5. index files, and last of all ``manifest.json``: a folder that has one is complete.
+5. index files, ``report.html`` and last of all ``manifest.json``: a folder that has one is complete.
 
 An interrupted run continues: the survey, the tokenizer and each shard are kept once complete (`notes`), and
 looked at again before they are believed. A second run with the same options and inputs returns at once; with
@@ -24,39 +26,44 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_prep import corpora
 from data_prep.clean import CleanDocument, Selection, select
+from data_prep.cleaning.stage import Cleaner
+from data_prep.composition import composition, described, warning
 from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
 from data_prep.counterfactual import Swaps, with_counterfactuals
 from data_prep.download import default_download_folder
-from data_prep.notes import SPLITS, STATE_FOLDER, SURVEY_FILE, Unusable, read_survey, write_note
+from data_prep.notes import SPLITS, STATE_FOLDER, SURVEY_FILE, Unusable, read_plan, read_survey, write_note
 from data_prep.progress import Reporter
+from data_prep.report import REPORT_FILE, write_report
 from data_prep.shards import write_index, write_shards
+from data_prep.staged.build import staging_of
+from data_prep.staged.pool import Killed, Pool
 from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
 from dualroute.data.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
     Manifest,
+    Shard,
     TokenizerInfo,
     canonical_json,
-    parse_json,
     token_dtype,
     verify_shards,
 )
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, other_remedy
-from dualroute.files import file_sha256, locked, read_limited, remove_leftovers, write_bytes_atomically
+from dualroute.files import file_sha256, locked, remove_leftovers, write_bytes_atomically
 
 PREPARATION_FILE = "preparation.json"
+CONTAMINATED_FILE = "contaminated.jsonl"
 _LOCK_FILE = ".prepare.lock"
 _TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
-_MAX_PLAN_BYTES = 1 << 30  # 50 bytes an input file
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -68,15 +75,29 @@ def prepare(config: PrepareConfig) -> Manifest:
             next run continues.
     """
     config.check()
+    if config.executor != "none":
+        raise UserError(
+            f"executor {config.executor}: call prepare_command, which shares the work among tasks"
+        )
     output = Path(config.output).expanduser()
     try:
-        corpus = corpora.open_corpus(config.corpus, config.read_options())
-        given = Tokenizer(config.tokenizer) if config.tokenizer is not None else None
-        plan = plan_of(config, corpus, given)
-        with _claimed(output):
-            return _Preparation(config, corpus, given, output, plan).run()
+        with claimed(output):
+            return Preparation(config).run()
     except OSError as error:
         raise _explain(error, output) from error
+
+
+def prepare_command(config: PrepareConfig) -> Manifest | None:
+    """`prepare`, in tasks if there is an ``executor``; None where they have been submitted and will do it."""
+    if config.executor == "none":
+        return prepare(config)
+    config.check()
+    from data_prep.staged.steps import prepare_in_tasks
+
+    try:
+        return prepare_in_tasks(config)
+    except OSError as error:
+        raise _explain(error, Path(config.output)) from error
 
 
 def summary(manifest: Manifest) -> str:
@@ -92,6 +113,10 @@ def summary(manifest: Manifest) -> str:
         lines.append(
             "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
         )
+    made_of = manifest.preparation.get("composition", {})
+    lines += described(made_of)
+    if (vocabulary := made_of.get("vocabulary")) and (line := warning(vocabulary)):
+        lines.append(f"note: {line}")
     if manifest.preparation.get("val_tail"):
         lines.append(_TAIL_NOTE)
     lines += describe(manifest.preparation.get("files", {}))
@@ -112,7 +137,7 @@ def _explain(error: OSError, output: Path) -> UserError:
 
 
 @contextlib.contextmanager
-def _claimed(output: Path) -> Iterator[None]:
+def claimed(output: Path) -> Iterator[None]:
     """The output folder, for this process alone; made if need be, and removed again if it stays empty."""
     made = not output.exists()
     if not made and not output.is_dir():
@@ -128,17 +153,18 @@ def _claimed(output: Path) -> Iterator[None]:
             output.rmdir()
 
 
-class _Preparation:
-    """The steps of one run, over what they share."""
+class Preparation:
+    """The steps of one run, over what they share.
 
-    def __init__(
-        self,
-        config: PrepareConfig,
-        corpus: corpora.Corpus,
-        given: Tokenizer | None,
-        output: Path,
-        plan: dict[str, Any],
-    ) -> None:
+    Raises:
+        UserError: the corpus or the tokenizer cannot be opened.
+    """
+
+    def __init__(self, config: PrepareConfig) -> None:
+        corpus = corpora.open_corpus(config.corpus, config.read_options())
+        given = Tokenizer(config.tokenizer) if config.tokenizer is not None else None
+        output = Path(config.output).expanduser()
+        plan = plan_of(config, corpus, given)
         self.config, self.corpus, self.given, self.output, self.plan = config, corpus, given, output, plan
         self.state = output / STATE_FOLDER
         self.swaps = Swaps(config.counterfactual) if config.counterfactual else None
@@ -154,8 +180,22 @@ class _Preparation:
             val_documents=held_out if config.val_fraction is None else (),
             seed=config.seed,
         )
+        self.staged = (
+            staging_of(config, corpus, self.state, self.plan_sha256, self.selection, self.report.note)
+            if config.is_cleaned
+            else None
+        )
 
     def run(self) -> Manifest:
+        done = self.begin()
+        if done is not None:
+            return done
+        manifest = self._write(self.learn())
+        self.report.note(f"{self.output} is ready\n{summary(manifest)}")
+        return manifest
+
+    def begin(self) -> Manifest | None:
+        """Note what is to be done in the output folder; the manifest if it has been done."""
         cleared = self.config.force and self._discard()
         if not cleared and self._compare():
             manifest = Manifest.load(self.output)
@@ -168,14 +208,18 @@ class _Preparation:
         self.state.mkdir(exist_ok=True)
         remove_leftovers(self.state)
         write_bytes_atomically(self.output / PREPARATION_FILE, json.dumps(self.plan, indent=1).encode())
+        return None
+
+    def learn(self) -> dict[str, Any]:
+        """Clean, count, and make the tokenizer; after bad input nothing is left behind."""
         try:
-            survey = self._survey()
+            self._stage()
+            return self._survey()
+        except Killed:
+            raise
         except UserError:
             self._discard()
             raise
-        manifest = self._write(survey)
-        self.report.note(f"{self.output} is ready\n{summary(manifest)}")
-        return manifest
 
     # Step 1: is there an earlier run, and of the same preparation?
 
@@ -190,7 +234,7 @@ class _Preparation:
                 )
             return False
         try:
-            earlier = _read_plan(path)
+            earlier = read_plan(path)
         except UserError as error:
             if self._earlier_survey() is None:
                 raise
@@ -225,21 +269,41 @@ class _Preparation:
             for path in self.output.glob(f"{split}-[0-9]*.tar"):
                 path.unlink()
             (self.output / f"{split}.index.npy").unlink(missing_ok=True)
-        (self.output / TOKENIZER_FILE).unlink(missing_ok=True)
+        for name in (TOKENIZER_FILE, REPORT_FILE, CONTAMINATED_FILE):
+            (self.output / name).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
         remove_leftovers(self.output)
         (self.output / PREPARATION_FILE).unlink()
         return True
+
+    def _stage(self) -> None:
+        """Clean the corpus onto the disk and find its duplicates, from where an earlier run stopped."""
+        if self.staged is None:
+            return
+        workers = self.config.workers or _cpus()
+        for staging in (*self.staged.seen, self.staged):
+            title = (
+                "cleaning" if staging is self.staged else f"reading {staging.corpus.name}, to compare with"
+            )
+            with Pool(Cleaner(staging.cleaning), workers) as pool, self.report.phase(title) as phase:
+                staging.clean_all(pool, lambda documents, chars: phase.update(chars, documents=documents))
+        if self.staged.columns:
+            with self.report.phase("comparing documents"):
+                self.staged.find_all()
 
     # Steps 2 and 3: count, and learn the vocabulary
 
     def _documents(
         self, dropped: Counter[str], matched: set[str] | None = None, files: Tally | None = None
     ) -> Iterator[CleanDocument]:
-        options = replace(self.config.read_options(), dropped=dropped, files=files or Tally())
-        downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
-        source = corpora.documents(self.corpus, options, downloads, self.report.download)
-        documents = select(source, self.selection, dropped, matched)
+        distinct = False
+        if self.staged is not None:
+            source, distinct = self.staged.documents(dropped), bool(self.staged.columns)
+        else:
+            options = replace(self.config.read_options(), dropped=dropped, files=files or Tally())
+            downloads = Path(self.config.downloads) if self.config.downloads else default_download_folder()
+            source = corpora.documents(self.corpus, options, downloads, self.report.download)
+        documents = select(source, self.selection, dropped, matched, distinct)
         if not self.swaps:
             return documents
         return with_counterfactuals(documents, self.swaps, self.config.counterfactual_mode, self.config.seed)
@@ -274,8 +338,9 @@ class _Preparation:
     def _read_all(self) -> tuple[dict[str, Any], Sample]:
         """One pass over the corpus: what it holds, and a sample of its training side."""
         dropped: Counter[str] = Counter()
-        files = Tally()
-        files.add(self.corpus.passed_over)
+        files = self.staged.found().files if self.staged is not None else Tally()
+        if self.staged is None:
+            files.add(self.corpus.passed_over)
         matched: set[str] = set()
         counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
         sample = Sample(int(self.config.tokenizer_sample_mb * 1e6), self.config.seed)
@@ -344,22 +409,29 @@ class _Preparation:
 
     # Steps 4 and 5: write
 
-    def _write(self, survey: dict[str, Any]) -> Manifest:
-        tokenizer = Tokenizer(self.output / TOKENIZER_FILE)
-        dtype = token_dtype(tokenizer.vocab_size)
+    def write_shards(
+        self, survey: dict[str, Any], tokenizer: Tokenizer, mine: Callable[[str, int], bool] | None = None
+    ) -> dict[str, list[Shard]]:
+        """All shards, or those that are ``mine``."""
         workers = self.config.workers or _cpus()
         with self.report.phase("writing shards", _total(survey["splits"], "bytes")) as phase:
-            shards = write_shards(
+            return write_shards(
                 self._documents(Counter()),
                 tokenizer,
                 self.output,
-                dtype,
+                token_dtype(tokenizer.vocab_size),
                 max(1, int(self.config.shard_size_mb * 1e6)),
                 workers,
                 lambda documents, size, tokens: phase.update(size, documents=documents, tokens=tokens),
                 self.report.note,
                 self.plan_sha256,
+                mine,
             )
+
+    def _write(self, survey: dict[str, Any]) -> Manifest:
+        tokenizer = Tokenizer(self.output / TOKENIZER_FILE)
+        dtype = token_dtype(tokenizer.vocab_size)
+        shards = self.write_shards(survey, tokenizer)
         splits = {split: write_index(self.output, split, shards[split]) for split in SPLITS}
         for name, split in splits.items():
             if {"documents": split.documents, "bytes": split.bytes} != survey["splits"][name]:
@@ -367,6 +439,11 @@ class _Preparation:
                     f"corpus {self.config.corpus} changed while it was read ({name}: {split.documents} "
                     f"documents, {survey['splits'][name]['documents']} before); use --force true"
                 )
+        found = self.staged.found() if self.staged is not None else None
+        made_of = composition(self.output, splits, dtype, tokenizer.vocab_size)
+        cleaning = (
+            {"cleaning": {"read": found.read, "counts": dict(found.counts)}} if found is not None else {}
+        )
         manifest = Manifest(
             folder=self.output,
             dtype=dtype,
@@ -386,30 +463,19 @@ class _Preparation:
                 "dropped": survey["dropped"],
                 "files": survey.get("files", {}),
                 "val_tail": survey.get("val_tail", False),
+                "composition": made_of,
+                **cleaning,
             },
         )
+        hits = 0
+        if self.staged is not None and self.config.decontaminate:
+            hits = self.staged.write_hits(self.output / CONTAMINATED_FILE)
+        write_report(manifest, found, hits, summary(manifest).splitlines())
         for name in SPLITS:
             manifest.check_index(name)  # what is wrong now would be believed ever after
         manifest.save(self.output)
         shutil.rmtree(self.state, ignore_errors=True)
         return manifest
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    """The plan of an earlier run, of the types that a comparison relies on."""
-    try:
-        plan = parse_json(read_limited(path, _MAX_PLAN_BYTES))
-    except UserError as error:
-        raise other_remedy(error, "use --force true to start again") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); use --force true to start again") from error
-    inputs = plan.get("inputs") if isinstance(plan, dict) else None
-    sound = isinstance(inputs, list) and all(isinstance(entry, list) and entry for entry in inputs)
-    if not sound or not isinstance(plan.get("options"), dict):
-        raise UserError(f"{path}: no record of a preparation; use --force true to start again")
-    if not all(isinstance(entry[0], str) for entry in plan["inputs"]):
-        raise UserError(f"{path}: no record of a preparation; use --force true to start again")
-    return plan
 
 
 def _cpus() -> int:

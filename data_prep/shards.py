@@ -78,6 +78,8 @@ class ShardWriter:
         start = self._member(f"{key}.npy", array)
         self._rows.append((self.number, start + header, len(ids), document.num_bytes))
         about = {"source": document.name, "bytes": document.num_bytes, "sha256": document.digest.hex()}
+        if document.language is not None:
+            about["language"] = document.language
         # a name that is not UTF-8 becomes what JSON escapes it as
         data = json.dumps(about, ensure_ascii=False).encode(errors="backslashreplace")
         self._member(f"{key}.json", data)
@@ -135,6 +137,7 @@ def write_shards(
     progress: Callable[[int, int, int], None] = lambda documents, size, tokens: None,
     note: Callable[[str], None] = lambda line: None,
     plan: str = "",
+    mine: Callable[[str, int], bool] | None = None,
 ) -> dict[str, list[Shard]]:
     """Write every document into a shard of its split; give back the shards, those of earlier runs included.
 
@@ -148,6 +151,7 @@ def write_shards(
         progress: told (documents, text bytes, tokens) so far.
         note: told a line about each shard of an earlier run that has to be made again.
         plan: SHA-256 of options and inputs; a finished shard of another plan is made again.
+        mine: which shards (split, number) to write, the others being another task's; by default all.
     """
     stored = np.dtype(dtype).newbyteorder("<")
     origin = f"plan {plan}, tokenizer {tokenizer.sha256}"
@@ -167,13 +171,14 @@ def write_shards(
             state = states[document.split]
             if state.number < 0 or state.assigned >= shard_bytes:
                 state.number, state.assigned = state.number + 1, 0
-                state.done = earlier(document.split, state.number)
+                others = mine is not None and not mine(document.split, state.number)
+                state.done = None if others else earlier(document.split, state.number)
                 if state.done is not None:
                     state.shards.append(state.done)
                     counts[:] += (state.done.documents, state.done.bytes, state.done.tokens)
                     progress(*counts.tolist())
             state.assigned += document.num_bytes
-            if state.done is None:
+            if state.done is None and (mine is None or mine(document.split, state.number)):
                 yield document, state.number
 
     def encode(document: CleanDocument) -> np.ndarray:

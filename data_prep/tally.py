@@ -78,6 +78,15 @@ class Tally:
             mine.count += entry.count
             mine.examples = (mine.examples + entry.examples)[:MAX_EXAMPLES]
 
+    @classmethod
+    def from_json(cls, files: Mapping[str, Any]) -> Tally:
+        """What `to_json` gave."""
+        skipped = {
+            reason: Skipped(entry["count"], list(entry["examples"]))
+            for reason, entry in files["skipped"].items()
+        }
+        return cls(Counter(files["read"]), skipped)
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest."""
         skipped = {

@@ -4,6 +4,7 @@ A training has to survive a signal from its first moment on, and torch reads onc
 come before the imports.
 """
 
+import os
 import sys
 
 from dualroute import threads
@@ -11,6 +12,10 @@ from dualroute import threads
 
 def main() -> int:
     """Entry point of the process; see :func:`dualroute.cli.main`."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a line may go on
+        from dualroute.cli.completion import complete
+
+        complete()
     threads.prepare()
     from dualroute.training.resilience import stop_signal
 

@@ -65,8 +65,8 @@ def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
 
     Args:
         optimizer: DeepSpeed's of ZeRO 1, 2 or 3.
-        state: Gives ``read_range(name, key, start, count)`` for the keys fp32, exp_avg and exp_avg_sq, and
-            ``step``.
+        state: Gives ``read_range(name, key, start, count)`` for the ``keys_of(name)``, which are fp32,
+            exp_avg and, but for Muon's, exp_avg_sq; and ``step``.
     """
     import math
     import os
@@ -80,9 +80,9 @@ def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
         part = math.ceil(param.ds_numel / ranks)
         start = min(rank * part, param.ds_numel)
         count = min(part, param.ds_numel - start)
-        found = torch.zeros(part, dtype=torch.float32)
-        if count:
-            found[:count] = state.read_range(os.path.basename(folder), key, start, count)
+        found, name = torch.zeros(part, dtype=torch.float32), os.path.basename(folder)
+        if count and key in state.keys_of(name):
+            found[:count] = state.read_range(name, key, start, count)
         return found
 
     def fragment(parameter: Any, folder: str, *_: Any, **__: Any) -> Any:
@@ -90,7 +90,7 @@ def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
         place = mapping.lp_fragment_address
         read = {
             key: state.read_range(name, key, place.start, place.numel).to(torch.float32, copy=True)
-            for key in ("fp32", "exp_avg", "exp_avg_sq")
+            for key in state.keys_of(name)
         }
         mapping.get_hp_fragment().data.copy_(read.pop("fp32"))
         mapping.optim_fragment = read
@@ -114,6 +114,62 @@ def read_partitions_from(optimizer: Any, state: Any) -> Iterator[None]:
     finally:
         for parameter, own in zip(parameters, before, strict=True):
             parameter.load_hp_checkpoint_state = own
+
+
+def divided_parameters(optimizer: Any) -> Iterator[tuple[Any, Any, list[tuple[Any, int, int, int, bool]]]]:
+    """What DeepSpeed's ZeRO has made of an optimizer's parameters on this rank.
+
+    Args:
+        optimizer: DeepSpeed's of ZeRO 1, 2 or 3.
+
+    Yields:
+        A flat parameter that is stepped here, the ranks that share what is in its group, and of each
+        parameter in the group: itself, its first element here, where that lies in the flat one, how many are
+        here, and whether it is cut up.
+    """
+    import torch
+
+    def of_group(group: Any) -> tuple[int, int]:
+        return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            group = optimizer.sub_group_process_groups[index]
+            rank, ranks = of_group(group)
+            found, offset = [], 0
+            for parameter in optimizer.fp16_groups[index]:
+                part = parameter.ds_tensor.ds_numel
+                first = min(rank * part, parameter.ds_numel)
+                count = min(part, parameter.ds_numel - first)
+                found.append((parameter, first, offset, count, ranks > 1))
+                offset += part
+            yield flat, group, found
+        return
+    if hasattr(optimizer, "round_robin_bit16_offsets"):
+        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups
+        all_offsets = optimizer.round_robin_bit16_offsets
+    else:  # stage 1 in bfloat16
+        flats, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        all_offsets = [_offsets(parameters) for parameters in groups]
+    for flat, group, parameters, offsets in zip(
+        flats, optimizer.real_dp_process_group, groups, all_offsets, strict=True
+    ):
+        size = flat.numel()
+        begin = of_group(group)[0] * size
+        found = []
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            end = offset + parameter.numel()
+            first, last = max(offset, begin), min(end, begin + size)
+            count = max(last - first, 0)
+            cut = offset // size != (end - 1) // size
+            found.append((parameter, first - offset, first - begin, count, cut))
+        yield flat, group, found
+
+
+def _offsets(parameters: Any) -> list[int]:
+    from itertools import accumulate
+
+    return [0, *accumulate(parameter.numel() for parameter in parameters)][:-1]
 
 
 def zero3_partition(parameter: Any, first: Any, config: dict[str, Any]) -> None:

@@ -282,6 +282,28 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text, strictly: no NaN or Infinity, no key twice, no nesting without end.
+
+    Raises:
+        ValueError: it is none; the message is one line.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    try:
+        return json.loads(data, parse_constant=refuse, object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(path: str | os.PathLike[str], *, limit: int = _LARGEST_NOTE) -> Any:
     """Content of one of our own JSON files (metadata, notes).
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, get_args, get_type_hints
 
 from dualroute.errors import UserError
+
+_ADDRESS = re.compile(r"pipe:|[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class PathField:
         or_name: A value is a path only where it is there, or ends in ``suffix`` if there is one; else it is a
             name that is known elsewhere.
         suffix: See ``or_name``.
+        remote: Addresses of data sets elsewhere (``s3://…``, ``pipe:…``) are no paths.
     """
 
     words: tuple[str, ...] = ()
     included: bool = False
     or_name: bool = False
     suffix: str = ""
+    remote: bool = False
 
     def is_word(self, value: str) -> bool:
         """Whether ``value`` means something else than a path."""
@@ -46,10 +51,12 @@ class PathField:
 
 
 LocalPath = Annotated[str, PathField()]
+#: A data set: a folder, or an address
+DataPath = Annotated[str, PathField(remote=True)]
 #: A folder, or the memory of the host
 FolderOrHost = Annotated[str, PathField(words=("host",))]
 #: A file or folder, or the name of a data set elsewhere
-PathOrName = Annotated[str, PathField(or_name=True)]
+PathOrName = Annotated[str, PathField(or_name=True, remote=True)]
 #: One of our names, or a Python file
 NameOrModule = Annotated[str, PathField(or_name=True, suffix=".py")]
 #: The name of a shipped suite, or a YAML file of the user's
@@ -57,6 +64,12 @@ SuiteName = Annotated[str, PathField(or_name=True, suffix=".yaml")]
 ConfigFile = Annotated[str, PathField(included=True)]
 #: ``--resume``
 ResumePath = Annotated[str, PathField(words=("auto", "never"))]
+
+
+def is_remote(path: object) -> bool:
+    """Whether ``path`` names a data set by an address (``s3://…``, ``https://…``, ``pipe:COMMAND``), not a
+    folder."""
+    return _ADDRESS.match(str(path)) is not None
 
 
 def path_field(hint: Any) -> PathField | None:
@@ -105,6 +118,10 @@ def absolute_paths(config: Any) -> Any:
         path = path_field(hints[field.name])
         if dataclasses.is_dataclass(value):
             values[field.name] = absolute_paths(value)
+        elif isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
+            values[field.name] = [absolute_paths(one) for one in value]
+        elif path is not None and path.remote and is_remote(value):
+            values[field.name] = value.replace("$", "$$")
         elif path is not None and isinstance(value, str) and not path.is_word(value):
             values[field.name] = os.path.abspath(value).replace("$", "$$")
     return dataclasses.replace(config, **values)

@@ -95,6 +95,9 @@ def test_universal_checkpoints_are_read_in_parts():
         step = torch.tensor(5.0)
         asked: ClassVar[list[tuple]] = []
 
+        def keys_of(self, name):
+            return ("fp32", "exp_avg", "exp_avg_sq")
+
         def read_range(self, name, key, start, count):
             self.asked.append((name, key, start, count))
             return torch.arange(start, start + count)
@@ -109,6 +112,42 @@ def test_universal_checkpoints_are_read_in_parts():
     assert State.asked == [("model.layers.0.weight", key, 4, 3) for key in ("fp32", "exp_avg", "exp_avg_sq")]
     assert Whole._hp_mapping.hp.tolist() == [4, 5, 6]
     assert set(parameter._hp_mapping.optim_fragment) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_what_lies_in_flat_parameters_is_known(monkeypatch):
+    """Without: Muon cannot put matrices together that ZeRO has cut up."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module, names in {
+        stage_1_and_2: ("round_robin_bit16_offsets", "round_robin_bit16_groups", "real_dp_process_group"),
+        bf16_optimizer: ("fp32_groups_flat_partition", "bf16_groups", "real_dp_process_group"),
+        stage3: ("fp32_partitioned_groups_flat", "sub_group_process_groups", "fp16_groups"),
+    }.items():
+        assert all(f"self.{name}" in inspect.getsource(module) for name in names)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    small, large = torch.zeros(4), torch.zeros(9)  # and 3 of padding, cut into two of 8
+    flat = torch.zeros(8)
+
+    def told(**attributes):
+        ((parameter, group, inside),) = compat.divided_parameters(type("Optimizer", (), attributes)())
+        assert parameter is flat
+        assert group == "ranks"
+        return inside
+
+    shared = {"real_dp_process_group": ["ranks"]}
+    of_zero = {"round_robin_bit16_offsets": [[0, 4]], "round_robin_bit16_groups": [[small, large]]}
+    found = told(single_partition_of_fp32_groups=[flat], **of_zero, **shared)
+    assert [entry[1:4] for entry in found if entry[3]] == [(4, 0, 5)]
+    assert [(entry[3], entry[4]) for entry in found] == [(0, False), (5, True)]
+    assert found == told(fp32_groups_flat_partition=[flat], bf16_groups=[[small, large]], **shared)
+    for parameter, part in ((small, 2), (large, 5)):
+        parameter.ds_numel, parameter.ds_tensor = parameter.numel(), type("Part", (), {"ds_numel": part})
+    third = {"fp32_partitioned_groups_flat": [flat], "fp16_groups": [[small, large]]}
+    found = told(**third, sub_group_process_groups=["ranks"])
+    assert [entry[1:] for entry in found] == [(2, 0, 2, True), (5, 2, 4, True)]
 
 
 def test_zero3_parameters_divide_others_like_themselves():

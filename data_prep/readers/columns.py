@@ -32,11 +32,10 @@ def read_parquet(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator
 
     def batches() -> Iterator[Any]:
         table = pyarrow.parquet.ParquetFile(stream)
-        names = table.schema_arrow.names
-        column = _named(names, name, options)
         rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // _bytes_per_row(table.metadata)))
-        for batch in table.iter_batches(batch_size=rows, columns=[names[column]]):
-            yield batch.column(0)
+        for column in _chosen(table.schema_arrow, name, options):
+            for batch in table.iter_batches(batch_size=rows, columns=[table.schema_arrow.names[column]]):
+                yield batch.column(0)
 
     yield from _documents(batches(), name, options)
 
@@ -59,9 +58,9 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[D
 
     def of_file() -> Iterator[Any]:
         reader = pyarrow.ipc.open_file(stream)
-        column = _named(reader.schema.names, name, options)
+        columns = _chosen(reader.schema, name, options)
         for number in range(reader.num_record_batches):
-            yield reader.get_batch(number).column(column)
+            yield from (reader.get_batch(number).column(column) for column in columns)
 
     def of_streams() -> Iterator[Any]:
         """One stream after another; the library takes a stream without its end mark for a whole one."""
@@ -70,9 +69,9 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[D
             mark = _CONTINUES + _NO_MORE if stream.read(4) == _CONTINUES else _NO_MORE
             stream.seek(start)
             reader = pyarrow.ipc.open_stream(stream)
-            column = _named(reader.schema.names, name, options)
+            columns = _chosen(reader.schema, name, options)
             for batch in reader:
-                yield batch.column(column)
+                yield from (batch.column(column) for column in columns)
             end = stream.tell()
             stream.seek(max(start, end - len(mark)))
             if stream.read(len(mark)) != mark:
@@ -82,6 +81,13 @@ def read_arrow(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[D
             stream.seek(end)
 
     yield from _documents(of_file() if head == _ARROW_MARK else of_streams(), name, options)
+
+
+def _chosen(schema: Any, name: str, options: ReadOptions) -> list[int]:
+    """Places of the columns that are read: the one of the text, or every one that holds texts."""
+    if options.all_text:
+        return [place for place, column in enumerate(schema) if str(column.type) in _TEXT_TYPES]
+    return [_named(schema.names, name, options)]
 
 
 def _named(names: list[str], name: str, options: ReadOptions) -> int:

@@ -43,6 +43,7 @@ class Document:
 
     name: str
     text: str
+    language: str | None = None  # where one has been found out
 
 
 @dataclass
@@ -59,6 +60,7 @@ class ReadOptions:
         text_endings: further endings of names that hold plain text; "" for names without one.
         exclude: globs of files and members of archives to pass over.
         follow_links: follow links that lead out of a corpus folder.
+        all_text: of a record take every text, whatever its key.
         dropped: counts of documents dropped here, by reason.
         files: counts of files read and passed over.
     """
@@ -72,6 +74,7 @@ class ReadOptions:
     text_endings: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     follow_links: bool = False
+    all_text: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     files: Tally = field(default_factory=Tally)
 
@@ -156,3 +159,16 @@ def document_of(value: object, where: str, options: ReadOptions) -> Iterator[Doc
         options.dropped["repaired (kept)"] += 1
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     yield Document(where, value)
+
+
+def texts_within(value: object) -> Iterator[str]:
+    """Every text in a value of JSON, keys left out, in the order in which it stands there."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            waiting.extend(reversed(value.values()))
+        elif isinstance(value, list):
+            waiting.extend(reversed(value))

@@ -1,8 +1,9 @@
 """Bytes of one file to documents, in bounded memory.
 
 Comes in: a path and its name. The name's endings say what it is, from the outside in: compression
-(.gz .xz .bz2 .zst), archive (.tar .zip), then text, records (.jsonl .json .csv .tsv) or columns (.parquet
-.arrow .feather). Goes out: `Document` (name, text), in the order of the file, to `clean`.
+(.gz .xz .bz2 .zst), archive (.tar .zip), then text, records (.jsonl .json .csv .tsv), columns (.parquet
+.arrow .feather) or crawls (.warc .wet). Goes out: `Document` (name, text), in the order of the file, to
+`clean`.
 
 A file that ends too early, or is not what its name says, is an error that names it: nothing is guessed.
 What does not belong to a corpus by its name is counted and passed over (`tally`).
@@ -18,7 +19,7 @@ from pathlib import Path
 from posixpath import basename, splitext
 from typing import IO
 
-from data_prep.readers import archives, columns, records
+from data_prep.readers import archives, columns, records, warc
 from data_prep.readers.documents import (
     UTF8_MARK,
     DecodeErrors,
@@ -52,6 +53,7 @@ PLAIN_NAMES = """
 """.split()
 _TEXT = frozenset(PROSE_ENDINGS + CODE_ENDINGS)
 RECORD_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+CRAWL_ENDINGS = warc.WARC_ENDINGS
 ARCHIVE_ENDINGS = (".tar", ".zip")
 _SHORTHANDS = {".tgz": ".tar.gz", ".txz": ".tar.xz", ".tbz2": ".tar.bz2", ".tzst": ".tar.zst"}
 _BLOCK = 1 << 20
@@ -69,7 +71,7 @@ def unknown_kind(name: str, options: ReadOptions) -> str | None:
     kind, compressions = _kind(name, options)
     if len(compressions) > _MAX_COMPRESSIONS:
         return "compressed again and again"
-    if kind in (".txt", *RECORD_ENDINGS, *ARCHIVE_ENDINGS) or kind in _TEXT:
+    if kind in (".txt", *RECORD_ENDINGS, *CRAWL_ENDINGS, *ARCHIVE_ENDINGS) or kind in _TEXT:
         return None
     if not kind:
         return f"{UNKNOWN}(no ending)"
@@ -79,7 +81,7 @@ def unknown_kind(name: str, options: ReadOptions) -> str | None:
 
 def known_endings() -> str:
     """For messages: what `supported` accepts."""
-    kinds = " ".join([*PROSE_ENDINGS[:5], *RECORD_ENDINGS, *ARCHIVE_ENDINGS])
+    kinds = " ".join([*PROSE_ENDINGS[:5], *RECORD_ENDINGS, *CRAWL_ENDINGS, *ARCHIVE_ENDINGS])
     return f"{kinds}, source code, each also with {' '.join(COMPRESSION_ENDINGS)}; text_endings adds to them"
 
 
@@ -163,6 +165,8 @@ class _Reader:
             yield from archives.read_zip(stream, name, options, member, unknown, self.expansion)
         elif kind == ".parquet":
             yield from columns.read_parquet(stream, name, options)
+        elif kind in CRAWL_ENDINGS:
+            yield from warc.read_warc(stream, name, options)
         elif kind in (".arrow", ".feather"):
             yield from columns.read_arrow(stream, name, options)
         else:

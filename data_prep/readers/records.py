@@ -24,6 +24,7 @@ from data_prep.readers.documents import (
     decode,
     document_of,
     lines_of,
+    texts_within,
     too_long,
 )
 from data_prep.tally import readable
@@ -60,6 +61,9 @@ def _parsed(text: str, where: str, remedy: str) -> Any:
 
 
 def _record(record: Any, where: str, options: ReadOptions, first: bool) -> Iterator[Document]:
+    if options.all_text:
+        yield from document_of("\n".join(texts_within(record)), where, options)
+        return
     if not isinstance(record, dict) or options.text_key not in record:
         there = sorted(record) if isinstance(record, dict) else [type(record).__name__]
         missing = NoTextKey(where, options.text_key, there)
@@ -164,6 +168,9 @@ def _read_table(
         if not row or not any(row):
             continue  # a blank line
         where = f"{name}:{rows.line_num}"
+        if options.all_text:
+            yield from document_of("\n".join(row), where, options)
+            continue
         if not width:
             width, column = len(row), _column(row, where, options)
             if options.text_key in row:

@@ -4,7 +4,7 @@
     read.py       words and YAML files → a configuration: schema.py (which keys there are), aliases.py (names
                   that keys once had), and :mod:`dualroute.configuration` (text with its place, text → value)
     entry.py      what the ``dualroute`` command does, and the one line for what a person can mend
-    help.py       --help; family.py  ``dualroute checkpoint …``
+    help.py       --help; family.py  ``dualroute checkpoint …``; completion.py  words for the shell
     submit/       ``dualroute submit``: jobs for Slurm
 
 Nothing imports this package but the entry points.  What needs to parse (a pipeline) is handed the function.

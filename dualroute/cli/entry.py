@@ -11,19 +11,19 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dualroute import __version__, log, threads
 from dualroute.cli.aliases import present_command
-from dualroute.cli.read import Given, Words, build, merged, split_words
+from dualroute.cli.read import Given, Words, merged, split_words
 from dualroute.cli.schema import Schema, schema_of
 from dualroute.cli.table import FAMILIES, OTHERS, STAGES, load
 from dualroute.configuration.names import nearest
 from dualroute.errors import Interrupted, UserError, exhaustion, one_line
 from dualroute.paths import path_field
-from dualroute.settings import note_given
 from dualroute.training.resilience import stop_signal
 
 #: Exit status of a program that nobody reads any more: 128 + SIGPIPE, as a shell sees it.
@@ -61,16 +61,10 @@ def parse_stage(stage: str, arguments: Sequence[str]) -> Any:
         Shown: ``--help`` or ``--print_config`` was among them.
     """
     schema, words, given = _given(stage, arguments)
-    values = given.converted()
     if words.print_config:
-        print(_as_yaml(schema, values, given.nulls), end="")
+        print(_as_yaml(schema, given.converted(), given.nulls), end="")
         raise Shown
-    try:
-        config = build(schema, values, given.nulls)
-    except UserError as error:
-        raise UserError(given.with_place(str(error))) from error
-    note_given(config, given.values)
-    return config
+    return given.build()
 
 
 def _as_yaml(schema: Schema, values: dict[str, Any], nulls: set[str]) -> str:
@@ -98,6 +92,12 @@ def run(arguments: Sequence[str]) -> int:
         return submit(rest, parse_stage)
     if stage == "configs":
         return _configs(rest)
+    if stage == "notebook":
+        return _notebook(rest)
+    if stage == "completion":
+        from dualroute.cli.completion import completion
+
+        return completion(rest)
     if stage in FAMILIES:
         from dualroute.cli.family import run_family
 
@@ -117,21 +117,40 @@ def run(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _asks_help(arguments: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help") for word in arguments)
+
+
 def _configs(arguments: Sequence[str]) -> int:
     """``dualroute configs`` and ``dualroute configs show NAME``."""
     from dualroute.configuration.shipped import describe_configs, shipped_configs
 
-    if not arguments:
-        print(describe_configs())
+    usage = "write `dualroute configs`, or `dualroute configs show NAME`"
+    if not arguments or _asks_help(arguments):
+        print(usage if arguments else describe_configs())
         return 0
     if arguments[0] != "show" or len(arguments) != 2:
-        raise UserError("write `dualroute configs`, or `dualroute configs show NAME`")
+        raise UserError(usage)
     known = shipped_configs()
     name = arguments[1].removesuffix(".yaml")
     if name not in known:
         near = nearest(name, known)
         raise UserError(f"there is no configuration {name}" + (f"; did you mean {near}?" if near else ""))
     print(known[name].read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _notebook(arguments: Sequence[str]) -> int:
+    """``dualroute notebook [FOLDER]``."""
+    from dualroute.configuration.shipped import copy_notebook
+
+    usage = "write `dualroute notebook`, or `dualroute notebook FOLDER`"
+    if _asks_help(arguments):
+        print(usage)
+        return 0
+    if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
+        raise UserError(usage)
+    print(copy_notebook(Path(arguments[0] if arguments else ".")))
     return 0
 
 

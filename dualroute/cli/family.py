@@ -32,12 +32,8 @@ def underscored(word: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def run_family(name: str, arguments: Sequence[str]) -> int:
-    """Parse and run; returns the exit status.
-
-    Raises:
-        UserError: A command or option that does not exist, or whatever the command finds.
-    """
+def family_parser(name: str) -> Parser:
+    """The commands of a family, declared."""
     family = FAMILIES[name]
     parser = Parser(prog=f"dualroute {name}", description=family.summary)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -48,9 +44,18 @@ def run_family(name: str, arguments: Sequence[str]) -> int:
             of.add_argument(f"--{option}", required=True, help=text)
         for option, values in command.choices.items():
             of.add_argument(f"--{option}", choices=values, default=values[0], help=f"default: {values[0]}")
+    return parser
+
+
+def run_family(name: str, arguments: Sequence[str]) -> int:
+    """Parse and run; returns the exit status.
+
+    Raises:
+        UserError: A command or option that does not exist, or whatever the command finds.
+    """
     try:
-        chosen = vars(parser.parse_args(list(arguments)))
+        chosen = vars(family_parser(name).parse_args(list(arguments)))
     except SystemExit as done:  # after --help
         return int(done.code or 0)
-    status: int = load(family.commands[chosen.pop("command")].function)(**chosen)
+    status: int = load(FAMILIES[name].commands[chosen.pop("command")].function)(**chosen)
     return status

@@ -27,7 +27,7 @@ from dualroute.configuration.names import nearest
 from dualroute.configuration.shipped import find_config
 from dualroute.configuration.yaml_file import Node, Place, read_file, read_text
 from dualroute.errors import UserError
-from dualroute.settings import given_fields
+from dualroute.settings import given_fields, note_given
 
 
 @dataclass
@@ -159,9 +159,10 @@ class Given:
             path = Path(text).expanduser()
             return path if node.place.folder is None else node.place.folder / path
         try:
-            return find_config(text) if "/" in text else None
+            found = find_config(text) if "/" in text else None
         except UserError:
             return None
+        return None if found is None or found.is_dir() else found  # a folder is data, see GROUP_FIELD
 
     def _not_null_above(self, key: str) -> None:
         self.nulls = {name for name in self.nulls if not key.startswith(f"{name}.")}
@@ -209,6 +210,20 @@ class Given:
             except UserError as error:
                 raise UserError(f"{self.named(key, node.place)}: {error}") from error
         return found
+
+    def build(self) -> Any:
+        """The configuration object, which knows what was given of it.
+
+        Raises:
+            UserError: A value of the wrong type, a required one that is missing, or a contradiction.
+        """
+        values = self.converted()
+        try:
+            config = build(self.schema, values, self.nulls)
+        except UserError as error:
+            raise UserError(self.with_place(str(error))) from error
+        note_given(config, self.values)
+        return config
 
     def with_place(self, message: str) -> str:
         """A message that begins with a key, with the line of the file that the key stands in."""

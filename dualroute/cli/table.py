@@ -70,7 +70,7 @@ def load(name: tuple[str, str]) -> Any:
 STAGES = {
     "prepare": Stage(
         ("data_prep.config", "PrepareConfig"),
-        ("data_prep.prepare", "prepare"),
+        ("data_prep.prepare", "prepare_command"),
         "corpus → tokenizer → shards",
     ),
     "pretrain": Stage(
@@ -189,14 +189,38 @@ STAGES = {
         "every file of a data set against its sha256",
     ),
     "data show": Stage(
-        ("dualroute.data.verify", "ShowDataConfig"),
-        ("dualroute.data.verify", "show_data"),
+        ("dualroute.data.tools.config", "ShowDataConfig"),
+        ("dualroute.data.tools.inspect", "show_data"),
         "what a data set holds",
     ),
     "data generate": Stage(
         ("data_prep.teacher.config", "GenerateDataConfig"),
         ("data_prep.teacher.generate", "generate_data"),
         "training text from a model behind an API",
+    ),
+    "data inspect": Stage(
+        ("dualroute.data.tools.config", "ShowDataConfig"),
+        ("dualroute.data.tools.inspect", "inspect_data"),
+        "what a data set holds, in tables",
+        ("data",),
+    ),
+    "data stats": Stage(
+        ("dualroute.data.tools.config", "StatsDataConfig"),
+        ("dualroute.data.tools.stats", "stats_data"),
+        "lengths, sources, languages, duplicates of its documents, in tables and figures",
+        ("data",),
+    ),
+    "data sample": Stage(
+        ("dualroute.data.tools.config", "SampleDataConfig"),
+        ("dualroute.data.tools.sample", "sample_data"),
+        "documents of a data set as text",
+        ("data",),
+    ),
+    "data diff": Stage(
+        ("dualroute.data.tools.config", "DiffDataConfig"),
+        ("dualroute.data.tools.diff", "diff_data"),
+        "what two data sets do not have in common",
+        ("first", "second"),
     ),
     "doctor": Stage(
         ("dualroute.doctor.config", "DoctorConfig"),
@@ -241,5 +265,7 @@ FAMILIES = {
 #: Commands that are neither.
 OTHERS = {
     "configs": "list the configurations that come with dualroute, or show one",
+    "notebook": "copy the notebook of a first model into a folder, this one by default",
+    "completion": "what a shell reads to complete commands and options: bash, zsh or fish",
     "submit": "a training, a sweep or a chain of stages as jobs of Slurm",
 }

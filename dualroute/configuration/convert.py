@@ -7,12 +7,13 @@ wanted, ``32`` is the word "32" where a word is.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
 import types
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dualroute.configuration.yaml_file import Node, plain
 from dualroute.errors import UserError
@@ -56,7 +57,47 @@ def convert(hint: Any, node: Node) -> Any:
         return {key: convert(arguments[1], value) for key, value in node.content.items()}
     if hint is Any:
         return plain(node)
+    if dataclasses.is_dataclass(hint):
+        return _table(hint, node)
     return _scalar(hint, node)
+
+
+def _table(of: Any, node: Node) -> Any:
+    """An entry of a list that is a dataclass: a table of its fields, or a text that it knows to read."""
+    if node.kind == "text" and not node.is_null and hasattr(of, "from_text"):
+        values: Any = of.from_text(node.content)
+        node = _node_of(values, node)
+    if node.kind != "table":
+        raise _expected("a table of keys and values", node)
+    hints = get_type_hints(of, include_extras=True)
+    known = {field.name: field for field in dataclasses.fields(of)}
+    found = {}
+    for key, value in node.content.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+            raise UserError(f"unknown key {key!r}{hint}")
+        try:
+            found[key] = convert(hints[key], value)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in found
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given in {node.shown()}")
+    return of(**found)
+
+
+def _node_of(value: Any, like: Node) -> Node:
+    """A value as it would have been read where ``like`` stands."""
+    if isinstance(value, dict):
+        return Node("table", {key: _node_of(one, like) for key, one in value.items()}, like.place)
+    return Node("text", value, like.place)
 
 
 def describe(hint: Any) -> str:

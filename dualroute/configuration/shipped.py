@@ -1,7 +1,7 @@
-"""The configurations and Slurm templates that come with dualroute, found in a checkout and in a wheel.
+"""The configurations, Slurm templates and notebook that come with dualroute, in a checkout and in a wheel.
 
-``configs/`` and ``slurm/`` are folders of the repository; the package has links to them, which become folders
-in a wheel.  ``--config pretrain/quickstart`` names a shipped file from anywhere.
+``configs/``, ``slurm/`` and ``docs/notebooks/`` are folders of the repository; the package has links to them,
+which become folders in a wheel.  ``--config pretrain/quickstart`` names a shipped file from anywhere.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualroute.errors import UserError
+from dualroute.files import write_bytes_atomically
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+NOTEBOOK = "first_model.ipynb"
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder ``configs`` or ``slurm``.
+    """The folder ``configs``, ``slurm`` or ``notebooks``.
 
     Raises:
         UserError: The installation lacks it.
@@ -69,3 +71,22 @@ def describe_configs() -> str:
         comment = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
         lines.append(f"  {name:<24} {comment}")
     return "\n".join(lines)
+
+
+def copy_notebook(folder: Path) -> Path:
+    """Put a copy of the notebook that comes with dualroute into ``folder``.
+
+    Raises:
+        UserError: There is no such folder, a file of that name is there, or it cannot be written.
+    """
+    source = shipped_folder("notebooks") / NOTEBOOK
+    copy = folder / NOTEBOOK
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: make it")
+    if copy.exists():
+        raise UserError(f"{copy} is there already: name another folder, or remove it")
+    try:
+        write_bytes_atomically(copy, source.read_bytes())
+    except OSError as error:
+        raise UserError(f"{copy} cannot be written: {error.strerror or error}") from error
+    return copy

@@ -110,11 +110,6 @@ class GrammarConstraint:
         """Whether the text fits and nothing may follow it."""
         return self._ended or bool(self._matcher.is_stopped())
 
-    @property
-    def is_satisfied(self) -> bool:
-        """Whether the text fits as it stands."""
-        return self._ended or bool(self._matcher.is_accepting())
-
     def restrict(self, logits: Tensor, room: int) -> None:
         """See :class:`~dualroute.model.decoding.sampler.Constraint`."""
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)

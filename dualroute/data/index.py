@@ -24,6 +24,8 @@ from dualroute.files import require_regular
 
 INDEX_COLUMNS = ("shard", "offset", "tokens", "bytes")
 ROW_BYTES = 8 * len(INDEX_COLUMNS)
+#: In front of the rows, at most.
+HEADER_BYTES = 1 << 10
 
 
 def write_header(stream: IO[bytes], documents: int) -> None:

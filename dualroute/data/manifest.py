@@ -21,99 +21,45 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dualroute.data.index import ROW_BYTES, IndexRows, check_rows, map_index, release_pages
+from dualroute.data.index import HEADER_BYTES, ROW_BYTES, IndexRows, check_rows, map_index, release_pages
+from dualroute.data.manifest_parts import Shard, Split, TokenizerInfo, canonical_json, token_dtype
+from dualroute.data.remote.address import shown
+from dualroute.data.remote.config import RemoteOptions
+from dualroute.data.remote.http_transfer import Unreachable
+from dualroute.data.remote.mirror import Mirror
 from dualroute.errors import UserError, other_remedy
-from dualroute.files import file_sha256, read_limited, require_regular, write_bytes_atomically
+from dualroute.files import file_sha256, parse_json, read_limited, require_regular, write_bytes_atomically
+from dualroute.paths import is_remote
 
+__all__ = [
+    "MANIFEST_FILE", "MAX_MANIFEST_BYTES", "TOKENIZER_FILE", "Manifest", "Shard", "Split", "TokenizerInfo",
+    "bad_files", "canonical_json", "parse_json", "shard_from_json", "token_dtype", "verify_shards",
+]  # fmt: skip
 FORMAT = "dualroute-shards"
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 #: Of manifest.json: 200 bytes a shard, so some 300,000 shards.
 MAX_MANIFEST_BYTES = 64 << 20
+_MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_COUNT = 1 << 53  # of anything that is counted; exact in a float too
 _RELEASED_DOCUMENTS = 1 << 20  # 32 MiB of an index
 _DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # and how many ids they tell apart
+_log = logging.getLogger(__name__)
 _REMEDY = "run `dualroute prepare` again"
 _REMEDY_FOR_FILES = f"copy it again, or {_REMEDY}"
-
-
-def token_dtype(vocab_size: int) -> str:
-    """Smallest numpy type that holds every id: ``uint16`` up to a vocabulary of 65,536, else ``uint32``."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def canonical_json(value: Any) -> bytes:
-    """JSON that is equal for equal values: keys sorted, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """The tokenizer that made the ids; ``pad_id`` is an id to fill with (<eos> in a model without <pad>)."""
-
-    file: str
-    sha256: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar. ``bytes`` counts the UTF-8 bytes of the text, ``size`` those of the file."""
-
-    file: str
-    documents: int
-    tokens: int
-    bytes: int
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """Train or validation: the totals over its shards, and its index file."""
-
-    name: str
-    documents: int
-    tokens: int
-    bytes: int
-    index_file: str
-    index_sha256: str
-    shards: tuple[Shard, ...]
-
-    @property
-    def targets(self) -> int:
-        """Next-token targets: every token but the first of its document is predicted once."""
-        return self.tokens - self.documents
-
-    @property
-    def targets_per_byte(self) -> float:
-        """Turns nats per target into nats per byte of text, which compares models across tokenizers."""
-        return self.targets / self.bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """The split as it stands in manifest.json."""
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "index": {"file": self.index_file, "sha256": self.index_sha256},
-            "shards": [dataclasses.asdict(shard) for shard in self.shards],
-        }
 
 
 @dataclass(frozen=True)
@@ -121,10 +67,13 @@ class Manifest:
     """A complete dataset folder.
 
     Attributes:
-        folder: where it lies; not part of the fingerprint, so a folder may be moved or copied.
+        folder: where it lies; not part of the fingerprint, so a folder may be moved or copied. Of a set that
+            lies elsewhere, where its copies are: tokenizer and index are there, shards come with
+                `open_shard`.
         dtype: of the stored ids, ``uint16`` or ``uint32``.
         tokenizer, splits: what is in it.
         preparation: options and counts of the run that made it, for people; not part of the fingerprint.
+        mirror: brings the files of a set that lies elsewhere; None for a folder.
     """
 
     folder: Path
@@ -132,6 +81,12 @@ class Manifest:
     tokenizer: TokenizerInfo
     splits: Mapping[str, Split]
     preparation: Mapping[str, Any] = field(default_factory=dict)
+    mirror: Mirror | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Folder or address, for messages."""
+        return str(self.folder) if self.mirror is None else self.mirror.shown
 
     @cached_property
     def fingerprint(self) -> str:
@@ -152,12 +107,36 @@ class Manifest:
         """
         if name not in self.splits:
             known = ", ".join(sorted(self.splits)) or "none"
-            raise UserError(f"{self.folder}: no split {name!r}; it has {known}")
+            raise UserError(f"{self.place}: no split {name!r}; it has {known}")
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[Path]:
-        """Paths of a split's tars, in the order of the index's shard numbers."""
-        return [self.folder / shard.file for shard in self.split(split).shards]
+        """Paths of a split's tars, in the order of the index's shard numbers; those of a set elsewhere are
+        brought."""
+        if self.mirror is None:
+            return [self.folder / shard.file for shard in self.split(split).shards]
+        return [self.mirror.get(one.file, one.sha256, one.size) for one in self.split(split).shards]
+
+    def open_shard(self, shard: Shard) -> IO[bytes]:
+        """A tar, opened to be read; a copy of one that lies elsewhere stays as long as it, or a map of it,
+        is open.
+
+        Raises:
+            UserError: it is missing, no regular file, or cannot be read.
+            UnusableData: it lies elsewhere and cannot be had, or is not what it should be.
+        """
+        if self.mirror is not None:
+            return self.mirror.open(shard.file, shard.sha256, shard.size)
+        path = self.folder / shard.file
+        require_regular(path)
+        return open(path, "rb")
+
+    def _index_path(self, info: Split) -> Path:
+        """The index file, brought if it lies elsewhere."""
+        if self.mirror is None:
+            return self.folder / info.index_file
+        size = HEADER_BYTES + ROW_BYTES * info.documents
+        return self.mirror.get(info.index_file, info.index_sha256, limit=size)
 
     def open_index(self, split: str) -> NDArray[np.int64]:
         """Memory map of the index of ``split``: int64 (documents, 4), columns `INDEX_COLUMNS`, in order.
@@ -166,11 +145,11 @@ class Manifest:
             UserError: the file is missing, damaged, or does not fit the manifest.
         """
         info = self.split(split)
-        return map_index(self.folder / info.index_file, info.documents, _REMEDY)
+        return map_index(self._index_path(info), info.documents, _REMEDY)
 
     def index_rows(self, split: str) -> IndexRows:
         """The rows of the index of ``split``, to be read one by one; raises as `open_index` does."""
-        info, index = self.split(split), self.open_index(split)
+        info, index = self.split(split), self.open_index(split)  # which is brought where it lies elsewhere
         offset = os.stat(self.folder / info.index_file).st_size - ROW_BYTES * len(index)
         return IndexRows(self.folder / info.index_file, offset, info.documents, _REMEDY)
 
@@ -222,13 +201,20 @@ class Manifest:
         write_bytes_atomically(Path(folder) / MANIFEST_FILE, data)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+    def load(cls, folder: str | os.PathLike[str], remote: RemoteOptions | None = None) -> Manifest:
         """Read ``folder/manifest.json`` (a path to the file itself will do).
 
+        Args:
+            folder: or the address of a set that lies elsewhere, see `dualroute.data.remote`.
+            remote: how such a set is read; None for the defaults.
+
         Raises:
-            UserError: missing, not JSON, another format or version, a key missing or of a wrong type, or a
+            UserError: missing, not to be reached, not JSON, another format or version, a key missing or of a
+                wrong type, or a
                 fingerprint or checksum that does not match the contents (a manifest edited by hand).
         """
+        if is_remote(folder):
+            return _load_remote(os.fspath(folder), remote)
         path = Path(folder)
         if path.name != MANIFEST_FILE:
             path = path / MANIFEST_FILE
@@ -245,32 +231,48 @@ class Manifest:
         return _Reader(path).manifest(content)
 
 
-def parse_json(data: bytes) -> Any:
-    """The value of a JSON text, strictly: no NaN or Infinity, no key twice, no nesting without end.
-
-    Raises:
-        ValueError: it is none; the message is one line.
-    """
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a key stands twice")
-        return found
-
+def _load_remote(address: str, options: RemoteOptions | None) -> Manifest:
+    """The manifest at an address, with its tokenizer brought; the last one seen there if nobody answers."""
+    if address.endswith(f"/{MANIFEST_FILE}"):
+        address = address.removesuffix(f"/{MANIFEST_FILE}")
+    mirror = Mirror(address, options)
+    path = f"{shown(address)}/{MANIFEST_FILE}"
     try:
-        return json.loads(data, parse_constant=refuse, object_pairs_hook=once)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        data = mirror.read_first(MANIFEST_FILE, MAX_MANIFEST_BYTES)
+    except Unreachable as error:
+        if not mirror.use_last():
+            raise UserError(
+                f"{mirror.shown}/{MANIFEST_FILE}: {error}; check the connection and run again"
+            ) from error
+        _log.warning(
+            "%s: %s; the copies of it in %s are read, as it was when it was last seen",
+            mirror.shown,
+            error,
+            mirror.folder,
+        )
+        data = read_limited(mirror.folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+    try:
+        content = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {_REMEDY_FOR_FILES}") from error
+    read = _Reader(path).manifest(content)
+    mirror.use(read.fingerprint)
+    manifest = dataclasses.replace(read, folder=mirror.folder, mirror=mirror)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    indices = sum(ROW_BYTES * split.documents for split in manifest.splits.values())
+    mirror.check_fits(
+        indices, max(shard.size for shard in shards), indices + sum(shard.size for shard in shards)
+    )
+    if not (mirror.folder / MANIFEST_FILE).exists():
+        write_bytes_atomically(mirror.folder / MANIFEST_FILE, data)
+    mirror.get(manifest.tokenizer.file, manifest.tokenizer.sha256, limit=_MAX_TOKENIZER_BYTES)
+    return manifest
 
 
 class _Reader:
     """Turns parsed JSON into a Manifest, naming the file and the key wherever the two do not fit."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
 
     def refuse(self, key: str, problem: str) -> UserError:
@@ -319,7 +321,7 @@ class _Reader:
         if not splits or not all(re.fullmatch(r"[\w-]{1,64}", name) for name in splits):
             raise self.refuse("splits", f"must name one split or more, not {_shown(list(splits))}")
         manifest = Manifest(
-            folder=self.path.parent,
+            folder=Path(self.path).parent,
             dtype=dtype,
             tokenizer=self.tokenizer(self.get(content, "tokenizer", dict), _DTYPES[dtype]),
             splits={
@@ -431,6 +433,9 @@ def bad_files(
         The name of a file and the line that says what is wrong with it.
     """
     info = manifest.split(split)
+    if manifest.mirror is not None:
+        yield from _bad_remote_files(manifest, manifest.mirror, info, level)
+        return
     expected: list[tuple[str, int | None, str]] = [
         (manifest.tokenizer.file, None, manifest.tokenizer.sha256),
         (info.index_file, None, info.index_sha256),
@@ -455,6 +460,34 @@ def bad_files(
                 yield file, f"{path}: {found} bytes, the manifest says {size}; {_REMEDY_FOR_FILES}"
             elif different:
                 yield file, f"{path}: contents differ from the manifest (sha256); {_REMEDY_FOR_FILES}"
+
+
+def _bad_remote_files(
+    manifest: Manifest, mirror: Mirror, info: Split, level: Literal["size", "sha256"]
+) -> Iterator[tuple[str, str]]:
+    """`bad_files` of a set elsewhere: its index at every level, for ``sha256`` all that lies there, and
+    copies."""
+    try:
+        manifest.check_index(info.name)
+    except UserError as error:
+        yield info.index_file, str(error)
+        return
+    if level == "size":
+        return  # copies were compared when they were brought, and others will be
+    tokenizer, longest = manifest.tokenizer, HEADER_BYTES + ROW_BYTES * info.documents
+    small = (
+        (tokenizer.file, tokenizer.sha256, _MAX_TOKENIZER_BYTES),
+        (info.index_file, info.index_sha256, longest),
+    )
+    for file, sha256, limit in small:
+        if line := mirror.check_there(file, sha256, None, limit):
+            yield file, line
+    for shard in info.shards:
+        if line := mirror.check_there(shard.file, shard.sha256, shard.size, shard.size):
+            yield shard.file, line
+        if mirror.holds(shard.file, shard.size) and file_sha256(mirror.folder / shard.file) != shard.sha256:
+            mirror.discard(shard.file)
+            _log.warning("%s: the copy was damaged and is removed", mirror.folder / shard.file)
 
 
 def verify_shards(manifest: Manifest, split: str, level: Literal["size", "sha256"] = "size") -> None:

@@ -43,16 +43,15 @@ MAX_SAMPLES_PER_BATCH = 1 << 24
 
 
 class WindowPlan(Protocol):
-    """What the reader needs of a plan: training's `BatchPlan` or validation's `SequentialPlan`."""
-
-    @property
-    def stream(self) -> DocumentStream: ...
+    """What the reader needs of a plan: training's `BatchPlan`, validation's `SequentialPlan`, or rows that
+    documents are packed into (`dualroute.data.order.packing`)."""
 
     @property
     def context(self) -> int: ...
 
-    def spans(self, sample: int) -> list[Span]:
-        """Stream ranges of one sample, in reading order; what they lack of ``context`` tokens is padding."""
+    def pieces(self, sample: int) -> Int64:
+        """What one sample is made of, in reading order, as `DocumentStream.pieces` has it; what that lacks of
+        ``context`` tokens is padding."""
         ...
 
     def num_targets(self, samples: ArrayLike) -> int:
@@ -177,8 +176,12 @@ class BatchPlan:
             starts[epochs == epoch] += int(word) % self.context
         return starts % self.stream.tokens
 
+    def pieces(self, sample: int) -> Int64:
+        """See `WindowPlan.pieces`."""
+        return np.concatenate([self.stream.pieces(*span) for span in self.spans(sample)])
+
     def spans(self, sample: int) -> list[Span]:
-        """See `WindowPlan.spans`: one span, or two where the window crosses the seam of the ring."""
+        """Stream ranges of one sample: one, or two where the window crosses the seam of the ring."""
         start = int(self.starts([sample])[0])
         beyond = start + self.context - self.stream.tokens
         return [(start, start + self.context)] if beyond <= 0 else [(start, self.stream.tokens), (0, beyond)]
@@ -223,8 +226,13 @@ class SequentialPlan:
     def windows(self) -> int:
         return -(-self.tokens // self.context)
 
+    def pieces(self, sample: int) -> Int64:
+        """See `WindowPlan.pieces`; none for `EMPTY`."""
+        parts = [self.stream.pieces(*span) for span in self.spans(sample)]
+        return np.concatenate([np.zeros((0, 4), dtype=np.int64), *parts])
+
     def spans(self, sample: int) -> list[Span]:
-        """See `WindowPlan.spans`; nothing for `EMPTY`."""
+        """Stream range of one sample, what it lacks of ``context`` tokens is padding; none for `EMPTY`."""
         if sample == EMPTY:
             return []
         return [(sample * self.context, min((sample + 1) * self.context, self.tokens))]
@@ -341,11 +349,16 @@ class WalkSequence:
     def __len__(self) -> int:
         return -(-self.plan.windows // (self.world_size * self.batch_size))
 
-    def __iter__(self) -> Iterator[list[Request]]:
+    def batches(self) -> Iterator[Int64]:
+        """The windows of each batch, over all ranks."""
         together = self.world_size * self.batch_size
         for first in range(0, self.plan.windows, together):
             batch = np.arange(first, first + together)
             batch[batch >= self.plan.windows] = EMPTY
+            yield batch
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        for batch in self.batches():
             num_targets = self.plan.num_targets(batch)
             (samples,) = micro_batches(batch, self.rank, self.world_size, self.batch_size).tolist()
             yield [Request(sample, num_targets) for sample in samples]

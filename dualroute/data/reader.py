@@ -15,10 +15,11 @@ their number and speed cannot change the order, and there is nothing of theirs t
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -31,11 +32,13 @@ from dualroute.data.index import IndexRows
 from dualroute.data.manifest import Manifest
 from dualroute.data.order.document_stream import DocumentStream
 from dualroute.data.plan import Request, WindowPlan
+from dualroute.data.remote.config import BadDataPolicy
+from dualroute.data.remote.mirror import UnusableData
 from dualroute.errors import UserError, other_remedy
-from dualroute.files import require_regular
 
 #: Labels that no loss counts (torch's default ``ignore_index``).
 IGNORE_INDEX = -100
+_log = logging.getLogger(__name__)
 _REMEDY = "copy it again or prepare the data again"
 
 
@@ -71,10 +74,13 @@ class ShardReader:
 
     Args:
         manifest, split: what to read.
-        max_open: open shards per process (a DataLoader worker is a process).
+        max_open: open shards per process (a DataLoader worker is a process); at most 2
+            of a set elsewhere that is larger than the cache, for those may not go from it.
     """
 
     def __init__(self, manifest: Manifest, split: str, max_open: int = 16) -> None:
+        if manifest.mirror is not None and not manifest.mirror.holds_all:
+            max_open = min(max_open, 2)
         if max_open < 1:
             raise ValueError(f"max_open must be at least 1, not {max_open}")
         self.manifest = manifest
@@ -96,7 +102,7 @@ class ShardReader:
         """Ids (count,) of ``document`` from its token ``start`` on.
 
         Raises:
-            UserError: the shard is missing, of another size than the manifest says, not where the index
+            UnusableData: the shard is missing, of another size than the manifest says, not where the index
                 points, or holds ids outside the vocabulary; the message names shard and document.
         """
         if self._rows is None:
@@ -105,14 +111,14 @@ class ShardReader:
         data = self._shard(shard, document)
         first = offset + start * self.dtype.itemsize
         if offset < 0 or first + count * self.dtype.itemsize > len(data):
-            raise UserError(
+            raise UnusableData(
                 f"{self._path(shard)}: {self._name(document)} lies beyond the end of the shard; {_REMEDY}"
             )
         # copied, so that nothing points into the map when the shard is closed
         ids = np.frombuffer(data, dtype=self.dtype, count=count, offset=first).astype(np.int64)
         vocab_size = self.manifest.tokenizer.vocab_size
         if count and int(ids.max()) >= vocab_size:
-            raise UserError(
+            raise UnusableData(
                 f"{self._path(shard)}: {self._name(document)} holds id {int(ids.max())}, but the "
                 f"vocabulary has {vocab_size}; the shard is damaged, {_REMEDY}"
             )
@@ -127,7 +133,7 @@ class ShardReader:
         return f"document {document} of split {self.split.name!r}"
 
     def _path(self, shard: int) -> str:
-        return str(self.manifest.folder / self.split.shards[shard].file)
+        return f"{self.manifest.place}/{self.split.shards[shard].file}"
 
     def _shard(self, number: int, document: int) -> mmap.mmap:
         if number in self._open:
@@ -138,24 +144,36 @@ class ShardReader:
                 f"{self.manifest.folder / self.split.index_file}: document {document} is in shard {number}, "
                 f"but there are {len(self.split.shards)}; {_REMEDY}"
             )
+        while len(self._open) >= self.max_open:
+            self._open.popitem(last=False)[1].close()
+        data = self._map(number)
+        self._open[number] = data
+        return data
+
+    def _map(self, number: int) -> mmap.mmap:
+        """A shard as a memory map, which keeps the lock on a copy of what lies elsewhere."""
         path, size = self._path(number), self.split.shards[number].size
         try:
-            require_regular(path)
-        except UserError as error:
-            raise other_remedy(error, _REMEDY) from error
-        try:
-            with open(path, "rb") as stream:
+            with self._stream(number) as stream:
                 # checked before mapping: reading past the end of a mapped file kills the process (SIGBUS)
                 found = stream.seek(0, 2)
                 if found != size:
-                    raise UserError(f"{path}: {found} bytes, but the manifest says {size}; {_REMEDY}")
-                data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                    raise UnusableData(f"{path}: {found} bytes, but the manifest says {size}; {_REMEDY}")
+                return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise UserError(f"{path}: cannot open the shard ({error.strerror}); {_REMEDY}") from error
-        while len(self._open) >= self.max_open:
-            self._open.popitem(last=False)[1].close()
-        self._open[number] = data
-        return data
+            raise UnusableData(f"{path}: cannot open the shard ({error.strerror}); {_REMEDY}") from error
+
+    def _stream(self, number: int) -> IO[bytes]:
+        shard = self.split.shards[number]
+        try:
+            return self.manifest.open_shard(shard)
+        except UserError as error:
+            if self.manifest.mirror is None:
+                raise UnusableData(str(other_remedy(error, _REMEDY))) from error
+            if isinstance(error, UnusableData) or not self._open:
+                raise
+        self.close()  # a cache that is full has room again without what is mapped here
+        return self.manifest.open_shard(shard)
 
 
 class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
@@ -168,36 +186,49 @@ class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):
     - ``positions``: 0, 1, ... within each piece
 
     A plain sample id will do as request; ``num_targets`` is then that of the window alone.
+
+    Under a ``policy`` that skips, a window whose shard cannot be read is padding; there is a 0-dim
+    ``skipped`` then, 1 in such a window. All else stays as it is, the number of targets included.
     """
 
-    def __init__(self, reader: ShardReader, plan: WindowPlan) -> None:
+    def __init__(self, reader: ShardReader, plan: WindowPlan, policy: BadDataPolicy | None = None) -> None:
         self.reader = reader
         self.plan = plan
+        self.policy = policy or BadDataPolicy()
 
     def __getitem__(self, request: Request | int) -> dict[str, NDArray[np.int64]]:
         if not isinstance(request, Request):
             request = Request(request, self.plan.num_targets([request]))
+        if self.policy.on_bad_data == "fail":
+            return self._window(self.plan.pieces(request.sample).tolist(), request.num_targets)
+        try:
+            window = self._window(self.plan.pieces(request.sample).tolist(), request.num_targets)
+        except UnusableData as error:
+            _log.warning("sample %d is skipped: %s", request.sample, error)
+            return {**self._window([], request.num_targets), "skipped": np.array(1)}
+        return {**window, "skipped": np.array(0)}
+
+    def _window(self, pieces: Sequence[Sequence[int]], num_targets: int) -> dict[str, NDArray[np.int64]]:
         context = self.plan.context
         input_ids = np.full(context, max(self.reader.manifest.tokenizer.pad_id, 0), dtype=np.int64)
         labels = np.full(context, IGNORE_INDEX, dtype=np.int64)
         segment_ids = np.zeros(context, dtype=np.int64)
         positions = np.zeros(context, dtype=np.int64)
         at, segment = 0, 1
-        for span in self.plan.spans(request.sample):
-            for document, start, tokens, targets in self.plan.stream.pieces(*span).tolist():
-                # one past the piece where the document goes on, to the document's end where it does not
-                ids = self.reader.read(document, start, targets + 1)
-                input_ids[at : at + tokens] = ids[:tokens]
-                labels[at : at + targets] = ids[1:]
-                segment_ids[at : at + tokens] = segment
-                positions[at : at + tokens] = np.arange(tokens)
-                at, segment = at + tokens, segment + 1
+        for document, start, tokens, targets in pieces:
+            # one past the piece where the document goes on, to the document's end where it does not
+            ids = self.reader.read(document, start, targets + 1)
+            input_ids[at : at + tokens] = ids[:tokens]
+            labels[at : at + targets] = ids[1:]
+            segment_ids[at : at + tokens] = segment
+            positions[at : at + tokens] = np.arange(tokens)
+            at, segment = at + tokens, segment + 1
         return {
             "input_ids": input_ids,
             "labels": labels,
             "segment_ids": segment_ids,
             "positions": positions,
-            "num_targets": np.array(request.num_targets, dtype=np.int64),
+            "num_targets": np.array(num_targets, dtype=np.int64),
         }
 
 

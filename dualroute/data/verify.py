@@ -5,51 +5,74 @@ In: a dataset folder. Here: its files are compared with `manifest`. Out: nothing
 - `verify_once`, which `module` calls at every start: index, tokenizer and the shards' sizes each time; the
   shards' contents once per copy of the data, remembered beside the manifest by size and modification time.
 - ``dualroute data verify``: everything, whatever is remembered. A disk that loses a bit keeps the time of the
-  file, so only this finds it.
-- ``dualroute data show``: what a data set holds.
+  file, so only this finds it. Of a set elsewhere it brings and hashes every file, past the copies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dualroute.data.manifest import Manifest, bad_files, parse_json, verify_shards
+from dualroute.data.remote.config import BadDataPolicy
+from dualroute.errors import UserError
 from dualroute.files import file_sha256, read_limited, write_bytes_atomically
-from dualroute.paths import LocalPath
+from dualroute.paths import DataPath
 from dualroute.settings import check_fields
 
 VERIFIED_FILE = ".verified.json"
 _MAX_NOTE_BYTES = 64 << 20
+_log = logging.getLogger(__name__)
 
 
-def verify_once(manifest: Manifest, level: Literal["size", "sha256"]) -> None:
+def verify_once(
+    manifest: Manifest, level: Literal["size", "sha256"], policy: BadDataPolicy | None = None
+) -> None:
     """`verify_shards` for every split; shards that were hashed and look untouched since are not hashed again.
 
     After a successful ``sha256`` check the sizes and modification times are noted in `VERIFIED_FILE` beside
     the manifest. Where the folder cannot be written, nothing is noted and the next start hashes again.
 
+    Under a ``policy`` that skips, damaged shards are named in warnings and nothing is noted.
+
     Raises:
         UserError: naming the first bad file.
     """
+    skips = policy is not None and policy.on_bad_data == "skip"
+    check = _warn_of_bad_shards if skips else verify_shards
     for split in manifest.splits:
-        verify_shards(manifest, split, "size")
-    if level == "size":
+        check(manifest, split, "size")
+    if level == "size" or manifest.mirror is not None:  # whose copies were hashed when they were brought
         return
-    seen = _file_stamps(manifest)
+    try:
+        seen = _file_stamps(manifest)
+    except OSError:  # a shard is missing, and the policy lets it
+        return
     path = manifest.folder / VERIFIED_FILE
     try:
         if parse_json(read_limited(path, _MAX_NOTE_BYTES)) == seen:
             return
     except ValueError:  # a UserError too
         pass  # no note, or half of one: the same as never verified
-    for split in manifest.splits:
-        verify_shards(manifest, split, "sha256")
-    _note(manifest, seen)
+    good = [check(manifest, split, "sha256") is not False for split in manifest.splits]
+    if all(good):
+        _note(manifest, seen)
+
+
+def _warn_of_bad_shards(manifest: Manifest, split: str, level: Literal["size", "sha256"]) -> bool:
+    """Whether all shards are good; raises a UserError for a bad index or tokenizer, which all depends on."""
+    shards, good = {shard.file for shard in manifest.split(split).shards}, True
+    for file, line in bad_files(manifest, split, level):
+        if file not in shards:
+            raise UserError(line)
+        good = False
+        _log.warning("%s (data.on_bad_data skip: windows of it are left out)", line)
+    return good
 
 
 def _note(manifest: Manifest, stamps: dict[str, Any]) -> None:
@@ -74,11 +97,11 @@ class VerifyDataConfig:
     """Compare every file of a data set with its manifest, by content.
 
     Args:
-        data: dataset folder.
+        data: dataset folder, or the address of a set elsewhere.
         progress: show progress on stderr.
     """
 
-    data: LocalPath
+    data: DataPath
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -99,8 +122,9 @@ def verify_data(config: VerifyDataConfig) -> int:
     manifest = Manifest.load(config.data)
     progress = _Progress(manifest, config.progress)
     stamps: dict[str, Any] | None = None
-    with contextlib.suppress(OSError):  # a file is missing; it is named below
-        stamps = _file_stamps(manifest)
+    if manifest.mirror is None:
+        with contextlib.suppress(OSError):  # a file is missing; it is named below
+            stamps = _file_stamps(manifest)
     damaged: set[str] = set()
     for split in manifest.splits:
         for file, line in bad_files(manifest, split, "sha256", progress.hash_file):
@@ -108,13 +132,15 @@ def verify_data(config: VerifyDataConfig) -> int:
                 damaged.add(file)
                 print(f"damaged: {line}", flush=True)
     files = 1 + sum(1 + len(split.shards) for split in manifest.splits.values())
-    if damaged or stamps is None:
+    if damaged or (stamps is None and manifest.mirror is None):
         with contextlib.suppress(OSError):
             (manifest.folder / VERIFIED_FILE).unlink()
-        print(f"{manifest.folder}: {len(damaged)} of {files} files are damaged; copy them again")
+        print(f"{manifest.place}: {len(damaged)} of {files} files are damaged; copy them again")
         return 1
-    _note(manifest, stamps)
-    print(f"good: {manifest.folder} ({files} files, {progress.hashed:,} bytes)")
+    if stamps is not None:
+        _note(manifest, stamps)
+    size = progress.hashed if manifest.mirror is None else progress.total
+    print(f"good: {manifest.place} ({files} files, {size:,} bytes{'' if stamps else ' of shards'})")
     return 0
 
 
@@ -122,7 +148,7 @@ class _Progress:
     """Hashes files and says on stderr how far it is: over the same line on a terminal."""
 
     def __init__(self, manifest: Manifest, enabled: bool) -> None:
-        self._total = sum(shard.size for split in manifest.splits.values() for shard in split.shards)
+        self.total = sum(shard.size for split in manifest.splits.values() for shard in split.shards)
         self._enabled = enabled and sys.stderr.isatty()
         self._done: dict[Path, str] = {}
         self.hashed = 0
@@ -130,55 +156,10 @@ class _Progress:
     def hash_file(self, path: Path) -> str:
         if path not in self._done:
             if self._enabled:
-                share = 100 * self.hashed / max(self._total, 1)
+                share = 100 * self.hashed / max(self.total, 1)
                 print(f"\r{min(share, 100):3.0f} %  {path.name}\x1b[K", end="", file=sys.stderr, flush=True)
             self._done[path] = file_sha256(path)
             self.hashed += path.stat().st_size
             if self._enabled:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         return self._done[path]
-
-
-@dataclass(frozen=True)
-class ShowDataConfig:
-    """What a data set holds.
-
-    Args:
-        data: dataset folder.
-    """
-
-    data: LocalPath
-
-    def __post_init__(self) -> None:
-        check_fields(self, "")
-
-
-def show_data(config: ShowDataConfig) -> int:
-    """``dualroute data show``: splits, tokenizer, where it comes from; reads the manifest only.
-
-    Raises:
-        UserError: there is no manifest, or it is damaged.
-    """
-    manifest = Manifest.load(config.data)
-    print(summary(manifest))
-    tokenizer, options = manifest.tokenizer, manifest.preparation.get("options")
-    print(f"tokenizer: {tokenizer.vocab_size:,} ids, stored as {manifest.dtype}, sha256 {tokenizer.sha256}")
-    if isinstance(options, dict):
-        print("options: " + ", ".join(f"{key} {value!r}" for key, value in sorted(options.items())))
-    print(f"fingerprint: {manifest.fingerprint}")
-    return 0
-
-
-def summary(manifest: Manifest) -> str:
-    """What a data set holds and what was left out, for people."""
-    lines = []
-    for name, split in manifest.splits.items():
-        lines.append(
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes "
-            f"({split.bytes / split.tokens:.2f} bytes a token), {len(split.shards)} shards"
-        )
-    dropped = manifest.preparation.get("dropped")  # for people: the fingerprint does not cover it
-    if isinstance(dropped, dict) and all(isinstance(count, int) for count in dropped.values()) and dropped:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-        lines.append(f"dropped: {counts}")
-    return "\n".join(lines)

@@ -13,6 +13,7 @@ fetched. Lightning does not fast-forward a loader on resume, and need not: the l
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,46 @@ class WindowDataModule(pl.LightningDataModule):
     #: windows → batch
     collate = staticmethod(collate)
 
+    # ------------------------------------------------------------------ several sources
+
+    #: names of the sources that validation batches are of, one each; none where there is one
+    val_sources: tuple[str, ...] = ()
+    #: of each of them, see `targets_per_byte`
+    val_targets_per_byte: tuple[float | None, ...] = ()
+
+    def source_figures(self) -> dict[str, float]:
+        """{tag: figure} of what has been read of each source so far; none where there is one."""
+        return {}
+
+    def describe_order(self) -> dict[str, Any]:
+        """What ``checkpoint.json`` says of the mixture, if there is one."""
+        return {}
+
+    def stages_for_people(self) -> list[dict[str, Any]]:
+        """One table for each stage of the mixture."""
+        return []
+
+    def order_lines(self) -> Iterator[str]:
+        """What is said of mixture and packing at the start."""
+        return iter(())
+
+    def epochs_at(self, samples: int) -> dict[str, float]:
+        """Passes over each source, by name, that the first ``samples`` samples of the run make."""
+        return {self.data_name: self.plan.epochs(samples)}
+
+    def over_max_epochs(self, samples: int) -> Iterator[str]:
+        """A line for each source that the first ``samples`` samples of the run read too often."""
+        return iter(())
+
+    def refuse_other_past(self, metadata: Mapping[str, Any], where: str) -> None:
+        """Raise UserError where what a checkpoint has been trained on is not what this module would have read
+        until there.
+
+        Args:
+            metadata: of the checkpoint.
+            where: it lies, for the message.
+        """
+
     # ------------------------------------------------------------------ arithmetic
 
     @property
@@ -159,8 +200,12 @@ class WindowDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Endless; each new iterator starts at ``samples_consumed``."""
-        rank, world_size = self._place()
-        sampler = WalkPlan(
+        sampler = self.train_sampler(*self._place())  # first: what it says of missing data is clearer
+        return self._loader(self.train_windows(), sampler)
+
+    def train_sampler(self, rank: int, world_size: int) -> Any:
+        """Which training windows a rank reads, batch by batch."""
+        return WalkPlan(
             self.plan,
             rank,
             world_size,
@@ -168,7 +213,6 @@ class WindowDataModule(pl.LightningDataModule):
             lambda: self.samples_consumed,
             lambda: self.skipped_samples,
         )
-        return self._loader(self.train_windows(), sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once over all ranks, in order; as many batches on every rank.
@@ -179,9 +223,12 @@ class WindowDataModule(pl.LightningDataModule):
         Raises:
             UserError: there are no validation data.
         """
-        rank, world_size = self._place()
-        sampler = WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
+        sampler = self.val_sampler(*self._place())
         return self._loader(self.val_windows(), sampler)
+
+    def val_sampler(self, rank: int, world_size: int) -> Any:
+        """Which validation windows a rank reads."""
+        return WalkSequence(self.val_plan, rank, world_size, self.micro_batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """All but `num_targets`, which the host would have to ask for again."""
@@ -255,7 +302,7 @@ class WindowDataModule(pl.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, dataset: Dataset[Any], sampler: WalkPlan | WalkSequence) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=sampler,

@@ -20,13 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from dualroute.data.manifest import Manifest
-from dualroute.data.module import verify_once
-from dualroute.data.plan import BatchPlan
-from dualroute.data.reader import ShardReader, WindowDataset, collate, open_stream
+from dualroute.data.reader import collate
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.distillation.config import CacheLogitsConfig
 from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, finish
@@ -35,6 +33,7 @@ from dualroute.distillation.teacher import Teacher, load_teacher
 from dualroute.errors import UserError
 from dualroute.files import sole_writer
 from dualroute.training.parallel.environment import detect_world, refuse_forgotten_srun
+from dualroute.training.prepare import shard_module
 
 log = logging.getLogger(__name__)
 
@@ -51,20 +50,26 @@ def cache_logits(config: CacheLogitsConfig) -> int:
         raise UserError("max_tokens is not given: the tokens of the run, its steps × train.tokens_per_batch")
     world = detect_world()
     refuse_forgotten_srun(world)
-    manifest = Manifest.load(config.data.path)
-    if world.local_rank == 0:
-        verify_once(manifest, config.data.verify)
     context = config.data.context
-    plan = BatchPlan(open_stream(manifest, "train"), manifest.fingerprint, config.seed, context, 1)
+    if config.data.on_bad_data == "skip":
+        raise UserError("data.on_bad_data skip would cache what a teacher says of padding: use fail here")
+    data = shard_module(config.data, config.seed, micro_batch=1, tokens_per_batch=context)
+    manifest, plan = data.manifest, data.plan
+    if world.local_rank == 0:
+        data.prepare_data()
     tokenizer = Tokenizer(manifest.tokenizer_path)
     teacher = load_teacher(config.teacher, tokenizer, config.data.path, context, dtype=config.teacher_dtype)
     if config.top_k > tokenizer.vocab_size:
         raise UserError(f"top_k {config.top_k} is above the vocabulary of {tokenizer.vocab_size} ids")
     identity = Identity(
-        manifest.fingerprint, config.seed, context, tokenizer.vocab_size, tokenizer.sha256, teacher.digest,
+        data.order_fingerprint, config.seed, context, tokenizer.vocab_size, tokenizer.sha256, teacher.digest,
         config.top_k, config.temperature, config.dtype, config.shard_samples,
     )  # fmt: skip
     default = f"logits-{teacher.digest[:8]}-seed{config.seed}-context{context}-top{config.top_k}"
+    if config.output is None and manifest.mirror is not None:
+        raise UserError(
+            f"output is not given, and the data lie elsewhere ({manifest.place}): name a folder here"
+        )
     folder = Path(config.output) if config.output is not None else manifest.folder / default
     samples = -(-config.max_tokens // context)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -74,7 +79,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     # each rank has a lock of its own: ranks share the folder, two commands do not
     with sole_writer(folder / f".lock-rank-{world.rank}", folder):
         claim(folder, identity)
-        windows = WindowDataset(ShardReader(manifest, "train"), plan)
+        windows = data.train_windows()
         shards = -(-samples // config.shard_samples)
         for number in range(world.rank, shards, world.world_size):
             first = number * config.shard_samples
@@ -83,7 +88,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
             if writer.is_whole(count):
                 continue
             began = time.monotonic()
-            ids = plan.sample_ids(first, count).tolist()
+            ids = plan.ids(np.arange(first, first + count, dtype=np.int64)).tolist()
             writer.write(_asked(teacher, windows, ids, config))
             speed = count * context / (time.monotonic() - began)
             log.info("%s", f"{writer.path} ({number + 1} of {shards})  {speed:,.0f} tokens/s")
@@ -97,7 +102,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
 
 
 def _asked(
-    teacher: Teacher, windows: WindowDataset, ids: list[int], config: CacheLogitsConfig
+    teacher: Teacher, windows: Dataset[Any], ids: list[int], config: CacheLogitsConfig
 ) -> Iterator[TopK]:
     """What the teacher says of the samples ``ids``, one after the other."""
     loader: DataLoader[Any] = DataLoader(

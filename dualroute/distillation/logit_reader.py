@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from dualroute.data.manifest import canonical_json
-from dualroute.data.plan import BatchPlan
+from dualroute.data.plan import SamplePlan
 from dualroute.data.reader import IGNORE_INDEX, Request
 from dualroute.distillation.logit_cache import (
     FORMAT,
@@ -213,7 +213,7 @@ class CachedWindows(Dataset[dict[str, NDArray[Any]]]):
     Past the end of the cache that is NaN, and :func:`told` refuses it: loaders read ahead of the training.
     """
 
-    def __init__(self, windows: Dataset[Any], cache: LogitCache, plan: BatchPlan) -> None:
+    def __init__(self, windows: Dataset[Any], cache: LogitCache, plan: SamplePlan) -> None:
         self.windows, self.cache = windows, cache
         ids = plan.ids(np.arange(cache.samples, dtype=np.int64))
         self._order = np.argsort(ids)

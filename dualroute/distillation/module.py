@@ -49,6 +49,7 @@ from dualroute.distillation.losses import (
 from dualroute.distillation.on_policy import Prompts, is_on_policy, own_continuations
 from dualroute.distillation.teacher import Teacher
 from dualroute.errors import UserError
+from dualroute.training.monitoring.source_losses import SourceLosses
 from dualroute.training.step.module import Pretrain
 
 
@@ -242,11 +243,13 @@ class Distill(Pretrain):
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.source_losses = SourceLosses(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if self.teacher is None:  # a cache says nothing of these texts
             alone = super()._loss_sums(batch)
             self._val_sums[:2] += torch.stack([alone.loss_sum.double(), alone.count.double()])
+            self.source_losses.add(batch, alone)
             return
         labels = self.model.local_shard(batch["labels"], IGNORE_INDEX).flatten()
         teacher = self._asked(self.teacher, batch)
@@ -254,11 +257,13 @@ class Distill(Pretrain):
             self.hidden_states(batch), teacher, labels, self.config.objective(0.0), self._label_rows(batch)
         )
         self._val_sums += torch.stack([sums.loss_sum, sums.count, sums.divergence_sum]).double()
+        self.source_losses.add(batch, sums)
 
     def on_validation_epoch_end(self) -> None:
         nll, count, distance = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         loss = nll / max(count, 1)
-        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val")}
+        figures = self.source_losses.figures()
+        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val"), **figures}
         if self.teacher is not None:
             self.validation_metrics["divergence"] = distance / max(count, 1)
 

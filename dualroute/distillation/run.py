@@ -100,7 +100,7 @@ def _use_cache(config: DistillConfig, prepared: Prepared) -> str:
     cache = LogitCache(settings.cached_logits)
     wanted = dataclasses.replace(
         cache.identity,
-        fingerprint=data.fingerprint,
+        fingerprint=data.order_fingerprint,
         seed=config.seed,
         context=config.data.context,
         vocab_size=prepared.tokenizer.vocab_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from dualroute.data.mixture.config import SourceConfig, check_mixture
 from dualroute.errors import UserError
 from dualroute.model.decoding.sampling_config import SamplingConfig
 from dualroute.paths import FolderOrHost, LocalPath, PathOrName, SuiteName
@@ -22,6 +23,8 @@ class EvaluateConfig:
             folder.
         data: Folder of shards made by ``dualroute prepare`` with the checkpoint's tokenizer; for a checkpoint
             of a task a file or folder of rows, null taking data.test or data.validation of its training.
+        sources: Several folders of shards with their shares, PATH=WEIGHT each: every source is scored, and
+            the mixture.  Null, with neither data nor text, takes those that the model was trained on.
         text: A text file instead (.txt, also .gz, .xz or .bz2), read as one document.
         split: Which split of ``data``.
         context: Tokens the model sees at once; null takes the context it was trained with.
@@ -31,6 +34,9 @@ class EvaluateConfig:
         batch_size: Windows evaluated together.
         device: auto, cpu, cuda, ….
         dtype: Arithmetic of the model; auto is float32, or what the kernels of its weights need.
+        cache_dtype: For ``text``: read each window block by block through the caches of decoding, whose
+            complete blocks are kept so (int8, int4; auto: as the arithmetic): the loss that a text has which
+            is written over such a cache.  Null reads it at once, without caches.
         scale: Heads to switch off or to scale, as ROUTE.LAYER.HEAD=FACTOR with commas between; see
             docs/behaviour/interpretability.md.
         output: Also write the figures to this JSON file; with a suite the same command goes on from it.
@@ -44,6 +50,7 @@ class EvaluateConfig:
     checkpoint: LocalPath
     data: PathOrName | None = None
     text: LocalPath | None = None
+    sources: list[SourceConfig] = field(default_factory=list)
     split: Literal["train", "val"] = "val"
     context: int | None = None
     stride: int | None = None
@@ -51,6 +58,7 @@ class EvaluateConfig:
     batch_size: int = 8
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cache_dtype: Literal["auto", "int8", "int4"] | None = None
     scale: str | None = None
     output: LocalPath | None = None
     suite: SuiteName | None = None
@@ -62,14 +70,23 @@ class EvaluateConfig:
         counts = ("context", "stride", "max_tokens", "batch_size", "lengths", "samples")
         check_fields(self, "", dict.fromkeys(counts, at_least(1)))
         if self.suite is not None:
+            if self.cache_dtype is not None:
+                raise UserError("cache_dtype does not work with a suite: give --text FILE instead")
             return  # its parts know which of the options go together
         for name in _OF_A_SUITE[1:]:
             if getattr(self, name) is not None:
                 raise UserError(f"{name} says nothing without a suite: give --suite NAME")
-        if self.data is not None and self.text is not None:
-            raise UserError("give either --data (a folder of shards) or --text (a file), and not both")
+        given = [name for name in ("data", "text", "sources") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(
+                "give either --data (a folder of shards), --sources (several) or --text (a file), and not "
+                f"{'both' if len(given) == 2 else 'all'}"
+            )
+        check_mixture(self.sources, [])
         if self.stride is not None and self.text is None:
             raise UserError("stride works with --text only: shards are scored in windows of context tokens")
+        if self.cache_dtype is not None and self.text is None:
+            raise UserError("cache_dtype works with --text only: a cache holds one document")
 
     def of_one_measure(self) -> dict[str, Any]:
         """The options that say something without a suite."""

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,22 +117,30 @@ def _read_winobias(folder: Path) -> list[Item]:
 
 
 def _read_bbq(place: Path) -> list[Item]:
+    return [item for _, item in bbq_rows(place)]
+
+
+def bbq_rows(place: Path) -> Iterator[tuple[dict[str, Any], Item]]:
+    """Rows of BBQ's JSON lines as they are, and as items; of a folder those of all categories.
+
+    Raises:
+        UserError: A line is of another form, or its label is not among the answers.
+    """
     paths = sorted(place.glob("*.jsonl*")) if place.is_dir() else [place]
     if not paths:
         raise UserError(f"{place}: there are no .jsonl files; give those of BBQ")
-    items = []
     for path in paths:
         for number, line in enumerate(_text(path).splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                items.append(_bbq_item(json.loads(line)))
+                row = json.loads(line)
+                yield row, _bbq_item(row)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
                     f"{path}:{number}: no question of BBQ ({type(error).__name__}: {error}); give the file "
                     f"as it was published"
                 ) from error
-    return items
 
 
 def _bbq_item(row: dict[str, Any]) -> Item:
@@ -217,3 +225,5 @@ SETS: dict[str, Set] = {
     "winobias": Set(("winobias",), _read_winobias, _score_winobias),
     "bbq": Set(("bbq",), _read_bbq, _score_bbq),
 }
+#: {set: where its file or folder lies in $DUALROUTE_DATA}
+PLACES = {name: f"fairness/{one.names[0]}" for name, one in SETS.items()}

@@ -74,18 +74,27 @@ class Score:
 
 @torch.no_grad()
 def score_batches(
-    model: DualRoutingTransformer, batches: Iterable[dict[str, Tensor]], device: torch.device
+    model: DualRoutingTransformer,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    cache_dtype: str | None = None,
 ) -> tuple[float, int]:
-    """Sum of the negative log-likelihood over all labels, in nats, and the number of labels."""
+    """Sum of the negative log-likelihood over all labels, in nats, and the number of labels.
+
+    With ``cache_dtype`` each row, which is then one document, is read through the caches of decoding.
+    """
     total, count = 0.0, 0
     for batch in batches:
-        segments = batch.get("segment_ids")
-        positions = batch.get("positions")
-        hidden = model.hidden_states(
-            batch["input_ids"].to(device),
-            segment_ids=None if segments is None else segments.to(device),
-            positions=None if positions is None else positions.to(device),
-        )
+        if cache_dtype is None:
+            segments = batch.get("segment_ids")
+            positions = batch.get("positions")
+            hidden = model.hidden_states(
+                batch["input_ids"].to(device),
+                segment_ids=None if segments is None else segments.to(device),
+                positions=None if positions is None else positions.to(device),
+            )
+        else:
+            hidden = _through_caches(model, batch["input_ids"].to(device), cache_dtype)
         labels = batch["labels"].to(device).flatten()
         wanted = labels != IGNORE_INDEX
         hidden, labels = hidden.flatten(0, 1)[wanted], labels[wanted]
@@ -93,6 +102,14 @@ def score_batches(
             total += float(F.cross_entropy(model.head(rows).float(), targets, reduction="sum"))
         count += labels.numel()
     return total, count
+
+
+def _through_caches(model: DualRoutingTransformer, ids: Tensor, cache_dtype: str) -> Tensor:
+    """Hidden states (B, n, dim) of ids (B, n), a block at a time: as one token at a time reads its caches,
+    since only complete blocks of the past are rounded."""
+    caches = model.new_caches(*ids.shape, cache_dtype=cache_dtype)
+    parts = ids.split(model.config.block, dim=1)
+    return torch.cat([model.hidden_states(part, caches=caches) for part in parts], dim=1)
 
 
 def evaluate_shards(
@@ -143,14 +160,23 @@ def mask_share(loaded: Loaded) -> float | None:
 
 
 def evaluate_text(
-    loaded: Loaded, path: str | Path, context: int, stride: int, batch_size: int, max_tokens: int | None
+    loaded: Loaded,
+    path: str | Path,
+    context: int,
+    stride: int,
+    batch_size: int,
+    max_tokens: int | None,
+    cache_dtype: str | None = None,
 ) -> Score:
-    """Score a text file as one document, in windows of ``context`` tokens that start ``stride`` apart.
+    """Score a text file as one document, in windows of ``context`` tokens that start ``stride`` apart,
+    through the caches of decoding with ``cache_dtype``.
 
     Raises:
         UserError: The model writes no text, or the file is missing, not UTF-8, or too short to hold a target.
     """
     share = mask_share(loaded)
+    if cache_dtype is not None:
+        loaded.model.config.require_causal("cache_dtype")
     text = read_text(path)
     ids = loaded.tokenizer.encode(text, bos=True, eos=True)
     size = len(text.encode())
@@ -167,7 +193,7 @@ def evaluate_text(
         name = hashlib.sha256(text.encode()).hexdigest()
         masking = Masking.of(loaded.tokenizer, share, name, MASK_SEED)
         batches = _masked_windows(np.array(ids), context, masking)
-    nll, count = score_batches(loaded.model, batches, loaded.device)
+    nll, count = score_batches(loaded.model, batches, loaded.device, cache_dtype)
     return Score(nll / count, count, size, share)
 
 
@@ -247,10 +273,42 @@ def evaluate(config: EvaluateConfig) -> Score:
     Raises:
         UserError: Any of the inputs cannot be used.
     """
-    if config.data is None and config.text is None:
-        raise UserError("give --data (a folder of shards) or --text (a file)")
+    _require_text(config)
     loaded = load_any(config.checkpoint, config.device, config.dtype)
     steer(loaded.model, config.scale or "")
+    return evaluate_loaded(loaded, config)
+
+
+def _require_text(config: EvaluateConfig) -> None:
+    if config.data is None and config.text is None:
+        raise UserError("give --data (a folder of shards) or --text (a file)")
+
+
+def evaluate_loaded(loaded: Loaded, config: EvaluateConfig) -> Score:
+    """:func:`evaluate` of a model that is loaded already; its device, dtype and scale are as they are.
+
+    Raises:
+        UserError: Any of the inputs cannot be used.
+    """
+    _require_text(config)
+    context = context_of(loaded, config)
+    if config.data is not None:
+        return evaluate_shards(
+            loaded, config.data, config.split, context, config.batch_size, config.max_tokens
+        )
+    assert config.text is not None
+    stride = config.stride or context
+    return evaluate_text(
+        loaded, config.text, context, stride, config.batch_size, config.max_tokens, config.cache_dtype
+    )
+
+
+def context_of(loaded: Loaded, config: EvaluateConfig) -> int:
+    """Tokens that the model sees at once: those asked for, or those that it was trained with.
+
+    Raises:
+        UserError: They are more than it can.
+    """
     context = config.context or int(
         loaded.checkpoint.metadata.get("context", loaded.model.config.max_context)
     )
@@ -258,13 +316,7 @@ def evaluate(config: EvaluateConfig) -> Score:
         raise UserError(
             f"context {context} is longer than the model's max_context {loaded.model.config.max_context}"
         )
-    if config.data is not None:
-        return evaluate_shards(
-            loaded, config.data, config.split, context, config.batch_size, config.max_tokens
-        )
-    assert config.text is not None
-    stride = config.stride or context
-    return evaluate_text(loaded, config.text, context, stride, config.batch_size, config.max_tokens)
+    return context
 
 
 def evaluate_command(config: EvaluateConfig) -> None:

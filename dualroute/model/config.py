@@ -35,6 +35,7 @@ _MOST = 2**31 - 1  # of a size; kernels count in 32 bits
 _LEFT_OUT: dict[str, Any] = {
     "causal": True,
     "cluster_span": 0,
+    "embedding_std": None,
     "global_layers": None,
     "global_rotary_factor": 1.0,
     "local_rotary_factor": 1.0,
@@ -55,6 +56,7 @@ _RANGES = {
     "vocab_size": at_least(2, _MOST),
     "rope_theta": above(0, 1e12),
     "rope_scaling": above(0),
+    "embedding_std": above(0, 1e3),
     **dict.fromkeys(("global_rotary_factor", "local_rotary_factor"), at_least(0, 1)),
     "norm_eps": at_least(0, 1),
 }
@@ -165,6 +167,8 @@ class ModelConfig:
         qk_norm: Normalise queries and keys per head before RoPE.
         gate: A learned gate per head, 1 at the start.
         tie_embeddings: Use the input embedding as the output projection.
+        embedding_std: Standard deviation of the token embedding before training, and with it of a tied output
+            projection; null means 0.02, that of all other weights.
         norm_eps: Epsilon of every RMSNorm.
         frontend: What enters instead of token ids; ``dualroute finetune`` sets it from the task.
         task_head: What leaves instead of the next token; ``dualroute finetune`` sets it from task and data.
@@ -204,6 +208,7 @@ class ModelConfig:
     qk_norm: bool = False
     gate: bool = False
     tie_embeddings: bool = True
+    embedding_std: float | None = None
     norm_eps: float = 1e-5
     task_head: TaskHeadConfig | None = field(default=None, metadata=DERIVED)
     frontend: FrontendConfig | None = field(default=None, metadata=DERIVED)

@@ -67,13 +67,17 @@ class DualRoutingTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02) everywhere; projections back into the residual stream divided by √(2·layers),
-        so that its variance does not grow with depth (GPT-2, Radford et al. 2019, §2.3)."""
+        """Normal(0, 0.02), but for the embedding where `ModelConfig.embedding_std` says so; projections back
+        into the residual stream divided by √(2·layers), so that its variance does not grow with depth (GPT-2,
+        Radford et al. 2019, §2.3)."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
+        embedding_std = self.config.embedding_std or INIT_STD
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INIT_STD)
-        nn.init.normal_(self.head.weight, std=INIT_STD)
+                std = embedding_std if module is self.embedding else INIT_STD
+                nn.init.normal_(module.weight, std=std)
+        tied = self.head.weight is self.embedding.weight
+        nn.init.normal_(self.head.weight, std=embedding_std if tied else INIT_STD)
         if isinstance(self.embedding, Frontend):
             self.embedding.init_weights(INIT_STD)
         if self.task_head is not None:
@@ -195,9 +199,8 @@ class DualRoutingTransformer(nn.Module):
         return self._through_layers(hidden, ids, segment_ids, positions, attention_mask, layout)
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Logits (B, n, V), of the next token or, not causal, of the token itself, or a task's outputs for
-        each
-        token; arguments as in :meth:`hidden_states`."""
+        """Logits (B, n, V), of the next token or, not causal, of the token itself, or a task's outputs
+        for each token; arguments as in :meth:`hidden_states`."""
         hidden = self.hidden_states(input_ids, **inputs)
         if self.task_head is not None:
             outputs: Tensor = self.task_head(hidden, segment_ids=inputs.get("segment_ids"))

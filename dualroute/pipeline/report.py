@@ -10,18 +10,19 @@ Nothing is measured here.  A figure that is not in a file is not in the report.
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dualroute.errors import UserError
+from dualroute.evaluate.suite.cells import Score
 from dualroute.evaluate.suite.compare import differences
 from dualroute.evaluate.suite.record import read_record
 from dualroute.evaluate.suite.run import error_of, figure, flat_scores
 from dualroute.files import write_bytes_atomically
 from dualroute.pipeline.config import PipelineConfig
+from dualroute.pipeline.pictures import draw_curves, draw_intervals
 from dualroute.pipeline.stages import Plan
 from dualroute.training.monitoring.metrics_log import read_metrics
 
@@ -47,12 +48,13 @@ def write_report(config: PipelineConfig, plan: Plan, records: dict[str, dict[str
             ("title", f"Suite: {Path(config.suite).stem}"),
             ("text", _SUITE),
             ("table", _suite(output, plan)),
+            ("picture", ("bias.svg", "Bias along the pipeline, with 95 % intervals", _bias(output, plan))),
         ]
     if controls:
         blocks += [("title", "Controls"), ("text", _CONTROLS), ("table", _controls(models, controls))]
     curves = _curves(plan)
     if curves:
-        picture = _plot(curves, "steps of the recovery", "validation loss")
+        picture = draw_curves(curves, "steps of the recovery", "validation loss")
         blocks.append(("picture", ("recovery.svg", "Validation loss during the recovery", picture)))
     for label in plan.models:
         account = plan.models[label] / "prune.json"
@@ -160,6 +162,22 @@ def _suite(output: Path, plan: Plan) -> list[Row]:
     return rows
 
 
+def _pareto(models: dict[str, dict[str, Any]]) -> str:
+    points = {label: [(of["weights_bytes"] / 1e6, of["loss"])] for label, of in models.items()}
+    return draw_curves(points, "megabytes of weights", "held-out loss (nats per token)")
+
+
+def _bias(output: Path, plan: Plan) -> str:
+    """An SVG of the scores that have an interval and no better direction: those of bias."""
+    found: dict[str, dict[str, Score]] = {}
+    for label in plan.models:
+        record = read_record(output / "suite" / f"{label}.json", "the suite's")
+        for name, score in flat_scores(record):
+            if score.higher_is_better is None and score.interval is not None:
+                found.setdefault(name, {})[label] = score
+    return draw_intervals(found) if found else ""
+
+
 def _controls(models: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]]) -> list[Row]:
     last = [of for label, of in models.items() if label.startswith("recovered")][-1]
     rows = [["", "loss", "against recovered"], ["recovered", f"{last['loss']:.4f}", ""]]
@@ -202,45 +220,6 @@ def _curves(plan: Plan) -> dict[str, list[tuple[float, float]]]:
         if lines:
             curves[label] = [(float(line["step"]), float(line["val/loss"])) for line in lines]
     return curves
-
-
-# -- pictures ------------------------------------------------------------------------------------------------
-
-
-def _pareto(models: dict[str, dict[str, Any]]) -> str:
-    points = {label: [(of["weights_bytes"] / 1e6, of["loss"])] for label, of in models.items()}
-    return _plot(points, "megabytes of weights", "held-out loss (nats per token)")
-
-
-def _plot(series: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """An SVG of lines, or of labelled points where a series is one point; empty without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return ""
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"svg.hashsalt": "dualroute", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
-        for label, points in series.items():
-            xs, ys = zip(*points, strict=True)
-            if len(points) == 1:
-                axes.plot(xs, ys, "o")
-                axes.annotate(label, (xs[0], ys[0]), xytext=(5, 5), textcoords="offset points")
-            else:
-                axes.plot(xs, ys, label=label)
-        if any(len(points) > 1 for points in series.values()):
-            axes.legend()
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.margins(0.15)
-        axes.grid(alpha=0.3)
-        figure.tight_layout()
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-    return buffer.getvalue()
 
 
 # -- the two formats -----------------------------------------------------------------------------------------

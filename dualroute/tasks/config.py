@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from dualroute.data.mixture.config import check_mixture
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath, NameOrModule, PathOrName
 from dualroute.settings import above, at_least, check_fields
@@ -154,10 +155,24 @@ class TaskDataConfig(DataConfig):
     Args:
         path: Training rows: a csv, tsv, jsonl, json, parquet or conll file (also .gz, .xz or .bz2), a folder
             of them, or NAME[#SPLIT] of a data set on the Hugging Face hub.
+        sources: Several such files that are mixed, each with its share of the windows: {path, weight, name,
+            max_epochs}, or PATH=WEIGHT.
+        stages, packing, fim_rate, fim_spm_rate, fim_tokens: Without meaning here.
+        temperature: Weights are taken to the power of 1 / temperature; above 1 makes them more alike.
+        over_max_epochs: What happens where the run would read a source more often than its max_epochs:
+            refuse to start, or report it.
         context: Slots of one window, into which whole examples are packed.
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many slots; null means on all.
         verify: Without meaning here: rows are read whole at every start.
+        cache_dir: Without meaning here, as verify.
+        cache_gib: Without meaning here, as verify.
+        prefetch_shards: Without meaning here, as verify.
+        fetch_timeout: Without meaning here, as verify.
+        fetch_retries: Without meaning here, as verify.
+        retry_seconds: Without meaning here, as verify.
+        on_bad_data: Without meaning here, as verify.
+        max_bad_windows: Without meaning here, as verify.
         validation: Validation rows; null takes a share of the training rows.
         test: Rows that ``dualroute evaluate`` takes where it is told no others.
         format: Of the files; auto goes by the name's ending.
@@ -199,6 +214,19 @@ class TaskDataConfig(DataConfig):
             "max_bad_rows": at_least(0, 1),
         }
         check_fields(self, "data", ranges)
+        check_mixture(self.sources, [])
+        for name, plain in (("stages", []), ("packing", "concatenate"), ("fim_rate", 0.0)):
+            if getattr(self, name) != plain:
+                raise UserError(
+                    f"data.{name} is for pretraining on shards: a task packs whole examples, with the "
+                    "same weights from its beginning to its end; leave it out"
+                )
+        if self.sources:
+            if self.path not in (None, self.sources[0].path):
+                raise UserError(
+                    f"data.path {self.path} and data.sources are both given: name it among the sources"
+                )
+            self.path = self.sources[0].path
 
 
 #: What becomes of the keys that pretraining does not have when they are changed on resume; see

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualroute.errors import UserError
-from dualroute.evaluate import perplexity
+from dualroute.evaluate import by_source, perplexity
 from dualroute.evaluate.config import EvaluateConfig
 from dualroute.files import write_bytes_atomically
 from dualroute.log import counted
@@ -157,7 +157,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
         return
     foreign = is_foreign(config.checkpoint)
     if foreign or config.text is not None or not (task_checkpoint(config.checkpoint).folder / TASK).exists():
-        perplexity.evaluate_command(config)
+        one = config.data is not None or config.text is not None
+        (perplexity if one else by_source).evaluate_command(config)
         return
     if config.output is not None and not Path(config.output).parent.is_dir():
         raise UserError(f"--output {config.output}: there is no folder {Path(config.output).parent}: make it")

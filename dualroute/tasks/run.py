@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,7 +20,8 @@ from dualroute.log import counted
 from dualroute.model.checkpoint.folder import TASK
 from dualroute.tasks.config import FinetuneConfig, TaskDataConfig
 from dualroute.tasks.data.encode import Encoded, encode_rows
-from dualroute.tasks.data.module import TaskDataModule
+from dualroute.tasks.data.examples import Examples
+from dualroute.tasks.data.module import SourceExamples, TaskDataModule
 from dualroute.tasks.data.problems import Problems
 from dualroute.tasks.data.rows import divided, read_rows
 from dualroute.tasks.data.tokenizers import tokenizer_of
@@ -66,14 +67,16 @@ def check(config: FinetuneConfig) -> Prepared:
     if begun.initial is None:  # of a run that began from scratch, and is resumed
         begun = dataclasses.replace(begun, initial=begun.start.checkpoint)
     asking = make(config.task, Setting(None, 0))  # type: ignore[arg-type]  # asked for columns alone
-    train, validation = read_parts(config.data, asking)
+    trains, validation = read_sources(config.data, asking)
     found_dividing = asking.tally.counts.copy()
-    for part in (train, validation):
+    for part in (*trains, validation):
         asking.check_columns(part.rows[0][1], source=part.source)
     if not asking.reads_text:
         _refuse_text_keys(config, asking)
     tokenizer = tokenizer_of(
-        config.data, begun, chain.from_iterable(asking.texts(row) for _, row in train.rows)
+        config.data,
+        begun,
+        chain.from_iterable(asking.texts(row) for train in trains for _, row in train.rows),
     )
     length = config.data.max_length or config.data.context
     if length > config.data.context:
@@ -83,12 +86,12 @@ def check(config: FinetuneConfig) -> Prepared:
         )
     kind = make(config.task, Setting(tokenizer, length, begun.config.model.causal, config.data.too_long))
     kind.tally.counts.update(found_dividing)
-    kind.fit(row for _, row in train.rows)
-    encoded = [
-        encode_part(kind, part, config.data, keep_rows=part is validation) for part in (train, validation)
-    ]
+    kind.fit(row for train in trains for _, row in train.rows)
+    of_sources = [encode_part(kind, train, config.data, keep_rows=False) for train in trains]
+    encoded = [joined(of_sources), encode_part(kind, validation, config.data, keep_rows=True)]
+    mixed = zip(config.data.sources, of_sources, strict=False)
     data = TaskDataModule(
-        str(config.data.path),
+        ", ".join(train.source for train in trains),
         encoded[0].examples,
         encoded[1].examples,
         config.data.context,
@@ -98,6 +101,8 @@ def check(config: FinetuneConfig) -> Prepared:
         num_workers=config.data.num_workers,
         val_tokens=config.data.val_tokens,
         fills={"input_ids": max(tokenizer.pad_id, 0), **kind.fills},
+        sources=[SourceExamples(source, len(part.examples)) for source, part in mixed],
+        temperature=config.data.temperature,
     )
 
     def make_module(prepared: Prepared) -> Pretrain:
@@ -112,10 +117,44 @@ def check(config: FinetuneConfig) -> Prepared:
         prepared,
         operation="finetune",
         extra_files={TASK: describe_task(kind, sources)},
-        remarks=list(remarks_on(kind, [train, validation], encoded)),
+        remarks=list(remarks_on(kind, [*trains, validation], [*of_sources, encoded[1]])),
     )
     prepare.check_course(prepared)
     return prepared
+
+
+def read_sources(data: TaskDataConfig, kind: Kind) -> tuple[list[Part], Part]:
+    """Training rows of each source, and the validation rows of all of them.
+
+    Raises:
+        UserError: See :func:`read_parts`.
+    """
+    if not data.sources:
+        train, validation = read_parts(data, kind)
+        return [train], validation
+    if kind.divides:
+        raise UserError(
+            f"data.sources cannot be mixed for a task of kind {kind.name}, which divides its rows by itself: "
+            f"give one data.path"
+        )
+    parts = [
+        read_parts(dataclasses.replace(data, sources=[], path=source.path), kind) for source in data.sources
+    ]
+    trains = [train for train, _ in parts]
+    if data.validation is not None:  # the same for all
+        return trains, parts[0][1]
+    rows = [row for _, validation in parts for row in validation.rows]
+    named = ", ".join(validation.source for _, validation in parts)
+    return trains, Part(named, rows, Problems(rows=len(rows)))
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The examples of all sources, one after the other."""
+    rows = [int(part.examples.rows.max()) + 1 for part in parts]
+    return Encoded(
+        [row for part in parts for row in part.rows],
+        Examples.joined([part.examples for part in parts], rows),
+    )
 
 
 def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:

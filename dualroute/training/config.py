@@ -7,11 +7,19 @@ the data, the folder and the machine.  No torch is imported here, so that ``--he
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from os.path import abspath
+from typing import ClassVar, Literal
 
+from dualroute.data.mixture.config import SourceConfig, StageConfig, check_mixture
+from dualroute.data.remote.config import (
+    DEFAULT_CACHE_GIB,
+    BadDataPolicy,
+    RemoteOptions,
+    default_cache_folder,
+)
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.paths import ConfigFile, LocalPath, ResumePath
+from dualroute.paths import ConfigFile, DataPath, LocalPath, ResumePath
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.monitoring.config import MonitorConfig
@@ -24,7 +32,22 @@ class DataConfig:
     """What is read.
 
     Args:
-        path: Folder of shards made by ``dualroute prepare``.
+        path: Folder of shards made by ``dualroute prepare``, or the address of such a set elsewhere:
+            s3://bucket/set, https://host/set, any other URL of fsspec, or a command that writes the file {}
+            to its standard output (pipe:aws s3 cp s3://bucket/set/{} -); with sources the first of them.
+        sources: Several such folders that are mixed, each with its share of the samples: {path, weight, name,
+            max_epochs}, or PATH=WEIGHT.
+        stages: Other weights from a number of tokens on: {from_tokens, weights}, or
+            FROM_TOKENS:NAME=WEIGHT,NAME=WEIGHT.
+        temperature: Weights are taken to the power of 1 / temperature; above 1 makes them more alike.
+        over_max_epochs: What happens where the run would read a source more often than its max_epochs:
+            refuse to start, or report it.
+        packing: How documents fill the windows of training: concatenate (end to end, cut where a window
+            ends), best_fit (whole where they fit, padded), or one_per_row.
+        fim_rate: Share of the documents that are told as prefix, suffix and middle, so that the model learns
+            to fill in the middle.
+        fim_spm_rate: Share of these with the suffix first.
+        fim_tokens: The tokens that mark prefix, suffix and middle; null looks for the usual names.
         context: Tokens of one window: the longest distance that training sees.
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.
@@ -32,19 +55,91 @@ class DataConfig:
         objective: What is to be found: next_token, by a causal model, or masked tokens, by one with
             model.causal false.
         mask_share: With objective masked, the share of the tokens that are hidden, whole words of them.
+        cache_dir: Folder for copies of what lies elsewhere, shared by the processes of a node and best on a
+            disk of its own; null takes $DUALROUTE_CACHE, or dualroute/shards in the user's cache.
+        cache_gib: GiB that the copies may take up, over all sets.
+        prefetch_shards: Shards that lie elsewhere and are brought before they are needed; 0 brings none.
+        fetch_timeout: Seconds without an answer, or with less than 1 KiB/s, after which a transfer has
+            failed.
+        fetch_retries: Further attempts, each after twice the time, up to 30 s; the file goes on where it
+            broke.
+        retry_seconds: Time before the first of them.
+        on_bad_data: A window whose shard is damaged or cannot be had ends the run (fail), or is padding
+            without labels (skip), with a warning.
+        max_bad_windows: So many may be skipped on a rank between two starts.
     """
 
-    path: LocalPath = "data/stdlib"
+    path: DataPath = "data/stdlib"
     context: int = 512
     num_workers: int = 0
     val_tokens: int | None = None
     verify: Literal["size", "sha256"] = "sha256"
     objective: Literal["next_token", "masked"] = "next_token"
     mask_share: float = 0.3
+    sources: list[SourceConfig] = field(default_factory=list)
+    stages: list[StageConfig] = field(default_factory=list)
+    temperature: float = 1.0
+    over_max_epochs: Literal["refuse", "report"] = "refuse"
+    packing: Literal["concatenate", "best_fit", "one_per_row"] = "concatenate"
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: list[str] | None = None
+    cache_dir: LocalPath | None = None
+    cache_gib: float = DEFAULT_CACHE_GIB
+    prefetch_shards: int = 4
+    fetch_timeout: float = 60.0
+    fetch_retries: int = 8
+    retry_seconds: float = 1.0
+    on_bad_data: Literal["fail", "skip"] = "fail"
+    max_bad_windows: int = 100
+
+    #: of the keys about reading
+    READ_RANGES: ClassVar[dict[str, Range]] = {
+        "cache_gib": above(0, 1e9),
+        "prefetch_shards": at_least(0, 1024),
+        "fetch_timeout": above(0, 1e5),
+        "fetch_retries": at_least(0, 1000),
+        "retry_seconds": at_least(0, 3600),
+    }
 
     def __post_init__(self) -> None:
         ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
-        check_fields(self, "data", {**ranges, "mask_share": above(0, 1)})
+        ranges |= {"mask_share": above(0, 1), "fim_rate": at_least(0, 1), "fim_spm_rate": at_least(0, 1)}
+        check_fields(self, "data", {**ranges, **self.READ_RANGES, "temperature": above(0, 100)})
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Find what contradicts itself in the keys that say which tokens come when."""
+        check_mixture(self.sources, self.stages)
+        if self.sources:
+            first = self.sources[0].path
+            if self.path not in (None, "data/stdlib") and abspath(self.path) != abspath(first):
+                raise UserError(
+                    f"data.path {self.path} and data.sources are both given: name it among the sources"
+                )
+            self.path = first
+        if self.fim_tokens is not None and len(self.fim_tokens) != 3:
+            raise UserError(f"data.fim_tokens are {len(self.fim_tokens)}: give three, prefix, suffix, middle")
+        if self.objective == "masked":
+            for name in ("packing", "fim_rate"):
+                if getattr(self, name) not in ("concatenate", 0):
+                    raise UserError(
+                        f"data.{name} {getattr(self, name)} works with data.objective next_token only: leave "
+                        "it out"
+                    )
+
+    @property
+    def remote(self) -> RemoteOptions:
+        """How a set that lies elsewhere is read."""
+        folder = self.cache_dir or default_cache_folder()
+        return RemoteOptions(
+            folder, self.cache_gib, self.fetch_timeout, self.fetch_retries, self.retry_seconds
+        )
+
+    @property
+    def bad_data(self) -> BadDataPolicy:
+        """What becomes of windows that cannot be read."""
+        return BadDataPolicy(self.on_bad_data, self.max_bad_windows)
 
 
 def as_saved(precision: str) -> str:
@@ -140,11 +235,54 @@ class TrainConfig:
 
 
 @dataclass
-class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) and its learning rate.
+class MuonConfig:
+    """The step of the layers' matrices with optim.name muon.
 
     Args:
+        lr: Peak learning rate of the matrices; null is optim.lr.
+        momentum: Decay of the running mean of the gradient.
+        nesterov: Step along the mean with the newest gradient counted once more.
+        weight_decay: Of the matrices; null is optim.weight_decay.
+        steps: Newton-Schulz iterations that orthogonalise the mean.
+        scale: How the rate goes with a matrix's shape: match_rms_adamw (0.2 times the root of its longer
+            side: steps as long as AdamW's, so that rates of AdamW serve) or original (the root of rows /
+            columns, at least 1).
+        precision: Arithmetic of those iterations; auto: bfloat16 on CUDA, float32 elsewhere.
+    """
+
+    lr: float | None = None
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float | None = None
+    steps: int = 5
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "lr": above(0, 1e3),
+            "momentum": Range(0, 1, without_most=True),
+            "weight_decay": at_least(0, 1e3),
+            "steps": at_least(1, 99),
+        }
+        check_fields(self, "optim.muon", ranges)
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its learning rate.
+
+    AdamW is Loshchilov & Hutter 2019 (https://arxiv.org/abs/1711.05101), Muon Jordan et al. 2024
+    (https://kellerjordan.github.io/posts/muon/).
+
+    Args:
+        name: adamw steps all parameters; muon steps the matrices of the layers, queries, keys and values of
+            each route for themselves, and leaves embedding, head, norms, biases and gates to AdamW.
         lr: Peak learning rate.
+        embedding_lr: Peak learning rate of the token embedding, and with it of a tied output weight; null is
+            lr.
+        head_lr: That of an output weight of its own; null is lr.
+        muon: With name muon, how the matrices are stepped.
         betas: Decay of the running means of the gradient and of its square.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of matrices, times the learning rate.
@@ -154,12 +292,17 @@ class OptimConfig:
             ``lr`` until the last ``decay_fraction`` of the steps; constant stays.
         min_lr_ratio: Learning rate at the end of the schedule, as a share of ``lr``.
         decay_fraction: Share of all steps that wsd spends falling.
+        decay_shape: How wsd falls: sqrt (by 1 minus the root of the progress) or linear.
         grad_clip: Largest norm of the whole gradient; null never clips.
         fused: Step all parameters in one kernel; null: on CUDA.  On a CPU its sums are rounded otherwise in
             the last bit.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4
+    embedding_lr: float | None = None
+    head_lr: float | None = None
+    muon: MuonConfig = field(default_factory=MuonConfig)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -168,12 +311,15 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     min_lr_ratio: float = 0.1
     decay_fraction: float = 0.2
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
     grad_clip: float | None = 1.0
     fused: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.muon, dict):  # of a checkpoint's settings
+            self.muon = MuonConfig(**self.muon)
         ranges = {
-            "lr": above(0, 1e3),
+            **dict.fromkeys(("lr", "embedding_lr", "head_lr"), above(0, 1e3)),
             "betas": Range(0, 1, without_most=True),
             "eps": at_least(0, 1),
             "weight_decay": at_least(0, 1e3),

@@ -9,6 +9,7 @@ at the shards of a pretraining besides; other trainings (:mod:`dualroute.distill
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from dualroute.training.checkpointing.resume import (
     choose_start,
 )
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
-from dualroute.training.config import PretrainConfig
+from dualroute.training.config import DataConfig, PretrainConfig
 from dualroute.training.finetuning.check import check_strategy
 from dualroute.training.finetuning.early_stopping import has_stopped
 from dualroute.training.finetuning.patterns import unties_head
@@ -48,7 +49,7 @@ from dualroute.training.initial_model import (
     with_given,
 )
 from dualroute.training.kernels import with_kernels
-from dualroute.training.monitoring.trackers import check_trackers
+from dualroute.training.monitoring.outlets.trackers import check_trackers
 from dualroute.training.parallel.deepspeed_config import asked_stage
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
@@ -171,25 +172,41 @@ def check(config: PretrainConfig) -> Prepared:
     begun = begin(config)
     train, data = begun.config.train, begun.config.data
     _check_objective(begun.config)
-    module = ShardDataModule(
-        data.path,
-        data.context,
-        train.micro_batch,
-        train.tokens_per_batch,
-        seed=begun.config.seed,
-        num_workers=data.num_workers,
-        val_tokens=data.val_tokens,
-        verify=data.verify,
-        mask_share=data.mask_share if data.objective == "masked" else None,
-    )
+    module = shard_module(data, begun.config.seed, train.micro_batch, train.tokens_per_batch)
     _ = module.plan, module.val_plan  # unusable data are found here
     tokenizer = _tokenizer(module)
     _ = module.masking  # refused where the tokenizer has no id for a hidden token
     if begun.initial is not None:
         check_same_tokenizer(begun.initial.folder / TOKENIZER, tokenizer, data.path)
     prepared = prepare(begun, module, tokenizer, pretraining_module)
+    prepared.remarks = [(logging.INFO, line) for line in module.order_lines()]
     check_course(prepared)
     return prepared
+
+
+def shard_module(data: DataConfig, seed: int, micro_batch: int, tokens_per_batch: int) -> ShardDataModule:
+    """The data module that a configuration asks for; nothing is read yet."""
+    return ShardDataModule(
+        data.path,
+        data.context,
+        micro_batch,
+        tokens_per_batch,
+        seed=seed,
+        num_workers=data.num_workers,
+        val_tokens=data.val_tokens,
+        verify=data.verify,
+        mask_share=data.mask_share if data.objective == "masked" else None,
+        sources=data.sources,
+        stages=data.stages,
+        temperature=data.temperature,
+        packing=data.packing,
+        fim_rate=data.fim_rate,
+        fim_spm_rate=data.fim_spm_rate,
+        fim_tokens=data.fim_tokens,
+        remote=data.remote,
+        prefetch_shards=data.prefetch_shards,
+        policy=data.bad_data,
+    )
 
 
 def prepare(
@@ -247,13 +264,23 @@ def check_course(prepared: Prepared) -> None:
     """
     config, checkpoint = prepared.config, prepared.start.checkpoint
     if checkpoint is not None:
+        prepared.data.refuse_other_past(checkpoint.metadata, str(checkpoint.folder))
         refuse_changes(checkpoint, config, prepared.data.fingerprint)
+    _check_epochs(prepared)
     if prepared.total_steps <= config.optim.warmup_steps:
         raise UserError(
             f"optim.warmup_steps {config.optim.warmup_steps} is not below the run's {prepared.total_steps} "
             f"steps, so the learning rate would never be reached: lower it, or train longer (train.epochs, "
             f"train.max_steps, or smaller steps by train.tokens_per_batch)"
         )
+
+
+def _check_epochs(prepared: Prepared) -> None:
+    """Refuse a run that reads a source too often, where that is not only to be reported."""
+    tokens = prepared.token_count.at(prepared.total_steps)
+    over = list(prepared.data.over_max_epochs(tokens // prepared.data.context))
+    if over and prepared.config.data.over_max_epochs == "refuse":
+        raise UserError(f"{over[0]}; or have it reported: data.over_max_epochs report")
 
 
 def _initial_checkpoint(config: PretrainConfig, start: Start) -> Checkpoint | None:

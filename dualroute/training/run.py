@@ -153,6 +153,7 @@ def _with_start(prepared: Prepared) -> Prepared:
 def _compare(checkpoint: Checkpoint, prepared: Prepared) -> None:
     """Raise UserError where ``checkpoint`` is of another model or other data."""
     config, fingerprint = prepared.config, prepared.data.fingerprint
+    prepared.data.refuse_other_past(checkpoint.metadata, str(checkpoint.folder))
     data = {"fingerprint": fingerprint, "seed": config.seed, "context": config.data.context}
     check_start(checkpoint, config.model, data)
 

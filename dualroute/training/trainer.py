@@ -28,6 +28,7 @@ from dualroute.training.finetuning.early_stopping import early_stopping
 from dualroute.training.kernels import device
 from dualroute.training.memory.check import MemoryCheck
 from dualroute.training.monitoring.evaluation import SuiteDuringTraining
+from dualroute.training.monitoring.mixture_record import write_stages
 from dualroute.training.monitoring.monitor import Monitor
 from dualroute.training.monitoring.progress import Progress
 from dualroute.training.parallel.strategy import build_strategy
@@ -107,11 +108,13 @@ def build_trainer(prepared: Prepared) -> Parts:
     preemption = Preemption(publisher)
     watchdog = Watchdog(config.watchdog, world, output, reduces_in_backward=config.parallel.strategy == "ddp")
     roll_back = prepared.roll_back
-    first_write = FirstWrite(
-        output,
-        resolved_yaml(config),
-        also=None if roll_back is None else lambda: roll_back.write(output, config.spike_guard.max_rollbacks),
-    )
+
+    def also() -> None:
+        if roll_back is not None:
+            roll_back.write(output, config.spike_guard.max_rollbacks)
+        write_stages(output, prepared.data.stages_for_people(), prepared.start.checkpoint)
+
+    first_write = FirstWrite(output, resolved_yaml(config), also=also)
     monitor = Monitor(
         config.monitor,
         folder=output,

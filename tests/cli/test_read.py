@@ -163,8 +163,9 @@ def test_a_folder_of_shards_is_data_in_every_command(stage, needed, file, capsys
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distill", "cache-logits", "estimate"])
-def test_data_of_a_training_may_be_its_folder(stage, file, capsys):
+def test_data_of_a_training_may_be_its_folder(stage, file, tmp_path, capsys):
     assert parse_stage(stage, ["--data", "d", "--data.context", "64"]).data.path == "d"
+    assert parse_stage(stage, ["--data", str(tmp_path)]).data.path == str(tmp_path)  # one that is there
     assert parse_stage(stage, ["--config", file("data: d\n")]).data.path == "d"
     assert not capsys.readouterr().err
 

@@ -81,7 +81,7 @@ def test_expressions_and_grammars_are_met(model, tokenizer, tmp_path):
     with pytest.raises(UserError, match="contradict each other"):
         write(model, tokenizer, regex="b+", banned=["b"])
     constraint = GrammarConstraint(tokenizer, Grammar.of_schema({"enum": [1]}))
-    assert not constraint.is_satisfied
+    assert not constraint.is_finished
 
 
 def test_a_missing_library_names_its_extra(model, tokenizer, monkeypatch):

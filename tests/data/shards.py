@@ -30,10 +30,11 @@ def write_dataset(
     vocab_size: int = 1 << 17,
     documents_per_shard: int = 4,
     pad_id: int = 3,
+    tokenizer: bytes = b"not a tokenizer",
 ) -> Manifest:
     """Write shards, indices, a stand-in for the tokenizer and the manifest; load the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(b"not a tokenizer")
+    (folder / "tokenizer.model").write_bytes(tokenizer)
     dtype = token_dtype(vocab_size)
     splits = {
         name: _write_split(folder, name, documents, dtype, documents_per_shard)
@@ -41,8 +42,8 @@ def write_dataset(
         if documents
     }
     sha256 = file_sha256(folder / "tokenizer.model")
-    tokenizer = TokenizerInfo("tokenizer.model", sha256, vocab_size, bos_id=1, eos_id=2, pad_id=pad_id)
-    Manifest(folder, dtype, tokenizer, splits).save(folder)
+    info = TokenizerInfo("tokenizer.model", sha256, vocab_size, bos_id=1, eos_id=2, pad_id=pad_id)
+    Manifest(folder, dtype, info, splits).save(folder)
     return Manifest.load(folder)
 
 

@@ -75,7 +75,7 @@ def test_masks_do_not_depend_on_ranks_workers_or_stops(tiny_dataset: Path) -> No
 
 def test_an_epoch_has_other_masks_and_validation_always_the_same(tiny_dataset: Path) -> None:
     data = module(tiny_dataset)
-    window = data._masked(WindowDataset(ShardReader(data.manifest, "train"), data.plan))
+    window = data.sources[0].masked(WindowDataset(ShardReader(data.manifest, "train"), data.plan))
     first = window[0]
     assert np.array_equal(window[0]["labels"], first["labels"])
     segments, ids = first["segment_ids"], np.where(first["labels"] < 0, first["input_ids"], first["labels"])

@@ -46,6 +46,9 @@ def test_states_by_hand():
     count = alone.parameters
     assert (alone.weights, alone.gradients, alone.optimizer) == (4 * count, 4 * count, 8 * count)
     assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * count, count, 3 * count)
+    muon = of("--optim.name", "muon")
+    matrices = 8 * (4 * 64 * 64 + 3 * 64 * 192)  # queries, keys, values and output; feed-forward
+    assert muon.optimizer == pytest.approx(8 * count - 4 * matrices)
     third = of("--gpus", "4", "--parallel.zero_stage", "3", "--parallel.offload_optimizer", "true")
     assert (third.weights, third.gradients, third.optimizer) == (count, 0, 0)
     more = ("--gpus", "4", "--parallel.zero_stage", "3", "--parallel.zero_hpz_partition_size", "2")

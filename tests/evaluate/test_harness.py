@@ -67,7 +67,8 @@ def files(tmp_path_factory):
         )
     asked = {
         "context": SENTENCES[0], "question": "Who?", "category": "Age", "context_condition": "ambig",
-        "question_polarity": "neg", "additional_metadata": {"stereotyped_groups": ["old"]}, "label": 2,
+        "question_polarity": "neg", "question_index": "1", "label": 2,
+        "additional_metadata": {"stereotyped_groups": ["old"]},
         "answer_info": {"ans0": ["x", "old"], "ans1": ["y", "nonOld"], "ans2": ["z", "unknown"]},
         "ans0": "The stone", "ans1": "The bird", "ans2": "Nobody knows",
     }  # fmt: skip

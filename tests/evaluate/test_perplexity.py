@@ -56,6 +56,28 @@ def test_every_target_is_scored_once_with_the_past_of_its_window(checkpoint, tex
     assert score.perplexity == pytest.approx(math.exp(score.loss))
 
 
+@torch.no_grad()
+def test_through_a_cache_a_text_has_the_loss_of_writing_it(checkpoint, text):
+    """Windows of several blocks: what is rounded is the past, and token by token says the same."""
+    loaded = load(checkpoint)
+    ids = torch.tensor(loaded.tokenizer.encode(TEXT, bos=True, eos=True))
+    options = {"text": str(text), "context": 72, "batch_size": 2}
+    plain = evaluate(EvaluateConfig(str(checkpoint), **options)).loss
+    assert evaluate(EvaluateConfig(str(checkpoint), **options, cache_dtype="auto")).loss == pytest.approx(
+        plain, rel=1e-5
+    )
+    for kind in ("int8", "int4"):
+        losses = []
+        for start in range(0, len(ids) - 1, 72):
+            window = ids[start : start + 73]
+            caches = loaded.model.new_caches(1, 72, cache_dtype=kind)
+            logits = [loaded.model(window[None, n : n + 1], caches=caches)[0] for n in range(len(window) - 1)]
+            losses.append(F.cross_entropy(torch.cat(logits), window[1:], reduction="none"))
+        found = evaluate(EvaluateConfig(str(checkpoint), **options, cache_dtype=kind)).loss
+        assert found == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+        assert found != pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.parametrize(("length", "context", "stride"), [(2, 5, 5), (30, 7, 3), (29, 7, 7), (8, 7, 1)])
 def test_windows_label_each_target_once(length, context, stride):
     ids = torch.arange(100, 100 + length)
@@ -128,6 +150,8 @@ def test_shards_of_another_tokenizer_are_refused(checkpoint, tmp_path):
         ({"text": "x", "data": "y"}, "not both"),
         ({"data": "y", "stride": 3}, "stride"),
         ({"text": "x", "context": 0}, "context is 0"),
+        ({"data": "y", "cache_dtype": "int8"}, "cache_dtype works with --text only"),
+        ({"text": "x", "suite": "ruler", "cache_dtype": "int8"}, "not work with a suite"),
     ],
 )
 def test_contradictions_are_named(values, named):

@@ -99,6 +99,19 @@ def test_tied_embeddings_are_one_tensor_and_counted_once():
     assert tied.num_parameters(embeddings=False) == untied.num_parameters(embeddings=False)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embedding_may_begin_larger_than_all_else(tied):
+    def drawn(**more):
+        torch.manual_seed(0)
+        shape = {"vocab_size": 500, "dim": 64, "num_layers": 1, "num_heads": 2, "tie_embeddings": tied}
+        return DualRoutingTransformer(ModelConfig(**shape, **more)).state_dict()
+
+    usual, large = drawn(), drawn(embedding_std=0.5)
+    scaled = {"embedding.weight", "head.weight"} if tied else {"embedding.weight"}
+    for name, value in usual.items():
+        torch.testing.assert_close(large[name], value * (25 if name in scaled else 1))
+
+
 def test_the_head_lends_its_weight_to_a_loss():
     model = build()
     hidden = model.hidden_states(ids(2, 12))

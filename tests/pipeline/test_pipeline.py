@@ -71,6 +71,8 @@ class Stages:
         listed = [
             {"metric": m, "value": v, "stderr": e, "n": 9, "higher_is_better": True} for m, v, e in scores
         ]
+        bias = {"metric": "male_preferred", "value": 0.7, "stderr": 0.05, "n": 9, "higher_is_better": None}
+        listed.append({**bias, "interval": [0.6, 0.8]})
         cell = {"part": "p", "name": "c", "digest": "d", "setting": "s", "scores": listed}
         return {"format": "dualroute-evaluation", "version": 1, "model": {}, "cells": {"p/c": cell}}
 
@@ -122,11 +124,16 @@ def test_a_suite_compares_every_model_with_the_parent(go, tmp_path):
     measured = [one for one in done if one.startswith("evaluate-")]
     assert len(measured) == 8  # the loss, and the suite, of four models
     rows = (tmp_path / "run" / "report.md").read_text().split("## Suite: ruler")[1].split("##")[0]
-    match, f1 = (row for row in rows.splitlines() if row.startswith("| p/c/"))
+    match, f1, _ = (row for row in rows.splitlines() if row.startswith("| p/c/"))
     assert "0.5000 ± 0.0500 (worse)" in match
     assert match.count("worse") == 1
     assert "worse" not in f1
     assert "better" not in f1
+    picture = (tmp_path / "run" / "bias.svg").read_text()  # of what has no better direction, by model
+    assert "p/c/male_preferred" in picture
+    assert "p/c/match" not in picture
+    assert all(label in picture for label in ("parent", "pruned", "recovered", "quantized"))
+    assert "Bias along the pipeline" in (tmp_path / "run" / "report.html").read_text()
     assert go(suite="ruler") == (0, [])
     with pytest.raises(UserError, match=r"evaluate\.suite"):
         go(evaluate={"suite": "ruler"})

@@ -148,7 +148,7 @@ def _pretrain(options: argparse.Namespace, overrides: list[str], parse_stage: Pa
             "append `-- --init_from CHECKPOINT`, or name the task (configs/task)"
         )
     if not is_task:  # whose data are rows, which the run itself reads
-        _check_data(options, config.data.path)
+        _check_data(options, config.data)
     return _training_job(options, config, arguments, stage, options.kind)
 
 
@@ -186,7 +186,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str], parse_stage: Parse
     of_output: dict[Path, str] = {}
     for file in options.config:
         config = _checked(options, [*_configs([file]), *overrides], parse_stage)
-        _check_data(options, config.data.path)
+        _check_data(options, config.data)
         output = Path(config.output).resolve()
         if output in of_output:
             raise UserError(
@@ -287,12 +287,13 @@ def _configs(files: Sequence[str]) -> list[str]:
     return [word for file in files for word in ("--config", str(find_config(file).resolve()))]
 
 
-def _check_data(options: argparse.Namespace, folder: str) -> None:
+def _check_data(options: argparse.Namespace, data: Any) -> None:
     """The shards must be there when a job is submitted; to look at its script they need not."""
-    if options.dry_run and not (Path(folder) / MANIFEST_FILE).is_file():
-        say(f"there are no shards in {folder} yet: `dualroute prepare` makes them")
-        return
-    Manifest.load(folder)
+    for folder in [source.path for source in data.sources] or [data.path]:
+        if options.dry_run and not (Path(folder) / MANIFEST_FILE).is_file():
+            say(f"there are no shards in {folder} yet: `dualroute prepare` makes them")
+            continue
+        Manifest.load(folder)
 
 
 def _checked(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import string
 from collections import Counter
@@ -13,10 +14,10 @@ from typing import Any
 import datasets
 
 from dualroute.errors import UserError
+from dualroute.evaluate.fairness_sets import PLACES as FAIRNESS
+from dualroute.evaluate.fairness_sets import SETS, bbq_rows
 from dualroute.evaluate.long_context.questions import read_paragraphs
 from dualroute.evaluate.long_context.tasks import data_file
-from dualroute.evaluate.parts.fair_rows import PLACES as FAIRNESS
-from dualroute.evaluate.parts.fair_rows import bbq_rows, crows_rows, table_rows
 from dualroute.evaluate.parts.wikitext import articles, detokenise
 from dualroute.evaluate.perplexity import read_text
 
@@ -66,10 +67,14 @@ def wikitext(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
 def sst2(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """Rows of a GLUE-like table: sentence, label (0 or 1)."""
     path = file_of("local_sst2", files)
+    reader = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+    missing = {"sentence", "label"} - set(reader.fieldnames or [])
+    if missing:
+        raise UserError(
+            f"{path} has no column {min(missing)!r}, it has {reader.fieldnames}: give another file"
+        )
     rows = []
-    for number, row in enumerate(
-        table_rows(path, ("sentence", "label"), delimiter="\t", quoting=csv.QUOTE_NONE), 2
-    ):
+    for number, row in enumerate(reader, 2):
         if row["label"] not in ("0", "1"):
             raise UserError(f"{path}, line {number}: the label {row['label']!r} is not among 0 and 1")
         rows.append({"sentence": row["sentence"], "label": int(row["label"])})
@@ -90,13 +95,22 @@ def xquad(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
 def crows_pairs(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """Pairs of sentences of CrowS-Pairs' table."""
     path = file_of("local_crows_pairs", files)
-    return _dataset(crows_rows(path), path)
+    pairs = ((*item.texts, item.kind) for item in SETS["crows_pairs"].read(path))
+    return _dataset(
+        (dict(zip(("sent_more", "sent_less", "bias_type"), one, strict=True)) for one in pairs), path
+    )
 
 
 def bbq(files: dict[str, str] | None = None, **_: Any) -> dict[str, Any]:
     """Questions of BBQ's JSON lines; of a folder all categories."""
     path = file_of("local_bbq", files)
-    return _dataset(bbq_rows(path), path)
+    names = ("context", "question", "category", "context_condition")
+    rows = (
+        {name: str(row[name]) for name in names}
+        | {"choices": [str(row[f"ans{number}"]) for number in range(3)], "label": int(row["label"])}
+        for row, _ in bbq_rows(path)
+    )
+    return _dataset(rows, path)
 
 
 # -- answers -------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from pathlib import Path
 from dualroute.configuration.names import unknown
 from dualroute.errors import UserError
 from dualroute.evaluate import fairness
+from dualroute.evaluate.fairness_sets import PLACES
 from dualroute.evaluate.long_context.tasks import data_file
-from dualroute.evaluate.parts.fair_rows import PLACES
 from dualroute.evaluate.suite.cells import Cell, Measured, Score
 from dualroute.evaluate.suite.config import FairnessSettings
 from dualroute.evaluate.suite.model import Pair, SuiteModel

@@ -9,7 +9,7 @@ window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,18 @@ class Examples:
         self.rows: Int64 = np.array(rows, dtype=np.int64)
         self.starts: Int64 = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.fields = {name: np.concatenate(values) for name, values in arrays.items()}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples], rows: Sequence[int]) -> Examples:
+        """The examples of several parts, one after the other; ``rows`` are how many rows each has."""
+        if len(parts) == 1:
+            return parts[0]
+        before = [sum(rows[:number]) for number in range(len(rows))]
+        return cls(
+            (int(part.rows[number]) + first, part[number])
+            for part, first in zip(parts, before, strict=True)
+            for number in range(len(part))
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)

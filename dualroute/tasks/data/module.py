@@ -12,7 +12,9 @@ host ``examples`` (E,), the numbers of the examples, window after window.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,11 +24,30 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from dualroute.attention.core.layout import LayoutPlan
+from dualroute.data.manifest import canonical_json
+from dualroute.data.mixture.config import SourceConfig, lines_over_max_epochs
+from dualroute.data.mixture.plan import MixturePlan
+from dualroute.data.mixture.schedule import Schedule, turns_of
+from dualroute.data.mixture.windows import MixtureWindows
 from dualroute.data.plan import Request
 from dualroute.data.reader import IGNORE_INDEX, Addition, collate, label_rows
 from dualroute.data.window_module import WindowDataModule
 from dualroute.tasks.data.examples import Examples
 from dualroute.tasks.data.packing import PackedPlan, PackedSequence
+
+
+@dataclass(frozen=True)
+class SourceExamples:
+    """A part of the training examples that is mixed with others.
+
+    Attributes:
+        config: what it is called, its weight, and how often it may be read.
+        examples: how many it has.
+    """
+
+    config: SourceConfig
+    examples: int
+
 
 #: What fills a window where no example is; 0 for fields of other names.
 FILLS: dict[str, Any] = {"labels": IGNORE_INDEX}
@@ -111,6 +132,8 @@ class TaskDataModule(WindowDataModule):
         context, micro_batch, tokens_per_batch, seed, num_workers: see `WindowDataModule`.
         val_tokens: validate on the first so many slots; None: on all.
         fills: {field: value} of empty slots.
+        sources: what of ``train`` is of which source, in its order, where there are several.
+        temperature: of their weights, see ``dualroute.training.config.DataConfig``.
     """
 
     collate = staticmethod(collate_examples)
@@ -127,14 +150,31 @@ class TaskDataModule(WindowDataModule):
         num_workers: int = 0,
         val_tokens: int | None = None,
         fills: Mapping[str, Any] | None = None,
+        sources: Sequence[SourceExamples] = (),
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(name, context, micro_batch, tokens_per_batch, seed, num_workers)
+        self.sources, self.temperature = tuple(sources), temperature
         self.train, self.val, self.val_tokens, self.fills = train, val, val_tokens, fills
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        """Of the training examples."""
-        return self.train.fingerprint()
+        """Of the training examples, and of how they are mixed."""
+        examples = self.train.fingerprint()
+        if not self.sources:
+            return examples
+        parts = [(source.examples, turns) for source, turns in zip(self.sources, self._turns, strict=True)]
+        return hashlib.sha256(canonical_json({"examples": examples, "mixture": parts})).hexdigest()
+
+    @cached_property
+    def _turns(self) -> list[int]:
+        """Of each source in a period of the mixture."""
+        weights = {
+            f"{number:04d}": float(source.examples if source.config.weight is None else source.config.weight)
+            for number, source in enumerate(self.sources)
+        }
+        turns = turns_of(weights, self.temperature)
+        return [turns.get(key, 0) for key in weights]
 
     @cached_property
     def val_fingerprint(self) -> str:
@@ -142,12 +182,35 @@ class TaskDataModule(WindowDataModule):
         return self.val.fingerprint()
 
     @cached_property
-    def plan(self) -> PackedPlan:  # type: ignore[override]
+    def plan(self) -> PackedPlan | MixturePlan:  # type: ignore[override]
         """The order of training."""
         train = self.train
-        return PackedPlan(
-            train.lengths, train.targets, self.fingerprint, self.seed, self.context, self.samples_per_batch
-        )
+        order = (self.fingerprint, self.seed, self.context, self.samples_per_batch)
+        if not self.sources:
+            return PackedPlan(train.lengths, train.targets, *order)
+        parts, first = [], 0
+        for source in self.sources:
+            here = slice(first, first + source.examples)
+            parts.append(PackedPlan(train.lengths[here], train.targets[here], *order, first=first))
+            first += source.examples
+        keys = tuple(f"{number:04d}" for number in range(len(parts)))
+        return MixturePlan(parts, Schedule(keys, ((0, dict(zip(keys, self._turns, strict=True))),)))
+
+    def epochs_at(self, samples: int) -> dict[str, float]:
+        plan = self.plan
+        if not isinstance(plan, MixturePlan):
+            return super().epochs_at(samples)
+        passes = plan.epochs_by_source(samples)
+        return {source.config.called: one for source, one in zip(self.sources, passes, strict=True)}
+
+    def over_max_epochs(self, samples: int) -> Iterator[str]:
+        yield from lines_over_max_epochs([source.config for source in self.sources], self.epochs_at(samples))
+
+    def source_figures(self) -> dict[str, float]:
+        if not isinstance(self.plan, MixturePlan):
+            return {}
+        names = [source.config.called for source in self.sources]
+        return self.plan.figures(names, self.samples_consumed, self.skipped_samples)
 
     @cached_property
     def val_plan(self) -> PackedSequence:  # type: ignore[override]
@@ -155,7 +218,10 @@ class TaskDataModule(WindowDataModule):
         return PackedSequence(self.val.lengths, self.val.targets, self.context, self.val_tokens)
 
     def train_windows(self) -> Dataset[Any]:
-        return PackedWindows(self.train, self.plan, self.fills)
+        plan = self.plan
+        if isinstance(plan, MixturePlan):
+            return MixtureWindows([PackedWindows(self.train, part, self.fills) for part in plan.parts])  # type: ignore[arg-type]
+        return PackedWindows(self.train, plan, self.fills)
 
     def val_windows(self) -> Dataset[Any]:
         return PackedWindows(self.val, self.val_plan, self.fills)

@@ -94,6 +94,7 @@ class PackedPlan:
         seed: any integer.
         context: slots of a window.
         samples_per_batch: windows per optimizer step, over all ranks.
+        first: number of the first of the examples among those of all sources.
     """
 
     def __init__(
@@ -104,12 +105,13 @@ class PackedPlan:
         seed: int,
         context: int,
         samples_per_batch: int,
+        first: int = 0,
     ) -> None:
         if not len(lengths):
             raise ValueError("there are no examples")
         self.lengths, self.targets = lengths, targets
         self.fingerprint, self.seed = fingerprint, seed
-        self.context, self.samples_per_batch = context, samples_per_batch
+        self.context, self.samples_per_batch, self.first = context, samples_per_batch, first
         self._firsts = [0]  # windows before each epoch, as far as they are known
         self._cached: tuple[int, Packed] | None = None
 
@@ -141,6 +143,9 @@ class PackedPlan:
         """Numbers of the examples in a window; none for `EMPTY`."""
         if sample == EMPTY:
             return np.zeros(0, dtype=np.int64)
+        return self._own(sample) + self.first
+
+    def _own(self, sample: int) -> Int64:
         epoch, window = self.place(sample)
         return self.epoch(epoch).window(window)
 
@@ -168,7 +173,8 @@ class PackedPlan:
 
     def num_targets(self, samples: ArrayLike) -> int:
         """See `SamplePlan.num_targets`."""
-        return sum(int(self.targets[self.examples(s)].sum()) for s in np.asarray(samples).tolist())
+        numbers = np.asarray(samples).tolist()
+        return sum(int(self.targets[self._own(s)].sum()) for s in numbers if s != EMPTY)
 
 
 class PackedSequence:

@@ -42,6 +42,7 @@ def describe_run(
         "lineage": before,
         **({"teacher": teacher} if teacher else {}),
         "settings": settings_of(config),
+        **data.describe_order(),
         "validation": {
             "data_fingerprint": data.val_fingerprint,
             "tokens": data.val_plan.tokens,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
-from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import MuonConfig, OptimConfig, PretrainConfig, TrainConfig
 from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
@@ -38,10 +38,30 @@ RULES: dict[str, Rule] = {
     "data.num_workers": "obeyed",
     "data.val_tokens": "obeyed",
     "data.verify": "obeyed",
+    "data.sources": "compared",
+    "data.stages": "compared",
+    "data.temperature": "compared",
+    "data.over_max_epochs": "obeyed",
+    "data.packing": "refused",
+    "data.fim_rate": "refused",
+    "data.fim_spm_rate": "refused",
+    "data.fim_tokens": "refused",
     "data.objective": "refused",
     "data.mask_share": "obeyed",
+    "data.cache_dir": "obeyed",
+    "data.cache_gib": "obeyed",
+    "data.prefetch_shards": "obeyed",
+    "data.fetch_timeout": "obeyed",
+    "data.fetch_retries": "obeyed",
+    "data.retry_seconds": "obeyed",
+    "data.on_bad_data": "obeyed",
+    "data.max_bad_windows": "obeyed",
     "train": "obeyed",
+    "optim.name": "refused",
     "optim.lr": "obeyed",
+    "optim.embedding_lr": "obeyed",
+    "optim.head_lr": "obeyed",
+    **{f"optim.muon.{field.name}": "obeyed" for field in dataclasses.fields(MuonConfig)},
     "optim.betas": "obeyed",
     "optim.eps": "obeyed",
     "optim.weight_decay": "obeyed",
@@ -50,6 +70,7 @@ RULES: dict[str, Rule] = {
     "optim.schedule": "obeyed",
     "optim.min_lr_ratio": "obeyed",
     "optim.decay_fraction": "obeyed",
+    "optim.decay_shape": "obeyed",
     "optim.grad_clip": "obeyed",
     "optim.fused": "obeyed",
     **STRATEGY_RULES,

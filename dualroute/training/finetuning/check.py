@@ -43,6 +43,11 @@ def _check_adapters(config: PretrainConfig) -> None:
         raise UserError(
             "finetune.adapter changes a trained model: give its checkpoint as init_from, or adapter none"
         )
+    if config.optim.name == "muon":
+        raise UserError(
+            "optim.name muon steps the matrices of layers, and with finetune.adapter these stay as they are "
+            "(adapters are too thin to be orthogonalised): give optim.name adamw"
+        )
     if strategy.dropout and train.quantization_aware is not None:
         raise UserError(
             f"finetune.dropout {strategy.dropout} leaves out inputs of the adapters alone, and "

@@ -3,7 +3,7 @@
 In: names of parameters and the number of a step.  Here: pure functions of both.  A *unit* is what is unfrozen
 together: 0 are the heads and the last norm, 1 the layer at the top, L that at the bottom, L + 1 the embedding
 or what else enters (a tied embedding that also is the output belongs to 0).  Next:
-``training/step/optim.py`` writes the settings of each unit's groups before each step.
+``training/step/optim/build.py`` writes the settings of each unit's groups before each step.
 
 A unit that is not trained yet has gradients of zero, so its moments stay zero, whatever divides the optimizer
 among ranks; all parameters are in it from the start.  Adam corrects its moments by its own count of steps,
@@ -95,12 +95,21 @@ class DepthCourse:
         return float(self.config.layer_lr_decay**unit)
 
     def settings(
-        self, unit: int, step: int, lr: float, eps: float, weight_decay: float, betas: tuple[float, float]
+        self,
+        unit: int,
+        step: int,
+        lr: float,
+        eps: float,
+        weight_decay: float,
+        betas: tuple[float, float] | None,
     ) -> dict[str, Any]:
-        """lr, eps and weight_decay of a group of ``unit`` in the step that follows ``step`` finished ones."""
+        """lr, eps and weight_decay of a group of ``unit`` in the step that follows ``step`` finished ones.
+
+        Null ``betas`` are Muon's: the length of its mean does not matter, so there is nothing to correct.
+        """
         if not self.is_trained(unit, step):
             return {"lr": 0.0, "eps": eps, "weight_decay": weight_decay}
-        of_rate, of_eps = correction(step, self.begin(unit), betas)
+        of_rate, of_eps = (1.0, 1.0) if betas is None else correction(step, self.begin(unit), betas)
         # decay is the product of both, and is to be that of the learning rate without the correction
         return {
             "lr": lr * self.factor(unit) * of_rate,

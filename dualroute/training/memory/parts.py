@@ -120,7 +120,7 @@ def memory_of(
     count = counted(config) if count is None else count
     stage, model, train = zero_stage(config, ranks), count.model, config.train
     sizes = sizes_of(train.precision, stage)
-    of_weights, of_gradients, of_optimizer = state_bytes(config, ranks)
+    of_weights, of_gradients, of_optimizer = state_bytes(config, ranks, count)
     hpz = config.parallel.zero_hpz_partition_size
     second = count.held * (4.0 if train.precision == "32" else 2.0) / hpz if hpz > 1 else 0.0
     copies = 2.0 * count.matrices if sizes.casts else 0.0
@@ -152,15 +152,21 @@ def _reduced_in(config: PretrainConfig) -> int:
     return 4 if config.train.precision == "32" else 2
 
 
-def state_bytes(config: PretrainConfig, ranks: int) -> tuple[float, float, float]:
-    """Bytes per parameter of weights, gradients and optimizer on one rank."""
+def state_bytes(config: PretrainConfig, ranks: int, count: Count) -> tuple[float, float, float]:
+    """Bytes per parameter of weights, gradients and optimizer on one rank.
+
+    Matrices that Muon steps have one running mean, all else AdamW's two.
+    """
+    of_muon = count.trained_matrices / count.trained if config.optim.name == "muon" else 0.0
+    means = 2.0 - of_muon
     half, stage = config.train.precision != "32", zero_stage(config, ranks)
     if stage is None:
-        return (2.0, 2.0, 4.0) if config.train.precision == "bf16-true" else (4.0, 4.0, 8.0)
+        size = 2.0 if config.train.precision == "bf16-true" else 4.0
+        return size, size, means * size
     masters = 4.0 if half and stage else 0.0  # fp32 weights that a 16-bit model is stepped through
     weights = (2.0 if masters else 4.0) / (ranks if stage == 3 else 1)
     gradients = 4.0 / (ranks if stage >= 2 else 1)
-    optimizer = (8.0 + masters) / (ranks if stage >= 1 else 1)
+    optimizer = (4.0 * means + masters) / (ranks if stage >= 1 else 1)
     if config.parallel.offload_optimizer:
         gradients, optimizer = 0.0, 0.0
     if config.parallel.offload_parameters:

@@ -34,6 +34,7 @@ class Count:
         trained: Those that have gradients and an optimizer.
         largest: Numbers of the largest one that is trained.
         matrices: Those of products in layers, without adapters.
+        trained_matrices: Of these, those that have gradients.
         frozen_matrices: Those of products whose weights have no gradient, the head's included.
         layers_without_gradients: Layers from the bottom on that keep nothing for a backward pass, because
             nothing is trained in them, nor beneath.
@@ -46,6 +47,7 @@ class Count:
     trained: int
     largest: int
     matrices: int
+    trained_matrices: int
     frozen_matrices: int
     layers_without_gradients: int
     adapter_width: int
@@ -96,6 +98,7 @@ def counted(config: PretrainConfig) -> Count:
         trained=sum(sizes[name] for name in of_trained),
         largest=max(sizes[name] for name in of_trained),
         matrices=sum(sizes[name] for name in products if name != "head.weight"),
+        trained_matrices=sum(sizes[name] for name in products if name != "head.weight" and trained[name]),
         frozen_matrices=sum(sizes[name] for name in counted_products if not trained[name]),
         layers_without_gradients=max(lowest, 0),
         adapter_width=width,

@@ -3,8 +3,8 @@
 Numbers come from the LightningModule, which leaves them in plain attributes (see :class:`Monitor`), from a
 :class:`~dualroute.training.monitoring.throughput.StepClock` and from the attention layers; rank zero writes
 them to :mod:`~dualroute.training.monitoring.metrics_log` and, under the same tags, to TensorBoard
-(:mod:`~dualroute.training.monitoring.board`) and to services that a person keeps runs in
-(:mod:`~dualroute.training.monitoring.trackers`).
+(:mod:`~dualroute.training.monitoring.outlets.board`) and to services that a person keeps runs in
+(:mod:`~dualroute.training.monitoring.outlets.trackers`).
 
 Every rank runs this callback, although only one writes.  Generating a sample under
 ZeRO-3 gathers parameters, which needs all ranks; a monitor that lived on rank zero would hang.
@@ -26,15 +26,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dualroute.errors import one_line
-from dualroute.training.monitoring.alerts import DIVERGED, FAILED, STALL, Alert, Alerts, Webhook
-from dualroute.training.monitoring.board import Board
 from dualroute.training.monitoring.config import MonitorConfig
 from dualroute.training.monitoring.evaluation import SuiteDuringTraining
 from dualroute.training.monitoring.metrics_log import MetricsLog
+from dualroute.training.monitoring.outlets.alerts import DIVERGED, FAILED, STALL, Alert, Alerts, Webhook
+from dualroute.training.monitoring.outlets.board import Board
+from dualroute.training.monitoring.outlets.trackers import Trackers
 from dualroute.training.monitoring.profiling import StepProfile
 from dualroute.training.monitoring.router_statistics import RouterStatistics, draw_map, plain_map
 from dualroute.training.monitoring.throughput import StepClock, memory_statistics, peak_tflops
-from dualroute.training.monitoring.trackers import Trackers
 from dualroute.training.step.spike_guard import TrainingDiverged
 
 log = logging.getLogger(__name__)

@@ -37,6 +37,14 @@ def epochs(tokens: int, data: WindowDataModule) -> float:
     return tokens / (data.plan.windows_per_epoch * data.context)
 
 
+def _of_what(tokens: int, data: WindowDataModule) -> str:
+    """Passes over the text, or over each of the sources."""
+    if not data.val_sources:
+        return f"{epochs(tokens, data):.3g} epochs of {data.data_name}"
+    passes = data.epochs_at(tokens // data.context)
+    return "epochs of " + ", ".join(f"{name} {count:.3g}" for name, count in passes.items())
+
+
 def what_is_trained(
     operation: str,
     model: DualRoutingTransformer,
@@ -52,7 +60,7 @@ def what_is_trained(
     yield (
         f"{operation}: {format_count(model.num_parameters())} parameters ({shape.attention} attention, "
         f"{shape.num_layers} layers of width {shape.dim}), {tokens:,} tokens in {steps:,} steps of "
-        f"{config.train.tokens_per_batch:,} = {epochs(tokens, data):.3g} epochs of {config.data.path}"
+        f"{config.train.tokens_per_batch:,} = {_of_what(tokens, data)}"
     )
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if frozen:
@@ -75,11 +83,15 @@ def warnings_at_start(
     operation: str = "pretrain",
 ) -> Iterator[str]:
     """What may not be meant."""
-    passes = epochs(count.at(count.total_steps(config.train)), data)
-    if passes > MANY_EPOCHS and operation != "finetune":  # whose metric and best checkpoint show it
+    samples = count.at(count.total_steps(config.train)) // data.context
+    yield from data.over_max_epochs(samples)
+    for name, passes in data.epochs_at(samples).items():
+        if passes <= MANY_EPOCHS or operation == "finetune":  # whose metric and best checkpoint show it
+            continue
+        read = name if data.val_sources else "the training text"
         yield (
-            f"the training text is read {passes:.3g} times: past about {MANY_EPOCHS} times it teaches less "
-            f"and less, and a large model learns it by heart (Muennighoff et al. 2023, "
+            f"{read} is read {passes:.3g} times: past about {MANY_EPOCHS} times it teaches less and less, "
+            f"and a large model learns it by heart (Muennighoff et al. 2023, "
             f"https://arxiv.org/abs/2305.16264); prepare more text, or train on fewer tokens"
         )
     without_effect = settings_without_effect(config.parallel, world)

@@ -38,9 +38,11 @@ from dualroute.training.config import ParallelConfig
 from dualroute.training.parallel.deepspeed_config import deepspeed_config, uses_nvme
 from dualroute.training.parallel.environment import DualRouteEnvironment, World
 from dualroute.training.parallel.loading import NamesTheState
+from dualroute.training.parallel.matrix_pieces import refuse_copies, tell_pieces
 from dualroute.training.parallel.reduction import mean_in_float32
 from dualroute.training.parallel.sequence import SharedSequences
 from dualroute.training.parallel.sharded_weights import InitialWeights, shard
+from dualroute.training.step.optim.muon import MuonWithAdamW
 
 __all__ = [
     "DualRouteDeepSpeedStrategy",
@@ -264,14 +266,17 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
     def _mend_universal_state(self, path: Path) -> None:
         """At stage 3 DeepSpeed gives all groups the settings of the first, so norms would decay too.
 
-        It also gives all of them one tensor as their count of steps, which each then raises by one.
+        It also gives all of them one tensor as their count of steps, which each then raises by one, and a
+        mean of squares, which Muon has not.
         """
         saved = load_deepspeed_file(path)["param_groups"]
         optimizer = self.deepspeed_engine.optimizer.optimizer
         for group, settings in zip(optimizer.param_groups, saved, strict=True):
             group.update(settings)
-        for state in optimizer.state.values():
+        for parameter, state in optimizer.state.items():
             state["step"] = state["step"].clone()
+            if isinstance(optimizer, MuonWithAdamW) and optimizer.is_flat_matrices(parameter):
+                state.pop("exp_avg_sq", None)
 
     def teardown(self) -> None:
         """Upstream, which wants to move the weights; those of a run that was refused before are nowhere."""
@@ -297,6 +302,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
         plain = self.config["zero_optimization"]["stage"] == 0 and not any(
             self.config.get(name, {}).get("enabled") for name in ("bf16", "fp16")
         )
+        if isinstance(optimizer, MuonWithAdamW):
+            refuse_copies(self.config["zero_optimization"]["stage"], plain)
         if plain:
             self.config["gradient_clipping"] = 0.0
         engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -307,6 +314,8 @@ class DualRouteDeepSpeedStrategy(SharedSequences, DeepSpeedStrategy):
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
 
             wrapped.register_step_pre_hook(clip_gradients)
+        if isinstance(optimizer, MuonWithAdamW):
+            tell_pieces(optimizer, wrapped, self.root_device)
         return engine, wrapped
 
 

@@ -61,6 +61,7 @@ _installed_in = 0  # process id
 _interrupted = 0  # the signal that told the start to end
 _training = False  # the first step can be saved: signals only leave their mark
 _last_interrupt: float | None = None
+_in_library = False  # of a program of the user's, which goes on after the training
 
 
 # -- a training ----------------------------------------------------------------------------------------------
@@ -87,6 +88,31 @@ def install() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULER_SIGNALS)
     # Python gives its handlers back some time before the process ends; an ignored signal stays ignored
     atexit.register(_ignore)
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Signals are remembered as after :func:`install`, for a training inside a program that goes on after it.
+
+    A second Ctrl-C raises KeyboardInterrupt.  The program's own handlers are back at the end.  Where they are
+    not the caller's to change (another thread than the main one, the command itself) nothing is done.
+    """
+    global _installed_in, _received, _reason, _interrupted, _training, _in_library
+    if installed() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (*SCHEDULER_SIGNALS, *TERMINAL_SIGNALS)}
+    kept = {number: handler for number, handler in before.items() if handler is not None}
+    pid, _installed_in, _in_library = _installed_in, os.getpid(), True
+    try:
+        for number in kept:
+            signal.signal(number, _remember)
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        _installed_in, _in_library = pid, False
+        _received, _reason, _interrupted, _training = 0, "", 0, False
 
 
 def installed() -> bool:
@@ -128,6 +154,8 @@ def _remember(number: int, frame: FrameType | None) -> None:
     global _received, _interrupted
     if os.getpid() != _installed_in:
         return  # a forked process that reads data: the training asks it for batches as long as it needs them
+    if _in_library and _received and number == signal.SIGINT:
+        raise KeyboardInterrupt
     _received = _received or number
     if number in TERMINAL_SIGNALS and not _training and not _interrupted:
         _interrupted = number

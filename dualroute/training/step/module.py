@@ -5,14 +5,15 @@ divided by the number of targets of the *whole* global batch, so that the gradie
 batch was divided over ranks and micro-batches.  Out: gradients for the strategy to step with, and
 ``step_metrics`` / ``validation_metrics`` for :mod:`dualroute.training.monitoring.monitor`.
 
-The learning rate has no scheduler object.  It is a pure function of the step, written
-into the optimizer before each one, so there is no state to save and nothing to drift on resume.  Weight
-decay, betas and eps are written with it, because a restored optimizer brings those of the run before.
+The learning rate has no scheduler object.  It is a pure function of the step, written into the optimizer
+before each one, so there is no state to save and nothing to drift on resume.  Weight decay, betas, eps and
+momentum are written with it, because a restored optimizer brings those of the run before.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -32,10 +33,11 @@ from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.depth import DepthCourse, course_of
 from dualroute.training.finetuning.draws import draw_seed
 from dualroute.training.finetuning.freezing import with_frozen, without_frozen
+from dualroute.training.monitoring.source_losses import SourceLosses
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy
-from dualroute.training.step.optim import HyperParameters, build_optimizer, learning_rate, parameter_groups
+from dualroute.training.step.optim import HyperParameters, build_optimizer, groups_of, learning_rate
 from dualroute.training.step.spike_guard import SpikeGuard
 from dualroute.training.step.step_guard import StepGuard, StepOutcome
 from dualroute.training.step.token_count import TokenCount
@@ -252,6 +254,7 @@ class Pretrain(LightningModule):
             "tokens_in_step": self.train_config.tokens_per_batch,
             "skipped_steps": self.spike_guard.skipped,
             "skipped": float(self._outcome.skipped),
+            **self.trainer.datamodule.source_figures(),  # type: ignore[attr-defined]
         }
         if (course := self.course) is not None:
             self.step_metrics |= course.figures(self.trainer.global_step - 1, self.step_metrics["lr"])
@@ -271,15 +274,18 @@ class Pretrain(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.source_losses = SourceLosses(self)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         sums = self._loss_sums(batch)
         self._val_sums += torch.stack([sums.loss_sum.double(), sums.count.double()])
+        self.source_losses.add(batch, sums)
 
     def on_validation_epoch_end(self) -> None:
         nll, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         loss = nll / max(count, 1)
-        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val")}
+        figures = self.source_losses.figures()
+        self.validation_metrics = {"loss": loss, **self.bits_per_byte(loss, "val"), **figures}
 
     def generate_sample(self, prompt: str, max_new_tokens: int, seed: int) -> str:
         """A continuation of ``prompt`` by the model as it stands."""
@@ -300,15 +306,11 @@ class Pretrain(LightningModule):
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
-    def _names_by_group(self) -> list[list[str]]:
-        """Names of the parameters in each group of the optimizer."""
-        config = self.optim_config
-        groups = parameter_groups(
-            self.trained,
-            config.weight_decay,
-            decay_embeddings=config.decay_embeddings,
-            unit_of=None if self.course is None else self.course.unit,
-        )
+    def _names_by_group(self, config: OptimConfig | None = None) -> list[list[str]]:
+        """Names of the parameters in each group of the optimizer, or of one by another ``config``."""
+        course = self.course
+        unit = None if course is None else course.unit
+        groups = groups_of(self.trained, config or self.optim_config, unit)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in groups]
 
@@ -332,12 +334,25 @@ class Pretrain(LightningModule):
     def _refuse_other_groups(self, saved: list[list[str]] | None) -> None:
         """The same parameters in other groups: an optimizer's state cannot follow them."""
         ours = self._names_by_group()
-        if saved is not None and saved != ours and sorted(chain(*saved)) == sorted(chain(*ours)):
-            decays = self.optim_config.decay_embeddings
-            raise UserError(
-                f"the checkpoint was trained with optim.decay_embeddings {str(not decays).lower()} and this "
-                f"run asks for {str(decays).lower()}: give the old value, or begin anew with --init_from"
-            )
+        if saved is None or saved == ours or sorted(chain(*saved)) != sorted(chain(*ours)):
+            return
+        config = self.optim_config
+        others: dict[str, Any] = {
+            "decay_embeddings": not config.decay_embeddings,
+            "name": "adamw" if config.name == "muon" else "muon",
+            "embedding_lr": config.lr if config.embedding_lr is None else None,
+            "head_lr": config.lr if config.head_lr is None else None,
+        }
+        for key, other in others.items():
+            if self._names_by_group(replace(config, **{key: other})) == saved:
+                was, now = (_shown(key, value) for value in (other, getattr(config, key)))
+                break
+        else:
+            key, was, now = "name", "another, or other groups of parameters,", config.name
+        raise UserError(
+            f"the checkpoint was trained with optim.{key} {was} and this run asks for {now}: give the old "
+            f"value, or begin anew with --init_from"
+        )
 
     def _count_micro_batches(self, checkpoint: dict[str, Any]) -> None:
         """Put Lightning's count of micro-batches right; by it Lightning finds the end of a step.
@@ -351,6 +366,12 @@ class Pretrain(LightningModule):
                 counts["ready"] - counts["completed"]
             )  # 1 where it was saved inside a batch's last hook
             counts.update(ready=ready, started=ready, processed=ready, completed=ready - unfinished)
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_lr"):
+        return "null" if value is None else "a number"
+    return str(value).lower()
 
 
 def _digest(of_weights: str | None) -> str:

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from data_prep import transfer
 from data_prep.download import CHECKSUMS_FILE, fetch
+from dualroute.data.remote import http_transfer as transfer
 from dualroute.errors import UserError
 from tests.data_prep.downloads.web_server import DATA, SHA256, only_the_file
 
@@ -121,9 +121,9 @@ def test_what_never_reached_the_disk_is_fetched_again(server, target):
 
 
 def test_the_note_says_how_much_has_reached_the_disk(server, target, monkeypatch):
-    monkeypatch.setattr("data_prep.transfer._SYNC_BYTES", 1_000_000)
+    monkeypatch.setattr("dualroute.data.remote.http_transfer._SYNC_BYTES", 1_000_000)
     noted = []
-    monkeypatch.setattr(transfer.Part, "keep", lambda self, version: noted.append(version.bytes))
+    monkeypatch.setattr(transfer.Part, "keep", lambda self, validator, total, done: noted.append(done))
     fetch([server.url], target, SHA256)
     assert noted[0] == 0
     assert noted[-1] == len(DATA)
@@ -172,7 +172,7 @@ def test_a_file_that_is_compressed_on_the_way(server, target):
 
 @pytest.mark.parametrize("length", [True, False])
 def test_a_file_without_end(server, target, monkeypatch, length):
-    monkeypatch.setattr("data_prep.transfer.MAX_BYTES", 2_000_000)
+    monkeypatch.setattr("dualroute.data.remote.http_transfer.MAX_BYTES", 2_000_000)
     server.length = length
     with pytest.raises(UserError, match="more than the 2,000,000"):
         fetch([server.url], target, SHA256)
@@ -280,7 +280,7 @@ def test_a_full_disk_is_no_complete_file(server, target, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data_prep.transfer.os.fsync", full)
+    monkeypatch.setattr("dualroute.data.remote.http_transfer.os.fsync", full)
     with pytest.raises(OSError, match="No space left") as error:
         fetch([server.url], target)
     assert error.value.filename == str(target.with_name("file.bin.part"))

@@ -223,6 +223,7 @@ class CheckpointPublisher(Callback):
             "state_layout": str(StateLayout.of(trainer)),
             "context": trainer.datamodule.context,  # type: ignore[attr-defined]
             "data_fingerprint": trainer.datamodule.fingerprint,  # type: ignore[attr-defined]
+            "samples_consumed": trainer.datamodule.samples_consumed,  # type: ignore[attr-defined]
             "seed": trainer.datamodule.seed,  # type: ignore[attr-defined]
             starting_points.KEY: self.lineage,
             **self.described,

@@ -1,11 +1,11 @@
 """A saved training state, read parameter by parameter, whatever the layout that it was saved in.
 
 In: the ``state.ckpt`` of a checkpoint: one file (one process, DDP), DeepSpeed's file at stage 0, or its
-partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's master weight and AdamW moments
-by name, whole or any elements of it, and the trainer's own state.  Files are mapped, and those of
-partitions only where they are asked for, so a rank that needs a hundredth of a state reads a hundredth.
-Next: ``reshard.py`` resumes from them, ``writer.py`` writes them in another layout, ``commands.py``
-as plain weights.
+partitions at stages 1 to 3.  Here: :func:`open_state` gives every parameter's master weight and the moments
+of AdamW or Muon by name, whole or any elements of it, and the trainer's own state.  Files are mapped, and
+those of partitions only where they are asked for, so a rank that needs a hundredth of a state reads a
+hundredth. Next: ``reshard.py`` resumes from them, ``writer.py`` writes them in another layout,
+``commands.py`` as plain weights.
 
 No code of a checkpoint is run (``training/checkpointing/state/safe_load.py``).
 """
@@ -16,7 +16,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.safe_load import load_deepspeed_file, load_file
 
 WEIGHT = "fp32"  #: key of the weight that the optimizer steps: float32 under ZeRO, else the parameter itself
-KEYS = (WEIGHT, "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = (WEIGHT, *_MOMENTS)
 PARAMETER_NAMES = "parameter_names"  #: in the trainer's state: names in the order of the optimizer's groups
 
 IN_PARTITIONS = "weights_in_partitions"
@@ -84,6 +85,10 @@ class TrainingState(ABC):
         return None
 
     @abstractmethod
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """Those of KEYS that a parameter has: Muon keeps no squares."""
+
+    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Of the WEIGHT of a parameter."""
 
@@ -117,11 +122,12 @@ class TrainingState(ABC):
         self.hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in param_groups]
 
     def _check_adam(self, state: dict[Any, dict[str, Any]]) -> None:
-        keys = {key for entry in state.values() for key in entry}
-        if keys != {"step", "exp_avg", "exp_avg_sq"}:
+        known = ({"step", *_MOMENTS}, {"step", "exp_avg"})
+        if other := [entry for entry in state.values() if set(entry) not in known]:
             raise UserError(
-                f"{self.folder} holds optimizer state {sorted(map(str, keys))}; only that of AdamW (step, "
-                f"exp_avg, exp_avg_sq) can be cut up otherwise: continue it with the layout that it has"
+                f"{self.folder} holds optimizer state {sorted(map(str, other[0]))}; only that of AdamW "
+                f"(step, exp_avg, exp_avg_sq) and Muon (step, exp_avg) can be cut up otherwise: continue it "
+                f"with the layout that it has"
             )
         steps = {float(entry["step"]) for entry in state.values()}
         if len(steps) != 1:
@@ -169,6 +175,9 @@ class OneFileState(TrainingState):
         names = [name for group in self.groups for name in group]
         return {name: self._adam["state"][index] for name, index in zip(names, order, strict=True)}
 
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        return _keys(self._moments[name])
+
     def dtype(self, name: str) -> torch.dtype:
         return self._weights[name].dtype
 
@@ -196,7 +205,9 @@ class PartitionedState(TrainingState):
         scaler = first.get("loss_scaler")
         changes = bool(first.get("dynamic_loss_scale"))
         self.loss_scaler = {"loss_scaler": scaler, "dynamic_loss_scale": True} if changes else {}
-        self._check_adam(self._base(first)["state"])
+        moments = self._base(first)["state"]
+        self._check_adam(moments)
+        self._keys_by_group = {group: _keys(entry) for group, entry in moments.items()}
         self._take_hyperparameters(self._base(first)["param_groups"])
 
     def _optimizer(self, rank: int) -> dict[str, Any]:
@@ -229,6 +240,10 @@ class PartitionedState(TrainingState):
         self._bytes_mapped += found.nbytes
         TRAFFIC.add(read=found.nbytes)
         return found
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        _, group, _, _ = next(iter(self._pieces(name)))
+        return self._keys_by_group[group]
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -308,7 +323,7 @@ def open_state(checkpoint: Checkpoint, places: dict[str, list[list[int]]] | None
         places: What :meth:`TrainingState.places` has told another rank; else all files are looked into.
 
     Raises:
-        UserError: It has none, it cannot be read, or it is not AdamW's.
+        UserError: It has none, it cannot be read, or it is not AdamW's or Muon's.
     """
     layout = StateLayout.read(checkpoint)
     folder = checkpoint.state / "checkpoint"
@@ -321,6 +336,10 @@ def open_state(checkpoint: Checkpoint, places: dict[str, list[list[int]]] | None
     state = Zero12State(folder, layout.ranks)
     state.known_places = places
     return state
+
+
+def _keys(moments: Collection[str]) -> tuple[str, ...]:
+    return (WEIGHT, *(key for key in _MOMENTS if key in moments))
 
 
 def _rank(path: Path) -> int:

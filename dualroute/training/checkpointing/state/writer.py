@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualroute.training.checkpointing.state.reader import KEYS, WEIGHT, TrainingState, prepare_deepspeed
+from dualroute.training.checkpointing.state.reader import WEIGHT, TrainingState, prepare_deepspeed
 
 TAG = "checkpoint"  # the name that Lightning gives DeepSpeed's folder
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ def write_universal(state: TrainingState, folder: Path, progress: Progress) -> N
     for count, (name, shape) in enumerate(state.shapes.items(), 1):
         target = zero / name
         target.mkdir()
-        for key in KEYS:
+        for key in state.keys_of(name):
             tensor = state.read(name, key).to(torch.float32, copy=True).view(shape)
             save({"param": tensor}, target / f"{key}.pt")
         save(state.step, target / "step.pt")
@@ -132,12 +132,12 @@ def _weights(state: TrainingState, progress: Progress) -> dict[str, Tensor]:
 
 
 def _adam(state: TrainingState) -> dict[str, Any]:
-    """torch's state dict of AdamW over the same groups."""
+    """torch's state dict of the optimizer over the same groups."""
     order = {name: index for index, name in enumerate(n for group in state.groups for n in group)}
-    moments = [key for key in KEYS if key != WEIGHT]
     return {
         "state": {
-            index: {"step": state.step.clone()} | {key: state.read(name, key) for key in moments}
+            index: {"step": state.step.clone()}
+            | {key: state.read(name, key) for key in state.keys_of(name) if key != WEIGHT}
             for name, index in order.items()
         },
         "param_groups": [

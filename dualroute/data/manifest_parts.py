@@ -1,0 +1,79 @@
+"""What a manifest is made of: the tokenizer, the shards, and the splits that they add up to.
+
+In: what `data_prep` counted, or what stands in manifest.json. Out: parts of
+    `dualroute.data.manifest.Manifest`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Smallest numpy type that holds every id: ``uint16`` up to a vocabulary of 65,536, else ``uint32``."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON that is equal for equal values: keys sorted, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the ids; ``pad_id`` is an id to fill with (<eos> in a model without <pad>)."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. ``bytes`` counts the UTF-8 bytes of the text, ``size`` those of the file."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Train or validation: the totals over its shards, and its index file."""
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    index_file: str
+    index_sha256: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def targets(self) -> int:
+        """Next-token targets: every token but the first of its document is predicted once."""
+        return self.tokens - self.documents
+
+    @property
+    def targets_per_byte(self) -> float:
+        """Turns nats per target into nats per byte of text, which compares models across tokenizers."""
+        return self.targets / self.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The split as it stands in manifest.json."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "index": {"file": self.index_file, "sha256": self.index_sha256},
+            "shards": [dataclasses.asdict(shard) for shard in self.shards],
+        }

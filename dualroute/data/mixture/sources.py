@@ -1,0 +1,225 @@
+"""The folders of a mixture, opened: what they have in common, and how each is read.
+
+In: `SourceConfig`s, or a single path. Here: manifests are loaded and compared; documents may be packed into
+rows or told in another order. Out: an `OpenSource` each, with the plans and windows of its splits, of which
+`dualroute.data.module` makes those of the mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from dualroute.data.manifest import Manifest, canonical_json
+from dualroute.data.masking import MaskedBatchPlan, MaskedSequentialPlan, MaskedWindows, Masking
+from dualroute.data.mixture.config import SourceConfig
+from dualroute.data.order.document_stream import DocumentStream
+from dualroute.data.order.infill import Infill, InfilledLengths, InfilledReader, mark_ids
+from dualroute.data.order.packing import PackedRows, Packing, Use, use_of
+from dualroute.data.plan import BatchPlan, SequentialPlan
+from dualroute.data.reader import IndexedLengths, ShardReader, WindowDataset, open_stream
+from dualroute.data.remote.config import BadDataPolicy, RemoteOptions
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.errors import UserError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents become samples, alike in all sources; see ``dualroute.training.config.DataConfig``."""
+
+    context: int
+    samples_per_batch: int
+    seed: int
+    mask_share: float | None = None
+    packing: Packing = "concatenate"
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: tuple[str, ...] | None = None
+    remote: RemoteOptions | None = None
+    policy: BadDataPolicy | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSource:
+    """A folder of shards as a part of a training.
+
+    Attributes:
+        config: what it is called, and how often it may be read.
+        manifest: of the folder.
+        reading: how it is read.
+    """
+
+    config: SourceConfig
+    manifest: Manifest
+    reading: Reading
+
+    @property
+    def name(self) -> str:
+        return self.config.called
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the folder."""
+        return Tokenizer(self.manifest.tokenizer_path)
+
+    @cached_property
+    def infill(self) -> Infill | None:
+        """How documents are told in another order, if any are.
+
+        Raises:
+            UserError: the tokenizer has no tokens for it.
+        """
+        reading, info = self.reading, self.manifest.tokenizer
+        if not reading.fim_rate:
+            return None
+        return Infill(
+            reading.fim_rate,
+            reading.fim_spm_rate,
+            mark_ids(self.tokenizer, reading.fim_tokens),
+            int(info.bos_id >= 0),
+            int(info.eos_id >= 0),
+            self.manifest.fingerprint,
+            reading.seed,
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 of what decides which samples it has: the manifest's fingerprint where documents are laid
+        end to end as they are."""
+        reading, content = self.reading, {"data": self.manifest.fingerprint}
+        if reading.packing != "concatenate":
+            content["packing"] = reading.packing
+        if self.infill is not None:
+            infill = self.infill
+            content["infill"] = str([infill.rate, infill.spm_rate, *infill.marks])
+        if len(content) == 1:
+            return self.manifest.fingerprint
+        return hashlib.sha256(canonical_json(content)).hexdigest()
+
+    # ------------------------------------------------------------------ training
+
+    @cached_property
+    def stream(self) -> DocumentStream:
+        """The training documents, as they are read.
+
+        Raises:
+            UserError: see `open_stream`.
+        """
+        if self.infill is None:
+            return open_stream(self.manifest, "train")
+        self.manifest.check_index("train")
+        lengths = IndexedLengths(self.manifest.index_rows("train"))
+        return DocumentStream(InfilledLengths(lengths, self.infill))
+
+    @cached_property
+    def plan(self) -> BatchPlan | PackedRows:
+        """Its order, as if it were alone.
+
+        Raises:
+            UserError: the data are unusable or shorter than one window.
+        """
+        reading = self.reading
+        order = (
+            self.stream,
+            self.manifest.fingerprint,
+            reading.seed,
+            reading.context,
+            reading.samples_per_batch,
+        )
+        if reading.packing != "concatenate":
+            return PackedRows(*order, reading.packing)
+        try:
+            return (
+                BatchPlan(*order)
+                if reading.mask_share is None
+                else MaskedBatchPlan(*order, reading.mask_share)
+            )
+        except UserError as error:
+            raise UserError(f"{self.manifest.place}: {error}") from error
+
+    def windows(self) -> WindowDataset:
+        """Request → window of training, without masks."""
+        reader: Any = ShardReader(self.manifest, "train")
+        if self.infill is not None:
+            reader = InfilledReader(reader, self.manifest.index_rows("train"), self.infill)
+        return WindowDataset(reader, self.plan, self.reading.policy)
+
+    def use(self) -> Use:
+        """What the packing makes of its documents; reads the index once."""
+        return use_of(self.stream, self.reading.context, self.reading.packing, self.plan.windows_per_epoch)
+
+    # ------------------------------------------------------------------ validation
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are held-out documents."""
+        return "val" in self.manifest.splits and self.manifest.split("val").documents > 0
+
+    def val_plan(self, limit: int | None) -> SequentialPlan:
+        """The windows of validation, end to end whatever the packing; none where nothing is held out."""
+        stream = open_stream(self.manifest, "val") if self.has_validation else DocumentStream([])
+        order = (stream, self.reading.context, limit)
+        share = self.reading.mask_share
+        return SequentialPlan(*order) if share is None else MaskedSequentialPlan(*order, share)
+
+    def val_windows(self, plan: SequentialPlan) -> WindowDataset | None:
+        """Request → window of validation, without masks; None where nothing is held out."""
+        return WindowDataset(ShardReader(self.manifest, "val"), plan) if self.has_validation else None
+
+    # ------------------------------------------------------------------ masks
+
+    @cached_property
+    def masking(self) -> Masking | None:
+        """How tokens are hidden; None where they are not.
+
+        Raises:
+            UserError: the tokenizer cannot be read, or has no id for a hidden token.
+        """
+        share = self.reading.mask_share
+        if share is None:
+            return None
+        return Masking.of(self.tokenizer, share, self.manifest.fingerprint, self.reading.seed)
+
+    def masked(self, windows: WindowDataset) -> Dataset[Any]:
+        """The windows with tokens hidden, where they are."""
+        return windows if self.masking is None else MaskedWindows(windows, self.masking)
+
+
+def open_sources(configs: Sequence[SourceConfig], reading: Reading) -> list[OpenSource]:
+    """Open the folders of a mixture.
+
+    Raises:
+        UserError: one cannot be used, two hold the same data, or their ids mean different text.
+    """
+    sources = [OpenSource(config, Manifest.load(config.path, reading.remote), reading) for config in configs]
+    first, seen = sources[0], dict[str, OpenSource]()
+    for source in sources:
+        refuse_other_ids(first.manifest, source.manifest)
+        other = seen.setdefault(source.manifest.fingerprint, source)
+        if other is not source:
+            raise UserError(
+                f"data.sources: {source.manifest.place} holds the same data as {other.manifest.place} "
+                f"(fingerprint {source.manifest.fingerprint[:12]}…): leave one out"
+            )
+    return sources
+
+
+def refuse_other_ids(one: Manifest, other: Manifest) -> None:
+    """Raise UserError where the ids of two folders do not mean the same text."""
+    if one.tokenizer.sha256 == other.tokenizer.sha256:
+        return
+    try:
+        same = Tokenizer(one.tokenizer_path).same_ids(Tokenizer(other.tokenizer_path))
+    except UserError:  # one is missing or damaged, and cannot be compared but by its hash
+        same = False
+    if not same:
+        raise UserError(
+            f"data.sources: {other.place} was made with another tokenizer (sha256 "
+            f"{other.tokenizer.sha256[:12]}…) than {one.place} ({one.tokenizer.sha256[:12]}…): the ids "
+            f"would mean other text; prepare it again with --tokenizer {one.tokenizer_path}"
+        )
