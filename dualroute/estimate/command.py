@@ -27,8 +27,9 @@ from dualroute.estimate.config import EstimateConfig, with_hardware
 from dualroute.estimate.recommend import advise
 from dualroute.estimate.times import Times, accumulation, times
 from dualroute.files import read_limited, require_regular
-from dualroute.model.arithmetic import Flops, numel, parameter_shapes, training_flops
 from dualroute.model.config import ModelConfig
+from dualroute.model.cost.flops import Flops, training_flops
+from dualroute.model.cost.shapes import numel, parameter_shapes
 from dualroute.training.memory.parts import GIB, Memory, activation_bytes, memory_of
 from dualroute.training.memory.trained import Count, counted
 from dualroute.training.parallel.divide import check_divides

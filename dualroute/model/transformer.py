@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
-from dualroute.model.arithmetic import keys_read, routing_units, training_flops
 from dualroute.model.config import ModelConfig
+from dualroute.model.cost.flops import keys_read, routing_units, training_flops
 from dualroute.model.frontends import Frontend
 from dualroute.model.layers import TransformerBlock, norm_of
 from dualroute.model.lm_head import NextTokenHead

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from dualroute.model.arithmetic import heads_of, routed
 from dualroute.model.config import ModelConfig
+from dualroute.model.cost.flops import routed
+from dualroute.model.cost.shapes import heads_of
 from dualroute.training.config import PretrainConfig
 from dualroute.training.memory.trained import Count, counted
 from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE

@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from dualroute.errors import UserError
-from dualroute.model.arithmetic import numel, parameter_shapes
 from dualroute.model.config import ModelConfig
+from dualroute.model.cost.shapes import numel, parameter_shapes
 from dualroute.training.config import PretrainConfig
 from dualroute.training.finetuning.patterns import HEAD, OF_TASK, chosen_layers, matches, unties_head
 

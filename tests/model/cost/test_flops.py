@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.model.arithmetic import keys_read, parameter_shapes, routed, training_flops
 from dualroute.model.config import PartsConfig
+from dualroute.model.cost.flops import keys_read, routed, training_flops
+from dualroute.model.cost.shapes import parameter_shapes
 from dualroute.model.ends_config import FrontendConfig, TaskHeadConfig
 
 BASE: dict[str, Any] = {"vocab_size": 97, "dim": 64, "num_layers": 3, "num_heads": 4}
