@@ -1,6 +1,6 @@
 """The floating-point operations of a token, from a model's configuration alone.
 
-In: a :class:`~dualroute.model.config.ModelConfig`.  Next: ``dualroute estimate``, and the model FLOPs of a run
+In: a :class:`~dualroute.model.config.ModelConfig`.  Next: ``dualroute estimate``, and model FLOPs of a run
 through :meth:`DualRoutingTransformer.flops_per_token`.  No torch is imported here.
 """
 

@@ -1,6 +1,6 @@
 """Names and shapes of a model's parameters, from its configuration alone.
 
-In: a :class:`~dualroute.model.config.ModelConfig`.  Next: ``dualroute estimate`` and the memory of a training.
+In: a :class:`~dualroute.model.config.ModelConfig`.  Next: ``dualroute estimate``, the memory of a training.
 No torch is imported, and no tensor is made.
 """
 

@@ -20,13 +20,14 @@ import yaml
 #: (category, chart, tags as regular expressions).  ``{}`` makes a chart for each text that it stands for.
 CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "loss", ("train/loss", "val/loss")),
-    ("Loss", "loss by source", ("(train|val)/loss/.+",)),
+    ("Loss", "loss by source", ("val/loss_by_source/.+",)),
     ("Loss", "perplexity", ("train/perplexity", "val/perplexity")),
     ("Loss", "distillation", ("distill/.+",)),
     ("Loss", "learning rate", ("optim/lr",)),
     ("Loss", "gradient norm", ("optim/grad_norm",)),
     ("Loss", "z loss", ("train/z_loss",)),
     ("Quality", "bits per byte", ("train/bits_per_byte", "val/bits_per_byte")),
+    ("Quality", "bits per byte by source", ("val/bits_per_byte_by_source/.+",)),
     ("Quality", "val/{}", ("val/{}",)),
     ("Quality", "eval/{}", ("eval/{}/.+",)),
     ("Speed", "tokens per second", ("speed/tokens_per_second",)),

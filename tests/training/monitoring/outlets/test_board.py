@@ -46,7 +46,12 @@ def test_charts_stand_in_the_order_of_a_persons_questions() -> None:
         *("Loss", "Quality", "Speed", "Routing", "Data", "System"),
     ]
     tags = ["memory/rss_gib", "router/mass_far/mean", "router/mass_own/mean", "val/loss", "train/loss"]
-    more = ["eval/wikitext/perplexity", "eval/wikitext/perplexity_stderr", "val/accuracy", "train/loss/books"]
+    more = [
+        "eval/wikitext/perplexity",
+        "eval/wikitext/perplexity_stderr",
+        "val/accuracy",
+        "val/loss_by_source/books",
+    ]
     layout = layout_of([*tags, *more])
     assert list(layout) == ["Loss", "Quality", "Routing", "System"]
     assert list(layout["Loss"]) == ["loss", "loss by source"]
