@@ -202,8 +202,8 @@ def activation_bytes(config: PretrainConfig, count: Count, ranks: int = 1) -> tu
             kept += attention + extra + (model.dim * sizes.stream if sizes.casts else 0)
         else:
             kept += attention + feed_forward + extra
-    if train.activation_checkpointing == "full":  # and what the passes leave between them: measured
-        work += 2 * max(whole)
+    if train.activation_checkpointing == "full":
+        work += max(whole)
     elif train.activation_checkpointing == "feed_forward":
         work += max(feed_forward for _, feed_forward in layers)
     if train.offload_activations:  # one layer's in use, one's on its way, and the last one's
