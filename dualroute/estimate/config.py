@@ -117,7 +117,7 @@ def with_hardware(config: EstimateConfig) -> EstimateConfig:
         return config
     path = Path(config.hardware_table or shipped_folder("configs") / "hardware" / "gpus.yaml")
     row = _row(_table(path), config.hardware, path)
-    given = getattr(config, "given", frozenset())
+    given: frozenset[str] = getattr(config, "given", frozenset())
     values = {COLUMNS[name]: value for name, value in row.items() if COLUMNS[name] not in given}
     try:
         return dataclasses.replace(config, **values)

@@ -104,13 +104,13 @@ def _variants(config: EstimateConfig) -> Iterator[tuple[int, tuple[str, ...], Es
             continue
         if moved and (of_stage is None or of_stage == 0 or (moved == 2 and of_stage != 3)):
             continue
-        parallel = {
+        parallel: dict[str, Any] = {
             "zero_stage": config.parallel.zero_stage if of_stage == stage else of_stage,
             "sequence_parallel": ranks,
             "offload_optimizer": moved > 0,
             "offload_parameters": moved > 1,
         }
-        train = {"micro_batch": batch, "activation_checkpointing": activations}
+        train: dict[str, Any] = {"micro_batch": batch, "activation_checkpointing": activations}
         flags = (*_flags("train", config.train, train), *_flags("parallel", config.parallel, parallel))
         if train["activation_checkpointing"] == "none" and config.train.recompute_every_layers > 1:
             train["recompute_every_layers"] = 1
