@@ -28,6 +28,7 @@ NEEDED = {
     "SampleDataConfig": {"data": "data"},
     "DiffDataConfig": {"first": "a", "second": "b"},
     "ChatConfig": {"checkpoint": "run"},
+    "GenerateDataConfig": {"server": "http://h", "model": "m", "prompts": "p", "output": "o"},
     "ServeConfig": {"checkpoint": "run"},
     "CompareRunsConfig": {"first": "one", "second": "two"},
     "PredictConfig": {"checkpoint": "run", "input": "rows.csv", "output": "out"},

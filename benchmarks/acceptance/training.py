@@ -89,8 +89,8 @@ def training(rows: Rows, device: torch.device, toy: bool, work: Path) -> None:
 def _memory(rows: Rows, line: dict[str, Any], given: list[str], device: torch.device) -> None:
     config = parse_stage("estimate", given)
     expected = estimate(config)
-    activations = expected.kept_per_token + expected.work_per_token
-    total = (expected.states + activations * config.data.context * config.train.micro_batch) / GIB
+    memory = expected.memory
+    total = (memory.total - memory.buffers - memory.fragmentation) / GIB  # those the allocator does not count
     wanted = "between half and 1.3 × of the estimate"
     if device.type != "cuda":
         rows.add("memory", f"{total:.3g} GiB estimated; only a GPU counts what is allocated", wanted, None)

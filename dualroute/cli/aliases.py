@@ -22,6 +22,18 @@ GROUP_FIELD = {"data": "path"}
 FLAG_NAMES = {"from": "from_stage"}
 
 
+def present_command(stage: str, words: list[str]) -> tuple[str, list[str]]:
+    """The command that is meant, and its words: ``generate --interactive`` is ``chat``."""
+    flags = [word for word in words if word.partition("=")[0] == "--interactive"]
+    if stage != "generate" or not flags:
+        return stage, words
+    say("generate --interactive is dualroute chat")
+    rest = list(words)
+    at = rest.index(flags[0])
+    del rest[at : at + 2 if "=" not in flags[0] and rest[at + 1 : at + 2] in (["true"], ["True"]) else at + 1]
+    return "chat", rest
+
+
 def present_name(key: str, known: set[str]) -> str | None:
     """What a key that does not exist is called now; null where it never was one."""
     for old, new in RENAMED.items():

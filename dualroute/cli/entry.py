@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from dualroute import __version__, log, threads
+from dualroute.cli.aliases import present_command
 from dualroute.cli.read import Given, Words, merged, split_words
 from dualroute.cli.schema import Schema, schema_of
 from dualroute.cli.table import FAMILIES, OTHERS, STAGES, load
@@ -107,6 +108,7 @@ def run(arguments: Sequence[str]) -> int:
         near = nearest(stage, [*STAGES, *FAMILIES, *OTHERS])
         hint = f"; did you mean '{near}'?" if near else f"; choose one of {', '.join(STAGES)}"
         raise UserError(f"unknown stage '{stage}'{hint}")
+    stage, rest = present_command(stage, list(rest))
     config = parse_stage(stage, rest)
     function = load(STAGES[stage].function)
     # a pipeline parses and runs other commands, and may not import this module

@@ -193,6 +193,11 @@ STAGES = {
         ("dualroute.data.tools.inspect", "show_data"),
         "what a data set holds",
     ),
+    "data generate": Stage(
+        ("data_prep.teacher.config", "GenerateDataConfig"),
+        ("data_prep.teacher.generate", "generate_data"),
+        "training text from a model behind an API",
+    ),
     "data inspect": Stage(
         ("dualroute.data.tools.config", "ShowDataConfig"),
         ("dualroute.data.tools.inspect", "inspect_data"),

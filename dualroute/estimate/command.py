@@ -1,121 +1,219 @@
-"""``dualroute estimate``: memory per GPU, longest context, times and hours, before a GPU is booked.
+"""``dualroute estimate``: memory per GPU, longest context, times, hours and cost, before a GPU is booked.
 
 - In: the same configuration as ``dualroute pretrain`` reads, and the machines in mind.
-- Here: weights, gradients and optimizer states are counted; what a layer keeps for its backward pass is
-  measured on one real layer, on the CPU; the longest context is what the rest of the memory has room for.
-  Times are sums of assumptions (``estimate/times.py``); none of them was measured on a GPU.
-- Next: ``dualroute pretrain`` with that configuration.
+- Here: weights, gradients, optimizer states and what the layers keep for their backward passes are counted
+  from shapes (``training/memory/parts.py``); the longest context is what the rest of the memory has room for.
+  Times are sums of assumptions (``estimate/times.py``).
+- Next: ``estimate/recommend.py`` says which settings would fit, or be faster; ``dualroute pretrain`` trains
+  with them, and says after its second step what it has really used.
 
-Nothing in it grows faster than the context.  Routed attention keeps its inputs, its
-output and a few numbers a token, so twice the memory means twice the context.  Left out: fragmentation, the
-buckets of DeepSpeed and NCCL, and the tiles in flight; ``headroom`` is kept free for them.
+Nothing in it grows faster than the context.  Routed attention keeps its inputs, its output and a few numbers
+a token, so twice the memory means twice the context.  No torch is imported, so that it answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dualroute.attention import Layout
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
-from dualroute.errors import printable
-from dualroute.estimate.config import EstimateConfig
-from dualroute.estimate.times import Times, accumulation, times, zero_stage
-from dualroute.estimate.trained import counted, trained_model
-from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.errors import UserError, one_line, printable
+from dualroute.estimate.config import EstimateConfig, with_hardware
+from dualroute.estimate.recommend import advise
+from dualroute.estimate.times import Times, accumulation, times
+from dualroute.files import read_limited, require_regular
+from dualroute.model.config import ModelConfig
+from dualroute.model.cost.flops import Flops, training_flops
+from dualroute.model.cost.shapes import numel, parameter_shapes
 from dualroute.paths import is_remote
-from dualroute.training.finetuning.adapted import adapted_layers
-from dualroute.training.finetuning.adapters import add_adapters
-from dualroute.training.finetuning.config import StrategyConfig
-from dualroute.training.parallel.environment import World
-from dualroute.training.parallel.sequence import check_sequence_parallel
-from dualroute.training.step.optim.groups import matrices_of
+from dualroute.training.memory.parts import GIB, Memory, activation_bytes, memory_of
+from dualroute.training.memory.trained import Count, counted
+from dualroute.training.parallel.divide import check_divides
 
-GIB = 2**30
 #: Where neither the configuration nor the data say: that of configs/prepare/fineweb_edu.yaml.
 USUAL_VOCABULARY = 32_000
-SAMPLE_TOKENS = 1024  # of the layer that is measured
+_MOST_CONTEXT = 2**40
 
 
 @dataclass
 class Estimate:
-    """Bytes are those of one GPU."""
+    """Bytes are those of one GPU.
 
-    parameters: int
-    trained: int  # of them; gradients and the optimizer are of these alone
-    weights: float
-    gradients: float
-    optimizer: float
-    kept_per_token: float  # by all layers together
-    work_per_token: float  # of the layer whose backward pass is running
-    longest_context: int  # tokens of one text, micro_batch 1, 0 where not even the model fits
+    Attributes:
+        config: With the vocabulary and the numbers of the machine.
+        count: Of the parameters.
+        memory: At the peak of a step.
+        kept_per_token: Bytes that all layers together keep.
+        work_per_token: Of the layer whose backward pass is running.
+        longest_context: Tokens of one text, micro_batch 1; 0 where not even the model fits.
+        flops: Of a token.
+        flops_per_token: Router and summary included; no gradient of weights that are not trained.
+        times: Of a step and a checkpoint.
+        checkpoints: Of the run.
+        hours: Of the run.
+        mfu: That follows: model FLOPs over what the peak would do in the time of a step.
+    """
+
+    config: EstimateConfig
+    count: Count
+    memory: Memory
+    kept_per_token: float
+    work_per_token: float
+    longest_context: int
+    flops: Flops
     flops_per_token: float
     times: Times
     checkpoints: int
     hours: float
-    mfu: float  # that follows: model FLOPs over what the peak would do in the time of a step
-    second_partition: float = 0.0
+    mfu: float
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.count.held
+
+    @property
+    def trained(self) -> int:
+        """Those that have gradients and an optimizer."""
+        return self.count.trained
+
+    @property
+    def weights(self) -> float:
+        """Bytes."""
+        return self.memory.weights
+
+    @property
+    def gradients(self) -> float:
+        """Bytes."""
+        return self.memory.gradients
+
+    @property
+    def optimizer(self) -> float:
+        """Bytes."""
+        return self.memory.optimizer
+
+    @property
+    def second_partition(self) -> float:
+        """Bytes."""
+        return self.memory.second_partition
 
     @property
     def states(self) -> float:
         """Bytes that do not depend on the context."""
-        return self.weights + self.gradients + self.optimizer + self.second_partition
+        return self.memory.states
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.memory.total <= room(self.config)
+
+    @property
+    def cost(self) -> float | None:
+        """Of the run; null where no price is known."""
+        price = self.config.price
+        return None if price is None else price * self.config.gpus * self.hours
+
+
+def room(config: EstimateConfig) -> float:
+    """Bytes of a GPU that may be used."""
+    return config.gpu_memory * GIB * (1 - config.headroom)
 
 
 def estimate(config: EstimateConfig) -> Estimate:
-    """Count and measure.
+    """Count.
 
     Raises:
-        UserError: The data are damaged, or ranks, heads and batch do not divide.
+        UserError: The data or a file are damaged, or ranks, heads and batch do not divide.
     """
-    config = _with_vocabulary(config)
-    ranks = config.parallel.sequence_parallel
-    check_sequence_parallel(ranks, World(world_size=config.gpus), config.model)
+    config = _with_vocabulary(with_hardware(config))
+    count = counted(config)
+    fixed = Fixed.of(config, count)
+    result = estimated(config, fixed)
+    result.longest_context = _longest(config, fixed)
+    return result
+
+
+@dataclass
+class Fixed:
+    """What stays as it is while settings of one run are tried.
+
+    Attributes:
+        count: Of the parameters.
+        model: Resolved.
+        flops: Of a token.
+        teacher: Its shape, if there is one.
+        of_teacher: FLOPs of a token in its forward pass.
+        divides: (ranks, GPUs) that were found to divide.
+    """
+
+    count: Count
+    model: ModelConfig
+    flops: Flops
+    teacher: ModelConfig | None
+    of_teacher: float
+    teacher_parameters: int
+    divides: set[tuple[int, int]]
+
+    @classmethod
+    def of(cls, config: EstimateConfig, count: Count) -> Fixed:
+        """Of a run."""
+        model, context = count.model, config.data.context
+        teacher = None if config.teacher is None else _teacher(Path(config.teacher), config)
+        of_teacher = 0.0 if teacher is None else training_flops(teacher, context).total / 3
+        held = 0 if teacher is None else sum(map(numel, parameter_shapes(teacher).values()))
+        return cls(count, model, training_flops(model, context), teacher, of_teacher, held, set())
+
+    def check(self, ranks: int, gpus: int) -> None:
+        """Refuse ranks that do not divide.
+
+        Raises:
+            UserError: Naming what does not.
+        """
+        if (ranks, gpus) not in self.divides:
+            check_divides(ranks, gpus, self.model)
+            self.divides.add((ranks, gpus))
+
+
+def estimated(config: EstimateConfig, fixed: Fixed) -> Estimate:
+    """Of a configuration that is complete, but for the longest context; see :func:`estimate`."""
+    fixed.check(config.parallel.sequence_parallel, config.gpus)
     accumulation(config)
-    whole = trained_model(config)
-    model = whole.config
-    count = counted(whole)
-    parameters, trained = count.held, count.trained
-    matrices = sum(m.numel for _, m in matrices_of(whole)) if config.optim.name == "muon" else 0
-    of_weights, of_gradients, of_optimizer = _state_bytes(config, matrices / max(trained, 1))
-    weights, gradients, optimizer = parameters * of_weights, trained * of_gradients, trained * of_optimizer
-    kept, work = _activation_bytes(config, model, _a_trained_layer(whole))
-    kept *= 1 - count.layers_without_gradients / model.num_layers
-    hpz = config.parallel.zero_hpz_partition_size
-    second = parameters * (4.0 if config.train.precision == "32" else 2.0) / hpz if hpz > 1 else 0.0
-    context = config.data.context
-    flops = whole.flops_per_token(context) - 2.0 * count.frozen_matrices  # no gradient of theirs
-    took = times(config, model, parameters, flops, trained)
+    count, flops, model = fixed.count, fixed.flops, fixed.model
+    of_teacher = _teacher_bytes(config, fixed)
+    memory = memory_of(config, config.gpus, config.device, of_teacher, count)
+    kept, work = activation_bytes(config, count, config.gpus)
+    spent = flops.total - 2.0 * count.frozen_matrices  # no gradient of theirs
+    took = times(config, model, count.held, spent + fixed.of_teacher, count.trained)
     steps = config.train.total_steps
     checkpoints = -(-steps // config.checkpoint.every_steps)
     hours = (steps * took.step + checkpoints * took.checkpoint) / 3600
-    mfu = flops * config.train.tokens_per_batch / (config.gpus * config.peak_tflops * 1e12 * took.step)
-    result = Estimate(
-        parameters,
-        trained,
-        weights,
-        gradients,
-        optimizer,
-        kept,
-        work,
-        0,
-        flops,
-        took,
-        checkpoints,
-        hours,
-        mfu,
-        second,
-    )
-    room = config.gpu_memory * GIB * (1 - config.headroom) - result.states
-    result.longest_context = max(0, math.floor(room / ((kept + work) / ranks)))
-    return result
+    of_model = flops.of_model - 2.0 * count.frozen_matrices
+    mfu = of_model * config.train.tokens_per_batch / (config.gpus * config.peak_tflops * 1e12 * took.step)
+    return Estimate(config, count, memory, kept, work, 0, flops, spent, took, checkpoints, hours, mfu)
+
+
+def _longest(config: EstimateConfig, fixed: Fixed) -> int:
+    """Tokens of one text that fit, micro_batch 1."""
+    train = dataclasses.replace(config.train, micro_batch=1)
+
+    def fits(context: int) -> bool:
+        data = dataclasses.replace(config.data, context=context)
+        tried = dataclasses.replace(config, data=data, train=train)
+        teacher = _teacher_bytes(tried, fixed)
+        return memory_of(tried, config.gpus, config.device, teacher, fixed.count).total <= room(config)
+
+    low, high = 0, 1
+    while high < _MOST_CONTEXT and fits(high):
+        low, high = high, high * 2
+    while high - low > max(1, low // 4096):  # to a thousandth or so
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
@@ -135,105 +233,40 @@ def _with_vocabulary(config: EstimateConfig) -> EstimateConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _state_bytes(config: EstimateConfig, of_muon: float) -> tuple[float, float, float]:
-    """Bytes per parameter of weights, gradients and optimizer on one rank.
+def _teacher(path: Path, config: EstimateConfig) -> ModelConfig:
+    """The shape of a teacher: of a checkpoint, of a run's newest one, or in a YAML file.
 
-    The share ``of_muon`` of the trained parameters has one running mean, the others AdamW's two.
+    Raises:
+        UserError: It cannot be read.
     """
-    means = 2.0 - of_muon
-    half = config.train.precision != "32"
-    stage = zero_stage(config)
-    if stage is None:
-        size = 2.0 if config.train.precision == "bf16-true" else 4.0
-        return size, size, means * size
-    shard = config.gpus
-    masters = 4.0 if half and stage else 0.0  # fp32 weights that a 16-bit model is stepped through
-    weights = (2.0 if masters else 4.0) / (shard if stage == 3 else 1)
-    gradients = 4.0 / (shard if stage >= 2 else 1)
-    optimizer = (4.0 * means + masters) / (shard if stage >= 1 else 1)
-    if config.parallel.offload_optimizer:
-        gradients, optimizer = 0.0, 0.0
-    if config.parallel.offload_parameters:
-        weights = 0.0
-    return weights, gradients, optimizer
+    if path.is_dir():
+        newest = sorted((path / "checkpoints").glob("step-*/model.json"))
+        return ModelConfig.from_file(newest[-1] if newest else path / "model.json").resolved()
+    require_regular(path, "teacher")
+    try:
+        values = yaml.safe_load(read_limited(path, 2**18))
+        if not isinstance(values, dict):
+            raise TypeError("it holds no table of keys and values")
+        return ModelConfig(**{"vocab_size": config.model.vocab_size, **values}).resolved()
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"teacher {path} is no shape of a model: {one_line(str(error))}") from error
 
 
-def _activation_bytes(
-    config: EstimateConfig, model: ModelConfig, strategy: StrategyConfig
-) -> tuple[float, float]:
-    """Bytes per token that all layers keep, and that the layer in work needs on top: what it computes again,
-    and gradients of about the size of what they belong to."""
-    train = config.train
-    dtype = torch.float32 if train.precision == "32" else torch.bfloat16
-    layer, feed_forward = _measured_layer(model, dtype, strategy)
-    size = torch.empty((), dtype=dtype).element_size()
-    recomputed = -(-model.num_layers // train.recompute_every_layers)
-    plain = model.num_layers - recomputed
-    if train.activation_checkpointing == "full":
-        kept, work = recomputed * model.dim * size + plain * layer, 2 * layer
-    elif train.activation_checkpointing == "feed_forward":
-        kept = recomputed * (layer - feed_forward + model.dim * size) + plain * layer
-        work = layer + feed_forward
-    else:
-        kept, work = model.num_layers * layer, layer
-    if train.offload_activations:  # one layer's in use, one's on its way, and the last one's
-        kept *= min(1.0, 3 / model.num_layers)
-    return kept, work
-
-
-def _measured_layer(model: ModelConfig, dtype: torch.dtype, strategy: StrategyConfig) -> tuple[float, float]:
-    """Bytes per token that one layer keeps for its backward pass, and its feed-forward alone.
-
-    With the adapters of ``strategy``, which names them as those of layer 0."""
-    # of interleaved layers the first, a local one; a dense one keeps as much
-    number = 0 if model.global_layers is None else model.global_layers[0]
-    one = dataclasses.replace(model.of_layer(number), num_layers=1, vocab_size=8, dense_every=1)
-    small = DualRoutingTransformer(one)
-    if strategy.adapter != "none":
-        add_adapters(small, strategy, 0)
-    block = small.to(dtype).layers[0]
-    tokens = min(SAMPLE_TOKENS, model.max_context)
-    layout = Layout.build(1, tokens, model.block)
-    rows = torch.randn(1, tokens, model.dim, dtype=dtype, requires_grad=True)
-    whole = _kept_bytes(block, lambda: block(rows, layout=layout))
-    feed_forward = _kept_bytes(block, lambda: block.ffn(rows))  # type: ignore[operator]
-    return whole / tokens, feed_forward / tokens
-
-
-def _a_trained_layer(whole: DualRoutingTransformer) -> StrategyConfig:
-    """The adapters of the layer of ``whole`` that has most of them, as those of layer 0."""
-    given: StrategyConfig | None = getattr(whole, "adapter_config", None)
-    by_layer: dict[str, list[str]] = {}
-    for name in adapted_layers(whole):
-        if name.startswith("layers."):
-            by_layer.setdefault(name.split(".")[1], []).append(name)
-    if given is None or not by_layer:
-        return StrategyConfig()
-    most = max(by_layer.values(), key=len)
-    names = [".".join(["layers", "0", *name.split(".")[2:]]) for name in most]
-    return dataclasses.replace(given, targets=names)
-
-
-def _kept_bytes(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def pack(saved: torch.Tensor) -> torch.Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(saved)  # or a later tensor could take its place and hide it
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        run()
-    return sum(kept.values())
+def _teacher_bytes(config: EstimateConfig, fixed: Fixed) -> float:
+    """Weights, and while it runs the states of one layer: no gradient keeps more."""
+    teacher, held = fixed.teacher, fixed.teacher_parameters
+    if teacher is None:
+        return 0.0
+    size = 4.0 if config.teacher_dtype == "float32" else 2.0
+    assert teacher.ffn_dim is not None
+    tokens = config.data.context * config.train.micro_batch / config.parallel.sequence_parallel
+    return size * (held + tokens * (3 * teacher.ffn_dim + 2 * teacher.dim))
 
 
 def estimate_command(config: EstimateConfig) -> None:
-    """Print the estimate as two tables, of memory and of time."""
+    """Print the estimate as two tables, of memory and of time, and what would be better."""
     result = estimate(config)
+    config = result.config
     title = f"{config.gpus:,} GPU(s) of {config.gpu_memory:g} GiB: estimates, not measurements"
     console = Console()
     for head, rows in (("memory per GPU", _memory(config, result)), ("time", _time(config, result))):
@@ -241,35 +274,39 @@ def estimate_command(config: EstimateConfig) -> None:
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(table)
+    fixed = Fixed.of(config, result.count)
+    advice = advise(config, result, lambda changed: estimated(changed, fixed))
+    console.print(advice.line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _memory(config: EstimateConfig, result: Estimate) -> dict[str, str]:
-    context = config.data.context * config.train.micro_batch / config.parallel.sequence_parallel
-    activations = (result.kept_per_token + result.work_per_token) * context
-    total = result.states + activations
-    fits = total <= config.gpu_memory * GIB * (1 - config.headroom)
-    second = {"second partition of the weights": result.second_partition} if result.second_partition else {}
-    sizes = {
-        "weights": result.weights,
-        **second,
-        "gradients": result.gradients,
-        "optimizer": result.optimizer,
-        f"activations, {config.train.micro_batch} x {config.data.context:,} tokens": activations,
-    }
-    frozen = result.trained < result.parameters
+    memory, frozen = result.memory, result.trained < result.parameters
     trained = {"of these trained": f"{result.trained / 1e6:,.1f} M"} if frozen else {}
+    names = {
+        "weights": memory.weights,
+        "second partition of the weights": memory.second_partition,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        f"activations, {config.train.micro_batch} x {config.data.context:,} tokens": memory.activations,
+        "logits and gradients of the loss": memory.logits,
+        "teacher": memory.teacher,
+        "buffers of the libraries, assumed": memory.buffers,
+        "fragmentation, assumed": memory.fragmentation,
+    }
+    optional = ("second partition of the weights", "teacher")
+    sizes = {name: size for name, size in names.items() if size or name not in optional}
     return {
         "parameters": f"{result.parameters / 1e6:,.1f} M",
         **trained,
         **{name: f"{size / GIB:.2f} GiB" for name, size in sizes.items()},
-        "in all": f"{total / GIB:.2f} GiB" + ("" if fits else "  DOES NOT FIT"),
+        "in all": f"{memory.total / GIB:.2f} GiB" + ("" if result.fits else "  DOES NOT FIT"),
         "longest context, micro_batch 1": f"{result.longest_context:,} tokens",
     }
 
 
 def _time(config: EstimateConfig, result: Estimate) -> dict[str, str]:
     """Each part of a step, with what is assumed of it."""
-    took, parallel = result.times, config.parallel
+    took, parallel, flops = result.times, config.parallel, result.flops
     of_a_run = 100 * result.checkpoints * took.checkpoint / 3600 / result.hours
     seconds = {
         f"arithmetic, assumed at {config.mfu:.0%} of {config.peak_tflops:g} TFLOP/s": took.arithmetic,
@@ -281,8 +318,14 @@ def _time(config: EstimateConfig, result: Estimate) -> dict[str, str]:
     }
     if parallel.sequence_parallel > 1:
         seconds[f"texts among {parallel.sequence_parallel} ranks"] = took.texts
+    parts = {name: value for name, value in vars(flops).items() if value}
+    shares = ", ".join(f"{name.replace('_', ' ')} {value / flops.total:.0%}" for name, value in parts.items())
+    tokens = config.train.total_steps * config.train.tokens_per_batch
+    optimal = config.tokens_per_parameter * result.trained
+    cost = {} if result.cost is None else {f"cost, {config.price:g} a GPU and hour": f"{result.cost:,.2f}"}
     return {
         "training FLOPs per token": f"{result.flops_per_token / 1e9:,.2f} G",
+        "of these": shares,
         "micro-steps of a step": f"{took.micro_steps:,}",
         **{name: f"{value:.3f} s" for name, value in seconds.items()},
         "one step": f"{took.step:.3f} s",
@@ -292,5 +335,9 @@ def _time(config: EstimateConfig, result: Estimate) -> dict[str, str]:
         ),
         f"{config.train.total_steps:,} steps and {result.checkpoints:,} checkpoints ({of_a_run:.0f} %)": (
             f"{result.hours:,.1f} hours"
+        ),
+        **cost,
+        f"tokens; compute-optimal are {config.tokens_per_parameter:g} a parameter": (
+            f"{tokens / 1e9:,.3g} G, {tokens / optimal:.2g} x the {optimal / 1e9:,.3g} G of these"
         ),
     }

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from dualroute.data.plan import derive_accumulation
 from dualroute.estimate.config import EstimateConfig
-from dualroute.model import ModelConfig
-from dualroute.training.parallel.deepspeed_config import DEFAULT_ZERO_STAGE, check_hpz
+from dualroute.model.config import ModelConfig
+from dualroute.training.memory.parts import zero_stage
+from dualroute.training.parallel.deepspeed_config import check_hpz
 
 GB = 1e9
 
@@ -38,22 +39,13 @@ class Times:
         return max(self.arithmetic, self.launches) + self.waited + self.texts
 
 
-def zero_stage(config: EstimateConfig) -> int | None:
-    """What is sharded; None without DeepSpeed."""
-    strategy = config.parallel.strategy
-    if strategy in ("ddp", "single") or (strategy == "auto" and config.gpus == 1):
-        return None
-    stage = config.parallel.zero_stage
-    return DEFAULT_ZERO_STAGE if stage is None else stage
-
-
 def accumulation(config: EstimateConfig) -> int:
     """Micro-steps of an optimizer step.
 
     Raises:
         UserError: The batch, or the second partition, does not divide over the GPUs.
     """
-    check_hpz(config.parallel.zero_hpz_partition_size, zero_stage(config) or 0, config.gpus)
+    check_hpz(config.parallel.zero_hpz_partition_size, zero_stage(config, config.gpus) or 0, config.gpus)
     groups = config.gpus // config.parallel.sequence_parallel
     train = config.train
     return derive_accumulation(train.tokens_per_batch, config.data.context, train.micro_batch, groups)
@@ -72,7 +64,7 @@ def times(
         config: With the assumptions.
         model: Resolved.
         parameters: Of the model.
-        flops_per_token: Forward and backward, nothing computed twice.
+        flops_per_token: Forward and backward, nothing computed twice; a teacher's besides.
         trained: Parameters that have gradients; null means all.
 
     Raises:
@@ -130,7 +122,7 @@ def _gathered(config: EstimateConfig, size: float, ranks: int) -> float:
 
 
 def _gradients_and_weights(config: EstimateConfig, parameters: int, trained: int, micro_steps: int) -> float:
-    stage, ranks, parallel = zero_stage(config), config.gpus, config.parallel
+    stage, ranks, parallel = zero_stage(config, config.gpus), config.gpus, config.parallel
     half = config.train.precision != "32"
     # without DeepSpeed and at stage 0, 16-bit arithmetic keeps float32 weights, but for bf16-true
     narrow = config.train.precision == "bf16-true" or (half and bool(stage))
@@ -163,7 +155,7 @@ def _texts(config: EstimateConfig, model: ModelConfig, micro_steps: int, again: 
 def _checkpoint(config: EstimateConfig, parameters: int, trained: int) -> float:
     """Written and hashed: moments and float32 weights by those who hold them, the weights by one rank."""
     half = config.train.precision != "32"
-    writers = config.gpus if zero_stage(config) else 1
+    writers = config.gpus if zero_stage(config, config.gpus) else 1
     state = 12.0 * trained
     shared = max(state / (config.storage_bandwidth * GB), state / writers / (config.rank_bandwidth * GB))
     return shared + parameters * (2.0 if half else 4.0) / (config.rank_bandwidth * GB)

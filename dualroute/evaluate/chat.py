@@ -68,14 +68,12 @@ def refuse_silent(loaded: Loaded) -> None:
 
 def lines_of(terminal: bool) -> Callable[[], str | None]:
     """Gives what the user says next, null at the end."""
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # input() then edits and remembers lines
+    line = _editor() if terminal else input
 
     def ask() -> str | None:
         while True:
             try:
-                return input(_PROMPT)
+                return line(_PROMPT)
             except KeyboardInterrupt:
                 print()
             except EOFError:
@@ -96,6 +94,32 @@ def lines_of(terminal: bool) -> Callable[[], str | None]:
         return line.rstrip("\r\n")
 
     return ask if terminal else read
+
+
+def _editor() -> Callable[[str], str]:
+    """Reads a line of a terminal: with prompt_toolkit, which knows the commands and takes several lines
+    (Alt-Enter begins the next one); without it, as Python does."""
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    except ImportError:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() then edits and remembers lines
+        return input
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    words = WordCompleter(list(COMMANDS), sentence=True)
+    # what was said stays in this process: a file of it would be somebody's to read
+    session: PromptSession[str] = PromptSession(
+        history=InMemoryHistory(), completer=words, complete_while_typing=False, key_bindings=keys
+    )
+    return session.prompt
 
 
 def talk(conversation: Conversation, ask: Callable[[], str | None], shown: Callable[[str], str]) -> None:

@@ -21,6 +21,7 @@ from dualroute.attention.core.layout import Layout, LayoutPlan
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
+from dualroute.model.cost.flops import keys_read, routing_units, training_flops
 from dualroute.model.frontends import Frontend
 from dualroute.model.layers import TransformerBlock, norm_of
 from dualroute.model.lm_head import NextTokenHead
@@ -253,12 +254,7 @@ class DualRoutingTransformer(nn.Module):
         embedding look-up does not), and 12·head_dim per head and key actually read: a key costs a dot
         product and a weighted sum, 4·head_dim forward, twice that backward.
         """
-        assert self.config.head_dim is not None
-        matmul_weights = self._parameters_in_layers  # a task's head is among them
-        if self.task_head is None:
-            matmul_weights += (self.config.vocab_size or 0) * self.config.dim
-        keys = sum(self._keys_read(layer, context) for layer in self.layers)
-        return 6.0 * matmul_weights + 12.0 * self.config.head_dim * keys
+        return training_flops(self.config, context).of_model
 
     def attention_flops_per_token(self, context: int) -> float:
         """Forward FLOPs per token of the attention itself, without projections, at ``context`` tokens.
@@ -268,42 +264,8 @@ class DualRoutingTransformer(nn.Module):
         and the far summary of each block, 6·head_dim with its second order.
         """
         assert self.config.head_dim is not None
-        units = 0.0  # of head_dim FLOPs
-        for layer in self.layers:
-            units += 4 * self._keys_read(layer, context)
-            assert isinstance(layer, TransformerBlock)
-            attention, block = layer.attention, self.config.block
-            exact_blocks = attention.max_exact_blocks
-            if exact_blocks is None or context <= exact_blocks * block:
-                continue
-            routing = attention.routing
-            of_router = {"minmax": 4 / routing.sub_block, "moment": 4 / block, "mean": 2 / block}
-            of_far = {"second_order": 6, "first_order": 4, "none": 0}
-            past = context / 2 if attention.causal else context
-            per_token = of_router[routing.router] + of_far[routing.far_summary] / block
-            units += attention.global_heads * past * per_token
+        layers = [self.config.of_layer(index) for index in range(self.config.num_layers)]
+        units = sum(
+            4 * sum(keys_read(layer, context)) + sum(routing_units(layer, context)) for layer in layers
+        )
         return units * self.config.head_dim
-
-    def _keys_read(self, layer: nn.Module, context: int) -> float:
-        """Keys that one token of the context reads on average, summed over the heads of a layer."""
-        assert isinstance(layer, TransformerBlock)
-        attention, config = layer.attention, self.config
-        window = min(attention.window, context)
-        before = window - window * (window - 1) / (2 * context)  # those within the window, the token included
-        if attention.causal:
-            everything, local, own = (context + 1) / 2, before, 0.5
-        else:
-            everything, local, own = context, 2 * before - 1, 1.0
-            grid = attention.grid
-            if grid is not None:  # a square, cut off at the edges
-                sides = (min(attention.window, side) for side in (grid.height, grid.width))
-                reach = [
-                    2 * (w - w * (w - 1) / (2 * side)) - 1
-                    for w, side in zip(sides, (grid.height, grid.width), strict=True)
-                ]
-                local = reach[0] * reach[1]
-        exact_blocks = attention.max_exact_blocks
-        if exact_blocks is None or context <= exact_blocks * config.block:
-            return attention.global_heads * everything + attention.local_heads * local
-        routed = (attention.routing.top_k + 1 + own) * config.block  # sink, chosen blocks, the own one
-        return attention.global_heads * min(everything, routed) + attention.local_heads * local

@@ -11,13 +11,13 @@ from typing import Literal
 
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
-from dualroute.paths import ConfigFile, LocalPath, ResumePath, SuiteName
+from dualroute.paths import ConfigFile, LocalPath, ResumePath
 from dualroute.settings import SEEDS, Range, above, at_least, check_fields
 from dualroute.training.data_config import DataConfig
 from dualroute.training.finetuning.config import StrategyConfig
+from dualroute.training.monitoring.config import MonitorConfig
 from dualroute.training.optim_config import OptimConfig
-
-MOST_MINUTES = 1e6  # about two years; more does not fit into the clocks of the libraries
+from dualroute.training.resilience.config import MOST_MINUTES, WatchdogConfig
 
 
 def as_saved(precision: str) -> str:
@@ -158,54 +158,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class MonitorConfig:
-    """What is written, and how often.
-
-    Args:
-        log_every_steps: Optimizer steps between two lines of training metrics; the first and the last step
-            always have one.
-        router_statistics_every: Optimizer steps between two readings of the attention's router; 0 never.
-        router_images_every: Optimizer steps between two heat maps of what each layer's global route reads, as
-            images of TensorBoard; 0 never. Needs matplotlib, and is off with a warning without it.
-        sample_every_steps: Optimizer steps between two samples of generated text; 0 never.
-        sample_prompts: Beginnings that the samples continue.
-        sample_tokens: New tokens per sample.
-        evaluate_suite: What ``dualroute evaluate --suite`` measures, also during the training: the name of a
-            suite, or a YAML file.
-        evaluate_every_steps: Optimizer steps between two such measurements; 0 never.
-        peak_tflops: Dense bfloat16 peak of one device for the model FLOPs utilisation; null takes it from a
-            table of NVIDIA GPUs and measures a matmul on any other device.
-    """
-
-    log_every_steps: int = 10
-    router_statistics_every: int = 100
-    router_images_every: int = 0
-    sample_every_steps: int = 500
-    sample_prompts: list[str] = field(default_factory=lambda: ["Once upon a time", "The"])
-    sample_tokens: int = 100
-    evaluate_suite: SuiteName | None = None
-    evaluate_every_steps: int = 0
-    peak_tflops: float | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "log_every_steps": at_least(1),
-            "router_statistics_every": at_least(0),
-            "router_images_every": at_least(0),
-            "sample_every_steps": at_least(0),
-            "sample_tokens": at_least(1),
-            "evaluate_every_steps": at_least(0),
-            "peak_tflops": above(0),
-        }
-        check_fields(self, "monitor", ranges)
-        if self.evaluate_every_steps and self.evaluate_suite is None:
-            raise UserError(
-                f"monitor.evaluate_every_steps is {self.evaluate_every_steps}, and monitor.evaluate_suite "
-                "names no suite: give one"
-            )
-
-
-@dataclass
 class ParallelConfig:
     """How the training is spread over processes.
 
@@ -244,53 +196,6 @@ class ParallelConfig:
             "timeout_minutes": above(0, MOST_MINUTES),
         }
         check_fields(self, "parallel", ranges)
-
-
-@dataclass
-class WatchdogConfig:
-    """When a training counts as stalled.
-
-    Args:
-        enabled: Watch at all.
-        limit_minutes: Longest time in one phase of a step: reading a batch, forward, backward, the optimizer.
-        start_minutes: The same until the first step is done: rendezvous, loading, compiling.
-        validation_minutes: The same for one batch of a validation, and for what follows the last one.
-        save_minutes: The same while a checkpoint is written.
-        silence_seconds: A rank of another host that has not written its heartbeat for so long, while this
-            rank does not move either, is dead.  One of the same host is seen to be gone at once.
-        poll_seconds: Between two heartbeats.
-        sdc_check_every_steps: Optimizer steps between two checks for silent data corruption, each of which
-            runs a micro-batch twice; 0 never.
-        sdc_action: What a rank that computed two results does: stop the run, or warn.
-    """
-
-    enabled: bool = True
-    limit_minutes: float = 10.0
-    start_minutes: float = 30.0
-    validation_minutes: float = 30.0
-    save_minutes: float = 30.0
-    silence_seconds: float = 45.0
-    poll_seconds: float = 5.0
-    sdc_check_every_steps: int = 0
-    sdc_action: Literal["stop", "warn"] = "stop"
-
-    def __post_init__(self) -> None:
-        minutes = ("limit_minutes", "start_minutes", "validation_minutes", "save_minutes")
-        seconds = ("silence_seconds", "poll_seconds")
-        check_fields(self, "watchdog", dict.fromkeys((*minutes, *seconds), above(0, MOST_MINUTES)))
-        if self.silence_seconds < 3 * self.poll_seconds:
-            raise UserError(
-                f"watchdog.silence_seconds {self.silence_seconds:g} is less than three times "
-                f"watchdog.poll_seconds {self.poll_seconds:g}: a heartbeat that is late once would be a "
-                "death"
-            )
-
-    def limit(self, phase: str, first_step_done: bool) -> float:
-        """Seconds that ``phase`` may last."""
-        minutes = {"validation": self.validation_minutes, "save": self.save_minutes}.get(
-            phase, self.limit_minutes
-        )
-        return 60 * (minutes if first_step_done else max(minutes, self.start_minutes))
 
 
 @dataclass

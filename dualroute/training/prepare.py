@@ -39,9 +39,9 @@ from dualroute.training.checkpointing.resume import (
 )
 from dualroute.training.checkpointing.resumed_settings import refuse_changes
 from dualroute.training.config import DataConfig, PretrainConfig
-from dualroute.training.finetuning.adapters import unties_head
 from dualroute.training.finetuning.check import check_strategy
 from dualroute.training.finetuning.early_stopping import has_stopped
+from dualroute.training.finetuning.patterns import unties_head
 from dualroute.training.initial_model import (
     build_model,
     build_sharded_model,
@@ -49,6 +49,7 @@ from dualroute.training.initial_model import (
     with_given,
 )
 from dualroute.training.kernels import with_kernels
+from dualroute.training.monitoring.outlets.trackers import check_trackers
 from dualroute.training.parallel.deepspeed_config import asked_stage
 from dualroute.training.parallel.environment import World, check_port, detect_world, refuse_forgotten_srun
 from dualroute.training.parallel.sequence import check_sequence_parallel
@@ -158,6 +159,7 @@ def begin(config: PretrainConfig) -> Begun:
         raise UserError("train.offload_activations moves from a CUDA device to the host: leave it out here")
     if train.epochs is None:
         _ = train.total_steps  # refused where neither steps nor tokens are given
+    check_trackers(config.monitor)
     return Begun(config, world, output, start, initial, accumulation)
 
 

@@ -27,6 +27,7 @@ from dualroute.training.checkpointing.publishing.publisher import CheckpointPubl
 from dualroute.training.config import PretrainConfig
 from dualroute.training.finetuning.early_stopping import early_stopping
 from dualroute.training.kernels import device
+from dualroute.training.memory.check import MemoryCheck
 from dualroute.training.monitoring.evaluation import SuiteDuringTraining
 from dualroute.training.monitoring.mixture_record import write_stages
 from dualroute.training.monitoring.monitor import Monitor
@@ -120,8 +121,12 @@ def build_trainer(prepared: Prepared) -> Parts:
         config.monitor,
         folder=output,
         resolved_config=resolved_yaml(config),
+        given=getattr(config, "given", ()),
         evaluation=_evaluation(prepared, watchdog),
     )
+    memory = MemoryCheck(config, world.world_size, device())
+    memory.write = lambda step, figures: monitor.note(step, "memory", figures)
+    watchdog.tell = lambda line: monitor.stalled(output, line)
     trainer = Trainer(
         accelerator=accelerator,
         strategy=strategy,
@@ -142,6 +147,7 @@ def build_trainer(prepared: Prepared) -> Parts:
             CorruptionCheck(config.watchdog.sdc_check_every_steps, config.watchdog.sdc_action),
             StepBoundary(),  # before the others, which read what it writes
             monitor,
+            memory,
             Progress(),
             *early_stopping(config.finetune, publisher),  # before what saves its state
             publisher,

@@ -276,3 +276,11 @@ def test_a_pipe_that_breaks_elsewhere_is_a_defect(monkeypatch):
     monkeypatch.setattr("dualroute.cli.entry.run", broken)
     with pytest.raises(BrokenPipeError):
         main(["configs"])
+
+
+@pytest.mark.parametrize("flag", [["--interactive"], ["--interactive", "true"], ["--interactive=true"]])
+def test_generate_interactive_is_chat(flag, tmp_path, capsys):
+    assert main(["generate", "--checkpoint", str(tmp_path / "none"), *flag]) == 2
+    said = capsys.readouterr().err
+    assert "note: generate --interactive is dualroute chat" in said
+    assert "none" in said

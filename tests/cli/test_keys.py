@@ -17,6 +17,7 @@ NEEDED = {
     "evaluate": {"checkpoint": "c", "data": "d"},
     "generate": {"checkpoint": "c"},
     "chat": {"checkpoint": "c"},
+    "data generate": {"server": "http://h", "model": "m", "prompts": "p", "output": "o"},
     "serve": {"checkpoint": "c"},
     "inspect": {"checkpoint": "c", "text": "t", "output": "o.html"},
     "runs compare": {"first": "a", "second": "b"},

@@ -198,3 +198,21 @@ def test_a_model_that_writes_no_text_is_refused(
     save_model(model_of(tokenizer, task_head=config), folder, tokenizer.path, {"origin": "a test"})
     assert main(["chat", "--checkpoint", str(folder)]) == 2
     assert "use dualroute predict" in capsys.readouterr().err
+
+
+def test_a_terminal_edits_lines_with_prompt_toolkit(tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit", reason="pip install -e '.[chat]'")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):
+        ask = chat.lines_of(True)
+        typed.send_text("one\x1b\rtwo\r")  # Alt-Enter between them
+        assert ask() == "one\ntwo"
+        typed.send_text("wrong\x03right\r")  # Ctrl-C begins anew
+        assert ask() == "right"
+        typed.send_text("\x1b[A\r")  # the line before
+        assert ask() == "right"
+        typed.send_text("\x04")
+        assert ask() is None

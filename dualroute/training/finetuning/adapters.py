@@ -16,7 +16,6 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
-from dualroute.model.config import ModelConfig
 from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.quantized import require_torchao
 from dualroute.training.finetuning.adapted import (
@@ -39,11 +37,11 @@ from dualroute.training.finetuning.adapted import (
     own_name,
 )
 from dualroute.training.finetuning.config import StrategyConfig
+from dualroute.training.finetuning.patterns import OF_TASK, chosen_layers
 
 FOLDER = "adapter"  #: in a checkpoint
 _OF_PEFT = "base_model.model."  #: what stands before a layer's name in peft's own files
 _EXPORTED_HEAD = "lm_head"
-_OF_TASK = "task_head."
 
 
 def require_peft() -> Any:
@@ -61,16 +59,6 @@ def require_peft() -> Any:
     return peft
 
 
-def unties_head(patterns: Sequence[str], config: ModelConfig) -> bool:
-    """Whether ``patterns`` name the head of a model whose head is its embedding too.
-
-    What is added to such a head must not be added to the embedding, so the run's model has a head of its own,
-    which begins with the embedding's weight.
-    """
-    is_tied = config.tie_embeddings and config.task_head is None and config.frontend is None
-    return is_tied and any(fnmatchcase(HEAD, pattern) for pattern in patterns if pattern != "all")
-
-
 def targets(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Names of the layers of ``model`` that ``patterns`` choose; a tied head is none of them.
 
@@ -80,27 +68,11 @@ def targets(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | NextTokenHead) and not name.startswith(_OF_TASK)
+        if isinstance(module, nn.Linear | NextTokenHead) and not name.startswith(OF_TASK)
     ]
     if model.config.head_is_tied:  # type: ignore[union-attr]
         linear.remove(HEAD)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {
-            name
-            for name in linear
-            if pattern == "all"
-            or any(fnmatchcase(part, pattern) for part in (name, name.rpartition(".")[2]))
-            or fnmatchcase(name, f"{pattern}.*")
-        }
-        if not found:
-            there = sorted({name.rpartition(".")[2] for name in linear})
-            raise UserError(
-                f"finetune.targets: {pattern!r} names no linear layer; there are {', '.join(there)} (or all, "
-                f"or full names such as layers.0.ffn.*)"
-            )
-        chosen |= found
-    return [name for name in linear if name in chosen]
+    return chosen_layers(linear, patterns)
 
 
 def add_adapters(model: nn.Module, config: StrategyConfig, seed: int) -> None:
@@ -130,7 +102,7 @@ def add_adapters(model: nn.Module, config: StrategyConfig, seed: int) -> None:
         peft.inject_adapter_in_model(_peft_config(config, chosen), model)
     own_forward(model, dora=config.adapter == "dora")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name) or name.startswith(_OF_TASK))
+        parameter.requires_grad_(is_adapter(name) or name.startswith(OF_TASK))
     model.adapter_config = config  # type: ignore[assignment]
 
 

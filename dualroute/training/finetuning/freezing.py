@@ -8,12 +8,12 @@ it came from, so a resume puts it back (:func:`with_frozen`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
 from dualroute.errors import UserError
+from dualroute.training.finetuning.patterns import matches
 
 _SHOWN = 12  # names in a message
 
@@ -35,11 +35,6 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             names[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
         raise UserError(f"finetune.freeze {list(patterns)} leaves nothing to train: freeze less")
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` means the parameter ``name``, or a module that it is in."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _shown(names: list[str]) -> str:

@@ -1,8 +1,10 @@
-"""What a run shows of itself: TensorBoard, ``metrics.jsonl``, samples of its text.
+"""What a run shows of itself: TensorBoard, ``metrics.jsonl``, samples of its text, alerts.
 
 Numbers come from the LightningModule, which leaves them in plain attributes (see :class:`Monitor`), from a
 :class:`~dualroute.training.monitoring.throughput.StepClock` and from the attention layers; rank zero writes
-them to TensorBoard and, under the same tags, to :mod:`~dualroute.training.monitoring.metrics_log`.
+them to :mod:`~dualroute.training.monitoring.metrics_log` and, under the same tags, to TensorBoard
+(:mod:`~dualroute.training.monitoring.outlets.board`) and to services that a person keeps runs in
+(:mod:`~dualroute.training.monitoring.outlets.trackers`).
 
 Every rank runs this callback, although only one writes.  Generating a sample under
 ZeRO-3 gathers parameters, which needs all ranks; a monitor that lived on rank zero would hang.
@@ -11,8 +13,10 @@ ZeRO-3 gathers parameters, which needs all ranks; a monitor that lived on rank z
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dualroute.training.config import MonitorConfig
+from dualroute.errors import one_line
+from dualroute.training.monitoring.config import MonitorConfig
 from dualroute.training.monitoring.evaluation import SuiteDuringTraining
 from dualroute.training.monitoring.metrics_log import MetricsLog
-from dualroute.training.monitoring.router_statistics import RouterStatistics, draw_map
+from dualroute.training.monitoring.outlets.alerts import DIVERGED, FAILED, STALL, Alert, Alerts, Webhook
+from dualroute.training.monitoring.outlets.board import Board
+from dualroute.training.monitoring.outlets.trackers import Trackers
+from dualroute.training.monitoring.profiling import StepProfile
+from dualroute.training.monitoring.router_statistics import RouterStatistics, draw_map, plain_map
 from dualroute.training.monitoring.throughput import StepClock, memory_statistics, peak_tflops
+from dualroute.training.step.spike_guard import TrainingDiverged
 
+log = logging.getLogger(__name__)
 _TAGS = {"lr": "optim/lr", "grad_norm": "optim/grad_norm"}  # the others go under train/
 
 
@@ -65,6 +76,7 @@ class Monitor(Callback):
         config: What is written and how often.
         folder: Where ``metrics.jsonl`` goes; null is the folder given to the Trainer's logger.
         resolved_config: The run's whole configuration as text, logged once a start.
+        given: Dotted keys of the configuration that were given rather than left at their defaults.
         evaluation: (module, step) → {tag: figure} of what is measured besides, on every rank.
     """
 
@@ -74,21 +86,27 @@ class Monitor(Callback):
         *,
         folder: str | Path | None = None,
         resolved_config: str = "",
+        given: Iterable[str] = (),
         evaluation: SuiteDuringTraining | None = None,
     ) -> None:
         self.config = config or MonitorConfig()
         self.folder = folder
         self.resolved_config = resolved_config
+        self.given = tuple(given)
         self.evaluation = evaluation
         self._clock = StepClock()
-        self._writer: Any = None  # SummaryWriter, on rank zero of a run with a TensorBoardLogger
-        self._log: MetricsLog | None = None  # on rank zero
+        self._board: Board | None = None  # on rank zero of a run with a TensorBoardLogger
+        self._log: MetricsLog | None = None  # on rank zero, and so are the three below
+        self._trackers: Trackers | None = None
+        self._profile: StepProfile | None = None
+        self._webhook: Webhook | None = None
+        self._alerts = Alerts(self.config)
+        self._sampled = False
         self._peak_flops = math.inf
         self._last_step = 0
         self._context = 0
         self._router = RouterStatistics()
         self._first_of_step = True
-        self._images_every = self.config.router_images_every
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -99,12 +117,6 @@ class Monitor(Callback):
         self._open(trainer, pl_module)
         if self.evaluation is not None:
             self.evaluation.check(pl_module)
-        if self._images_every and importlib.util.find_spec("matplotlib") is None:
-            self._images_every = 0
-            rank_zero_warn(
-                "monitor.router_images_every draws with matplotlib, which is not installed: no images; "
-                "pip install -e '.[compress]'"
-            )
         self._last_step, self._first_of_step = steps_done(trainer, pl_module), True
         self._clock.start()
 
@@ -113,31 +125,51 @@ class Monitor(Callback):
             return
         step = steps_done(trainer, pl_module)
         logged_to = trainer.logger.save_dir if trainer.logger is not None else None
-        path = Path(self.folder or logged_to or trainer.default_root_dir) / "metrics.jsonl"
+        folder = Path(self.folder or logged_to or trainer.default_root_dir)
+        path = folder / "metrics.jsonl"
         continues = path.exists()
         self._log = MetricsLog(path, resume_step=step)
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        self._writer = loggers[0].experiment if loggers else None
-        if continues and self._writer is not None:
-            _rewind_tensorboard(self._writer, step)
+        self._board = Board(loggers[0].experiment) if loggers else None
+        if continues and self._board is not None:
+            _rewind_tensorboard(self._board.writer, step)
         if self.resolved_config:
             self._write_text("config", f"```yaml\n{self.resolved_config}\n```", step)
             self._log.write(step, "config", {"config": self.resolved_config})
+            if self._board is not None:
+                self._board.settings(self.resolved_config, self.given)
+        self._trackers = Trackers(self.config, folder, self.resolved_config)
+        self._profile = StepProfile(self.config, folder)
+        self._webhook = Webhook(self.config.webhook, self.config.webhook_seconds, folder)
         peak = self.config.peak_tflops or peak_tflops(pl_module.device)
         self._peak_flops = peak * 1e12 * trainer.world_size
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close()
+        self._close(well=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        if isinstance(exception, Exception):  # an interruption is meant
+            said = one_line(str(exception))[:500]
+            kind = DIVERGED if isinstance(exception, TrainingDiverged) else FAILED
+            text = f"the training failed: {said or type(exception).__name__}"
+            self._raise([Alert(kind, self._last_step, text)])
+        self._close(well=False)
 
-    def _close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-        if self._writer is not None:
-            self._writer.flush()
-        self._log = self._writer = None
+    def _close(self, *, well: bool) -> None:
+        profile, trackers, webhook = self._profile, self._trackers, self._webhook
+        log_, board = self._log, self._board
+        self._log = self._board = self._trackers = self._profile = self._webhook = None
+        if log_ is not None:
+            log_.close()
+        if profile is not None:
+            profile.close()
+        if board is not None:
+            board.ended(well=well)
+            board.writer.flush()
+        if trackers is not None:
+            trackers.close(well=well)
+        if webhook is not None:
+            webhook.close()
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -147,8 +179,10 @@ class Monitor(Callback):
         self._clock.batch_started()
         if isinstance(batch, Mapping) and isinstance(batch.get("segment_ids"), torch.Tensor):
             self._context = batch["segment_ids"].shape[-1]
+        if self._profile is not None:
+            self._profile.before_step(self._last_step + 1)
         # of a step's micro-batches the first stands for all
-        images = self._images_every > 0 and self._due(self._last_step + 1, self._images_every)
+        images = self._due(self._last_step + 1, self.config.router_images_every)
         statistics = self._due(self._last_step + 1, self.config.router_statistics_every)
         if self._first_of_step and (statistics or images):
             self._router.begin(pl_module, images)
@@ -161,15 +195,21 @@ class Monitor(Callback):
         router = self._router.end()
         if router and self._due(self._last_step + 1, self.config.router_statistics_every):
             self._write(self._last_step + 1, "router", router)
+            self._raise(self._alerts.after_router(self._last_step + 1, router))
         self._draw(self._last_step + 1, self._router.maps)
         if step == self._last_step:  # a micro-batch inside a step
             self._clock.batch_ended()
             return
         self._last_step, self._first_of_step = step, True
         metrics = _figures(pl_module, "step_metrics")
+        reason = getattr(getattr(pl_module, "spike_guard", None), "reason", "")
+        self._raise(self._alerts.after_step(step, metrics, reason))
         self._clock.step_ended(metrics.pop("tokens_in_step"))
         if step in (1, trainer.max_steps) or self._due(step, self.config.log_every_steps):
             self._log_step(step, pl_module, metrics)
+        table = None if self._profile is None else self._profile.after_step(step)
+        if table is not None:
+            self._write_text("profile", table, step)
         self._clock.batch_ended()
         if self.config.sample_prompts and self._due(step, self.config.sample_every_steps):
             self._clock.interrupt()
@@ -199,12 +239,14 @@ class Monitor(Callback):
             values["speed/mfu"] = flops / self._peak_flops
         values |= memory_statistics(pl_module.device)
         self._write(step, "train", values)
+        self._raise(self._alerts.after_reading(step, speed.data_wait_share, speed.step_time * speed.steps))
 
     # -- samples and validation ----------------------------------------------------------------------------
 
     def _sample(self, step: int, pl_module: LightningModule) -> None:
         generate = getattr(pl_module, "generate_sample", None)
         shape = getattr(getattr(pl_module, "model", None), "config", None)
+        self._sampled = True
         if generate is None or (shape is not None and not shape.causal):
             return  # what sees both sides of a token continues no text
         samples = []
@@ -224,38 +266,81 @@ class Monitor(Callback):
         self._clock.interrupt()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # outside of a training there is no log; a sanity check on a few batches says nothing
-        if self._log is None or (trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps)):
+        # a sanity check on a few batches says nothing
+        if trainer.sanity_checking and not math.isinf(trainer.num_sanity_val_steps):
+            return
+        step = steps_done(trainer, pl_module)
+        if trainer.sanity_checking and not step and not self._sampled and self.config.sample_every_steps:
+            self._sample(step, pl_module)  # what the model writes before it has learnt anything
+        if self._log is None:  # outside of a training, and on other ranks
             return
         metrics = _figures(pl_module, "validation_metrics")
         values = {"val/perplexity": perplexity(metrics["loss"])}
         values |= {_tag("val", key): value for key, value in metrics.items()}
-        self._write(steps_done(trainer, pl_module), "validation", values)
+        self._write(step, "validation", values)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._clock.checkpoint_started()
 
+    def note(self, step: int, event: str, values: Mapping[str, float]) -> None:
+        """A line of ``metrics.jsonl`` that is measured once, and has no curve."""
+        if self._log is not None:
+            self._log.write(step, event, values)
+
     # -- writing -------------------------------------------------------------------------------------------
 
     def _write(self, step: int, event: str, values: Mapping[str, float]) -> None:
         if self._log is not None:
             self._log.write(step, event, values)
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
+        if self._board is not None:
+            self._board.add(step, values)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
     def _draw(self, step: int, maps: Mapping[str, torch.Tensor]) -> None:
-        if self._writer is not None and maps:
-            for layer, block_map in maps.items():
-                self._writer.add_figure(f"router/{layer}", draw_map(block_map, f"{layer}, step {step}"), step)
-            self._writer.flush()
+        if self._board is None or not maps:
+            return
+        writer, axes = self._board.writer, importlib.util.find_spec("matplotlib") is not None
+        for layer, block_map in maps.items():
+            if axes:
+                writer.add_figure(f"router/{layer}", draw_map(block_map, f"{layer}, step {step}"), step)
+            else:
+                writer.add_image(f"router/{layer}", plain_map(block_map), step, dataformats="HWC")
+        writer.flush()
 
     def _write_text(self, tag: str, text: str, step: int) -> None:
-        if self._writer is not None:
-            self._writer.add_text(tag, text, step)
+        if self._board is not None:
+            self._board.writer.add_text(tag, text, step)
+            self._board.writer.flush()
+
+    def _raise(self, alerts: Iterable[Alert]) -> None:
+        """Tell everybody who may be listening; on other ranks nobody is."""
+        for alert in alerts:
+            if self._log is None:
+                return
+            log.warning("%s", f"alert ({alert.kind}): {alert.text}")
+            self._log.write(alert.step, "alert", {"kind": alert.kind, "text": alert.text})
+            self._write_text(f"alerts/{alert.kind}", alert.text, alert.step)
+            if self._webhook is not None:
+                self._webhook.send(alert)
+
+    def stalled(self, folder: Path, text: str) -> None:
+        """The run stands still and is about to be ended: called by the rank that says so, from a thread.
+
+        Args:
+            folder: Of the run.
+            text: Who is to blame.
+        """
+        alert = Alert(STALL, self._last_step, text)
+        webhook = self._webhook or Webhook(self.config.webhook, self.config.webhook_seconds, folder)
+        webhook.send(alert)
+        line = {"step": alert.step, "event": "alert", "kind": alert.kind, "text": alert.text}
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:  # the log's owner is stuck
+            stream.write(json.dumps(line) + "\n")
+        self._write_text(f"alerts/{alert.kind}", alert.text, alert.step)
+        webhook.close()
 
 
 def _figures(pl_module: LightningModule, attribute: str) -> dict[str, float]:

@@ -134,7 +134,10 @@ def _page(run: Path, data: str, config: ReportConfig) -> str:
         ("speed", f"{statistics.median(m['speed/tokens_per_second'] for m in train):,.0f} tokens/s (median)"),
         *(("damaged checkpoint", problem) for problem in problems),
         ("newest checkpoint", f"`{checkpoint.folder}`" if checkpoint else "none that can be read"),
-        ("TensorBoard", f"`tensorboard --logdir {run / 'tensorboard'}`"),
+        (
+            "TensorBoard",
+            f"`tensorboard --logdir {run / 'tensorboard'}`, then http://localhost:6006/#custom_scalars",
+        ),
     ]
     if model is None or model.config.causal:
         rows.append(("more text", f'`dualroute generate --checkpoint {run} --prompt "…"`'))

@@ -8,7 +8,8 @@ dictionary of 0-dim tensors; here they become ``router/<statistic>/layer_00``, â
 With activation checkpointing the layers run twice, the second time in the backward pass,
 so the switch stays on until the micro-batch is completely done.
 
-A ``block_map``, of two dimensions, is asked for more rarely; :func:`draw_map` makes a figure of it.
+A ``block_map``, of two dimensions, is asked for more rarely; :func:`draw_map` makes a figure of it, and
+:func:`plain_map` an image where there is no matplotlib.
 """
 
 from __future__ import annotations
@@ -74,3 +75,22 @@ def draw_map(block_map: torch.Tensor, title: str) -> Any:
     axes.set(title=title, xlabel="block that is read", ylabel="block of the token")
     figure.colorbar(image, ax=axes, label="mean weight")
     return figure
+
+
+#: Colours of weights 0, 1/4, â€¦ 1, as matplotlib's magma has them.
+_MAGMA = torch.tensor([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]])
+_LEAST_PIXELS = 256
+
+
+def plain_map(block_map: torch.Tensor) -> torch.Tensor:
+    """The map as an image (height, width, 3) of bytes, without axes: for those who have no matplotlib.
+
+    What was not sampled (NaN) is grey.
+    """
+    place = block_map.nan_to_num(0.0).clamp(0, 1) * (len(_MAGMA) - 1)
+    low = place.floor().long().clamp_max(len(_MAGMA) - 2)
+    part = (place - low)[..., None]
+    colours = _MAGMA[low] * (1 - part) + _MAGMA[low + 1] * part
+    colours[block_map.isnan()] = 128.0
+    times = -(-_LEAST_PIXELS // max(block_map.shape))
+    return colours.round().to(torch.uint8).repeat_interleave(times, 0).repeat_interleave(times, 1)

@@ -75,6 +75,11 @@ class LastingWriter:
         if self._writer is not None:
             self._try(self._writer.file_writer.add_event, event, step)
 
+    def add_summary(self, summary: Any) -> None:
+        """Write a summary of a plugin."""
+        if self._writer is not None:
+            self._try(self._writer.file_writer.add_summary, summary)
+
 
 def _let_its_thread_die_quietly() -> None:
     """The thread that writes leaves its OSError to the next call of the writer, and prints it besides."""

@@ -118,12 +118,14 @@ class Speed:
         step_time: Seconds per optimizer step.
         data_wait_share: Share of that time spent waiting for the loader, in [0, 1].
         checkpoint_time: Seconds for which training stood still for checkpoints, all of them together.
+        steps: Optimizer steps.
     """
 
     tokens_per_second: float
     step_time: float
     data_wait_share: float
     checkpoint_time: float = 0.0
+    steps: int = 1
 
 
 class StepClock:
@@ -187,7 +189,11 @@ class StepClock:
         """Mean speed since the last reading; call it between :meth:`step_ended` and :meth:`batch_ended`."""
         elapsed = max(self._now() - self._begin - self._excluded, 1e-9)
         speed = Speed(
-            self._tokens / elapsed, elapsed / max(self._steps, 1), self._waited / elapsed, self._saved
+            self._tokens / elapsed,
+            elapsed / max(self._steps, 1),
+            self._waited / elapsed,
+            self._saved,
+            self._steps,
         )
         self._reset()
         return speed

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed
 
-from dualroute.errors import UserError
 from dualroute.model import ModelConfig
+from dualroute.training.parallel.divide import check_divides
 from dualroute.training.parallel.environment import World
 
 __all__ = ["SharedSequences", "check_sequence_parallel", "new_sequence_group"]
@@ -55,22 +55,4 @@ def check_sequence_parallel(ranks: int, world: World, model: ModelConfig) -> int
     Raises:
         UserError: ranks or heads cannot be divided so.
     """
-    if ranks < 1:
-        raise UserError(f"parallel.sequence_parallel is {ranks}: it must be at least 1")
-    if world.world_size % ranks:
-        raise UserError(
-            f"parallel.sequence_parallel is {ranks}, which does not divide the {world.world_size} rank(s) of "
-            f"this run: start a multiple of {ranks}"
-        )
-    resolved = model.resolved()
-    assert resolved.num_kv_heads is not None
-    group = resolved.num_heads // resolved.num_kv_heads
-    for layer in (resolved.of_layer(i) for i in range(resolved.num_layers)):
-        for name in ("global_heads", "local_heads"):
-            heads = getattr(layer, name)
-            if heads // group % ranks:
-                raise UserError(
-                    f"parallel.sequence_parallel is {ranks}, but model.{name} is {heads} with {group} query "
-                    f"head(s) per key head: the key heads of each route must be a multiple of {ranks}"
-                )
-    return world.world_size // ranks
+    return check_divides(ranks, world.world_size, model)

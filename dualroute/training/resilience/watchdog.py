@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -63,6 +64,10 @@ class Watchdog(Callback):
         world: This process's place.
         run: The run folder, the same on every rank.
         reduces_in_backward: Gradients are reduced inside autograd, as DDP does it.
+
+    Attributes:
+        tell: Called with the line that says why a training is stopped, on the rank that prints it, before the
+            process ends.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Watchdog(Callback):
         self._own = Stillness(3 * config.poll_seconds)
         self._neighbour = Stillness(3 * config.poll_seconds)
         self._stacks: TextIO | None = None
+        self.tell: Callable[[str], None] | None = None
         self._ending = threading.Lock()  # whoever holds it ends the process
 
     # -- beginning and end ---------------------------------------------------------------------------------
@@ -268,6 +274,9 @@ class Watchdog(Callback):
         )
         with contextlib.suppress(OSError):
             (self._stalls / "report.txt").write_text(line + "\n", encoding="utf-8")
+        if self.tell is not None:
+            with contextlib.suppress(Exception):  # this process ends, whatever becomes of a message
+                self.tell(f"the training is stopped: {line}")
         self.heart.beat(answers="reported")
 
     def _collect(self) -> tuple[dict[int, Beat | None], list[int]]:

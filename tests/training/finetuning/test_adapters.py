@@ -13,15 +13,10 @@ from dualroute.errors import UserError
 from dualroute.export.hf.folder import named_weights
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import replace_parameter
-from dualroute.training.finetuning.adapters import (
-    adapter_files,
-    add_adapters,
-    merged_parameters,
-    targets,
-    unties_head,
-)
+from dualroute.training.finetuning.adapters import adapter_files, add_adapters, merged_parameters, targets
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.deferred import add_deferred_adapters
+from dualroute.training.finetuning.patterns import unties_head
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.fp8 import multiply_in_fp8
 from dualroute.training.step.quantization_aware import round_weights_in_forward

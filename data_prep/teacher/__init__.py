@@ -1,0 +1,1 @@
+"""Training text from a model behind an API: ``dualroute data generate``."""

@@ -1,0 +1,1 @@
+"""How much memory a training needs, by part, and whether it does: :mod:`.parts` and :mod:`.check`."""
