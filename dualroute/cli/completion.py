@@ -58,7 +58,7 @@ def parser_for(words: Sequence[str]) -> argparse.ArgumentParser:
     summaries = {name: stage.summary for name, stage in STAGES.items()} | OTHERS
     summaries |= {name: family.summary for name, family in FAMILIES.items()}
     for first in dict.fromkeys(name.partition(" ")[0] for name in summaries):
-        known = {"help": summaries[first]} if first in summaries else {}
+        known: dict[str, Any] = {"help": summaries[first]} if first in summaries else {}
         if first in FAMILIES and first == named:
             commands.add_parser(first, parents=[family_parser(first)], add_help=False, **known)
             continue

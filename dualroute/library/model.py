@@ -49,9 +49,10 @@ def load(path: str | PathLike[str], device: str = "auto", dtype: str = "auto") -
     from dualroute.model.foreign.hub import is_foreign
     from dualroute.tasks.answer import task_checkpoint
 
-    if not is_foreign(path) and (best := task_checkpoint(path).folder / TASK).exists():
+    place = Path(path)
+    if not is_foreign(place) and (best := task_checkpoint(place).folder / TASK).exists():
         return Model(load_any(best.parent, device, dtype))
-    return Model(load_any(path, device, dtype))
+    return Model(load_any(place, device, dtype))
 
 
 class Model:

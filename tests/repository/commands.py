@@ -199,6 +199,9 @@ def _check_dualroute(words: list[str], whole: bool) -> None:
     else:
         if rest and f"{name} {rest[0]}" in STAGES:
             name, rest = f"{name} {rest[0]}", rest[1:]
+        alone = not rest or _PLACEHOLDER.fullmatch(rest[0])
+        if alone and name not in STAGES and any(stage.startswith(f"{name} ") for stage in STAGES):
+            return  # `dualroute data …`
         if name not in STAGES:
             raise UserError(f"there is no command {name}")
         _check_stage(name, rest, whole)
