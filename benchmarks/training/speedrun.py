@@ -100,7 +100,8 @@ def train(options: argparse.Namespace, recipe: str, seed: int) -> None:
         "0",
         *shlex.split(options.recipes_by_name[recipe]),
     ]
-    words += ["--monitor.log_every_steps", "10", *options.extra]
+    words += ["--train.val_every_steps", str(options.val_every_steps)]
+    words += ["--data.val_tokens", str(options.val_tokens), "--monitor.log_every_steps", "10", *options.extra]
     subprocess.run([sys.executable, __file__, "--one", str(folder), *words], check=True)
 
 
@@ -167,6 +168,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/books_2k"))
     parser.add_argument("--output", type=Path, default=Path("runs/speedrun"))
     parser.add_argument("--tokens", type=int, default=1_500_000)
+    parser.add_argument("--val_every_steps", type=int, default=50)
+    parser.add_argument("--val_tokens", type=int, default=65536, help="held-out tokens of a validation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--recipes", nargs="+", default=["adamw", "muon"], help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--more", nargs="*", default=[], metavar="NAME=OPTIONS", help="recipes of your own")
