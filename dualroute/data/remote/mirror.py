@@ -171,7 +171,8 @@ class Mirror:
         """A copy, opened, that stays as long as it, or a map of it, is open; raises as `get` does.
 
         Args:
-            wait: in a cache that is full, as long as for an answer of the store: others may let go of something.
+            wait: in a cache that is full, as long as for an answer of the store: others may let go of
+                something.
         """
         until = time.monotonic() + self.options.timeout
         for _ in range(10):
