@@ -229,11 +229,11 @@ def open_corpus(corpus: str, options: ReadOptions | None = None) -> Corpus:
 
 def _of_addresses(spelled: str, options: ReadOptions) -> Corpus:
     """Files of the web; braces stand for many: ``https://host/part-{000..119}.jsonl.zst``."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         addresses = list(itertools.islice(braceexpand(spelled), _MOST_ADDRESSES + 1))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(
             f"corpus {readable(spelled)}: its braces are not closed; write {{000..119}}"
         ) from error

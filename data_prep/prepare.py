@@ -46,6 +46,7 @@ from data_prep.staged.build import staging_of
 from data_prep.staged.pool import Killed, Pool
 from data_prep.tally import Tally, describe, readable, reasons_of
 from data_prep.train_tokenizer import Sample, train_tokenizer
+from dualroute import __version__
 from dualroute.data.manifest import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -62,6 +63,7 @@ from dualroute.files import file_sha256, locked, remove_leftovers, write_bytes_a
 
 PREPARATION_FILE = "preparation.json"
 CONTAMINATED_FILE = "contaminated.jsonl"
+_SHOWN_REASONS = 12
 _LOCK_FILE = ".prepare.lock"
 _TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
 
@@ -110,9 +112,11 @@ def summary(manifest: Manifest) -> str:
         )
     dropped = manifest.preparation.get("dropped", {})
     if dropped:
-        lines.append(
-            "dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()))
-        )
+        ordered = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in ordered[:_SHOWN_REASONS])
+        rest = sum(count for _, count in ordered[_SHOWN_REASONS:])
+        more = f", {rest:,} for {len(ordered) - _SHOWN_REASONS} reasons more, in {REPORT_FILE}" if rest else ""
+        lines.append(f"dropped: {listed}{more}")
     made_of = manifest.preparation.get("composition", {})
     lines += described(made_of)
     if (vocabulary := made_of.get("vocabulary")) and (line := warning(vocabulary)):
@@ -457,6 +461,7 @@ class Preparation:
             ),
             splits=splits,
             preparation={
+                "dualroute": __version__,
                 "options": self.plan["options"],
                 "licence": self.corpus.licence,
                 "input_files": len(self.plan["inputs"]),

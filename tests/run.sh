@@ -4,7 +4,7 @@
 # bash tests/run.sh -m "not slow".  The time stands at the end; the budget is in tests/budget.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/install.sh deepspeed,compress,eval,export,gguf,tasks,audio,lora,control,remote,serve,docs,dev
+bash launch/install.sh deepspeed,compress,eval,export,gguf,tasks,audio,lora,control,prepare,remote,serve,docs,dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 export DUALROUTE_DATA="${DUALROUTE_DATA:-$PWD/../shared/data}"
 # Three tests at a time, one thread each, since some wait (for Slurm above all); DUALROUTE_TEST_WORKERS=0 runs one after

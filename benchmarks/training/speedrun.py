@@ -34,9 +34,9 @@ from measure import show
 _MUON = "--optim.name muon --optim.muon.lr 0.01"
 _TO_ZERO = "--optim.schedule wsd --optim.decay_fraction 0.4 --optim.decay_shape linear --optim.min_lr_ratio 0"
 RECIPES = {
-    "adamw": "",
+    "adamw": "--optim.name adamw",
     "muon": _MUON,
-    "adamw, wsd to zero": _TO_ZERO,
+    "adamw, wsd to zero": f"--optim.name adamw {_TO_ZERO}",
     "muon, wsd to zero": f"{_MUON} {_TO_ZERO}",
     "muon, qk_norm": f"{_MUON} --model.qk_norm true",
     "muon, untied": f"{_MUON} --model.tie_embeddings false",

@@ -14,6 +14,8 @@ from data_prep.cleaning.quality import is_code
 from dualroute.errors import UserError
 
 CODE = "code"
+#: Written as another is, and not to be told from it in a short text.
+_WRITTEN_AS = {"wuu": "zh", "yue": "zh", "nn": "no"}
 _EXCERPT = 400  # characters from the beginning, the middle and the end
 
 
@@ -46,4 +48,4 @@ def language_of(text: str, name: str) -> tuple[str, float]:
         parts = text[:_EXCERPT], text[middle : middle + _EXCERPT], text[-_EXCERPT:]
         text = "\n".join(parts)
     language, probability = _identifier().classify(text)
-    return str(language), float(probability)
+    return _WRITTEN_AS.get(str(language), str(language)), float(probability)

@@ -132,7 +132,7 @@ def _check(rule: str, script: str, stop_words: bool) -> Check:
 
 
 def _c4(language: Any) -> Any:
-    """datatrove's C4 rules; which lines stay is asked so that Chinese and typographic quotation marks pass."""
+    """datatrove's C4 rules, with lines that end in marks of any script or in quotation marks after them."""
     from datatrove.pipeline.filters import C4QualityFilter
     from datatrove.utils.text import TERMINAL_PUNCTUATION
 

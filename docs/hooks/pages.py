@@ -42,11 +42,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def as_markdown(notebook: str) -> str:
-    """Cells of code in fences, others as they are."""
+    """Cells of code and what they showed in fences, others as they are."""
     parts = []
     for cell in json.loads(notebook)["cells"]:
         text = "".join(cell["source"])
         parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        for output in cell.get("outputs", []):
+            shown = "".join(output.get("text") or output["data"]["text/plain"]).rstrip()
+            parts.append(f"```text\n{shown}\n```")
     name = NOTEBOOK.rpartition("/")[2]
     parts.insert(
         1, f"[The notebook itself]({name}.ipynb); `dualroute notebook` copies it into a folder of yours."

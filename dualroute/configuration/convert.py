@@ -44,6 +44,8 @@ def convert(hint: Any, node: Node) -> Any:
     if origin is Literal:
         return _word(arguments, node)
     if origin is list:
+        if node.kind == "text" and not node.is_null and hasattr(arguments[0], "from_text"):
+            node = Node("list", [node], node.place)  # one entry
         if node.kind != "list":
             raise _expected("a list such as [a, b]", node)
         return [convert(arguments[0], item) for item in node.content]

@@ -200,11 +200,8 @@ class ShardDataModule(WindowDataModule):
         return tuple(source.name for source in self.sources) if self.is_mixture else ()
 
     def refuse_other_past(self, metadata: Mapping[str, Any], where: str) -> None:
-        if metadata.get("context") not in (None, self.context) or metadata.get("seed") not in (
-            None,
-            self.seed,
-        ):
-            return  # refused by these keys
+        if self._is_read_otherwise(metadata):
+            return  # refused by the keys that say so
         said = metadata.get("mixture")
         theirs_of = metadata.get("data_fingerprint")
         if said is None and not isinstance(theirs_of, str):
@@ -218,6 +215,22 @@ class ShardDataModule(WindowDataModule):
             return  # one folder and another: refused by its fingerprint
         position = metadata.get("samples_consumed", int(metadata.get("tokens", 0)) // self.context)
         refuse_other_past(theirs, self.course, int(position), where)
+
+    def _is_read_otherwise(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's samples had another seed or context, or were packed otherwise."""
+        mine = {"context": self.context, "seed": self.seed}
+        if any(metadata.get(key) not in (None, value) for key, value in mine.items()):
+            return True
+        settings = metadata.get("settings")
+        data = settings.get("data") if isinstance(settings, Mapping) else None
+        if not isinstance(data, Mapping) or not data.keys() >= {"packing", "fim_rate"}:
+            return False
+        rate = data["fim_rate"]
+        if (data["packing"], rate) != (self.reading.packing, self.reading.fim_rate):
+            return True
+        names = data.get("fim_tokens")
+        theirs = (data.get("fim_spm_rate"), None if names is None else tuple(names))
+        return bool(rate) and theirs != (self.reading.fim_spm_rate, self.reading.fim_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **self.describe_order()}

@@ -14,7 +14,8 @@ from dualroute.data.mixture.config import check_mixture
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath, NameOrModule, PathOrName
 from dualroute.settings import above, at_least, check_fields
-from dualroute.training.config import DataConfig, OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import DataConfig, PretrainConfig, TrainConfig
+from dualroute.training.optim_config import OptimConfig
 
 Rule = Literal["obeyed", "refused", "compared"]
 Format = Literal["auto", "csv", "tsv", "jsonl", "json", "parquet", "conll", "npz", "ratings"]

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from dualroute import __version__
 from dualroute.attention import backend
 from dualroute.errors import one_line
 from dualroute.evaluate.suite.config import read_suite
@@ -47,7 +48,8 @@ def resolved_yaml(config: PretrainConfig) -> str:
         field.name for field in given_fields(config.model)
     }:
         del values["model"][derived]
-    return f"# {one_line(backend.describe(device()))}\n{yaml.safe_dump(values, sort_keys=False)}"
+    head = f"# {one_line(backend.describe(device()))}\n# written by dualroute {__version__}\n"
+    return head + yaml.safe_dump(values, sort_keys=False)
 
 
 @dataclass

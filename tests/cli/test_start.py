@@ -3,11 +3,8 @@
 import ast
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -98,55 +95,3 @@ def test_no_message_names_a_package_that_is_not_on_an_index():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".md", ".sh", ".sbatch"):
                 assert "pip install 'dualroute" not in path.read_text(encoding="utf-8"), path
-
-
-@pytest.mark.slow
-def test_a_wheel_works_outside_the_checkout(tmp_path):
-    """Built from the sources alone and used from another folder: configurations and templates are in it."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("dualroute", "data_prep", "configs", "slurm"):
-        shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    build = [
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--quiet",
-        "--wheel-dir",
-        tmp_path,
-        source,
-    ]
-    done = python(*build, cwd=tmp_path, PYTHONPATH="")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    work = tmp_path / "work"
-    work.mkdir()
-
-    def dualroute(*words):
-        done = python("-m", "dualroute", *words, cwd=work, PYTHONPATH=str(tmp_path / "site"))
-        assert done.returncode == 0, done.stderr
-        return done
-
-    where = python(
-        "-c", "import dualroute; print(dualroute.__file__)", cwd=work, PYTHONPATH=str(tmp_path / "site")
-    )
-    assert Path(where.stdout.strip()).is_relative_to(tmp_path / "site")
-    names = {
-        path.relative_to(ROOT / "configs").with_suffix("") for path in (ROOT / "configs").glob("*/*.yaml")
-    }
-    listed = dualroute("configs").stdout
-    assert all(f"  {name} " in listed for name in names)
-    assert "--vocab_size" in dualroute("prepare", "--help").stdout
-    shown = dualroute("submit", "pretrain", "--config", "pretrain/quickstart", "--dry-run")
-    assert f"--config {tmp_path}/site/dualroute/_configs/pretrain/quickstart.yaml" in shown.stdout
-    assert f"#SBATCH --output={work}/runs/quickstart/slurm/%x-%j.out" in shown.stdout
-    assert "corpus: stdlib" in dualroute("prepare", "--config", "prepare/stdlib", "--print_config").stdout
-    assert list(work.iterdir()) == []

@@ -6,6 +6,7 @@ import pytest
 
 from dualroute.configuration.convert import convert
 from dualroute.configuration.yaml_file import Node, Place, read_text
+from dualroute.data.mixture.config import SourceConfig, StageConfig
 from dualroute.errors import UserError
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
 
@@ -123,3 +124,42 @@ def test_paths_of_a_file_start_where_they_say(tmp_path, monkeypatch):
         path("$NOWHERE/x")
     with pytest.raises(UserError, match=r"a \$ without a name"):
         path("a$/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("data/a=0.7", [SourceConfig("data/a", 0.7)]),
+        ("[data/a=0.7, data/b=3e-1]", [SourceConfig("data/a", 0.7), SourceConfig("data/b", 0.3)]),
+        (
+            "[a=b/c, {path: x, name: y, max_epochs: 4}]",
+            [SourceConfig("a=b/c"), SourceConfig("x", None, "y", 4.0)],
+        ),
+        ("[]", []),
+    ],
+)
+def test_entries_of_a_list_are_tables_or_words(text: str, value: Any) -> None:
+    assert convert(list[SourceConfig], read_text(text, "--data.sources")) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{path: a, wieght: 0.7}]", "unknown key 'wieght'; did you mean weight?"),
+        ("[{weight: 0.7}]", "path must be given in a table of keys"),
+        ("[{path: a, weight: much}]", "weight: expected a number or null, got 'much'"),
+        ("[[a]]", "expected a table of keys and values, got a list"),
+        ("null", "expected a list such as"),
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_named(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        convert(list[SourceConfig], read_text(text, "--data.sources"))
+    assert message in str(caught.value)
+
+
+def test_a_stage_in_one_word() -> None:
+    stage = StageConfig(2 * 10**9, {"books": 0.5, "code": 0.5})
+    assert convert(list[StageConfig], read_text("2G:books=0.5,code=0.5", "--data.stages")) == [stage]
+    with pytest.raises(UserError, match="expected FROM_TOKENS:NAME=WEIGHT"):
+        convert(list[StageConfig], read_text("books=0.5", "--data.stages"))

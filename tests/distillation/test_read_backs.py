@@ -23,7 +23,8 @@ from dualroute.distillation.module import Distill
 from dualroute.distillation.teacher import Teacher
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.foreign.gpt2_teacher import Gpt2Teacher
-from dualroute.training.config import OptimConfig, TrainConfig
+from dualroute.training.config import TrainConfig
+from dualroute.training.optim_config import OptimConfig
 from tests.training.step.test_read_backs import CONFIG, CONTEXT, as_on_cuda, on_device, windows
 
 __all__ = ["as_on_cuda"]  # a fixture

@@ -53,6 +53,15 @@ def test_the_notebook_runs_in_an_empty_folder(tmp_path, monkeypatch, capfd):
     assert losses[-1][1] < losses[0][1] - 0.5
 
 
+def test_what_it_shows_is_of_no_machine():
+    text = (ROOT / "docs/notebooks" / NAME).read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] == number for number, cell in enumerate(cells, 1))
+    assert not [
+        folder for folder in ("/home/", "/root/", "/tmp/", "/work/", "site-packages") if folder in text
+    ]
+
+
 def test_a_copy_is_made_once_and_never_over_another_file(tmp_path, capsys):
     assert (shipped_folder("notebooks") / NAME).samefile(ROOT / "docs/notebooks" / NAME)
     assert main(["notebook", str(tmp_path)]) == 0

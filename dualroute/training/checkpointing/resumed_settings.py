@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.folder import WEIGHTS, Checkpoint, find_checkpoint
-from dualroute.training.config import MuonConfig, OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import PretrainConfig, TrainConfig
 from dualroute.training.finetuning.config import RULES as STRATEGY_RULES
+from dualroute.training.optim_config import MuonConfig, OptimConfig
 from dualroute.training.step.optim import learning_rate
 from dualroute.training.step.token_count import TokenCount
 
@@ -104,7 +105,8 @@ def refuse_changes(checkpoint: Checkpoint, config: PretrainConfig, data_fingerpr
         if rules.get(key) == "refused" and key in saved and saved[key] != ours[key]
     ]
     their_data = checkpoint.metadata.get("data_fingerprint", data_fingerprint)
-    if their_data != data_fingerprint:
+    packed = any(line.startswith(("data.packing", "data.fim")) for line in changed)  # which changes it too
+    if their_data != data_fingerprint and not packed:
         changed.append(
             f"data.path was {saved.get('data.path', 'a folder')} with fingerprint {their_data} and is "
             f"{config.data.path} with {data_fingerprint}"

@@ -28,12 +28,13 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.window_module import Batch, WindowDataModule
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, SamplingConfig, generate
-from dualroute.training.config import OptimConfig, SpikeGuardConfig, TrainConfig
+from dualroute.training.config import SpikeGuardConfig, TrainConfig
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.depth import DepthCourse, course_of
 from dualroute.training.finetuning.draws import draw_seed
 from dualroute.training.finetuning.freezing import with_frozen, without_frozen
 from dualroute.training.monitoring.source_losses import SourceLosses
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.parallel.sequence import new_sequence_group
 from dualroute.training.parallel.sharded_weights import InitialWeights
 from dualroute.training.step.losses import chunked_cross_entropy

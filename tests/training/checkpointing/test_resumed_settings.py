@@ -23,8 +23,9 @@ from dualroute.training.checkpointing.publishing.upkeep import best_by_validatio
 from dualroute.training.checkpointing.resumed_settings import RULES, learning_rate_note
 from dualroute.training.checkpointing.state.layout import StateLayout
 from dualroute.training.checkpointing.state.reshard import refuse_other_precision, saved_precision
-from dualroute.training.config import OptimConfig, PretrainConfig, TrainConfig
+from dualroute.training.config import PretrainConfig, TrainConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.token_count import TokenCount
 from tests import warm
 from tests.conftest import ROOT

@@ -11,10 +11,10 @@ from torch import nn
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
-from dualroute.training.config import OptimConfig
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.depth import DepthCourse, course_of, unit_of
 from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.optim import HyperParameters, build_optimizer, parameter_groups
 from tests.training.checkpointing.runs import killed_in, pretrain
 from tests.training.step.test_module import curve

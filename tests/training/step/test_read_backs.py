@@ -15,7 +15,8 @@ from dualroute.attention.backends.flash.backend import FLASH
 from dualroute.attention.core import precision
 from dualroute.data.reader import IGNORE_INDEX, collate
 from dualroute.model import DualRoutingTransformer, ModelConfig
-from dualroute.training.config import OptimConfig, TrainConfig
+from dualroute.training.config import TrainConfig
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.module import Pretrain
 
 CONTEXT = 256

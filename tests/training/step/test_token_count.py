@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dualroute.errors import UserError
 from dualroute.model.checkpoint.format import Checkpoint
-from dualroute.training.config import OptimConfig, TrainConfig
+from dualroute.training.config import TrainConfig
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.optim import learning_rate, lr_at
 from dualroute.training.step.token_count import TokenCount
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from dualroute import compat
 from dualroute.errors import UserError
-from dualroute.training.config import OptimConfig
 from dualroute.training.finetuning.depth import DepthCourse
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.optim.groups import groups_of, matrices_of
 from dualroute.training.step.optim.muon import MuonWithAdamW
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dualroute.training.config import OptimConfig, TrainConfig
+from dualroute.training.config import TrainConfig
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.token_count import TokenCount
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dualroute.attention.projections import Projections
 from dualroute.model.layers import TransformerBlock
 from dualroute.model.lm_head import NextTokenHead
-from dualroute.training.config import OptimConfig
 from dualroute.training.finetuning.adapted import is_adapter
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.optim.muon import Matrix
 
 # kinds of groups, in their order

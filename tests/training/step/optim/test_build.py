@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dualroute.errors import UserError
-from dualroute.training.config import OptimConfig, SpikeGuardConfig
+from dualroute.training.config import SpikeGuardConfig
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.optim import (
     HyperParameters,
     build_optimizer,

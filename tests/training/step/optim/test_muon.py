@@ -13,7 +13,7 @@ from torch import nn
 
 from dualroute.model import DualRoutingTransformer
 from dualroute.model.config import ModelConfig
-from dualroute.training.config import MuonConfig, OptimConfig
+from dualroute.training.optim_config import MuonConfig, OptimConfig
 from dualroute.training.step.optim import HyperParameters, build_optimizer, groups_of
 from dualroute.training.step.optim.groups import matrices_of
 from dualroute.training.step.optim.muon import Flat, Matrix, MuonWithAdamW, Piece, _portions, orthogonalize

@@ -15,10 +15,10 @@ from dualroute.model import DualRoutingTransformer
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
 from dualroute.model.config import ModelConfig
 from dualroute.training.checkpointing.state.reader import open_state
-from dualroute.training.config import OptimConfig
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.finetuning.depth import DepthCourse
 from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.optim_config import OptimConfig
 from dualroute.training.step.module import Pretrain
 from dualroute.training.step.optim import HyperParameters, build_optimizer
 from tests.sealed import rewrite
