@@ -189,7 +189,7 @@ def main() -> None:
     for name, make in (("litdata", litdata_side), ("mosaicml-streaming", mosaic_side)):
         try:
             sides[name] = make(manifest, folder / f"{name}-{options.tokens}-{context}", context)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:
             print(f"{name} is left out: {error}")
     count = min(options.tokens // (ROWS * context) - 2, 2_000_000 // (ROWS * context))
     read = {name: _reading(batches, count) for name, batches in sides.items()}

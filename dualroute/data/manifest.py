@@ -117,7 +117,7 @@ class Manifest:
             return [self.folder / shard.file for shard in self.split(split).shards]
         return [self.mirror.get(one.file, one.sha256, one.size) for one in self.split(split).shards]
 
-    def open_shard(self, shard: Shard) -> IO[bytes]:
+    def open_shard(self, shard: Shard, wait: bool = False) -> IO[bytes]:
         """A tar, opened to be read; a copy of one that lies elsewhere stays as long as it, or a map of it,
         is open.
 
@@ -126,7 +126,7 @@ class Manifest:
             UnusableData: it lies elsewhere and cannot be had, or is not what it should be.
         """
         if self.mirror is not None:
-            return self.mirror.open(shard.file, shard.sha256, shard.size)
+            return self.mirror.open(shard.file, shard.sha256, shard.size, wait)
         path = self.folder / shard.file
         require_regular(path)
         return open(path, "rb")

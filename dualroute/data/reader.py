@@ -33,6 +33,7 @@ from dualroute.data.manifest import Manifest
 from dualroute.data.order.document_stream import DocumentStream
 from dualroute.data.plan import Request, WindowPlan
 from dualroute.data.remote.config import BadDataPolicy
+from dualroute.data.remote.disk_cache import CacheFull
 from dualroute.data.remote.mirror import UnusableData
 from dualroute.errors import UserError, other_remedy
 
@@ -167,13 +168,13 @@ class ShardReader:
         shard = self.split.shards[number]
         try:
             return self.manifest.open_shard(shard)
+        except CacheFull:
+            self.close()  # what is mapped here may go first
+            return self.manifest.open_shard(shard, wait=True)
         except UserError as error:
-            if self.manifest.mirror is None:
-                raise UnusableData(str(other_remedy(error, _REMEDY))) from error
-            if isinstance(error, UnusableData) or not self._open:
+            if self.manifest.mirror is not None:
                 raise
-        self.close()  # a cache that is full has room again without what is mapped here
-        return self.manifest.open_shard(shard)
+            raise UnusableData(str(other_remedy(error, _REMEDY))) from error
 
 
 class WindowDataset(Dataset[dict[str, NDArray[np.int64]]]):

@@ -41,6 +41,10 @@ _SCRATCH_SECONDS = 7 * 24 * 3600.0
 _log = logging.getLogger(__name__)
 
 
+class CacheFull(UserError):
+    """All that is in the cache is in use; somebody may let go of it."""
+
+
 @dataclass(frozen=True)
 class _Copy:
     """A file in the cache."""
@@ -128,6 +132,7 @@ class DiskCache:
 
         Raises:
             UserError: waited in vain.
+            CacheFull: there is no room.
         """
         lock = self.folder / "locks" / f"{path.parent.name}.{path.name}.lock"
         part = path.with_name(path.name + ".part")
@@ -159,7 +164,7 @@ class DiskCache:
         """Let go of what was used longest ago until ``size`` more bytes fit, and speak for them in ``lock``.
 
         Raises:
-            UserError: they do not, with all that is in use.
+            CacheFull: they do not, with all that is in use.
         """
         if size > self.limit:
             raise UserError(
@@ -189,7 +194,7 @@ class DiskCache:
                     break
                 short -= self._remove_set(lease)
             if short > 0:
-                raise UserError(
+                raise CacheFull(
                     f"data.cache_dir {self.folder} is full: {size:,} bytes more are needed, the limit is "
                     f"{self.limit:,} (data.cache_gib), {shutil.disk_usage(self.folder).free:,} are free on "
                     f"the disk, and {in_use:,} are being read; raise data.cache_gib, make room on the disk, "

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from dualroute.data.remote.address import file_address, shown
 from dualroute.data.remote.config import GIB, RemoteOptions
-from dualroute.data.remote.disk_cache import DiskCache
+from dualroute.data.remote.disk_cache import CacheFull, DiskCache
 from dualroute.data.remote.http_transfer import Part, Unreachable
 from dualroute.data.remote.stores import store_of
 from dualroute.errors import UserError
@@ -154,7 +154,8 @@ class Mirror:
 
         Raises:
             UnusableData: it cannot be had, or is not what it should be.
-            UserError: there is no room, or another process that brings it does not get ahead.
+            CacheFull: there is no room.
+            UserError: another process that brings it does not get ahead.
         """
         path = self.folder / file
         if self._is_there(path, size):
@@ -166,10 +167,16 @@ class Mirror:
                 self._bring(file, path, sha256, size, size if size is not None else limit or 0)
         return path
 
-    def open(self, file: str, sha256: str, size: int) -> IO[bytes]:
-        """A copy, opened, that stays as long as it, or a map of it, is open; raises as `get` does."""
+    def open(self, file: str, sha256: str, size: int, wait: bool = False) -> IO[bytes]:
+        """A copy, opened, that stays as long as it, or a map of it, is open; raises as `get` does.
+
+        Args:
+            wait: in a cache that is full, as long as for an answer of the store: others may let go of
+                something.
+        """
+        until = time.monotonic() + self.options.timeout
         for _ in range(10):
-            path = self.get(file, sha256, size)
+            path = self._get_when_there_is_room(file, sha256, size, until if wait else 0.0)
             stream = self._cache.open_copy(path)
             if stream is not None:
                 return stream
@@ -177,6 +184,15 @@ class Mirror:
             f"{path}: goes as soon as it is there; data.cache_gib {self.limit / GIB:.3g} is too little "
             "for so many processes: raise it"
         )
+
+    def _get_when_there_is_room(self, file: str, sha256: str, size: int, until: float) -> Path:
+        while True:
+            try:
+                return self.get(file, sha256, size)
+            except CacheFull:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(random.uniform(0.02, 0.1))
 
     def holds(self, file: str, size: int) -> bool:
         """Whether a copy is there."""

@@ -71,15 +71,15 @@ def _of_manifests(one: Manifest, other: Manifest) -> Iterator[tuple[str, Any, An
         for key in ("documents", "tokens", "bytes"):
             values = ["none" if side is None else getattr(side, key) for side in sides]
             if values[0] != values[1]:
-                yield f"{split}: {key}", *values
+                yield f"{split}: {key}", values[0], values[1]
         counts = [0 if side is None else len(side.shards) for side in sides]
         if counts[0] != counts[1]:
-            yield f"{split}: shards", *counts
+            yield f"{split}: shards", counts[0], counts[1]
     options = [_options(manifest) for manifest in (one, other)]
     for key in sorted({*options[0], *options[1]}):
         values = [side.get(key, "not given") for side in options]
         if values[0] != values[1]:
-            yield f"option {key}", *values
+            yield f"option {key}", values[0], values[1]
 
 
 def _options(manifest: Manifest) -> dict[str, Any]:

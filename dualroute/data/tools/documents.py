@@ -37,7 +37,7 @@ class Document:
     Attributes:
         number: in the split.
         tokens: <bos> and <eos> included.
-        bytes: of the text, in UTF-8.
+        num_bytes: of the text, in UTF-8.
         name: where it came from; "" if nothing is noted.
         language: "" if nothing is noted.
         digest: 16 bytes of the SHA-256 of the text, of the ids where none is noted.
@@ -45,7 +45,7 @@ class Document:
 
     number: int
     tokens: int
-    bytes: int
+    num_bytes: int
     name: str
     language: str
     digest: bytes

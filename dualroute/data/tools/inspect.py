@@ -65,8 +65,8 @@ def inspect_data(config: ShowDataConfig) -> int:
     if manifest.mirror is not None:
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         here = [shard for shard in shards if manifest.mirror.holds(shard.file, shard.size)]
-        size = sum(shard.size for shard in here) / 2**20
-        copies = f"{len(here)} of {len(shards)} shards, {size:,.1f} MiB, in {manifest.folder}"
+        here_mib = sum(shard.size for shard in here) / 2**20
+        copies = f"{len(here)} of {len(shards)} shards, {here_mib:,.1f} MiB, in {manifest.folder}"
         rest.add_row("copies here", cell(copies))
     for key in ("licence", "input_files", "dropped"):
         if manifest.preparation.get(key):

@@ -38,7 +38,7 @@ def sample_data(config: SampleDataConfig) -> int:
         ids = reader.read(number, 0, min(about.tokens, config.max_tokens)).tolist()
         language = f", {about.language}" if about.language else ""
         title = f"{config.split} {number:,}: {about.name or 'source not noted'}{language}"
-        title += f", {about.tokens:,} tokens, {about.bytes:,} bytes"
+        title += f", {about.tokens:,} tokens, {about.num_bytes:,} bytes"
         console.print(Rule(Text(printable(title)), align="left"))
         if config.ids:
             console.print(Text(" ".join(map(str, ids))), style="dim", soft_wrap=True)

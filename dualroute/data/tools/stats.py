@@ -117,7 +117,7 @@ def _of_split(
             group = groups[name]
             group.documents += 1
             group.tokens += document.tokens
-            group.bytes += document.bytes
+            group.bytes += document.num_bytes
     found = np.unique(np.frombuffer(bytes(held), dtype="V16").view([("a", "<u8"), ("b", "<u8")]))
     stats.duplicates = stats.read - len(found)
     stats.sources, stats.languages = dict(stats.sources), dict(stats.languages)

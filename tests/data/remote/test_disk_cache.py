@@ -93,7 +93,7 @@ def test_who_does_not_get_ahead_is_not_waited_for_for_ever(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_cache_smaller_than_the_set(web: WebServer, local: Manifest, tmp_path: Path, workers: int) -> None:
-    options = quick(tmp_path, size=140_000)
+    options = quick(tmp_path, size=140_000, timeout=20.0)
     assert same(batches(web.url, options, num_workers=workers), batches(local.folder))
     assert DiskCache(options.cache_dir, options.cache_bytes).used() <= 140_000
     assert web.count()["train-00000.tar"] >= 1
@@ -113,7 +113,7 @@ def test_the_shard_that_was_read_longest_ago_goes_first(web: WebServer, tmp_path
 
 
 def test_what_is_in_use_never_goes(web: WebServer, tmp_path: Path) -> None:
-    manifest = Manifest.load(web.url, quick(tmp_path, size=80_000))
+    manifest = Manifest.load(web.url, quick(tmp_path, size=80_000, timeout=0.5))
     held = [ShardReader(manifest, "train") for _ in range(2)]
     assert [reader.read(document, 0, 1)[0] for reader, document in zip(held, (0, 3), strict=True)] == [
         0,
@@ -139,7 +139,7 @@ def test_a_reader_gives_up_its_own_maps_before_it_gives_up(web: WebServer, tmp_p
 
 
 def test_sets_that_nobody_has_open_go_last(web: WebServer, local: Manifest, tmp_path: Path) -> None:
-    options = quick(tmp_path, size=60_000 + 15_000)
+    options = quick(tmp_path, size=75_000, timeout=0.5)
     first = Manifest.load(f"{web.url}?one", options)
     first.check_index("train")
     folder = first.folder
@@ -190,7 +190,7 @@ def test_a_full_disk(web: WebServer, options: RemoteOptions, monkeypatch: pytest
 def test_a_disk_that_others_have_filled(
     web: WebServer, options: RemoteOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = Manifest.load(web.url, options)
+    manifest = Manifest.load(web.url, dataclasses.replace(options, timeout=0.5))
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("dualroute.data.remote.disk_cache.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"is full: .*1,000 are free on the disk"):

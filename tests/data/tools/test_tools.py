@@ -107,12 +107,14 @@ def test_sample(mine: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_commands_a_terminal_is_shown_as_text(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mine: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = {"a": "red [bold]bird[/bold] \x9b31m", "b[red]": "other stone"}
-    manifest = prepare_texts(tmp_path, texts, val_documents=["b*"], vocab_size=270)
+    texts = {"a": "red [bold]bird[/bold] \u202e stone", "b[red]": "other stone"}
+    manifest = prepare_texts(tmp_path, texts, val_documents=["b*"], tokenizer=str(mine.tokenizer_path))
     assert main(["data", "sample", str(manifest.folder)]) == 0
-    assert "[bold]bird[/bold]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[bold]bird[/bold]" in out
+    assert "\u202e" not in out
     assert main(["data", "stats", str(manifest.folder)]) == 0
     assert "b[red].txt" in capsys.readouterr().out
 
