@@ -12,7 +12,7 @@ from typing import Literal
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.paths import ConfigFile, LocalPath, ResumePath
-from dualroute.settings import SEEDS, Range, above, at_least, check_fields
+from dualroute.settings import SEEDS, above, at_least, check_fields
 from dualroute.training.data_config import DataConfig
 from dualroute.training.finetuning.config import StrategyConfig
 from dualroute.training.monitoring.config import MonitorConfig
