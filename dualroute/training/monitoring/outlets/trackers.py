@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Trackers:
         self._loggers: dict[str, Any] = {}
         for key, make in (("wandb", _wandb), ("mlflow", _mlflow)):
             if getattr(config, key) is not None:
-                self._try(key, lambda make=make, key=key: self._open(key, make, config, run, settings))
+                self._try(key, partial(self._open, key, make, config, run, settings))
 
     def _open(
         self, key: str, make: Callable[[str, Path], Any], config: MonitorConfig, run: Path, settings: str
@@ -66,12 +67,12 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Figures after ``step`` optimizer steps."""
         for key, logger in list(self._loggers.items()):
-            self._try(key, lambda logger=logger: logger.log_metrics(dict(values), step))
+            self._try(key, partial(logger.log_metrics, dict(values), step))
 
     def close(self, *, well: bool) -> None:
         """Say how the run has ended."""
         for key, logger in list(self._loggers.items()):
-            self._try(key, lambda logger=logger: _finish(logger, well))
+            self._try(key, partial(_finish, logger, well))
         self._loggers.clear()
 
     def _try(self, key: str, action: Callable[[], Any]) -> None:
