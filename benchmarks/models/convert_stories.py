@@ -23,6 +23,7 @@ from sampled_corpus import sample_corpus
 from dualroute.cli import main as main_of_dualroute
 from dualroute.evaluate.perplexity import EvaluateConfig, evaluate
 from dualroute.model.checkpoint.format import find_checkpoint, load_model
+from dualroute.model.cost.flops import keys_read as keys_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py is
 from measure import show
@@ -104,8 +105,8 @@ def loss(options: argparse.Namespace, model: Path) -> float:
 
 def keys_read(model: Path, context: int) -> float:
     """Keys that a token reads, over all layers and heads."""
-    loaded = load_model(find_checkpoint(model))
-    return sum(loaded._keys_read(layer, context) for layer in loaded.layers)
+    config = load_model(find_checkpoint(model)).config
+    return sum(sum(keys_of(config.of_layer(number), context)) for number in range(config.num_layers))
 
 
 def per_cent(values: list[float], whole: float) -> str:

@@ -14,7 +14,7 @@ import torch
 from dualroute.cli import main
 from dualroute.data.manifest import Manifest
 from dualroute.data.plan import BatchPlan
-from dualroute.data.reader import open_stream
+from dualroute.data.reader import ShardReader, WindowDataset, open_stream
 from dualroute.distillation import cache_logits
 from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, finish
 from dualroute.distillation.logit_reader import CachedWindows, CacheFaults, LogitCache, told
@@ -235,7 +235,7 @@ def test_past_its_end_the_cache_says_so(cache, tiny_dataset):
         LogitCache(cache).read(SAMPLES)
     manifest = Manifest.load(tiny_dataset)
     plan = BatchPlan(open_stream(manifest, "train"), manifest.fingerprint, 0, 64, 1)
-    windows = cache_logits.WindowDataset(cache_logits.ShardReader(manifest, "train"), plan)
+    windows = WindowDataset(ShardReader(manifest, "train"), plan)
     extended = CachedWindows(windows, LogitCache(cache), plan)
     first, last, after = plan.sample_ids(SAMPLES - 2, 3).tolist()
     add = (CacheFaults(),)
@@ -278,7 +278,7 @@ def test_samples_lie_in_the_order_of_the_plan(cache, tiny_dataset, teacher):
     manifest = Manifest.load(tiny_dataset)
     plan = BatchPlan(open_stream(manifest, "train"), manifest.fingerprint, 0, 64, 1)
     config = cache_logits.CacheLogitsConfig(top_k=K, micro_batch=1)
-    windows = cache_logits.WindowDataset(cache_logits.ShardReader(manifest, "train"), plan)
+    windows = WindowDataset(ShardReader(manifest, "train"), plan)
     model = cache_logits.load_teacher(
         str(teacher), cache_logits.Tokenizer(manifest.tokenizer_path), str(tiny_dataset), 64
     )

@@ -258,7 +258,7 @@ def test_what_evaluate_wrote_before_is_as_it_was(checkpoint, files):
     config = parse_stage("evaluate", ["--checkpoint", str(checkpoint), "--text", str(files / "one.txt")])
     assert set(config.of_one_measure()) == {
         "checkpoint", "data", "text", "split", "context", "stride", "max_tokens", "batch_size", "device",
-        "dtype", "scale", "output",
+        "dtype", "scale", "output", "cache_dtype", "sources",
     }  # fmt: skip
 
 

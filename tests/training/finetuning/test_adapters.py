@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dualroute.compat import compile_regions
 from dualroute.errors import UserError
 from dualroute.export.hf.folder import named_weights
 from dualroute.model import DualRoutingTransformer, ModelConfig
@@ -151,6 +152,7 @@ def adapted_again(model: DualRoutingTransformer) -> DualRoutingTransformer:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_compiler_takes_a_layer_with_its_adapter_whole(kind: str) -> None:
+    compile_regions()  # as a training does
     layer, rows = adapted(kind).get_submodule("layers.0.attention.local_qkv"), torch.randn(3, 32)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)  # a break in the graph is an error
     torch.testing.assert_close(compiled(rows), layer(rows))

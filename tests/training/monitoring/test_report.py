@@ -11,7 +11,7 @@ from tests.training.checkpointing.runs import KEPT, pretrain
 def test_the_data_are_those_of_the_configuration(tmp_path, tiny_dataset):
     path = tmp_path / "config.yaml"
     path.write_text(f"data:\n  path: {tiny_dataset}\n")
-    assert _data_of(path) == tiny_dataset
+    assert _data_of(path) == str(tiny_dataset)
     assert dict(_corpus(_data_of(path)))["tokens in it"].endswith("(vocabulary 320)")
     path.write_text("data: {path: /a/b$$c}\n")
     assert str(_data_of(path)) == "/a/b$c"
