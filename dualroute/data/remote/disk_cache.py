@@ -131,7 +131,7 @@ class DiskCache:
             patience: seconds to wait without a sign that the other one gets ahead.
 
         Raises:
-            UserError: waited in vain.
+            UserError: The time to wait is over and the lock is still held.
             CacheFull: there is no room.
         """
         lock = self.folder / "locks" / f"{path.parent.name}.{path.name}.lock"
