@@ -36,6 +36,12 @@ def split_ids(ids: ArrayLike) -> tuple[Int64, Int64]:
     return sources, np.where(sources < 0, EMPTY, ids & ((1 << _SOURCE_SHIFT) - 1))
 
 
+def _targets_of(parts: Sequence[SamplePlan] | Sequence[SequencePlan], samples: ArrayLike) -> int:
+    sources, ids = split_ids(samples)
+    numbers = [source for source in np.unique(sources).tolist() if source >= 0]
+    return sum(parts[source].num_targets(ids[sources == source]) for source in numbers)
+
+
 @dataclass(frozen=True, eq=False)
 class MixturePlan:
     """The order of a training on several sources; see `dualroute.data.plan.SamplePlan`.
@@ -106,12 +112,7 @@ class MixturePlan:
 
     def num_targets(self, samples: ArrayLike) -> int:
         """See `SamplePlan.num_targets`."""
-        sources, ids = split_ids(samples)
-        return sum(
-            self.parts[source].num_targets(ids[sources == source])
-            for source in np.unique(sources).tolist()
-            if source >= 0
-        )
+        return _targets_of(self.parts, samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +135,7 @@ class MixtureSequence:
 
     def num_targets(self, samples: ArrayLike) -> int:
         """See `SequencePlan.num_targets`."""
-        sources, ids = split_ids(samples)
-        return sum(
-            self.parts[source].num_targets(ids[sources == source])
-            for source in np.unique(sources).tolist()
-            if source >= 0
-        )
+        return _targets_of(self.parts, samples)
 
 
 class WalkSources(WalkSequence):
