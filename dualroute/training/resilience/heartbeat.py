@@ -130,6 +130,19 @@ def process_is_gone(beat: Beat) -> bool:
         return False
 
 
+def _write_over(path: Path, content: bytes) -> None:
+    """Replace a small file's content in one call of the system, so that a process killed at any moment leaves
+    the old one or the new one: a file that is emptied first may stay empty.
+
+    What a longer content leaves behind is overwritten with spaces, which mean nothing in JSON.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
+    finally:
+        os.close(descriptor)
+
+
 class Heart:
     """This rank's file.  ``mark`` costs an assignment; ``beat`` writes and is for another thread."""
 
@@ -185,7 +198,7 @@ class Heart:
         # a file system that is away is no reason to stop a training
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(exist_ok=True)
-            self.path.write_text(json.dumps(dataclasses.asdict(self._beat)), encoding="utf-8")
+            _write_over(self.path, json.dumps(dataclasses.asdict(self._beat)).encode())
         return self._beat
 
 

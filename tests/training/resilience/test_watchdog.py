@@ -41,7 +41,7 @@ def test_a_killed_rank_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     run = tmp_path / "run"
     (code, _), (killed, _) = results = finish(start(tiny_dataset, run, 12, fault=("kill", 1, 6)))
-    assert (code, killed) == (EXIT_STALLED, -signal.SIGKILL)
+    assert (code, killed) == (EXIT_STALLED, -signal.SIGKILL), results
     assert "rank 1 (host " in the_line(results)
     assert "is dead: its process is gone, last seen in " in the_line(results)
 
