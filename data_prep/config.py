@@ -343,6 +343,19 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
     return {"options": options, "inputs": [source.fingerprint() for source in corpus.files]}
 
 
+#: Options that are looked at after documents have been cleaned: those parts do not depend on them.
+_AFTER_CLEANING = {
+    *("tokenizer", "tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb", "seed"),
+    *("val_fraction", "val_documents", "counterfactual", "counterfactual_mode"),
+}
+
+
+def cleaning_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    """What of a plan decides what the cleaned documents are."""
+    options = {name: value for name, value in plan["options"].items() if name not in _AFTER_CLEANING}
+    return {**plan, "options": options}
+
+
 def _plan_cleaning(config: PrepareConfig, options: dict[str, Any]) -> None:
     """Options of cleaning as a plan holds them: those that are used, no paths, and what else decides the
     result."""

@@ -19,8 +19,6 @@ hours are spent.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -35,10 +33,11 @@ from data_prep import corpora
 from data_prep.clean import CleanDocument, Selection, select
 from data_prep.cleaning.stage import Cleaner
 from data_prep.composition import composition, described, warning
-from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, differences_between, plan_of
+from data_prep.config import DEFAULT_VAL_FRACTION, PrepareConfig, cleaning_plan, differences_between, plan_of
 from data_prep.counterfactual import Swaps, with_counterfactuals
 from data_prep.download import default_download_folder
 from data_prep.notes import SPLITS, STATE_FOLDER, SURVEY_FILE, Unusable, read_plan, read_survey, write_note
+from data_prep.output_folder import PREPARATION_FILE, claimed, explain, strangers
 from data_prep.progress import Reporter
 from data_prep.report import REPORT_FILE, write_report
 from data_prep.shards import write_index, write_shards
@@ -59,12 +58,10 @@ from dualroute.data.manifest import (
 )
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, other_remedy
-from dualroute.files import file_sha256, locked, remove_leftovers, write_bytes_atomically
+from dualroute.files import file_sha256, remove_leftovers, write_bytes_atomically
 
-PREPARATION_FILE = "preparation.json"
 CONTAMINATED_FILE = "contaminated.jsonl"
 _SHOWN_REASONS = 12
-_LOCK_FILE = ".prepare.lock"
 _TAIL_NOTE = "there is one document: its end is held out as val (cut files into documents with --separator)"
 
 
@@ -86,7 +83,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         with claimed(output):
             return Preparation(config).run()
     except OSError as error:
-        raise _explain(error, output) from error
+        raise explain(error, output) from error
 
 
 def prepare_command(config: PrepareConfig) -> Manifest | None:
@@ -99,7 +96,7 @@ def prepare_command(config: PrepareConfig) -> Manifest | None:
     try:
         return prepare_in_tasks(config)
     except OSError as error:
-        raise _explain(error, Path(config.output)) from error
+        raise explain(error, Path(config.output)) from error
 
 
 def summary(manifest: Manifest) -> str:
@@ -129,36 +126,6 @@ def summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _explain(error: OSError, output: Path) -> UserError:
-    where = error.filename2 or error.filename or output  # of a rename, the target
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{where}: no space left; free some and run again (finished shards are kept)")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"{where}: not writable ({error.strerror}); choose another output folder")
-    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP):
-        return UserError(
-            f"{where}: is in the way ({error.strerror}); remove it, or choose another output folder"
-        )
-    return UserError(f"{where}: {error.strerror or error}; mend that and run again (it continues)")
-
-
-@contextlib.contextmanager
-def claimed(output: Path) -> Iterator[None]:
-    """The output folder, for this process alone; made if need be, and removed again if it stays empty."""
-    made = not output.exists()
-    if not made and not output.is_dir():
-        raise UserError(f"output {output}: exists and is not a folder; choose another")
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(output / _LOCK_FILE) as mine:
-            if not mine:
-                raise UserError(f"output {output}: another preparation is writing there; wait for it")
-            yield
-    finally:
-        if made and not any(output.iterdir()):
-            output.rmdir()
-
-
 class Preparation:
     """The steps of one run, over what they share.
 
@@ -174,7 +141,7 @@ class Preparation:
         self.config, self.corpus, self.given, self.output, self.plan = config, corpus, given, output, plan
         self.state = output / STATE_FOLDER
         self.swaps = Swaps(config.counterfactual) if config.counterfactual else None
-        self.plan_sha256 = hashlib.sha256(canonical_json(plan)).hexdigest()
+        self.plan_sha256 = _sha256(plan)
         self.report = Reporter(config.progress)
         held_out = corpus.val_documents if config.val_documents is None else tuple(config.val_documents)
         self.selection = Selection(
@@ -187,7 +154,9 @@ class Preparation:
             seed=config.seed,
         )
         self.staged = (
-            staging_of(config, corpus, self.state, self.plan_sha256, self.selection, self.report.note)
+            staging_of(
+                config, corpus, self.state, _sha256(cleaning_plan(plan)), self.selection, self.report.note
+            )
             if config.is_cleaned
             else None
         )
@@ -217,15 +186,22 @@ class Preparation:
         return None
 
     def learn(self) -> dict[str, Any]:
-        """Clean, count, and make the tokenizer; after bad input nothing is left behind."""
+        """Clean, count, and make the tokenizer; after bad input nothing is left behind but documents that
+        have been cleaned, which may have taken days and serve a run with other options of what follows."""
         try:
             self._stage()
             return self._survey()
         except Killed:
             raise
-        except UserError:
-            self._discard()
-            raise
+        except UserError as error:
+            kept = self.staged is not None and self.staged.has_documents
+            self._discard(but_parts=kept)
+            if not kept:
+                raise
+            raise UserError(
+                f"{error} (the cleaned documents are kept in {self.state}: a run with the same options of "
+                "reading and cleaning goes on with them; --force true removes them)"
+            ) from error
 
     # Step 1: is there an earlier run, and of the same preparation?
 
@@ -233,8 +209,7 @@ class Preparation:
         """Whether the folder is complete already; raises if it is in the way."""
         path = self.output / PREPARATION_FILE
         if not os.path.lexists(path):
-            occupants = sorted(p.name for p in self.output.iterdir() if p.name != _LOCK_FILE)
-            if occupants and not _only_ours(occupants):
+            if occupants := strangers(self.output):
                 raise UserError(
                     f"output {self.output}: not empty ({occupants[0]}); choose a folder that is empty or new"
                 )
@@ -266,9 +241,15 @@ class Preparation:
         except UserError as error:
             raise other_remedy(error, f"use --force true to prepare {self.output} again") from error
 
-    def _discard(self) -> bool:
-        """Remove what a preparation may have written, and nothing else; False if there was none."""
+    def _discard(self, but_parts: bool = False) -> bool:
+        """Remove what a preparation may have written, and nothing else; False if there was none.
+
+        Args:
+            but_parts: keep documents that have been cleaned.
+        """
         if not os.path.lexists(self.output / PREPARATION_FILE):
+            if not but_parts and not strangers(self.output):
+                shutil.rmtree(self.state, ignore_errors=True)
             return False
         (self.output / MANIFEST_FILE).unlink(missing_ok=True)  # first: no complete-looking half
         for split in SPLITS:
@@ -277,7 +258,12 @@ class Preparation:
             (self.output / f"{split}.index.npy").unlink(missing_ok=True)
         for name in (TOKENIZER_FILE, REPORT_FILE, CONTAMINATED_FILE):
             (self.output / name).unlink(missing_ok=True)
-        shutil.rmtree(self.state, ignore_errors=True)
+        if but_parts:
+            for path in self.state.iterdir():
+                if not path.is_dir():
+                    path.unlink()
+        else:
+            shutil.rmtree(self.state, ignore_errors=True)
         remove_leftovers(self.output)
         (self.output / PREPARATION_FILE).unlink()
         return True
@@ -485,6 +471,10 @@ class Preparation:
         return manifest
 
 
+def _sha256(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(plan)).hexdigest()
+
+
 def _cpus() -> int:
     """CPUs that this process may use (macOS cannot tell)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -492,8 +482,3 @@ def _cpus() -> int:
 
 def _total(counts: dict[str, dict[str, int]], key: str) -> int:
     return sum(count[key] for count in counts.values())
-
-
-def _only_ours(names: list[str]) -> bool:
-    """Whether a folder holds nothing but what a killed run may leave before its plan is written."""
-    return all(name == STATE_FOLDER or name.startswith(f".{PREPARATION_FILE}") for name in names)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs dualroute with its development tools into .venv and runs every check: style, types, direction of
 # imports, tests.  Arguments go to pytest: bash tests/run.sh tests/attention -k causal.  Without the slow ones:
-# bash tests/run.sh -m "not slow".  The time stands at the end; the budget is in tests/budget.py.
+# bash tests/run.sh -m "not slow"; those that show once more, elsewhere or larger, what another one shows:
+# bash tests/run.sh -m nightly.  The time stands at the end; the budget is in tests/budget.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/install.sh deepspeed,compress,eval,export,gguf,tasks,audio,lora,control,prepare,remote,serve,chat,wandb,mlflow,docs,dev

@@ -14,6 +14,7 @@ not depend on who did what when.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -112,6 +113,15 @@ class Staging:
         self._banding = None if similarity is None else Banding.of(similarity)
         self.lots = lots_of(corpus, part_bytes)
         self._known: list[Part] | None = None
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether a part is finished in which a document stays."""
+        for path in self.folder.glob("*-*.json"):
+            with contextlib.suppress(Unusable):
+                if (read_note(path) or {}).get("documents"):
+                    return True
+        return False
 
     @property
     def is_limited(self) -> bool:

@@ -30,7 +30,8 @@ from typing import Any
 
 from data_prep.cleaning.stage import Cleaner
 from data_prep.config import PrepareConfig
-from data_prep.prepare import Preparation, claimed, prepare
+from data_prep.output_folder import claimed
+from data_prep.prepare import Preparation, prepare
 from data_prep.staged.pool import Pool
 from dualroute.data.manifest import TOKENIZER_FILE, Manifest
 from dualroute.data.tokenizer import Tokenizer

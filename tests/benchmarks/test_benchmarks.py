@@ -32,6 +32,8 @@ COMMANDS = {
     "recall-passkey": "recall.py --task passkey --variants routed --seeds 0 1 --length 128 --start 128 "
     "--steps 4 --patience 4 --tokens 256 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
 }
+#: of these, the ones that take longest
+NIGHTLY = {"distillation_loss", "waiting_threads"}
 
 #: quality.py, whose trainings are not processes of their own
 IN_ONE_PROCESS = """
@@ -77,7 +79,10 @@ def run(root: Path, command: str, output: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else []) for name in COMMANDS],
+)
 def test_it_runs_and_writes_its_table(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     rows = run(pytestconfig.rootpath, COMMANDS[name], tmp_path)
     assert (tmp_path / f"{name}.csv").is_file()
@@ -116,6 +121,7 @@ def test_every_script_finds_what_it_imports(tmp_path: Path, pytestconfig: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_quality_trains_and_compares(tiny_dataset: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     variants = ["dense", "interleaved 5:1", "dual, routed"]
     options = (

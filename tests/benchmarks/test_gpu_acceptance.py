@@ -88,6 +88,7 @@ def test_one_failure_stops_no_other_part_and_is_the_exit_status(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_the_toy_form_fills_the_table(
     acceptance: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_it_prints_every_kernel_of_a_shape(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = str(pytestconfig.rootpath / "benchmarks" / "gpu_estimate.py")

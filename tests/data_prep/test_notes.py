@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from data_prep.notes import STATE_FOLDER, Unusable, read_note, write_note
-from data_prep.prepare import PREPARATION_FILE, PrepareConfig, prepare
+from data_prep.output_folder import PREPARATION_FILE
+from data_prep.prepare import PrepareConfig, prepare
 from data_prep.shards import write_index, write_shards
 from dualroute.data.manifest import canonical_json
 from dualroute.errors import UserError

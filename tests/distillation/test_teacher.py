@@ -32,7 +32,7 @@ INSIDE = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_each_rank_holds_its_share_and_says_what_a_whole_teacher_says(ranks, tmp_path):
     warm.ranks(ranks, "tests/distillation/teacher_ranks.py", [str(tmp_path)], cwd=ROOT, env=environment())
 

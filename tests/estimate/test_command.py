@@ -28,7 +28,7 @@ def of(*more):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize("what", ["none", "full", "feed_forward"])
+@pytest.mark.parametrize("what", ["none", "full", pytest.param("feed_forward", marks=pytest.mark.nightly)])
 def test_activations_are_what_a_step_really_uses(what):
     result = of("--train.activation_checkpointing", what)
     estimated = (result.kept_per_token + result.work_per_token) * 4096 / 1024  # KiB

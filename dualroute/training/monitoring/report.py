@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from dualroute.data.manifest import MANIFEST_FILE, Manifest
+from dualroute.data.mixture.config import SourceConfig
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError, one_line, printable
 from dualroute.files import write_bytes_atomically
@@ -31,6 +32,7 @@ from dualroute.model.checkpoint.lineage import total_tokens
 from dualroute.paths import is_remote
 from dualroute.training.monitoring.config import ReportConfig
 from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.monitoring.mixture_record import read_stages
 
 
 def report(config: ReportConfig) -> None:
@@ -42,24 +44,42 @@ def report(config: ReportConfig) -> None:
     run = Path(config.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml")
-    text = _page(run, _data_of(run / "config.yaml"), config)
+    text = _page(run, _corpora(run, _data_of(run / "config.yaml")), config)
     write_bytes_atomically(run / "report.md", text.encode())
     Console().print(Markdown(text))
 
 
-def _data_of(path: Path) -> str:
-    """The folder or address of the shards that a run's config.yaml names.
+def _data_of(path: Path) -> dict[str, str]:
+    """Names and folders, or addresses, of the shards that a run's config.yaml names; one set has no name.
 
     Raises:
         UserError: The file cannot be read, or names none.
     """
     try:
-        folder = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["path"]
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        if sources := [SourceConfig(**source) for source in data.get("sources") or []]:
+            return {source.called: source.path.replace("$$", "$") for source in sources}
+        folder = data["path"]
         if not isinstance(folder, str):
             raise TypeError("data.path is no text")
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as error:
+    except (
+        *(UserError, OSError, ValueError, TypeError, KeyError, AttributeError),
+        yaml.YAMLError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{path} is damaged ({one_line(str(error))}): it should name data.path") from error
-    return folder.replace("$$", "$")  # as dualroute.paths writes it
+    return {"": folder.replace("$$", "$")}  # as dualroute.paths writes it
+
+
+def _corpora(run: Path, folders: dict[str, str]) -> list[tuple[str, str]]:
+    """Lines about the data, with each source's share in every stage of a mixture."""
+    lines = []
+    for name, folder in folders.items():
+        lines += [(f"{label}, {name}" if name else label, text) for label, text in _corpus(folder)]
+    for stage in read_stages(run):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in stage.get("weights", {}).items())
+        lines.append((f"mixture from token {stage.get('from_tokens', 0):,}", shares))
+    return lines
 
 
 def _corpus(folder: str) -> list[tuple[str, str]]:
@@ -99,7 +119,7 @@ def _newest(run: Path) -> tuple[Checkpoint | None, DualRoutingTransformer | None
     return None, None, [problem for _, problem in sorted(problems.items())]
 
 
-def _page(run: Path, data: str, config: ReportConfig) -> str:
+def _page(run: Path, corpora: list[tuple[str, str]], config: ReportConfig) -> str:
     train = read_metrics(run / "metrics.jsonl", "train")
     validation = read_metrics(run / "metrics.jsonl", "validation")
     if not train or not validation:
@@ -123,7 +143,7 @@ def _page(run: Path, data: str, config: ReportConfig) -> str:
         else:
             sample = "(the model sees both sides of each token: it continues no text)"
     rows = [
-        *_corpus(data),
+        *corpora,
         *of_checkpoint,
         (
             "validation loss",

@@ -20,6 +20,7 @@ TOY = (
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_healing_closes_the_gap(real_data: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     folder = real_data / "tiny_lms"
     script = pytestconfig.rootpath / "benchmarks" / "models" / "convert_stories.py"

@@ -215,3 +215,36 @@ def test_lots_and_parts_follow_sizes_alone(corpus) -> None:
     batches = list(batches_of(documents, 2000))
     assert [document for batch in batches for document in batch.documents] == documents
     assert all(sum(len(d.text) for d in batch.documents) >= 2000 for batch in batches[:-1] if batch.ends)
+
+
+def test_after_an_error_of_the_tokenizer_what_is_cleaned_is_not_cleaned_again(
+    cleaned, tmp_path, monkeypatch
+) -> None:
+    expected = files(prepare(cleaned(output=str(tmp_path / "whole"))).folder)
+    too_many = cleaned(vocab_size=60_000)
+    output = Path(too_many.output)
+    with pytest.raises(UserError, match=r"cleaned documents are kept in .*\.prepare: a run with"):
+        prepare(too_many)
+    assert [path.name for path in output.iterdir()] == [".prepare"]
+    with monkeypatch.context() as patched:
+        patched.setattr(parts_module.PartWriter, "close", lambda writer: pytest.fail("cleaned again"))
+        again = prepare(cleaned())
+    assert files(again.folder) == expected
+
+
+def test_with_another_option_of_cleaning_or_with_force_it_is_cleaned_again(cleaned, monkeypatch) -> None:
+    closed = []
+    original = parts_module.PartWriter.close
+    monkeypatch.setattr(parts_module.PartWriter, "close", lambda w: closed.append(w) or original(w))
+
+    def parts_of(**changes) -> int:
+        closed.clear()
+        with pytest.raises(UserError, match="cleaned documents are kept"):
+            prepare(cleaned(vocab_size=60_000, **changes))
+        return len(closed)
+
+    total = parts_of()
+    assert total > 1
+    assert parts_of() == 0
+    assert parts_of(force=True) == total
+    assert parts_of(min_chars=50) == total

@@ -38,7 +38,8 @@ def test_tasks_make_the_same_bytes(tasks, options, tmp_path) -> None:
         (LearnStep, 1),
         (TokeniseStep, tasks),
     ]
-    from data_prep.prepare import Preparation, claimed
+    from data_prep.output_folder import claimed
+    from data_prep.prepare import Preparation
 
     with claimed(Path(config.output)):
         Preparation(config).begin()
@@ -50,7 +51,8 @@ def test_tasks_make_the_same_bytes(tasks, options, tmp_path) -> None:
 
 def test_a_step_before_its_turn_says_what_is_missing(options, tmp_path) -> None:
     config = replace(options, output=str(tmp_path / "tasks"), executor="local", tasks=3)
-    from data_prep.prepare import Preparation, claimed
+    from data_prep.output_folder import claimed
+    from data_prep.prepare import Preparation
 
     with claimed(Path(config.output)):
         Preparation(config).begin()
@@ -62,7 +64,8 @@ def test_a_step_before_its_turn_says_what_is_missing(options, tmp_path) -> None:
 
 def test_finished_lots_are_not_done_again(options, tmp_path, monkeypatch) -> None:
     config = replace(options, output=str(tmp_path / "tasks"), executor="local", tasks=2)
-    from data_prep.prepare import Preparation, claimed
+    from data_prep.output_folder import claimed
+    from data_prep.prepare import Preparation
 
     with claimed(Path(config.output)):
         Preparation(config).begin()

@@ -257,7 +257,7 @@ def test_a_cache_that_cannot_be_written_is_named(fresh: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of processors are x86 ones")
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("processor", [pytest.param("x86-64", marks=pytest.mark.nightly), "x86-64-v3"])
 def test_narrower_vectors_give_the_same(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """128-bit vectors, and the 256-bit ones of AVX2."""
     # the vectors are written out: what the compiler makes of loops besides takes it twice the time
