@@ -46,6 +46,7 @@ class Task:
         most_rows: Of the rows that are scored, where the model writes its answers.
         of: The task whose configuration it is; empty for its own.
         begins_with: The pretraining (configs/pretrain) whose weights its trainings begin with.
+        takes_hours: Of two cores; it is run where it is named.
     """
 
     metric: str
@@ -56,6 +57,7 @@ class Task:
     most_rows: int | None = None
     of: str = ""
     begins_with: str = ""
+    takes_hours: bool = False
 
 
 TASKS = {
@@ -78,7 +80,7 @@ TASKS = {
     "sgd": Task("bleu", "majority", made=True, most_rows=1000),
     "sgd_state": Task("exact_match", "majority", made=True, most_rows=1000),
     "mnist": Task("accuracy"),
-    "mnist_pixels": Task("accuracy"),
+    "mnist_pixels": Task("accuracy", takes_hours=True),
     "digits": Task("accuracy", made_by=("spoken_digits.py", "data/digits")),
     "digit_strings": Task("wer", made_by=("spoken_digits.py", "data/digits")),
     "movielens": Task(
@@ -86,8 +88,13 @@ TASKS = {
         made_by=("interactions.py", "data/interactions"),
         settings=("--data.path", "data/interactions/u.data"),
     ),
-    "listops": Task("accuracy", made_by=("listops.py", "data/listops")),
-    "retrieval": Task("accuracy", "TF-IDF cosine of the pair", made_by=("retrieval.py", "data/retrieval")),
+    "listops": Task("accuracy", made_by=("listops.py", "data/listops"), takes_hours=True),
+    "retrieval": Task(
+        "accuracy",
+        "TF-IDF cosine of the pair",
+        made_by=("retrieval.py", "data/retrieval"),
+        takes_hours=True,
+    ),
 }
 
 #: What programs of `Task.made_by` are made from, in $DUALROUTE_DATA; the others make everything up.
@@ -230,7 +237,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(TASKS)}; none means all")
+    hours = [name for name, task in TASKS.items() if task.takes_hours]
+    parser.add_argument(
+        "names",
+        nargs="*",
+        help=f"of {', '.join(TASKS)}; none means all but those that take hours, {', '.join(hours)}",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/tasks"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--attentions", nargs="+", default=list(ATTENTIONS), choices=ATTENTIONS)
@@ -251,7 +263,7 @@ def main() -> None:
             stream.write(json.dumps(result, ensure_ascii=False) + "\n")
 
     done = {(one["task"], one["attention"], one["seed"]) for one in results}
-    for name in options.names or TASKS:
+    for name in options.names or [name for name in TASKS if name not in hours]:
         if TASKS[name].made:
             task_data.make(name.replace("zh_en", "en_zh"), Path("data/tasks"))
         make(TASKS[name])

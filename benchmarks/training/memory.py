@@ -51,6 +51,10 @@ def run(name: str, data: Path, folder: Path) -> dict[str, float]:
     preset, context, micro_batch, further = RUNS[name]
     output = folder / name.replace(" ", "-").replace(",", "")
     more = further.split()
+    if "--finetune.adapter" in more:  # changes a trained model
+        if not (folder / "5m").exists():
+            run("5m", data, folder)
+        more += ["--init_from", str(folder / "5m")]
     if "--train.tokens_per_batch" not in more:
         more += ["--train.tokens_per_batch", str(context * micro_batch)]
     words = [

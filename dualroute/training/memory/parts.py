@@ -33,6 +33,8 @@ _OF_NCCL = 400 * MIB
 _BUCKET = {"cpu": 2**24, "cuda": 200_000_000}  # numbers in a bucket of DeepSpeed; two of them exist
 #: Holes between what lives, as a share of what comes and goes.
 FRAGMENTATION = {"cpu": 0.03, "cuda": 0.05}
+#: Those of the C library's heap where layers are computed again, in activations of a layer: measured.
+_HOLES_OF_RECOMPUTATION = 1.2
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,9 @@ def memory_of(
     kept, work = activation_bytes(config, count, ranks)
     activations = tokens * (kept + work)
     logits = _logits(config, sizes, tokens, device)
+    holes = 0.0
+    if device == "cpu" and train.activation_checkpointing != "none":
+        holes = _HOLES_OF_RECOMPUTATION * tokens * max(map(sum, _by_layer(config, count, sizes)))
     buffers = float(BUFFERS[device])
     if stage is not None:
         buffers += 2 * _reduced_in(config) * min(_BUCKET[device], count.trained)
@@ -145,7 +150,7 @@ def memory_of(
         logits=logits,
         teacher=teacher,
         buffers=buffers,
-        fragmentation=FRAGMENTATION[device] * (activations + logits),
+        fragmentation=FRAGMENTATION[device] * (activations + logits) + holes,
     )
 
 
@@ -176,10 +181,40 @@ def state_bytes(config: PretrainConfig, ranks: int, count: Count) -> tuple[float
 
 
 def activation_bytes(config: PretrainConfig, count: Count, ranks: int = 1) -> tuple[float, float]:
-    """Bytes per token that all layers keep, and that the layer in work needs on top."""
+    """Bytes per token that all layers keep, and that the layer in work needs on top at the worst moment."""
     model, train = count.model, config.train
     assert model.ffn_dim is not None
     sizes = sizes_of(train.precision, zero_stage(config, ranks))
+    layers = _by_layer(config, count, sizes)
+    extra = count.adapter_width * sizes.products
+    whole = [attention + feed_forward + extra for attention, feed_forward in layers]
+    most = max(whole)  # gradients are of about the size of what they belong to
+    kept = peak = 0.0
+    for index, (attention, feed_forward) in enumerate(layers):
+        if index < count.layers_without_gradients:
+            continue
+        again = index % train.recompute_every_layers == 0
+        if again and train.activation_checkpointing == "full":
+            kept += model.dim * sizes.stream
+            computed_again = whole[index]
+        elif again and train.activation_checkpointing == "feed_forward":
+            kept += attention + extra + (model.dim * sizes.stream if sizes.casts else 0)
+            computed_again = feed_forward
+        else:
+            kept += whole[index]
+            computed_again = 0.0
+        peak = max(peak, kept + computed_again + most)  # by then the layers above have given theirs back
+    work = peak - kept if kept else most
+    if train.offload_activations:  # one layer's in use, one's on its way, and the last one's
+        kept *= min(1.0, 3 / model.num_layers)
+    # of the whole model: the last norm, and the rotary tables, which layers share
+    assert model.head_dim is not None
+    kept += 2 * model.dim * sizes.stream + model.head_dim * 4
+    return kept, work
+
+
+def _by_layer(config: PretrainConfig, count: Count, sizes: Sizes) -> list[tuple[float, float]]:
+    """`layer_bytes` of each."""
     kinds: dict[tuple[object, ...], tuple[float, float]] = {}
     layers = []
     for layer in count.layers:
@@ -187,31 +222,7 @@ def activation_bytes(config: PretrainConfig, count: Count, ranks: int = 1) -> tu
         if kind not in kinds:
             kinds[kind] = layer_bytes(layer, sizes, config.data.context)
         layers.append(kinds[kind])
-    extra = count.adapter_width * sizes.products
-    whole = [attention + feed_forward + extra for attention, feed_forward in layers]
-    # gradients of about the size of what they belong to, and what is computed again
-    work = max(whole)
-    kept = 0.0
-    for index, (attention, feed_forward) in enumerate(layers):
-        if index < count.layers_without_gradients:
-            continue
-        again = index % train.recompute_every_layers == 0
-        if again and train.activation_checkpointing == "full":
-            kept += model.dim * sizes.stream
-        elif again and train.activation_checkpointing == "feed_forward":
-            kept += attention + extra + (model.dim * sizes.stream if sizes.casts else 0)
-        else:
-            kept += attention + feed_forward + extra
-    if train.activation_checkpointing == "full":
-        work += max(whole)
-    elif train.activation_checkpointing == "feed_forward":
-        work += max(feed_forward for _, feed_forward in layers)
-    if train.offload_activations:  # one layer's in use, one's on its way, and the last one's
-        kept *= min(1.0, 3 / model.num_layers)
-    # of the whole model: the last norm, and the rotary tables, which layers share
-    assert model.head_dim is not None
-    kept += 2 * model.dim * sizes.stream + model.head_dim * 4
-    return kept, work
+    return layers
 
 
 def layer_bytes(layer: ModelConfig, sizes: Sizes, context: int) -> tuple[float, float]:
