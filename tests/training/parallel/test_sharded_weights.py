@@ -19,7 +19,7 @@ pytest.importorskip("deepspeed")
 SCRIPT = str(ROOT / "tests/training/parallel/processes/sharded_ranks.py")
 ZERO3 = ("--parallel.strategy", "deepspeed", "--parallel.zero_stage", "3", "--optim.lr", "0.003")
 WIDE = (
-    *("--model.dim", "384", "--model.num_layers", "8", "--train.micro_batch", "1", "--data.context", "32"),
+    *("--model.dim", "512", "--model.num_layers", "8", "--train.micro_batch", "1", "--data.context", "32"),
     *("--train.tokens_per_batch", "128", "--optim.warmup_steps", "0"),
 )
 
