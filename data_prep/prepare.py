@@ -70,8 +70,8 @@ def prepare(config: PrepareConfig) -> Manifest:
 
     Raises:
         UserError: bad options or input, an occupied output folder, no space; one line that says what to
-            do. After bad input nothing is left behind; after a full disk what is finished stays, and the
-            next run continues.
+            do. After bad input nothing is left behind but documents that have been cleaned; after a full
+            disk what is finished stays, and the next run continues.
     """
     config.check()
     if config.executor != "none":

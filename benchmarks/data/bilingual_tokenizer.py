@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,8 +48,8 @@ def code() -> Iterable[str]:
     return (document.text for document in corpora.documents(corpus, options, Path(tempfile.gettempdir())))
 
 
-def gpt2(folder: Path) -> Callable[[str], int]:
-    """GPT-2's number of tokens."""
+def gpt2(folder: Path) -> tuple[int, Callable[[str], int]]:
+    """The size of GPT-2's vocabulary, and its number of tokens of a text."""
     from tokenizers import ByteLevelBPETokenizer
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,8 +61,7 @@ def gpt2(folder: Path) -> Callable[[str], int]:
         )
         (Path(scratch) / "vocab.json").write_bytes(data)
         tokenizer = ByteLevelBPETokenizer(str(Path(scratch) / "vocab.json"), str(folder / "vocab.bpe"))
-        assert len(json.loads(data)) == tokenizer.get_vocab_size()
-    return lambda text: len(tokenizer.encode(text).ids)
+    return tokenizer.get_vocab_size(), lambda text: len(tokenizer.encode(text).ids)
 
 
 def learnt(texts: list[str], vocab_size: int) -> Callable[[str], int]:
@@ -106,7 +104,7 @@ def main() -> None:
         row("English, Chinese and code", vocab_size, learnt(everything, vocab_size))
         row("English alone", vocab_size, learnt(train["English"], vocab_size))
     if options.gpt2:
-        row("GPT-2", 50257, gpt2(options.gpt2))
+        row("GPT-2", *gpt2(options.gpt2))
 
 
 if __name__ == "__main__":

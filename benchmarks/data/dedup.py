@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ import resource
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,17 @@ from data_prep.readers.formats import read_documents
 
 SIMILARITY = 0.7
 PERMUTATIONS = 128
+
+
+def pieces(paths: list[Path], draw: random.Random) -> Iterator[str]:
+    """The texts of files, cut into documents of 500 to 4,000 characters."""
+    for path in paths:
+        for source in read_documents(path, path.name, ReadOptions()):
+            place = 0
+            while place < len(source.text):
+                text = source.text[place : place + draw.randint(500, 4000)]
+                place += len(text)
+                yield text
 
 
 def planted(paths: list[Path], size: int) -> tuple[list[str], list[bool]]:
@@ -52,16 +62,13 @@ def planted(paths: list[Path], size: int) -> tuple[list[str], list[bool]]:
         copies.append(copy)
         total += len(text.encode())
 
-    sources = itertools.chain.from_iterable(read_documents(path, path.name, ReadOptions()) for path in paths)
-    for source in sources:
-        place = 0
-        while place < len(source.text) and total < size:
-            text = source.text[place : place + draw.randint(500, 4000)]
-            place += len(text)
-            add(text, False)
-            if draw.random() < 0.2:
-                few = draw.random() < 0.5
-                add(changed(draw, text, 0.01 if few else 0.2), few)
+    for text in pieces(paths, draw):
+        if total >= size:
+            break
+        add(text, False)
+        if draw.random() < 0.2:
+            few = draw.random() < 0.5
+            add(changed(draw, text, 0.01 if few else 0.2), few)
     return texts, copies
 
 

@@ -19,7 +19,6 @@ import argparse
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -35,6 +34,8 @@ from typing import Any
 os.environ |= {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
+from dedup import ours as without_near_duplicates
+from dedup import pieces
 
 from data_prep.clean import CleanDocument, clean_text
 from data_prep.readers.documents import ReadOptions
@@ -46,16 +47,13 @@ EVALUATION_TEXTS = 2000
 
 def cut(paths: list[Path], size: int) -> list[str]:
     """About ``size`` bytes of documents."""
-    draw = random.Random(0)
     texts: list[str] = []
     total = 0
-    sources = itertools.chain.from_iterable(read_documents(path, path.name, ReadOptions()) for path in paths)
-    for source in sources:
-        place = 0
-        while place < len(source.text) and total < size:
-            texts.append(source.text[place : place + draw.randint(500, 4000)])
-            place += len(texts[-1])
-            total += len(texts[-1].encode())
+    for text in pieces(paths, random.Random(0)):
+        if total >= size:
+            break
+        texts.append(text)
+        total += len(text.encode())
     return texts
 
 
@@ -153,23 +151,7 @@ def personal_data(texts: list[str], folder: Path) -> tuple[Stage, Stage]:
 
 
 def near_duplicates(texts: list[str], folder: Path) -> tuple[Stage, None]:
-    from data_prep.dedup.near import Documents, merged, write_pairs
-    from data_prep.dedup.signatures import Banding, signatures
-    from data_prep.dedup.signed_part import SignedPart, signed_bytes
-
-    banding = Banding.of(0.7)
-
-    def ours() -> None:
-        digests = [hashlib.sha256(text.encode()).digest() for text in texts]
-        part = SignedPart(folder / "texts.signed", len(texts), banding)
-        part.write(signed_bytes(digests, signatures(texts), banding))
-        documents = Documents([part], 0.7)
-        columns = [folder / f"column-{number}" for number in range(documents.columns)]
-        for number, path in enumerate(columns):
-            write_pairs(path, *documents.pairs(number, folder))
-        merged(documents.total, columns)
-
-    return ours, None
+    return (lambda: without_near_duplicates(texts)), None
 
 
 def tokenising(texts: list[str], folder: Path) -> tuple[Stage, Stage]:
@@ -245,7 +227,7 @@ STAGES: dict[str, tuple[Callable[..., tuple[Stage, Stage | None]], str]] = {
     "tokenising one line": (one_long_text, "sentencepiece"),
     "writing shards": (writing, "tarfile + numpy"),
 }
-#: Read twice as cleaned text, once to learn the vocabulary: reading is small beside the rest.
+#: One line is another measurement of the same stage; near duplicates find the exact ones as well.
 IN_A_RUN = [name for name in STAGES if name not in ("tokenising one line", "exact duplicates")]
 
 

@@ -31,7 +31,7 @@ def staging_of(
         config: with at least one option of cleaning.
         corpus: of it.
         state: folder for what is kept until the manifest is written.
-        origin: SHA-256 of options and inputs.
+        origin: SHA-256 of inputs and of the options that decide what cleaned documents are.
         selection: limits of length.
         note: told a line about what has to be made again.
     """

@@ -120,6 +120,17 @@ def test_generated_code_gives_the_same():
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_generated_code_makes_the_layout_too():
+    plain = layer("dual")
+    program = torch.compile(plain, fullgraph=True)
+    hidden, segments = torch.randn(2, 72, 32), packed(72, 30)
+    assert_equal(*(results(f, plain, hidden, segment_ids=segments) for f in (program, plain)))
+    assert not counters["graph_break"]
+
+
 def test_the_operators_keep_torch_s_rules():
     """Fake results like the real ones, gradients registered, nothing written to, also with changing sizes."""
     layout = Layout.build(1, 24, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +96,11 @@ def story(number: int, words: int = 120) -> str:
     draw = random.Random(number)
     lines = [" ".join(draw.choices(WORDS, k=12)) for _ in range(words // 12)]
     return f"Chapter {number}\n\n" + "\n    ".join(lines) + "\n"
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    """{name: content} of the files of a data set."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 @pytest.fixture

@@ -8,22 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prepare import prepare
+from data_prep.prepare import PrepareConfig, prepare
 from dualroute.cli import main
 from tests.conftest import write_corpus
+from tests.data_prep.conftest import files
 
 pytest.importorskip("datatrove", reason="tasks need the extra prepare")
 pytest.importorskip("rensa", reason="near duplicates need the extra prepare")
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(600)]
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def test_tasks_of_slurm_make_the_bytes_of_one_process(cluster, tmp_path, monkeypatch):
-    from data_prep.config import PrepareConfig
-
     write_corpus(tmp_path / "corpus", documents=40)
     options = {"near_duplicates": True, "quality": ["code"], "vocab_size": 320, "val_fraction": 0.1}
     options |= {"shard_size_mb": 0.02, "corpus": str(tmp_path / "corpus"), "progress": False}
@@ -32,16 +27,7 @@ def test_tasks_of_slurm_make_the_bytes_of_one_process(cluster, tmp_path, monkeyp
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     output = tmp_path / "many"
-    flags = [
-        "--near_duplicates",
-        "true",
-        "--quality",
-        "[code]",
-        "--vocab_size",
-        "320",
-        "--val_fraction",
-        "0.1",
-    ]
+    flags = "--near_duplicates true --quality [code] --vocab_size 320 --val_fraction 0.1".split()
     flags += ["--shard_size_mb", "0.02", "--reserved_tokens", "0", "--corpus", str(tmp_path / "corpus")]
     partition = re.search(r"PartitionName=(\S+)", cluster.run("scontrol", "show", "partition")).group(1)
     words = ["--executor", "slurm", "--partition", partition, "--tasks", "2", "--mem_gb", "1"]

@@ -4,9 +4,10 @@ In: the configuration of a run and the number of ranks.  Here: bytes, counted fr
 ``dualroute estimate`` prints them before a run, and :mod:`dualroute.training.memory.check` compares them with
 what a run has used.  No torch is imported here.
 
-The peak lies at the end of a forward pass: everything that the layers keep for the backward pass is there,
-and the loss with a chunk of its logits; from the second step on the optimizer's state and the gradients of
-the step before as well.  What a layer keeps is a sum over the tensors that autograd saves, which
+The peak lies at the end of a forward pass, or in the backward pass where layers are computed again:
+everything that the layers keep for the backward pass is there, and the loss with a chunk of its logits;
+from the second step on the optimizer's state and the gradients of the step before as well. What a layer
+keeps is a sum over the tensors that autograd saves, which
 ``tests/training/memory`` compares with what it does save.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +9,8 @@ from types import ModuleType
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
-from tests.conftest import ROOT, write_corpus
+from tests.benchmarks.scripts import load
+from tests.conftest import write_corpus
 
 #: On processors without its arithmetic a step of bfloat16 takes minutes; adapters take more than is counted.
 RUNS = [
@@ -29,13 +29,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def memory() -> ModuleType:
-    path = ROOT / "benchmarks" / "training" / "memory.py"
-    spec = importlib.util.spec_from_file_location("memory_of_trainings", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("training/memory.py")
 
 
 @pytest.fixture(scope="module")

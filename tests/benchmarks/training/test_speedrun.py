@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,19 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.benchmarks.scripts import load
 from tests.training.step.test_module import SMALL
 
 
 @pytest.fixture(scope="module")
 def speedrun() -> ModuleType:
-    path = ROOT / "benchmarks" / "training" / "speedrun.py"
-    spec = importlib.util.spec_from_file_location("speedrun", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("training/speedrun.py")
 
 
 def test_where_a_curve_comes_to_a_value(speedrun: ModuleType) -> None:

@@ -20,7 +20,7 @@ from data_prep.staged.lots import batches_of, lots_of
 from dualroute.data.manifest import Manifest
 from dualroute.errors import UserError
 from tests.data_prep.cleaning.test_cleaning import CHINESE, ENGLISH
-from tests.data_prep.conftest import story
+from tests.data_prep.conftest import files, story
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -48,10 +48,6 @@ def cleaned(corpus, tmp_path, config):
         return config(**{**options, **changes})
 
     return make
-
-
-def files(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def documents_of(manifest: Manifest) -> set[str]:

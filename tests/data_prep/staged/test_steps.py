@@ -14,11 +14,7 @@ from data_prep.prepare import prepare, prepare_command
 from data_prep.staged.staging import Staging
 from data_prep.staged.steps import CleanStep, CompareStep, LearnStep, TokeniseStep, steps
 from dualroute.errors import UserError
-from tests.data_prep.conftest import story
-
-
-def files(folder: str | Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+from tests.data_prep.conftest import files, story
 
 
 @pytest.fixture
