@@ -9,7 +9,7 @@ itself, on ids instead of words, so that the attention is judged and not the kno
 - multikey: eight of them, all asked for (niah_multikey, niah_multiquery);
 - variables: chains of two assignments, k2 = k1, k1 = value; the value of k2 is asked for (vt): two searches,
   the second for what the first has found;
-- common: the value that stands most often in the text (cwe, fwe), which no single block knows.
+- common: the value that has come most often so far (cwe, fwe), which no single block knows.
 
 Training is that of recall.py: texts double as they are learnt.  Shown is the share of right answers of the
 worst seed, and of all seeds; a routed text reads top_k + 2 blocks of its own exactly.
@@ -39,7 +39,8 @@ def variables(
 ) -> tuple[Tensor, Tensor]:
     """Four chains k1 = value, k2 = k1, in that order; the values of all keys are asked for.
 
-    Of half the questions the answer is one search away, of half two.  Right answers are counted of both.
+    Of half the questions the answer is one search away, of half two.  The value is a label where k2 is set to
+    k1, too: a model that is not shown the first search does not find out that there are two.
     """
     ids, labels = _filler(batch, length, generator)
     room = (length - 2 * ASKED - min_distance) // 2
@@ -50,6 +51,7 @@ def variables(
         place = (2 * torch.randperm(room, generator=generator)[:8]).view(2, 4).sort(0).values
         ids[row, place[0]], ids[row, place[0] + 1] = keys[:4], values
         ids[row, place[1]], ids[row, place[1] + 1] = keys[4:], keys[:4]
+        labels[row, place[1] + 1] = values
         which = torch.randint(8, (ASKED,), generator=generator)
         ids[row, asked] = keys[which]
         labels[row, asked] = values[which % 4]
@@ -57,30 +59,43 @@ def variables(
 
 
 def two_hops(batch: int, length: int, min_distance: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """:func:`variables`, of which only the questions two searches away are counted."""
+    """:func:`variables`, of which only the questions at the end that are two searches away are counted."""
     ids, labels = variables(batch, length, min_distance, generator)
-    asked = labels != -100
+    labels[:, : length - 2 * ASKED] = -100
     for row in range(batch):
         first = ids[row, : length - 2 * ASKED]
         handed = first[1:][(first[:-1] < KEYS) & (first[1:] < KEYS)]  # keys that another one was set to
-        once = asked[row] & torch.isin(ids[row], handed)
-        labels[row, once] = -100
+        labels[row, torch.isin(ids[row], handed)] = -100
     return ids, labels
 
 
 def common(batch: int, length: int, min_distance: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Values all over the text, one of them twice as often as each other; it is asked for behind the mark."""
+    """Values all over the text, one of them three times as often as each other; marks ask which has come most
+    often so far."""
     ids, labels = _filler(batch, length, generator)
-    last = length - min_distance - 1
     for row in range(batch):
-        shown = torch.randperm(last, generator=generator)[: last // 4]
         weights = torch.ones(VALUES)
-        winner = int(torch.randint(VALUES, (1,), generator=generator))
-        weights[winner] = 3.0
-        drawn = torch.multinomial(weights, len(shown), replacement=True, generator=generator)
-        ids[row, shown] = KEYS + drawn
-        ids[row, -1] = MARK
-        labels[row, -1] = KEYS + int(torch.bincount(drawn, minlength=VALUES).argmax())
+        weights[torch.randint(VALUES, (1,), generator=generator)] = 3.0
+        place = torch.randperm(length - 1, generator=generator)[: length // 4].sort().values
+        drawn = torch.multinomial(weights, len(place), replacement=True, generator=generator)
+        ids[row, place] = KEYS + drawn
+        asked = torch.randperm(length // 2, generator=generator)[:ASKED] + length // 2 - 1
+        asked[0] = length - 1
+        for mark in asked.tolist():
+            ids[row, mark] = MARK
+        for mark in asked.tolist():
+            shown = ids[row, :mark]
+            shown = shown[(shown >= KEYS) & (shown < KEYS + VALUES)] - KEYS
+            labels[row, mark] = KEYS + int(torch.bincount(shown, minlength=VALUES).argmax())
+    return ids, labels
+
+
+def commonest(
+    batch: int, length: int, min_distance: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """:func:`common`, of which only the question at the end is counted."""
+    ids, labels = common(batch, length, min_distance, generator)
+    labels[:, :-1] = -100
     return ids, labels
 
 
@@ -94,7 +109,7 @@ TASKS = {
     "needle": (needle, needle),
     "multikey": (recall.mqar, recall.mqar),
     "variables": (variables, two_hops),
-    "common": (common, common),
+    "common": (common, commonest),
 }
 
 

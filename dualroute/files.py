@@ -126,7 +126,7 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def sole_writer(lock: Path, output: Path) -> Iterator[None]:
+def sole_writer(lock: Path, output: Path, option: str = "--output") -> Iterator[None]:
     """Keep other processes from writing ``output`` meanwhile; ``lock`` is a file that is there as long.
 
     The lock is one of a process (POSIX record lock): processes that are forked inside do not keep it, and it
@@ -144,7 +144,7 @@ def sole_writer(lock: Path, output: Path) -> Iterator[None]:
                 who = stream.read(200).strip() or "another process"
                 stream.close()
                 raise UserError(
-                    f"--output {output} is being written by {who}: wait for it, or choose another"
+                    f"{option} {output} is being written by {who}: wait for it, or choose another"
                 )
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(stream.fileno()), os.stat(lock)):
@@ -154,7 +154,7 @@ def sole_writer(lock: Path, output: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         stream.flush()
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error})") from error
+        raise UserError(f"{option} {output} cannot be written ({error})") from error
     try:
         yield
     finally:
@@ -176,21 +176,25 @@ def lock_of_process(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def appearing_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+def appearing_folder(output: str | os.PathLike[str], option: str = "--output") -> Iterator[Path]:
     """Yield a folder to write in, which becomes ``output`` when the body has succeeded and is gone otherwise.
+
+    Args:
+        output: The folder.
+        option: What names it, for messages.
 
     Raises:
         UserError: ``output`` exists already, cannot be written, or another process is writing it.
     """
     output = Path(output)
     if output.exists() or output.is_symlink():
-        raise UserError(f"--output {output} exists already: choose another folder")
+        raise UserError(f"{option} {output} exists already: choose another folder")
     aside = output.with_name(f".writing-{output.name}")
-    with sole_writer(output.with_name(f".writing-{output.name}.lock"), output):
-        yield from _appearing(aside, output)
+    with sole_writer(output.with_name(f".writing-{output.name}.lock"), output, option):
+        yield from _appearing(aside, output, option)
 
 
-def _appearing(aside: Path, output: Path) -> Iterator[Path]:
+def _appearing(aside: Path, output: Path, option: str) -> Iterator[Path]:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -199,7 +203,7 @@ def _appearing(aside: Path, output: Path) -> Iterator[Path]:
         os.rename(aside, output)
         fsync_folder(output.parent)
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error})") from error
+        raise UserError(f"{option} {output} cannot be written ({error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -218,7 +222,9 @@ def locked(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[bool]:
         try:
             free = _lock_open_file(descriptor)
             # the last holder may have removed the file after it was opened here: then it locks nobody out
-            same = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+            same = False
+            with contextlib.suppress(FileNotFoundError):
+                same = os.path.samestat(os.fstat(descriptor), os.stat(path))
             if free and same:
                 try:
                     yield True

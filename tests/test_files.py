@@ -13,6 +13,7 @@ from dualroute.errors import UserError, other_remedy
 from dualroute.files import (
     appearing_folder,
     atomic_path,
+    locked,
     read_limited,
     remove_leftovers,
     require_regular,
@@ -170,3 +171,20 @@ def test_a_killed_writer_keeps_nobody_out(tmp_path):
     with appearing_folder(output) as aside, sole_writer(lock, "the cache"):
         assert not list(aside.iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"exported"}
+
+
+def test_a_lock_s_file_may_go_while_one_looks_at_it(tmp_path, monkeypatch):
+    """Its holder removes it at any moment."""
+    asked, stat = [0], os.stat
+
+    def gone_at_the_second_look(path, *arguments, **options):
+        asked[0] += 1
+        if asked[0] == 2:
+            raise FileNotFoundError(path)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", gone_at_the_second_look)
+    for _ in range(2):
+        with locked(tmp_path / "lock", wait=60) as is_held:
+            assert is_held
+    assert asked[0] >= 3

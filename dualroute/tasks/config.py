@@ -188,6 +188,9 @@ class TaskDataConfig(DataConfig):
         too_long: What becomes of a longer one: truncate (counted and reported), drop or refuse.
         max_bad_rows: Largest share of rows that may be malformed; with more the run is refused.
         max_rows: Read the first so many rows of each part; null reads all.
+        encoded: Folder in which encoded training examples are kept: one process encodes them, all processes
+            of the machine read the same memory, and the next start with the same rows, tokenizer and settings
+            finds them there; null encodes in the memory of each process at each start.
     """
 
     path: PathOrName | None = None  # type: ignore[assignment]
@@ -204,6 +207,7 @@ class TaskDataConfig(DataConfig):
     too_long: Literal["truncate", "drop", "refuse"] = "truncate"
     max_bad_rows: float = 0.01
     max_rows: int | None = None
+    encoded: LocalPath | None = None
 
     def __post_init__(self) -> None:
         ranges = {
@@ -260,6 +264,7 @@ RESUME_RULES: dict[str, Rule] = {
     },
     "data.test": "obeyed",
     "data.max_bad_rows": "obeyed",
+    "data.encoded": "obeyed",
 }
 
 

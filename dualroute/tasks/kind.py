@@ -258,8 +258,8 @@ class Kind:
         """
         return None
 
-    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
-        """What of the training rows may not be meant, a line each."""
+    def warnings(self, rows: Iterable[Row]) -> Iterator[str]:
+        """What of the training rows may not be meant, a line each; ``rows`` may be read once."""
         yield from ()
 
     def prompt(self, row: Row) -> list[int]:

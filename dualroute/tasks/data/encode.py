@@ -32,20 +32,27 @@ def encode_rows(
 ) -> Encoded:
     """Encode rows; those that cannot be used are counted in ``problems``, without being counted as rows."""
     kept: list[Row] = []
-    count = 0
 
     def parts() -> Iterator[tuple[int, Example]]:
-        nonlocal count
-        for place, row in rows:
-            try:
-                examples = kind.encode(row, with_target=with_target)
-            except BadRow as error:
-                problems.add(str(error), place)
-                continue
+        for number, row, examples in encoded_rows(kind, rows, problems, with_target=with_target):
             for example in examples:
-                yield count, example
-            count += 1
+                yield number, example
             if keep_rows:
                 kept.append(row)
 
     return Encoded(kept, Examples(parts()))
+
+
+def encoded_rows(
+    kind: Kind, rows: Iterable[tuple[str, Row]], problems: Problems, *, with_target: bool = True
+) -> Iterator[tuple[int, Row, list[Example]]]:
+    """(number, row, its examples) of those that can be used, counted from 0; see :func:`encode_rows`."""
+    number = 0
+    for place, row in rows:
+        try:
+            examples = kind.encode(row, with_target=with_target)
+        except BadRow as error:
+            problems.add(str(error), place)
+            continue
+        yield number, row, examples
+        number += 1

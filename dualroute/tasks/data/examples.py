@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dualroute.data.plan import Int64
 from dualroute.data.reader import IGNORE_INDEX
+
+Fields = dict[str, NDArray[Any]]
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Examples:
     def __init__(self, parts: Iterable[tuple[int, Example]]) -> None:
         lengths, targets, rows = [], [], []
         arrays: dict[str, list[NDArray[Any]]] = {}
-        self.notes: list[Any] = []
+        notes: list[Any] = []
         for row, example in parts:
             if arrays and arrays.keys() != example.fields.keys():
                 raise ValueError(f"an example has the fields {sorted(example.fields)}, not {sorted(arrays)}")
@@ -71,12 +73,23 @@ class Examples:
             lengths.append(len(example))
             targets.append(example.count_targets())
             rows.append(row)
-            self.notes.append(example.note)
-        self.lengths: Int64 = np.array(lengths, dtype=np.int64)
-        self.targets: Int64 = np.array(targets, dtype=np.int64)
-        self.rows: Int64 = np.array(rows, dtype=np.int64)
+            notes.append(example.note)
+        fields = {name: np.concatenate(values) for name, values in arrays.items()}
+        self._lay(lengths, targets, rows, fields, notes)
+
+    def _lay(self, lengths: Any, targets: Any, rows: Any, fields: Fields, notes: list[Any] | None) -> None:
+        self.lengths: Int64 = np.asarray(lengths, dtype=np.int64)
+        self.targets: Int64 = np.asarray(targets, dtype=np.int64)
+        self.rows: Int64 = np.asarray(rows, dtype=np.int64)
         self.starts: Int64 = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self.fields = {name: np.concatenate(values) for name, values in arrays.items()}
+        self.fields, self.notes = fields, notes
+
+    @classmethod
+    def laid_out(cls, lengths: Int64, targets: Int64, rows: Int64, fields: Fields) -> Self:
+        """Examples whose arrays are there already (memory maps of files, say); without notes."""
+        made = cls.__new__(cls)
+        made._lay(lengths, targets, rows, fields, None)
+        return made
 
     @classmethod
     def joined(cls, parts: Sequence[Examples], rows: Sequence[int]) -> Examples:
@@ -99,7 +112,8 @@ class Examples:
         number %= len(self)
         here = slice(int(self.starts[number]), int(self.starts[number + 1]))
         fields = {name: values[here] for name, values in self.fields.items()}
-        return Example(fields, int(self.targets[number]), self.notes[number])
+        note = None if self.notes is None else self.notes[number]
+        return Example(fields, int(self.targets[number]), note)
 
     def fingerprint(self) -> str:
         """sha256 of all fields and lengths, hexadecimal."""

@@ -114,14 +114,32 @@ def _row_files(folder: Path) -> list[Path]:
 
 def source_digest(source: str) -> str:
     """What tells one state of a source from another, cheaply: names, sizes and times of its files."""
+    return _files_digest(files_of(source)) if is_local(source) else source
+
+
+def kept_digest(source: str, hub_config: str | None) -> str:
+    """The same; of a data set on the hub it is of the files that the library has made of it here."""
     if not is_local(source):
-        return source
-    said = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(source)]
+        return _files_digest([Path(file["filename"]) for file in _of_hub(source, hub_config).cache_files])
+    return source_digest(source)
+
+
+def holds_its_media(source: str) -> bool:
+    """Whether the images or recordings of a source are its own files, rather than files that rows name."""
+    return Path(source).suffix == ".npz" or (is_local(source) and _is_of_media(Path(source)))
+
+
+def _files_digest(files: list[Path]) -> str:
+    said = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def _hub_rows(source: str, config: str | None) -> Iterator[tuple[str, Row]]:
-    """Rows of a data set on the Hugging Face hub; numbers of classes become their names."""
+def _of_hub(source: str, config: str | None) -> Any:
+    """A split of a data set on the Hugging Face hub.
+
+    Raises:
+        UserError: It cannot be had.
+    """
     from dualroute.tasks.metrics import library
 
     datasets = library("datasets")
@@ -134,6 +152,12 @@ def _hub_rows(source: str, config: str | None) -> Iterator[tuple[str, Row]]:
             f"data set {source!r} on the Hugging Face hub cannot be read ({said}): check its name and the "
             f"connection, or give a file or folder that is here"
         ) from error
+    return found
+
+
+def _hub_rows(source: str, config: str | None) -> Iterator[tuple[str, Row]]:
+    """Rows of a data set on the Hugging Face hub; numbers of classes become their names."""
+    found = _of_hub(source, config)
     classes = {
         name: feature.names
         for name, feature in found.features.items()
@@ -149,18 +173,23 @@ def _hub_rows(source: str, config: str | None) -> Iterator[tuple[str, Row]]:
 def divided(
     rows: Iterable[tuple[str, Row]], share: float, group: str | None
 ) -> tuple[list[tuple[str, Row]], list[tuple[str, Row]]]:
-    """Training and validation rows, by a hash of each row or of its ``group``; equal ones on one side.
-
-    Raises:
-        UserError: A row has no such column.
-    """
+    """Training and validation rows; see :func:`is_held_out`."""
     train, validation = list[tuple[str, Row]](), list[tuple[str, Row]]()
     for place, row in rows:
-        if group is not None and group not in row:
-            columns = ", ".join(map(repr, row))
-            raise UserError(f"data.group is {group!r}, and {place} has only {columns}: name one of these")
-        said = row if group is None else row[group]
-        text = json.dumps(said, sort_keys=True, ensure_ascii=False, default=media_rows.said)
-        draw = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
-        (validation if draw < share else train).append((place, row))
+        (validation if is_held_out(place, row, share, group) else train).append((place, row))
     return train, validation
+
+
+def is_held_out(place: str, row: Row, share: float, group: str | None) -> bool:
+    """Whether a row is for validation, by a hash of it or of its ``group``; equal ones are on one side.
+
+    Raises:
+        UserError: The row, which is at ``place``, has no such column.
+    """
+    if group is not None and group not in row:
+        columns = ", ".join(map(repr, row))
+        raise UserError(f"data.group is {group!r}, and {place} has only {columns}: name one of these")
+    said = row if group is None else row[group]
+    text = json.dumps(said, sort_keys=True, ensure_ascii=False, default=media_rows.said)
+    draw = int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+    return draw < share

@@ -92,11 +92,9 @@ class Sequences(Kind):
             raise BadRow(f"{self.column('label')} that the training rows do not have")
         return number
 
-    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
-        names = [self._name(row) for row in rows]
-        texts = [" ".join(self.texts(row)).lower() for row in rows]
-        known = [(name, text) for name, text in zip(names, texts, strict=True) if name is not None]
-        if all(len(name) > 2 and name.lower() in text for name, text in known):
+    def warnings(self, rows: Iterable[Row]) -> Iterator[str]:
+        known = ((name, row) for name, row in ((self._name(row), row) for row in rows) if name is not None)
+        if all(len(name) > 2 and name.lower() in " ".join(self.texts(row)).lower() for name, row in known):
             yield (
                 f"the label of every training row stands in its own text: the answer can be read off "
                 f"column {self.column('text')!r}; remove it there unless that is the task"
@@ -161,7 +159,7 @@ class Steps(Sequences):
         place = 0 if self.pooling() == "first" else len(steps) - 1
         return Example({"inputs": steps, **at_place(len(steps), place, number)})
 
-    def warnings(self, rows: Sequence[Row]) -> Iterator[str]:
+    def warnings(self, rows: Iterable[Row]) -> Iterator[str]:
         yield from ()
 
     def texts(self, row: Row) -> list[str]:

@@ -1,0 +1,169 @@
+"""Encoded training examples in files, shared by the processes of a machine and read again by the next start.
+
+In: ``data.encoded``, a folder, and what decides which examples there are.  Here: one process encodes the
+rows, without ever holding all of them; what it has written appears by rename, and processes that want it
+meanwhile wait.  Out: :class:`~dualroute.tasks.data.examples.Examples` over memory maps.
+
+A folder in it, named by the hash of all that decides: ``lengths.bin``, ``targets.bin``, ``rows.bin``
+(int64), ``field-NAME.bin`` for each field, and ``examples.json``, which says types, sizes, the examples'
+fingerprint and what else the one who encodes has to tell.  The fingerprint is compared at each start, so that
+a damaged file is not learnt from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dualroute.data.manifest import canonical_json
+from dualroute.errors import UserError
+from dualroute.files import appearing_folder, locked, read_json
+from dualroute.tasks.data.examples import Example, Examples, Fields
+
+_FORMAT, _VERSION, _NOTE = "dualroute-examples", 1, "examples.json"
+_KEY = "data.encoded"
+_NUMBERS = ("lengths", "targets", "rows")
+
+
+class ExamplesWriter:
+    """Writes examples one after the other into files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._files = folder, ExitStack()
+        self._numbers = [self._open(name) for name in _NUMBERS]
+        self._fields: dict[str, tuple[BinaryIO, np.dtype[Any], tuple[int, ...]]] = {}
+        self.examples = self.tokens = 0
+
+    def _open(self, name: str) -> BinaryIO:
+        return self._files.enter_context((self._folder / f"{name}.bin").open("wb"))
+
+    def add(self, row: int, example: Example) -> None:
+        """Append one; ``row`` is the number of the row that it comes from."""
+        if not self.examples:
+            self._fields = {
+                name: (self._open(f"field-{name}"), values.dtype, values.shape[1:])
+                for name, values in sorted(example.fields.items())
+            }
+        kinds = {name: (values.dtype, values.shape[1:]) for name, values in example.fields.items()}
+        known = {name: (dtype, shape) for name, (_, dtype, shape) in self._fields.items()}
+        if kinds != known:
+            raise ValueError(f"an example has the fields {kinds}, not {known}")
+        for name, values in example.fields.items():
+            self._fields[name][0].write(np.ascontiguousarray(values).data)
+        numbers = (len(example), example.count_targets(), row)
+        for stream, number in zip(self._numbers, numbers, strict=True):
+            stream.write(np.int64(number).tobytes())
+        self.examples, self.tokens = self.examples + 1, self.tokens + len(example)
+
+    def close(self, told: dict[str, Any]) -> None:
+        """Finish; ``told`` is given back by :func:`kept_examples`."""
+        self._files.close()
+        note = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "fields": {name: [dtype.str, list(shape)] for name, (_, dtype, shape) in self._fields.items()},
+            "told": told,
+        }
+        note["fingerprint"] = _mapped(self._folder, note).fingerprint()
+        (self._folder / _NOTE).write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
+
+    def abandon(self) -> None:
+        """Close the files of what was not finished."""
+        self._files.close()
+
+
+def key_of(what: Any) -> str:
+    """Name of the folder for examples that ``what`` (JSON) decides."""
+    return hashlib.sha256(canonical_json([_VERSION, what])).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def turn(folder: str, key: str) -> Iterator[Path]:
+    """The place of examples in ``folder``, kept from other processes; waits for one that is encoding them.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    place = Path(folder) / key
+    with ExitStack() as held:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(place.with_name(f".{key}.lock"), wait=math.inf))
+        except OSError as error:
+            raise UserError(f"{_KEY} {folder} cannot be written ({error}): name another folder") from error
+        yield place
+
+
+def kept_examples(place: Path) -> tuple[Examples, dict[str, Any]] | None:
+    """The examples of a place, and what was told of them; null where there are none.
+
+    Those that are damaged are removed: they are to be encoded again.
+    """
+    if not place.is_dir():
+        return None
+    try:
+        note = read_json(place / _NOTE)
+        if (note["format"], note["version"]) != (_FORMAT, _VERSION):
+            raise ValueError("is of another version")
+        found = _mapped(place, note)
+        if found.fingerprint() != note["fingerprint"]:
+            raise ValueError("does not have the fingerprint that it is said to have")
+        return found, note["told"]
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(place)
+        return None
+
+
+@contextlib.contextmanager
+def writer(place: Path) -> Iterator[ExamplesWriter]:
+    """A writer of the examples of a place, which has them when the body has closed it and ended."""
+    with appearing_folder(place, _KEY) as aside:
+        made = ExamplesWriter(aside)
+        try:
+            yield made
+        finally:
+            made.abandon()
+
+
+class MappedExamples(Examples):
+    """Examples over memory maps; a copy in another process maps the same files.
+
+    Attributes:
+        origin: The folder and what its note says.
+    """
+
+    origin: tuple[Path, dict[str, Any]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        added = {name: values for name, values in self.fields.items() if not isinstance(values, np.memmap)}
+        return _mapped, (*self.origin, added)
+
+
+def _mapped(folder: Path, note: dict[str, Any], added: Fields | None = None) -> MappedExamples:
+    def of(name: str, dtype: str, shape: Iterable[int]) -> np.ndarray[Any, np.dtype[Any]]:
+        path, expected = folder / f"{name}.bin", tuple(shape)
+        size = math.prod(expected) * np.dtype(dtype).itemsize
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}")
+        return np.memmap(path, dtype, "r", shape=expected)
+
+    numbers = [of(name, "<i8", (note["examples"],)) for name in _NUMBERS]
+    fields = {
+        name: of(f"field-{name}", dtype, (note["tokens"], *shape))
+        for name, (dtype, shape) in note["fields"].items()
+    }
+    lengths, targets, rows = (np.array(values) for values in numbers)
+    made = MappedExamples.laid_out(lengths, targets, rows, {**fields, **(added or {})})
+    made.origin = folder, note
+    return made

@@ -1,0 +1,285 @@
+"""Encoded examples in files: the same run, encoded once, never a stale or damaged one."""
+
+import json
+import os
+import pickle
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dualroute.cli import main, parse_stage
+from dualroute.errors import UserError
+from dualroute.tasks.config import FinetuneConfig
+from dualroute.tasks.data import kept
+from dualroute.tasks.data.examples import Example
+from dualroute.tasks.data.module import TaskDataModule
+from dualroute.tasks.run import check
+from dualroute.training.monitoring.metrics_log import read_metrics
+from dualroute.training.prepare import Prepared
+from tests.tasks.made import MOODS, SMALL, reviews, write_jsonl
+
+TOKENIZER = "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that stays, where a start from scratch would train its own from the rows."""
+    from dualroute.tasks.data.tokenizers import trained
+
+    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER
+    path.write_bytes(trained((row["review"] for row in reviews(400)), 340))
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "reviews.jsonl", reviews(120))
+
+
+def config(rows: Path, tokenizer: Path, output: Path, *more: str) -> FinetuneConfig:
+    small = [word for word in SMALL if word not in ("--data.vocab_size", "340")]
+    words = [*small, *MOODS, "--data.path", str(rows), "--data.tokenizer", str(tokenizer)]
+    return parse_stage("finetune", [*words, "--output", str(output), "--train.max_steps", "4", *more])
+
+
+def place(folder: Path) -> Path:
+    (found,) = (path for path in folder.iterdir() if path.is_dir())
+    return found
+
+
+def said(prepared: Prepared) -> list[str]:
+    return [line for _, line in prepared.remarks]
+
+
+def module(prepared: Prepared) -> TaskDataModule:
+    assert isinstance(prepared.data, TaskDataModule)
+    return prepared.data
+
+
+def same(one: TaskDataModule, other: TaskDataModule) -> None:
+    """Fingerprints, windows and order."""
+    assert one.fingerprint == other.fingerprint
+    assert one.val_fingerprint == other.val_fingerprint
+    for name in ("lengths", "targets", "rows"):
+        np.testing.assert_array_equal(getattr(one.train, name), getattr(other.train, name))
+    for number in range(3):
+        theirs = other.train_windows()[number]
+        for name, values in one.train_windows()[number].items():
+            np.testing.assert_array_equal(values, theirs[name])
+            assert values.dtype == theirs[name].dtype
+
+
+@pytest.mark.parametrize("divided", [True, False], ids=["share", "validation"])
+def test_the_examples_are_those_of_memory_and_the_next_start_reads_no_rows(
+    divided: bool, rows: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [] if divided else ["--data.validation", str(write_jsonl(tmp_path / "v.jsonl", reviews(20, 1)))]
+    with rows.open("a") as stream:
+        stream.write('{"review": "", "mood": "positive"}\n')  # left out, and counted
+    held = check(config(rows, tokenizer, tmp_path / "run", *more))
+    keeping = config(rows, tokenizer, tmp_path / "run", *more, "--data.encoded", str(tmp_path / "kept"))
+    first = check(keeping)
+    same(module(held), module(first))
+    assert [line for line in said(first) if not line.startswith("kept in ")] == said(held)
+    assert any("1 of 1" in line and "empty review" in line for line in said(first))
+    folder = place(tmp_path / "kept")
+    assert f"kept in {folder}" in said(first)
+
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("training rows are encoded again")
+
+    monkeypatch.setattr("dualroute.tasks.training_rows.encoded_rows", refused)
+    again = check(keeping)
+    same(module(held), module(again))
+    assert [line.replace("read in", "kept in") for line in said(again)] == said(first)
+    assert f"read in {folder}" in said(again)
+    # nothing of the arrays is in this process
+    assert all(isinstance(values, np.memmap) for values in module(again).train.fields.values())
+
+
+def test_a_run_goes_on_with_kept_examples(rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    def run(output: Path, *more: str) -> dict[int, float]:
+        small = [word for word in SMALL if word not in ("--data.vocab_size", "340")]
+        words = [*small, *MOODS, "--data.path", str(rows), "--data.tokenizer", str(tokenizer), *more]
+        assert main(["finetune", *words, "--checkpoint.every_steps", "3", "--output", str(output)]) == 0
+        return {line["step"]: line["train/loss"] for line in read_metrics(output / "metrics.jsonl", "train")}
+
+    whole = run(tmp_path / "whole", "--train.max_steps", "6")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    for path in sorted(checkpoints.iterdir()):
+        if path.name != "step-00000003":
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    more = ("--data.encoded", str(tmp_path / "kept"), "--data.num_workers", "1")
+    assert run(tmp_path / "cut", "--train.max_steps", "6", *more) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["rows", "length", "tokenizer", "direction", "share"],
+)
+def test_other_examples_are_kept_beside(change: str, rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    keep = ("--data.encoded", str(tmp_path / "kept"))
+    before = module(check(config(rows, tokenizer, tmp_path / "run", *keep)))
+    more: tuple[str, ...] = ()
+    if change == "rows":
+        write_jsonl(rows, reviews(121))
+    elif change == "tokenizer":
+        (tmp_path / "beside").mkdir()
+        shutil.copy(tokenizer, tmp_path / "beside" / TOKENIZER)
+        tokenizer = tmp_path / "beside" / TOKENIZER
+        (tmp_path / "beside" / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
+    else:
+        changes = {
+            "length": ("--data.max_length", "8"),
+            "direction": ("--model.causal", "false"),
+            "share": ("--data.validation_share", "0.3"),
+        }
+        more = changes[change]
+    after = module(check(config(rows, tokenizer, tmp_path / "run", *keep, *more)))
+    assert len([path for path in (tmp_path / "kept").iterdir() if path.is_dir()]) == 2
+    plain = module(check(config(rows, tokenizer, tmp_path / "run", *more)))
+    same(plain, after)
+    assert (before.fingerprint != after.fingerprint) == (change != "tokenizer")
+
+
+def test_what_decides_no_example_keeps_none_anew(rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    keep = ("--data.encoded", str(tmp_path / "kept"))
+    check(config(rows, tokenizer, tmp_path / "run", *keep))
+    more = ("--task.metric", "macro_f1", "--task.label_smoothing", "0.1", "--seed", "3", "--optim.lr", "0.1")
+    assert f"read in {place(tmp_path / 'kept')}" in said(
+        check(config(rows, tokenizer, tmp_path / "r", *keep, *more))
+    )
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "note", "gone"])
+def test_damaged_ones_are_encoded_again(damage: str, rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    keeping = config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "kept"))
+    first = module(check(keeping))
+    fingerprint, folder = first.fingerprint, place(tmp_path / "kept")
+    path = folder / "field-input_ids.bin"
+    data = path.read_bytes()
+    if damage == "byte":
+        path.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    elif damage == "cut":
+        path.write_bytes(data[:-4])
+    elif damage == "note":
+        (folder / "examples.json").write_text('{"format": 7')
+    else:
+        path.unlink()
+    again = check(keeping)
+    assert f"kept in {folder}" in said(again)
+    assert module(again).fingerprint == fingerprint
+    assert path.read_bytes() == data
+
+
+def test_what_fitting_has_found_comes_back(rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    more = ("--task.class_weights", "balanced", "--data.encoded", str(tmp_path / "kept"))
+    held = check(config(rows, tokenizer, tmp_path / "run", *more[:2]))
+    for _ in range(2):
+        prepared = check(config(rows, tokenizer, tmp_path / "run", *more))
+        assert prepared.extra_files == held.extra_files  # labels and all else that a checkpoint says
+        kinds = [one.make_module(one).kind for one in (held, prepared)]  # type: ignore[attr-defined]
+        assert kinds[0].class_weights == kinds[1].class_weights
+        assert kinds[1].class_weights is not None
+
+
+def test_an_interrupted_encoding_leaves_nothing(
+    rows: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "kept"))
+    with monkeypatch.context() as patch:
+        add = kept.ExamplesWriter.add
+
+        def interrupted(self: kept.ExamplesWriter, row: int, example: Example) -> None:
+            if self.examples == 20:
+                raise KeyboardInterrupt
+            add(self, row, example)
+
+        patch.setattr(kept.ExamplesWriter, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            check(keeping)
+    assert list((tmp_path / "kept").iterdir()) == []
+    assert said(check(keeping))[1] == f"kept in {place(tmp_path / 'kept')}"
+
+
+def test_one_encodes_and_the_others_wait(tmp_path: Path) -> None:
+    """Processes take turns; threads stand for them here, as the lock is that of an open file."""
+    made, found = [], []
+
+    def start() -> None:
+        with kept.turn(str(tmp_path / "kept"), "key") as folder:
+            if kept.kept_examples(folder) is None:
+                made.append(1)
+                with kept.writer(folder) as writer:
+                    time.sleep(0.1)
+                    writer.add(0, Example({"input_ids": np.arange(5), "labels": np.arange(5)}))
+                    writer.close({"a": 1})
+            reread = kept.kept_examples(folder)
+            assert reread is not None
+            found.append((reread[0].fingerprint(), reread[1]))
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert (len(made), len(found)) == (1, 4)
+    assert all(one == found[0] for one in found)
+
+
+def test_a_copy_for_another_process_is_no_copy_of_the_arrays(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    ids = np.arange(50_000, dtype=np.int32)
+    with kept.writer(folder) as writer:
+        for number in range(2):
+            writer.add(number, Example({"input_ids": ids, "inputs": np.ones((50_000, 2), np.float32)}))
+        writer.close({})
+    found = kept.kept_examples(folder)
+    assert found is not None
+    examples = found[0]
+    examples.fields["reference"] = np.arange(100_000, dtype=np.float64)[:3]
+    data = pickle.dumps(examples)
+    assert len(data) < 5_000
+    copy = pickle.loads(data)
+    assert copy.fingerprint() == examples.fingerprint()
+    np.testing.assert_array_equal(copy[1].fields["input_ids"], ids)
+    np.testing.assert_array_equal(copy.fields["reference"], examples.fields["reference"])
+
+
+def test_bad_places_and_kinds_are_refused(rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"data\.encoded .*file cannot be written .*: name another folder"):
+        check(config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "file")))
+    words = [
+        "--data.encoded",
+        str(tmp_path / "kept"),
+        "--output",
+        str(tmp_path / "r"),
+        "--data.context",
+        "64",
+    ]
+    words += ["--train.max_steps", "4"]
+    events = [{"user": u, "item": i % 7, "time": i} for u in range(30) for i in range(u, u + 5)]
+    path = write_jsonl(tmp_path / "events.jsonl", events)
+    with pytest.raises(UserError, match=r"data\.encoded has no meaning for a task of kind item"):
+        check(parse_stage("finetune", [*words, "--task.kind", "item", "--data.path", str(path)]))
+    images = [{"image": [[k] * 8] * 8, "label": k % 2} for k in range(40)]
+    path = write_jsonl(tmp_path / "images.jsonl", images)
+    with pytest.raises(UserError, match="keeps images and recordings of folders"):
+        check(parse_stage("finetune", [*words, "--task.kind", "image", "--data.path", str(path)]))
+
+
+def test_nothing_but_folders_and_notes_lies_there(rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    check(config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "kept")))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [place(tmp_path / "kept").name]
+    note = json.loads((place(tmp_path / "kept") / "examples.json").read_text())
+    assert sorted(os.listdir(place(tmp_path / "kept"))) == sorted(
+        ["examples.json", "lengths.bin", "targets.bin", "rows.bin"]
+        + [f"field-{name}.bin" for name in note["fields"]]
+    )
