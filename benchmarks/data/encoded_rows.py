@@ -50,10 +50,10 @@ def start(words: list[str]) -> None:
     peak, stop = [before], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.05):
+        while not stop.wait(0.5):
             peak[0] = max(peak[0], private_mib())
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     prepared = check(parse_stage("finetune", words))
     windows = prepared.data.train_windows()  # type: ignore[union-attr]
@@ -96,7 +96,14 @@ def main() -> None:
         words = [
             *("--task.kind", "chat", "--data.path", str(folder / "chats.jsonl")),
             *("--data.validation", str(folder / "held_out.jsonl")),
-            *("--data.tokenizer", str(folder / "tokenizer.model"), "--train.max_steps", "10"),
+            *(
+                "--data.tokenizer",
+                str(folder / "tokenizer.model"),
+                "--train.max_steps",
+                "10",
+                "--train.micro_batch",
+                "1",
+            ),
             *(
                 "--model.dim",
                 "32",
@@ -115,7 +122,7 @@ def main() -> None:
         print("| examples | CPU s | peak MiB | after the start, MiB |\n|---|---|---|---|")
         for called, more in (("in memory", []), ("into files", kept), ("found in files", kept)):
             program = [sys.executable, __file__, "--start", *words, *more]
-            answer = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+            answer = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout
             found = json.loads(answer.splitlines()[-1])
             print(f"| {called} | {found['cpu_seconds']} | {found['peak_mib']:,} | {found['after_mib']:,} |")
         files = sum(path.stat().st_size for path in (folder / "kept").rglob("*.bin")) / 2**20
