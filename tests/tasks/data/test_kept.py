@@ -14,6 +14,8 @@ import pytest
 
 from dualroute.cli import main, parse_stage
 from dualroute.errors import UserError
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint.format import save_model
 from dualroute.tasks.config import FinetuneConfig
 from dualroute.tasks.data import kept
 from dualroute.tasks.data.examples import Example
@@ -283,3 +285,36 @@ def test_nothing_but_folders_and_notes_lies_there(rows: Path, tokenizer: Path, t
         ["examples.json", "lengths.bin", "targets.bin", "rows.bin"]
         + [f"field-{name}.bin" for name in note["fields"]]
     )
+
+
+WORDS = ["fine", "dull", "warm", "cold", "film", "city", "actors", "story"]
+KINDS: dict[str, Any] = {
+    "number": lambda k, text: {"text": text, "label": k % 7},
+    "token": lambda k, text: {"tokens": text.split(), "tags": ["B-x" if k % 2 else "O"] * 3},
+    "span": lambda k, text: {"question": "who?", "context": text, "answers": [text.split()[k % 3]]},
+    "text": lambda k, text: {"source": text, "answer": text.split()[0]},
+    "chat": lambda k, text: {"prompt": text, "completion": text.split()[1]},
+    "preference": lambda k, text: {"prompt": text, "chosen": f"yes {k}", "rejected": f"no {k}"},
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_of_every_kind_and_of_several_files(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS if len({a, b, c}) == 3][::3]
+    rows = [KINDS[kind](number, text) for number, text in enumerate(texts)]
+    paths = [write_jsonl(tmp_path / f"{part}.jsonl", rows[part::2]) for part in range(2)]
+    more = ["--task.kind", kind, "--data.sources", f"{paths[0]}=0.25", f"{paths[1]}=0.75"]
+    more += ["--data.context", "64", "--data.tokenizer", str(tokenizer), "--train.max_steps", "4"]
+    more += ["--output", str(tmp_path / "run"), "--model.dim", "32", "--model.num_heads", "4"]
+    if kind == "preference":
+        start = tmp_path / "start"
+        model = DualRoutingTransformer(ModelConfig(vocab_size=340, dim=32, num_layers=1, num_heads=4))
+        save_model(model, start, tokenizer, {"step": 1, "context": 64})
+        more = [*more, "--init_from", str(start)]
+        more = more[: more.index("--data.tokenizer")] + more[more.index("--data.tokenizer") + 2 :]
+    held = check(parse_stage("finetune", more))
+    for found in ("kept in", "read in"):
+        prepared = check(parse_stage("finetune", [*more, "--data.encoded", str(tmp_path / "kept")]))
+        assert any(line.startswith(found) for line in said(prepared))
+        same(module(held), module(prepared))
+        assert module(held).sources == module(prepared).sources
