@@ -179,7 +179,7 @@ def test_quick_counts_are_the_models_own(attention, target):
         config, dict.fromkeys(["dim", "ffn", "heads"], Sensitivity([0.0, 1.0], [1.0, 0.0])), 16, 512, CPU
     )
     counted = search._counter(target)
-    for shape in list(search._shapes())[::7]:
+    for shape in list(search._shapes())[::23]:
         assert counted(shape) == pytest.approx(count(config, shape, target, 512), rel=1e-9)
 
 

@@ -133,10 +133,12 @@ def test_ties_are_broken_the_same_way_everywhere(chooser: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(o, marks=pytest.mark.slow if o == "first_order" else []) for o in ORDERS]
+)
 def test_gradcheck(order: str, causal: bool) -> None:
-    layout = Layout.build(1, 17, 3, torch.tensor([[0] * 13 + [1] * 4]))
-    inputs = heads(1, 17, 2, 1, 2)
+    layout = Layout.build(1, 14, 3, torch.tensor([[0] * 11 + [1] * 3]))
+    inputs = heads(1, 14, 2, 1, 2)
     routing = Routing(1, "moment", order)
     assert torch.autograd.gradcheck(lambda *rows: _routed(layout, rows, routing, causal), inputs)
 
