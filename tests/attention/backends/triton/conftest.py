@@ -38,8 +38,8 @@ def _interpret_bfloat16() -> None:
 
 
 def _interpret_faster() -> None:
-    """The interpreter looks through the whole language at every call of a function, and makes a table of types
-    for every type: a third of its time.  Here it does so once per launch and module, and once.
+    """The interpreter looks through the whole language at every call of a function, and makes a table of
+    types for every type: a third of its time.  Here it does so once per launch and module, and once.
     """
     from triton.runtime import interpreter
 

@@ -53,13 +53,7 @@ def _compare(
     assert_close_with_gradients(_routed(layout, low, routing, causal), low, wanted, wide, tolerance)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("packed", "padded") else [])
-        for name in batches()
-    ],
-)
+@pytest.mark.parametrize("name", batches())
 def test_equals_the_explicit_mask(name: str) -> None:
     layout = batches(LENGTH, BLOCK)[name]
     heads = 2 if name == "packed and padded" else 1
@@ -85,8 +79,9 @@ def test_blocks_are_read_in_parts(causal: bool) -> None:
     _compare(layout, both(1, 150, 1, 1), Routing(1, sub_block=8), causal)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dim", "block", "length"), [(256, 80, 100), (8, 256, 520)])
+@pytest.mark.parametrize(
+    ("dim", "block", "length"), [(256, 80, 100), pytest.param(8, 256, 520, marks=pytest.mark.slow)]
+)
 def test_the_widest_heads_and_the_largest_blocks(dim: int, block: int, length: int) -> None:
     """Of half-precision numbers, whose tiles are those of a GPU."""
     layout = Layout.build(1, length, block)
@@ -94,7 +89,7 @@ def test_the_widest_heads_and_the_largest_blocks(dim: int, block: int, length: i
     _compare(layout, inputs, Routing(1), causal=False, tolerance=4e-3)
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("causal", [True, False])
 def test_tiles_narrower_than_a_word_of_bits(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of wide heads are: the far blocks of a tile need not begin with the first bit of a word."""
     for module in (of_forward, of_backward, far):
@@ -128,7 +123,7 @@ def test_any_size_of_heads_and_blocks(dim: int, block: int, length: int, group: 
     _compare(layout, both(1, length, group, 1, dim), Routing(1, sub_block=min(block, 8)))
 
 
-@pytest.mark.parametrize("order", [pytest.param("second_order", marks=pytest.mark.slow), "none"])
+@pytest.mark.parametrize("order", ["second_order", "none"])
 def test_choosing_everything_is_full_attention(order: str) -> None:
     layout = batches(LENGTH, BLOCK)["packed and padded"]
     low, wide = both(2, LENGTH, 1, 1)
