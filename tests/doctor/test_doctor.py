@@ -127,6 +127,7 @@ def test_kernels_that_cannot_be_compiled_are_a_warning(monkeypatch: pytest.Monke
     assert "there is no C++ compiler: install g++" in str(missing)
 
 
+@pytest.mark.slow
 def test_kernels_are_compared_on_the_shapes_of_the_recipes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
