@@ -63,8 +63,8 @@ def assert_equal(found, wanted):
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        ("dual", "cpp"),
         ("full", "torch"),
+        pytest.param("dual", "cpp", marks=pytest.mark.slow),
         *(pytest.param(name, "torch", marks=pytest.mark.slow) for name in ("routed", "local", "both ways")),
     ],
 )
@@ -81,6 +81,7 @@ def test_a_compiled_layer_is_one_graph_and_equal(name, kernels, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_lengths_and_packings_share_a_program():
     plain = layer("dual")
     program = torch.compile(plain, backend="aot_eager", fullgraph=True)
@@ -111,7 +112,7 @@ def test_the_layout_is_made_in_the_graph_where_none_is_given():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_generated_code_gives_the_same():
     plain = layer("dual")
-    program = torch.compile(plain, fullgraph=True)
+    program = torch.compile(plain, fullgraph=True, dynamic=True)  # one for all lengths, and not one more each
     for length, cuts in ((64, (20,)), (96, (50,))):
         hidden = torch.randn(2, length, 32)
         segments = packed(length, *cuts)
@@ -168,6 +169,7 @@ def test_a_tape_keeps_neither_its_inputs_nor_its_result():
         tape.backward(grad, *again)
 
 
+@pytest.mark.slow
 def test_what_a_route_has_kept_is_gone_after_the_backward_pass_and_with_the_graph():
     plain = layer("routed")
     program = torch.compile(plain, backend="aot_eager", fullgraph=True)

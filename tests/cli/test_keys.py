@@ -116,7 +116,10 @@ def numbers_in(value):
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",  # slow are those of the most keys
+    [pytest.param(s, marks=pytest.mark.slow if s in ("pretrain", "pipeline") else []) for s in STAGES],
+)
 def test_wrong_values_are_refused_by_name_or_mean_something(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run.yaml"

@@ -82,6 +82,7 @@ def test_a_routed_conversion_keeps_the_loss(stories, tmp_path):
     assert gaps[1] > 5 * abs(gaps[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_heads_are_divided_by_distance(stories, tmp_path):
     """What was measured is noted, and heads that look near lose less than any heads."""

@@ -29,6 +29,7 @@ def moods(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_is_cut_and_says_what_it_costs(
     moods: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_classifier_is_cut_and_says_what_it_costs(
     assert (told["rows"], told["parent"]) == (mine.rows, mine.metrics)
 
 
+@pytest.mark.slow
 def test_calibration_is_on_rows_by_the_loss_of_the_training(moods: Path, tmp_path: Path) -> None:
     """Rows that are given, in whole examples; the loss is the cross-entropy of their labels."""
     rows = write_jsonl(tmp_path / "few.jsonl", reviews(20, seed=3))

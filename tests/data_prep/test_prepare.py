@@ -458,6 +458,7 @@ def test_a_disk_that_is_really_full(config, small_disk):
 # real text, where there is some
 
 
+@pytest.mark.slow
 def test_real_books(tmp_path):
     data = Path(os.environ.get("DUALROUTE_DATA", ROOT.parent / "shared" / "data"))
     archive = data / "tinyshakespeare" / "input.txt.gz"

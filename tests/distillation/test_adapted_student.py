@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dualroute.cli import main
@@ -20,6 +21,7 @@ def distil(dataset: Path, teacher: Path, student: Path, output: Path) -> int:
     return main([*words, "--monitor.sample_every_steps", "0"])
 
 
+@pytest.mark.slow
 def test_a_student_with_adapters_learns_and_resumes_exactly(tiny_dataset: Path, tmp_path: Path) -> None:
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     assert pretrain(tiny_dataset, teacher, 9, "--seed", "3") == 0

@@ -45,7 +45,7 @@ def distill(dataset, teacher, output, *more):
     return main([str(word) for word in [*command, *more]])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_student_approaches_it(teachers, tiny_dataset, tmp_path, family):
     assert distill(tiny_dataset, teachers / family, tmp_path / "run") == 0
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["event"] == "validation"]

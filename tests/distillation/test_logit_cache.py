@@ -50,6 +50,7 @@ def student_arguments(dataset, cache, output, *more, steps=FEW):
     return words[:place] + words[place + 2 :]
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_is_training_online(cache, distil, tiny_dataset, tmp_path, monkeypatch):
     online = distil("--distill.top_k", K, steps=FEW)
     monkeypatch.setattr("dualroute.distillation.run.load_teacher", lambda *_, **__: 1 / 0)

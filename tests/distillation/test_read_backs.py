@@ -136,7 +136,7 @@ def test_without_what_the_loader_made_it_would(missing: str, block: int) -> None
             sums(module, on_device(batch, fake))
 
 
-@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("block", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_a_generated_batch_reads_back_its_labels_and_nothing_else(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from tests.training.checkpointing.runs import snapshot
 from tests.training.step.test_module import curve, environment, wait_for_step
 
 COMMON = (
-    "--data.context 64 --data.val_tokens 512 --train.micro_batch 2 --train.tokens_per_batch 512 "
+    "--data.context 64 --data.val_tokens 512 --train.micro_batch 4 --train.tokens_per_batch 512 "
     "--train.val_every_steps 7 --optim.lr 0.01 --optim.warmup_steps 4 --optim.schedule constant "
     "--checkpoint.every_steps 4 --monitor.log_every_steps 1 "
     "--monitor.sample_every_steps 0 --monitor.peak_tflops 0.1"
@@ -266,7 +266,7 @@ def test_killed_it_continues_as_if_nothing_had_happened(everything, tiny_dataset
 @pytest.mark.parametrize(("stage", "sharing"), [("3", "1"), ("1", "2")])
 def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_dataset, teacher, tmp_path):
     pytest.importorskip("deepspeed")
-    settings = ["--distill.hidden_weight", "0.1", "--optim.lr", "0.003"]
+    settings = ["--distill.hidden_weight", "0.1", "--optim.lr", "0.003", "--train.micro_batch", "2"]
     settings += ["--distill.on_policy_fraction", "0.5", *EVERYTHING[-4:]]  # drawn alike on any ranks
     parallel = ("--parallel.zero_stage", stage, "--parallel.sequence_parallel", sharing)
     output = tmp_path / "run"
@@ -296,7 +296,10 @@ def test_two_ranks_distil_as_one_process_does(stage, sharing, distil, tiny_datas
         (("--distill.attention_weight", "1"), "has head_dim 4 and layer 1 of the teacher 8"),
         (("--teacher", "/nowhere"), "teacher /nowhere is not there"),
         (
-            ("--data.context", "4096", "--model.max_context", "4096", "--train.tokens_per_batch", "8192"),
+            (
+                *("--data.context", "4096", "--model.max_context", "4096"),
+                *("--train.tokens_per_batch", "8192", "--train.micro_batch", "2"),
+            ),
             "2048",
         ),
     ],

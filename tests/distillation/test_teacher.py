@@ -37,6 +37,7 @@ def test_each_rank_holds_its_share_and_says_what_a_whole_teacher_says(ranks, tmp
     warm.ranks(ranks, "tests/distillation/teacher_ranks.py", [str(tmp_path)], cwd=ROOT, env=environment())
 
 
+@pytest.mark.slow
 def test_one_process_keeps_it_whole(distil):
     whole, kept = distil(steps=FEW), distil(*SHARDED, "--distill.teacher_offload", "true", steps=FEW)
     assert curve(kept) == curve(whole)

@@ -75,7 +75,7 @@ def test_two_ranks_of_a_launcher_examine_each_other(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_smoke_training_learns_and_a_broken_one_is_a_verdict() -> None:
     assert levels(smoke()) == {"smoke": "ok"}
-    assert "exit status 2" in run(("pretrain", "--data.path", "no-such-folder"), 100)
+    assert "exit status 2" in run(("pretrain", "--no-such-key", "1"), 100)
 
 
 def test_a_disk_that_cannot_be_written_fails(tmp_path: Path) -> None:
@@ -127,6 +127,7 @@ def test_kernels_that_cannot_be_compiled_are_a_warning(monkeypatch: pytest.Monke
     assert "there is no C++ compiler: install g++" in str(missing)
 
 
+@pytest.mark.slow
 def test_kernels_are_compared_on_the_shapes_of_the_recipes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

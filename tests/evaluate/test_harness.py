@@ -82,6 +82,7 @@ def files(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_hf_model_on_the_export(lettered, exported):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

@@ -43,7 +43,7 @@ def literal_loss(model, ids, context, stride):
     return losses
 
 
-@pytest.mark.parametrize("stride", [48, 16])
+@pytest.mark.parametrize("stride", [pytest.param(48, marks=pytest.mark.slow), 16])
 @torch.no_grad()
 def test_every_target_is_scored_once_with_the_past_of_its_window(checkpoint, text, stride):
     loaded = load(checkpoint)

@@ -277,7 +277,12 @@ def rows_of(kind: str, count: int = 300) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("kind", "metric", "above"),
-    [("number", "spearman", 0.8), ("token", "f1", 0.9), ("span", "f1", 0.8), ("text", "exact_match", 0.9)],
+    [
+        ("number", "spearman", 0.8),
+        pytest.param("token", "f1", 0.9, marks=pytest.mark.slow),
+        pytest.param("span", "f1", 0.8, marks=pytest.mark.slow),
+        pytest.param("text", "exact_match", 0.9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_kind_learns_and_answers(kind: str, metric: str, above: float, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", rows_of(kind))

@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 from tests.tasks.made import finetune, reviews, write_jsonl
 
 
+@pytest.mark.slow
 def test_the_kind_that_the_page_shows_runs(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     (source,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

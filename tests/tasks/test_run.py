@@ -176,6 +176,7 @@ def test_evaluation_measures_what_the_validation_measured(
     assert figures["metrics"]["accuracy"] == pytest.approx(best.metadata["score"]["value"], abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_language_model_becomes_one_of_a_task_and_back(
     rows: Path, tiny_dataset: Path, trained: Path, tmp_path: Path
 ) -> None:

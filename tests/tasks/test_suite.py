@@ -16,6 +16,7 @@ from tests.tasks.made import MOODS, finetune, reviews, write_jsonl
 from tests.training.step.test_module import environment
 
 
+@pytest.mark.slow
 def test_a_task_s_metrics_have_bootstrap_errors(tmp_path, capsys):
     data = write_jsonl(tmp_path / "rows.jsonl", reviews(80))
     assert finetune(data, tmp_path / "run", *MOODS, "--train.max_steps", "10") == 0

@@ -49,6 +49,7 @@ def test_the_table_compares_seed_by_seed_with_the_first(speedrun: ModuleType) ->
     assert never["tokens to the first's end"] == "not reached"
 
 
+@pytest.mark.slow
 def test_recipes_are_trained_once_and_compared(
     speedrun: ModuleType, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ LEGS = st.lists(
 )
 
 
+@pytest.mark.slow
 @here
 @given(
     PARTS, PARTS, st.integers(1, 30), st.integers(0, 3), st.sampled_from(["concatenate", "best_fit"]), LEGS
@@ -86,6 +87,7 @@ def test_the_order_is_the_same_for_every_division_and_however_often_it_was_stopp
     assert seen == stream(folders["a"], len(seen), micro_batch=1, **mixed)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PARTS, PARTS, st.integers(1, 100), st.sampled_from(["concatenate", "best_fit", "one_per_row"]))
 def test_2_1_4_3_ranks_read_each_sample_once_per_epoch_of_its_source(

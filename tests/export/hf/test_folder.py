@@ -19,6 +19,7 @@ from tests.export.conftest import KINDS  # noqa: E402
 from tests.export.hf.models import GREEDY, greedy_of, ids_of, wrapped  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+QUICK_KINDS = ("dual", "local", "full", "gqa")
 
 
 def from_folder(folder, **options):
@@ -32,7 +33,10 @@ def plain_kernels():
         yield
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in QUICK_KINDS else pytest.mark.slow) for kind in KINDS],
+)
 @torch.no_grad()
 def test_every_kind_of_model(kind, loaded, tmp_path):
     made = loaded(**KINDS[kind])
@@ -45,8 +49,8 @@ def test_every_kind_of_model(kind, loaded, tmp_path):
         ids = ids_of(length, batch=2)
         assert torch.equal(model(input_ids=ids).logits, made.model(ids))
     prompt = ids_of(61)
-    out = model.generate(input_ids=prompt, max_new_tokens=40, **GREEDY)
-    assert out[0, 61:].tolist() == greedy_of(made.model, prompt[0].tolist(), 40)
+    out = model.generate(input_ids=prompt, max_new_tokens=20, **GREEDY)
+    assert out[0, 61:].tolist() == greedy_of(made.model, prompt[0].tolist(), 20)
 
     model.save_pretrained(tmp_path / "again")
     again = from_folder(tmp_path / "again")
@@ -55,18 +59,21 @@ def test_every_kind_of_model(kind, loaded, tmp_path):
     assert tied == made.model.config.tie_embeddings
 
 
-@pytest.mark.parametrize("options", [{}, {"attention": "local"}, {"num_heads": 8, "num_kv_heads": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention": "local"}, pytest.param({"num_heads": 8, "num_kv_heads": 4}, marks=pytest.mark.slow)],
+)
 def test_padded_rows_give_what_they_give_alone(options):
     ours, model = wrapped(**options)
-    rows = [ids_of(length, seed=length)[0].tolist() for length in (50, 3, 17, 50, 17)]
+    rows = [ids_of(length, seed=length)[0].tolist() for length in (50, 3, 17, 17)]
     batch = torch.tensor([[0] * (50 - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (50 - len(row)) + [1] * len(row) for row in rows])
     for use_cache in (True, False):
         out = model.generate(
-            input_ids=batch, attention_mask=mask, max_new_tokens=30, use_cache=use_cache, **GREEDY
+            input_ids=batch, attention_mask=mask, max_new_tokens=18, use_cache=use_cache, **GREEDY
         )
         for row, text in zip(rows, out, strict=True):
-            assert text[50:].tolist() == greedy_of(ours, row, 30)
+            assert text[50:].tolist() == greedy_of(ours, row, 18)
 
 
 def test_padding_on_the_right_changes_no_logits():

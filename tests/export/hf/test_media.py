@@ -132,6 +132,7 @@ print(json.dumps({
 """  # noqa: E501
 
 
+@pytest.mark.slow
 def test_pipelines_answer_as_predict_does_without_the_package(folders, tmp_path):
     from PIL import Image
 

@@ -79,6 +79,7 @@ def test_a_hidden_word_is_found_by_the_pipeline(checked, tiny_dataset):
     assert [each["token"] for each in found] == logits.topk(4).indices.tolist()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_is_one_graph_for_a_compiler(checked):
     """The routes are operators in it; another folder's have other names."""

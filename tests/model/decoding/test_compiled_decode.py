@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import shutil
 import weakref
 
@@ -27,7 +28,7 @@ SMALL = {
     "sub_block": 4,
 }
 KINDS = {
-    "routed": {"global_mode": "routed", "top_k": 2},
+    "routed": {"global_mode": "routed", "top_k": 2, "num_layers": 2},
     "routed, nothing chosen": {"global_mode": "routed", "top_k": 0},
     "moment, first order": {
         "global_mode": "routed",
@@ -40,14 +41,18 @@ KINDS = {
     "full": {"global_mode": "full"},
     "dense, grouped": {"attention": "dense", "num_kv_heads": 2},
     "local": {"attention": "local"},
-    "interleaved": {"attention": "interleaved", "dense_every": 2},
-    "global in one layer": {"global_mode": "routed", "top_k": 1, "global_layers": [1]},
+    "interleaved": {"attention": "interleaved", "dense_every": 2, "num_layers": 2},
+    "global in one layer": {"global_mode": "routed", "top_k": 1, "global_layers": [1], "num_layers": 2},
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
     "no global positions": {"global_mode": "routed", "top_k": 1, "global_rotary_factor": 0.0},
     "similar keys": {"global_mode": "routed", "top_k": 1, "cluster_span": 32, "global_rotary_factor": 0.0},
     "some channels": {"global_rotary_factor": 0.5, "local_rotary_factor": 0.25, "num_kv_heads": 2},
     "biases and scaled RoPE": {"global_mode": "full", "qkv_bias": True, "rope_scaling": {"factor": 4.0}},
 }
+
+
+#: of each route one: also after 5 tokens, which fill neither a window nor a block
+SOME_KINDS = ("routed", "full", "local")
 
 
 def build(seed=0, **changes):
@@ -60,20 +65,27 @@ def build(seed=0, **changes):
 
 
 @pytest.mark.usefixtures("each_kernels")
-@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("prompt", [1, 5, 37])
-def test_static_steps_equal_ordinary_ones(changes, prompt, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "prompt"),
+    # of 5 tokens, whose window is not full either, for one kind of each route
+    [
+        *itertools.product(KINDS, [1]),
+        *itertools.product(SOME_KINDS, [5, 37]),
+        *(pytest.param(kind, 37, marks=pytest.mark.slow) for kind in KINDS if kind not in SOME_KINDS),
+    ],
+)
+def test_static_steps_equal_ordinary_ones(kind, prompt, monkeypatch):
     monkeypatch.setattr(compiled_decode, "SIZES", (20, 61, 96))
-    model = build(**changes)
-    ids = torch.randint(60, (3, 90))
-    ours, theirs = model.new_caches(3, 90), model.new_caches(3, 90)
+    model = build(**({"num_layers": 1} | KINDS[kind]))
+    ids = torch.randint(60, (3, 70))
+    ours, theirs = model.new_caches(3, 70), model.new_caches(3, 70)
     decoder = CompiledDecoder(model, compile=False)
     with torch.no_grad():
-        for begin, end in [(0, prompt), *((at, at + 1) for at in range(prompt, 90))]:
+        for begin, end in [(0, prompt), *((at, at + 1) for at in range(prompt, 70))]:
             expected = model.head(model.hidden_states(ids[:, begin:end], caches=theirs)[:, -1])
             torch.testing.assert_close(decoder(ids[:, begin:end], ours), expected, rtol=1e-5, atol=1e-5)
-    assert [cache.length for cache in ours] == [90, 90]
-    with pytest.raises(ValueError, match="hold max_length=90"):
+    assert [cache.length for cache in ours] == [70] * model.config.num_layers
+    with pytest.raises(ValueError, match="hold max_length=70"):
         decoder(ids[:, :1], ours)
 
 

@@ -207,6 +207,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "run", data
 
 
+@pytest.mark.slow
 def test_a_run_learns_answers(trained: tuple[Path, Path]) -> None:
     run, _ = trained
     losses = [line["train/loss"] for line in read_metrics(run / "metrics.jsonl", "train")]

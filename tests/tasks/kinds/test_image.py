@@ -55,6 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_regions_and_squares_tell_corners_apart(trained: Path) -> None:
     checkpoint = find_checkpoint(trained)
     assert checkpoint.metadata["score"]["value"] > 0.9

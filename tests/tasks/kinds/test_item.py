@@ -150,6 +150,7 @@ def test_the_baselines_are_counted_by_hand() -> None:
     np.testing.assert_allclose(next(cosine_neighbours(train, asked, 4)), want)
 
 
+@pytest.mark.slow
 def test_a_model_finds_what_counting_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The step of a user is in the order of their items: neither popularity nor cosines know it."""
     path = write(tmp_path, walks(), "100K")

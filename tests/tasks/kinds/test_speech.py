@@ -186,6 +186,7 @@ def test_texts_that_do_not_fit_their_recordings() -> None:
             kind.encode({"audio": sound, "text": text})
 
 
+@pytest.mark.slow
 def test_what_is_said_is_learnt(tmp_path: Path) -> None:
     """Utterances of letters, each a tone: the loss falls, and the whole way to the answers is walked."""
     draw = np.random.default_rng(0)

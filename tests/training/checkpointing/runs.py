@@ -21,8 +21,8 @@ class Killed(BaseException):
 
 
 def pretrain(dataset: Path, output: Path | str, steps: int, *more: str) -> int:
-    """``dualroute pretrain``; a checkpoint every four steps.  Its exit status."""
-    quiet = ("--monitor.sample_every_steps", "0", "--train.val_every_steps", "50")
+    """``dualroute pretrain``, two micro-batches a step; a checkpoint every four steps.  Its exit status."""
+    quiet = ("--monitor.sample_every_steps", "0", "--train.val_every_steps", "50", "--train.micro_batch", "4")
     run = ("--data.path", str(dataset), "--output", str(output), "--train.max_steps", str(steps))
     return main(["pretrain", *SMALL, *quiet, *run, *more])
 

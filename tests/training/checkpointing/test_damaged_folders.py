@@ -157,8 +157,11 @@ def test_one_line_and_nothing_changed(runs, tiny_dataset, tmp_path, file, how, m
     if mended:  # by somebody who means it, or the disk was damaged before the file was described
         redescribe(folder, file)
     before, wrong = snapshot(run), []
+    readers_only = how not in ("truncated", "missing", "a pipe")  # what never opens it sees no difference
     kept = shutil.copytree(run, tmp_path / "kept", symlinks=True) if how not in ("a pipe", "huge") else None
     for name, (arguments, reads) in commands(tiny_dataset, run, tmp_path / "out").items():
+        if file not in reads and readers_only:
+            continue
         try:
             status, lines, said = attempt(arguments)
         except BaseException as error:

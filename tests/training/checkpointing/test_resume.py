@@ -35,7 +35,9 @@ def other_data(tmp_path_factory):
 # -- a path is a starting point, once ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", ["9", "1"])  # 1: the starting point itself is removed meanwhile
+@pytest.mark.parametrize(
+    "keep", [pytest.param("9", marks=pytest.mark.slow), "1"]
+)  # 1: the starting point itself is removed meanwhile
 def test_the_same_command_goes_on_from_where_it_came_to(run, tiny_dataset, capsys, keep):
     first = run / "checkpoints" / "step-00000004"
     again = ("--resume", str(first), "--checkpoint.keep_last", keep)
@@ -50,6 +52,7 @@ def test_the_same_command_goes_on_from_where_it_came_to(run, tiny_dataset, capsy
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl", "train")] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_going_back_once_more_is_said_and_another_place_is_gone_to(run, tiny_dataset, capsys):
     folder = run / "checkpoints"
     assert pretrain(tiny_dataset, run, 12, "--resume", str(folder / "step-00000008"), *KEPT) == 0
@@ -67,6 +70,7 @@ def test_going_back_once_more_is_said_and_another_place_is_gone_to(run, tiny_dat
     assert {f"abandoned-step-{s:08d}{n}" for s in (12, 16) for n in ("", ".2")} <= set(names)
 
 
+@pytest.mark.slow
 def test_a_link_and_another_run_are_starting_points_too(run, trained, tiny_dataset, tmp_path, capsys):
     """What they name moves on; the command means the place it began at."""
     fresh = tmp_path / "fresh"
@@ -263,7 +267,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_says_so(run, tmp_path):
 
 def test_a_fine_tune_goes_on_without_what_it_began_with(trained, tiny_dataset, tmp_path, capsys):
     start = shutil.copytree(trained, tmp_path / "start", symlinks=True)
-    tune = ("--init_from", str(start), "--train.micro_batch", "4")
+    tune = ("--init_from", str(start), "--train.micro_batch", "2")
     with killed_in(6):
         pretrain(tiny_dataset, tmp_path / "run", 8, *tune)
     shutil.copytree(tmp_path / "run", tmp_path / "straight", symlinks=True)

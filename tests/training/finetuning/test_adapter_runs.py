@@ -144,6 +144,7 @@ def test_without_peft_it_says_what_to_install(
     assert "needs peft: pip install" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_tied_head_leaves_the_embedding_as_it_is(tiny_dataset: Path, tmp_path: Path) -> None:
     """The run's model has a head of its own then; peft adds the adapter to the tied export."""
     tied, run = tmp_path / "tied", tmp_path / "run"
@@ -164,6 +165,7 @@ def test_an_adapter_of_a_tied_head_leaves_the_embedding_as_it_is(tiny_dataset: P
     torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_divided_it_trains_the_same_and_goes_on_undivided(
     base: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def test_on_nccl_the_flight_recorder_decides(situation: str) -> None:
     assert "\n" not in line
 
 
+@pytest.mark.slow
 def test_a_line_about_a_thousand_ranks_can_be_read() -> None:
     groups = {"0": list(range(1024))}
     behind = set(range(0, 1024, 3))

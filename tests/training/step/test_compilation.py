@@ -57,13 +57,9 @@ def loss_and_gradients(model, inputs, half=False):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("activations", "half"),
-    [
-        ("none", False),
-        ("full", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("feed_forward", False), ("full", False))),
-    ],
+    ("activations", "half"), [("none", False), ("full", True), ("feed_forward", False), ("full", False)]
 )
 def test_losses_and_gradients_are_those_of_eager_layers(activations, half):
     plain, compiled = model(), model()
@@ -99,9 +95,8 @@ def test_what_asks_the_host_for_numbers_goes_the_plain_way():
     assert not counters["stats"]
 
 
-@pytest.mark.parametrize(
-    "what", ["none", *(pytest.param(what, marks=pytest.mark.slow) for what in ("full", "feed_forward"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["none", "full", "feed_forward"])
 def test_what_compiled_layers_keep_may_be_moved_to_the_host(what):
     """And comes back as it went: the same program, gradients equal to the bit."""
     compiled, moved = model(), model()

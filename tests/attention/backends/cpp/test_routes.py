@@ -70,7 +70,7 @@ def test_routed_pieces_meet(order: str, documents: str, causal: bool, threads: i
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("documents", ["one", "packed"])
-@pytest.mark.parametrize("window", [1, 64, 65, 700, 5000])
+@pytest.mark.parametrize("window", [1, 64, 65, 700, pytest.param(5000, marks=pytest.mark.slow)])
 def test_local_pieces_meet(window: int, documents: str, causal: bool, threads: int) -> None:
     layout = _documents(4500, 32)[documents]
     inputs = _stream_inputs(layout, 2, 1, 6)

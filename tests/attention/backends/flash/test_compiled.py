@@ -24,6 +24,7 @@ def forgotten() -> Iterator[None]:
     assert torch.are_deterministic_algorithms_enabled() == deterministic
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_is_one_graph_and_equal(
     flash: FlashBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

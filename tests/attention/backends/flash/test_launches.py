@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import pytest
@@ -145,22 +146,34 @@ def test_a_layer_launches_little_and_reads_nothing_back(case: str, mode: str) ->
     assert backward.names.total() <= BACKWARD, backward.names
 
 
+@cache
+def _count_of(packed: bool, routing: Routing, causal: bool) -> tuple[Launches, Launches]:
+    stream = Layout.build(1, 16384, 64, _packed(1, 16384) if packed else None).stream
+    stream.prepare([6])
+    return _count(stream, 8, 2, 64, routing, 6, causal=causal)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_of_layers_take_hardly_more(kind: str) -> None:
     given, forward_more, backward_more = KINDS[kind]
     options: dict[str, Any] = {"causal": True, "packed": False, **given}
     causal, packed = options.pop("causal"), options.pop("packed")
-    stream = Layout.build(1, 16384, 64, _packed(1, 16384) if packed else None).stream
-    stream.prepare([6])
-    usual = _count(stream, 8, 2, 64, Routing(4), 6)
-    counted = _count(stream, 8, 2, 64, Routing(4, **options), 6, causal=causal)
+    usual = _count_of(packed, Routing(4), True)
+    counted = _count_of(packed, Routing(4, **options), causal)
     print(f"{kind}: {[part.names.total() for part in counted]}, {[part.names.total() for part in usual]}")
     for part, other, more in zip(counted, usual, (forward_more, backward_more), strict=True):
         assert part.names.total() <= other.names.total() + more, part.names - other.names
 
 
 @pytest.mark.parametrize(
-    ("length", "heads"), [(1 << 13, 16), (1 << 16, 16), (1 << 17, 16), (1 << 19, 8), (1 << 20, 8)]
+    ("length", "heads"),
+    [
+        (1 << 13, 16),
+        (1 << 16, 16),
+        (1 << 17, 16),
+        pytest.param(1 << 19, 8, marks=pytest.mark.slow),
+        pytest.param(1 << 20, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_longer_texts_cost_a_fixed_number_of_launches_a_slab(length: int, heads: int) -> None:
     """Every slab keeps within the memory, and there are hardly more than the triangle needs."""

@@ -132,11 +132,25 @@ def test_ties_are_broken_the_same_way_everywhere(chooser: str) -> None:
     torch.testing.assert_close(part, whole[:, :, :83], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("order", "causal"),
+    [
+        ("second_order", True),
+        ("none", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("second_order", False),
+                ("none", True),
+                ("first_order", True),
+                ("first_order", False),
+            )
+        ),
+    ],
+)
 def test_gradcheck(order: str, causal: bool) -> None:
-    layout = Layout.build(1, 17, 3, torch.tensor([[0] * 13 + [1] * 4]))
-    inputs = heads(1, 17, 2, 1, 2)
+    layout = Layout.build(1, 14, 3, torch.tensor([[0] * 11 + [1] * 3]))
+    inputs = heads(1, 14, 2, 1, 2)
     routing = Routing(1, "moment", order)
     assert torch.autograd.gradcheck(lambda *rows: _routed(layout, rows, routing, causal), inputs)
 

@@ -56,13 +56,14 @@ def _compare(
 @pytest.mark.parametrize("name", batches())
 def test_equals_the_explicit_mask(name: str) -> None:
     layout = batches(LENGTH, BLOCK)[name]
-    _compare(layout, both(2, layout.length, 2, 1), Routing(1, sub_block=SUB_BLOCK))
+    heads = 2 if name == "packed and padded" else 1
+    _compare(layout, both(2, layout.length, heads, 1), Routing(1, sub_block=SUB_BLOCK))
 
 
 @pytest.mark.parametrize("name", ["whole blocks", "shorter than a block", "packed and padded"])
 def test_both_sides_of_a_token(name: str) -> None:
     layout = batches(LENGTH, BLOCK)[name]
-    _compare(layout, both(2, layout.length, 2, 1), Routing(1, sub_block=SUB_BLOCK), causal=False)
+    _compare(layout, both(2, layout.length, 1, 1), Routing(1, sub_block=SUB_BLOCK), causal=False)
 
 
 @pytest.mark.parametrize("order", ["first_order", "none"])
@@ -74,11 +75,13 @@ def test_both_sides_of_a_token_of_every_summary(order: str) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_are_read_in_parts(causal: bool) -> None:
     """Of 32 keys in float32; the last part of a block, and the last block, are not full."""
-    layout = Layout.build(1, 190, 40)
-    _compare(layout, both(1, 190, 2, 1), Routing(1, sub_block=8), causal)
+    layout = Layout.build(1, 150, 40)
+    _compare(layout, both(1, 150, 1, 1), Routing(1, sub_block=8), causal)
 
 
-@pytest.mark.parametrize(("dim", "block", "length"), [(256, 80, 100), (8, 256, 520)])
+@pytest.mark.parametrize(
+    ("dim", "block", "length"), [(256, 80, 100), pytest.param(8, 256, 520, marks=pytest.mark.slow)]
+)
 def test_the_widest_heads_and_the_largest_blocks(dim: int, block: int, length: int) -> None:
     """Of half-precision numbers, whose tiles are those of a GPU."""
     layout = Layout.build(1, length, block)
@@ -91,7 +94,7 @@ def test_tiles_narrower_than_a_word_of_bits(causal: bool, monkeypatch: pytest.Mo
     """As those of wide heads are: the far blocks of a tile need not begin with the first bit of a word."""
     for module in (of_forward, of_backward, far):
         monkeypatch.setattr(module, "tile_for", lambda *_: Tile(16, 16, 4))
-    _compare(Layout.build(1, 79, 2), both(1, 79, 1, 1), Routing(1, sub_block=2), causal)
+    _compare(Layout.build(1, 71, 2), both(1, 71, 1, 1), Routing(1, sub_block=2), causal)
 
 
 def test_pieces_change_nothing_for_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,17 +109,18 @@ def test_every_router_and_summary(chooser: str, order: str) -> None:
     _compare(layout, both(1, 40, 1, 1), Routing(1, chooser, order))
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(("kv_heads", "top_k"), [(1, 5), (4, 0)])
 def test_any_number_of_blocks_and_heads(kv_heads: int, top_k: int) -> None:
     layout = Layout.build(1, 46, BLOCK)
     _compare(layout, both(1, 46, 4, kv_heads), Routing(top_k, sub_block=SUB_BLOCK))
 
 
-@pytest.mark.parametrize(("dim", "block", "length"), [(64, 16, 80), (96, 16, 100), (10, 24, 100), (6, 1, 9)])
-def test_any_size_of_heads_and_blocks(dim: int, block: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "block", "length", "group"), [(64, 16, 80, 1), (96, 16, 70, 1), (10, 24, 100, 3), (6, 1, 9, 3)]
+)
+def test_any_size_of_heads_and_blocks(dim: int, block: int, length: int, group: int) -> None:
     layout = Layout.build(1, length, block)
-    _compare(layout, both(1, length, 3, 1, dim), Routing(1, sub_block=min(block, 8)))
+    _compare(layout, both(1, length, group, 1, dim), Routing(1, sub_block=min(block, 8)))
 
 
 @pytest.mark.parametrize("order", ["second_order", "none"])
@@ -128,7 +132,7 @@ def test_choosing_everything_is_full_attention(order: str) -> None:
     assert_close_with_gradients(actual, low, full, wide)
 
 
-@pytest.mark.parametrize(("rows", "count"), [(100, 4), (300, 2)])
+@pytest.mark.parametrize(("rows", "count"), [pytest.param(100, 4, marks=pytest.mark.slow), (300, 2)])
 def test_pieces_and_chunks_change_nothing(rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a head at a time, or single heads; and a block that many tokens read is shared by programs."""
     monkeypatch.setattr(pair_lists, "MAX_PAIR_ROWS", rows)
@@ -181,7 +185,7 @@ def test_slots_without_a_token_change_nothing() -> None:
     assert torch.equal(from_stream(layout, before), from_stream(layout, after))
 
 
-@pytest.mark.parametrize("order", ["first_order", "none"])
+@pytest.mark.parametrize("order", [pytest.param("first_order", marks=pytest.mark.slow), "none"])
 def test_operators(order: str) -> None:
     layout = Layout.build(1, 3, 1).to(DEVICE)
     query, key, value = (torch.randn(1, 3, 4, device=DEVICE, requires_grad=True) for _ in range(3))

@@ -69,14 +69,14 @@ def test_tiles_that_enter_no_best_are_passed_over(
     """And what is chosen is the same, bit for bit: ties, several texts, numbers that are none among them."""
     monkeypatch.setattr(selection, "BOUNDED", 2)
     generator = torch.Generator().manual_seed(0)
-    blocks = torch.arange(300)
-    first = torch.where(blocks < 100, 0, 100)
-    end = torch.where(blocks < 100, 100, 300)
+    blocks = torch.arange(160)
+    first = torch.where(blocks < 50, 0, 50)
+    end = torch.where(blocks < 50, 50, 160)
     places = torch.stack([first, end, torch.ones_like(end)]).int().to(DEVICE)
-    query = torch.randn(2, 300, 8, generator=generator).abs()
+    query = torch.randn(2, 160, 8, generator=generator).abs()
     width = 8 if chooser == "mean" else 16
-    features = torch.randn(1, 300, 1, width, generator=generator).sort(-1, descending=True).values.abs()
-    features[:, 100:] *= torch.linspace(4, 0.01, 200)[:, None, None]  # the best come first
+    features = torch.randn(1, 160, 1, width, generator=generator).sort(-1, descending=True).values.abs()
+    features[:, 50:] *= torch.linspace(4, 0.01, 110)[:, None, None]  # the best come first
     features[:, 5] = features[:, 7]
     features[:, 40, 0, 3] = torch.nan
     inputs = (query.to(DEVICE), features.to(DEVICE), places, 3, chooser, causal)
@@ -96,11 +96,11 @@ def test_a_bound_is_never_below_a_score(
     """Of blocks that are all alike: bound and scores are equal but for rounding, and those of a tie stay."""
     monkeypatch.setattr(selection, "BOUNDED", 1)
     generator = torch.Generator().manual_seed(1)
-    query = torch.randn(3, 192, 40, generator=generator).to(dtype)
+    query = torch.randn(3, 96, 40, generator=generator).to(dtype)
     row = torch.randn(1, 1, 1, 40 if chooser == "mean" else 80, generator=generator).abs()
-    features = row.expand(1, 192, 1, -1).contiguous().to(dtype if chooser == "minmax" else torch.float32)
-    features[:, 128:] *= 1.0078125  # a little better
-    places = torch.tensor([[0], [192], [1]]).expand(3, 192).int().to(DEVICE)
+    features = row.expand(1, 96, 1, -1).contiguous().to(dtype if chooser == "minmax" else torch.float32)
+    features[:, 64:] *= 1.0078125  # a little better
+    places = torch.tensor([[0], [96], [1]]).expand(3, 96).int().to(DEVICE)
     inputs = (query.to(DEVICE), features.to(DEVICE), places.contiguous(), 2, chooser, True)
     every, some = (launch(*inputs, bounded=bounded) for bounded in (False, True))
     assert torch.equal(every, some)

@@ -111,7 +111,7 @@ class Module(LightningModule):
 def run(
     strategy: str = "auto",
     zero_stage: int | None = None,
-    steps: int = 40,
+    steps: int = 20,
     accumulation: int = 1,
     clip: float | None = None,
     poison: dict[str, list[int]] | None = None,

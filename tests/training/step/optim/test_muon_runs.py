@@ -76,6 +76,7 @@ def test_a_state_of_adamw_without_settings_is_refused_by_its_groups(
     assert "optim.embedding_lr null and this run asks for a number" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_frozen_and_by_depth_it_resumes_exactly(tiny_dataset: Path, tmp_path: Path) -> None:
     more = (*MUON, "--finetune.freeze", "[layers.0.ffn.up]", "--finetune.unfreeze_share", "0.6")
     more = (*more, "--finetune.layer_lr_decay", "0.5", "--model.tie_embeddings", "false")
@@ -134,6 +135,7 @@ def test_a_step_of_a_bad_batch_is_left_out(
     assert all(bool(value.isfinite().all()) for value in weights(run).values())
 
 
+@pytest.mark.slow
 def test_a_student_learns_with_it_and_resumes_exactly(
     unbroken: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
