@@ -132,7 +132,10 @@ class OpenSource:
             reading.samples_per_batch,
         )
         if reading.packing != "concatenate":
-            return PackedRows(*order, reading.packing)
+            seed = "" if self.infill is None else str(reading.seed)  # which decides where documents are cut
+            return PackedRows(
+                *order, reading.packing, self.manifest.folder / ".packing", f"{self.key} {seed}"
+            )
         try:
             return (
                 BatchPlan(*order)

@@ -8,23 +8,27 @@ In: the lengths of the documents. Out: `PackedRows`, a `SamplePlan` and `WindowP
    that has room for it (best-fit-decreasing; Ding et al. 2024, https://arxiv.org/abs/2404.10830, found that
    models learn better from text that is not cut).
 3. Packing is done in groups of neighbouring documents, about `ROWS_IN_GROUP` rows each, so that the row of
-   any number is found by packing its group alone. Held are two bytes a row: how many labels it lacks.
+   any number is found by packing its group alone. Held are two bytes a row: how many labels it lacks; of many
+   documents they are kept beside the data, so that the next start need not pack all groups again.
 4. Epoch e visits all rows once, in the order of a keyed permutation, as `BatchPlan` visits windows.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dualroute.data.order.document_stream import DocumentStream, Int64
+from dualroute.data.order.kept_arrays import Arrays, kept_arrays
 from dualroute.data.order.permutation import permute, seeded_words
 from dualroute.errors import UserError
 
@@ -35,6 +39,9 @@ _ROW_BITS = 32
 _GROUPS_HELD = 64
 _ROUNDS = 8
 _TARGETS_AT_ONCE = 4096
+#: Documents from which on the rows' numbers are kept: a second or two of packing.
+KEPT_FROM = 200_000
+_VERSION = 1
 
 
 class Rows(NamedTuple):
@@ -85,6 +92,8 @@ class PackedRows:
         context: slots of a row.
         samples_per_batch: rows per optimizer step, over all ranks.
         packing: see the module's docstring.
+        kept_in: a folder for the rows' numbers; null keeps none.
+        decided_by: what besides the other fields decides the lengths of the documents.
 
     Raises:
         UserError: a number below 1.
@@ -96,6 +105,8 @@ class PackedRows:
     context: int
     samples_per_batch: int
     packing: Literal["best_fit", "one_per_row"]
+    kept_in: Path | None = None
+    decided_by: str = ""
 
     def __post_init__(self) -> None:
         for name in ("context", "samples_per_batch"):
@@ -117,6 +128,15 @@ class PackedRows:
     @cached_property
     def _table(self) -> tuple[Int64, NDArray[np.unsignedinteger[Any]]]:
         """(groups + 1,) rows before each group; (rows,) slots of each row that have no target."""
+        if self.kept_in is None or self.stream.documents < KEPT_FROM:
+            arrays = self._counted()
+        else:
+            said = (_VERSION, self.fingerprint, self.decided_by, self.packing, self.context, self.group)
+            name = hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+            arrays = kept_arrays(self.kept_in / name, self._counted)
+        return arrays["rows"], arrays["without"]  # type: ignore[return-value]
+
+    def _counted(self) -> Arrays:
         groups = -(-self.stream.documents // self.group)
         small = np.uint16 if self.context < 1 << 16 else np.uint32
         rows, without = [0], [np.zeros(0, dtype=small)]
@@ -125,7 +145,7 @@ class PackedRows:
             before = np.concatenate([[0], np.cumsum(pieces[:, 3])])
             rows.append(len(bounds) - 1)
             without.append((self.context - np.diff(before[bounds])).astype(small))
-        return np.cumsum(rows, dtype=np.int64), np.concatenate(without)
+        return {"rows": np.cumsum(rows, dtype=np.int64), "without": np.concatenate(without)}
 
     def _lengths(self, group: int) -> Int64:
         lengths = self.stream.lengths.blocks(np.array([group]), self.group)[0]
