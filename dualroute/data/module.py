@@ -57,7 +57,7 @@ class ShardDataModule(WindowDataModule):
         mask_share: of the tokens that are hidden, to be found from both sides; None: labels are next tokens.
         sources: what is mixed; none: ``path`` alone.
         stages, temperature: of the mixture, see ``dualroute.training.config.DataConfig``.
-        packing, fim_rate, fim_spm_rate, fim_tokens: see there.
+        packing, fim_rate, fim_spm_rate, fim_tokens, shuffle_tokens: see there.
         remote: how a set that lies elsewhere is read; None for the defaults.
         prefetch_shards: shards of such a set that are brought before they are needed.
         policy: what becomes of windows that cannot be read; None: the run ends.
@@ -88,6 +88,7 @@ class ShardDataModule(WindowDataModule):
         remote: RemoteOptions | None = None,
         prefetch_shards: int = 4,
         policy: BadDataPolicy | None = None,
+        shuffle_tokens: int | None = None,
     ) -> None:
         if verify not in ("size", "sha256"):
             raise UserError(f"verify must be 'size' or 'sha256', not {verify!r}")
@@ -114,6 +115,7 @@ class ShardDataModule(WindowDataModule):
             tokens,
             remote,
             self.policy,
+            shuffle_tokens,
         )
         #: makes the training windows into a dataset that adds to them (a teacher's logits, say)
         self.extend: Callable[[Any], Dataset[Any]] | None = None
@@ -225,8 +227,9 @@ class ShardDataModule(WindowDataModule):
         data = settings.get("data") if isinstance(settings, Mapping) else None
         if not isinstance(data, Mapping) or not data.keys() >= {"packing", "fim_rate"}:
             return False
-        rate = data["fim_rate"]
-        if (data["packing"], rate) != (self.reading.packing, self.reading.fim_rate):
+        rate, among = data["fim_rate"], data.get("shuffle_tokens")
+        mine_told = (self.reading.packing, self.reading.fim_rate, self.reading.shuffle_tokens)
+        if (data["packing"], rate, among) != mine_told:
             return True
         names = data.get("fim_tokens")
         theirs = (data.get("fim_spm_rate"), None if names is None else tuple(names))
@@ -286,6 +289,7 @@ class ShardDataModule(WindowDataModule):
         if self.is_mixture or self.reading.packing != "concatenate" or self.reading.fim_rate:
             for source in self.sources:
                 yield f"{source.name}: {use_line(source.use(), self.reading.packing)}"
+        yield from (line for source in self.sources if (line := source.shuffle_line()) is not None)
 
     # ------------------------------------------------------------------ plans
 

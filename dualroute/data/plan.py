@@ -26,19 +26,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dualroute.data.order.document_stream import DocumentStream, Int64, Span
-from dualroute.data.order.permutation import permute, seeded_words
+from dualroute.data.order.permutation import Shuffle, seeded_words, visited
 from dualroute.errors import UserError
 
 #: Stands for "no window" (a row of padding) where a sample id is expected.
 EMPTY = -1
-_ROUNDS = 8
 #: The numbers of a batch's samples are held in memory: 128 MiB of them.
 MAX_SAMPLES_PER_BATCH = 1 << 24
 
@@ -113,6 +112,7 @@ class BatchPlan:
         seed: any integer.
         context: tokens per sample.
         samples_per_batch: samples per optimizer step, over all ranks.
+        shuffle: among how much of the data the order is random; null is all.
 
     Raises:
         UserError: fewer tokens than one window, or a number below 1.
@@ -123,6 +123,7 @@ class BatchPlan:
     seed: int
     context: int
     samples_per_batch: int
+    shuffle: Shuffle | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("context", "samples_per_batch"):
@@ -154,12 +155,8 @@ class BatchPlan:
 
     def ids(self, numbers: Int64) -> Int64:
         """Ids of the samples that have these numbers in the run."""
-        epochs, indices = np.divmod(numbers, self.windows_per_epoch)
-        for epoch in np.unique(epochs):
-            keys = seeded_words(self.fingerprint, self.seed, epoch, "order", count=_ROUNDS)
-            mask = epochs == epoch
-            indices[mask] = permute(indices[mask], self.windows_per_epoch, keys)
-        return epochs * self.windows_per_epoch + indices
+        key = (self.fingerprint, self.seed, "order")
+        return visited(numbers, self.windows_per_epoch, *key, context=self.context, shuffle=self.shuffle)
 
     def batch(self, samples_consumed: int) -> Int64:
         """Sample ids (samples_per_batch,) of the global batch that follows ``samples_consumed``.

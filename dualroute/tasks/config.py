@@ -158,7 +158,7 @@ class TaskDataConfig(DataConfig):
             of them, or NAME[#SPLIT] of a data set on the Hugging Face hub.
         sources: Several such files that are mixed, each with its share of the windows: {path, weight, name,
             max_epochs}, or PATH=WEIGHT.
-        stages, packing, fim_rate, fim_spm_rate, fim_tokens: Without meaning here.
+        stages, packing, fim_rate, fim_spm_rate, fim_tokens, shuffle_tokens: Without meaning here.
         temperature: Weights are taken to the power of 1 / temperature; above 1 makes them more alike.
         over_max_epochs: What happens where the run would read a source more often than its max_epochs:
             refuse to start, or report it.
@@ -220,8 +220,9 @@ class TaskDataConfig(DataConfig):
         }
         check_fields(self, "data", ranges)
         check_mixture(self.sources, [])
-        for name, plain in (("stages", []), ("packing", "concatenate"), ("fim_rate", 0.0)):
-            if getattr(self, name) != plain:
+        plain = {"stages": [], "packing": "concatenate", "fim_rate": 0.0, "shuffle_tokens": None}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
                 raise UserError(
                     f"data.{name} is for pretraining on shards: a task packs whole examples, with the "
                     "same weights from its beginning to its end; leave it out"

@@ -41,6 +41,8 @@ class DataConfig:
             to fill in the middle.
         fim_spm_rate: Share of these with the suffix first.
         fim_tokens: The tokens that mark prefix, suffix and middle; null looks for the usual names.
+        shuffle_tokens: Tokens among which the order of windows is random: those of so many whole shards at a
+            time, so that a cache smaller than the data brings each shard once an epoch; null means all.
         context: Tokens of one window: the longest distance that training sees.
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.
@@ -77,6 +79,7 @@ class DataConfig:
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.5
     fim_tokens: list[str] | None = None
+    shuffle_tokens: int | None = None
     cache_dir: LocalPath | None = None
     cache_gib: float | None = None
     prefetch_shards: int = 4
@@ -97,6 +100,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         ranges = {"context": at_least(1), "val_tokens": at_least(1), "num_workers": at_least(0, 1024)}
+        ranges |= {"shuffle_tokens": at_least(1)}
         ranges |= {"mask_share": above(0, 1), "fim_rate": at_least(0, 1), "fim_spm_rate": at_least(0, 1)}
         check_fields(self, "data", {**ranges, **self.READ_RANGES, "temperature": above(0, 100)})
         self._check_order()

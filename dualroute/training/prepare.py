@@ -206,6 +206,7 @@ def shard_module(data: DataConfig, seed: int, micro_batch: int, tokens_per_batch
         remote=data.remote,
         prefetch_shards=data.prefetch_shards,
         policy=data.bad_data,
+        shuffle_tokens=data.shuffle_tokens,
     )
 
 

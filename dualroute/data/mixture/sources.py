@@ -21,11 +21,15 @@ from dualroute.data.mixture.config import SourceConfig
 from dualroute.data.order.document_stream import DocumentStream
 from dualroute.data.order.infill import Infill, InfilledLengths, InfilledReader, mark_ids
 from dualroute.data.order.packing import PackedRows, Packing, Use, use_of
+from dualroute.data.order.permutation import Shuffle
 from dualroute.data.plan import BatchPlan, SequentialPlan
 from dualroute.data.reader import IndexedLengths, ShardReader, WindowDataset, open_stream
 from dualroute.data.remote.config import BadDataPolicy, RemoteOptions
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
+
+#: Shards that windows are drawn from at a time, below which a line says that it is little.
+FEW_SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Reading:
     fim_tokens: tuple[str, ...] | None = None
     remote: RemoteOptions | None = None
     policy: BadDataPolicy | None = None
+    shuffle_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +102,17 @@ class OpenSource:
         if self.infill is not None:
             infill = self.infill
             content["infill"] = str([infill.rate, infill.spm_rate, *infill.marks])
+        if self.shuffle is not None:
+            content["shuffle"] = str(self.shuffle.tokens)
         if len(content) == 1:
             return self.manifest.fingerprint
         return hashlib.sha256(canonical_json(content)).hexdigest()
+
+    @property
+    def shuffle(self) -> Shuffle | None:
+        """Among how much of it the order is random; null is all."""
+        tokens = self.reading.shuffle_tokens
+        return None if tokens is None else Shuffle(tokens, len(self.manifest.split("train").shards))
 
     # ------------------------------------------------------------------ training
 
@@ -132,15 +145,14 @@ class OpenSource:
             reading.samples_per_batch,
         )
         if reading.packing != "concatenate":
-            seed = "" if self.infill is None else str(reading.seed)  # which decides where documents are cut
-            return PackedRows(
-                *order, reading.packing, self.manifest.folder / ".packing", f"{self.key} {seed}"
-            )
+            kept_in = self.manifest.folder / ".packing"
+            decided_by = self.key if self.infill is None else f"{self.key} {reading.seed}"
+            return PackedRows(*order, reading.packing, kept_in, decided_by, shuffle=self.shuffle)
         try:
             return (
-                BatchPlan(*order)
+                BatchPlan(*order, shuffle=self.shuffle)
                 if reading.mask_share is None
-                else MaskedBatchPlan(*order, reading.mask_share)
+                else MaskedBatchPlan(*order, reading.mask_share, shuffle=self.shuffle)
             )
         except UserError as error:
             raise UserError(f"{self.manifest.place}: {error}") from error
@@ -151,6 +163,17 @@ class OpenSource:
         if self.infill is not None:
             reader = InfilledReader(reader, self.manifest.index_rows("train"), self.infill)
         return WindowDataset(reader, self.plan, self.reading.policy)
+
+    def shuffle_line(self) -> str | None:
+        """What the order is random among, where that is not all."""
+        if self.shuffle is None:
+            return None
+        part, together = self.shuffle.parts(self.plan.windows_per_epoch, self.reading.context)
+        parts = -(-self.plan.windows_per_epoch // part)
+        if together >= parts:
+            return None
+        few = ", which is little: neighbours are read together" if together < FEW_SHARDS else ""
+        return f"{self.name}: the order is random among {together:,} of {parts:,} shards at a time{few}"
 
     def use(self) -> Use:
         """What the packing makes of its documents; reads the index once."""

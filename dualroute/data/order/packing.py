@@ -19,7 +19,7 @@ import bisect
 import hashlib
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dualroute.data.order.document_stream import DocumentStream, Int64
 from dualroute.data.order.kept_arrays import Arrays, kept_arrays
-from dualroute.data.order.permutation import permute, seeded_words
+from dualroute.data.order.permutation import Shuffle, visited
 from dualroute.errors import UserError
 
 Packing = Literal["concatenate", "best_fit", "one_per_row"]
@@ -37,7 +37,6 @@ ROWS_IN_GROUP = 128
 _FEWEST_IN_GROUP = 64  # documents; the most are as many as a row has slots, so that a token costs the same
 _ROW_BITS = 32
 _GROUPS_HELD = 64
-_ROUNDS = 8
 _TARGETS_AT_ONCE = 4096
 #: Documents from which on the rows' numbers are kept: a second or two of packing.
 KEPT_FROM = 200_000
@@ -94,6 +93,7 @@ class PackedRows:
         packing: see the module's docstring.
         kept_in: a folder for the rows' numbers; null keeps none.
         decided_by: what besides the other fields decides the lengths of the documents.
+        shuffle: among how much of the data the order is random; null is all.
 
     Raises:
         UserError: a number below 1.
@@ -107,6 +107,7 @@ class PackedRows:
     packing: Literal["best_fit", "one_per_row"]
     kept_in: Path | None = None
     decided_by: str = ""
+    shuffle: Shuffle | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("context", "samples_per_batch"):
@@ -204,12 +205,8 @@ class PackedRows:
 
     def ids(self, numbers: Int64) -> Int64:
         """See `SamplePlan.ids`."""
-        epochs, indices = np.divmod(numbers, self.windows_per_epoch)
-        for epoch in np.unique(epochs):
-            keys = seeded_words(self.fingerprint, self.seed, epoch, self.packing, count=_ROUNDS)
-            mask = epochs == epoch
-            indices[mask] = permute(indices[mask], self.windows_per_epoch, keys)
-        return epochs * self.windows_per_epoch + indices
+        key = (self.fingerprint, self.seed, self.packing)
+        return visited(numbers, self.windows_per_epoch, *key, context=self.context, shuffle=self.shuffle)
 
     def num_targets(self, samples: ArrayLike) -> int:
         """See `SamplePlan.num_targets`."""

@@ -1,16 +1,20 @@
 """A permutation that is computed instead of stored: element by element, from keys, in constant memory.
 
 In: keys from a seed. Out: the image of any index, to `plan`, which visits the windows of an epoch in this
-order.
+order. With a `Shuffle` it is random among neighbours of several places at a time, so that what is read
+meanwhile lies in few shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+ROUNDS = 8  # of the Feistel network
 
 
 def seeded_words(*parts: object, count: int) -> NDArray[np.uint64]:
@@ -53,3 +57,64 @@ def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> NDArray[
         result[walking] = left * b + right
         walking = walking[result[walking] >= np.uint64(size)]
     return result.astype(np.int64)
+
+
+class Shuffle(NamedTuple):
+    """How far apart windows may lie in the data that are read close to one another.
+
+    Attributes:
+        tokens: among which the order is random.
+        shards: of the data; windows are drawn from as many at a time as have those tokens.
+    """
+
+    tokens: int
+    shards: int
+
+    def parts(self, windows: int, context: int) -> tuple[int, int]:
+        """Windows of a part, about those of a shard, and how many parts are drawn from at a time."""
+        part = max(windows // max(self.shards, 1), 1)
+        return part, max(self.tokens // (part * context), 1)
+
+
+def visited(
+    numbers: NDArray[np.int64], windows: int, *parts: object, context: int = 1, shuffle: Shuffle | None = None
+) -> NDArray[np.int64]:
+    """Ids of the samples with these numbers: epoch e visits its ``windows``, e · windows …, each once.
+
+    Args:
+        numbers: of samples in the run.
+        parts: what keys are made of: a fingerprint, the seed, and last a label; the epoch is put before it.
+        context: slots of a window.
+        shuffle: null draws from all windows.
+    """
+    epochs, indices = np.divmod(numbers, windows)
+    for epoch in np.unique(epochs):
+        words = (*parts[:-1], epoch, parts[-1])
+        mask = epochs == epoch
+        indices[mask] = (
+            permute(indices[mask], windows, seeded_words(*words, count=ROUNDS))
+            if shuffle is None
+            else _nearby(indices[mask], windows, words, *shuffle.parts(windows, context))
+        )
+    return epochs * windows + indices
+
+
+def _nearby(
+    indices: NDArray[np.int64], windows: int, words: tuple[object, ...], part: int, together: int
+) -> NDArray[np.int64]:
+    """Parts of neighbouring windows in random order, and windows in random order among ``together`` parts.
+
+    The windows behind the last whole part are drawn with the last parts.
+    """
+    span = part * together
+    result = np.empty_like(indices)
+    for group in np.unique(indices // span):
+        first = int(group) * span
+        mask = indices // span == group
+        keys = seeded_words(*words, "among", group, count=ROUNDS)
+        result[mask] = first + permute(indices[mask] - first, min(span, windows - first), keys)
+    places, within = np.divmod(result, part)
+    whole = places < windows // part
+    keys = seeded_words(*words, "parts", count=ROUNDS)
+    places[whole] = permute(places[whole], windows // part, keys)
+    return places * part + within

@@ -134,7 +134,8 @@ class Mirror:
         if not self.holds_all:
             _log.warning(
                 "%s has %.3g GiB and data.cache_gib is %.3g: shards will be brought more than once, "
-                "which an order that is random over all of them makes slow; give %s GiB where there is room",
+                "which an order that is random over all of them makes slow; give %s GiB where there is room, "
+                "or let the order be random among what fits (data.shuffle_tokens)",
                 self.shown,
                 all_files / GIB,
                 self.limit / GIB,

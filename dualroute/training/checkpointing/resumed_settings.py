@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     "data.temperature": "compared",
     "data.over_max_epochs": "obeyed",
     "data.packing": "refused",
+    "data.shuffle_tokens": "refused",
     "data.fim_rate": "refused",
     "data.fim_spm_rate": "refused",
     "data.fim_tokens": "refused",
@@ -105,7 +106,8 @@ def refuse_changes(checkpoint: Checkpoint, config: PretrainConfig, data_fingerpr
         if rules.get(key) == "refused" and key in saved and saved[key] != ours[key]
     ]
     their_data = checkpoint.metadata.get("data_fingerprint", data_fingerprint)
-    packed = any(line.startswith(("data.packing", "data.fim")) for line in changed)  # which changes it too
+    order = ("data.packing", "data.fim", "data.shuffle")  # which change it too
+    packed = any(line.startswith(order) for line in changed)
     if their_data != data_fingerprint and not packed:
         changed.append(
             f"data.path was {saved.get('data.path', 'a folder')} with fingerprint {their_data} and is "
