@@ -169,7 +169,7 @@ class OpenSource:
         if self.shuffle is None:
             return None
         part, together = self.shuffle.parts(self.plan.windows_per_epoch, self.reading.context)
-        parts = -(-self.plan.windows_per_epoch // part)
+        parts = self.plan.windows_per_epoch // part
         if together >= parts:
             return None
         few = ", which is little: neighbours are read together" if together < FEW_SHARDS else ""

@@ -130,7 +130,7 @@ def test_a_small_cache_brings_each_shard_about_once(packing: Any, shards: Path) 
         ]
 
     bounded, free = source((2 * together + 1) * train.tokens // (2 * len(train.shards))), source(None)
-    assert f"random among {together} of" in str(bounded.shuffle_line())
+    assert f"random among {together} of {len(train.shards)} shards" in str(bounded.shuffle_line())
     assert "which is little" in str(bounded.shuffle_line())
     assert free.shuffle_line() is None
     assert source(10**9).shuffle_line() is None
