@@ -289,7 +289,7 @@ class ShardDataModule(WindowDataModule):
         if self.is_mixture or self.reading.packing != "concatenate" or self.reading.fim_rate:
             for source in self.sources:
                 yield f"{source.name}: {use_line(source.use(), self.reading.packing)}"
-        yield from (line for source in self.sources if (line := source.shuffle_line()) is not None)
+        yield from filter(None, (source.shuffle_line() for source in self.sources))
 
     # ------------------------------------------------------------------ plans
 

@@ -156,7 +156,7 @@ class BatchPlan:
     def ids(self, numbers: Int64) -> Int64:
         """Ids of the samples that have these numbers in the run."""
         key = (self.fingerprint, self.seed, "order")
-        return visited(numbers, self.windows_per_epoch, *key, context=self.context, shuffle=self.shuffle)
+        return visited(numbers, self.windows_per_epoch, *key, shuffle=self.shuffle)
 
     def batch(self, samples_consumed: int) -> Int64:
         """Sample ids (samples_per_batch,) of the global batch that follows ``samples_consumed``.

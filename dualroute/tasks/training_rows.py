@@ -8,6 +8,7 @@ with ``data.encoded``, into files that all processes of the machine read and tha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections import Counter
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualroute import __version__
+import dualroute
 from dualroute.errors import UserError
 from dualroute.log import counted
 from dualroute.tasks.config import FinetuneConfig, TaskDataConfig
@@ -148,15 +149,19 @@ def read_parts(data: TaskDataConfig, kind: Kind) -> tuple[Part, Part]:
             train, validation = Part.held(path, first, problems), Part.held(name, second)
             problems.rows -= len(second)  # counted in one place
         else:
-            placed = _read(data, path, Problems())
+            found = Problems()
+            placed = _read(data, path, found)
             validation = Part.held(name, [one for one in placed if is_held_out(*one, share, group)])
+            found.refuse_above(data.max_bad_rows, path)
             train = Part(path, lambda counting: _learnt(data, path, counting), problems)
     for part, remedy in (
         (train, "give a file with rows"),
         (validation, kind.few_rows),
     ):
         part.problems.refuse_above(data.max_bad_rows, part.source)
-        if part.first() is None:
+        found = Problems()
+        if next(iter(part.read(found)), None) is None:
+            found.refuse_above(data.max_bad_rows, part.source)
             raise UserError(f"{part.source} has no rows to use: {remedy}")
     return train, validation
 
@@ -228,20 +233,17 @@ def training_examples(kind: Kind, trains: Sequence[Part], config: FinetuneConfig
         sources = [Counts.of(part) for part in parts]
         return TrainingExamples(examples, sources, _said(trains, sources), _warnings(kind, trains))
     key = kept.key_of(_deciding(kind, config))
-    with kept.turn(data.encoded, key) as place:
-        found = kept.kept_examples(place)
-        made = found is None
-        if found is None:
-            with kept.writer(place) as writer:
-                writer.close(_written(kind, trains, data, writer))
-            found = kept.kept_examples(place)
-            assert found is not None
-    examples, told = found
+    examples, told, made = kept.kept_examples(
+        data.encoded, key, lambda writer: _written(kind, trains, data, writer)
+    )
+    for part, problems in zip(trains, told["problems"], strict=True):
+        part.problems = Problems(problems["rows"], Counter(problems["counts"]), problems["places"])
+        part.problems.refuse_above(data.max_bad_rows, part.source)  # which may be another share now
     kind.labels, kind.class_weights = told["labels"], told["class_weights"]
     kind.load_state(told["state"])
     kind.tally.counts = Counter(told["tally"])
     said = [(int(level), str(line)) for level, line in told["said"]]
-    said.append((logging.INFO, f"{'kept' if made else 'read'} in {place}"))
+    said.append((logging.INFO, f"{'kept' if made else 'read'} in {Path(data.encoded) / key}"))
     return TrainingExamples(examples, [Counts(*counts) for counts in told["sources"]], said, told["warnings"])
 
 
@@ -253,7 +255,8 @@ def _written(
     sources, first = [], 0
     for part in trains:
         examples, tokens, rows = writer.examples, writer.tokens, 0
-        for number, _, encoded in encoded_rows(kind, part.read(part.problems), part.problems):
+        placed = _reading(part.source, part.read(part.problems))
+        for number, _, encoded in encoded_rows(kind, placed, part.problems):
             for example in encoded:
                 writer.add(first + number, example)
             rows += bool(encoded)
@@ -266,10 +269,31 @@ def _written(
         "class_weights": kind.class_weights,
         "state": kind.state(),
         "tally": kind.tally.counts,
+        "problems": [vars(part.problems) for part in trains],
         "said": _said(trains, sources),
         "warnings": _warnings(kind, trains),
         "sources": [dataclasses.astuple(counts) for counts in sources],
     }
+
+
+def _reading(source: str, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
+    """The rows; an error of their file is told from one of the file that is written meanwhile."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error}): mend that, or give another") from error
+
+
+@functools.cache
+def _code() -> str:
+    """sha256 of the code that makes examples of rows."""
+    package = Path(dualroute.__file__).parent
+    files = [*(package / "tasks").rglob("*.py"), *(package / "data").glob("*token*.py")]
+    files += (package / "data" / "chat").rglob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(package)} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _deciding(kind: Kind, config: FinetuneConfig) -> dict[str, Any]:
@@ -291,7 +315,7 @@ def _deciding(kind: Kind, config: FinetuneConfig) -> dict[str, Any]:
         del task[name]
     own = Path(config.task.kind)
     return {
-        "dualroute": __version__,
+        "code": _code(),
         "task": task,
         "kind": hashlib.sha256(own.read_bytes()).hexdigest() if own.suffix == ".py" else "",
         "tokenizer": [tokenizer.sha256, tokenizer.settings.to_bytes().decode()],

@@ -96,12 +96,11 @@ class OpenSource:
     def key(self) -> str:
         """sha256 of what decides which samples it has: the manifest's fingerprint where documents are laid
         end to end as they are."""
-        reading, content = self.reading, {"data": self.manifest.fingerprint}
-        if reading.packing != "concatenate":
-            content["packing"] = reading.packing
+        content = {"data": self.manifest.fingerprint}
+        if self.reading.packing != "concatenate":
+            content["packing"] = self.reading.packing
         if self.infill is not None:
-            infill = self.infill
-            content["infill"] = str([infill.rate, infill.spm_rate, *infill.marks])
+            content["infill"] = self._infilled
         if self.shuffle is not None:
             content["shuffle"] = str(self.shuffle.tokens)
         if len(content) == 1:
@@ -109,10 +108,17 @@ class OpenSource:
         return hashlib.sha256(canonical_json(content)).hexdigest()
 
     @property
+    def _infilled(self) -> str:
+        return (
+            "" if self.infill is None else str([self.infill.rate, self.infill.spm_rate, *self.infill.marks])
+        )
+
+    @cached_property
     def shuffle(self) -> Shuffle | None:
         """Among how much of it the order is random; null is all."""
         tokens = self.reading.shuffle_tokens
-        return None if tokens is None else Shuffle(tokens, len(self.manifest.split("train").shards))
+        shards = [shard.tokens for shard in self.manifest.split("train").shards]
+        return None if tokens is None else Shuffle(tokens, shards)
 
     # ------------------------------------------------------------------ training
 
@@ -146,7 +152,7 @@ class OpenSource:
         )
         if reading.packing != "concatenate":
             kept_in = self.manifest.folder / ".packing"
-            decided_by = self.key if self.infill is None else f"{self.key} {reading.seed}"
+            decided_by = "" if self.infill is None else f"{self._infilled} {reading.seed}"
             return PackedRows(*order, reading.packing, kept_in, decided_by, shuffle=self.shuffle)
         try:
             return (
@@ -168,12 +174,13 @@ class OpenSource:
         """What the order is random among, where that is not all."""
         if self.shuffle is None:
             return None
-        part, together = self.shuffle.parts(self.plan.windows_per_epoch, self.reading.context)
-        parts = self.plan.windows_per_epoch // part
-        if together >= parts:
+        shards = self.shuffle.shards
+        together = max(self.shuffle.tokens * len(shards) // sum(shards), 1)
+        if self.shuffle.tokens >= sum(shards):
             return None
         few = ", which is little: neighbours are read together" if together < FEW_SHARDS else ""
-        return f"{self.name}: the order is random among {together:,} of {parts:,} shards at a time{few}"
+        which = f"about {together:,} of {len(shards):,} shards at a time{few}"
+        return f"{self.name}: the order is random among {which}"
 
     def use(self) -> Use:
         """What the packing makes of its documents; reads the index once."""

@@ -60,7 +60,7 @@ def _read(place: Path) -> Arrays | None:
     """What is there, null where that is nothing or not what was written."""
     try:
         note = read_json(place / _NOTE)
-        if any(file_sha256(place / f"{name}.npy") != sha256 for name, sha256 in note.items()):
+        if not note or any(file_sha256(place / f"{name}.npy") != sha256 for name, sha256 in note.items()):
             return None
         return {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in note}
     except (OSError, UserError, ValueError, AttributeError):

@@ -116,7 +116,10 @@ class PackedRows:
         object.__setattr__(self, "_cache", OrderedDict())
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        state = {**self.__dict__, "_cache": OrderedDict()}
+        if isinstance(state.get("_table", (0, 0))[1], np.memmap):  # which a copy maps for itself
+            del state["_table"]
+        return state
 
     # ------------------------------------------------------------------ rows
 
@@ -206,7 +209,7 @@ class PackedRows:
     def ids(self, numbers: Int64) -> Int64:
         """See `SamplePlan.ids`."""
         key = (self.fingerprint, self.seed, self.packing)
-        return visited(numbers, self.windows_per_epoch, *key, context=self.context, shuffle=self.shuffle)
+        return visited(numbers, self.windows_per_epoch, *key, shuffle=self.shuffle)
 
     def num_targets(self, samples: ArrayLike) -> int:
         """See `SamplePlan.num_targets`."""

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -59,32 +63,68 @@ def permute(indices: ArrayLike, size: int, keys: NDArray[np.uint64]) -> NDArray[
     return result.astype(np.int64)
 
 
-class Shuffle(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Shuffle:
     """How far apart windows may lie in the data that are read close to one another.
+
+    Windows are drawn from whole shards, in a random order of these, as many at a time as have ``tokens``.
 
     Attributes:
         tokens: among which the order is random.
-        shards: of the data; windows are drawn from as many at a time as have those tokens.
+        shards: (shards,) tokens of each, in the order of the data.
     """
 
     tokens: int
-    shards: int
+    shards: Sequence[int]
 
-    def parts(self, windows: int, context: int) -> tuple[int, int]:
-        """Windows of a part, about those of a shard, and how many parts are drawn from at a time."""
-        part = max(windows // max(self.shards, 1), 1)
-        return part, max(self.tokens // (part * context), 1)
+    @cached_property
+    def _layouts(self) -> OrderedDict[tuple[object, ...], _Layout]:
+        return OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"tokens": self.tokens, "shards": self.shards}
+
+    def layout(self, windows: int, words: tuple[object, ...]) -> _Layout:
+        """The order of an epoch of ``windows`` whose keys are made of ``words``."""
+        key = (windows, *words)
+        if key not in self._layouts:
+            self._layouts[key] = self._laid(windows, words)
+            if len(self._layouts) > 2:
+                self._layouts.popitem(last=False)
+        return self._layouts[key]
+
+    def _laid(self, windows: int, words: tuple[object, ...]) -> _Layout:
+        before = np.concatenate([[0], np.cumsum(np.asarray(self.shards, dtype=np.float64))])
+        bounds = np.floor(before / before[-1] * windows + 0.5).astype(np.int64)
+        keys = seeded_words(*words, "shards", count=ROUNDS)
+        order = permute(np.arange(len(self.shards)), len(self.shards), keys)
+        first = np.concatenate([[0], np.cumsum(np.diff(bounds)[order])])
+        groups, held = [0], 0
+        for place, shard in enumerate(order.tolist()):
+            if held and held + self.shards[shard] > self.tokens:
+                groups.append(int(first[place]))
+                held = 0
+            held += self.shards[shard]
+        return _Layout(bounds[order], first, np.array([*groups, windows], dtype=np.int64))
+
+
+class _Layout(NamedTuple):
+    """Attributes: the first window of each shard, shards in the order of the epoch; (shards + 1,) windows
+    before each of them in that order; (groups + 1,) the same of the groups that windows are drawn from."""
+
+    windows: NDArray[np.int64]
+    first: NDArray[np.int64]
+    groups: NDArray[np.int64]
 
 
 def visited(
-    numbers: NDArray[np.int64], windows: int, *parts: object, context: int = 1, shuffle: Shuffle | None = None
+    numbers: NDArray[np.int64], windows: int, *parts: object, shuffle: Shuffle | None = None
 ) -> NDArray[np.int64]:
     """Ids of the samples with these numbers: epoch e visits its ``windows``, e · windows …, each once.
 
     Args:
         numbers: of samples in the run.
         parts: what keys are made of: a fingerprint, the seed, and last a label; the epoch is put before it.
-        context: slots of a window.
         shuffle: null draws from all windows.
     """
     epochs, indices = np.divmod(numbers, windows)
@@ -94,27 +134,19 @@ def visited(
         indices[mask] = (
             permute(indices[mask], windows, seeded_words(*words, count=ROUNDS))
             if shuffle is None
-            else _nearby(indices[mask], windows, words, *shuffle.parts(windows, context))
+            else _nearby(indices[mask], shuffle.layout(windows, words), words)
         )
     return epochs * windows + indices
 
 
-def _nearby(
-    indices: NDArray[np.int64], windows: int, words: tuple[object, ...], part: int, together: int
-) -> NDArray[np.int64]:
-    """Parts of neighbouring windows in random order, and windows in random order among ``together`` parts.
-
-    The windows behind the last whole part are drawn with the last parts.
-    """
-    span = part * together
+def _nearby(indices: NDArray[np.int64], layout: _Layout, words: tuple[object, ...]) -> NDArray[np.int64]:
+    """Windows at these places of an epoch: in random order within each group of shards."""
     result = np.empty_like(indices)
-    for group in np.unique(indices // span):
-        first = int(group) * span
-        mask = indices // span == group
+    groups = np.searchsorted(layout.groups, indices, side="right") - 1
+    for group in np.unique(groups):
+        first, end = layout.groups[group : group + 2].tolist()
+        mask = groups == group
         keys = seeded_words(*words, "among", group, count=ROUNDS)
-        result[mask] = first + permute(indices[mask] - first, min(span, windows - first), keys)
-    places, within = np.divmod(result, part)
-    whole = places < windows // part
-    keys = seeded_words(*words, "parts", count=ROUNDS)
-    places[whole] = permute(places[whole], windows // part, keys)
-    return places * part + within
+        result[mask] = first + permute(indices[mask] - first, end - first, keys)
+    shards = np.searchsorted(layout.first, result, side="right") - 1
+    return layout.windows[shards] + result - layout.first[shards]

@@ -12,12 +12,11 @@ a damaged file is not learnt from.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,7 @@ import numpy as np
 
 from dualroute.data.manifest import canonical_json
 from dualroute.errors import UserError
-from dualroute.files import appearing_folder, locked, read_json
+from dualroute.files import appearing_folder, file_sha256, locked, read_json
 from dualroute.tasks.data.examples import Example, Examples, Fields
 
 _FORMAT, _VERSION, _NOTE = "dualroute-examples", 1, "examples.json"
@@ -56,7 +55,10 @@ class ExamplesWriter:
         kinds = {name: (values.dtype, values.shape[1:]) for name, values in example.fields.items()}
         known = {name: (dtype, shape) for name, (_, dtype, shape) in self._fields.items()}
         if kinds != known:
-            raise ValueError(f"an example has the fields {kinds}, not {known}")
+            raise UserError(
+                f"{_KEY}: an example has the fields {kinds}, and one before it {known}: have the kind of "
+                f"task give all examples fields of one type, or leave {_KEY} out"
+            )
         for name, values in example.fields.items():
             self._fields[name][0].write(np.ascontiguousarray(values).data)
         numbers = (len(example), example.count_targets(), row)
@@ -65,7 +67,7 @@ class ExamplesWriter:
         self.examples, self.tokens = self.examples + 1, self.tokens + len(example)
 
     def close(self, told: dict[str, Any]) -> None:
-        """Finish; ``told`` is given back by :func:`kept_examples`."""
+        """Finish; ``told`` (JSON) is given back by :func:`kept_examples`."""
         self._files.close()
         note = {
             "format": _FORMAT,
@@ -73,10 +75,12 @@ class ExamplesWriter:
             "examples": self.examples,
             "tokens": self.tokens,
             "fields": {name: [dtype.str, list(shape)] for name, (_, dtype, shape) in self._fields.items()},
+            "rows": file_sha256(self._folder / "rows.bin"),
             "told": told,
         }
-        note["fingerprint"] = _mapped(self._folder, note).fingerprint()
-        (self._folder / _NOTE).write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
+        note["fingerprint"] = Examples.fingerprint(_mapped(self._folder, note))
+        note["sha256"] = _sealed(note)
+        (self._folder / _NOTE).write_text(json.dumps(note), encoding="ascii")
 
     def abandon(self) -> None:
         """Close the files of what was not finished."""
@@ -88,52 +92,71 @@ def key_of(what: Any) -> str:
     return hashlib.sha256(canonical_json([_VERSION, what])).hexdigest()[:32]
 
 
-@contextlib.contextmanager
-def turn(folder: str, key: str) -> Iterator[Path]:
-    """The place of examples in ``folder``, kept from other processes; waits for one that is encoding them.
+def kept_examples(
+    folder: str | Path, key: str, encode: Callable[[ExamplesWriter], dict[str, Any]]
+) -> tuple[Examples, dict[str, Any], bool]:
+    """The examples that are kept under a name, encoded by the first who asks for them.
+
+    Args:
+        folder: Made where it is not there.
+        key: See :func:`key_of`.
+        encode: Adds all examples to a writer; what it gives back is told to those who find them.
+
+    Returns:
+        The examples, what was told of them, and whether they were encoded by this call.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written, or what is there cannot be read.
     """
     place = Path(folder) / key
+    found = _kept(place)
+    if found is not None:
+        return *found, False
     with ExitStack() as held:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(place.with_name(f".{key}.lock"), wait=math.inf))
+            found = _kept(place)  # of another one who has encoded them meanwhile
+            if found is None and place.exists():
+                shutil.rmtree(place)
         except OSError as error:
             raise UserError(f"{_KEY} {folder} cannot be written ({error}): name another folder") from error
-        yield place
+        if found is not None:
+            return *found, False
+        with appearing_folder(place, _KEY) as aside:
+            writer = ExamplesWriter(aside)
+            try:
+                writer.close(encode(writer))
+            finally:
+                writer.abandon()
+        found = _kept(place)
+        assert found is not None
+        return *found, True
 
 
-def kept_examples(place: Path) -> tuple[Examples, dict[str, Any]] | None:
-    """The examples of a place, and what was told of them; null where there are none.
+def _kept(place: Path) -> tuple[MappedExamples, dict[str, Any]] | None:
+    """What is kept at a place, null where that is nothing or damaged.
 
-    Those that are damaged are removed: they are to be encoded again.
+    Raises:
+        UserError: It cannot be read.
     """
-    if not place.is_dir():
-        return None
     try:
         note = read_json(place / _NOTE)
-        if (note["format"], note["version"]) != (_FORMAT, _VERSION):
-            raise ValueError("is of another version")
+        if (note["format"], note["version"], note["sha256"]) != (_FORMAT, _VERSION, _sealed(note)):
+            return None
         found = _mapped(place, note)
-        if found.fingerprint() != note["fingerprint"]:
-            raise ValueError("does not have the fingerprint that it is said to have")
-        return found, note["told"]
-    except (UserError, OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(place)
+        if Examples.fingerprint(found) != note["fingerprint"]:
+            return None
+        return (found, note["told"]) if file_sha256(place / "rows.bin") == note["rows"] else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    except OSError as error:
+        raise UserError(f"{_KEY} {place} cannot be read ({error}): mend that, or name another") from error
 
 
-@contextlib.contextmanager
-def writer(place: Path) -> Iterator[ExamplesWriter]:
-    """A writer of the examples of a place, which has them when the body has closed it and ended."""
-    with appearing_folder(place, _KEY) as aside:
-        made = ExamplesWriter(aside)
-        try:
-            yield made
-        finally:
-            made.abandon()
+def _sealed(note: dict[str, Any]) -> str:
+    """The note's own sha256."""
+    return hashlib.sha256(canonical_json({k: v for k, v in note.items() if k != "sha256"})).hexdigest()
 
 
 class MappedExamples(Examples):
@@ -144,6 +167,12 @@ class MappedExamples(Examples):
     """
 
     origin: tuple[Path, dict[str, Any]]
+
+    def fingerprint(self) -> str:
+        """What the files were compared with when they were opened."""
+        if all(isinstance(values, np.memmap) for values in self.fields.values()):
+            return str(self.origin[1]["fingerprint"])
+        return super().fingerprint()
 
     def __reduce__(self) -> tuple[Any, ...]:
         added = {name: values for name, values in self.fields.items() if not isinstance(values, np.memmap)}

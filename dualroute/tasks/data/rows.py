@@ -120,7 +120,9 @@ def source_digest(source: str) -> str:
 def kept_digest(source: str, hub_config: str | None) -> str:
     """The same; of a data set on the hub it is of the files that the library has made of it here."""
     if not is_local(source):
-        return _files_digest([Path(file["filename"]) for file in _of_hub(source, hub_config).cache_files])
+        found = _of_hub(source, hub_config)
+        files = _files_digest([Path(file["filename"]) for file in found.cache_files])
+        return f"{files} {getattr(found, '_fingerprint', '')}"
     return source_digest(source)
 
 

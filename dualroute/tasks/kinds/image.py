@@ -7,7 +7,8 @@ one (``task.pooling``; auto is the mean).  Prediction: ``prediction``, ``probabi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,26 @@ class Images(Steps):
     }
 
     def fit(self, rows: Iterable[Row]) -> None:
-        rows = list(rows)
+        super().fit(self._sized(rows))
+        if self.task.image.height is None or self.task.image.width is None:
+            raise UserError("no training image can be read: give images (task.columns {image: …})")
+
+    def _sized(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows; the size of all images, where none is configured, is that of the first one."""
         config = self.task.image
         for row in rows:
-            if config.height is not None and config.width is not None:
-                break
-            try:
-                pixels = self.pixels(row, any_size=True)
-            except BadRow:
-                continue
-            config.height, config.width = pixels.shape[:2]
-        if config.height is None or config.width is None:
-            raise UserError("no training image can be read: give images (task.columns {image: …})")
-        super().fit(rows)
+            if config.height is None or config.width is None:
+                with suppress(BadRow):
+                    config.height, config.width = self.pixels(row, any_size=True).shape[:2]
+            yield row
+
+    def state(self) -> dict[str, Any]:
+        return {"height": self.task.image.height, "width": self.task.image.width}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        config = self.task.image
+        config.height = config.height or state.get("height")
+        config.width = config.width or state.get("width")
 
     def pixels(self, row: Row, *, any_size: bool = False) -> NDArray[np.uint8]:
         """(height, width, channels) of a row.

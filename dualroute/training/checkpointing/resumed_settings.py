@@ -99,6 +99,8 @@ def refuse_changes(checkpoint: Checkpoint, config: PretrainConfig, data_fingerpr
         UserError: Naming all keys that cannot change, with both values.
     """
     saved, ours = _flat(checkpoint.metadata.get("settings")), _flat(settings_of(config))
+    if "data.packing" in saved:  # of a checkpoint from before there was another order
+        saved.setdefault("data.shuffle_tokens", None)
     rules = {**RULES, **getattr(config, "resume_rules", {})}
     changed = [
         f"{key} was {_shown(saved[key])} and is {_shown(ours[key])}"

@@ -159,7 +159,7 @@ def test_what_decides_no_example_keeps_none_anew(rows: Path, tokenizer: Path, tm
     )
 
 
-@pytest.mark.parametrize("damage", ["byte", "cut", "note", "gone"])
+@pytest.mark.parametrize("damage", ["byte", "cut", "note", "told", "rows", "gone"])
 def test_damaged_ones_are_encoded_again(damage: str, rows: Path, tokenizer: Path, tmp_path: Path) -> None:
     keeping = config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "kept"))
     first = module(check(keeping))
@@ -172,6 +172,13 @@ def test_damaged_ones_are_encoded_again(damage: str, rows: Path, tokenizer: Path
         path.write_bytes(data[:-4])
     elif damage == "note":
         (folder / "examples.json").write_text('{"format": 7')
+    elif damage == "told":
+        note = (folder / "examples.json").read_text()
+        (folder / "examples.json").write_text(
+            note.replace('"negative", "positive"', '"positive", "negative"')
+        )
+    elif damage == "rows":
+        (folder / "rows.bin").write_bytes((folder / "rows.bin").read_bytes()[::-1])
     else:
         path.unlink()
     again = check(keeping)
@@ -189,6 +196,44 @@ def test_what_fitting_has_found_comes_back(rows: Path, tokenizer: Path, tmp_path
         kinds = [one.make_module(one).kind for one in (held, prepared)]  # type: ignore[attr-defined]
         assert kinds[0].class_weights == kinds[1].class_weights
         assert kinds[1].class_weights is not None
+
+
+def test_bad_rows_are_refused_as_from_memory(rows: Path, tokenizer: Path, tmp_path: Path) -> None:
+    keep = ("--data.encoded", str(tmp_path / "kept"))
+    with rows.open("a") as stream:
+        stream.write('{"review": "", "mood": "positive"}\n')
+    check(config(rows, tokenizer, tmp_path / "run", *keep))
+    for more in ((), keep):  # of examples that are there already, too
+        with pytest.raises(UserError, match=r"1 of 1.. rows cannot be used, first of all: empty review"):
+            check(config(rows, tokenizer, tmp_path / "run", *more, "--data.max_bad_rows", "0"))
+    rows.write_text("no JSON\n" * 40)
+    validation = ("--data.validation", str(write_jsonl(tmp_path / "v.jsonl", reviews(20, 1))))
+    for more in ((), keep, validation, (*keep, *validation)):
+        with pytest.raises(UserError, match=r"40 of 40 rows cannot be used|1 of 1 rows cannot be used"):
+            check(config(rows, tokenizer, tmp_path / "run", *more))
+
+
+def test_images_keep_their_size(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=draw.integers(0, 255, (60, 8, 8), np.uint8), y=np.arange(60) % 2)
+    words = ["--task.kind", "image", "--data.path", str(tmp_path / "d.npz"), "--model.causal", "false"]
+    words += ["--task.columns", "{image: x, label: y}", "--task.image.patch", "2", "--data.context", "64"]
+    words += ["--model.dim", "32", "--model.num_heads", "4", "--model.block", "4", "--model.sub_block", "4"]
+    words += ["--model.window", "2", "--output", str(tmp_path / "run"), "--train.max_steps", "4"]
+    held = check(parse_stage("finetune", words))
+    for _ in range(2):
+        prepared = check(parse_stage("finetune", [*words, "--data.encoded", str(tmp_path / "kept")]))
+        same(module(held), module(prepared))
+        assert prepared.extra_files == held.extra_files
+
+
+def test_kept_examples_can_be_read_where_nothing_can_be_written(
+    rows: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping = config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "kept"))
+    check(keeping)
+    monkeypatch.setattr(kept, "locked", lambda *arguments, **options: pytest.fail("a lock is taken"))
+    assert f"read in {place(tmp_path / 'kept')}" in said(check(keeping))
 
 
 def test_an_interrupted_encoding_leaves_nothing(
@@ -214,17 +259,15 @@ def test_one_encodes_and_the_others_wait(tmp_path: Path) -> None:
     """Processes take turns; threads stand for them here, as the lock is that of an open file."""
     made, found = [], []
 
+    def encode(writer: kept.ExamplesWriter) -> dict[str, Any]:
+        made.append(1)
+        time.sleep(0.1)
+        writer.add(0, Example({"input_ids": np.arange(5), "labels": np.arange(5)}))
+        return {"a": 1}
+
     def start() -> None:
-        with kept.turn(str(tmp_path / "kept"), "key") as folder:
-            if kept.kept_examples(folder) is None:
-                made.append(1)
-                with kept.writer(folder) as writer:
-                    time.sleep(0.1)
-                    writer.add(0, Example({"input_ids": np.arange(5), "labels": np.arange(5)}))
-                    writer.close({"a": 1})
-            reread = kept.kept_examples(folder)
-            assert reread is not None
-            found.append((reread[0].fingerprint(), reread[1]))
+        examples, told, _ = kept.kept_examples(tmp_path / "kept", "key", encode)
+        found.append((examples.fingerprint(), told))
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
@@ -236,15 +279,15 @@ def test_one_encodes_and_the_others_wait(tmp_path: Path) -> None:
 
 
 def test_a_copy_for_another_process_is_no_copy_of_the_arrays(tmp_path: Path) -> None:
-    folder = tmp_path / "kept"
     ids = np.arange(50_000, dtype=np.int32)
-    with kept.writer(folder) as writer:
+
+    def encode(writer: kept.ExamplesWriter) -> dict[str, Any]:
         for number in range(2):
             writer.add(number, Example({"input_ids": ids, "inputs": np.ones((50_000, 2), np.float32)}))
-        writer.close({})
-    found = kept.kept_examples(folder)
-    assert found is not None
-    examples = found[0]
+        return {}
+
+    examples, _, made = kept.kept_examples(tmp_path / "kept", "key", encode)
+    assert made
     examples.fields["reference"] = np.arange(100_000, dtype=np.float64)[:3]
     data = pickle.dumps(examples)
     assert len(data) < 5_000

@@ -31,7 +31,10 @@ def test_a_killed_rank_leaves_a_whole_beat_and_a_reader_never_sees_half_of_one(t
                 os._exit(1)
         try:
             deadline = time.monotonic() + 60
-            while read_beat(tmp_path, 1) is None and time.monotonic() < deadline:
+            while time.monotonic() < deadline:  # until the new one has written, over what the last one left
+                beat = read_beat(tmp_path, 1)
+                if beat is not None and beat.pid == process:
+                    break
                 time.sleep(0.001)
             until = time.monotonic() + 0.05
             while time.monotonic() < until:
