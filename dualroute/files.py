@@ -15,17 +15,19 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dualroute.errors import UserError
 
+T = TypeVar("T")
 _MARK = ".partial-"  # .NAME.partial-PID
 _LARGEST_NOTE = 256 * 2**20  # bytes; a checkpoint of 10,000 partitions is described in 2 MiB
 
@@ -237,6 +239,45 @@ def locked(path: str | os.PathLike[str], wait: float = 0.0) -> Iterator[bool]:
         finally:
             os.close(descriptor)
         time.sleep(0.0 if free else 0.1)
+
+
+def found_or_made(
+    place: Path, look: Callable[[], T | None], make: Callable[[Path], None], option: str
+) -> tuple[T, bool]:
+    """What lies in a folder, made by the first process that finds nothing there while the others wait.
+
+    Args:
+        place: The folder, named by all that decides what lies in it; its parent may be missing.
+        look: Reads it; null where there is nothing, or something damaged, which is removed then.
+        make: Writes it into the folder that it is given, which appears by rename.
+        option: What names ``place``'s parent, for messages.
+
+    Returns:
+        What ``look`` found, and whether it was made by this call.
+
+    Raises:
+        UserError: The parent cannot be written.
+    """
+    found = look()
+    if found is not None:
+        return found, False
+    with contextlib.ExitStack() as held:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(place.with_name(f".{place.name}.lock"), wait=math.inf))
+        except OSError as error:
+            raise UserError(
+                f"{option} {place.parent} cannot be written ({error}): name another folder"
+            ) from error
+        found = look()
+        if found is not None:
+            return found, False
+        shutil.rmtree(place, ignore_errors=True)
+        with appearing_folder(place, option) as aside:
+            make(aside)
+        found = look()
+        assert found is not None
+        return found, True
 
 
 def _lock_open_file(descriptor: int) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -69,7 +68,6 @@ def start(words: list[str]) -> None:
                 "cpu_seconds": round(taken, 1),
                 "peak_mib": round(max(peak[0], after) - before),
                 "after_mib": round(after - before),
-                "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }
         )
     )

@@ -42,7 +42,7 @@ class DataConfig:
         fim_spm_rate: Share of these with the suffix first.
         fim_tokens: The tokens that mark prefix, suffix and middle; null looks for the usual names.
         shuffle_tokens: Tokens among which the order of windows is random: those of so many whole shards at a
-            time, so that a cache smaller than the data brings each shard once an epoch; null means all.
+            time, so that a cache smaller than the data brings a shard once or twice an epoch; null means all.
         context: Tokens of one window: the longest distance that training sees.
         num_workers: Processes that read ahead; 0 reads in the training process.
         val_tokens: Validate on the first so many tokens of the validation split; null means all.

@@ -8,8 +8,6 @@ share.  Where nothing can be written, or what was written is damaged, each works
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualroute.errors import UserError
-from dualroute.files import appearing_folder, file_sha256, locked, read_json
+from dualroute.files import file_sha256, found_or_made, read_json
 
 Arrays = dict[str, NDArray[np.integer]]
 _NOTE = "arrays.json"
@@ -30,30 +28,19 @@ def kept_arrays(place: Path, compute: Callable[[], Arrays]) -> Arrays:
         place: Named by what decides the arrays; its parent may be missing.
         compute: Works them out; the same names and values each time.
     """
-    found = _read(place)
-    if found is not None:
-        return found
-    arrays: Arrays | None = None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with locked(place.with_name(f".{place.name}.lock"), wait=math.inf):
-            found = _read(place)
-            if found is not None:  # another one has worked them out meanwhile
-                return found
-            shutil.rmtree(place, ignore_errors=True)
-            arrays = compute()
-            _write(place, arrays)
-    except (OSError, UserError):  # a folder that cannot be written, a full disk
-        return compute() if arrays is None else arrays
-    return _read(place) or arrays
+    computed: list[Arrays] = []
 
-
-def _write(place: Path, arrays: Arrays) -> None:
-    with appearing_folder(place, "the folder") as aside:
-        for name, values in arrays.items():
+    def make(aside: Path) -> None:
+        computed.append(compute())
+        for name, values in computed[0].items():
             np.save(aside / f"{name}.npy", values)
-        note = {name: file_sha256(aside / f"{name}.npy") for name in arrays}
+        note = {name: file_sha256(aside / f"{name}.npy") for name in computed[0]}
         (aside / _NOTE).write_text(json.dumps(note), encoding="ascii")
+
+    try:
+        return found_or_made(place, lambda: _read(place), make, "the folder")[0]
+    except (OSError, UserError):  # a folder that cannot be written, a full disk
+        return computed[0] if computed else compute()
 
 
 def _read(place: Path) -> Arrays | None:

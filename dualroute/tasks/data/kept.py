@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 
 from dualroute.data.manifest import canonical_json
 from dualroute.errors import UserError
-from dualroute.files import appearing_folder, file_sha256, locked, read_json
+from dualroute.files import file_sha256, found_or_made, read_json
 from dualroute.tasks.data.examples import Example, Examples, Fields
 
 _FORMAT, _VERSION, _NOTE = "dualroute-examples", 1, "examples.json"
@@ -109,29 +108,16 @@ def kept_examples(
         UserError: The folder cannot be written, or what is there cannot be read.
     """
     place = Path(folder) / key
-    found = _kept(place)
-    if found is not None:
-        return *found, False
-    with ExitStack() as held:
+
+    def make(aside: Path) -> None:
+        writer = ExamplesWriter(aside)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(place.with_name(f".{key}.lock"), wait=math.inf))
-            found = _kept(place)  # of another one who has encoded them meanwhile
-            if found is None and place.exists():
-                shutil.rmtree(place)
-        except OSError as error:
-            raise UserError(f"{_KEY} {folder} cannot be written ({error}): name another folder") from error
-        if found is not None:
-            return *found, False
-        with appearing_folder(place, _KEY) as aside:
-            writer = ExamplesWriter(aside)
-            try:
-                writer.close(encode(writer))
-            finally:
-                writer.abandon()
-        found = _kept(place)
-        assert found is not None
-        return *found, True
+            writer.close(encode(writer))
+        finally:
+            writer.abandon()
+
+    (examples, told), made = found_or_made(place, lambda: _kept(place), make, _KEY)
+    return examples, told, made
 
 
 def _kept(place: Path) -> tuple[MappedExamples, dict[str, Any]] | None:

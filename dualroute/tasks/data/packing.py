@@ -17,12 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dualroute.data.order.permutation import permute, seeded_words
+from dualroute.data.order.permutation import ROUNDS, permute, seeded_words
 from dualroute.data.plan import EMPTY, Int64
 
 #: Windows that are open at a time: more pack tighter and take longer.
 OPEN_WINDOWS = 16
-_ROUNDS = 8
 
 
 class Packed(NamedTuple):
@@ -121,7 +120,7 @@ class PackedPlan:
     def epoch(self, number: int) -> Packed:
         """The windows of an epoch."""
         if self._cached is None or self._cached[0] != number:
-            keys = seeded_words(self.fingerprint, self.seed, number, "examples", count=_ROUNDS)
+            keys = seeded_words(self.fingerprint, self.seed, number, "examples", count=ROUNDS)
             order = permute(np.arange(len(self.lengths)), len(self.lengths), keys)
             self._cached = number, pack(self.lengths, order, self.context)
         return self._cached[1]

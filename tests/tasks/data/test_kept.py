@@ -232,7 +232,9 @@ def test_kept_examples_can_be_read_where_nothing_can_be_written(
 ) -> None:
     keeping = config(rows, tokenizer, tmp_path / "run", "--data.encoded", str(tmp_path / "kept"))
     check(keeping)
-    monkeypatch.setattr(kept, "locked", lambda *arguments, **options: pytest.fail("a lock is taken"))
+    monkeypatch.setattr(
+        "dualroute.files.locked", lambda *arguments, **options: pytest.fail("a lock is taken")
+    )
     assert f"read in {place(tmp_path / 'kept')}" in said(check(keeping))
 
 

@@ -109,7 +109,10 @@ def test_every_router_and_summary(chooser: str, order: str) -> None:
     _compare(layout, both(1, 40, 1, 1), Routing(1, chooser, order))
 
 
-@pytest.mark.parametrize(("kv_heads", "top_k"), [(1, 5), (4, 0)])
+@pytest.mark.parametrize(
+    ("kv_heads", "top_k"),
+    [(1, 5), (4, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (4, 5)))],
+)
 def test_any_number_of_blocks_and_heads(kv_heads: int, top_k: int) -> None:
     layout = Layout.build(1, 46, BLOCK)
     _compare(layout, both(1, 46, 4, kv_heads), Routing(top_k, sub_block=SUB_BLOCK))
