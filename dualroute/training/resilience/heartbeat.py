@@ -28,6 +28,8 @@ from typing import Any
 import psutil
 
 RUNNING, FINISHED, FAILED, CUT_OFF = "running", "finished", "failed", "cut off"
+LOOKS = 10  # at a file that cannot be read, before it counts as damaged
+MOST_BYTES = 1 << 20  # of a beat; a usual one has under 1,000
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,30 @@ def beat_path(run: Path, rank: int) -> Path:
 
 
 def read_beat(run: Path, rank: int) -> Beat | None:
-    """The newest beat of a rank; None where there is none, or only half of one at this moment."""
+    """The newest beat of a rank; None where there is none.
+
+    A reader may look while the content is being copied, and see a part of the old one and a part of the new.
+    That lasts microseconds, so it looks again before it says that there is nothing to be read.
+    """
+    known = {field.name for field in dataclasses.fields(Beat)}
+    for attempt in range(LOOKS):
+        try:
+            values = json.loads(_content(beat_path(run, rank)))
+            return Beat(**{key: value for key, value in values.items() if key in known})
+        except OSError:
+            return None
+        except (ValueError, TypeError, AttributeError):
+            time.sleep(0.001 * attempt)
+    return None
+
+
+def _content(path: Path) -> bytes:
+    """A small file in one call of the system: what it grows by meanwhile is left out."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        values = json.loads(beat_path(run, rank).read_bytes())
-        known = {field.name for field in dataclasses.fields(Beat)}
-        return Beat(**{key: value for key, value in values.items() if key in known})
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+        return os.read(descriptor, MOST_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 @cache

@@ -294,13 +294,17 @@ class Watchdog(Callback):
 
     def _wait_for_report(self) -> None:
         deadline = time.monotonic() + 5 * self.config.poll_seconds
-        with contextlib.suppress(OSError, ValueError):
-            reporter = int(json.loads(self._alarm_file.read_text())["rank"])
-            while time.monotonic() < deadline:
-                beat = read_beat(self.run, reporter)
-                if beat is not None and (beat.answers == "reported" or process_is_gone(beat)):
-                    return
-                time.sleep(min(0.1, self.config.poll_seconds))
+        while time.monotonic() < deadline:
+            beat = None
+            try:
+                beat = read_beat(self.run, int(json.loads(self._alarm_file.read_text())["rank"]))
+            except OSError:
+                return
+            except ValueError:
+                pass  # the alarm is there, who raised it is being written
+            if beat is not None and (beat.answers == "reported" or process_is_gone(beat)):
+                return
+            time.sleep(min(0.1, self.config.poll_seconds))
 
     def _explain(self, error: BaseException) -> None:
         """Tell an error of this rank from one that only says that another rank is gone.

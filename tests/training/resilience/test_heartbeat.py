@@ -8,6 +8,9 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
+from dualroute.training.resilience import heartbeat
 from dualroute.training.resilience.heartbeat import Heart, beat_path, process_is_gone, read_beat
 
 
@@ -60,3 +63,14 @@ def test_a_shorter_beat_over_a_longer_one_is_read(tmp_path: Path) -> None:
     assert read_beat(tmp_path, 0) is None
     again = heart.beat()
     assert read_beat(tmp_path, 0) == again
+
+
+def test_a_reader_that_comes_while_it_is_copied_looks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Heart(tmp_path, 0).beat()
+    whole = beat_path(tmp_path, 0).read_bytes()
+    seen = iter([b"", whole[:40], whole[:40] + whole[:40], whole])
+    monkeypatch.setattr(heartbeat, "_content", lambda path: next(seen))
+    assert read_beat(tmp_path, 0) == written
+    assert next(seen, None) is None
