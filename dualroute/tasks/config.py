@@ -164,7 +164,7 @@ class TaskDataConfig(DataConfig):
             refuse to start, or report it.
         context: Slots of one window, into which whole examples are packed.
         num_workers: Processes that read ahead; 0 reads in the training process.
-        val_tokens: Validate on the first so many slots; null means on all.
+        val_tokens: Validate on so many slots, of rows evenly spread over all; null means on all.
         verify: Without meaning here: rows are read whole at every start.
         cache_dir: Without meaning here, as verify.
         cache_gib: Without meaning here, as verify.

@@ -130,7 +130,7 @@ class TaskDataModule(WindowDataModule):
         name: what the data are called in messages.
         train, val: the examples.
         context, micro_batch, tokens_per_batch, seed, num_workers: see `WindowDataModule`.
-        val_tokens: validate on the first so many slots; None: on all.
+        val_tokens: validate on so many slots, of rows spread over all; None: on all.
         fills: {field: value} of empty slots.
         sources: what of ``train`` is of which source, in its order, where there are several.
         temperature: of their weights, see ``dualroute.training.config.DataConfig``.
@@ -215,7 +215,10 @@ class TaskDataModule(WindowDataModule):
     @cached_property
     def val_plan(self) -> PackedSequence:  # type: ignore[override]
         """The windows of validation."""
-        return PackedSequence(self.val.lengths, self.val.targets, self.context, self.val_tokens)
+        examples = self.val
+        return PackedSequence(
+            examples.lengths, examples.targets, self.context, self.val_tokens, examples.rows
+        )
 
     def train_windows(self) -> Dataset[Any]:
         plan = self.plan

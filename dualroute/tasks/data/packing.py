@@ -182,20 +182,45 @@ class PackedSequence:
 
     Args:
         lengths, targets, context: as for `PackedPlan`.
-        limit: the first windows only, of so many slots together; None for all.
+        limit: at most so many slots together (a row at least), of rows evenly spread over all: the first
+            ones of a file that is sorted by class would be of one class.  None for all.
+        rows: (examples,) the row of each example, ascending; a row is read whole or not at all.  By default
+            each example is one.
     """
 
-    def __init__(self, lengths: Int64, targets: Int64, context: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Int64,
+        targets: Int64,
+        context: int,
+        limit: int | None = None,
+        rows: ArrayLike | None = None,
+    ) -> None:
         self.lengths, self.targets, self.context = lengths, targets, context
         self.packed = pack(lengths, np.arange(len(lengths)), context)
-        self.windows = self.packed.windows
         if limit is not None:
-            self.windows = max(min(self.windows, limit // context), 1)
+            self._spread(
+                max(limit // context, 1), np.arange(len(lengths)) if rows is None else np.asarray(rows)
+            )
+
+    def _spread(self, most: int, rows: Int64) -> None:
+        """Keep evenly spread rows, as many as fit into ``most`` windows."""
+        _, ordinal = np.unique(rows, return_inverse=True)
+        count = total = int(ordinal.max(initial=-1)) + 1
+        while self.windows > most and count > 1:
+            count = min(count - 1, count * most // self.windows + 1)
+            read = np.zeros(total, dtype=bool)
+            read[np.arange(count) * total // count] = True
+            self.packed = pack(self.lengths, np.flatnonzero(read[ordinal]), self.context)
+
+    @property
+    def windows(self) -> int:
+        return self.packed.windows
 
     @property
     def tokens(self) -> int:
         """Of the examples that are read."""
-        return int(self.lengths[self.packed.members[: self.packed.bounds[self.windows]]].sum())
+        return int(self.lengths[self.packed.members].sum())
 
     def examples(self, sample: int) -> Int64:
         """Numbers of the examples in a window; none for `EMPTY`."""

@@ -69,4 +69,20 @@ def test_validation_reads_each_example_once_and_knows_padding() -> None:
     assert sequence.tokens == LENGTHS.sum()
     assert sequence.num_targets([EMPTY]) == 0
     assert sequence.num_targets(range(sequence.windows)) == TARGETS.sum()
+
+
+def test_a_part_for_validation_is_spread_over_all_rows_and_reads_them_whole() -> None:
+    rows = np.repeat(np.arange(100), 3)  # three examples of each
+    for limit in (1, 64, 200, 1000, int(LENGTHS.sum()) * 2):
+        part = PackedSequence(LENGTHS, TARGETS, 64, limit, rows)
+        read, times = np.unique(rows[part.packed.members], return_counts=True)
+        assert set(times) == {3}
+        assert part.tokens == LENGTHS[np.isin(rows, read)].sum()
+        if limit == 1000:  # a file sorted by class has some of each in any part of it
+            assert part.windows in (13, 14, 15)
+            assert np.diff(read).max() <= np.diff(read).min() + 1
+        elif limit > 1000:
+            assert len(read) == 100
+        else:
+            assert part.windows <= limit // 64 or len(read) == 1
     assert PackedSequence(LENGTHS, TARGETS, 64, limit=200).windows == 3
