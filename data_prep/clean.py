@@ -23,24 +23,15 @@ cost 16 bytes of digest each (`dedup.digests`: 160 MB for ten million, twice tha
 from __future__ import annotations
 
 import fnmatch
-import functools
 import hashlib
 import re
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
+from data_prep.cleaning.text import clean_text
 from data_prep.dedup.digests import DigestSet
 from data_prep.readers.documents import Document
-
-_MAX_MARKS = 64
-_BLOCK_CHARS = 1 << 18
-_NEWLINES = re.compile("\r\n?|\x85")
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -76,47 +67,6 @@ class CleanDocument:
     digest: bytes
     split: str
     language: str | None = None  # where one was asked for
-
-
-def clean_text(text: str) -> str:
-    """Steps 2 to 4; idempotent."""
-    if "\r" in text or "\x85" in text:  # to look for them costs a tenth of what the expression does
-        text = _NEWLINES.sub("\n", text)
-    text = _CONTROLS.sub("", text)
-    return text if text.isascii() else _nfc(text)
-
-
-def _nfc(text: str) -> str:
-    """NFC, in a time that grows with the text: sorting a run of accents takes the square of its length.
-
-    Hours for a megabyte of them. The longest run of a language is far below 30, where Unicode's own
-    stream-safe format ends.
-    """
-    parts, start = [], 0
-    for first, end in _long_runs(text) if len(text) >= 1000 else ():
-        parts += [unicodedata.normalize("NFC", text[start:first]), text[first:end]]
-        start = end
-    parts.append(unicodedata.normalize("NFC", text[start:]))
-    return "".join(parts)
-
-
-def _long_runs(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of every run of more than `_MAX_MARKS` accents."""
-    is_mark = np.zeros(len(text) + 2, dtype=np.int8)  # one more at each end, which is none
-    for start in range(0, len(text), _BLOCK_CHARS):
-        codes = np.frombuffer(text[start : start + _BLOCK_CHARS].encode("utf-32-le", "surrogatepass"), "<u4")
-        is_mark[start + 1 : start + 1 + len(codes)] = _marks()[codes]
-    if np.count_nonzero(is_mark) > _MAX_MARKS:
-        edges = np.flatnonzero(np.diff(is_mark)).reshape(-1, 2)
-        yield from map(tuple, edges[edges[:, 1] - edges[:, 0] > _MAX_MARKS].tolist())
-
-
-@functools.cache
-def _marks() -> np.ndarray:
-    """For each code point, whether it is an accent, whose order NFC may change (1,114,112)."""
-    table = np.zeros(sys.maxunicode + 1, dtype=np.int8)
-    table[[code for code in range(0x300, 0x20000) if unicodedata.combining(chr(code))]] = 1
-    return table
 
 
 def in_validation(digest: bytes, fraction: float, seed: int) -> bool:

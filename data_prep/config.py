@@ -13,6 +13,7 @@ import importlib.metadata
 import re
 from collections import Counter
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from data_prep.counterfactual import Mode, Swaps
 from data_prep.readers.documents import BadFiles, DecodeErrors, ReadOptions
 from data_prep.tally import Tally, readable
 from data_prep.train_tokenizer import TokenizerType
+from dualroute.data.manifest import canonical_json
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 from dualroute.paths import LocalPath, PathField
@@ -45,6 +47,8 @@ class PrepareConfig:
         output: dataset folder to make; must be empty, or hold an earlier run of the same preparation.
         text_key: key (JSON) or column (CSV, Parquet, Arrow) that holds the text; a number is the place of the
             column, from 1, in a CSV or TSV file whose first line does not name them.
+        chats: ``text_key`` (messages, say) holds chats: lists of messages with role and content.  They become
+            ids by the chat template of ``tokenizer``, which has to be given; see docs/data.md.
         separator: cut text files into documents at this string; by default a file is one document. It may
             be spelled with \\n, \\t, \\r and \\\\.
         on_decode_error: what to do with text that is not UTF-8: ``error``, ``replace`` the bytes, or
@@ -102,6 +106,7 @@ class PrepareConfig:
     corpus: LocalPath = corpora.STDLIB
     output: LocalPath = "data"
     text_key: str = "text"
+    chats: bool = False
     separator: str | None = None
     on_decode_error: DecodeErrors = "error"
     on_bad_file: BadFiles = "error"
@@ -185,6 +190,7 @@ class PrepareConfig:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, it is {getattr(self, name)!r}")
         self._check_cleaning()
+        self._check_chats()
         self._check_tasks()
         for name in ("corpus", "output", "tokenizer", "downloads", "task_logs"):
             _check_path(name, getattr(self, name))
@@ -193,6 +199,17 @@ class PrepareConfig:
             for text in [value] if isinstance(value, str) else value or []:
                 if not text.isascii() and re.search("[\ud800-\udfff]", text):
                     raise UserError(f"{name}: {text!a} is not UTF-8; spell it so that it is")
+
+    def _check_chats(self) -> None:
+        if not self.chats:
+            return
+        if self.tokenizer is None:
+            raise UserError("chats needs the tokenizer whose chat template they are written with: name it")
+        unfit = [name for name in ("quality", "counterfactual", "separator") if getattr(self, name)]
+        if self.decontaminate_action == "passage":
+            unfit.append("decontaminate_action passage")
+        if unfit:
+            raise UserError(f"{', '.join(unfit)}: made for texts, not for chats; leave it out, or chats")
 
     def _check_tasks(self) -> None:
         if self.executor == "none":
@@ -262,6 +279,7 @@ class PrepareConfig:
             decontaminate_action=self.decontaminate_action,
             scrub=tuple(kind for kind in KINDS if kind in (self.scrub or ())),
             near_duplicates=self.near_duplicates,
+            chats=self.chats,
         )
 
     @property
@@ -276,6 +294,7 @@ class PrepareConfig:
         """How the corpus is read, with fresh counts."""
         return ReadOptions(
             text_key=self.text_key,
+            chats=self.chats,
             separator=self.document_separator,
             on_decode_error=self.on_decode_error,
             on_bad_file=self.on_bad_file,
@@ -331,6 +350,8 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
     options["corpus"] = corpus.name
     options["separator"] = config.document_separator
     options["text_endings"] = list(config.read_options().text_endings) or None
+    if not config.chats:  # the plan is what it was before there was such an option
+        del options["chats"]
     swaps = options.pop("counterfactual")
     mode = options.pop("counterfactual_mode")
     if swaps:  # else the plan is what it was before there was such an option
@@ -338,6 +359,8 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
     _plan_cleaning(config, options)
     if given is not None:
         options["tokenizer"] = f"sha256:{given.sha256}"
+        if config.chats:  # are written with its template
+            options["tokenizer_settings"] = sha256(canonical_json(given.settings.to_json())).hexdigest()
         for unused in ("tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb"):
             del options[unused]
     return {"options": options, "inputs": [source.fingerprint() for source in corpus.files]}
@@ -345,7 +368,15 @@ def plan_of(config: PrepareConfig, corpus: corpora.Corpus, given: Tokenizer | No
 
 #: Options that are looked at after documents have been cleaned: those parts do not depend on them.
 _AFTER_CLEANING = {
-    *("tokenizer", "tokenizer_type", "vocab_size", "reserved_tokens", "tokenizer_sample_mb", "seed"),
+    *(
+        "tokenizer",
+        "tokenizer_settings",
+        "tokenizer_type",
+        "vocab_size",
+        "reserved_tokens",
+        "tokenizer_sample_mb",
+        "seed",
+    ),
     *("val_fraction", "val_documents", "counterfactual", "counterfactual_mode"),
 }
 

@@ -57,6 +57,7 @@ from dualroute.data.manifest import (
     verify_shards,
 )
 from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import TokenizerSettings
 from dualroute.errors import UserError, other_remedy
 from dualroute.files import file_sha256, remove_leftovers, write_bytes_atomically
 
@@ -314,7 +315,7 @@ class Preparation:
             self.selection = replace(self.selection, val_tail=earlier.get("val_tail") is True)
             return earlier
         survey, sample = self._read_all()
-        if self._is_lone(survey):
+        if self._is_lone(survey) and not self.config.chats:
             self.selection = replace(self.selection, val_tail=True)
             survey, sample = self._read_all()
         self._check_counts(survey)
@@ -418,10 +419,19 @@ class Preparation:
                 self.report.note,
                 self.plan_sha256,
                 mine,
+                self.config.chats,
             )
 
+    def _settings(self) -> TokenizerSettings:
+        """What stands beside the tokenizer that was given."""
+        return TokenizerSettings() if self.given is None else self.given.settings
+
+    def tokenizer(self) -> Tokenizer:
+        """The one in the output folder, which `learn` made."""
+        return Tokenizer(self.output / TOKENIZER_FILE, self._settings())
+
     def _write(self, survey: dict[str, Any]) -> Manifest:
-        tokenizer = Tokenizer(self.output / TOKENIZER_FILE)
+        tokenizer = self.tokenizer()
         dtype = token_dtype(tokenizer.vocab_size)
         shards = self.write_shards(survey, tokenizer)
         splits = {split: write_index(self.output, split, shards[split]) for split in SPLITS}
@@ -446,6 +456,7 @@ class Preparation:
                 tokenizer.bos_id,
                 tokenizer.eos_id,
                 tokenizer.pad_id if tokenizer.pad_id >= 0 else tokenizer.eos_id,
+                self._settings().to_json(),
             ),
             splits=splits,
             preparation={

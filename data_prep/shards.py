@@ -36,6 +36,7 @@ from data_prep.notes import (
     shard_rows,
     write_shard_note,
 )
+from data_prep.readers.chats import chat_ids
 from dualroute.data.index import write_header
 from dualroute.data.manifest import Shard, Split
 from dualroute.data.tokenizer import Tokenizer
@@ -138,6 +139,7 @@ def write_shards(
     note: Callable[[str], None] = lambda line: None,
     plan: str = "",
     mine: Callable[[str, int], bool] | None = None,
+    chats: bool = False,
 ) -> dict[str, list[Shard]]:
     """Write every document into a shard of its split; give back the shards, those of earlier runs included.
 
@@ -152,6 +154,7 @@ def write_shards(
         note: told a line about each shard of an earlier run that has to be made again.
         plan: SHA-256 of options and inputs; a finished shard of another plan is made again.
         mine: which shards (split, number) to write, the others being another task's; by default all.
+        chats: the texts are chats, see `data_prep.readers.chats`.
     """
     stored = np.dtype(dtype).newbyteorder("<")
     origin = f"plan {plan}, tokenizer {tokenizer.sha256}"
@@ -182,6 +185,8 @@ def write_shards(
                 yield document, state.number
 
     def encode(document: CleanDocument) -> np.ndarray:
+        if chats:
+            return chat_ids(tokenizer, document.text, document.name, stored)
         return tokenizer.encode_array(document.text, stored, bos=True, eos=True)
 
     try:

@@ -4,8 +4,11 @@ one run.
     python benchmarks/data/dedup.py TEXT [TEXT ...] --megabytes 1 10
 
 TEXT: files of plain text (also .xz .gz .zst, or archives), cut into documents of 500 to 4,000
-characters. Of one document in ten a copy is planted in which one word in a hundred is another; as many
-get a copy in which one word in five is, which is no near duplicate. Each method works in a process of
+characters; where they do not suffice, they are read again, each with its words in another order. Of one
+document in ten a copy is planted in which one word in a hundred is another; as many get a copy in which one
+word in five is, which is no near duplicate. With --graded a copy has any share of other words from 0 to 10 %,
+and is a near duplicate if the Jaccard similarity of both texts' runs of 5 words, counted exactly, is at least
+0.7: that judges a method at its threshold. Each method works in a process of
 its own, with one thread, on 128 permutations of runs of 5 words; its time is CPU time, from the texts
 in memory to the list of what is dropped. text-dedup's steps are called without the data set around
 them. A method that is not installed is left out (pip install datasketch; pip install --no-deps
@@ -26,6 +29,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +43,38 @@ PERMUTATIONS = 128
 
 
 def pieces(paths: list[Path], draw: random.Random) -> Iterator[str]:
-    """The texts of files, cut into documents of 500 to 4,000 characters."""
-    for path in paths:
-        for source in read_documents(path, path.name, ReadOptions()):
-            place = 0
-            while place < len(source.text):
-                text = source.text[place : place + draw.randint(500, 4000)]
-                place += len(text)
-                yield text
+    """The texts of files, cut into documents of 500 to 4,000 characters; after the last, all of them again,
+    with words (of a text without spaces: letters) in another order, without end."""
+    for again in count():
+        for path in paths:
+            for source in read_documents(path, path.name, ReadOptions()):
+                place = 0
+                while place < len(source.text):
+                    text = source.text[place : place + draw.randint(500, 4000)]
+                    place += len(text)
+                    if again:
+                        parts, between = words_of(text)
+                        draw.shuffle(parts)
+                        text = between.join(parts)
+                    yield text
 
 
-def planted(paths: list[Path], size: int) -> tuple[list[str], list[bool]]:
+def words_of(text: str) -> tuple[list[str], str]:
+    """Its words and what is between them; of a text without spaces, letters."""
+    words = text.split(" ")
+    return (words, " ") if len(words) > len(text) / 20 else (list(text), "")
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether the exact Jaccard similarity of the runs of 5 words is that of near duplicates."""
+    sets = []
+    for text in (one, other):
+        words = words_of(text)[0]
+        sets.append({tuple(words[place : place + 5]) for place in range(max(1, len(words) - 4))})
+    return len(sets[0] & sets[1]) >= SIMILARITY * len(sets[0] | sets[1])
+
+
+def planted(paths: list[Path], size: int, graded: bool) -> tuple[list[str], list[bool]]:
     """Documents of about ``size`` bytes in all, and which of them are copies with few changes."""
     draw = random.Random(0)
     texts: list[str] = []
@@ -68,15 +93,14 @@ def planted(paths: list[Path], size: int) -> tuple[list[str], list[bool]]:
         add(text, False)
         if draw.random() < 0.2:
             few = draw.random() < 0.5
-            add(changed(draw, text, 0.01 if few else 0.2), few)
+            copy = changed(draw, text, draw.random() / 10 if graded else 0.01 if few else 0.2)
+            add(copy, alike(text, copy) if graded else few)
     return texts, copies
 
 
 def changed(draw: random.Random, text: str, share: float) -> str:
     """One word in ``1 / share`` is another; of a text without spaces, one letter."""
-    words = text.split(" ")
-    between = " " if len(words) > len(text) / 20 else ""
-    parts = words if between else list(text)
+    parts, between = words_of(text)
     for place in draw.sample(range(len(parts)), max(1, round(share * len(parts)))):
         parts[place] = f"x{draw.randrange(1 << 30)}" if between else chr(draw.randrange(0x4E00, 0x9000))
     return between.join(parts)
@@ -197,6 +221,10 @@ def measured(name: str, texts: list[str], copies: list[bool]) -> dict[str, Any]:
         "megabytes_per_second_and_core": round(sum(len(text.encode()) for text in texts) / 1e6 / seconds, 2),
         "wall_seconds": round(wall, 1),
         "peak_memory_above_texts_mib": round(memory),
+        "precision": round(
+            sum(f and c for f, c in zip(dropped, copies, strict=True)) / max(1, sum(dropped)), 4
+        ),
+        "recall": round(sum(f and c for f, c in zip(dropped, copies, strict=True)) / max(1, sum(copies)), 4),
         "macro_f1": round(sum(scores) / 2, 4),
     }
 
@@ -208,10 +236,11 @@ def main() -> None:
     parser.add_argument("texts", nargs="+", type=Path)
     parser.add_argument("--megabytes", nargs="+", type=float, default=[1, 10])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--graded", action="store_true", help="copies of all degrees of likeness")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")  # with the texts, and no more, in its memory
     for megabytes in options.megabytes:
-        texts, copies = planted(options.texts, int(megabytes * 1e6))
+        texts, copies = planted(options.texts, int(megabytes * 1e6), options.graded)
         for name in options.methods:
             with context.Pool(1) as pool:
                 print(json.dumps(pool.apply(measured, (name, texts, copies))), flush=True)

@@ -37,7 +37,8 @@ import numpy as np
 from dedup import ours as without_near_duplicates
 from dedup import pieces
 
-from data_prep.clean import CleanDocument, clean_text
+from data_prep.clean import CleanDocument
+from data_prep.cleaning.text import clean_text
 from data_prep.readers.documents import ReadOptions
 from data_prep.readers.formats import read_documents
 

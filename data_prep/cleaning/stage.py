@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.clean import Selection, clean_text, length_fault
+from data_prep.clean import Selection, length_fault
 from data_prep.cleaning.contamination import Contamination, described
 from data_prep.cleaning.language import language_of, require_languages
 from data_prep.cleaning.quality import judge, require_rules
 from data_prep.cleaning.scrub import scrub
+from data_prep.cleaning.text import clean_text
 from data_prep.dedup.signatures import PERMUTATIONS, signatures, signer
+from data_prep.readers.chats import rewritten, said_in
 from data_prep.readers.documents import Document
 
 
@@ -43,6 +45,7 @@ class CleaningOptions:
     decontaminate_action: str = "document"
     scrub: tuple[str, ...] = ()
     near_duplicates: bool = False
+    chats: bool = False
 
 
 @dataclass
@@ -93,14 +96,18 @@ class Cleaner:
         outcomes = [self._one(document) for document in documents]
         if not self.options.near_duplicates:
             return outcomes, np.zeros((0, PERMUTATIONS), np.uint32)
-        return outcomes, signatures([outcome.text for outcome in outcomes if outcome.why is None])
+        return outcomes, signatures([self._read(outcome) for outcome in outcomes if outcome.why is None])
+
+    def _read(self, outcome: Outcome) -> str:
+        """What is looked at: the text, or what is said in a chat."""
+        return said_in(outcome.text) if self.options.chats else outcome.text
 
     def _one(self, document: Document) -> Outcome:
         options = self.options
         outcome = Outcome(document.name, clean_text(document.text), language=document.language)
         outcome.why = length_fault(outcome.text, options.selection)
         if outcome.why is None and options.languages:
-            outcome.language, probability = language_of(outcome.text, outcome.name)
+            outcome.language, probability = language_of(self._read(outcome), outcome.name)
             if outcome.language not in options.languages:
                 outcome.why = f"language: {outcome.language}"
             elif probability < options.language_confidence:
@@ -114,22 +121,30 @@ class Cleaner:
         if outcome.why is None and self.contamination is not None:
             self._decontaminate(outcome, self.contamination)
         if outcome.why is None and options.scrub:
-            outcome.text, found = scrub(outcome.text, options.scrub)
-            outcome.counts.update({f"{kind} replaced": count for kind, count in found.items()})
+            self._scrub(outcome)
         if outcome.why is None:
             outcome.why = length_fault(outcome.text, options.selection)  # it may have become shorter
         if outcome.why is None:
             outcome.digest = hashlib.sha256(outcome.text.encode()).digest()
         return outcome
 
+    def _scrub(self, outcome: Outcome) -> None:
+        def without(text: str) -> str:
+            text, found = scrub(text, self.options.scrub)
+            outcome.counts.update({f"{kind} replaced": count for kind, count in found.items()})
+            return text
+
+        outcome.text = rewritten(without, outcome.text) if self.options.chats else without(outcome.text)
+
     def _decontaminate(self, outcome: Outcome, contamination: Contamination) -> None:
-        hits = contamination.hits(outcome.text)
+        read = self._read(outcome)
+        hits = contamination.hits(read)
         if not hits:
             return
         whole = self.options.decontaminate_action == "document"
         left = "" if whole else contamination.without(outcome.text, hits)
         gone = not left.strip()
-        outcome.hit = described(outcome.text, outcome.name, hits, "document" if gone else "passages")
+        outcome.hit = described(read, outcome.name, hits, "document" if gone else "passages")
         if gone:
             outcome.why = "contaminated"
         else:

@@ -120,6 +120,9 @@ def _as_bytes(column: Any, name: str, options: ReadOptions) -> Any:
     import pyarrow
 
     kind = column.type
+    if options.chats and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+        column.validate(full=True)
+        return column
     if pyarrow.types.is_dictionary(kind) and str(kind.value_type) in _TEXT_TYPES:
         column.indices.validate(full=True)
         values = _as_bytes(column.dictionary, name, options)
@@ -144,6 +147,9 @@ def _document(value: Any, where: str, options: ReadOptions) -> Iterator[Document
     data = value.as_py()
     if data is None:
         yield from document_of(None, where, options)
+        return
+    if isinstance(data, list):
+        yield from document_of(data, where, options)
         return
     if len(data) > options.max_document_bytes:
         raise too_long(where, "a document", options)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
+from data_prep.readers.chats import NoChat, NoMessages, chat_text
 from data_prep.tally import Tally, readable
 from dualroute.errors import UserError
 
@@ -61,6 +62,7 @@ class ReadOptions:
         exclude: globs of files and members of archives to pass over.
         follow_links: follow links that lead out of a corpus folder.
         all_text: of a record take every text, whatever its key.
+        chats: ``text_key`` holds the messages of a chat, whose JSON is the document; see `chats`.
         dropped: counts of documents dropped here, by reason.
         files: counts of files read and passed over.
     """
@@ -75,6 +77,7 @@ class ReadOptions:
     exclude: tuple[str, ...] = ()
     follow_links: bool = False
     all_text: bool = False
+    chats: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     files: Tally = field(default_factory=Tally)
 
@@ -141,6 +144,16 @@ def document_of(value: object, where: str, options: ReadOptions) -> Iterator[Doc
     if value is None:
         options.dropped["empty"] += 1
         return
+    if options.chats and not options.all_text:
+        try:
+            value = chat_text(value)
+        except NoMessages as error:
+            raise UserError(
+                f"{where}: {options.text_key!r} is {error}, not the messages of a chat; set text_key"
+            ) from error
+        except NoChat as error:
+            options.dropped[f"no chat ({error})"] += 1
+            return
     if not isinstance(value, str):
         raise UserError(f"{where}: {options.text_key!r} is {type(value).__name__}, not text; set text_key")
     if len(value) > options.max_document_bytes:

@@ -193,6 +193,8 @@ def pass_over_table(error: NoTextKey, name: str, options: ReadOptions) -> None:
 
 
 def _read_text(stream: IO[bytes], name: str, options: ReadOptions) -> Iterator[Document]:
+    if options.chats and not options.all_text:
+        raise NoTextKey(name, options.text_key, ["plain text"])
     if options.heading is not None:
         yield from _by_heading(stream, name, options, options.heading)
         return

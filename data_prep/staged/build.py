@@ -58,5 +58,7 @@ def staging_of(
     staged = staging(corpus, FOLDER, config.cleaning_options(selection), True)
     for number, path in enumerate(config.near_duplicates_of or ()):
         other = corpora.open_corpus(path, config.read_options())
-        staged.seen.append(staging(other, f"seen-{number}", CleaningOptions(near_duplicates=True), False))
+        staged.seen.append(
+            staging(other, f"seen-{number}", CleaningOptions(near_duplicates=True, chats=config.chats), False)
+        )
     return staged

@@ -33,8 +33,7 @@ from data_prep.config import PrepareConfig
 from data_prep.output_folder import claimed
 from data_prep.prepare import Preparation, prepare
 from data_prep.staged.pool import Pool
-from dualroute.data.manifest import TOKENIZER_FILE, Manifest
-from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.manifest import Manifest
 from dualroute.errors import UserError
 
 try:
@@ -116,9 +115,8 @@ class TokeniseStep(_Step):
     def work(self, rank: int, world_size: int) -> None:
         preparation = Preparation(replace(self.config, workers=self.config.workers or 1))
         survey = preparation.learn()  # an earlier step's
-        tokenizer = Tokenizer(preparation.output / TOKENIZER_FILE)
         shards = preparation.write_shards(
-            survey, tokenizer, lambda split, number: number % world_size == rank
+            survey, preparation.tokenizer(), lambda split, number: number % world_size == rank
         )
         self.stat_update("shards", value=sum(map(len, shards.values())))
 

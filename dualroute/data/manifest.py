@@ -68,8 +68,7 @@ class Manifest:
 
     Attributes:
         folder: where it lies; not part of the fingerprint, so a folder may be moved or copied. Of a set that
-            lies elsewhere, where its copies are: tokenizer and index are there, shards come with
-                `open_shard`.
+            lies elsewhere, where its copies are: tokenizer and index; shards come with `open_shard`.
         dtype: of the stored ids, ``uint16`` or ``uint32``.
         tokenizer, splits: what is in it.
         preparation: options and counts of the run that made it, for people; not part of the fingerprint.
@@ -182,7 +181,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "dtype": self.dtype,
-            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "tokenizer": self.tokenizer.to_json(),
             "splits": {name: split.to_json() for name, split in self.splits.items()},
             "preparation": dict(self.preparation),
             "fingerprint": self.fingerprint,
@@ -348,6 +347,7 @@ class _Reader:
             sha256=self.sha256(info, "sha256", "tokenizer"),
             vocab_size=vocab_size,
             **ids,
+            settings=self.get({"settings": {}, **info}, "settings", dict, "tokenizer"),
         )
 
     def split(self, name: str, info: dict[str, Any], itemsize: int) -> Split:

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from dualroute.data.tokenizer import Tokenizer
+from dualroute.data.tokenizer_settings import settings_in
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -24,7 +29,8 @@ def canonical_json(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made the ids; ``pad_id`` is an id to fill with (<eos> in a model without <pad>)."""
+    """The tokenizer that made the ids; ``pad_id`` is an id to fill with (<eos> in a model without <pad>),
+    ``settings`` what stood beside its file, see `TokenizerSettings.to_json`."""
 
     file: str
     sha256: str
@@ -32,6 +38,18 @@ class TokenizerInfo:
     bos_id: int
     eos_id: int
     pad_id: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        if not values["settings"]:  # the manifest is what it was before there were any
+            del values["settings"]
+        return values
+
+    def opened(self, folder: Path) -> Tokenizer:
+        """The tokenizer of a set in ``folder``; raises UserError where it cannot be used."""
+        path = folder / self.file
+        return Tokenizer(path, settings_in(self.settings, path) if self.settings else None)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ A tokenizer file alone says neither: Qwen's ends a document with ``<|endoftext|>
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,16 @@ class TokenizerSettings:
 
     def to_bytes(self) -> bytes:
         """The content of a ``tokenizer_config.json``."""
+        return json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        """As `settings_in` reads it."""
         values: dict[str, Any] = dict(self.named)
         if self.chat_template is not None:
             values["chat_template"] = self.chat_template
         if self.stop_ids:
             values["eos_token_id"] = list(self.stop_ids)
-        return json.dumps(values, indent=1, ensure_ascii=False).encode()
+        return values
 
 
 def read_settings(tokenizer: str | Path) -> TokenizerSettings:
@@ -60,13 +65,21 @@ def read_settings(tokenizer: str | Path) -> TokenizerSettings:
         UserError: One of them cannot be used; the message names it.
     """
     folder = Path(tokenizer).parent
-    values = _table(folder / SETTINGS)
+    found = settings_in(_table(folder / SETTINGS), folder / SETTINGS)
+    template = _decoded(folder / TEMPLATE) if (folder / TEMPLATE).is_file() else found.chat_template
+    stops = [*found.stop_ids, *_ids(folder / GENERATION, _table(folder / GENERATION))]
+    return TokenizerSettings(template, found.named, tuple(dict.fromkeys(stops)))
+
+
+def settings_in(values: Mapping[str, Any], place: Path) -> TokenizerSettings:
+    """What a table in the manner of ``tokenizer_config.json`` says; ``place`` is where it stands.
+
+    Raises:
+        UserError: It cannot be used; the message names the key.
+    """
     named = {name: text for name in _NAMED if (text := _piece(values.get(name)))}
-    template = _template(folder / SETTINGS, values.get("chat_template"))
-    if (folder / TEMPLATE).is_file():
-        template = _decoded(folder / TEMPLATE)
-    stops = [*_ids(folder / SETTINGS, values), *_ids(folder / GENERATION, _table(folder / GENERATION))]
-    return TokenizerSettings(template, named, tuple(dict.fromkeys(stops)))
+    template = _template(place, values.get("chat_template"))
+    return TokenizerSettings(template, named, tuple(_ids(place, values)))
 
 
 def _table(path: Path) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def _short(path: Path, template: str) -> str:
     return template
 
 
-def _ids(path: Path, values: dict[str, Any]) -> list[int]:
+def _ids(path: Path, values: Mapping[str, Any]) -> list[int]:
     said = values.get("eos_token_id")
     said = [] if said is None else said if isinstance(said, list) else [said]
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in said):

@@ -25,7 +25,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dualroute.data.reader import collate
-from dualroute.data.tokenizer import Tokenizer
 from dualroute.distillation.config import CacheLogitsConfig
 from dualroute.distillation.logit_cache import Identity, ShardWriter, claim, finish
 from dualroute.distillation.losses import Logits, TopK, top_k_of
@@ -57,7 +56,7 @@ def cache_logits(config: CacheLogitsConfig) -> int:
     manifest, plan = data.manifest, data.plan
     if world.local_rank == 0:
         data.prepare_data()
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = manifest.tokenizer.opened(manifest.folder)
     teacher = load_teacher(config.teacher, tokenizer, config.data.path, context, dtype=config.teacher_dtype)
     if config.top_k > tokenizer.vocab_size:
         raise UserError(f"top_k {config.top_k} is above the vocabulary of {tokenizer.vocab_size} ids")

@@ -374,7 +374,9 @@ def _check_compile(config: PretrainConfig) -> None:
 
 def _tokenizer(data: ShardDataModule) -> Tokenizer:
     info = data.manifest.tokenizer
-    tokenizer = Tokenizer(data.manifest.folder / info.file)
+    said = [source.manifest.tokenizer.settings for source in data.sources]
+    settings = next(filter(None, said), {})  # of one source of a mixture, chats perhaps
+    tokenizer = dataclasses.replace(info, settings=settings).opened(data.manifest.folder)
     if tokenizer.sha256 != info.sha256:
         raise UserError(
             f"{tokenizer.path} is not the tokenizer that the shards were made with (its sha256 differs from "

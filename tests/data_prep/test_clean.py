@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.clean import Selection, clean_text, in_validation, matches, select, tail_start
+from data_prep.clean import Selection, in_validation, matches, select, tail_start
+from data_prep.cleaning.text import clean_text
 from data_prep.readers.documents import Document
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from data_prep.prepare import PrepareConfig, prepare
+from dualroute.cli import main
+from dualroute.data.tokenizer import Tokenizer
 from dualroute.evaluate.by_source import evaluate_sources, mixed, sources_of
 from dualroute.evaluate.load import load_any
 from dualroute.evaluate.perplexity import Score
@@ -93,6 +96,26 @@ def test_killed_and_resumed_on_two_ranks_in_another_stage(folders: list[str], tm
     for name, score in scores.items():  # what the last validation found
         assert score.loss == pytest.approx(figures(broken)[f"val/loss_by_source/{name}"], rel=1e-4)
     assert mixture.loss == pytest.approx(0.25 * scores["one"].loss + 0.75 * scores["two"].loss)
+
+
+def test_the_checkpoint_has_the_template_of_a_source_of_chats(folders: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    model = shutil.copy(Path(folders[0]) / "tokenizer.model", tmp_path / "tokenizer")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    turns = [
+        [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}."}]
+        for n in range(90)
+    ]
+    rows = "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+    (tmp_path / "chats.jsonl").write_text(rows)
+    made = {"corpus": str(tmp_path / "chats.jsonl"), "output": str(tmp_path / "chats"), "tokenizer": model}
+    prepare(PrepareConfig(**made, text_key="messages", chats=True, val_fraction=0.3, progress=False))
+    run = tmp_path / "run"
+    told = words([folders[0], made["output"]], run)
+    told[told.index("--train.max_steps") + 1] = "6"
+    assert main(told) == 0
+    assert Tokenizer(find_checkpoint(run).folder / "tokenizer.model").settings.chat_template == template
 
 
 def test_a_mixture_scores_what_text_mixed_so_would() -> None:

@@ -70,7 +70,7 @@ class OpenSource:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """That of the folder."""
-        return Tokenizer(self.manifest.tokenizer_path)
+        return self.manifest.tokenizer.opened(self.manifest.folder)
 
     @cached_property
     def infill(self) -> Infill | None:

@@ -9,7 +9,6 @@ from rich.text import Text
 
 from dualroute.data.manifest import Manifest
 from dualroute.data.reader import ShardReader
-from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.tools.config import SampleDataConfig
 from dualroute.data.tools.documents import document
 from dualroute.errors import UserError, printable
@@ -28,7 +27,7 @@ def sample_data(config: SampleDataConfig) -> int:
             f"number {config.number} is not below the {total:,} documents of split {config.split!r}: "
             "they are counted from 0"
         )
-    tokenizer = Tokenizer(manifest.tokenizer_path)
+    tokenizer = manifest.tokenizer.opened(manifest.folder)
     reader = ShardReader(manifest, config.split)
     draw = np.random.default_rng(config.seed)
     count = min(config.documents, total)
