@@ -13,6 +13,7 @@ fetched. Lightning does not fast-forward a loader on resume, and need not: the l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -303,7 +304,7 @@ class WindowDataModule(pl.LightningDataModule):
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
     def _loader(self, dataset: Dataset[Any], sampler: Any) -> DataLoader[Any]:
-        return DataLoader(
+        return TimedLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=partial(
@@ -313,6 +314,26 @@ class WindowDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class TimedLoader(DataLoader[Any]):
+    """A `DataLoader` that counts the seconds for which it was waited for.
+
+    Attributes:
+        waited: Seconds since it was made, of all passes.
+    """
+
+    waited = 0.0
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)  # no batch is None
+            self.waited += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
 
 
 def _is_position(value: Any) -> bool:

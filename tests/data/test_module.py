@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,3 +395,19 @@ def test_rows_of_labels_in_a_part_of_each_text_are_those_that_its_rank_finds(len
         expected = (own != IGNORE_INDEX).flatten().nonzero().squeeze(1)
         assert torch.equal(label_rows(labels.numpy(), (rank, 4)), expected)
     assert torch.equal(label_rows(labels.numpy()), (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1))
+
+
+def test_the_loader_counts_what_it_was_waited_for(folder: Path) -> None:
+    data = datamodule(folder)
+
+    def slow(batch: Any) -> dict[str, Any]:
+        time.sleep(0.02)
+        return {}
+
+    data.additions = (slow,)
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+        time.sleep(0.05)  # a step, which is no wait
+    assert 0.06 <= loader.waited < 0.06 + 3 * 0.05

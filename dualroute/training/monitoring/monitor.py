@@ -176,7 +176,7 @@ class Monitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._clock.batch_started()
+        self._clock.batch_started(getattr(trainer.train_dataloader, "waited", None))
         if isinstance(batch, Mapping) and isinstance(batch.get("segment_ids"), torch.Tensor):
             self._context = batch["segment_ids"].shape[-1]
         if self._profile is not None:

@@ -131,8 +131,8 @@ class Speed:
 class StepClock:
     """Divides wall time into computing, waiting for data, and interruptions.
 
-    Between the end of one batch and the begin of the next stands the loader, and nothing else - unless
-    :meth:`interrupt` was called in between; then that gap belongs to neither.
+    Between the end of one batch and the begin of the next stand the loader and some milliseconds of the
+    Trainer's own - unless :meth:`interrupt` was called in between; then that gap belongs to neither.
 
     Args:
         now: Seconds from any origin.
@@ -147,6 +147,7 @@ class StepClock:
         self._gap_begin = self._now()
         self._interrupted = False
         self._saving: float | None = None
+        self._loader_waited = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -154,8 +155,13 @@ class StepClock:
         self._waited = self._excluded = self._saved = 0.0
         self._steps = self._tokens = 0
 
-    def batch_started(self) -> None:
-        """The loader has delivered."""
+    def batch_started(self, loader_waited: float | None = None) -> None:
+        """The loader has delivered.
+
+        Args:
+            loader_waited: Seconds that were spent in it since it was made; None where it does not count
+                them, and the whole gap was a wait.
+        """
         now = self._now()
         gap = now - self._gap_begin
         if self._saving is not None:
@@ -164,7 +170,8 @@ class StepClock:
         if self._interrupted:
             self._excluded += gap
         else:
-            self._waited += gap
+            self._waited += gap if loader_waited is None else min(gap, loader_waited - self._loader_waited)
+        self._loader_waited = loader_waited or 0.0
         self._interrupted = False
 
     def batch_ended(self) -> None:

@@ -240,7 +240,9 @@ def test_only_training_counts_as_training_time(tmp_path: Path, interruption: str
     module = Monitored()
     watch = monitor(log_every_steps=2, sample_every_steps=1 if interruption == "sample" else 0)
     watch._clock = StepClock(lambda: seconds)
-    trainer: Any = SimpleNamespace(is_global_zero=False, global_step=0, max_steps=9, sanity_checking=False)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=False, global_step=0, max_steps=9, sanity_checking=False, train_dataloader=None
+    )
 
     def pause(*_: Any, **__: Any) -> str:
         nonlocal seconds

@@ -51,6 +51,18 @@ def test_waiting_and_computing_are_told_apart() -> None:
     assert speed.data_wait_share == pytest.approx(0.25)
 
 
+def test_of_a_gap_only_what_the_loader_took_is_a_wait() -> None:
+    time = Time()
+    clock = StepClock(time)
+    for loaded in (0.25, 0.5, 0.75, 1.0):  # since it was made; of gaps of a second each
+        time.passes(1.0)
+        clock.batch_started(loaded)
+        time.passes(1.5)
+        clock.step_ended(10)
+        clock.batch_ended()
+    assert clock.read().data_wait_share == pytest.approx(1.0 / 10)
+
+
 def test_each_reading_begins_anew() -> None:
     time = Time()
     clock = StepClock(time)
