@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "routed no far": {"far_summary": "none"},
     "routed whole blocks": {"sub_block": None},  # one bound per block
     "full then routed": {"then": True},
+    "full, 3 far heads": {"global_mode": "full", "global_heads": 3, "local_heads": 1},  # of 4
+    "routed, 3 far heads": {"global_heads": 3, "local_heads": 1},
 }
 
 
