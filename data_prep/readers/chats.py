@@ -16,42 +16,39 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from data_prep.cleaning.text import clean_text
+from dualroute.data.chat.messages import NoChat, messages_of
 from dualroute.data.chat.template import check_messages
 from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
-
-
-class NoChat(Exception):
-    """The value holds no chat; the text is a reason to be counted, one of a few."""
 
 
 class NoMessages(Exception):
     """The value is nothing that could be messages: the key is another column's; the text says what it is."""
 
 
-def chat_text(value: object) -> str:
-    """One line of JSON.
+def chat_text(value: object) -> tuple[str, bool]:
+    """One line of JSON, and whether turns of one speaker that followed each other were joined.
 
     Raises:
         NoMessages: It is neither a list nor the JSON of one.
-        NoChat: The messages are none of a chat; see `dualroute.data.chat.template.check_messages`.
+        NoChat: The messages are none of a chat, by `messages_of` or by what templates take
+            (`dualroute.data.chat.template.check_messages`).
     """
-    messages = value
     if isinstance(value, str):
         try:
-            messages = json.loads(value)
+            value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise NoMessages("text that is no JSON") from error
-    if not isinstance(messages, list):
-        raise NoMessages(type(messages).__name__)
+    if not isinstance(value, list):
+        raise NoMessages(type(value).__name__)
     try:
-        cleaned = _each(clean_text, messages)
-        check_messages(cleaned)
+        messages, joined = messages_of(_each(clean_text, value))
+        check_messages(messages)
     except UserError as error:
         raise NoChat(_kind_of(str(error))) from error
     except RecursionError as error:
         raise NoChat("nested too deeply") from error
-    return json.dumps(cleaned, ensure_ascii=False)
+    return json.dumps(messages, ensure_ascii=False), joined
 
 
 def said_in(text: str) -> str:

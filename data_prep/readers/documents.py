@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
-from data_prep.readers.chats import NoChat, NoMessages, chat_text
+from data_prep.readers.chats import NoMessages, chat_text
 from data_prep.tally import Tally, readable
+from dualroute.data.chat.messages import NoChat
 from dualroute.errors import UserError
 
 DecodeErrors = Literal["error", "replace", "skip"]
@@ -146,13 +147,15 @@ def document_of(value: object, where: str, options: ReadOptions) -> Iterator[Doc
         return
     if options.chats and not options.all_text:
         try:
-            value = chat_text(value)
+            value, joined = chat_text(value)
+            if joined:
+                options.dropped["turns of one side joined (kept)"] += 1
         except NoMessages as error:
             raise UserError(
                 f"{where}: {options.text_key!r} is {error}, not the messages of a chat; set text_key"
             ) from error
         except NoChat as error:
-            options.dropped[f"no chat ({error})"] += 1
+            options.dropped[f"no chat: {str(error).partition(' (')[0]}"] += 1
             return
     if not isinstance(value, str):
         raise UserError(f"{where}: {options.text_key!r} is {type(value).__name__}, not text; set text_key")

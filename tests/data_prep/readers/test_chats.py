@@ -116,7 +116,9 @@ def test_columns_csv_and_json_hold_the_same_chats(chats, tmp_path: Path) -> None
 def test_what_is_no_chat_is_counted_and_another_column_refused(chats, tmp_path: Path) -> None:
     bad: list[Any] = [
         chat(0)[::-1],
-        [{"role": "bot", "content": "x"}],
+        [{"role": "narrator", "content": "x"}],
+        [{"role": "umpire", "content": "x"}],
+        [*chat(0), {"role": "system", "content": "late"}],
         [{"role": "user", "content": 5}],
         [*chat(1), chat(1)[1]],
         [],
@@ -126,10 +128,12 @@ def test_what_is_no_chat_is_counted_and_another_column_refused(chats, tmp_path: 
     dropped = chats(corpus, "out").preparation["dropped"]
     assert dropped == {
         "empty": 1,
-        "no chat (messages is the assistant's)": 2,
-        "no chat (messages.role)": 1,
-        "no chat (messages.content)": 1,
-        "no chat (messages)": 1,
+        "turns of one side joined (kept)": 1,
+        "no chat: messages is the assistant's": 1,
+        "no chat: a message of an unknown role": 2,
+        "no chat: a message of the system that is not the first one": 1,
+        "no chat: the content of a message is no text": 1,
+        "no chat: no messages": 1,
     }
     for key, message in (("id", "'id' is int, not the messages of a chat"), ("text", "no key 'text'")):
         with pytest.raises(UserError, match=message):
@@ -139,7 +143,7 @@ def test_what_is_no_chat_is_counted_and_another_column_refused(chats, tmp_path: 
         chats(tmp_path / "c.txt", "text")
     with pytest.raises(NoMessages, match="no JSON"):
         chat_text("hello")
-    with pytest.raises(NoChat, match="messages"):
+    with pytest.raises(NoChat, match="a message is no table"):
         chat_text(["hello"])
 
 
@@ -157,22 +161,22 @@ def test_rules_that_are_made_for_texts_are_refused(config, chats, tokenizer, tmp
 
 
 def test_cleaning_looks_at_what_is_said(tmp_path: Path) -> None:
-    text = chat_text(chat(3))
+    text, _ = chat_text(chat(3))
     assert said_in(text) == ("Question 3\nof a <s> user, known as bob3@corp.com?\nAnswer 3.")
     # in the JSON a letter of the line break stands before the address
-    address = chat_text([{"role": "user", "content": "write to\nbob@corp.com"}])
+    address, _ = chat_text([{"role": "user", "content": "write to\nbob@corp.com"}])
     cleaner = Cleaner(CleaningOptions(scrub=("email",), chats=True))
     outcomes, _ = cleaner.clean([Document("one", address)])
     assert json.loads(outcomes[0].text)[0]["content"] == "write to\nemail@example.com"
     assert outcomes[0].counts == {"email replaced": 1}
-    assert rewritten(str.upper, chat_text([{"role": "user", "content": "a", "name": None}])) == (
-        '[{"role": "USER", "content": "A"}]'
-    )
+    shared = chat_text([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
+    assert shared == chat_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert json.loads(rewritten(str.upper, shared[0]))[1]["content"] == "B"
     evaluation = tmp_path / "evaluation.txt"
     evaluation.write_text("one two three four five six seven eight nine ten eleven twelve thirteen fourteen")
     cleaner = Cleaner(CleaningOptions(decontaminate=(str(evaluation),), chats=True))
     words = evaluation.read_text().replace(" seven ", "\nseven ")  # no run of 13 words with "nseven" in it
-    outcomes, _ = cleaner.clean([Document("it", chat_text([{"role": "user", "content": words}]))])
+    outcomes, _ = cleaner.clean([Document("it", chat_text([{"role": "user", "content": words}])[0])])
     assert outcomes[0].why == "contaminated"
 
 
