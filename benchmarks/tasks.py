@@ -46,7 +46,7 @@ class Task:
         most_rows: Of the rows that are scored, where the model writes its answers.
         of: The task whose configuration it is; empty for its own.
         begins_with: The pretraining (configs/pretrain) whose weights its trainings begin with.
-        takes_hours: Of two cores; it is run where it is named.
+        takes_long: An hour of one core, or more; it is run where it is named.
     """
 
     metric: str
@@ -57,7 +57,7 @@ class Task:
     most_rows: int | None = None
     of: str = ""
     begins_with: str = ""
-    takes_hours: bool = False
+    takes_long: bool = False
 
 
 TASKS = {
@@ -80,7 +80,7 @@ TASKS = {
     "sgd": Task("bleu", "majority", made=True, most_rows=1000),
     "sgd_state": Task("exact_match", "majority", made=True, most_rows=1000),
     "mnist": Task("accuracy"),
-    "mnist_pixels": Task("accuracy", takes_hours=True),
+    "mnist_pixels": Task("accuracy", takes_long=True),
     "digits": Task("accuracy", made_by=("spoken_digits.py", "data/digits")),
     "digit_strings": Task("wer", made_by=("spoken_digits.py", "data/digits")),
     "movielens": Task(
@@ -88,12 +88,12 @@ TASKS = {
         made_by=("interactions.py", "data/interactions"),
         settings=("--data.path", "data/interactions/u.data"),
     ),
-    "listops": Task("accuracy", made_by=("listops.py", "data/listops"), takes_hours=True),
+    "listops": Task("accuracy", made_by=("listops.py", "data/listops"), takes_long=True),
     "retrieval": Task(
         "accuracy",
         "TF-IDF cosine of the pair",
         made_by=("retrieval.py", "data/retrieval"),
-        takes_hours=True,
+        takes_long=True,
     ),
 }
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    hours = [name for name, task in TASKS.items() if task.takes_hours]
+    hours = [name for name, task in TASKS.items() if task.takes_long]
     parser.add_argument(
         "names",
         nargs="*",
