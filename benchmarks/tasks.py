@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help=f"of {', '.join(TASKS)}; none means all but those that take hours, {', '.join(hours)}",
+        help=f"of {', '.join(TASKS)}; none means all but the longest, {', '.join(hours)}",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/tasks"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
