@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dualroute.data.tokenizer import Tokenizer
-from dualroute.data.tokenizer_settings import settings_in
+if TYPE_CHECKING:
+    from dualroute.data.tokenizer import Tokenizer
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -48,6 +48,11 @@ class TokenizerInfo:
 
     def opened(self, folder: Path) -> Tokenizer:
         """The tokenizer of a set in ``folder``; raises UserError where it cannot be used."""
+        from dualroute.data.tokenizer import (
+            Tokenizer,  # needs sentencepiece, which reading a manifest does not
+        )
+        from dualroute.data.tokenizer_settings import settings_in
+
         path = folder / self.file
         return Tokenizer(path, settings_in(self.settings, path) if self.settings else None)
 

@@ -281,7 +281,7 @@ def test_samples_lie_in_the_order_of_the_plan(cache, tiny_dataset, teacher):
     config = cache_logits.CacheLogitsConfig(top_k=K, micro_batch=1)
     windows = WindowDataset(ShardReader(manifest, "train"), plan)
     model = cache_logits.load_teacher(
-        str(teacher), cache_logits.Tokenizer(manifest.tokenizer_path), str(tiny_dataset), 64
+        str(teacher), manifest.tokenizer.opened(manifest.folder), str(tiny_dataset), 64
     )
     number = SAMPLES - 2
     (again,) = cache_logits._asked(model, windows, plan.sample_ids(number, 1).tolist(), config)

@@ -216,8 +216,9 @@ def test_other_ranks_take_part_but_write_nothing(tmp_path: Path) -> None:
     module = Monitored()
     watch = monitor(sample_every_steps=1, router_statistics_every=1)
     trainer: Any = SimpleNamespace(
-        is_global_zero=False, global_step=0, max_steps=5, default_root_dir=tmp_path, sanity_checking=False
-    )
+        is_global_zero=False, global_step=0, max_steps=5, default_root_dir=tmp_path, sanity_checking=False,
+        train_dataloader=None,
+    )  # fmt: skip
     watch.on_train_start(trainer, module)
     watch.on_train_batch_start(trainer, module, {}, 0)
     module.model(torch.zeros(8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,9 @@ def test_wandb_writes_into_the_run_folder(tmp_path: Path, monkeypatch: pytest.Mo
     trackers.log(1, {"train/loss": 9.0})
     trackers.close(well=True)
     (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60  # a process of wandb's own writes it, which waits for the disk by itself
+    while b"train/loss" not in stored.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"train/loss" in stored.read_bytes()
 
 
