@@ -12,7 +12,7 @@ from tests.training.resilience.kill_anywhere import MOMENTS, campaign, compare
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_anywhere_the_run_is_the_same(tiny_dataset: Path, tmp_path: Path) -> None:
-    kills, problems = campaign(tiny_dataset, tmp_path, times=3, steps=40)
+    kills, problems = campaign(tiny_dataset, tmp_path, times=3, steps=60)
     assert [kill.moment for kill in kills] == list(MOMENTS)
     assert kills[MOMENTS.index("save")].half_written
     assert problems == []
