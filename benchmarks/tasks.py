@@ -46,7 +46,7 @@ class Task:
         most_rows: Of the rows that are scored, where the model writes its answers.
         of: The task whose configuration it is; empty for its own.
         begins_with: The pretraining (configs/pretrain) whose weights its trainings begin with.
-        takes_long: An hour of one core, or more; it is run where it is named.
+        takes_long: A quarter of an hour of one core, or more; it is run where it is named.
     """
 
     metric: str
@@ -237,11 +237,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    hours = [name for name, task in TASKS.items() if task.takes_long]
+    longest = [name for name, task in TASKS.items() if task.takes_long]
     parser.add_argument(
         "names",
         nargs="*",
-        help=f"of {', '.join(TASKS)}; none means all but the longest, {', '.join(hours)}",
+        help=f"of {', '.join(TASKS)}; none means all but the longest, {', '.join(longest)}",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/tasks"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -263,7 +263,7 @@ def main() -> None:
             stream.write(json.dumps(result, ensure_ascii=False) + "\n")
 
     done = {(one["task"], one["attention"], one["seed"]) for one in results}
-    for name in options.names or [name for name in TASKS if name not in hours]:
+    for name in options.names or [name for name in TASKS if name not in longest]:
         if TASKS[name].made:
             task_data.make(name.replace("zh_en", "en_zh"), Path("data/tasks"))
         make(TASKS[name])

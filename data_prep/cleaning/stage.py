@@ -2,7 +2,7 @@
 
 Comes in: names and texts as `readers` give them. Goes out: `Outcome`, in the same order.
 
-1. `clean.clean_text`, and the limits of length;
+1. `text.clean_text`, and the limits of length;
 2. ``languages``: its language must be among them;
 3. ``quality``: the rules, one after another;
 4. ``decontaminate``: what evaluation sets hold too is cut out, or the document goes;

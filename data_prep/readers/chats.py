@@ -69,7 +69,7 @@ def chat_ids(tokenizer: Tokenizer, text: str, name: str, dtype: DTypeLike) -> ND
         UserError: The tokenizer's template does not take the chat ``name``.
     """
     try:
-        ids = tokenizer.chat(json.loads(text), answers=False).ids
+        ids = tokenizer.chat(json.loads(text)).ids
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     begin = [] if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]
@@ -86,6 +86,5 @@ def _each(change: Callable[[str], str], value: Any) -> Any:
 
 
 def _kind_of(error: str) -> str:
-    """``messages[3].role is 'bot': …`` → ``messages.role``; whose turn is wrong stays."""
-    found = re.match(r"[\w.]+( is the \w+'s\b)?", re.sub(r"\[\d+\]", "", error))
-    return found[0] if found else "other"
+    """``messages[3] is the user's, as the one before it: …`` → that, without the number and the remedy."""
+    return re.sub(r"\[\d+\]", "", error).partition(":")[0]

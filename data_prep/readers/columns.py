@@ -116,7 +116,7 @@ def _documents(columns: Iterator[Any], name: str, options: ReadOptions) -> Itera
 
 
 def _as_bytes(column: Any, name: str, options: ReadOptions) -> Any:
-    """The column as binary, its offsets checked."""
+    """The column as binary, its offsets checked; one of chats as the lists that it holds."""
     import pyarrow
 
     kind = column.type

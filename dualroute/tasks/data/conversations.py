@@ -11,10 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from dualroute.data.chat import messages
-from dualroute.data.chat.messages import NoChat
+from dualroute.data.chat.messages import Message, NoChat
 from dualroute.tasks.kind import BadRow
-
-Message = dict[str, Any]
 
 
 def messages_of(value: Any) -> tuple[list[Message], bool]:

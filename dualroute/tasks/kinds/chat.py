@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from dualroute.data.chat.messages import Message
 from dualroute.data.reader import IGNORE_INDEX
 from dualroute.errors import UserError
 from dualroute.evaluate.conversation import without_oldest
 from dualroute.tasks.baselines import majority, nearest_source
-from dualroute.tasks.data.conversations import Message, messages_of, text_of
+from dualroute.tasks.data.conversations import messages_of, text_of
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Kind, Part, Role, Row, register
 from dualroute.tasks.metrics import text_metrics

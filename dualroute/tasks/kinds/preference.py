@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from dualroute.data.chat.messages import Message
 from dualroute.data.reader import IGNORE_INDEX
-from dualroute.tasks.data.conversations import Message, messages_of, text_of
+from dualroute.tasks.data.conversations import messages_of, text_of
 from dualroute.tasks.data.encode import Encoded
 from dualroute.tasks.data.examples import Example
 from dualroute.tasks.kind import BadRow, Baseline, Kind, Role, Row, register

@@ -21,7 +21,8 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.errors import UserError
 
 TEMPLATE = (
-    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }} t{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant t{% endif %}"
 )
 
 
@@ -31,7 +32,7 @@ def chat(number: int) -> list[dict[str, Any]]:
             "role": "user",
             "content": f"Question {number}\r\nof a <s> user, known as bob{number}@corp.com?",
         },
-        {"role": "assistant", "content": f"Answer {number}."},
+        {"role": "assistant", "content": f"he answer {number}."},
     ]
 
 
@@ -88,6 +89,7 @@ def test_ids_are_those_that_training_on_chats_gives(chats, tokenizer, tmp_path: 
     clean = [{**message, "content": message["content"].replace("\r", "")} for message in chat(7)]
     expected = tokenizer.chat(clean).ids
     assert found["c.jsonl:8"] == expected
+    assert tokenizer.chat(clean, answers=False).ids != expected  # whose answer is not cut from its prompt
     assert expected[0] == tokenizer.bos_id
     assert expected[-1] == tokenizer.eos_id
     assert expected.count(tokenizer.bos_id) == 2  # a message that spells one stays text
@@ -162,7 +164,7 @@ def test_rules_that_are_made_for_texts_are_refused(config, chats, tokenizer, tmp
 
 def test_cleaning_looks_at_what_is_said(tmp_path: Path) -> None:
     text, _ = chat_text(chat(3))
-    assert said_in(text) == ("Question 3\nof a <s> user, known as bob3@corp.com?\nAnswer 3.")
+    assert said_in(text) == ("Question 3\nof a <s> user, known as bob3@corp.com?\nhe answer 3.")
     # in the JSON a letter of the line break stands before the address
     address, _ = chat_text([{"role": "user", "content": "write to\nbob@corp.com"}])
     cleaner = Cleaner(CleaningOptions(scrub=("email",), chats=True))
