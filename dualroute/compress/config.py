@@ -22,6 +22,7 @@ ROUTING = (
     "window", "block", "sub_block", "top_k", "global_mode", "router", "far_summary", "cluster_span",
     "global_layers",
 )  # fmt: skip
+_OF_DUAL = (*ROUTING, "local_heads", "keys")
 
 
 @dataclass
@@ -43,6 +44,9 @@ class ConvertConfig:
             any (random), to compare with.
         global_layers: Numbers of the layers, from 0, that get a global route; the others become local. null
             means every layer.
+        keys: Share of the dense model's keys that a token may read, on texts of ``context`` tokens: window,
+            top_k and global route of each layer are given up where that costs least, and what is given for
+            window and top_k (64 and 8 by default) is what the search begins with.  null searches nothing.
         window: Keys that the local route sees, the token itself included; null keeps the source's.
         block: Keys per routed block; null keeps the source's.
         sub_block: Keys per bound of the minmax router; null keeps the source's.
@@ -69,6 +73,7 @@ class ConvertConfig:
     local_heads: int | None = None
     choose: Literal["distance", "random"] = "distance"
     global_layers: list[int] | None = None
+    keys: float | None = None
     window: int | None = None
     block: int | None = None
     sub_block: int | None = None
@@ -86,25 +91,37 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         sizes = ("window", "block", "sub_block", "local_heads", "calibration_tokens")
-        ranges = {"context": at_least(2), "seed": SEEDS, "cluster_span": at_least(0, 2**31 - 1)}
+        ranges = {
+            "context": at_least(2),
+            "seed": SEEDS,
+            "cluster_span": at_least(0, 2**31 - 1),
+            "keys": Range(0, 1, without_least=True, without_most=True),
+        }
         check_fields(self, "", {**dict.fromkeys(sizes, at_least(1, 2**31 - 1)), **ranges})
-        given = [name for name in (*ROUTING, "local_heads") if getattr(self, name) is not None]
+        given = [name for name in _OF_DUAL if getattr(self, name) is not None]
         if self.attention == "dense" and given:
             raise UserError(f"{given[0]} works with --attention dual only: leave it out")
         if self.heads == "both" and self.local_heads is not None:
             raise UserError("local_heads works with --heads divide only: with both, each route has all heads")
+        if self.keys is not None and (self.heads == "both" or self.global_layers is not None):
+            other = "global_layers" if self.heads == "divide" else "heads both"
+            raise UserError(f"keys looks for the layers and heads itself: leave {other} out")
 
     @property
     def changes(self) -> bool:
         """Whether an option of dual attention was given."""
-        given = any(getattr(self, name) is not None for name in (*ROUTING, "local_heads"))
+        given = any(getattr(self, name) is not None for name in _OF_DUAL)
         return given or self.heads == "both"
 
     @property
     def routing(self) -> dict[str, Any]:
         """The options of dual attention; null keeps the source's."""
         given = {name: getattr(self, name) for name in ROUTING}
-        return given | {"far_summary": self.far_summary or "first_order"}
+        given["far_summary"] = self.far_summary or "first_order"
+        if self.keys is not None:
+            given |= {"window": self.window or 64, "top_k": 8 if self.top_k is None else self.top_k}
+            given["global_mode"] = self.global_mode or "routed"
+        return given
 
 
 @dataclass

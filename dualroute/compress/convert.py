@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dualroute.compress.added_tokens import with_added_tokens
+from dualroute.compress.calibration import Batch
 from dualroute.compress.config import ConvertConfig
+from dualroute.compress.routing_budget import Search
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
@@ -34,8 +36,8 @@ from dualroute.data.tokenizer import Tokenizer
 from dualroute.data.tokenizer_settings import SETTINGS, read_settings
 from dualroute.errors import UserError
 from dualroute.evaluate.load import choose_device
-from dualroute.model import DualRoutingTransformer
-from dualroute.model.checkpoint.format import Checkpoint, find_checkpoint, save_model
+from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint.format import CONFIG, Checkpoint, find_checkpoint, save_model
 from dualroute.model.checkpoint.lineage import derived, imported
 from dualroute.model.conversion import (
     check_dense,
@@ -97,7 +99,7 @@ def convert(config: ConvertConfig) -> Conversion:
             if config.heads == "both":
                 converted = double_heads(model, shape)
             else:
-                groups, mass = _choose(config, model, tokenizer, shape.window, shape.local_heads or 0)
+                shape, groups, mass = _choose(config, model, tokenizer, shape, note)
                 if shape.global_layers is not None:
                     every = list(range(shape.num_kv_heads or 0))
                     groups = [of if i in shape.global_layers else every for i, of in enumerate(groups)]
@@ -167,24 +169,56 @@ def _with_vocabulary(
 
 
 def _choose(
-    config: ConvertConfig, model: DualRoutingTransformer, tokenizer: Tokenizer, window: int, local_heads: int
-) -> tuple[list[list[int]], Tensor | None]:
-    """KV groups that become local, and what was measured."""
+    config: ConvertConfig,
+    model: DualRoutingTransformer,
+    tokenizer: Tokenizer,
+    shape: ModelConfig,
+    note: dict[str, Any],
+) -> tuple[ModelConfig, list[list[int]], Tensor | None]:
+    """The shape, the KV groups that become local, and what was measured; ``note`` says more of a budget."""
     group = model.config.heads_per_group
-    count = local_heads // group
-    if config.choose == "random":
-        groups = model.config.num_kv_heads or model.config.num_heads
-        return random_groups(model.config.num_layers, groups, count, config.seed), None
+    heads = model.config.num_kv_heads or model.config.num_heads
     device = choose_device(config.device)
-    model.to(device)
     context = min(config.context or 2048, model.config.max_context)
-    if config.data is None:
-        batches = _own_texts(config, model, tokenizer, context)
-    else:
-        batches = _shards(config, config.data, tokenizer, context)
-    mass = mass_beyond(model, batches, min(window, context - 1))
+    batches: list[Batch] = []
+    if config.choose == "distance" or config.keys is not None:
+        model.to(device)
+        if config.data is None:
+            batches = list(_own_texts(config, model, tokenizer, context))
+        else:
+            batches = list(_shards(config, config.data, tokenizer, context))
+    mass = None
+    if config.choose == "distance":
+        mass = mass_beyond(model, batches, min(shape.window, context - 1))
+
+    def groups(local_heads: int) -> list[list[int]]:
+        if mass is None:
+            return random_groups(model.config.num_layers, heads, local_heads // group, config.seed)
+        return nearest_groups(mass, group, local_heads // group)
+
+    local = shape.local_heads or 0
+    if config.keys is not None:
+        counts = [local]  # of local heads; as few far ones as one group, if it is free
+        while config.local_heads is None and (far := heads - counts[-1] // group) > 1:
+            counts.append((heads - far // 2) * group)
+        found = []
+        problem: UserError | None = None
+        for count in counts:
+            begin = dataclasses.replace(shape, global_heads=heads * group - count, local_heads=count)
+            try:
+                search = Search(model, begin, groups(count), batches, context, device)
+                found.append(search.within(config.keys))
+            except UserError as error:
+                problem = error
+        if not found:
+            assert problem is not None
+            raise problem
+        best = min(found, key=lambda budgeted: budgeted.divergence)
+        shape, local = best.config, best.config.local_heads or 0
+        note["keys"] = {"asked": config.keys, "read": best.share, "context": context}
+        note["keys"]["divergence"] = best.divergence
     model.to("cpu")
-    return nearest_groups(mass, group, count), mass
+    return shape, groups(local), mass
 
 
 def _own_texts(
@@ -228,16 +262,28 @@ def convert_command(config: ConvertConfig) -> None:
     """``dualroute convert``: convert, and show which heads went where."""
     done = convert(config)
     if done.local_groups is not None and done.mass is not None:
-        table = Table("layer", "local heads", "their attention beyond the window", "of the global heads")
+        shape = ModelConfig.from_file(done.checkpoint.folder / CONFIG)
+        names = ("layer", "local heads", "their attention beyond the window", "of the global heads")
+        table = Table(*names, "window", "top_k")
         of_group = done.mass.unflatten(1, (-1, done.group)).mean(2)
-        for layer, local in enumerate(done.local_groups):
+        for number, local in enumerate(done.local_groups):
             others = [g for g in range(of_group.shape[1]) if g not in local]
             heads = [str(g * done.group + i) for g in local for i in range(done.group)]
+            layer = shape.of_layer(number)
             table.add_row(
-                str(layer),
-                ", ".join(heads),
-                f"{float(of_group[layer, local].mean()):.1%}",
-                f"{float(of_group[layer, others].mean()):.1%}",
+                str(number),
+                ", ".join(heads) if others else "all",
+                f"{float(of_group[number, local].mean()):.1%}",
+                f"{float(of_group[number, others].mean()):.1%}" if others else "–",
+                str(layer.window),
+                str(layer.top_k) if others and layer.global_mode != "full" else "–",
             )
         Console().print(table)
+    keys = done.checkpoint.metadata["conversion"].get("keys")
+    if keys is not None:
+        print(
+            f"a token of {keys['context']:,} reads {keys['read']:.1%} of the keys that it read before; the "
+            f"model diverges by {keys['divergence']:.4f} nats a token: heal it with dualroute distill "
+            f"--teacher {config.source} --init_from {config.output}"
+        )
     print(f"{done.checkpoint.folder} is written")

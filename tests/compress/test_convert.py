@@ -223,3 +223,78 @@ def test_a_hugging_face_folder_with_its_tokenizer(tmp_path, capsys):
     prompt = ["generate", "--checkpoint", tmp_path / "dual", "--prompt", "the old house"]
     assert main([str(word) for word in [*prompt, "--sampling.max_new_tokens", "4"]]) == 0
     assert "the old house" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choose", ["distance", "random"])
+def test_a_budget_of_keys_is_kept(dense, tiny_dataset, tmp_path, choose, capsys):
+    """What is written reads no more than was asked for, by the count that FLOPs are told by, and less
+    diverges less."""
+    from dualroute.compress.routing_budget import share_of_keys
+
+    divergence = {}
+    for keys in (0.3, 0.6):
+        output = tmp_path / f"{keys}"
+        words = ["convert", "--source", str(dense), "--output", str(output), "--keys", str(keys)]
+        words += ["--choose", choose, "--data", str(tiny_dataset), "--calibration_tokens", "512"]
+        assert main([*words, "--context", "64", "--block", "4", "--sub_block", "4", "--device", "cpu"]) == 0
+        checkpoint = find_checkpoint(output)
+        said = checkpoint.metadata["conversion"]["keys"]
+        model = load_model(checkpoint)
+        assert said["read"] <= keys
+        assert share_of_keys(model.config, 64) == pytest.approx(said["read"])
+        assert f"reads {said['read']:.1%} of the keys" in capsys.readouterr().out
+        divergence[keys] = said["divergence"]
+        assert torch.isfinite(model(torch.randint(3, 50, (1, 64)))).all()
+    assert 0 < divergence[0.6] < divergence[0.3]
+
+
+@torch.no_grad()
+def test_the_search_measures_the_model_that_is_written(dense, tiny_dataset, tmp_path):
+    """Its trials swap layers in one model; what comes out is built anew and diverges by as much."""
+    from dualroute.compress.convert import _shards
+    from dualroute.compress.routing_budget import Search
+    from dualroute.model.conversion import divide_heads, dual_config
+
+    model = load_model(find_checkpoint(dense))
+    config = ConvertConfig(source=str(dense), output=str(tmp_path / "out"), calibration_tokens=512)
+    batches = list(_shards(config, str(tiny_dataset), Tokenizer(dense / "tokenizer.model"), 64))
+    shape = dual_config(
+        model.config,
+        both=False,
+        local_heads=2,
+        window=32,
+        block=4,
+        sub_block=4,
+        top_k=4,
+        global_mode="routed",
+    )
+    search = Search(model, shape, [[0], [1]], batches, 64, torch.device("cpu"))
+    found = search.within(0.3)
+    far = found.config.global_layers or [0, 1]
+    groups = [[number] if number in far else [0, 1] for number in range(2)]
+    written = divide_heads(model, found.config, groups)
+    total = count = 0.0
+    for batch in batches:
+        segments = batch.get("segment_ids")
+        q = model(batch["input_ids"], segment_ids=segments).log_softmax(-1)
+        p = written(batch["input_ids"], segment_ids=segments).log_softmax(-1)
+        kept = torch.ones(q.shape[:2], dtype=torch.bool) if segments is None else segments != 0
+        total += float((q.exp() * (q - p)).sum(-1)[kept].sum())
+        count += int(kept.sum())
+    assert found.divergence == pytest.approx(total / count, rel=1e-4)
+    assert found.divergence == pytest.approx(search.divergence(), rel=1e-6)
+
+
+def test_a_budget_that_cannot_be_met_says_what_is_the_least(dense, tiny_dataset, tmp_path):
+    options = {"source": str(dense), "output": str(tmp_path / "out"), "data": str(tiny_dataset)}
+    small = {"calibration_tokens": 256, "context": 64, "block": 16, "device": "cpu"}
+    with pytest.raises(UserError, match=r"--keys 0.01: .* reads at least 0\.\d+ of the keys of 64 tokens"):
+        convert(ConvertConfig(**options, **small, keys=0.01))
+    assert not (tmp_path / "out").exists()
+    for wrong in ({"global_layers": [0]}, {"heads": "both"}):
+        with pytest.raises(UserError, match="keys looks for the layers and heads itself: leave"):
+            ConvertConfig(**options, keys=0.1, **wrong)
+    with pytest.raises(UserError, match="keys works with --attention dual only"):
+        ConvertConfig(**options, keys=0.1, attention="dense")
+    with pytest.raises(UserError, match="keys"):
+        ConvertConfig(**options, keys=0.0)
