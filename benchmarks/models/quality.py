@@ -6,7 +6,7 @@
 Each variant is an ordinary `dualroute pretrain` run in OUTPUT/VARIANT-sSEED, so an interrupted benchmark
 continues, and each run can be looked at in TensorBoard. `--lengths` then evaluates the trained models on
 longer windows than they were trained with (4 means four times as long). The comparison with dense attention
-is made seed by seed.
+is made seed by seed. "every second layer" and "every third layer" are for models of six layers.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ VARIANTS = {
     "dual, routed": ["--model.global_mode", "routed"],
     "dense, no positions": ["--model.attention", "dense", "--model.global_rotary_factor", "0"],
     "dual, routed, no positions": ["--model.global_mode", "routed", "--model.global_rotary_factor", "0"],
+    "dual, routed, every second layer": ["--model.global_mode", "routed", "--model.global_layers", "[1,3,5]"],
+    "dual, routed, every third layer": ["--model.global_mode", "routed", "--model.global_layers", "[2,5]"],
+    "dual, routed, clusters": ["--model.global_mode", "routed", "--model.cluster_span", "1024"],
     "dual, routed, moment": ["--model.global_mode", "routed", "--model.router", "moment"],
     "dual, routed, no far": ["--model.global_mode", "routed", "--model.far_summary", "none"],
 }

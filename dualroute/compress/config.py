@@ -145,6 +145,9 @@ class PruneConfig:
         local_heads: Heads of the local route, likewise.
         shape_of: A checkpoint whose sizes are taken, all of them, instead of keep and axes.
         multiple: Widths stay multiples of this; group-wise quantisation wants 64 or 128.
+        ffn_by_layer: Give each layer a feed-forward of its own width, by the loss that its cut costs; as many
+            channels in all as one width for all layers has.  Classes of transformers and llama.cpp know one
+            width only.
         criterion: activation keeps what contributes most; random is the control.
         compensate: Refit the weights that stay to make up for those that go.
         fit_routing: Also give each layer the smallest window and top_k that it needs.
@@ -173,6 +176,7 @@ class PruneConfig:
     local_heads: int | None = None
     shape_of: LocalPath | None = None
     multiple: int = 64
+    ffn_by_layer: bool = False
     criterion: Criterion = "activation"
     compensate: bool = True
     fit_routing: bool = False

@@ -31,7 +31,7 @@ class Shape:
     """The sizes that pruning changes.
 
     Attributes:
-        num_layers, dim, ffn_dim: As in `ModelConfig`.
+        num_layers, dim, ffn_dim: As in `ModelConfig`; of layers that differ, their mean width, rounded down.
         global_groups, local_groups: Key/value groups of each route (of a layer's only route, in a model with
             one).
     """
@@ -46,13 +46,14 @@ class Shape:
     def of(cls, config: ModelConfig) -> Shape:
         """The shape of a resolved configuration."""
         assert config.ffn_dim is not None
+        widths = config.layer_ffn_dims or [config.ffn_dim]
         assert config.global_heads is not None
         assert config.local_heads is not None
         group = config.heads_per_group
         return cls(
             config.num_layers,
             config.dim,
-            config.ffn_dim,
+            sum(widths) // len(widths),
             config.global_heads // group,
             config.local_heads // group,
         )
@@ -70,9 +71,18 @@ class Kept:
 
 
 def choose(
-    model: DualRoutingTransformer, statistics: Statistics, shape: Shape, criterion: Criterion, seed: int = 0
+    model: DualRoutingTransformer,
+    statistics: Statistics,
+    shape: Shape,
+    criterion: Criterion,
+    seed: int = 0,
+    widths: list[int] | None = None,
 ) -> Kept:
-    """The best parts of ``model`` that make up ``shape``; random ones with criterion ``random``."""
+    """The best parts of ``model`` that make up ``shape``; random ones with criterion ``random``.
+
+    ``widths`` are those of the feed-forwards of the layers that stay; null gives each the same share of its
+    own, which makes the shape's of layers that are equal.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def best(scores: Tensor, count: int) -> Tensor:
@@ -85,8 +95,10 @@ def choose(
     layers = best(influence, shape.num_layers).tolist()
     channels = best(channel_scores(statistics), shape.dim)
     ffn, global_groups, local_groups = [], [], []
-    for index in layers:
-        ffn.append(best(ffn_scores(model, statistics, index), shape.ffn_dim))
+    for number, index in enumerate(layers):
+        scores = ffn_scores(model, statistics, index)
+        same_share = len(scores) * shape.ffn_dim // Shape.of(model.config).ffn_dim
+        ffn.append(best(scores, max(1, same_share) if widths is None else widths[number]))
         of_global, of_local = group_scores(model, statistics, index)
         global_groups.append(best(of_global, shape.global_groups))
         only_local = model.config.global_layers is not None and not len(of_global)  # keeps all its heads

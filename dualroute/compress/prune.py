@@ -25,7 +25,15 @@ from dualroute.compress.calibration import Calibrated, Statistics, calibrate, de
 from dualroute.compress.config import Axis, Criterion, PruneConfig
 from dualroute.compress.importance import Shape, choose
 from dualroute.compress.routing_need import Need, fit_routing
-from dualroute.compress.shapes import FIELDS, Search, Sensitivity, axis_sizes, latency, share
+from dualroute.compress.shapes import (
+    FIELDS,
+    Search,
+    Sensitivity,
+    axis_sizes,
+    latency,
+    share,
+    widths_by_need,
+)
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.model import DualRoutingTransformer, ModelConfig
@@ -55,6 +63,9 @@ def prune(config: PruneConfig) -> None:
     }
     shape = _shape(config, found, statistics, account)
     kept = choose(parent, statistics, shape, config.criterion, config.seed)
+    widths = _widths(config, found, statistics, shape, kept.layers, account)
+    if widths is not None:
+        kept = choose(parent, statistics, shape, config.criterion, config.seed, widths)
     small = slice_model(parent, kept, statistics if config.compensate else None).to(loaded.device)
     account["loss"]["pruned"] = found.loss(small, batches)
     if config.fit_routing:
@@ -156,6 +167,57 @@ def _sensitivity(
     return Sensitivity(sizes_of, [row["activation"] for row in ascending] + [0.0]), rows
 
 
+def _widths(
+    config: PruneConfig,
+    found: Calibrated,
+    statistics: Statistics,
+    shape: Shape,
+    layers: list[int],
+    account: dict[str, Any],
+) -> list[int] | None:
+    """Feed-forward widths of the layers that stay, where they are not all the shape's."""
+    parent = found.loaded.model.config
+    if config.shape_of is not None:
+        return ModelConfig.from_file(find_checkpoint(config.shape_of).folder / CONFIG).layer_ffn_dims
+    if shape.ffn_dim == Shape.of(parent).ffn_dim:
+        return None
+    if not config.ffn_by_layer:
+        if parent.layer_ffn_dims is not None:
+            raise UserError(
+                f"the layers of {config.checkpoint} have widths of their own ({parent.layer_ffn_dims}): "
+                f"give --ffn_by_layer true to make them narrower"
+            )
+        return None
+    costs = _costs_by_layer(config, found, statistics, layers)
+    before = [parent.of_layer(index).ffn_dim or 0 for index in layers]
+    widths = widths_by_need(costs, before, shape.ffn_dim * len(layers), config.multiple)
+    account["ffn_by_layer"] = {
+        "layers": layers, "parent": before, "widths": widths, "costs": [asdict(cost) for cost in costs]
+    }  # fmt: skip
+    return widths
+
+
+def _costs_by_layer(
+    config: PruneConfig, found: Calibrated, statistics: Statistics, layers: list[int]
+) -> list[Sensitivity]:
+    """What a narrower feed-forward costs in each of ``layers`` alone, the others as they were."""
+    parent, few = found.loaded.model, found.batches[: max(1, len(found.batches) // 4)]
+    whole = [parent.config.of_layer(index).ffn_dim or 0 for index in range(parent.config.num_layers)]
+    base = found.loss(parent, few)
+    costs = []
+    for index in layers:
+        sizes, losses = [1.0], [0.0]
+        for wanted in _SHARES:
+            width = max(1, round(wanted * whole[index]))
+            widths = [*whole[:index], width, *whole[index + 1 :]]
+            kept = choose(parent, statistics, Shape.of(parent.config), config.criterion, config.seed, widths)
+            small = slice_model(parent, kept, statistics if config.compensate else None)
+            sizes.insert(0, width / whole[index])
+            losses.insert(0, found.loss(small.to(found.loaded.device), few) - base)
+        costs.append(Sensitivity(sizes, losses))
+    return costs
+
+
 def _task_scores(found: Calibrated, small: DualRoutingTransformer) -> dict[str, Any]:
     """The task's metrics before and after, on rows that were held out where they are still there."""
     answerer = found.answerer
@@ -194,6 +256,8 @@ def _show(account: dict[str, Any]) -> None:
     for name, size in account["shape"]["pruned"].items():
         table.add_row(name, f"{account['shape']['parent'][name]:,}", f"{size:,}", "")
     console.print(table)
+    if "ffn_by_layer" in account:
+        console.print(f"feed-forwards {account['ffn_by_layer']['widths']}, by layer")
     if "routing" in account:
         need = Need(**account["routing"])
         console.print(f"windows {need.windows}, top_k {need.top_k}; calibration loss {need.loss:.4f}")

@@ -54,6 +54,7 @@ def shape_config(config: ModelConfig, shape: Shape) -> ModelConfig:
         num_kv_heads=groups,
         global_heads=shape.global_groups * group if dual else None,
         local_heads=shape.local_groups * group if dual else None,
+        layer_ffn_dims=None,
         layer_windows=None,
         layer_top_k=None,
     ).resolved()
@@ -121,6 +122,36 @@ def axis_sizes(shape: Shape, axis: Axis, multiple: int) -> list[Shape]:
         widths = [full, *(w for w in range((full - 1) // multiple * multiple, 0, -multiple))]
         shapes = [dataclasses.replace(shape, **{field: width}) for width in widths]
     return shapes
+
+
+def widths_by_need(costs: list[Sensitivity], parents: list[int], total: int, multiple: int) -> list[int]:
+    """Feed-forward widths of all layers, of at most ``total`` in all, by what each layer's cut costs.
+
+    A width is a multiple of ``multiple``, or the parent's own.  The next to go is the piece with the least
+    loss for each channel, as the layers' sensitivities, measured one layer at a time, predict it.
+
+    Args:
+        costs: Of each layer.
+        parents: Widths before.
+        total: Channels of all layers together.
+        multiple: Of the widths.
+    """
+    widths = list(parents)
+
+    def next_cut(layer: int) -> tuple[float, int, int] | None:
+        width = widths[layer]
+        smaller = (width - 1) // multiple * multiple
+        if smaller < 1:
+            return None
+        more = costs[layer].at(smaller / parents[layer]) - costs[layer].at(width / parents[layer])
+        return more / (width - smaller), layer, smaller
+
+    while sum(widths) > total:
+        cuts = [cut for cut in map(next_cut, range(len(widths))) if cut is not None]
+        if not cuts:
+            break
+        _, layer, widths[layer] = min(cuts)
+    return widths
 
 
 def share(shape: Shape, parent: Shape, axis: Axis) -> float:

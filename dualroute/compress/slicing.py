@@ -1,7 +1,7 @@
 """Cutting a model down to the parts that stay.
 
 In: a model, :class:`~dualroute.compress.importance.Kept`, and the statistics of its calibration.  Out:
-another :class:`DualRoutingTransformer` with a smaller :class:`ModelConfig`, uniform over its layers.
+another :class:`DualRoutingTransformer` with a smaller :class:`ModelConfig`.
 
 Two corrections make up for what is cut, both closed forms, no training:
 
@@ -144,11 +144,13 @@ def _config(config: ModelConfig, kept: Kept) -> ModelConfig:
         name: None if values is None else [values[index] for index in kept.layers]
         for name, values in (("layer_windows", config.layer_windows), ("layer_top_k", config.layer_top_k))
     }
+    widths = [len(ffn) for ffn in kept.ffn]
     return dataclasses.replace(
         config,
         num_layers=len(kept.layers),
         dim=len(kept.channels),
-        ffn_dim=len(kept.ffn[0]),
+        ffn_dim=max(widths),
+        layer_ffn_dims=widths if len(set(widths)) > 1 else None,
         num_heads=sum(groups) * group,
         num_kv_heads=sum(groups),
         global_heads=groups[0] * group if dual else None,

@@ -37,6 +37,7 @@ _LEFT_OUT: dict[str, Any] = {
     "cluster_span": 0,
     "embedding_std": None,
     "global_layers": None,
+    "layer_ffn_dims": None,
     "global_rotary_factor": 1.0,
     "local_rotary_factor": 1.0,
     "task_head": None,
@@ -47,7 +48,7 @@ _RANGES = {
     **dict.fromkeys(
         ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
     ),
-    **dict.fromkeys(("max_context", "window", "layer_windows"), at_least(1, _MOST)),
+    **dict.fromkeys(("max_context", "window", "layer_windows", "layer_ffn_dims"), at_least(1, _MOST)),
     **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
     **dict.fromkeys(
         ("global_heads", "local_heads", "global_layers", "top_k", "layer_top_k", "cluster_span"),
@@ -128,6 +129,8 @@ class ModelConfig:
         num_kv_heads: Key/value heads in all (grouped-query attention); null means one per query head.
         head_dim: Width of one head; null means dim / num_heads.
         ffn_dim: Inner width of the SwiGLU feed-forward; null means 8/3 of dim rounded up to 64.
+        layer_ffn_dims: The inner width of each layer, where they differ (``dualroute prune --ffn_by_layer``);
+            null means ffn_dim for all.
         max_context: Longest sequence, in tokens, that the model is meant to read (its RoPE range).
         attention: dual sums a global and a local route; dense is the plain Transformer with the same
             parameters; local is sliding-window only; interleaved is local with a dense layer now and then.
@@ -182,6 +185,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     ffn_dim: int | None = None
+    layer_ffn_dims: list[int] | None = None
     max_context: int = 2048
     attention: Literal["dual", "dense", "local", "interleaved"] = "dual"
     causal: bool = True
@@ -256,7 +260,7 @@ class ModelConfig:
         """The configuration of layer number ``index``, from 0.
 
         Interleaved layers are dense or local ones, dual ones outside of global_layers local, and a layer may
-        have a window and a top_k of its own."""
+        have a window, a top_k and a feed-forward width of its own."""
         kind, parts, theta = self.attention, self.parts, self.rope_theta
         listed = None if parts is None else parts.dense_layers
         if self.global_layers is not None and index not in self.global_layers:
@@ -274,6 +278,8 @@ class ModelConfig:
             parts=parts,
             rope_theta=theta,
             global_layers=None,
+            ffn_dim=self.ffn_dim if self.layer_ffn_dims is None else self.layer_ffn_dims[index],
+            layer_ffn_dims=None,
             window=self.window if self.layer_windows is None else self.layer_windows[index],
             top_k=self.top_k if self.layer_top_k is None else self.layer_top_k[index],
             layer_windows=None,
@@ -299,7 +305,7 @@ class ModelConfig:
                     f"model.global_layers is {layers}: give ascending numbers of layers, of 0 to "
                     f"{self.num_layers - 1}, or null for all of them"
                 )
-        for name, least in (("layer_windows", 1), ("layer_top_k", 0)):
+        for name, least in (("layer_windows", 1), ("layer_top_k", 0), ("layer_ffn_dims", 1)):
             values = getattr(self, name)
             if values is not None and (len(values) != self.num_layers or min(values) < least):
                 raise UserError(

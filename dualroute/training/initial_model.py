@@ -45,8 +45,8 @@ from dualroute.training.step.quantization_aware import round_weights_in_forward
 
 #: Fields that decide which weights there are, and their shapes; null stands for what the weights have.
 OF_WEIGHTS = (
-    "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "attention",
-    "dense_every", "global_heads", "local_heads", "global_layers", "qkv_bias", "qk_norm", "gate",
+    "vocab_size", "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "layer_ffn_dims",
+    "attention", "dense_every", "global_heads", "local_heads", "global_layers", "qkv_bias", "qk_norm", "gate",
     "tie_embeddings",
 )  # fmt: skip
 _PER_LAYER = {"window": "layer_windows", "top_k": "layer_top_k"}

@@ -8,7 +8,7 @@ from dualroute.compress.calibration import calibration_batches, loss_on, measure
 from dualroute.compress.importance import Kept, Shape, choose, ffn_scores, group_scores
 from dualroute.compress.prune import PruneConfig, prune
 from dualroute.compress.routing_need import fit_routing
-from dualroute.compress.shapes import Search, Sensitivity, axis_sizes, count
+from dualroute.compress.shapes import Search, Sensitivity, axis_sizes, count, widths_by_need
 from dualroute.compress.slicing import slice_model
 from dualroute.errors import UserError
 from dualroute.evaluate.load import load
@@ -32,7 +32,7 @@ def everything(model):
     return Kept(
         list(range(shape.num_layers)),
         torch.arange(shape.dim),
-        [torch.arange(shape.ffn_dim)] * shape.num_layers,
+        [torch.arange(layer.ffn.down.in_features) for layer in model.layers],
         [torch.arange(shape.global_groups)] * shape.num_layers,
         [torch.arange(shape.local_groups)] * shape.num_layers,
     )
@@ -57,6 +57,7 @@ def test_keeping_everything_changes_nothing(calibrated):
         {"global_layers": [1]},
         {"qkv_bias": True, "global_rotary_factor": 0.0, "local_rotary_factor": 0.5},
         {"layer_windows": [3, 9], "layer_top_k": [1, 2]},
+        {"layer_ffn_dims": [24, 32]},
     ],
 )
 def test_parts_that_do_nothing_can_be_cut_without_a_trace(options):
@@ -77,7 +78,7 @@ def test_parts_that_do_nothing_can_be_cut_without_a_trace(options):
         kept.local_groups[0] = torch.tensor([0, 2])
     with torch.no_grad():
         for number, layer in enumerate(model.layers):
-            gone = torch.ones(24, dtype=torch.bool)
+            gone = torch.ones(layer.ffn.down.in_features, dtype=torch.bool)
             gone[kept.ffn[number]] = False
             layer.ffn.down.weight[:, gone] = 0
             columns = layer.attention.out_proj.weight.unflatten(1, (-1, 2 * 4))  # by groups of two heads
@@ -270,6 +271,45 @@ def test_the_shape_of_another_is_taken_whole(trained, tiny_dataset, tmp_path):
     assert not torch.equal(first.layers[0].ffn.up.weight, second.layers[0].ffn.up.weight)
     with pytest.raises(UserError, match="is larger than the model in ffn_dim, local_groups"):
         prune(options(tmp_path / "a", tiny_dataset, tmp_path / "c", shape_of=str(trained)))
+
+
+def test_widths_go_where_their_loss_is():
+    flat, steep = Sensitivity([0.25, 0.5, 1.0], [0.1, 0.0, 0.0]), Sensitivity([0.5, 1.0], [3.0, 0.0])
+    assert widths_by_need([steep, flat], [64, 64], 96, 16) == [64, 32]
+    assert widths_by_need([steep, flat], [64, 64], 80, 16) == [64, 16]
+    assert widths_by_need([steep, flat], [64, 40], 64, 16) == [48, 16]  # no narrower than one multiple
+    assert widths_by_need([flat, flat], [64, 64], 128, 16) == [64, 64]
+
+
+def test_layers_get_feed_forwards_of_their_own_width(trained, tiny_dataset, tmp_path, capsys):
+    """A quarter of all channels goes, and one layer's write nothing: all of the cut is theirs."""
+    checkpoint = find_checkpoint(trained)
+    parent = load_model(checkpoint)
+    with torch.no_grad():
+        parent.layers[1].ffn.down.weight.zero_()
+    save_model(parent, tmp_path / "parent", checkpoint.folder / "tokenizer.model", checkpoint.metadata)
+    assert (parent.config.num_layers, parent.config.ffn_dim) == (3, 64)
+    asked = {"ffn_dim": 48, "ffn_by_layer": True}
+    prune(options(tmp_path / "parent", tiny_dataset, tmp_path / "small", **asked))
+    account = json.loads((tmp_path / "small" / "prune.json").read_text())
+    widths = account["ffn_by_layer"]["widths"]
+    assert widths == [64, 16, 64]
+    assert f"feed-forwards {widths}, by layer" in capsys.readouterr().out
+    small = load_model(find_checkpoint(tmp_path / "small"))
+    assert small.config.layer_ffn_dims == widths
+    assert [layer.ffn.up.out_features for layer in small.layers] == widths
+    ids = torch.randint(3, 60, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids), parent(ids), rtol=1e-4, atol=1e-4)
+    assert count(small.config, Shape.of(small.config), "parameters", 64) == small.num_parameters()
+
+    shape = {"shape_of": str(tmp_path / "small"), "criterion": "random"}
+    prune(options(tmp_path / "parent", tiny_dataset, tmp_path / "control", **shape))
+    assert load_model(find_checkpoint(tmp_path / "control")).config == small.config
+    with pytest.raises(UserError, match=r"widths of their own .* give --ffn_by_layer true"):
+        prune(options(tmp_path / "small", tiny_dataset, tmp_path / "again", ffn_dim=16))
+    prune(options(tmp_path / "small", tiny_dataset, tmp_path / "heads", local_heads=2))
+    assert load_model(find_checkpoint(tmp_path / "heads")).config.layer_ffn_dims == widths
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ KINDS = {
     "interleaved": {"attention": "interleaved", "dense_every": 2},
     "gqa": {"num_heads": 8, "num_kv_heads": 4, "qk_norm": True},
     "gate": {"gate": True, "qk_norm": True, "global_heads": 3},
-    "layers": {"layer_windows": [4, 30], "layer_top_k": [1, 4]},
+    "layers": {"layer_windows": [4, 30], "layer_top_k": [1, 4], "layer_ffn_dims": [40, 96]},
     "global_layers": {"global_layers": [1]},
     "untied": {"tie_embeddings": False, "head_dim": 6, "norm_eps": 1e-3},
     "moment": {"router": "moment", "far_summary": "first_order", "rope_theta": 500.0},

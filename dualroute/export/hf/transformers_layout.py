@@ -30,6 +30,8 @@ def why_not(config: ModelConfig) -> str:
         return f"its attention is {config.attention}"
     if config.gate:
         return "its heads have gates"
+    if len(set(config.layer_ffn_dims or [])) > 1:
+        return "its layers have feed-forward widths of their own (layer_ffn_dims)"
     route = "local" if config.attention == "local" else "global"
     factor = getattr(config, f"{route}_rotary_factor")
     if factor != 1:
@@ -68,7 +70,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
+        "intermediate_size": config.of_layer(0).ffn_dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

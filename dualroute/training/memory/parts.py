@@ -184,7 +184,6 @@ def state_bytes(config: PretrainConfig, ranks: int, count: Count) -> tuple[float
 def activation_bytes(config: PretrainConfig, count: Count, ranks: int = 1) -> tuple[float, float]:
     """Bytes per token that all layers keep, and that the layer in work needs on top at the worst moment."""
     model, train = count.model, config.train
-    assert model.ffn_dim is not None
     sizes = sizes_of(train.precision, zero_stage(config, ranks))
     layers = _by_layer(config, count, sizes)
     extra = count.adapter_width * sizes.products
@@ -219,7 +218,12 @@ def _by_layer(config: PretrainConfig, count: Count, sizes: Sizes) -> list[tuple[
     kinds: dict[tuple[object, ...], tuple[float, float]] = {}
     layers = []
     for layer in count.layers:
-        kind = (heads_of(layer), layer.top_k, layer.attention)  # in nothing else do they differ
+        kind = (
+            heads_of(layer),
+            layer.top_k,
+            layer.ffn_dim,
+            layer.attention,
+        )  # in nothing else do they differ
         if kind not in kinds:
             kinds[kind] = layer_bytes(layer, sizes, config.data.context)
         layers.append(kinds[kind])

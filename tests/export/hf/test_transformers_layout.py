@@ -75,6 +75,7 @@ def test_logits_are_those_of_the_model(kind, loaded, tmp_path):
         ({**DENSE, "global_rotary_factor": 0.0}, "RoPE turns none of its heads (global_rotary_factor 0)"),
         ({"attention": "local", "local_rotary_factor": 0.5}, "RoPE turns a part of its heads (local_rotary"),
         ({"attention": "local", "qk_norm": True}, "a Mistral has a sliding window"),
+        ({"attention": "dense", "layer_ffn_dims": [64, 32]}, "layers have feed-forward widths of their own"),
         ({"attention": "local", "layer_windows": [3, 4]}, "layers have windows of their own"),
     ],
 )

@@ -158,12 +158,20 @@ def test_weights_alone_are_a_checkpoint(tmp_path):
         checkpoint_format.save_model(model, tmp_path / "small", tmp_path / "tokenizer.model", {})
 
 
-def test_layers_may_have_windows_and_top_k_of_their_own():
+def test_layers_may_have_windows_top_k_and_widths_of_their_own():
     config = ModelConfig(
-        vocab_size=30, dim=16, num_layers=2, num_heads=2, block=16, layer_windows=[4, 9], layer_top_k=[2, 0]
+        vocab_size=30,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        block=16,
+        layer_windows=[4, 9],
+        layer_top_k=[2, 0],
+        layer_ffn_dims=[24, 16],
     )
     model = DualRoutingTransformer(config)
     assert [layer.attention.window for layer in model.layers] == [4, 9]
     assert [layer.attention.routing.top_k for layer in model.layers] == [2, 0]
+    assert [layer.ffn.down.in_features for layer in model.layers] == [24, 16]
     with pytest.raises(UserError, match="layer_windows is \\[4\\]: give 2 numbers"):
         ModelConfig(num_layers=2, layer_windows=[4])
