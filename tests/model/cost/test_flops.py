@@ -25,6 +25,7 @@ BASE: dict[str, Any] = {"vocab_size": 97, "dim": 64, "num_layers": 3, "num_heads
         {"attention": "interleaved", "dense_every": 2},
         {"gate": True, "qk_norm": True, "qkv_bias": True, "num_kv_heads": 2},
         {"tie_embeddings": False, "global_layers": [1]},
+        {"layer_ffn_dims": [64, 16, 80]},
         {"causal": False, "global_heads": 1, "local_heads": 3},
         {"head_dim": 24, "ffn_dim": 100},
         {"task_head": TaskHeadConfig("token", ["a", "b"]), "tie_embeddings": False},
