@@ -284,6 +284,6 @@ def convert_command(config: ConvertConfig) -> None:
         print(
             f"a token of {keys['context']:,} reads {keys['read']:.1%} of the keys that it read before; the "
             f"model diverges by {keys['divergence']:.4f} nats a token: heal it with dualroute distill "
-            f"--teacher {config.source} --init_from {config.output}"
+            f"--init_from {config.output} and the dense model as --teacher"
         )
     print(f"{done.checkpoint.folder} is written")
