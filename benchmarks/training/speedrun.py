@@ -32,15 +32,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where measure.py is
 from measure import show
 
 _MUON = "--optim.name muon --optim.muon.lr 0.01"
+_COSINE = "--optim.schedule cosine --optim.min_lr_ratio 0.1"
 _TO_ZERO = "--optim.schedule wsd --optim.decay_fraction 0.4 --optim.decay_shape linear --optim.min_lr_ratio 0"
 RECIPES = {
-    "adamw": "--optim.name adamw",
-    "muon": _MUON,
+    "adamw": f"--optim.name adamw {_COSINE}",
+    "muon": f"{_MUON} {_COSINE}",
     "adamw, wsd to zero": f"--optim.name adamw {_TO_ZERO}",
     "muon, wsd to zero": f"{_MUON} {_TO_ZERO}",
-    "muon, qk_norm": f"{_MUON} --model.qk_norm true",
-    "muon, untied": f"{_MUON} --model.tie_embeddings false",
-    "muon, embedding 3x": f"{_MUON} --optim.embedding_lr 0.009",
+    "muon, qk_norm": f"{_MUON} {_COSINE} --model.qk_norm true",
+    "muon, untied": f"{_MUON} {_COSINE} --model.tie_embeddings false",
+    "muon, embedding 3x": f"{_MUON} {_COSINE} --optim.embedding_lr 0.009",
 }
 CLOCK = "clock.json"
 
