@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from dualroute.compress.added_tokens import with_added_tokens
 from dualroute.compress.calibration import Batch
 from dualroute.compress.config import ConvertConfig
-from dualroute.compress.routing_budget import Search
+from dualroute.compress.routing_budget import KeySearch
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
@@ -206,7 +206,7 @@ def _choose(
         for count in counts:
             begin = dataclasses.replace(shape, global_heads=heads * group - count, local_heads=count)
             try:
-                search = Search(model, begin, groups(count), batches, context, device)
+                search = KeySearch(model, begin, groups(count), batches, context, device)
                 found.append(search.within(config.keys))
             except UserError as error:
                 problem = error

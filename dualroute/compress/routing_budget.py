@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,8 @@ def share_of_keys(config: ModelConfig, context: int) -> float:
     return sum(sum(keys_read(config.of_layer(i), context)) for i in range(config.num_layers)) / dense
 
 
-class Search:
-    """The search; :meth:`within` gives its result.
+class KeySearch:
+    """The search under a budget; :meth:`within` gives its result.
 
     Args:
         model: The dense model.
@@ -112,7 +113,7 @@ class Search:
         taken = 0  # steps so far: what was measured before the last one is stale
         for layer in range(len(self.layers)):
             for step in self._steps(layer):
-                heapq.heappush(gains, (-1.0, layer, step, -1))  # not measured yet: first in the line
+                heapq.heappush(gains, (-math.inf, layer, step, -1))  # not measured yet: first in the line
         while (now := share_of_keys(self.config(), self.context)) > share:
             best = None
             while gains:
@@ -134,7 +135,7 @@ class Search:
             taken += 1
             divergence = self.divergence()
             for following in self._steps(layer):
-                heapq.heappush(gains, (-1.0, layer, following, -1))
+                heapq.heappush(gains, (-math.inf, layer, following, -1))
         return Budgeted(self.config(), divergence, now)
 
     def config(self) -> ModelConfig:
@@ -189,7 +190,7 @@ class Search:
         before = self.layers[layer]
         self._set(layer, step)
         saved = share - share_of_keys(self.config(), self.context)
-        cost = (self.divergence() - divergence) / saved if saved > 0 else float("inf")
+        cost = (self.divergence() - divergence) / saved if saved > 0 else math.inf
         self._set(layer, before)
         return cost, layer, step
 

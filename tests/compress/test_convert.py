@@ -252,7 +252,7 @@ def test_a_budget_of_keys_is_kept(dense, tiny_dataset, tmp_path, choose, capsys)
 def test_the_search_measures_the_model_that_is_written(dense, tiny_dataset, tmp_path):
     """Its trials swap layers in one model; what comes out is built anew and diverges by as much."""
     from dualroute.compress.convert import _shards
-    from dualroute.compress.routing_budget import Search
+    from dualroute.compress.routing_budget import KeySearch
     from dualroute.model.conversion import divide_heads, dual_config
 
     model = load_model(find_checkpoint(dense))
@@ -268,7 +268,7 @@ def test_the_search_measures_the_model_that_is_written(dense, tiny_dataset, tmp_
         top_k=4,
         global_mode="routed",
     )
-    search = Search(model, shape, [[0], [1]], batches, 64, torch.device("cpu"))
+    search = KeySearch(model, shape, [[0], [1]], batches, 64, torch.device("cpu"))
     found = search.within(0.3)
     far = found.config.global_layers or [0, 1]
     groups = [[number] if number in far else [0, 1] for number in range(2)]
