@@ -161,8 +161,8 @@ class Mirror:
         path = self.folder / file
         if self._is_there(path, size):
             return path
-        if os.path.lexists(path):  # cut off by what is not ours
-            self.discard(file)
+        if os.path.lexists(path) and not self._is_there(path, size):  # cut off by what is not ours
+            self.discard(file)  # (one that another process has just brought is there by now)
         with self._cache.turn(path, size or 0, self._patience()) as mine:
             if mine:
                 self._bring(file, path, sha256, size, size if size is not None else limit or 0)

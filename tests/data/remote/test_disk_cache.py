@@ -54,6 +54,21 @@ def test_one_process_brings_a_file_and_the_others_wait(web: WebServer, options: 
     assert set(asked.values()) == {1}
 
 
+def test_a_file_that_came_while_it_was_looked_for_is_not_thrown_away(
+    web: WebServer, options: RemoteOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absent at the first look, and there at the second, since another process has brought it in between."""
+    read_one(web.url, options)
+    mirror = Manifest.load(web.url, options).mirror
+    assert mirror is not None
+    before, there, looks = web.count(), mirror._is_there, iter([False])
+    monkeypatch.setattr(
+        mirror, "_is_there", lambda path, size: next(looks, None) is None and there(path, size)
+    )
+    assert mirror.get("train-00000.tar", "", None).exists()
+    assert web.count() == before
+
+
 def test_a_killed_process_leaves_its_lock_and_its_half_to_the_next(
     web: WebServer, options: RemoteOptions
 ) -> None:
