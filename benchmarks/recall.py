@@ -34,6 +34,7 @@ from dualroute.model import DualRoutingTransformer, ModelConfig
 KEYS = VALUES = FILLER = 16
 MARK = KEYS + VALUES + FILLER  # one more id, for the passkey
 VOCABULARY = MARK + 1
+ASKED = ("top_k", "sub_block", "cluster_span")  # what a trained model may be asked with
 LEARNT = 0.9  # share of right answers at which the texts double
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -145,7 +146,7 @@ def build(options: argparse.Namespace, variant: str, seed: int) -> DualRoutingTr
 
 
 def set_routing(model: DualRoutingTransformer, **changes: int) -> None:
-    """Change how the routed layers choose: top_k, cluster_span."""
+    """Change how the routed layers choose: one of `ASKED`."""
     for layer in model.layers:
         routing = getattr(layer.attention, "routing", None)
         if routing is not None:
@@ -257,9 +258,9 @@ def main() -> None:
     parser.add_argument(
         "--grow_top_k", action="store_true", help="evaluate long texts with as many times top_k too"
     )
-    parser.add_argument(
-        "--ask_cluster_span", type=int, nargs="*", default=[], help="ask with these cluster_spans too"
-    )
+    parser.add_argument("--ask_top_k", type=int, nargs="*", default=[], help="ask with these top_k too")
+    parser.add_argument("--ask_sub_block", type=int, nargs="*", default=[], help="and with these sub_blocks")
+    parser.add_argument("--ask_cluster_span", type=int, nargs="*", default=[], help="and these cluster_spans")
     options = parser.parse_args()
     device = prepare(options.threads, options.device)
     rows = []
@@ -276,15 +277,16 @@ def main() -> None:
                 row[f"top_k {times * options.top_k}"] = mean_and_range(scores)
                 for model, _ in trained:
                     set_routing(model, top_k=options.top_k)
-            for span in options.ask_cluster_span:
-                if VARIANTS[variant].get("attention") is not None:
-                    continue
-                for model, _ in trained:
-                    set_routing(model, cluster_span=span)
-                scores = [accuracy(options, model, times * options.length, device) for model, _ in trained]
-                row[f"clusters of {span}, {times * options.length:,}"] = mean_and_range(scores)
-                for model, _ in trained:
-                    set_routing(model, cluster_span=VARIANTS[variant].get("cluster_span", 0))
+            for name in ASKED if VARIANTS[variant].get("attention") is None else ():
+                for value in getattr(options, f"ask_{name}"):
+                    for model, _ in trained:
+                        set_routing(model, **{name: value})
+                    scores = [
+                        accuracy(options, model, times * options.length, device) for model, _ in trained
+                    ]
+                    row[f"{name} {value}, {times * options.length:,}"] = mean_and_range(scores)
+                    for model, _ in trained:
+                        set_routing(model, **{name: getattr(model.config, name)})
         row["s per training"] = f"{statistics.mean(seconds for _, seconds in trained):.0f}"
         rows.append(row)
         print(row, flush=True)

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from dualroute.compress.added_tokens import with_added_tokens
 from dualroute.compress.calibration import Batch
 from dualroute.compress.config import ConvertConfig
-from dualroute.compress.routing_budget import KeySearch
+from dualroute.compress.routing_budget import Budgeted, KeySearch
 from dualroute.data.llama2c_tokenizer import sentencepiece_model
 from dualroute.data.manifest import Manifest, verify_shards
 from dualroute.data.plan import SequentialPlan, WalkSequence
@@ -198,27 +199,41 @@ def _choose(
 
     local = shape.local_heads or 0
     if config.keys is not None:
-        counts = [local]  # of local heads; as few far ones as one group, if it is free
-        while config.local_heads is None and (far := heads - counts[-1] // group) > 1:
-            counts.append((heads - far // 2) * group)
-        found = []
-        problem: UserError | None = None
-        for count in counts:
-            begin = dataclasses.replace(shape, global_heads=heads * group - count, local_heads=count)
-            try:
-                search = KeySearch(model, begin, groups(count), batches, context, device)
-                found.append(search.within(config.keys))
-            except UserError as error:
-                problem = error
-        if not found:
-            assert problem is not None
-            raise problem
-        best = min(found, key=lambda budgeted: budgeted.divergence)
+        start = partial(KeySearch, model, batches=batches, context=context, device=device)
+        best = _within_budget(config, shape, group, start, groups)
         shape, local = best.config, best.config.local_heads or 0
         note["keys"] = {"asked": config.keys, "read": best.share, "context": context}
         note["keys"]["divergence"] = best.divergence
     model.to("cpu")
     return shape, groups(local), mass
+
+
+def _within_budget(
+    config: ConvertConfig,
+    shape: ModelConfig,
+    group: int,
+    start: Callable[..., KeySearch],
+    groups: Callable[[int], list[list[int]]],
+) -> Budgeted:
+    """The best shape within ``config.keys``, over numbers of local heads where these are free.
+
+    Raises:
+        UserError: None of them reads as little.
+    """
+    assert config.keys is not None
+    counts = [shape.local_heads or 0]  # down to one group of far heads
+    while config.local_heads is None and (far := (shape.num_heads - counts[-1]) // group) > 1:
+        counts.append(shape.num_heads - far // 2 * group)
+    found, problems = [], []
+    for count in counts:
+        begin = dataclasses.replace(shape, global_heads=shape.num_heads - count, local_heads=count)
+        try:
+            found.append(start(shape=begin, local_groups=groups(count)).within(config.keys))
+        except UserError as error:
+            problems.append(error)
+    if not found:
+        raise problems[-1]
+    return min(found, key=lambda budgeted: budgeted.divergence)
 
 
 def _own_texts(

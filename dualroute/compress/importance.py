@@ -45,15 +45,13 @@ class Shape:
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
         """The shape of a resolved configuration."""
-        assert config.ffn_dim is not None
-        widths = config.layer_ffn_dims or [config.ffn_dim]
         assert config.global_heads is not None
         assert config.local_heads is not None
         group = config.heads_per_group
         return cls(
             config.num_layers,
             config.dim,
-            sum(widths) // len(widths),
+            sum(config.ffn_dims) // config.num_layers,
             config.global_heads // group,
             config.local_heads // group,
         )

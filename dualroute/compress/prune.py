@@ -189,7 +189,7 @@ def _widths(
             )
         return None
     costs = _costs_by_layer(config, found, statistics, layers)
-    before = [parent.of_layer(index).ffn_dim or 0 for index in layers]
+    before = [parent.ffn_dims[index] for index in layers]
     widths = widths_by_need(costs, before, shape.ffn_dim * len(layers), config.multiple)
     account["ffn_by_layer"] = {
         "layers": layers, "parent": before, "widths": widths, "costs": [asdict(cost) for cost in costs]
@@ -202,7 +202,7 @@ def _costs_by_layer(
 ) -> list[Sensitivity]:
     """What a narrower feed-forward costs in each of ``layers`` alone, the others as they were."""
     parent, few = found.loaded.model, found.batches[: max(1, len(found.batches) // 4)]
-    whole = [parent.config.of_layer(index).ffn_dim or 0 for index in range(parent.config.num_layers)]
+    whole = parent.config.ffn_dims
     base = found.loss(parent, few)
     costs = []
     for index in layers:

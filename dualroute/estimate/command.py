@@ -258,9 +258,8 @@ def _teacher_bytes(config: EstimateConfig, fixed: Fixed) -> float:
     if teacher is None:
         return 0.0
     size = 4.0 if config.teacher_dtype == "float32" else 2.0
-    widest = max(teacher.of_layer(index).ffn_dim or 0 for index in range(teacher.num_layers))
     tokens = config.data.context * config.train.micro_batch / config.parallel.sequence_parallel
-    return size * (held + tokens * (3 * widest + 2 * teacher.dim))
+    return size * (held + tokens * (3 * max(teacher.ffn_dims) + 2 * teacher.dim))
 
 
 def estimate_command(config: EstimateConfig) -> None:

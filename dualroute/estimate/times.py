@@ -98,8 +98,7 @@ def _computed_again(config: EstimateConfig, model: ModelConfig) -> float:
     share = -(-model.num_layers // config.train.recompute_every_layers) / model.num_layers
     if what == "full":
         return share
-    widths = [model.of_layer(index).ffn_dim or 0 for index in range(model.num_layers)]
-    feed_forward = 3 * model.dim * sum(widths) / len(widths)
+    feed_forward = 3 * model.dim * sum(model.ffn_dims) / model.num_layers
     attention = 2 * model.dim * _width_of_heads(model)
     return share * feed_forward / (feed_forward + attention)
 

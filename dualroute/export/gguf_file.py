@@ -126,7 +126,7 @@ def _write_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_context_length(config.max_context)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.of_layer(0).ffn_dim)
+    writer.add_feed_forward_length(config.ffn_dims[0])
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)

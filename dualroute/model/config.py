@@ -241,6 +241,12 @@ class ModelConfig:
         return self.frontend is None and (self.task_head is None or self.task_head.kind != "item")
 
     @property
+    def ffn_dims(self) -> list[int]:
+        """Inner width of the feed-forward of each layer, of a resolved configuration."""
+        assert self.ffn_dim is not None
+        return self.layer_ffn_dims or [self.ffn_dim] * self.num_layers
+
+    @property
     def head_is_tied(self) -> bool:
         """Whether the output projection is the input embedding: also of a model with a task's head or with a
         frontend, which writes no text and does not use it."""

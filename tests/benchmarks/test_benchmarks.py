@@ -26,7 +26,8 @@ COMMANDS = {
     "waiting_threads": "training/waiting_threads.py --threads 2 --batch 1 --context 32 --repeats 1 --busy 1 "
     "--settings passive 1000",
     "recall-mqar": "recall.py --variants dense local routed --seeds 0 --length 256 --start 128 --evaluate 2 "
-    "--steps 4 --patience 4 --tokens 512 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1",
+    "--steps 4 --patience 4 --tokens 512 --batches 1 --min_distance 32 --window 8 --block 16 --threads 1 "
+    "--ask_top_k 1 --ask_sub_block 8 --ask_cluster_span 32",
     "long_context": "long_context.py --tasks variables common --seeds 0 --length 128 --start 128 --steps 2 "
     "--patience 2 --tokens 256 --batches 1 --min_distance 16 --window 8 --block 16 --top_k 1 --threads 1",
     "recall-passkey": "recall.py --task passkey --variants routed --seeds 0 1 --length 128 --start 128 "

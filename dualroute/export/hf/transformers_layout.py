@@ -70,7 +70,7 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": config.dim,
-        "intermediate_size": config.of_layer(0).ffn_dim,
+        "intermediate_size": config.ffn_dims[0],
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

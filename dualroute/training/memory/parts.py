@@ -218,12 +218,8 @@ def _by_layer(config: PretrainConfig, count: Count, sizes: Sizes) -> list[tuple[
     kinds: dict[tuple[object, ...], tuple[float, float]] = {}
     layers = []
     for layer in count.layers:
-        kind = (
-            heads_of(layer),
-            layer.top_k,
-            layer.ffn_dim,
-            layer.attention,
-        )  # in nothing else do they differ
+        # in nothing else do they differ
+        kind = (heads_of(layer), layer.top_k, layer.ffn_dim, layer.attention)
         if kind not in kinds:
             kinds[kind] = layer_bytes(layer, sizes, config.data.context)
         layers.append(kinds[kind])

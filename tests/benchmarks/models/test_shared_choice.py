@@ -32,7 +32,7 @@ def test_a_group_of_layers_reads_what_its_first_has_chosen(model: DualRoutingTra
     assert not torch.equal(shared, alone)
     assert len(agreed) == 2  # the second layer of each pass; the third chooses for itself
     assert 0 < agreed[0] < 1
-    for layer in model.layers:  # queries and keys of all layers alike: they agree where their inputs do
+    for layer in model.layers:  # all scores alike: every layer takes the first blocks
         layer.attention.global_qkv.weight.zero_()  # type: ignore[union-attr, operator]
     with one_choice_for(3, of=3) as agreed:
         model(ids)
