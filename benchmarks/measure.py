@@ -106,15 +106,33 @@ def _status(field: str) -> int:
 
 
 def show(title: str, rows: Iterable[Mapping[str, str]], output: Path | None, name: str) -> None:
-    """Print rows as a table and write them to `output`/`name`.csv."""
+    """Print rows as a table and write them to `output`/`name`.csv.
+
+    The columns are those of all rows together; a row that lacks one has an empty field there.
+    """
     rows = list(rows)
-    table = Table(*rows[0], title=title)
+    columns = _columns(rows)
+    table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*row.values())
-    Console(width=max(80, 16 * len(rows[0]))).print(table)
+        table.add_row(*(row.get(column, "") for column in columns))
+    Console(width=max(80, 16 * len(columns))).print(table)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         with (output / f"{name}.csv").open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
+            writer = csv.DictWriter(stream, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Every column of some row; one that only a later row has comes behind that row's column before it."""
+    columns: list[str] = []
+    for row in rows:
+        place = 0
+        for column in row:
+            if column in columns:
+                place = columns.index(column) + 1
+            else:
+                columns.insert(place, column)
+                place += 1
+    return columns
