@@ -35,6 +35,8 @@ VARIANTS = {
     "dual, routed, no positions": ["--model.global_mode", "routed", "--model.global_rotary_factor", "0"],
     "dual, routed, every second layer": ["--model.global_mode", "routed", "--model.global_layers", "[1,3,5]"],
     "dual, routed, every third layer": ["--model.global_mode", "routed", "--model.global_layers", "[2,5]"],
+    "dual, routed, a choice for two": ["--model.global_mode", "routed", "--model.share_choice", "2"],
+    "dual, routed, a choice for three": ["--model.global_mode", "routed", "--model.share_choice", "3"],
     "dual, routed, clusters": ["--model.global_mode", "routed", "--model.cluster_span", "1024"],
     "dual, routed, moment": ["--model.global_mode", "routed", "--model.router", "moment"],
     "dual, routed, no far": ["--model.global_mode", "routed", "--model.far_summary", "none"],

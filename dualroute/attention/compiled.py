@@ -26,7 +26,7 @@ from torch import Tensor
 from dualroute.attention.core.grid import Grid
 from dualroute.attention.core.held import held, hold
 from dualroute.attention.core.layout import Layout, Stream
-from dualroute.attention.core.routing import Routing
+from dualroute.attention.core.routing import Routing, SharedChoice
 from dualroute.attention.routes import global_attention as read_globally
 from dualroute.attention.routes import local_attention as read_locally
 
@@ -53,12 +53,14 @@ def global_attention(
     routing: Routing,
     max_exact_blocks: int | None,
     causal: bool = True,
+    choice: SharedChoice | None = None,
 ) -> Tensor:
     """`routes.global_attention` as an operator."""
     exact = -1 if max_exact_blocks is None else max_exact_blocks
     how = (routing.top_k, routing.router, routing.far_summary, routing.sub_block, routing.cluster_span)
     rows = (query.contiguous(), key.contiguous(), value.contiguous())
-    return global_route(*rows, handle, *how, exact, causal, _records(*rows))[0]
+    shared = None if choice is None else choice.handle
+    return global_route(*rows, handle, *how, exact, causal, _records(*rows), shared)[0]
 
 
 def local_attention(
@@ -123,18 +125,36 @@ def _(
     return handle, places, torch.empty_like(places), slot_token, torch.empty_like(places.flatten())
 
 
+def new_choice(layout: Layout, number: int) -> SharedChoice:
+    """A `SharedChoice`; in a graph, whose every number has one of its own, made by an operator."""
+    return SharedChoice(handle=_new_choice(layout.handle, number)) if tracing() else SharedChoice()
+
+
+@torch.library.custom_op(f"{NAMESPACE}::new_choice", mutates_args=())
+def _new_choice(layout: Tensor, number: int) -> Tensor:
+    return SharedChoice().handle
+
+
+@_new_choice.register_fake
+def _(layout: Tensor, number: int) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
 @torch.library.custom_op(f"{NAMESPACE}::global_route", mutates_args=())
 def global_route(
     query: Tensor, key: Tensor, value: Tensor, handle: Tensor, top_k: int, router: str, far_summary: str,
     sub_block: int, cluster_span: int, max_exact_blocks: int, causal: bool, records: bool,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The route (H, S, d) and what stands for its backward pass; max_exact_blocks -1 = all."""
+    """The route (H, S, d) and what stands for its backward pass; max_exact_blocks -1 = all, `shared` the
+    handle of a `SharedChoice`."""
+    choice = None if shared is None else SharedChoice(handle=shared)
     routing = Routing(top_k, router, far_summary, sub_block, cluster_span)
     exact = None if max_exact_blocks < 0 else max_exact_blocks
 
     def route(query: Tensor, key: Tensor, value: Tensor, stream: Stream) -> Tensor:
         return read_globally(
-            query, key, value, stream, routing=routing, max_exact_blocks=exact, causal=causal
+            query, key, value, stream, routing=routing, max_exact_blocks=exact, causal=causal, choice=choice
         )
 
     return _run(route, query, key, value, handle, records)

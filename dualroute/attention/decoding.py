@@ -27,6 +27,7 @@ from dualroute.attention.core.cache import GlobalCache, LayerCache, LocalCache
 from dualroute.attention.core.options import CACHE_DTYPES, check_at_least, check_name
 from dualroute.attention.core.precision import outside_inference_mode, without_autocast
 from dualroute.attention.core.rope import Table, token_tables
+from dualroute.attention.core.routing import SharedChoice
 from dualroute.attention.core.storage.paging import make_pages
 from dualroute.attention.core.storage.quantized_cache import BITS, QuantizedGlobalCache
 from dualroute.attention.projections import Projections
@@ -91,6 +92,24 @@ def new_cache(
         local_cache = LocalCache(rows, layer.window, layer.head_dim, device, dtype)
     exact = limit is None or -(-max_length // layer.block) <= limit
     return LayerCache(batch_size, max_length, exact, global_cache, local_cache)
+
+
+def share_choices(caches: Sequence[LayerCache], top_k: int) -> None:
+    """Have these layers' caches of the same texts read the blocks that the first of them chooses; its routing
+    has this top_k, as that of the others has."""
+    choice = SharedChoice(top_k)
+    for number, cache in enumerate(caches):
+        if cache.global_cache is not None:
+            cache.global_cache.choice, cache.global_cache.follows = choice, number > 0
+
+
+def share_again(caches: Sequence[LayerCache]) -> None:
+    """Of copies of caches, which go on for themselves: give each group of layers a choice of its own."""
+    fresh: dict[int, SharedChoice] = {}
+    for cache in caches:
+        far = cache.global_cache
+        if far is not None and far.choice is not None:
+            far.choice = fresh.setdefault(id(far.choice), SharedChoice(far.choice.top_k))
 
 
 def check_cache(cache: LayerCache, batch: int, length: int) -> None:
@@ -198,6 +217,8 @@ def _global_tokens(
     A quantised cache has floats of the newest block alone, so it gets and gives a block at a time.
     """
     count = key.shape[1]
+    if cache.choice is not None and not cache.follows:
+        cache.choice.forget()
     ends = [count]
     if cache.bits:
         ends = [*range(cache.block - cache.length % cache.block, count, cache.block), count]

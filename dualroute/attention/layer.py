@@ -31,7 +31,7 @@ from dualroute.attention.core.options import (
     rotary_channels,
 )
 from dualroute.attention.core.rope import Rope, RopeScaling
-from dualroute.attention.core.routing import Routing
+from dualroute.attention.core.routing import Routing, SharedChoice
 from dualroute.attention.decoding import check_cache, decode, new_cache
 from dualroute.attention.projections import Projections
 from dualroute.attention.routes import global_attention, local_attention
@@ -176,6 +176,7 @@ class DualRouting(Projections):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        choice: SharedChoice | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -185,6 +186,9 @@ class DualRouting(Projections):
             segment_ids, attention_mask: (B, n), see `Layout.build`.
             positions: (B, n) for the rotary embedding; by default those inside each document.
             cache: of `new_cache`; hidden_states are then the next n tokens of every row, without padding.
+            choice: of this forward pass, given to several layers: they read the blocks that the first of them
+                chooses. They have equally many global key heads, and the same top_k, block and global_mode.
+                Behind tokens in a cache, `decoding.share_choices` of the caches counts instead.
 
         Returns:
             (B, n, dim); 0 at padding.
@@ -213,7 +217,7 @@ class DualRouting(Projections):
         )
         outputs = []
         if self.global_qkv is not None:
-            outputs.append(self._global(hidden_states, layout, positions, cache))
+            outputs.append(self._global(hidden_states, layout, positions, cache, choice))
         if self.local_qkv is not None:
             outputs.append(self._local(hidden_states, layout, positions, cache))
         heads = torch.cat([out.transpose(0, 1) for out in outputs], dim=1)  # (S, H, d)
@@ -224,7 +228,12 @@ class DualRouting(Projections):
         return self.combine(rows, hidden_states)
 
     def _global(
-        self, hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: LayerCache | None
+        self,
+        hidden_states: Tensor,
+        layout: Layout,
+        positions: Tensor | None,
+        cache: LayerCache | None,
+        choice: SharedChoice | None,
     ) -> Tensor:
         assert self.global_qkv is not None
         rows = self.stream_heads(
@@ -234,6 +243,7 @@ class DualRouting(Projections):
             "routing": self.routing,
             "max_exact_blocks": self.max_exact_blocks,
             "causal": self.causal,
+            "choice": choice,
         }
         if cache is not None and cache.global_cache is not None:
             cache.global_cache.append(*(layout.text_rows(part) for part in rows[1:]))

@@ -26,7 +26,7 @@ from dualroute.attention.core.clusters import cell_size, gather_rows, ordered_in
 from dualroute.attention.core.layout import Stream, attend_by_length
 from dualroute.attention.core.options import ROUTERS, check_clusters, check_name
 from dualroute.attention.core.precision import without_autocast
-from dualroute.attention.core.routing import Routing
+from dualroute.attention.core.routing import STREAM, Routing, SharedChoice
 
 
 def global_attention(
@@ -38,8 +38,11 @@ def global_attention(
     routing: Routing,
     max_exact_blocks: int | None,
     causal: bool = True,
+    choice: SharedChoice | None = None,
 ) -> Tensor:
     """Full attention in documents of at most `max_exact_blocks` blocks, routed in longer ones; (H, S, d).
+
+    With a `choice` the blocks are those that the first layer with it has chosen.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
@@ -51,7 +54,7 @@ def global_attention(
         return full_attention(query, key, value, stream, causal=causal)
     return attend_by_length(
         partial(full_attention, causal=causal),
-        partial(routed_attention, routing=routing, causal=causal),
+        partial(routed_attention, routing=routing, causal=causal, choice=choice),
         query,
         key,
         value,
@@ -82,6 +85,7 @@ def routed_attention(
     *,
     causal: bool = True,
     selected: Tensor | None = None,
+    choice: SharedChoice | None = None,
 ) -> Tensor:
     """Routed attention, (H, S, d), of a stream; `reference.routed` states what is in the softmax.
 
@@ -91,11 +95,18 @@ def routed_attention(
         stream, routing: where the documents lie; what is read.
         selected: (H_kv, S, 1 + top_k) as `select_blocks` gives it, for blocks as they stand in the text;
             chosen here when None.
+        choice: where to find what was chosen, or to leave it.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or does not fit the others.
     """
     check_rows(stream, query, key, value)
+    if choice is not None:
+        if routing.cluster_span:
+            raise ValueError(
+                f"cluster_span={routing.cluster_span} with a shared choice: each layer has blocks of its own"
+            )
+        selected = choice.get(STREAM)
     if routing.cluster_span and selected is None:
         out = _by_similarity(query, key, value, stream, routing, causal)
         if out is not None:
@@ -112,6 +123,8 @@ def routed_attention(
             sub_block=routing.sub_block,
             causal=causal,
         )
+        if choice is not None:
+            choice.put(STREAM, selected)
     backend = _backend(stream, query, causal, stream.block)
     return backend.routed_attention(query, key, value, stream, routing, selected=selected, causal=causal)
 

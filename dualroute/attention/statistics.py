@@ -22,7 +22,7 @@ from dualroute.attention.core.far_summary import far_query_features, summarise
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.precision import NEG_INF
 from dualroute.attention.core.router import block_features, block_scores, top_blocks
-from dualroute.attention.core.routing import Routing
+from dualroute.attention.core.routing import STREAM, Routing, SharedChoice
 
 MAX_ROWS = 256  # sampled tokens
 MAX_BINS = 64  # rows and columns of a map
@@ -40,13 +40,14 @@ def routing_statistics(
     max_exact_blocks: int | None,
     causal: bool,
     block_map: bool = False,
+    choice: SharedChoice | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of the global route of queries (H, S, d), keys and values (H_kv, S, d).
 
     Tokens in documents of at most `max_exact_blocks` blocks (None: all) have their far mass measured on the
     keys themselves, the others on the pseudo-keys they really read. `block_map` adds (rows, columns) of that
     name: blocks of queries and of keys, neighbours together where there are more than `MAX_BINS`; NaN where
-    no token was sampled.
+    no token was sampled. What another layer has chosen is taken from the `choice`.
     """
     kv_heads, block = key.shape[0], stream.block
     slots, bounded = _sample(stream, len(query)), key.float()
@@ -82,6 +83,12 @@ def routing_statistics(
         if routing.top_k
         else slots.new_empty(kv_heads, len(slots), 0)
     )
+    shared = None if choice is None else choice.get(STREAM)
+    if shared is not None:  # of the documents that are routed, the last ones of the stream
+        before = stream.num_slots - shared.shape[1]
+        others = shared[:, (slots - before).clamp_min(0), 1:].long()
+        others = torch.where(others < 0, -1, others + before // block)
+        chosen = torch.where((slots < before)[:, None], chosen, others)
     selected = torch.zeros(kv_heads, len(slots), stream.num_blocks + 1, dtype=torch.bool, device=key.device)
     selected.scatter_(-1, torch.where(chosen < 0, stream.num_blocks, chosen), True)
     selected = selected[..., :-1]

@@ -104,6 +104,14 @@ def _shape(config: PruneConfig, found: Calibrated, statistics: Statistics, accou
         "layers" in config.axes or given.get("num_layers", parent.num_layers) != parent.num_layers
     ):
         raise UserError("layers cannot be pruned from attention interleaved: the dense ones would move")
+    if loaded.model.config.share_choice > 1 and (
+        (config.keep is not None and "layers" in config.axes)
+        or given.get("num_layers", parent.num_layers) != parent.num_layers
+    ):
+        raise UserError(
+            f"layers cannot be pruned from a model with share_choice {loaded.model.config.share_choice}: "
+            f"other ones would choose the blocks; choose --axes without layers"
+        )
     if loaded.model.config.global_layers is not None:
         changed = sorted(name for name, size in given.items() if size != getattr(parent, name))
         for axis in ("layers", "heads"):

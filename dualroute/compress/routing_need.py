@@ -55,10 +55,11 @@ def fit_routing(
     loss, used = start, 0
     steps = 2 * len(model.layers)
     attentions: list[Any] = [layer.attention for layer in model.layers]
+    of_one_layer = model.config.share_choice == 1  # layers that read the same blocks read equally many
     for attention in attentions:
         for name, has_route, least in (
             ("window", attention.local_heads, SMALLEST_WINDOW),
-            ("top_k", attention.global_heads and attention.max_exact_blocks is not None, 1),
+            ("top_k", attention.global_heads and attention.max_exact_blocks is not None and of_one_layer, 1),
         ):
             used += 1
             while has_route and _get(attention, name) // 2 >= least:

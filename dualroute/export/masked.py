@@ -8,6 +8,8 @@ The attention is that of :mod:`dualroute.attention.backends.traceable`, which ho
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch import Tensor, nn
 
 from dualroute.attention.backends.traceable import traceable_attention
@@ -43,10 +45,15 @@ class MaskedTransformer(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.model.embedding(input_ids)
-        for layer in self.model.layers:
+        leads = {layer: group[0] for group in self.model.config.choice_groups for layer in group}
+        choices: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # by the layer that leads
+        for number, layer in enumerate(self.model.layers):
             assert isinstance(layer, TransformerBlock)
             hidden = hidden + traceable_attention(
-                layer.attention, layer.attention_norm(hidden), self.for_onnx
+                layer.attention,
+                layer.attention_norm(hidden),
+                self.for_onnx,
+                choices[leads.get(number, number)],
             )
             hidden = hidden + layer.ffn(layer.ffn_norm(hidden))
         hidden = self.model.norm(hidden)

@@ -38,6 +38,7 @@ _LEFT_OUT: dict[str, Any] = {
     "embedding_std": None,
     "global_layers": None,
     "layer_ffn_dims": None,
+    "share_choice": 1,
     "global_rotary_factor": 1.0,
     "local_rotary_factor": 1.0,
     "task_head": None,
@@ -49,7 +50,7 @@ _RANGES = {
         ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"), at_least(1, _MOST)
     ),
     **dict.fromkeys(("max_context", "window", "layer_windows", "layer_ffn_dims"), at_least(1, _MOST)),
-    **dict.fromkeys(("dense_every", "block", "sub_block"), at_least(1, _MOST)),
+    **dict.fromkeys(("dense_every", "block", "sub_block", "share_choice"), at_least(1, _MOST)),
     **dict.fromkeys(
         ("global_heads", "local_heads", "global_layers", "top_k", "layer_top_k", "cluster_span"),
         at_least(0, _MOST),
@@ -153,6 +154,8 @@ class ModelConfig:
         block: Keys per routed block.
         top_k: Blocks that each token reads exactly, besides its own and the document's first.
         layer_top_k: The top_k of each layer, where they differ; null means top_k for all.
+        share_choice: Consecutive layers with a global route that read the same blocks, which the first of
+            them chooses; 1: each layer chooses.
         router: How blocks are scored: minmax (bounds on sub-blocks), moment or mean.
         sub_block: Keys per bound of the minmax router; divides block.
         far_summary: What stands in the softmax for blocks that are not read: second_order, first_order
@@ -200,6 +203,7 @@ class ModelConfig:
     block: int = 64
     top_k: int = 8
     layer_top_k: list[int] | None = None
+    share_choice: int = 1
     router: Literal["minmax", "moment", "mean"] = "minmax"
     sub_block: int = 16
     far_summary: Literal["second_order", "first_order", "none"] = "second_order"
@@ -290,6 +294,7 @@ class ModelConfig:
             top_k=self.top_k if self.layer_top_k is None else self.layer_top_k[index],
             layer_windows=None,
             layer_top_k=None,
+            share_choice=1,
         ).resolved()
 
     def _derived(self) -> dict[str, int]:
@@ -318,6 +323,7 @@ class ModelConfig:
                     f"model.{name} is {values}: give {self.num_layers} numbers of at least {least}, one for "
                     f"each layer, or null"
                 )
+        self._check_shared_choice()
         if self.parts is not None and self.causal:
             raise UserError("model.parts are those of an encoder: set model.causal to false")
         _check_rope_scaling(self.rope_scaling)
@@ -332,6 +338,31 @@ class ModelConfig:
             "global_heads": heads.global_heads,
             "local_heads": heads.local_heads,
         }
+
+    @property
+    def choice_groups(self) -> list[list[int]]:
+        """Numbers of the layers that read the blocks which the first of them chooses; none that choose for
+        themselves alone."""
+        layers = range(self.num_layers) if self.global_layers is None else self.global_layers
+        firsts = range(0, len(layers) - 1, self.share_choice) if self.share_choice > 1 else ()
+        return [list(layers[first : first + self.share_choice]) for first in firsts]
+
+    def _check_shared_choice(self) -> None:
+        if self.share_choice == 1:
+            return
+        if self.attention != "dual" or self.cluster_span:
+            name = "cluster_span" if self.attention == "dual" else "attention"
+            raise UserError(
+                f"model.share_choice {self.share_choice} lets layers read the same blocks of attention dual, "
+                f"as they stand in the text, and model.{name} is {getattr(self, name)}: use share_choice 1"
+            )
+        for group in self.choice_groups if self.layer_top_k is not None else ():
+            top_k = [self.layer_top_k[number] for number in group]  # type: ignore[index]
+            if len(set(top_k)) > 1:
+                raise UserError(
+                    f"model.layer_top_k is {top_k} in the layers {group}, which read the same blocks "
+                    f"(model.share_choice {self.share_choice}): give equal numbers, or use share_choice 1"
+                )
 
     def _heads(self) -> Heads:
         """The numbers of heads; the attention layer's own rules are asked for these and for all it reads."""

@@ -11,7 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dualroute.attention.compiled import new_choice
+from dualroute.attention.core.layout import Layout
 from dualroute.attention.core.rope import RopeScaling
+from dualroute.attention.core.routing import SharedChoice
 from dualroute.attention.layer import DualRouting
 from dualroute.model.config import ModelConfig, PartsConfig
 
@@ -46,6 +49,19 @@ class SwiGLU(nn.Module):
     def down_project(self, gate: Tensor, up: Tensor) -> Tensor:
         """What follows the two products, (…, ffn_dim) each → (…, dim)."""
         return self.down((F.gelu(gate) if self.gelu else F.silu(gate)) * up)
+
+
+def shared_choices(config: ModelConfig, layout: Layout | None = None) -> list[SharedChoice | None]:
+    """Of one forward pass, for each layer: what it shares with others, by ``ModelConfig.share_choice``.
+
+    ``layout`` is the batch's, where a graph may be recorded.
+    """
+    choices: list[SharedChoice | None] = [None] * config.num_layers
+    for number, group in enumerate(config.choice_groups):
+        choice = SharedChoice() if layout is None else new_choice(layout, number)
+        for layer in group:
+            choices[layer] = choice
+    return choices
 
 
 class TransformerBlock(nn.Module):
@@ -86,6 +102,7 @@ class TransformerBlock(nn.Module):
         self.ffn = SwiGLU(config.dim, config.ffn_dim, gelu=parts.activation == "gelu")
 
     def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
-        """(B, n, dim) → (B, n, dim); ``attention`` holds layout, positions and cache for the attention."""
+        """(B, n, dim) → (B, n, dim); ``attention`` holds layout, positions, cache and choice for the
+        attention."""
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), **attention)
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualroute.attention.core.layout import Layout, LayoutPlan
+from dualroute.attention.decoding import share_choices
 from dualroute.attention.sequence_parallel import Group
 from dualroute.errors import UserError
 from dualroute.model.config import ModelConfig
 from dualroute.model.cost.flops import keys_read, routing_units, training_flops
 from dualroute.model.frontends import Frontend
-from dualroute.model.layers import TransformerBlock, norm_of
+from dualroute.model.layers import TransformerBlock, norm_of, shared_choices
 from dualroute.model.lm_head import NextTokenHead
 from dualroute.model.task_heads import TaskHead
 
@@ -117,8 +118,8 @@ class DualRoutingTransformer(nn.Module):
             return self._divided_hidden_states(input_ids, segment_ids, positions, attention_mask, layout)
         hidden = self.embedding(input_ids)
         if caches is not None:
-            for layer, cache in zip(self.layers, caches, strict=True):
-                hidden = layer(hidden, positions=positions, cache=cache)
+            for layer, cache, choice in zip(self.layers, caches, shared_choices(self.config), strict=True):
+                hidden = layer(hidden, positions=positions, cache=cache, choice=choice)
             return self.norm(hidden)
         return self._through_layers(hidden, input_ids, segment_ids, positions, attention_mask, layout)
 
@@ -152,9 +153,9 @@ class DualRoutingTransformer(nn.Module):
         layout = layout.at_positions(positions)
         if isinstance(self.embedding, Frontend):
             hidden = self.embedding.at_places(hidden, self.local_shard(layout.positions))
-        for layer in self.layers:
+        for layer, choice in zip(self.layers, shared_choices(self.config, layout), strict=True):
             layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
-            hidden = layer(hidden, layout=layout)
+            hidden = layer(hidden, layout=layout, choice=choice)
         return self.norm(hidden)
 
     # ------------------------------------------------------------------ sequence parallelism
@@ -234,7 +235,7 @@ class DualRoutingTransformer(nn.Module):
         options: dict[str, Any] = {"cache_dtype": cache_dtype, "cache_offload": cache_offload}
         attentions: list[Any] = [layer.attention for layer in self.layers]
         try:
-            return [
+            caches = [
                 attention.new_cache(batch_size, max_length, device, weight.dtype, capacity, **options)
                 for attention in attentions
             ]
@@ -242,6 +243,9 @@ class DualRoutingTransformer(nn.Module):
             raise UserError(f"cache_offload {cache_offload}: {error.strerror or error}") from error
         except ValueError as error:
             raise UserError(str(error)) from error
+        for group in self.config.choice_groups:
+            share_choices([caches[number] for number in group], attentions[group[0]].routing.top_k)
+        return caches
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Trainable parameters; tied embeddings count once, and not at all with ``embeddings=False``."""
@@ -265,7 +269,10 @@ class DualRoutingTransformer(nn.Module):
         """
         assert self.config.head_dim is not None
         layers = [self.config.of_layer(index) for index in range(self.config.num_layers)]
+        reads = {number for group in self.config.choice_groups for number in group[1:]}
         units = sum(
-            4 * sum(keys_read(layer, context)) + sum(routing_units(layer, context)) for layer in layers
+            4 * sum(keys_read(layer, context))
+            + sum(routing_units(layer, context, chooses=number not in reads))
+            for number, layer in enumerate(layers)
         )
         return units * self.config.head_dim

@@ -43,6 +43,7 @@ KINDS = {
     "auto": {"global_mode": "auto"},
     "no_top_k": {"top_k": 0},
     "no_positions": {"global_rotary_factor": 0.0},
+    "one_choice": {"num_layers": 3, "share_choice": 3},
     "similar_keys": {"cluster_span": 16},
     "partial": {"global_rotary_factor": 0.5, "local_rotary_factor": 0.25, "rope_scaling": {"factor": 4.0}},
     "bias": {"qkv_bias": True, "rope_scaling": {"factor": 4.0}},

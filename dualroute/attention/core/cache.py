@@ -22,6 +22,7 @@ from dualroute.attention.core.clusters import cell_size, similar_order, span_siz
 from dualroute.attention.core.far_summary import far_keys
 from dualroute.attention.core.precision import accumulation_dtype, outside_inference_mode
 from dualroute.attention.core.router import block_features
+from dualroute.attention.core.routing import SharedChoice
 from dualroute.attention.core.storage.paging import Pages
 
 Place = slice | Tensor  # tokens: a slice, or their numbers
@@ -82,6 +83,9 @@ class GlobalCache(KeysAndValues):
     bits: int | None = None
     #: where the tensors of tokens lie, None where the others do
     pages: Pages | None = None
+    #: what several layers' caches of a text share (see `decoding.share_choices`), and whether another chose
+    choice: SharedChoice | None = None
+    follows = False
 
     def __init__(
         self,

@@ -1,11 +1,19 @@
-"""What the global route reads: the settings of the routing, and which documents are not routed at all."""
+"""What the global route reads: the settings of the routing, which documents are not routed at all, and a
+choice of blocks that several layers share."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from dualroute.attention.core.arguments import check_whole
+from dualroute.attention.core.held import held, hold
 from dualroute.attention.core.options import AUTO_BREAK_EVEN, FAR_SUMMARIES, ROUTERS, check_name
+
+STREAM = "stream"  # in a `SharedChoice`: the tokens of a forward pass
 
 
 @dataclass(frozen=True)
@@ -43,3 +51,45 @@ def exact_blocks(mode: str, block: int, top_k: int, break_even: int = AUTO_BREAK
     if mode == "routed":
         return everything_read
     return max(everything_read, break_even // block)
+
+
+class SharedChoice:
+    """The blocks that one layer has chosen, for the layers after it that read the same ones.
+
+    Whichever layer asks first chooses, so a layer that is computed again for its gradients finds its own
+    choice. One object serves one forward pass, or the caches of one text.
+
+    Args:
+        top_k: blocks of a choice, where decoding kernels are to leave it in memory.
+        handle: of an object that lives in a compiled graph; a new one by default.
+
+    Attributes:
+        handle: stands for what is kept, for operators that take tensors alone (see `held`).
+    """
+
+    def __init__(self, top_k: int = 0, handle: Tensor | None = None) -> None:
+        kept: dict[Hashable, Tensor] = {}
+        self.top_k = top_k
+        self.handle = hold(kept) if handle is None else handle
+        self._memory: Tensor | None = None
+
+    def get(self, what: Hashable) -> Tensor | None:
+        """What was chosen for the tokens `what`; None where nobody has chosen."""
+        kept: dict[Hashable, Tensor] = held(self.handle)
+        return kept.get(what)
+
+    def put(self, what: Hashable, blocks: Tensor) -> None:
+        """Leave what was chosen for the tokens `what`."""
+        kept: dict[Hashable, Tensor] = held(self.handle)
+        kept[what] = blocks
+
+    def forget(self) -> None:
+        """Go on with other tokens."""
+        held(self.handle).clear()
+
+    def memory(self, rows: int) -> Tensor:
+        """(rows, top_k) int32 where kernels of a step write and read the choice, -1 = none; it stays where it
+        is as long as the number of rows does."""
+        if self._memory is None or len(self._memory) != rows:
+            self._memory = torch.full((rows, self.top_k), -1, dtype=torch.int32)
+        return self._memory

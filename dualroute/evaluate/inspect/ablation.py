@@ -100,13 +100,15 @@ def _layer_off(layer: nn.Module) -> Iterator[None]:
 @contextmanager
 def _block_off(layers: list[DualRouting], block: int) -> Iterator[None]:
     def of(layer: DualRouting) -> Any:
-        def attend(hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: Any) -> Tensor:
+        def attend(
+            hidden_states: Tensor, layout: Layout, positions: Tensor | None, cache: Any, choice: Any
+        ) -> Tensor:
             assert layer.global_qkv is not None
             rows = layer.stream_heads(
                 layer.global_qkv, layer.global_rope, hidden_states, layout, positions, False
             )
             length = hidden_states.shape[1]
-            outputs = global_weights(layer, *rows, length, off=block).outputs
+            outputs = global_weights(layer, *rows, length, off=block, choice=choice).outputs
             missing = rows[0].shape[1] - length
             return torch.nn.functional.pad(outputs, (0, 0, 0, missing)).to(hidden_states.dtype)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dualroute.attention.core.layout import Layout
+from dualroute.attention.core.routing import SharedChoice
 from dualroute.attention.layer import DualRouting
 from dualroute.errors import UserError
 from dualroute.evaluate.inspect.ablation import Ablation, ablations_of, switched_off
@@ -32,6 +33,7 @@ MISSED = 3
 #: Rows of logits that exist at once.
 LOGIT_ROWS = 512
 Array = NDArray[Any]
+Given = tuple[DualRouting, Tensor, Layout, SharedChoice | None, Tensor]
 
 
 @dataclass
@@ -139,14 +141,12 @@ def inspect_ids(
         model.train(was_training)
 
 
-def _attention_inputs(
-    model: DualRoutingTransformer, ids: Tensor
-) -> tuple[list[tuple[DualRouting, Tensor, Layout, Tensor]], Tensor]:
-    """(attention, its input, layout, its output) of each layer, and the last hidden states (n, dim)."""
-    given: list[tuple[DualRouting, Tensor, Layout, Tensor]] = []
+def _attention_inputs(model: DualRoutingTransformer, ids: Tensor) -> tuple[list[Given], Tensor]:
+    """(attention, input, layout, choice, output) of each layer, and the last hidden states (n, dim)."""
+    given: list[Given] = []
 
     def keep(module: Any, args: tuple[Tensor], named: dict[str, Any], output: Tensor) -> None:
-        given.append((module, args[0], named["layout"], output))
+        given.append((module, args[0], named["layout"], named["choice"], output))
 
     handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in attentions(model)]
     try:
@@ -157,7 +157,9 @@ def _attention_inputs(
     return given, hidden
 
 
-def _layer_reading(layer: DualRouting, hidden: Tensor, layout: Layout, output: Tensor) -> LayerReading:
+def _layer_reading(
+    layer: DualRouting, hidden: Tensor, layout: Layout, choice: SharedChoice | None, output: Tensor
+) -> LayerReading:
     length, block = hidden.shape[1], layer.block
     number_of_blocks = -(-length // block)
     empty = torch.zeros(0, length, number_of_blocks)
@@ -173,7 +175,7 @@ def _layer_reading(layer: DualRouting, hidden: Tensor, layout: Layout, output: T
     outputs = []
     if layer.global_qkv is not None:
         rows = layer.stream_heads(layer.global_qkv, layer.global_rope, hidden, layout, None, False)
-        found = global_weights(layer, *rows, length)
+        found = global_weights(layer, *rows, length, choice=choice)
         reading["block_weights"] = by_block(found.keys, block) + found.far
         reading["kinds"] = found.kinds
         reading["full_block_weights"] = by_block(found.full, block)

@@ -12,10 +12,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualroute.attention.core.far_summary import far_keys, far_query_features
 from dualroute.attention.core.router import block_features, block_scores, token_mean, top_blocks
+from dualroute.attention.core.routing import STREAM, SharedChoice
 from dualroute.attention.layer import DualRouting
 
 #: How a token reads a block.
@@ -42,7 +44,13 @@ class GlobalWeights(NamedTuple):
 
 
 def global_weights(
-    layer: DualRouting, query: Tensor, key: Tensor, value: Tensor, length: int, off: int | None = None
+    layer: DualRouting,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    length: int,
+    off: int | None = None,
+    choice: SharedChoice | None = None,
 ) -> GlobalWeights:
     """The global route of queries (H, S, d), keys and values (H_kv, S, d) of one document.
 
@@ -50,18 +58,32 @@ def global_weights(
         layer: Whose route it is; it must be causal.
         length: Tokens, the first of S slots.
         off: Number of a block that no token behind it reads.
+        choice: What the layer shares with others; the first of them leaves what it chooses.
     """
     query, key, value = _wide(query, key, value)
-    parts = []
+    shared = None if choice is None else choice.get(STREAM)
+    parts, found = [], []
     for head in range(key.shape[0]):  # one at a time: n x n weights of all heads would be too many
         rows = query[head * layer.group : (head + 1) * layer.group]
-        parts.append(_of_key_head(layer, rows, key[head], value[head], length, off))
+        given = None if shared is None else shared[head, :length, 1:].long()
+        part, chosen = _of_key_head(layer, rows, key[head], value[head], length, off, given)
+        parts.append(part)
+        found.append(chosen)
+    if choice is not None and shared is None and found[0] is not None:
+        choice.put(STREAM, F.pad(torch.stack(found), (1, 0)))  # type: ignore[arg-type]
     return GlobalWeights(*(torch.cat(some) for some in zip(*parts, strict=True)))
 
 
 def _of_key_head(
-    layer: DualRouting, query: Tensor, key: Tensor, value: Tensor, length: int, off: int | None
-) -> GlobalWeights:
+    layer: DualRouting,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    length: int,
+    off: int | None,
+    chosen: Tensor | None,
+) -> tuple[GlobalWeights, Tensor | None]:
+    """Of the queries (group, n, d) of a key head; and the blocks (n, k) that were chosen, -1 = none."""
     block, routing = layer.block, layer.routing
     place = torch.arange(length, device=key.device)
     own = place // block
@@ -77,12 +99,13 @@ def _of_key_head(
         kinds = torch.where(open_blocks, IN_FULL, NOT_READ)
         kinds = torch.where(number == own[:, None], OWN, kinds).expand(len(query), -1, -1)
         far = logits.new_zeros(len(query), length, len(number))
-        return GlobalWeights(full, far, full, kinds, full @ value[:length])
+        return GlobalWeights(full, far, full, kinds, full @ value[:length]), None
     blocks = key.unflatten(0, (-1, block))[None]  # (1, nb, block, d); the last may hold slots without a token
     scores = block_scores(
         query[None, :, :length], block_features(blocks, routing.router, routing.sub_block), routing.router
     )
-    chosen = top_blocks(scores, open_blocks & (number > 0), routing.top_k)[0]  # (n, k)
+    if chosen is None:
+        chosen = top_blocks(scores, open_blocks & (number > 0), routing.top_k)[0]  # (n, k)
     selected = torch.zeros(length, len(number) + 1, dtype=torch.bool, device=key.device)
     selected.scatter_(-1, torch.where(chosen < 0, len(number), chosen), True)
     selected = selected[:, :-1]
@@ -104,7 +127,7 @@ def _of_key_head(
     weights = torch.cat([logits, far], -1).softmax(-1)
     keys, far = weights.split([length, len(number)], -1)
     outputs = keys @ value[:length] + far @ summary_values
-    return GlobalWeights(keys, far, full, kinds.expand(len(query), -1, -1), outputs)
+    return GlobalWeights(keys, far, full, kinds.expand(len(query), -1, -1), outputs), chosen
 
 
 def local_weights(

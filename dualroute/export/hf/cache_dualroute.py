@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 from dualroute.attention.core.cache import LayerCache
+from dualroute.attention.decoding import share_again
 
 #: (texts, tokens at most, device of the hidden states) → empty caches, one per layer
 NewCaches = Callable[[int, int, torch.device], list[LayerCache]]
@@ -186,13 +187,18 @@ def _split(group: Group, counts: Tensor) -> list[Group]:
     if len(parts) == 1:
         return [group]
     return [
-        Group(group.rows[texts.to(group.rows.device)], [_some_texts(cache, texts) for cache in group.caches])
-        for texts in parts
+        Group(group.rows[texts.to(group.rows.device)], _some_texts(group.caches, texts)) for texts in parts
     ]
 
 
-def _some_texts(cache: LayerCache, texts: Tensor) -> LayerCache:
-    """A cache of the texts (B',) only; that of all stays as it is."""
+def _some_texts(caches: list[LayerCache], texts: Tensor) -> list[LayerCache]:
+    """Caches of the texts (B',) only; those of all stay as they are."""
+    parts = [_of_some_texts(cache, texts) for cache in caches]
+    share_again(parts)
+    return parts
+
+
+def _of_some_texts(cache: LayerCache, texts: Tensor) -> LayerCache:
     part = copy.copy(cache)
     part.global_cache, part.local_cache = copy.copy(cache.global_cache), copy.copy(cache.local_cache)
     part.select(texts)

@@ -25,12 +25,13 @@ from transformers.utils import can_return_tuple
 from dualroute.attention.compiled import lay_out_in_graph, tracing
 from dualroute.attention.core.cache import LayerCache
 from dualroute.attention.core.layout import Layout
+from dualroute.attention.decoding import share_choices
 from dualroute.attention.layer import DualRouting
 from dualroute.export.hf.cache_dualroute import DualRoutingCache, NewTokens
 from dualroute.export.hf.configuration_dualroute import DualRoutingConfig
 from dualroute.model.config import ModelConfig
 from dualroute.model.frontends import Frontend
-from dualroute.model.layers import TransformerBlock, norm_of
+from dualroute.model.layers import TransformerBlock, norm_of, shared_choices
 
 CAPACITY = 512  # tokens that a cache has room for at first
 
@@ -182,6 +183,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         more may come, up to the context.  ``cache_dtype`` int8 or int4 keeps complete blocks of the global
         route as integers; give such a cache to ``generate`` as ``past_key_values``."""
         layers, context = self.layers, self.config.max_position_embeddings
+        choice_groups = self.config.shape.choice_groups
 
         def new_caches(batch: int, length: int, device: torch.device) -> list[LayerCache]:
             caches = []
@@ -191,6 +193,9 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
                 attention: Any = layer.attention
                 options: Any = {"capacity": CAPACITY, "cache_dtype": cache_dtype}
                 caches.append(attention.new_cache(batch, length, place, **options))
+            for group in choice_groups:
+                first: Any = layers[group[0]].attention
+                share_choices([caches[number] for number in group], first.routing.top_k)
             return caches
 
         expected = expected or context
@@ -284,11 +289,12 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         caches: list[LayerCache] | None = None,
         **attention: Any,
     ) -> Tensor:
-        for number, layer in enumerate(self.layers):
+        choices = shared_choices(self.config.shape, attention.get("layout"))
+        for number, (layer, choice) in enumerate(zip(self.layers, choices, strict=True)):
             if states is not None:
                 states.append(hidden)
             own = {} if caches is None else {"cache": caches[number]}
-            hidden = layer(hidden, **attention, **own)
+            hidden = layer(hidden, choice=choice, **attention, **own)
         hidden = self.norm(hidden)
         if states is not None:
             states.append(hidden)

@@ -79,10 +79,11 @@ def training_flops(config: ModelConfig, context: int) -> Flops:
     layers = sum(numel(shape) for name, shape in shapes.items() if name not in _VOCABULARY)
     head = 0 if config.task_head is not None else (config.vocab_size or 0) * config.dim
     of_global = of_local = router = summary = 0.0
-    for layer in (config.of_layer(i) for i in range(config.num_layers)):
+    reads = {number for group in config.choice_groups for number in group[1:]}  # what another layer chose
+    for number, layer in enumerate(config.of_layer(i) for i in range(config.num_layers)):
         read = keys_read(layer, context)
         of_global, of_local = of_global + read[0], of_local + read[1]
-        of_router, of_far = routing_units(layer, context)
+        of_router, of_far = routing_units(layer, context, chooses=number not in reads)
         router, summary = router + of_router, summary + of_far
     d = config.head_dim
     return Flops(6.0 * layers, 6.0 * head, 12 * d * of_global, 12 * d * of_local, d * router, 3 * d * summary)
@@ -91,9 +92,9 @@ def training_flops(config: ModelConfig, context: int) -> Flops:
 _VOCABULARY = ("embedding.weight", "head.weight")
 
 
-def routing_units(layer: ModelConfig, context: int) -> tuple[float, float]:
-    """Forward operations of a token of one layer, in units of head_dim: choosing blocks, and what stands for
-    far ones; over all heads.
+def routing_units(layer: ModelConfig, context: int, *, chooses: bool = True) -> tuple[float, float]:
+    """Forward operations of a token of one layer, in units of head_dim: choosing blocks, unless another layer
+    `chooses`, and what stands for far ones; over all heads.
 
     minmax: two products with the bounds of each sub-block; moment: with mean and variance of each block;
     mean: one.  A far block costs two products, three with a second order.
@@ -103,4 +104,4 @@ def routing_units(layer: ModelConfig, context: int) -> tuple[float, float]:
     of_router = {"minmax": 4 / layer.sub_block, "moment": 4 / layer.block, "mean": 2 / layer.block}
     of_far = {"second_order": 6, "first_order": 4, "none": 0}
     pairs = heads_of(layer)[0] * (context / 2 if layer.causal else context)
-    return of_router[layer.router] * pairs, of_far[layer.far_summary] / layer.block * pairs
+    return chooses * of_router[layer.router] * pairs, of_far[layer.far_summary] / layer.block * pairs

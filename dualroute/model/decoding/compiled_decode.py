@@ -282,12 +282,17 @@ class DecodeStep(nn.Module):
         hidden = model.embedding(tokens[:, 0])  # (B, dim)
         first: Any = model.layers[0].attention  # all layers rotate alike
         tables = token_tables((first.global_rope, first.local_rope), position, hidden.dtype)
+        leads = {layer: group[0] for group in model.config.choice_groups for layer in group}
+        chosen: dict[int, Tensor | None] = {}  # by the layer that leads
         for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
             projected = self.qkv[number](rows)
             if memory is None:
-                heads = attend(layer.attention, projected, tables, position, cache, size)
+                lead = leads.get(number, number)
+                heads, chosen[lead] = attend(
+                    layer.attention, projected, tables, position, cache, size, chosen.get(lead)
+                )
             else:
                 assert self.kernels is not None
                 pair = _by_route(layer.attention, projected)
@@ -305,8 +310,10 @@ def attend(
     position: Tensor,
     cache: LayerCache,
     size: int,
-) -> Tensor:
-    """The heads (B, H * d) of both routes of a layer for their projections, the global route's first."""
+    chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The heads (B, H * d) of both routes of a layer for their projections, the global route's first, and the
+    blocks that were chosen; those of another layer, where given."""
     outputs = []
     far_table, near_table = zip(*tables, strict=True)
     far_rows, near_rows = _by_route(attention, projected)
@@ -320,11 +327,12 @@ def attend(
             keeps = not cache.exact
             outputs.append(static_full(query, key, value, far, position, size, statistics=keeps))
         else:
-            outputs.append(static_routed(query, key, value, far, position, size, top_k))
+            out, chosen = static_routed(query, key, value, far, position, size, top_k, chosen)
+            outputs.append(out)
     if near_rows is not None and cache.local_cache is not None:
         query, key, value = _heads(attention, near_rows, near_table)
         outputs.append(static_local(query, key, value, cache.local_cache, position))
-    return torch.cat([out.reshape(len(projected[0]), -1) for out in outputs], dim=-1)
+    return torch.cat([out.reshape(len(projected[0]), -1) for out in outputs], dim=-1), chosen
 
 
 def _by_route(attention: DualRouting, projected: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -40,7 +40,7 @@ def model_of(**changes):
 
 
 def captured(model):
-    """(layer, input, layout, output) of each attention."""
+    """(layer, input, layout, choice, output) of each attention."""
     from dualroute.evaluate.inspect.numbers import _attention_inputs
 
     return _attention_inputs(model, torch.tensor([IDS]))[0]
@@ -50,7 +50,7 @@ def captured(model):
 @pytest.mark.parametrize("far", ["second_order", "first_order", "none"])
 @pytest.mark.parametrize("router", ["minmax", "moment"])
 def test_weights_give_the_outputs_of_the_formula(far, router):
-    layer, hidden, layout, _ = captured(model_of(far_summary=far, router=router))[1]
+    layer, hidden, layout, _, _ = captured(model_of(far_summary=far, router=router))[1]
     rows = layer.stream_heads(layer.global_qkv, layer.global_rope, hidden, layout, None, False)
     found = global_weights(layer, *rows, LENGTH)
     text = [part[:, :LENGTH] for part in rows]
@@ -120,7 +120,7 @@ def test_what_is_switched_off_is_what_changes():
 @torch.no_grad()
 def test_a_block_that_is_off_is_read_by_nobody():
     """Its keys and values may be anything."""
-    layer, hidden, layout, _ = captured(model_of())[0]
+    layer, hidden, layout, _, _ = captured(model_of())[0]
     rows = layer.stream_heads(layer.global_qkv, layer.global_rope, hidden, layout, None, False)
     without = global_weights(layer, *rows, LENGTH, off=1)
     key, value = rows[1].clone(), rows[2].clone()

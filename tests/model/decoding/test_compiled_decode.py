@@ -46,6 +46,7 @@ KINDS = {
     "norms and gates": {"global_mode": "routed", "top_k": 1, "qk_norm": True, "gate": True},
     "no global positions": {"global_mode": "routed", "top_k": 1, "global_rotary_factor": 0.0},
     "similar keys": {"global_mode": "routed", "top_k": 1, "cluster_span": 32, "global_rotary_factor": 0.0},
+    "one choice of blocks": {"global_mode": "routed", "top_k": 1, "num_layers": 3, "share_choice": 2},
     "some channels": {"global_rotary_factor": 0.5, "local_rotary_factor": 0.25, "num_kv_heads": 2},
     "biases and scaled RoPE": {"global_mode": "full", "qkv_bias": True, "rope_scaling": {"factor": 4.0}},
 }

@@ -37,7 +37,7 @@ def can_decode(rows: Tensor, cache: LayerCache) -> bool:
 
 
 def cache_memory(caches: Sequence[LayerCache]) -> Tensor:
-    """(L, 21) int64: where the tensors of the caches of L layers lie, and their sizes; see `CacheMemory`.
+    """(L, 24) int64: where the tensors of the caches of L layers lie, and their sizes; see `CacheMemory`.
 
     It holds until one of them grows, is put in another order or is freed: whoever keeps it, keeps them.
     """
@@ -59,7 +59,11 @@ def _addresses(cache: LayerCache) -> list[int]:
         near_sizes = [*near.keys.shape[:2]]
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in kept]
     bits = 0 if far is None else far.bits or 0
-    return [*pointers, *far_sizes, *near_sizes, int(cache.exact), bits]
+    choice = [0, 0, 0]
+    if far is not None and far.choice is not None:
+        chosen = far.choice.memory(len(far.keys))
+        choice = [chosen.data_ptr(), chosen.shape[1], int(far.follows)]
+    return [*pointers, *far_sizes, *near_sizes, int(cache.exact), bits, *choice]
 
 
 def decode_layer(

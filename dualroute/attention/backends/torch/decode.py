@@ -19,6 +19,7 @@ from dualroute.attention.core.precision import NEG_INF, accumulation_dtype
 from dualroute.attention.core.router import block_scores, top_blocks
 
 QUERY_CHUNK = 128  # tokens of a chunk that are masked at once
+STEP = "step"  # the newest token, in a `SharedChoice`; those of a chunk go by the place of the first
 
 
 def decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
@@ -35,25 +36,39 @@ def decode_full(query: Tensor, cache: GlobalCache) -> Tensor:
 
 def decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
     """The routed route of the newest token, (R, group, 1, d)."""
-    position = cache.length - 1
-    return routed_step(query, cache, top_k, position, position // cache.block + 1)
+    position, choice = cache.length - 1, cache.choice
+    chosen = choice.get(STEP) if choice is not None and cache.follows else None
+    out, chosen = routed_step(query, cache, top_k, position, position // cache.block + 1, chosen)
+    if choice is not None and not cache.follows:
+        choice.put(STEP, chosen)
+    return out
 
 
-def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | Tensor, blocks: int) -> Tensor:
-    """The routed route of one token, (R, group, 1, d), whose key is in the cache.
+def routed_step(
+    query: Tensor,
+    cache: GlobalCache,
+    top_k: int,
+    position: int | Tensor,
+    blocks: int,
+    chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The routed route of one token, (R, group, 1, d), whose key is in the cache, and the blocks (R, k) that
+    were chosen for it, -1 = none.
 
     Args:
         query: (R, group, 1, d).
         position: its place in the text: a number, or a tensor () of which no operator's shape may depend.
         blocks: how many blocks are looked at; more than position // block.
+        chosen: the blocks, where another layer has chosen them.
     """
     block, rows = cache.block, len(query)
     own = position // block
     number = torch.arange(1, blocks, device=query.device)  # candidates; block 0, the sink, is read anyway
-    scores = block_scores(query, cache.router_features(1, blocks), cache.router)[:, 0]  # (R, blocks - 1)
-    best = _first_best if isinstance(position, Tensor) else top_blocks
-    chosen = best(scores, number < own, top_k)
-    chosen = torch.where(chosen < 0, -1, chosen + 1)  # (R, k)
+    if chosen is None:
+        scores = block_scores(query, cache.router_features(1, blocks), cache.router)[:, 0]  # (R, blocks - 1)
+        best = _first_best if isinstance(position, Tensor) else top_blocks
+        chosen = best(scores, number < own, top_k)
+        chosen = torch.where(chosen < 0, -1, chosen + 1)  # (R, k)
 
     last = own.expand(rows, 1) if isinstance(own, Tensor) else chosen.new_full((rows, 1), own)
     read = torch.cat([torch.zeros_like(last), chosen.clamp_min(0), last], dim=1)  # (R, k + 2)
@@ -66,7 +81,7 @@ def routed_step(query: Tensor, cache: GlobalCache, top_k: int, position: int | T
         None if part is None else part[:, 1:blocks] for part in (cache.far_keys, cache.far_values)
     )
     past = Past(keys, values, far_keys, far_values, block)
-    return joint_softmax(query, past, hidden[:, None], (exact | (number >= own))[:, None])
+    return joint_softmax(query, past, hidden[:, None], (exact | (number >= own))[:, None]), chosen
 
 
 def _first_best(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
@@ -98,8 +113,13 @@ def _decode_chunk(query: Tensor, cache: GlobalCache, top_k: int, begin: int) -> 
     number = torch.arange(blocks, device=query.device)
     # (R, m, blocks + 1) whether a block is read exactly; the last column takes the "-1 = none" entries
     read = torch.zeros(rows, count, blocks + 1, dtype=torch.bool, device=query.device)
-    scores = block_scores(query, cache.router_features(1, blocks - 1), cache.router)
-    chosen = top_blocks(scores, number[1:-1] < own, top_k)
+    choice = cache.choice
+    chosen = choice.get(begin) if choice is not None and cache.follows else None
+    if chosen is None:
+        scores = block_scores(query, cache.router_features(1, blocks - 1), cache.router)
+        chosen = top_blocks(scores, number[1:-1] < own, top_k)
+        if choice is not None:
+            choice.put(begin, chosen)
     read.scatter_(-1, torch.where(chosen < 0, blocks, chosen + 1), True)
     read = read[..., :blocks] | (number == own) | (number == 0)
     # what any of these tokens reads, in the order of the text: the rest need not be looked at

@@ -49,14 +49,24 @@ def static_full(
 
 
 def static_routed(
-    query: Tensor, key: Tensor, value: Tensor, cache: GlobalCache, position: Tensor, size: int, top_k: int
-) -> Tensor:
-    """The global route where sink, own block and top_k chosen ones are read exactly.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: GlobalCache,
+    position: Tensor,
+    size: int,
+    top_k: int,
+    chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The global route where sink, own block and top_k chosen ones are read exactly, and the chosen ones, as
+    `routed_step` gives them.
 
-    `size` > position, a multiple of the block, is how many tokens' statistics are looked at.
+    `size` > position, a multiple of the block, is how many tokens' statistics are looked at; `chosen` are the
+    blocks of another layer, to be read here too.
     """
     cache.put_token(key, value, position, statistics=True)
-    return routed_step(query[:, :, None], cache, top_k, position, size // cache.block)[:, :, 0]
+    out, chosen = routed_step(query[:, :, None], cache, top_k, position, size // cache.block, chosen)
+    return out[:, :, 0], chosen
 
 
 def _logits(query: Tensor, keys: Tensor) -> Tensor:

@@ -28,8 +28,15 @@ from dualroute.attention.core.router import block_features, query_features, toke
 from dualroute.attention.projections import Projections
 
 
-def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: bool = False) -> Tensor:
+def traceable_attention(
+    layer: Projections,
+    hidden_states: Tensor,
+    for_onnx: bool = False,
+    choice: dict[str, Tensor] | None = None,
+) -> Tensor:
     """What ``layer(hidden_states)`` gives, (B, n, dim), for one document in each row.
+
+    Layers that are given the same `choice`, empty at first, read the blocks that the first of them chooses.
 
     Raises:
         ValueError: the layer reads images, or its blocks are of similar keys.
@@ -46,7 +53,7 @@ def traceable_attention(layer: Projections, hidden_states: Tensor, for_onnx: boo
     outputs = []
     if layer.global_qkv is not None:
         query, key, value = _heads(layer, layer.global_qkv(hidden_states), far_table)
-        outputs.append(_global(layer, query, key, value, positions, for_onnx))
+        outputs.append(_global(layer, query, key, value, positions, for_onnx, choice))
     if layer.local_qkv is not None:
         query, key, value = _heads(layer, layer.local_qkv(hidden_states), near_table)
         distance = positions[:, None] - positions
@@ -87,7 +94,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tenso
 
 
 def _global(
-    layer: Projections, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, for_onnx: bool
+    layer: Projections,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    for_onnx: bool,
+    choice: dict[str, Tensor] | None,
 ) -> Tensor:
     """The global route: reference.routed with every block at once, or reference.full."""
     limit = layer.max_exact_blocks
@@ -111,7 +124,11 @@ def _global(
         valid = (number[:, None] * block + slots <= positions[-1]) | (slots == 0)  # (nb, block)
         sizes = valid.sum(1)
         others = (number != own) & (number * block <= positions[-1])
-    selected = _selected(layer, rows, keys, others & (number > 0), for_onnx, valid)  # (R, n, nb)
+    selected = None if choice is None else choice.get("selected")
+    if selected is None:
+        selected = _selected(layer, rows, keys, others & (number > 0), for_onnx, valid)  # (R, n, nb)
+    if choice is not None:
+        choice["selected"] = selected
     in_full = positions[-1] // block + 1 <= limit  # the whole text: nothing is routed
     read = selected | (number == own) | (number == 0) | in_full
     past = Past(key.flatten(0, 1), value.flatten(0, 1), None, None, block, sizes)

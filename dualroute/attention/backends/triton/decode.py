@@ -162,8 +162,9 @@ def read_kernel(
 
 def decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
     """The global route of the newest token, (R, group, 1, d), of a cache that already holds its key."""
+    choice, follows = cache.choice, cache.follows
     with on_device(query):
-        return decode_global_step(
+        out, read = decode_global_step(
             query.contiguous(),
             cache.keys,
             cache.values,
@@ -173,7 +174,11 @@ def decode_step(query: Tensor, cache: GlobalCache, top_k: int) -> Tensor:
             cache.length,
             top_k,
             cache.router,
+            choice.get("read") if choice is not None and follows else None,
         )
+    if choice is not None and not follows:
+        choice.put("read", read)
+    return out
 
 
 @torch.library.custom_op("dualroute::decode_global_step", mutates_args=())
@@ -187,8 +192,10 @@ def decode_global_step(
     length: int,
     top_k: int,
     router: str,
-) -> Tensor:
-    """The step on the tensors of a cache of which `length` tokens are filled, the newest one's included."""
+    chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The step on the tensors of a cache of which `length` tokens are filled, the newest one's included, and
+    the blocks (R, top_k + 2) int32 that it read, -1 = none; those `chosen` by another layer, where given."""
     rows, group, _, dim = query.shape
     capacity, parts = features.shape[1:3]
     block = keys.shape[1] // capacity
@@ -198,7 +205,7 @@ def decode_global_step(
         "WIDE": {query.dtype, features.dtype} != {keys.dtype} or query.dtype not in HALF, "num_warps": 4,
     }  # fmt: skip
     scores = torch.empty(rows, own, dtype=torch.float32, device=query.device)
-    if own > 1 and top_k:
+    if own > 1 and top_k and chosen is None:
         parts_pad = triton.next_power_of_2(parts)
         columns = max(1, max(16, TILE_NUMBERS // 2 // pad_dim(dim)) // parts_pad)
         score_kernel[(rows, triton.cdiv(own, columns))](
@@ -207,10 +214,13 @@ def decode_global_step(
             **shared,
         )  # fmt: skip
     read = torch.empty(rows, top_k + 2, dtype=torch.int32, device=query.device)
-    choose_kernel[(rows,)](
-        scores, read, length,
-        BLOCK=block, TOP_K=top_k, TOP_PAD=triton.next_power_of_2(max(1, top_k)), COLUMNS=256, num_warps=1,
-    )  # fmt: skip
+    if chosen is not None:
+        read.copy_(chosen)
+    else:
+        choose_kernel[(rows,)](
+            scores, read, length,
+            BLOCK=block, TOP_K=top_k, TOP_PAD=triton.next_power_of_2(max(1, top_k)), COLUMNS=256, num_warps=1,
+        )  # fmt: skip
     lanes = min(pad_dim(block), max(32, TILE_NUMBERS // pad_dim(dim)))
     split = triton.cdiv(block, lanes)
     far_tiles = 0 if far_keys is None else triton.cdiv(max(0, own - 1), lanes)
@@ -223,9 +233,10 @@ def decode_global_step(
         LANES=lanes, SPLIT=split, TOP_K=top_k, ORDER=0 if far_keys is None else far_keys.shape[2] // dim,
         **{**shared, "num_warps": 8 if dim > 128 else 4},
     )  # fmt: skip
-    return (part_out * part_lse.softmax(1)).sum(1)[:, :, None].to(query.dtype)
+    return (part_out * part_lse.softmax(1)).sum(1)[:, :, None].to(query.dtype), read
 
 
 @decode_global_step.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(query)
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    top_k = others[6]
+    return torch.empty_like(query), query.new_empty(len(query), top_k + 2, dtype=torch.int32)

@@ -208,10 +208,17 @@ void choose(const Step& step, const K& kept, const T* query,
     }
 }
 
+// What several layers choose together, (rows, top_k): the first writes it, those that follow read it; null: a
+// layer chooses for itself.
+struct SharedChoice {
+    int32_t* blocks;
+    bool follows;
+};
+
 // K is how a row of the cache is kept: `Stored` or `Quantized`.
 template <class T, class K>
-void decode_global(const Step& step, long block, int top_k, bool exact, const T* query, const T* key,
-                   const T* value, const typename K::Memory& cache,
+void decode_global(const Step& step, long block, int top_k, bool exact, const SharedChoice& shared,
+                   const T* query, const T* key, const T* value, const typename K::Memory& cache,
                    const Statistics<typename K::Statistic>& of_rows, T* out) {
     const long dim = step.dim, own = step.position / block, count = step.position + 1;
     const bool everything = exact || own <= top_k + 1;  // every block is own, sink or chosen
@@ -227,7 +234,12 @@ void decode_global(const Step& step, long block, int top_k, bool exact, const T*
         if (count % block == 0) summarise<T>(stored, statistics);
 
         std::vector<int32_t> chosen(everything ? 0 : top_k, -1);
-        if (!chosen.empty()) choose<T>(step, stored, query + row * step.group * dim, statistics, chosen);
+        int32_t* const of_layers = shared.blocks ? shared.blocks + row * top_k : nullptr;
+        if (of_layers && shared.follows)
+            std::copy_n(of_layers, chosen.size(), chosen.begin());
+        else if (!chosen.empty())
+            choose<T>(step, stored, query + row * step.group * dim, statistics, chosen);
+        if (of_layers && !shared.follows) std::copy(chosen.begin(), chosen.end(), of_layers);
         std::sort(chosen.begin(), chosen.end());
         std::vector<std::pair<long, long>> ranges;  // of tokens that are read exactly
         if (everything) {
@@ -308,6 +320,7 @@ struct Layer {
     int top_k;
     bool exact;  // the global route reads everything
     long local_kv_heads, window, position;
+    SharedChoice shared;
 };
 
 // Both routes of a layer: out (batch, (global heads + local heads) * dim). cos, sin: (2, dim / 2), the global
@@ -331,8 +344,8 @@ void decode_layer(const Layer& layer, const T* cos, const T* sin, const A* globa
         const Projected<T> p(global, layer.batch, layer.global_kv_heads, layer.group, layer.dim, cos, sin);
         std::vector<T> heads(layer.batch * layer.global_kv_heads * layer.group * layer.dim);
         decode_global<T, K>(step_of(layer.global_kv_heads, layer.global_tokens), layer.block, layer.top_k,
-                            layer.exact, p.query.data(), p.key.data(), p.value.data(), far, statistics,
-                            heads.data());
+                            layer.exact, layer.shared, p.query.data(), p.key.data(), p.value.data(), far,
+                            statistics, heads.data());
         write(heads, layer.global_kv_heads, 0);
     }
     if (local) {

@@ -23,6 +23,7 @@ struct CacheMemory {
     int64_t key_grids, value_grids, tail_keys, tail_values;  // of a quantised global cache
     int64_t far_rows, far_tokens, block, router, parts, far_width;
     int64_t near_rows, window, exact, bits;  // bits: 0 = not quantised
+    int64_t chosen, chosen_columns, follows;  // a choice shared by several layers, (far_rows, columns)
 };
 
 template <class N>
@@ -120,6 +121,7 @@ inline void check_decode(AtenTensorHandle position, AtenTensorHandle cos, AtenTe
             "global_rows and local_rows must be float32, float64 or bfloat16");
     require((global_rows != nullptr) == (m.far_rows > 0),
             "global_rows must be given where memory has a global cache, and only there");
+    require(!m.chosen || m.chosen_columns == top_k, "top_k must be that of the choice in memory");
     require((local_rows != nullptr) == (m.near_rows > 0),
             "local_rows must be given where memory has a local cache, and only there");
     require(dimensions(rows) == 2, "global_rows and local_rows must be contiguous (batch, width)");
@@ -148,7 +150,8 @@ inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle
     const long batch = size(rows, 0), far_heads = m.far_rows / batch, near_heads = m.near_rows / batch;
     const Layer layer{batch,        group,        dim,      int(torch::stable::get_num_threads()),
                       far_heads,    m.far_tokens, m.block,  int(top_k),
-                      m.exact != 0, near_heads,   m.window, *numbers<int64_t>(position)};
+                      m.exact != 0, near_heads,   m.window, *numbers<int64_t>(position),
+                      {numbers<int32_t>(m.chosen), m.follows != 0}};
     const AtenTensorHandle out = new_rows(rows, batch, (far_heads + near_heads) * group * dim);
     const auto run = [&](auto computed, auto model) {
         using T = decltype(computed);
