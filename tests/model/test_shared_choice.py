@@ -113,9 +113,10 @@ def test_compiled_layers_share_as_others_do() -> None:
         for one in (model, compiled):
             one.zero_grad()
             one(IDS[:, :length]).square().mean().backward()
-        for one, other in zip(model.parameters(), compiled.parameters(), strict=True):
-            assert one.grad is not None
-            torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-4 * float(one.grad.abs().max()))
+        for mine, theirs in zip(model.parameters(), compiled.parameters(), strict=True):
+            assert mine.grad is not None
+            most = float(mine.grad.abs().max())
+            torch.testing.assert_close(theirs.grad, mine.grad, rtol=0, atol=1e-4 * most)
 
 
 @torch.no_grad()

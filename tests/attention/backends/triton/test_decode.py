@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dualroute.attention import reference
-from dualroute.attention.backends.triton import decode_step
 from dualroute.attention.backends.torch.decode import decode_step as plain_step
+from dualroute.attention.backends.triton import decode_step
 from dualroute.attention.core.cache import GlobalCache, LayerCache
 from dualroute.attention.decoding import share_choices
 from tests.attention.backends.triton.helpers import DEVICE, both
@@ -69,17 +69,16 @@ def test_half_precision(chooser: str, cache_dtype: torch.dtype) -> None:
 
 def test_a_second_layer_reads_what_the_first_has_chosen() -> None:
     generator = torch.Generator().manual_seed(0)
-    caches, outputs, queries = [], [], torch.randn(2, 2, 2, 1, 16, generator=generator).to(DEVICE)
+    caches: list[GlobalCache] = []
+    outputs, queries = [], torch.randn(2, 2, 2, 1, 16, generator=generator).to(DEVICE)
     for layer in range(2):
         cache = GlobalCache(2, 90, 16, BLOCK, "minmax", SUB_BLOCK, "second_order", DEVICE, torch.float32)
         cache.append(*(torch.randn(2, 75, 16, generator=generator).to(DEVICE) for _ in range(2)))
-        caches.append(LayerCache(2, 90, False, cache, None))
+        caches.append(cache)
         outputs.append(decode_step(queries[layer], cache, 2))
-    share_choices(caches, 2)
+    share_choices([LayerCache(2, 90, False, cache, None) for cache in caches], 2)
     for kernels in (decode_step, plain_step):
-        first, second = (
-            kernels(query, cache.global_cache, 2) for query, cache in zip(queries, caches, strict=True)
-        )
+        first, second = (kernels(query, cache, 2) for query, cache in zip(queries, caches, strict=True))
         torch.testing.assert_close(first, outputs[0], rtol=0, atol=1e-5)
         assert not torch.allclose(second, outputs[1], atol=1e-3)
         outputs.append(second)
