@@ -60,6 +60,10 @@ class OptimConfig:
         embedding_lr: Peak learning rate of the token embedding, and with it of a tied output weight; null is
             lr.
         head_lr: That of an output weight of its own; null is lr.
+        base_dim: model.dim of the model on which the rates were found. At another one the rate of the layers'
+            matrices is multiplied by base_dim / dim with adamw (µP, Yang et al. 2022,
+            https://arxiv.org/abs/2203.03466, table 3), by its root with muon, not at all with muon.scale
+            original; null leaves it.
         muon: With name muon, how the matrices are stepped.
         betas: Decay of the running means of the gradient and of its square.
         eps: Added to the root of the second moment.
@@ -80,6 +84,7 @@ class OptimConfig:
     lr: float = 3e-4
     embedding_lr: float | None = None
     head_lr: float | None = None
+    base_dim: int | None = None
     muon: MuonConfig = field(default_factory=MuonConfig)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -98,6 +103,7 @@ class OptimConfig:
             self.muon = MuonConfig(**self.muon)
         ranges = {
             **dict.fromkeys(("lr", "embedding_lr", "head_lr"), above(0, 1e3)),
+            "base_dim": at_least(1, 2**31 - 1),
             "betas": Range(0, 1, without_most=True),
             "eps": at_least(0, 1),
             "weight_decay": at_least(0, 1e3),

@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "optim.lr": "obeyed",
     "optim.embedding_lr": "obeyed",
     "optim.head_lr": "obeyed",
+    "optim.base_dim": "obeyed",
     **{f"optim.muon.{field.name}": "obeyed" for field in dataclasses.fields(MuonConfig)},
     "optim.betas": "obeyed",
     "optim.eps": "obeyed",

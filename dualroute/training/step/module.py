@@ -343,6 +343,7 @@ class Pretrain(LightningModule):
             "name": "adamw" if config.name == "muon" else "muon",
             "embedding_lr": config.lr if config.embedding_lr is None else None,
             "head_lr": config.lr if config.head_lr is None else None,
+            "base_dim": 1 if config.base_dim is None else None,
         }
         for key, other in others.items():
             if self._names_by_group(replace(config, **{key: other})) == saved:
@@ -370,7 +371,7 @@ class Pretrain(LightningModule):
 
 
 def _shown(key: str, value: Any) -> str:
-    if key.endswith("_lr"):
+    if key.endswith("_lr") or key == "base_dim":
         return "null" if value is None else "a number"
     return str(value).lower()
 

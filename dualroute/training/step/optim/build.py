@@ -16,7 +16,7 @@ from dualroute import compat
 from dualroute.errors import UserError
 from dualroute.training.finetuning.depth import DepthCourse
 from dualroute.training.optim_config import OptimConfig
-from dualroute.training.step.optim.groups import groups_of, matrices_of
+from dualroute.training.step.optim.groups import groups_of, matrices_of, width_of
 from dualroute.training.step.optim.muon import MuonWithAdamW
 
 
@@ -41,8 +41,9 @@ def build_optimizer(
         UserError: ``offload`` without DeepSpeed installed.
     """
     groups = groups_of(model, config, unit_of)
+    matrices = _share_of_matrices(config, model)
     for group in groups:
-        group.update(_peak(group, config))
+        group.update(_peak(group, config, matrices))
     if offload:
         return _cpu_adam(groups, config)
     fused = torch.cuda.is_available() if config.fused is None else config.fused
@@ -72,13 +73,23 @@ def _cpu_adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.
     return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
 
 
-def _peak(group: dict[str, Any], config: OptimConfig) -> dict[str, Any]:
-    """Settings of a group whose kind has some of its own."""
+def _share_of_matrices(config: OptimConfig, model: nn.Module) -> float:
+    """What the rate of the layers' matrices is multiplied by, for a model of this width."""
+    if config.base_dim is None or (config.name == "muon" and config.muon.scale == "original"):
+        return 1.0
+    narrower = config.base_dim / width_of(model)
+    return float(narrower**0.5 if config.name == "muon" else narrower)
+
+
+def _peak(group: dict[str, Any], config: OptimConfig, matrices: float) -> dict[str, Any]:
+    """Settings of a group whose kind has some of its own; ``matrices`` of :func:`_share_of_matrices`."""
     kind, muon = group.get("kind"), config.muon
     if kind == "muon":
         decay = config.weight_decay if muon.weight_decay is None else muon.weight_decay
-        return {"lr": muon.lr or config.lr, "weight_decay": decay, **_of_muon(config)}
-    own = {"embedding": config.embedding_lr, "head": config.head_lr}.get(str(kind))
+        return {"lr": (muon.lr or config.lr) * matrices, "weight_decay": decay, **_of_muon(config)}
+    own = {"embedding": config.embedding_lr, "head": config.head_lr, "matrices": config.lr * matrices}.get(
+        str(kind)
+    )
     return {"lr": own or config.lr}
 
 

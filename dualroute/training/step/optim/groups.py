@@ -39,15 +39,25 @@ def groups_of(
     resumed may be given some.
     """
     muon = config.name == "muon"
-    return parameter_groups(
+    groups = parameter_groups(
         model,
         config.weight_decay,
         decay_embeddings=config.decay_embeddings,
         unit_of=unit_of,
-        muon=muon,
+        matrices_apart=muon or config.base_dim is not None,
         embedding_apart=muon or config.embedding_lr is not None,
         head_apart=muon or config.head_lr is not None,
     )
+    for group in groups if muon else ():
+        if group["kind"] == "matrices":
+            group["kind"] = "muon"
+    return groups
+
+
+def width_of(model: nn.Module) -> int:
+    """``model.dim`` of the model whose layers are in ``model``."""
+    blocks = (module for module in model.modules() if isinstance(module, TransformerBlock))
+    return real_shape(_linear(next(blocks).attention.out_proj).weight)[0]
 
 
 def parameter_groups(
@@ -56,7 +66,7 @@ def parameter_groups(
     *,
     decay_embeddings: bool = False,
     unit_of: Callable[[str], int] | None = None,
-    muon: bool = False,
+    matrices_apart: bool = False,
     embedding_apart: bool = False,
     head_apart: bool = False,
 ) -> list[dict[str, Any]]:
@@ -71,13 +81,14 @@ def parameter_groups(
         weight_decay: Of those that decay.
         decay_embeddings: The embedding does.
         unit_of: By name, which parameters are stepped alike (``training/finetuning/depth.py``); null: all.
-        muon: Matrices of layers (:func:`matrices_of`) are in groups of their own.
+        matrices_apart: Matrices of layers (:func:`matrices_of`) are in groups of their own.
         embedding_apart: The embedding is, too.
         head_apart: The output weight is, where it is not the embedding's.
 
     Returns:
         Groups of each unit (an empty one is left out), in the order of ``model.parameters()``; each has its
-        ``unit`` where there are several, and its ``kind``: muon, embedding, head or rest, where that matters.
+        ``unit`` where there are several, and its ``kind``: matrices, embedding, head or rest, where that
+        matters.
 
     Raises:
         ValueError: Nothing in ``model`` is trainable.
@@ -86,7 +97,7 @@ def parameter_groups(
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
     heads = {id(module.weight) for module in model.modules() if isinstance(module, NextTokenHead)}
-    matrices = {id(parameter) for parameter, _ in matrices_of(model)} if muon else set()
+    matrices = {id(parameter) for parameter, _ in matrices_of(model)} if matrices_apart else set()
     found: dict[tuple[int, int], list[nn.Parameter]] = {}
     decay: dict[tuple[int, int], float] = {}
     for name, parameter in model.named_parameters():
@@ -107,8 +118,8 @@ def parameter_groups(
         decay[key] = weight_decay if decays else 0.0
     if not found:
         raise ValueError("the model has no trainable parameter: unfreeze some before building the optimizer")
-    names = {_MATRICES: "muon", _EMBEDDING: "embedding", _HEAD: "head"}
-    apart = muon or embedding_apart or head_apart
+    names = {_MATRICES: "matrices", _EMBEDDING: "embedding", _HEAD: "head"}
+    apart = matrices_apart or embedding_apart or head_apart
     return [
         {"params": found[key], "weight_decay": decay[key]}
         | ({} if unit_of is None else {"unit": key[0]})

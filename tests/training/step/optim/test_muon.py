@@ -236,3 +236,29 @@ def test_what_has_no_gradient_stays() -> None:
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (OptimConfig(lr=1e-3), 1.0),
+        (OptimConfig(lr=1e-3, base_dim=4), 0.25),
+        (OptimConfig(lr=1e-3, base_dim=64, embedding_lr=2e-3), 4.0),
+        (OptimConfig(lr=1e-3, base_dim=4, name="muon", muon=MuonConfig(lr=1e-3)), 0.5),
+        (OptimConfig(lr=1e-3, base_dim=4, name="muon", muon=MuonConfig(scale="original")), 1.0),
+        (OptimConfig(lr=1e-3, base_dim=16, name="muon"), 1.0),
+    ],
+)
+def test_matrices_of_a_wider_model_are_stepped_less(config: OptimConfig, share: float) -> None:
+    """dim 16: by the width with AdamW, by its root with Muon; nothing else is."""
+    model = model_of()
+    optimizer = build_optimizer(model, config)
+    settings = HyperParameters(optimizer, config)
+    settings.write(optimizer, 5e-4)  # half way
+    of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    matrices = {id(weight) for weight, _ in matrices_of(model)}
+    for name, parameter in model.named_parameters():
+        wanted = share * 5e-4 if id(parameter) in matrices else 5e-4
+        if name == "embedding.weight" and config.embedding_lr is not None:
+            wanted = 1e-3
+        assert math.isclose(of[id(parameter)], wanted), name

@@ -74,6 +74,8 @@ def test_a_state_of_adamw_without_settings_is_refused_by_its_groups(
     assert "optim.name adamw and this run asks for muon" in capsys.readouterr().err
     assert pretrain(tiny_dataset, run, 7, "--optim.embedding_lr", "0.02") == 2
     assert "optim.embedding_lr null and this run asks for a number" in capsys.readouterr().err
+    assert pretrain(tiny_dataset, run, 7, "--optim.base_dim", "64") == 2
+    assert "optim.base_dim null and this run asks for a number" in capsys.readouterr().err
 
 
 @pytest.mark.slow
