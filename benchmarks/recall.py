@@ -46,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "routed, clusters": {"cluster_span": 1024},
     "routed, no positions, clusters": {"global_rotary_factor": 0.0, "cluster_span": 1024},
     "routed, no positions": {"global_rotary_factor": 0.0},  # of the global route; the local one keeps them
+    "routed, no positions, a choice for two": {"global_rotary_factor": 0.0, "share_choice": 2},
+    "routed, no positions, one global layer": {"global_rotary_factor": 0.0, "global_layers": [1]},
     "routed moment": {"router": "moment"},
     "routed mean": {"router": "mean"},
     "routed mean, no far": {"router": "mean", "far_summary": "none"},

@@ -1,39 +1,42 @@
-"""The benchmark of shared choices: the first layer of a group chooses, and the others obey."""
+"""The benchmark of shared choices sets them, and times what it says."""
 
 from __future__ import annotations
+
+import csv
+from pathlib import Path
 
 import pytest
 import torch
 
 from dualroute.model import DualRoutingTransformer, ModelConfig
+from dualroute.model.checkpoint.format import save_model
 from tests.benchmarks.scripts import load
 
 
-@pytest.fixture
-def model() -> DualRoutingTransformer:
+@pytest.mark.slow
+def test_a_row_for_each_number_of_layers(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=64, dim=32, num_layers=3, num_heads=4, block=8, sub_block=8, top_k=2, global_mode="routed"
-    )
-    return DualRoutingTransformer(config).eval()
-
-
-@torch.no_grad()
-def test_a_group_of_layers_reads_what_its_first_has_chosen(model: DualRoutingTransformer) -> None:
-    one_choice_for = load("models/shared_choice.py").one_choice_for
-    ids = torch.randint(64, (1, 128), generator=torch.Generator().manual_seed(1))
-    alone = model(ids)
-    with one_choice_for(1, of=3) as agreed:
-        assert torch.equal(model(ids), alone)
-    assert agreed == []
-    with one_choice_for(2, of=3) as agreed:
-        shared = model(ids)
-        assert torch.equal(model(ids), shared)  # the second pass begins anew
-    assert not torch.equal(shared, alone)
-    assert len(agreed) == 2  # the second layer of each pass; the third chooses for itself
-    assert 0 < agreed[0] < 1
-    for layer in model.layers:  # all scores alike: every layer takes the first blocks
-        layer.attention.global_qkv.weight.zero_()  # type: ignore[union-attr, operator]
-    with one_choice_for(3, of=3) as agreed:
-        model(ids)
-    assert agreed == [1.0, 1.0]
+        vocab_size=320, dim=32, num_layers=3, num_heads=4, block=8, sub_block=8, top_k=2, window=8,
+        max_context=256, global_mode="routed",
+    )  # fmt: skip
+    model = DualRoutingTransformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    save_model(model, tmp_path / "model", tiny_dataset / "tokenizer.model", {"context": 64})
+    script = load("models/shared_choice.py")
+    words = [
+        "shared_choice.py", "--checkpoint", tmp_path / "model", "--data", tiny_dataset, "--context", "96",
+        "--max_tokens", "960", "--lengths", "128", "--repeats", "1", "--output", tmp_path,
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    script.main()
+    with (tmp_path / "shared_choice.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["layers to a choice"] for row in rows] == ["1", "2", "3"]
+    assert rows[0]["above"] == "+0.00 %"
+    assert len({row["loss"] for row in rows}) == 3
+    assert all(float(row[column]) > 0 for row in rows for column in ("us/token, 128", "us/step, 128"))
