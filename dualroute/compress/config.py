@@ -150,6 +150,8 @@ class PruneConfig:
             width only.
         criterion: activation keeps what contributes most; random is the control.
         compensate: Refit the weights that stay to make up for those that go.
+        keys: Also halve windows and top_k of single layers, whichever costs least, until a token reads at
+            most this share of the keys that it read before.
         fit_routing: Also give each layer the smallest window and top_k that it needs.
         routing_tolerance: Loss, in nats, that the smaller windows and top_k may cost in all.
         axis_report: Measure what each axis costs at a few sizes, beside random pruning; without it the search
@@ -179,6 +181,7 @@ class PruneConfig:
     ffn_by_layer: bool = False
     criterion: Criterion = "activation"
     compensate: bool = True
+    keys: float | None = None
     fit_routing: bool = False
     routing_tolerance: float = 0.005
     axis_report: bool = True
@@ -190,14 +193,16 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         counts = ("multiple", "calibration_tokens", "context", "batch_size", *SIZES)
-        ranges = {"keep": Range(0, 1, without_least=True, without_most=True), "seed": SEEDS}
-        check_fields(self, "", {**dict.fromkeys(counts, at_least(1, 2**31 - 1)), **ranges})
+        shares = dict.fromkeys(("keep", "keys"), Range(0, 1, without_least=True, without_most=True))
+        check_fields(self, "", {**dict.fromkeys(counts, at_least(1, 2**31 - 1)), **shares, "seed": SEEDS})
+        if self.keys is not None and self.fit_routing:
+            raise UserError("keys and fit_routing both choose windows and top_k: give one of them")
         if self.keep is not None and not self.axes:
             raise UserError("axes is empty: name what may shrink, of layers, dim, ffn, heads")
         if self.shape_of is not None and (self.keep is not None or self._given_sizes()):
             raise UserError("shape_of gives all sizes: leave out keep and the sizes")
-        if not (self.keep or self.shape_of or self.fit_routing or self._given_sizes()):
-            raise UserError("nothing to prune: give keep, a size such as ffn_dim, or fit_routing")
+        if not (self.keep or self.shape_of or self.fit_routing or self.keys or self._given_sizes()):
+            raise UserError("nothing to prune: give keep, a size such as ffn_dim, keys, or fit_routing")
 
     def _given_sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}

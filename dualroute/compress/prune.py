@@ -24,6 +24,7 @@ from dualroute import __version__
 from dualroute.compress.calibration import Calibrated, Statistics, calibrate, described, measure
 from dualroute.compress.config import Axis, Criterion, PruneConfig
 from dualroute.compress.importance import Shape, choose
+from dualroute.compress.routing_budget import KeySearch
 from dualroute.compress.routing_need import Need, fit_routing
 from dualroute.compress.shapes import (
     FIELDS,
@@ -72,6 +73,8 @@ def prune(config: PruneConfig) -> None:
         small, need = fit_routing(small, batches, loaded.device, config.routing_tolerance, found.loss)
         account["routing"] = asdict(need)
         account["loss"]["with fitted routing"] = need.loss
+    if config.keys is not None:
+        small = _fewer_keys(config, found, small, account)
     account["shape"] = {"parent": asdict(Shape.of(parent.config)), "pruned": asdict(shape)}
     account["kept"] = {"layers": kept.layers, "channels": kept.channels.tolist()}
     account["parameters"] = {"parent": parent.num_parameters(), "pruned": small.num_parameters()}
@@ -205,6 +208,29 @@ def _widths(
     return widths
 
 
+def _fewer_keys(
+    config: PruneConfig, found: Calibrated, small: DualRoutingTransformer, account: dict[str, Any]
+) -> DualRoutingTransformer:
+    """The same weights with windows and top_k under the budget."""
+    if small.config.attention != "dual" or small.task_head is not None or not small.config.causal:
+        raise UserError(
+            f"--keys is for models with attention dual that continue a text, and {config.checkpoint} is "
+            f"none: leave it out, or use --fit_routing true"
+        )
+    assert config.keys is not None
+    search = KeySearch(small, found.batches, found.context, found.loaded.device)
+    best = search.within(config.keys)
+    fitted = DualRoutingTransformer(best.config)
+    fitted.load_state_dict(small.state_dict())
+    fitted = fitted.to(found.loaded.device).eval()
+    loss = found.loss(fitted, found.batches)
+    need = Need(best.config.layer_windows or [], best.config.layer_top_k or [], loss)
+    account["routing"] = asdict(need)
+    account["keys"] = {"asked": config.keys, "read": best.share, "divergence": best.divergence}
+    account["loss"]["with fewer keys"] = loss
+    return fitted
+
+
 def _costs_by_layer(
     config: PruneConfig, found: Calibrated, statistics: Statistics, layers: list[int]
 ) -> list[Sensitivity]:
@@ -266,6 +292,9 @@ def _show(account: dict[str, Any]) -> None:
     console.print(table)
     if "ffn_by_layer" in account:
         console.print(f"feed-forwards {account['ffn_by_layer']['widths']}, by layer")
+    if "keys" in account:
+        read, divergence = account["keys"]["read"], account["keys"]["divergence"]
+        console.print(f"a token reads {read:.3f} of the keys, {divergence:.4f} nats from what it said")
     if "routing" in account:
         need = Need(**account["routing"])
         console.print(f"windows {need.windows}, top_k {need.top_k}; calibration loss {need.loss:.4f}")

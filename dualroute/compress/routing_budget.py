@@ -1,17 +1,19 @@
-"""Where a dense model's heads have to look far, under a budget of keys.
+"""What each layer has to read, under a budget of keys.
 
 In: a dense model, texts, the KV groups of each layer by how near they look, and the share of its keys that a
 token may read.  Here: every layer begins with the same routes, window and ``top_k``; then what costs least
 divergence from the dense model for each key that it saves is given up, one thing at a time: half of a layer's
-window, half of its ``top_k``, or its global route.  Out: the shape of a dual model, layer by layer.
+window, half of its ``top_k``, or its global route.  Out: the shape of a dual model, layer by layer.  A model
+that is dual already begins as it is, and keeps its routes.
 
-What is measured is KL(dense ‖ dual) of the next token, which is 0 where nothing is missed, and not the loss
-of the text, whose differences are noise at this size.  A cost is measured anew before it is paid, since what
-went before has changed it; those that are behind it in the line are not (lazy greedy, Minoux 1978).
+What is measured is KL(model ‖ smaller) of the next token, which is 0 where nothing is missed, and not the
+loss of the text, whose differences are noise at this size.  A cost is measured anew before it is paid, since
+what went before has changed it; those that are behind it in the line are not (lazy greedy, Minoux 1978).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import heapq
 import math
@@ -54,8 +56,8 @@ class Budgeted:
 
     Attributes:
         config: Of the dual model.
-        divergence: KL(dense ‖ dual), nats a token, before any healing.
-        share: Of the dense model's keys that a token reads.
+        divergence: KL from the model that it was made of, nats a token, before any healing.
+        share: Of that model's keys that a token reads.
     """
 
     config: ModelConfig
@@ -73,37 +75,48 @@ class KeySearch:
     """The search under a budget; :meth:`within` gives its result.
 
     Args:
-        model: The dense model.
-        shape: Of the dual model that everything begins with: window and top_k are the largest.
-        local_groups: KV groups that become local in each layer that keeps its global route.
+        model: The dense model, or, without ``shape``, a dual one.
         batches: ``input_ids`` and, where rows hold several documents, ``segment_ids``.
         context: Tokens of a text, by which keys are counted.
         device: Where to measure.
+        shape: Of the dual model that everything begins with: window and top_k are the largest.
+        local_groups: KV groups that become local in each layer that keeps its global route.
+
+    Attributes:
+        dual: The model with the shape as it is now.
     """
 
     def __init__(
         self,
         model: DualRoutingTransformer,
-        shape: ModelConfig,
-        local_groups: Sequence[Sequence[int]],
         batches: Sequence[Batch],
         context: int,
         device: torch.device,
+        *,
+        shape: ModelConfig | None = None,
+        local_groups: Sequence[Sequence[int]] = (),
     ) -> None:
-        self.shape, self.context, self.device = shape.resolved(), context, device
-        self.batches = batches
-        self.dual = divide_heads(model.cpu(), shape, local_groups).to(device)
-        only_local = dataclasses.replace(shape, attention="local", global_heads=None, local_heads=None)
-        every = [range(shape.num_kv_heads or 1)] * shape.num_layers
-        local = divide_heads(model, only_local, every).to(device)
+        self.context, self.device, self.batches = context, device, batches
+        self._near: list[Any] = []  # attentions without a global route, where one may be given up
+        if shape is None:
+            self.shape, self.dual = model.config.resolved(), copy.deepcopy(model)
+            of_layers = [self.shape.of_layer(index) for index in range(self.shape.num_layers)]
+            self.layers = [LayerShape(one.window, one.top_k, one.global_heads != 0) for one in of_layers]
+            self._whole = share_of_keys(self.shape, context)
+        else:
+            self.shape, self._whole = shape.resolved(), 1.0
+            self.dual = divide_heads(model.cpu(), shape, local_groups).to(device)
+            only_local = dataclasses.replace(shape, attention="local", global_heads=None, local_heads=None)
+            every = [range(shape.num_kv_heads or 1)] * shape.num_layers
+            local = divide_heads(model, only_local, every).to(device)
+            self._near = [layer.attention for layer in local.layers]
+            self.layers = [LayerShape(shape.window, shape.top_k) for _ in self._near]
         self.teacher = model.to(device)
         self._far: list[Any] = [layer.attention for layer in self.dual.layers]
-        self._near: list[Any] = [layer.attention for layer in local.layers]
-        self.layers = [LayerShape(shape.window, shape.top_k) for _ in self._far]
         self._wanted = [self._states(self.teacher, batch) for batch in batches]
 
     def within(self, share: float) -> Budgeted:
-        """The shape that reads at most this share of the dense model's keys.
+        """The shape that reads at most this share of the model's keys.
 
         Raises:
             UserError: No shape of these blocks reads as little.
@@ -114,7 +127,7 @@ class KeySearch:
         for layer in range(len(self.layers)):
             for step in self._steps(layer):
                 heapq.heappush(gains, (-math.inf, layer, step, -1))  # not measured yet: first in the line
-        while (now := share_of_keys(self.config(), self.context)) > share:
+        while (now := self._share()) > share:
             best = None
             while gains:
                 cost, layer, step, measured = heapq.heappop(gains)
@@ -125,10 +138,11 @@ class KeySearch:
                     break
                 heapq.heappush(gains, (*self._cost(layer, step, divergence, now), taken))
             if best is None:
+                others = "a smaller --block, more --local_heads, or " if self._near else ""
                 raise UserError(
                     f"--keys {share:g}: with blocks of {self.shape.block} and {self.shape.global_heads} "
                     f"global heads a token reads at least {now:.3f} of the keys of {self.context} tokens: "
-                    f"give a smaller --block, more --local_heads, or a larger --keys"
+                    f"give {others}a larger --keys"
                 )
             _, layer, step = best
             self._set(layer, step)
@@ -137,6 +151,9 @@ class KeySearch:
             for following in self._steps(layer):
                 heapq.heappush(gains, (-math.inf, layer, following, -1))
         return Budgeted(self.config(), divergence, now)
+
+    def _share(self) -> float:
+        return share_of_keys(self.config(), self.context) / self._whole
 
     def config(self) -> ModelConfig:
         """The shape as it is now."""
@@ -150,7 +167,7 @@ class KeySearch:
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """KL(dense ‖ dual) of the next token, nats, as the layers are now."""
+        """KL(model ‖ smaller) of the next token, nats, as the layers are now."""
         total, count = 0.0, 0
         for batch, wanted in zip(self.batches, self._wanted, strict=True):
             ours = self._states(self.dual, batch)
@@ -175,11 +192,11 @@ class KeySearch:
         """What the layer could give up next."""
         now = self.layers[layer]
         steps = []
-        if now.window // 2 >= SMALLEST_WINDOW:
+        if now.window // 2 >= SMALLEST_WINDOW and self._far[layer].local_heads:
             steps.append(dataclasses.replace(now, window=now.window // 2))
-        if now.far and now.top_k:
+        if now.far and now.top_k and self.shape.share_choice == 1:  # else it is that of several layers
             steps.append(dataclasses.replace(now, top_k=now.top_k // 2))
-        if now.far and sum(other.far for other in self.layers) > 1:
+        if self._near and now.far and sum(other.far for other in self.layers) > 1:
             steps.append(dataclasses.replace(now, far=False))
         return steps
 
@@ -189,13 +206,13 @@ class KeySearch:
         """Divergence for each share of the keys that a step saves."""
         before = self.layers[layer]
         self._set(layer, step)
-        saved = share - share_of_keys(self.config(), self.context)
+        saved = share - self._share()
         cost = (self.divergence() - divergence) / saved if saved > 0 else math.inf
         self._set(layer, before)
         return cost, layer, step
 
     def _set(self, layer: int, shape: LayerShape) -> None:
-        attention = (self._far if shape.far else self._near)[layer]
+        attention = self._near[layer] if self._near and not shape.far else self._far[layer]
         attention.window = shape.window
         if shape.far:
             attention.routing = dataclasses.replace(attention.routing, top_k=shape.top_k)

@@ -268,7 +268,7 @@ def test_the_search_measures_the_model_that_is_written(dense, tiny_dataset, tmp_
         top_k=4,
         global_mode="routed",
     )
-    search = KeySearch(model, shape, [[0], [1]], batches, 64, torch.device("cpu"))
+    search = KeySearch(model, batches, 64, torch.device("cpu"), shape=shape, local_groups=[[0], [1]])
     found = search.within(0.3)
     far = found.config.global_layers or [0, 1]
     groups = [[number] if number in far else [0, 1] for number in range(2)]

@@ -7,6 +7,7 @@ import torch
 from dualroute.compress.calibration import calibration_batches, loss_on, measure
 from dualroute.compress.importance import Kept, Shape, choose, ffn_scores, group_scores
 from dualroute.compress.prune import PruneConfig, prune
+from dualroute.compress.routing_budget import KeySearch, share_of_keys
 from dualroute.compress.routing_need import fit_routing
 from dualroute.compress.shapes import Search, Sensitivity, axis_sizes, count, widths_by_need
 from dualroute.compress.slicing import slice_model
@@ -382,6 +383,43 @@ def test_each_layer_gets_what_it_needs(calibrated):
     _, least = fit_routing(load_copy(model), batches, CPU, tolerance=100.0)
     assert least.windows == [16, 16, 16]
     assert least.top_k == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_windows_and_top_k_under_a_budget_of_keys(trained, tiny_dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    how = {"calibration_tokens": 1024, "context": 64, "batch_size": 4, "device": "cpu"}
+    prune(options(trained, tiny_dataset, out, keys=0.75, **how))
+    parent, fitted = load(trained, "cpu").model, load(out, "cpu").model
+    share = share_of_keys(fitted.config, 64) / share_of_keys(parent.config, 64)
+    account = json.loads((find_checkpoint(out).folder / "prune.json").read_text())
+    assert account["keys"]["read"] == pytest.approx(share)
+    assert share <= 0.75
+    assert f"a token reads {share:.3f} of the keys" in capsys.readouterr().out
+    assert fitted.config.global_layers == parent.config.global_layers  # routes stay
+    assert account["routing"]["windows"] == fitted.config.layer_windows
+    for name, weight in parent.state_dict().items():
+        assert torch.equal(weight, fitted.state_dict()[name])
+    with pytest.raises(UserError, match=r"--keys 0.001: .* of the keys of 64 tokens: give a larger --keys"):
+        prune(options(trained, tiny_dataset, tmp_path / "none", keys=0.001, **how))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="give one of them"):
+        options(trained, tiny_dataset, out, keys=0.5, fit_routing=True)
+
+
+@torch.no_grad()
+def test_the_budget_of_layers_that_share_a_choice_is_met_by_windows():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=40, dim=16, num_layers=2, num_heads=2, window=32, block=8, sub_block=8, top_k=2,
+        global_mode="routed", share_choice=2, max_context=64,
+    )  # fmt: skip
+    batches = [{"input_ids": torch.randint(40, (2, 64))}]
+    search = KeySearch(DualRoutingTransformer(config).eval(), batches, 64, CPU)
+    found = search.within(0.85)
+    assert found.config.layer_top_k == [2, 2]
+    assert min(found.config.layer_windows) < 32
+    assert found.divergence == pytest.approx(search.divergence())
 
 
 def load_copy(model):
