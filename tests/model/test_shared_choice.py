@@ -194,6 +194,21 @@ def test_copies_of_caches_share_among_themselves() -> None:
     ]  # fmt: skip
 
 
+@torch.no_grad()
+def test_a_deep_copy_goes_on_when_the_original_is_gone() -> None:
+    model = build()
+    caches = model.new_caches(3, 128)
+    model.hidden_states(IDS[:, :60], caches=caches)
+    copies = copy.deepcopy(caches)
+    del caches
+    last = [
+        model.head(model.hidden_states(IDS[:, a:b], caches=copies))[:, -1] for a, b in [(60, 80), (80, 81)]
+    ]
+    wanted = model(IDS)
+    torch.testing.assert_close(last[0], wanted[:, 79], rtol=0, atol=1e-3)
+    torch.testing.assert_close(last[1], wanted[:, 80], rtol=0, atol=1e-3)
+
+
 def test_weights_and_statistics_are_those_of_the_blocks_that_are_read() -> None:
     model = build().double()
     found = inspect_ids(model, IDS[0].tolist(), list(map(str, range(120))), ablations=[])

@@ -73,6 +73,10 @@ class SharedChoice:
         self.handle = hold(kept) if handle is None else handle
         self._memory: Tensor | None = None
 
+    def __reduce__(self) -> tuple[type[SharedChoice], tuple[int]]:
+        """A copy begins anew; copied together, those that shared it share the copy."""
+        return SharedChoice, (self.top_k,)
+
     def get(self, what: Hashable) -> Tensor | None:
         """What was chosen for the tokens `what`; None where nobody has chosen."""
         kept: dict[Hashable, Tensor] = held(self.handle)

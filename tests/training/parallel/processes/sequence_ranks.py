@@ -13,12 +13,12 @@ import torch.distributed as dist
 from dualroute.model import DualRoutingTransformer, ModelConfig
 
 
-def model(causal: bool) -> DualRoutingTransformer:
+def model(causal: bool, share_choice: int) -> DualRoutingTransformer:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=40, dim=32, num_layers=2, num_heads=8, num_kv_heads=4, window=8, block=16, top_k=1,
         max_context=200, global_mode="routed", causal=causal, gate=True, qk_norm=True,
-        global_rotary_factor=0.5,
+        global_rotary_factor=0.5, share_choice=share_choice,
     )  # fmt: skip
     made = DualRoutingTransformer(config).double()
     for layer in made.layers:
@@ -40,7 +40,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     cases = [(*case, True) for case in itertools.product((96, 101), (False, True))]  # 101: it is filled up
     for length, packed, causal in (*cases, (101, False, False), (101, True, False)):
-        whole, shared = model(causal), model(causal)
+        whole, shared = model(causal, 1 + packed), model(causal, 1 + packed)
         shared.set_sequence_group(dist.group.WORLD)
         batch = inputs(length, packed)
         generator = torch.Generator().manual_seed(1)
