@@ -22,7 +22,7 @@ struct CacheMemory {
     int64_t far[2], near[2], features, summary_keys, summary_values;
     int64_t key_grids, value_grids, tail_keys, tail_values;  // of a quantised global cache
     int64_t far_rows, far_tokens, block, router, parts, far_width;
-    int64_t near_rows, window, exact, bits;  // bits: 0 = not quantised
+    int64_t near_rows, window, exact, bits;   // bits: 0 = not quantised
     int64_t chosen, chosen_columns, follows;  // a choice shared by several layers, (far_rows, columns)
 };
 
@@ -148,9 +148,18 @@ inline AtenTensorHandle decode_layer(AtenTensorHandle position, AtenTensorHandle
     const CacheMemory& m = numbers<CacheMemory>(memory)[index];
     const AtenTensorHandle rows = *(global_rows ? global_rows : local_rows);
     const long batch = size(rows, 0), far_heads = m.far_rows / batch, near_heads = m.near_rows / batch;
-    const Layer layer{batch,        group,        dim,      int(torch::stable::get_num_threads()),
-                      far_heads,    m.far_tokens, m.block,  int(top_k),
-                      m.exact != 0, near_heads,   m.window, *numbers<int64_t>(position),
+    const Layer layer{batch,
+                      group,
+                      dim,
+                      int(torch::stable::get_num_threads()),
+                      far_heads,
+                      m.far_tokens,
+                      m.block,
+                      int(top_k),
+                      m.exact != 0,
+                      near_heads,
+                      m.window,
+                      *numbers<int64_t>(position),
                       {numbers<int32_t>(m.chosen), m.follows != 0}};
     const AtenTensorHandle out = new_rows(rows, batch, (far_heads + near_heads) * group * dim);
     const auto run = [&](auto computed, auto model) {
