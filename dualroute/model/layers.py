@@ -51,13 +51,15 @@ class SwiGLU(nn.Module):
         return self.down((F.gelu(gate) if self.gelu else F.silu(gate)) * up)
 
 
-def shared_choices(config: ModelConfig, layout: Layout | None = None) -> list[SharedChoice | None]:
-    """Of one forward pass, for each layer: what it shares with others, by ``ModelConfig.share_choice``.
+def shared_choices(
+    layers: int, groups: list[list[int]], layout: Layout | None = None
+) -> list[SharedChoice | None]:
+    """Of one forward pass, for each layer: what it shares with others, by ``ModelConfig.choice_groups``.
 
     ``layout`` is the batch's, where a graph may be recorded.
     """
-    choices: list[SharedChoice | None] = [None] * config.num_layers
-    for number, group in enumerate(config.choice_groups):
+    choices: list[SharedChoice | None] = [None] * layers
+    for number, group in enumerate(groups):
         choice = SharedChoice() if layout is None else new_choice(layout, number)
         for layer in group:
             choices[layer] = choice

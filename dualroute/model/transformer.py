@@ -118,7 +118,9 @@ class DualRoutingTransformer(nn.Module):
             return self._divided_hidden_states(input_ids, segment_ids, positions, attention_mask, layout)
         hidden = self.embedding(input_ids)
         if caches is not None:
-            for layer, cache, choice in zip(self.layers, caches, shared_choices(self.config), strict=True):
+            for layer, cache, choice in zip(
+                self.layers, caches, shared_choices(len(self.layers), self.config.choice_groups), strict=True
+            ):
                 hidden = layer(hidden, positions=positions, cache=cache, choice=choice)
             return self.norm(hidden)
         return self._through_layers(hidden, input_ids, segment_ids, positions, attention_mask, layout)
@@ -153,7 +155,9 @@ class DualRoutingTransformer(nn.Module):
         layout = layout.at_positions(positions)
         if isinstance(self.embedding, Frontend):
             hidden = self.embedding.at_places(hidden, self.local_shard(layout.positions))
-        for layer, choice in zip(self.layers, shared_choices(self.config, layout), strict=True):
+        for layer, choice in zip(
+            self.layers, shared_choices(len(self.layers), self.config.choice_groups, layout), strict=True
+        ):
             layer.attention.prepare(layout, hidden.dtype)  # type: ignore[union-attr,operator]
             hidden = layer(hidden, layout=layout, choice=choice)
         return self.norm(hidden)

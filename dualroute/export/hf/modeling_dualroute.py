@@ -85,6 +85,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         else:
             self.embedding = Frontend(shape.frontend, shape.dim)
             self.main_input_name = "input_features" if shape.frontend.kind == "frames" else "pixel_values"
+        self._choice_groups = config.shape.choice_groups
         self.layers = nn.ModuleList(DualRoutingLayer(shape.of_layer(i)) for i in range(shape.num_layers))
         self.norm = norm_of(shape)
         self.gradient_checkpointing = False
@@ -183,7 +184,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         more may come, up to the context.  ``cache_dtype`` int8 or int4 keeps complete blocks of the global
         route as integers; give such a cache to ``generate`` as ``past_key_values``."""
         layers, context = self.layers, self.config.max_position_embeddings
-        choice_groups = self.config.shape.choice_groups
+        choice_groups = self._choice_groups
 
         def new_caches(batch: int, length: int, device: torch.device) -> list[LayerCache]:
             caches = []
@@ -289,7 +290,7 @@ class DualRoutingModel(DualRoutingPreTrainedModel):
         caches: list[LayerCache] | None = None,
         **attention: Any,
     ) -> Tensor:
-        choices = shared_choices(self.config.shape, attention.get("layout"))
+        choices = shared_choices(len(self.layers), self._choice_groups, attention.get("layout"))
         for number, (layer, choice) in enumerate(zip(self.layers, choices, strict=True)):
             if states is not None:
                 states.append(hidden)
