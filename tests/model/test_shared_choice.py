@@ -136,15 +136,13 @@ def test_decoding_gives_what_one_pass_gives(share: int, dtype: torch.dtype) -> N
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache_dtype", ["int8", "int4"])
-def test_integers_in_the_cache_change_little(cache_dtype: str) -> None:
+def test_integers_in_the_cache_give_steps_what_they_give_a_chunk(cache_dtype: str) -> None:
+    """Token by token on integers as in one piece: of both the choice is that of the first layer."""
     model = build()
-    alone = [model.new_caches(3, 128, cache_dtype=cache_dtype) for _ in range(2)]
-    for begin, end in [(0, 70), (70, 100)]:
-        model.hidden_states(IDS[:, begin:end], caches=alone[0])
-    model.hidden_states(IDS[:, :70], caches=alone[1])
-    steps = [model.hidden_states(IDS[:, i : i + 1], caches=alone[1]) for i in range(70, 100)]
-    chunk = model.new_caches(3, 128, cache_dtype=cache_dtype)
-    model.hidden_states(IDS[:, :70], caches=chunk)
+    one_by_one, chunk = (model.new_caches(3, 128, cache_dtype=cache_dtype) for _ in range(2))
+    for caches in (one_by_one, chunk):
+        model.hidden_states(IDS[:, :70], caches=caches)
+    steps = [model.hidden_states(IDS[:, i : i + 1], caches=one_by_one) for i in range(70, 100)]
     wanted = model.hidden_states(IDS[:, 70:100], caches=chunk)
     difference = (torch.cat(steps, 1) - wanted).abs().mean() / wanted.abs().mean()
     assert difference < 1e-3
