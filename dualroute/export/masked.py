@@ -45,15 +45,14 @@ class MaskedTransformer(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.model.embedding(input_ids)
-        leads = {layer: group[0] for group in self.model.config.choice_groups for layer in group}
-        choices: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # by the layer that leads
-        for number, layer in enumerate(self.model.layers):
+        choices: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)  # by the layer that chooses
+        for chooser, layer in zip(self.model.config.choosers, self.model.layers, strict=True):
             assert isinstance(layer, TransformerBlock)
             hidden = hidden + traceable_attention(
                 layer.attention,
                 layer.attention_norm(hidden),
                 self.for_onnx,
-                choices[leads.get(number, number)],
+                choices[chooser],
             )
             hidden = hidden + layer.ffn(layer.ffn_norm(hidden))
         hidden = self.model.norm(hidden)

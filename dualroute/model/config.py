@@ -347,6 +347,12 @@ class ModelConfig:
         firsts = range(0, len(layers) - 1, self.share_choice) if self.share_choice > 1 else ()
         return [list(layers[first : first + self.share_choice]) for first in firsts]
 
+    @property
+    def choosers(self) -> list[int]:
+        """For each layer the number of the one whose choice of blocks it reads, mostly its own."""
+        first = {layer: group[0] for group in self.choice_groups for layer in group}
+        return [first.get(layer, layer) for layer in range(self.num_layers)]
+
     def _check_shared_choice(self) -> None:
         if self.share_choice == 1:
             return

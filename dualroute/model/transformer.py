@@ -273,10 +273,8 @@ class DualRoutingTransformer(nn.Module):
         """
         assert self.config.head_dim is not None
         layers = [self.config.of_layer(index) for index in range(self.config.num_layers)]
-        reads = {number for group in self.config.choice_groups for number in group[1:]}
         units = sum(
-            4 * sum(keys_read(layer, context))
-            + sum(routing_units(layer, context, chooses=number not in reads))
-            for number, layer in enumerate(layers)
+            4 * sum(keys_read(layer, context)) + sum(routing_units(layer, context, chooses=chooser == number))
+            for number, (chooser, layer) in enumerate(zip(self.config.choosers, layers, strict=True))
         )
         return units * self.config.head_dim

@@ -79,11 +79,11 @@ def training_flops(config: ModelConfig, context: int) -> Flops:
     layers = sum(numel(shape) for name, shape in shapes.items() if name not in _VOCABULARY)
     head = 0 if config.task_head is not None else (config.vocab_size or 0) * config.dim
     of_global = of_local = router = summary = 0.0
-    reads = {number for group in config.choice_groups for number in group[1:]}  # what another layer chose
-    for number, layer in enumerate(config.of_layer(i) for i in range(config.num_layers)):
+    for number, chooser in enumerate(config.choosers):
+        layer = config.of_layer(number)
         read = keys_read(layer, context)
         of_global, of_local = of_global + read[0], of_local + read[1]
-        of_router, of_far = routing_units(layer, context, chooses=number not in reads)
+        of_router, of_far = routing_units(layer, context, chooses=chooser == number)
         router, summary = router + of_router, summary + of_far
     d = config.head_dim
     return Flops(6.0 * layers, 6.0 * head, 12 * d * of_global, 12 * d * of_local, d * router, 3 * d * summary)

@@ -282,16 +282,16 @@ class DecodeStep(nn.Module):
         hidden = model.embedding(tokens[:, 0])  # (B, dim)
         first: Any = model.layers[0].attention  # all layers rotate alike
         tables = token_tables((first.global_rope, first.local_rope), position, hidden.dtype)
-        leads = {layer: group[0] for group in model.config.choice_groups for layer in group}
-        chosen: dict[int, Tensor | None] = {}  # by the layer that leads
+        choosers = model.config.choosers
+        chosen: dict[int, Tensor | None] = {}  # by the layer that chooses
         for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
             assert isinstance(layer, TransformerBlock)
             rows = layer.attention_norm(hidden)
             projected = self.qkv[number](rows)
             if memory is None:
-                lead = leads.get(number, number)
-                heads, chosen[lead] = attend(
-                    layer.attention, projected, tables, position, cache, size, chosen.get(lead)
+                before = chosen.get(choosers[number])
+                heads, chosen[choosers[number]] = attend(
+                    layer.attention, projected, tables, position, cache, size, before
                 )
             else:
                 assert self.kernels is not None
