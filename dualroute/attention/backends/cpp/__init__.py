@@ -16,7 +16,6 @@ decoding of both routes, and the product with an int8 weight that is most of suc
       select.h        which blocks a token reads: scores and running top-k
       routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
       local.h         the local route, both directions
-      order.h         similar keys side by side
       stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
       decode.h        one token, both routes
       int8_product.h  one token's row times an int8 weight

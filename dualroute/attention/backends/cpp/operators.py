@@ -22,6 +22,7 @@ from dualroute.attention.core.layout import Stream
 
 LANES = 16  # numbers of the widest vector
 ROUTERS = {"minmax": 0, "moment": 1, "mean": 2}
+UNITS = ("floats", "portable", "AMX")
 
 
 def pad_heads(rows: Tensor) -> Tensor:
@@ -30,6 +31,30 @@ def pad_heads(rows: Tensor) -> Tensor:
         rows = rows.float()
     missing = -rows.shape[-1] % LANES
     return F.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def use_unit(name: str | None = None) -> str:
+    """Let one of UNITS multiply bfloat16 from now on, the best of this processor for None.
+
+    "floats" widens instead; "portable", for tests, gives what the units give, slowly.
+
+    Returns:
+        What did so far.
+
+    Raises:
+        ValueError: it is none of UNITS, or this processor does not have it.
+    """
+    change = load().use_unit
+    if name is not None and name not in UNITS:
+        raise ValueError(f"unit is {name}: give one of {', '.join(UNITS)}")
+    before = change(-1)
+    best = change(-1)
+    wanted = best if name is None else UNITS.index(name)
+    if wanted > max(best, UNITS.index("portable")):
+        change(before)
+        raise ValueError(f"unit is {name}, which this processor does not have: it has {UNITS[best]}")
+    change(wanted)
+    return UNITS[before]
 
 
 def compute_dtype(rows: Tensor) -> torch.dtype:
@@ -76,6 +101,17 @@ def similar_order(keys: Tensor, cells: int) -> Tensor:
     function.restype = None
     function(_argument(rows), *map(_Long, sizes), _argument(order))
     return order.long()
+
+
+def summarise(key: Tensor, value: Tensor, blocks: Tensor, order: str) -> Summary | None:
+    """The summary of keys and values (H_kv, S, d) of one shape, as `far_summary.summarise` gives it."""
+    if order == "none":
+        return None
+    second = order == "second_order"
+    shape = len(key), blocks.shape[1], key.shape[-1]
+    far = Summary(_empty(key, (*shape[:2], (1 + second) * shape[2])), _empty(value, shape))
+    _call("summarise", key, len(key), blocks, key, value, second, *far)
+    return far
 
 
 def routed_forward(

@@ -23,7 +23,7 @@ from torch import Tensor
 from dualroute.attention.backends.cpp import operators
 from dualroute.attention.backends.cpp.operators import block_tables, compute_dtype, pad_heads
 from dualroute.attention.core.arguments import check_parts, check_rows, check_whole
-from dualroute.attention.core.far_summary import Summary, summarise, summarise_backward
+from dualroute.attention.core.far_summary import Summary, summarise_backward
 from dualroute.attention.core.layout import Stream
 from dualroute.attention.core.router import block_features
 
@@ -145,11 +145,8 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:
         dim = query.shape[-1]
         q, k, v = _padded(query, key, value)
-        far = None
-        if far_summary != "none":
-            far = summarise(_computed(k), _computed(v), stream, far_summary, causal)
-        far = None if far is None else Summary(*(part.contiguous() for part in far))
         tables = block_tables(stream, causal)
+        far = operators.summarise(k, v, tables, far_summary)
         out, lse = operators.routed_forward(q, k, v, far, selected, tables, 1 / math.sqrt(dim))
         out = out[..., :dim].to(query.dtype)
         ctx.stream, ctx.causal = stream, causal

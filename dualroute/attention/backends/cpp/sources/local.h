@@ -6,7 +6,7 @@
 // sums do not depend on how many threads there are.
 #pragma once
 
-#include "tiles.h"
+#include "packed_backward.h"
 
 struct LocalTile {
     long begin, document, end;  // slots; the end is that of the document's tokens, causal of its blocks
@@ -44,9 +44,9 @@ struct LocalKeys {
     std::vector<TurnedKeys<T, S>> ring;
     std::vector<long> held;
 
-    LocalKeys(const Reach& reach, long dim, bool values_too)
+    LocalKeys(const Reach& reach, long dim, bool values_too, bool packs)
         : dim(dim), held(reach.back() + reach.forth() + 2, -1) {
-        for (size_t i = 0; i < held.size(); ++i) ring.emplace_back(dim, TILE, values_too);
+        for (size_t i = 0; i < held.size(); ++i) ring.emplace_back(dim, TILE, values_too, packs);
     }
 
     // The tile of `count` keys from slot `begin` on, of a head whose rows begin at `key` and `value`.
@@ -109,21 +109,21 @@ void local_forward(const Shape& shape, long window, T scale, const S* query, con
     for (long head = 0; head < shape.heads; ++head)
         for (long piece = 0; piece < pieces.count; ++piece) {
             const long kv = head / shape.group();
-            Scratch<T> scratch(dim, dim, TILE);
-            LocalKeys<T, S> cache(reach, dim, false);
+            const Tiles held(shape.packs);
+            Scratch<T> scratch(dim, dim, TILE, shape.packs);
+            LocalKeys<T, S> cache(reach, dim, false, shape.packs);
             for (long i = pieces.first(piece); i < pieces.last(piece); ++i) {
                 const LocalTile& tile = pieces.tiles[i];
                 S* rows_out = out + head * row + tile.begin * dim;
                 T* sums = in_place(rows_out, scratch.output.data());
-                scale_row<T>(scratch.query.data(), query + head * row + tile.begin * dim, scale,
-                             tile.rows * dim);
+                scratch.put_queries(0, query + head * row + tile.begin * dim, tile.rows, scale);
                 std::fill_n(sums, tile.rows * dim, T(0));
                 std::fill_n(scratch.peak, TILE, T(UNSEEN));
                 std::fill_n(scratch.norm, TILE, T(0));
                 for_local_keys(tile, reach, key + kv * row, value + kv * row, cache,
                                [&](const Keys<T>& keys, const Band& band, long) {
-                                   attend_tile<T>(scratch.query.data(), dim, tile.rows, keys, dim, band,
-                                                  close_nothing<T>, sums, scratch);
+                                   attend_tile<T>(scratch.queries(scale), tile.rows, keys, dim, band,
+                                                  CloseNothing{}, sums, scratch);
                                });
                 for (int r = 0; r < tile.rows; ++r) {
                     scale_row<T>(sums + r * dim, sums + r * dim, 1 / scratch.norm[r], dim);
@@ -147,8 +147,11 @@ void local_backward(const Shape& shape, long window, T scale, const S* grad, con
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(shape.threads)
     for (long kv = 0; kv < shape.kv_heads; ++kv)
         for (long piece = 0; piece < pieces.count; ++piece) {
-            Scratch<T> scratch(dim, dim, TILE);
-            LocalKeys<T, S> cache(reach, dim, true);
+            const Tiles held(shape.packs);
+            Scratch<T> scratch(dim, dim, TILE, false);
+            LocalKeys<T, S> cache(reach, dim, true, shape.packs);
+            PackedQueries packed(dim, dim);
+            PackedScratch packed_scratch(dim);
             const LocalSpan own(pieces, piece, reach);
             std::vector<T>& others = outside[kv * pieces.count + piece];
             others.assign(2 * (own.past + own.future) * dim, T(0));
@@ -158,24 +161,48 @@ void local_backward(const Shape& shape, long window, T scale, const S* grad, con
                 for (long head = kv * shape.group(); head < (kv + 1) * shape.group(); ++head) {
                     const LocalTile& tile = pieces.tiles[i];
                     const long place = head * row + tile.begin * dim;
-                    scale_row<T>(scratch.query.data(), query + place, scale, tile.rows * dim);
+                    const T* rows_lse = lse + head * shape.slots + tile.begin;
                     softmax_delta<T>(grad + place, out + place, tile.rows, dim, scratch.delta);
-                    const T* rows_grad = widened<T>(grad + place, tile.rows * dim, scratch.grad.data());
-                    T* sums = scratch.to_query.data();
-                    std::fill_n(sums, tile.rows * dim, T(0));
-                    for_local_keys(tile, reach, key + kv * row, value + kv * row, cache,
-                                   [&](const Keys<T>& keys, const Band& band, long begin) {
-                                       const bool inside = begin >= own.start && begin < own.stop;
-                                       T* key_sums = inside ? to_key + kv * row + begin * dim
-                                                            : others.data() + own.place(begin) * dim;
-                                       T* value_sums = inside ? to_value + kv * row + begin * dim
-                                                              : key_sums + (own.past + own.future) * dim;
-                                       attend_tile_backward<T>(
-                                           scratch.query.data(), dim, rows_grad, tile.rows, keys, dim, band,
-                                           close_nothing<T>, lse + head * shape.slots + tile.begin,
-                                           scratch.delta, sums, key_sums, value_sums, scratch);
-                                   });
-                    scale_row<T>(sums, sums, scale, tile.rows * dim);
+                    // Calls step(keys, band, sums of their gradients, of their values') for all tiles of
+                    // keys.
+                    const auto for_keys = [&](auto step) {
+                        for_local_keys(tile, reach, key + kv * row, value + kv * row, cache,
+                                       [&](const Keys<T>& keys, const Band& band, long begin) {
+                                           const bool inside = begin >= own.start && begin < own.stop;
+                                           T* key_sums = inside ? to_key + kv * row + begin * dim
+                                                                : others.data() + own.place(begin) * dim;
+                                           T* value_sums = inside ? to_value + kv * row + begin * dim
+                                                                  : key_sums + (own.past + own.future) * dim;
+                                           step(keys, band, key_sums, value_sums);
+                                       });
+                    };
+                    const T* sums = scratch.to_query.data();
+                    if constexpr (std::is_same_v<S, BFloat16>) {
+                        if (shape.packs) {
+                            copy_row(packed.rows.data(), query + place, tile.rows * dim);
+                            copy_row(packed.grads.data(), grad + place, tile.rows * dim);
+                            for (int r = 0; r < tile.rows; ++r) packed.put(r, rows_lse[r], scratch.delta[r]);
+                            packed.pack(tile.rows);
+                            packed_scratch.clear(dim);
+                            for_keys([&](const Keys<T>& keys, const Band& band, T* key_sums, T* value_sums) {
+                                attend_packed_backward(packed, keys, band, scale, CloseNothing{}, key_sums,
+                                                       value_sums, packed_scratch);
+                            });
+                            sums = packed_scratch.gradients(dim);
+                        }
+                    }
+                    if (!shape.packs) {
+                        T* collected = scratch.to_query.data();
+                        scale_row<T>(scratch.query.data(), query + place, scale, tile.rows * dim);
+                        const T* rows_grad = widened<T>(grad + place, tile.rows * dim, scratch.grad.data());
+                        std::fill_n(collected, tile.rows * dim, T(0));
+                        for_keys([&](const Keys<T>& keys, const Band& band, T* key_sums, T* value_sums) {
+                            attend_tile_backward<T>(scratch.query.data(), dim, rows_grad, tile.rows, keys,
+                                                    dim, band, CloseNothing{}, rows_lse, scratch.delta,
+                                                    collected, key_sums, value_sums, scratch);
+                        });
+                        scale_row<T>(collected, collected, scale, tile.rows * dim);
+                    }
                     put_numbers(to_query + place, sums, tile.rows * dim);
                     std::fill_n(to_query + place + tile.rows * dim, tile.gap * dim, S{});
                 }

@@ -104,11 +104,14 @@ struct Routed {
     const int columns;
     const long first, last, start, stop;  // blocks of the piece, and of all that its tokens may read
     const long begin, slots;              // the same in slots: the first one, and how many
-    const bool backward;
+    const bool backward, packs;
+    const long far_depth, value_depth;  // numbers of a packed row of summaries, and of their values
     const Readers readers;
     TurnedKeys<T, S> block_turned, sink_turned;
     Buffer<T> far_turned, far_values;  // summaries of the document `summarised`, in tiles
+    Buffer<BFloat16> far_key_pairs, far_value_pairs, far_columns, far_queries;  // backward rows and columns
     long sink = -1, summarised = -1;
+    alignas(64) T far_bias[TILE];
     Scratch<T> scratch;
 
     Routed(const RoutedProblem<T, S>& p, long kv, long first, long last, bool backward)
@@ -127,12 +130,21 @@ struct Routed {
           begin(first * shape.block),
           slots((last - first) * shape.block),
           backward(backward),
+          packs(shape.packs),
+          far_depth(round_to(far.width, DEPTH)),
+          value_depth(round_to(shape.dim, DEPTH)),
           readers(selected, columns, first * shape.block, last * shape.block, start, stop),
-          block_turned(shape.dim, shape.block, backward),
-          sink_turned(shape.dim, shape.block, backward),
-          far_turned(far_tiles() * far.width * TILE),
-          far_values(backward ? far_tiles() * shape.dim * TILE : 0),
-          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row)) {}
+          block_turned(shape.dim, shape.block, backward, packs),
+          sink_turned(shape.dim, shape.block, backward, packs),
+          far_turned(packs ? 0 : far_tiles() * far.width * TILE),
+          far_values(backward && !packs ? far_tiles() * shape.dim * TILE : 0),
+          far_key_pairs(packs ? far_tiles() * far_depth * TILE : 0),
+          far_value_pairs(packs ? far_tiles() * value_depth * TILE : 0),
+          far_columns(packs && backward ? far_tiles() * far.width * TILE : 0),
+          far_queries(packs && far.width ? far_depth * TILE : 0),
+          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row), packs) {
+        if (packs && far.width) std::fill_n(far_queries.data(), far_depth * TILE, BFloat16{});
+    }
 
     const Keys<T>& turn(long block, TurnedKeys<T, S>& turned) const {
         const long place = block * shape.block * shape.dim;
@@ -168,11 +180,59 @@ struct Routed {
         const long end = end_of(document);
         for (long tile = 0; document + tile * TILE < end; ++tile) {
             const long block = document + tile * TILE, count = std::min<long>(TILE, end - block);
+            if (packs) {
+                pack_summaries(block, count, tile);
+                continue;
+            }
             transpose<T>(far_turned.data() + tile * far.width * TILE, TILE, far.keys + block * far.width,
                          far.width, count, far.width);
             if (backward)
                 transpose<T>(far_values.data() + tile * shape.dim * TILE, TILE,
                              far.values + block * shape.dim, shape.dim, count, shape.dim);
+        }
+    }
+
+    // Summaries for products of bfloat16: rounded like keys and values.
+    void pack_summaries(long block, int count, long tile) {
+        if constexpr (std::is_same_v<T, float>) {
+            Buffer<BFloat16> keys(TILE * far.width), values(TILE * shape.dim);
+            store_halves(keys.data(), far.keys + block * far.width, count * far.width);
+            store_halves(values.data(), far.values + block * shape.dim, count * shape.dim);
+            BFloat16 *to = far_key_pairs.data() + tile * far_depth * TILE,
+                     *to_values = far_value_pairs.data() + tile * value_depth * TILE;
+            if (backward) {
+                pack_columns(far_columns.data() + tile * far.width * TILE, TILE, keys.data(), count,
+                             far.width, to);
+                pack_left(to, TILE, far_depth, keys.data(), count, far.width);
+                pack_left(to_values, TILE, value_depth, values.data(), count, shape.dim);
+            } else {
+                pack_transposed(to, TILE, far_depth, keys.data(), count, far.width);
+                pack_rows(to_values, TILE, values.data(), count, shape.dim);
+            }
+        }
+    }
+
+    // What the summaries are multiplied by: the queries of the scratch.
+    Queries<T> summary_queries(int rows) {
+        if (packs) {
+            if constexpr (std::is_same_v<T, float>) pack_far_queries(rows);
+        } else {
+            far_features(scratch.query.data(), rows, scratch.to_query.data());
+        }
+        return {scratch.to_query.data(), int(far.width), far_queries.data(), scale};
+    }
+    void pack_far_queries(int rows) {
+        for (int r = 0; r < rows; ++r)
+            put_far_query(scratch.packed_query.data() + r * scratch.depth,
+                          far_queries.data() + r * far_depth);
+    }
+    void put_far_query(const BFloat16* from, BFloat16* to) const {
+        if constexpr (std::is_same_v<T, float>) {
+            copy_row(to, from, shape.dim);
+            for (long j = 0; far.width > shape.dim && j < shape.dim; j += LANES<float>) {
+                const Vector<float> q = load_stored<float>(from + j);
+                store_half(to + shape.dim + j, q * q * (0.5f * float(scale)));
+            }
         }
     }
 
@@ -185,40 +245,70 @@ struct Routed {
         for (long tile = 0; document + tile * TILE < end; ++tile) {
             const long block = document + tile * TILE;
             if (shape.hides(own, block, block + TILE)) continue;
+            Packed packed;
+            if (packs) {
+                const BFloat16 *keys = far_key_pairs.data() + tile * far_depth * TILE,
+                               *values = far_value_pairs.data() + tile * value_depth * TILE,
+                               *columns = far_columns.data() + tile * far.width * TILE;
+                packed = backward ? Packed{nullptr, nullptr, far_depth, keys, values, columns}
+                                  : Packed{keys, values, far_depth};
+            }
             step(Keys<T>{far.keys + block * far.width, far_turned.data() + tile * far.width * TILE,
                          far.values + block * shape.dim, far_values.data() + tile * shape.dim * TILE, TILE,
-                         int(std::min<long>(TILE, end - block))},
+                         int(std::min<long>(TILE, end - block)), packed},
                  block);
         }
     }
 
-    // Adds log n to a tile of logits of summaries, and closes those that the tokens from `slot` on do not
-    // read: the sink, chosen blocks and their own.
-    auto close_far(long slot, long document, long tile_begin) const {
-        return [this, slot, document, tile_begin](T* logits, int, int rows, int from, int to) {
-            const T log_tokens = std::log(T(shape.block));
-            const long block = slot / shape.block, own = block - tile_begin, last = shape.end(block) - 1;
+    // What is added to the logits of a tile of summaries for the tokens of block `own`: log n, or -inf where
+    // they do not read it: the sink, their own, what is hidden.
+    void set_far_bias(long own, long tile_begin) {
+        const T unit = packs ? 1 / scale : 1;  // packed, logits are multiplied by the scale later
+        const long end = shape.end(own);
+        const T whole = std::log(T(shape.block)) * unit;
+        for (int j = 0; j < TILE; ++j) {
+            const long block = tile_begin + j;
+            const bool closed = block <= shape.first_block[own] || block == own || block >= end ||
+                                shape.hides(own, block, block + 1);
+            far_bias[j] = closed                               ? NEG_INF<T>
+                          : shape.tokens(block) == shape.block ? whole
+                                                               : std::log(T(shape.tokens(block))) * unit;
+        }
+    }
+    // The column of a chosen block of a token in a tile of summaries, -1 for another tile's.
+    int chosen_column(long slot, int choice, long tile_begin) const {
+        const long column = selected[slot * columns + choice] - tile_begin;
+        return column >= 0 && column < TILE ? int(column) : -1;
+    }
+
+    // Adds the bias to a tile of logits of summaries, and closes the blocks that the tokens from `slot` on
+    // have chosen.
+    auto close_far(long slot, long tile_begin) {
+        set_far_bias(slot / shape.block, tile_begin);
+        return [this, slot, tile_begin](T* logits, int row, int rows, int from, int to) {
             for (int r = 0; r < rows; ++r) {
                 T* line = logits + r * TILE;
-                for (int j = from; j < to; j += LANES<T>) store<T>(line + j, load<T>(line + j) + log_tokens);
-                if (!shape.causal()) {  // the last block alone may be a part of one
-                    if (last - tile_begin < to)
-                        line[last - tile_begin] += std::log(T(shape.tokens(last))) - log_tokens;
-                    if (own >= from && own < to) line[own] = NEG_INF<T>;
-                }
-                close_outside<T>(line, from, to, int(std::max(0L, document + 1 - tile_begin)), to);
-                for (int range = 0; range < shape.ranges; ++range) {
-                    const long shown = std::min<long>(to, shape.end(range, block) - tile_begin);
-                    for (long j = std::max<long>(from, shape.begin(range, block) - tile_begin); j < shown;
-                         ++j)
-                        line[j] = NEG_INF<T>;
-                }
-                const int32_t* chosen = selected + (slot + r) * columns;
+                for (int j = from; j < to; j += LANES<T>)
+                    store<T>(line + j, load<T>(line + j) + load<T>(far_bias + j));
                 for (int c = 1; c < columns; ++c) {
-                    const long column = chosen[c] - tile_begin;
-                    if (column >= from && column < to) line[column] = NEG_INF<T>;
+                    const int column = chosen_column(slot + row + r, c, tile_begin);
+                    if (column >= 0) line[column] = NEG_INF<T>;
                 }
             }
+        };
+    }
+    // The same for the transposed logits of `rows` tokens.
+    auto close_far_turned(long slot, int rows, long tile_begin) {
+        set_far_bias(slot / shape.block, tile_begin);
+        return [this, slot, rows, tile_begin](T* logits, int, int count) {
+            for (int j = 0; j < count; ++j)
+                for (int r = 0; r < TILE; r += LANES<T>)
+                    store<T>(logits + j * TILE + r, load<T>(logits + j * TILE + r) + far_bias[j]);
+            for (int r = 0; r < rows; ++r)
+                for (int c = 1; c < columns; ++c) {
+                    const int column = chosen_column(slot + r, c, tile_begin);
+                    if (column >= 0) logits[column * TILE + r] = NEG_INF<T>;
+                }
         };
     }
 
@@ -232,7 +322,7 @@ struct Routed {
             }
     }
     // Adds the gradient of the features, (rows, width), to that of the queries.
-    void add_far_features(const T* gradient, const T* scaled, int rows, T* to_query) const {
+    void add_far_features(const T* gradient, const T* scaled, int rows, T factor, T* to_query) const {
         for (int r = 0; r < rows; ++r)
             for (long j = 0; j < shape.dim; j += LANES<T>) {
                 const T* line = gradient + r * far.width + j;
@@ -240,7 +330,7 @@ struct Routed {
                 Vector<T> sum = load<T>(line);
                 if (far.width > shape.dim)
                     sum += load<T>(line + shape.dim) * load<T>(scaled + r * shape.dim + j);
-                store<T>(to, load<T>(to) + sum * scale);
+                store<T>(to, load<T>(to) + sum * factor);
             }
     }
 
@@ -265,6 +355,12 @@ struct Routed {
         }
         for (long block = first; block < last && !shape.causal(); ++block)
             for_rows([&](long member, long offset, int rows) { finish(block, member, offset, rows); });
+    }
+    // Calls step(token) for the readers that follow those of a tile: what they need is far apart in memory.
+    template <class Step>
+    void for_next_readers(const int32_t* tokens, int rows, Step step) const {
+        const int32_t *next = tokens + rows, *end = readers.tokens.data() + readers.tokens.size();
+        for (const int32_t* token = next; token < std::min(next + TILE, end); ++token) step(*token);
     }
     // The tiles of a block's tokens.
     template <class Step>

@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "packed_backward.h"
 #include "routed.h"
 
 // Where gradients go; all (heads, ...) like what they are the gradients of. Those to which several pieces add
@@ -35,6 +36,8 @@ struct RoutedBackward : Routed<T, S> {
     std::vector<T> deltas;
     Buffer<T> query_sums;
     Sums<T>&outside, &summaries;
+    PackedQueries packed;
+    PackedScratch packed_scratch;
 
     RoutedBackward(const RoutedProblem<T, S>& problem, long kv, long first, long last, const S* grad,
                    const S* out, const T* lse, const RoutedGradients<T, S>& to, Sums<T>& outside,
@@ -48,7 +51,9 @@ struct RoutedBackward : Routed<T, S> {
           deltas(shape.group() * slots),
           query_sums(std::is_same_v<T, S> ? 0 : deltas.size() * shape.dim),
           outside(outside),
-          summaries(summaries) {
+          summaries(summaries),
+          packed(std::max(shape.dim, far.width), shape.dim),
+          packed_scratch(std::max(shape.dim, far.width)) {
         const long dim = shape.dim, blocks = this->stop - this->start,
                    others = (blocks - (last - first)) * shape.block * dim;
         outside.clear(others, others);
@@ -85,6 +90,8 @@ struct RoutedBackward : Routed<T, S> {
 
     // Tokens that chose the block.
     void read(const Keys<T>& keys, long block, long member, const int32_t* tokens, int rows) {
+        if constexpr (std::is_same_v<S, BFloat16>)
+            if (this->packs) return read_packed(keys, block, member, tokens, rows);
         const long dim = shape.dim, head = member * shape.slots;
         for (int i = 0; i < rows; ++i) {
             scale_row<T>(scratch.query.data() + i * dim, this->query + (head + tokens[i]) * dim, scale, dim);
@@ -95,21 +102,46 @@ struct RoutedBackward : Routed<T, S> {
         T* collected = scratch.to_query.data();
         std::fill_n(collected, rows * dim, T(0));
         attend_tile_backward<T>(scratch.query.data(), dim, scratch.grad.data(), rows, keys, dim, Band{},
-                                close_nothing<T>, scratch.lse, scratch.delta, collected, key_sums(block),
+                                CloseNothing{}, scratch.lse, scratch.delta, collected, key_sums(block),
                                 value_sums(block), scratch);
         for (int i = 0; i < rows; ++i)
             add_row<T>(sums_of(member, tokens[i]), collected + i * dim, scale, dim);
     }
 
+    void read_packed(const Keys<float>& keys, long block, long member, const int32_t* tokens, int rows) {
+        const long dim = shape.dim, head = member * shape.slots;
+        this->for_next_readers(tokens, rows, [&](long token) {
+            fetch_row(this->query + (head + token) * dim, dim);
+            fetch_row(grad + (head + token) * dim, dim);
+            fetch_row(sums_of(member, token), dim);
+        });
+        for (int i = 0; i < rows; ++i) put_packed(i, member, tokens[i]);
+        packed.pack(rows);
+        packed_scratch.clear(dim);
+        attend_packed_backward(packed, keys, Band{}, scale, CloseNothing{}, key_sums(block),
+                               value_sums(block), packed_scratch);
+        const float* collected = packed_scratch.gradients(dim);
+        for (int i = 0; i < rows; ++i) add_row<T>(sums_of(member, tokens[i]), collected + i * dim, T(1), dim);
+    }
+    // Token `token` becomes row `row` of the packed queries.
+    void put_packed(int row, long member, long token) {
+        const long dim = shape.dim, place = member * shape.slots + token;
+        copy_row(packed.rows.data() + row * dim, this->query + place * dim, dim);
+        copy_row(packed.grads.data() + row * dim, grad + place * dim, dim);
+        packed.put(row, lse[place], deltas[member * slots + token - begin]);
+    }
+
     // The block's own tokens: their block, the sink, the summaries.
     void own(const Keys<T>& keys, long block, long member, long offset, int rows) {
+        if constexpr (std::is_same_v<S, BFloat16>)
+            if (this->packs) return own_packed(keys, block, member, offset, rows);
         const long dim = shape.dim, slot = block * shape.block + offset, row = member * shape.slots + slot,
                    document = shape.first_block[block];
         const T* delta = deltas.data() + member * slots + slot - begin;
         const T* row_grad = widened<T>(grad + row * dim, rows * dim, scratch.grad.data());
         T *query = scratch.query.data(), *collected = scratch.to_query.data(), *sums = sums_of(member, slot);
         const auto attend = [&](const Keys<T>& tile, const Band& band, long from) {
-            attend_tile_backward<T>(query, dim, row_grad, rows, tile, dim, band, close_nothing<T>, lse + row,
+            attend_tile_backward<T>(query, dim, row_grad, rows, tile, dim, band, CloseNothing{}, lse + row,
                                     delta, collected, key_sums(from), value_sums(from), scratch);
         };
         scale_row<T>(query, this->query + row * dim, scale, rows * dim);
@@ -118,6 +150,36 @@ struct RoutedBackward : Routed<T, S> {
         if (block > document) attend(this->sink_keys(document), Band{}, document);
         add_row<T>(sums, collected, scale, rows * dim);
         if (far.width) read_far(block, member, offset, rows, row_grad, sums);
+    }
+
+    void own_packed(const Keys<float>& keys, long block, long member, long offset, int rows) {
+        const long dim = shape.dim, slot = block * shape.block + offset, document = shape.first_block[block];
+        T* sums = sums_of(member, slot);
+        for (int r = 0; r < rows; ++r) put_packed(r, member, slot + r);
+        packed.pack(rows);
+        packed_scratch.clear(dim);
+        const auto attend = [&](const Keys<float>& tile, const Band& band, long from) {
+            attend_packed_backward(packed, tile, band, scale, CloseNothing{}, key_sums(from),
+                                   value_sums(from), packed_scratch);
+        };
+        attend(keys, this->own_band(offset), block);
+        if (block > document) attend(this->sink_keys(document), Band{}, document);
+        add_row<T>(sums, packed_scratch.gradients(dim), T(1), rows * dim);
+        if (!far.width) return;
+        const S* queries = this->query + (member * shape.slots + slot) * dim;
+        for (int r = 0; r < rows; ++r)
+            this->put_far_query(queries + r * dim, packed.rows.data() + r * far.width);
+        packed.pack_features(rows, far.width);
+        packed_scratch.clear(far.width);
+        this->for_far(block, [&](const Keys<float>& tile, long tile_begin) {
+            const long column = tile_begin - this->start;
+            attend_packed_backward(packed, tile, Band{}, scale,
+                                   this->close_far_turned(slot, rows, tile_begin),
+                                   summaries.keys.data() + column * far.width,
+                                   summaries.values.data() + column * dim, packed_scratch);
+        });
+        scale_row<T>(scratch.output.data(), queries, scale, rows * dim);
+        this->add_far_features(packed_scratch.gradients(far.width), scratch.output.data(), rows, T(1), sums);
     }
 
     // They have read all.
@@ -139,11 +201,11 @@ struct RoutedBackward : Routed<T, S> {
         this->for_far(block, [&](const Keys<T>& tile, long tile_begin) {
             const long column = tile_begin - this->start;
             attend_tile_backward<T>(query, far.width, row_grad, rows, tile, dim, Band{},
-                                    this->close_far(slot, shape.first_block[block], tile_begin), lse + row,
-                                    delta, collected, summaries.keys.data() + column * far.width,
+                                    this->close_far(slot, tile_begin), lse + row, delta, collected,
+                                    summaries.keys.data() + column * far.width,
                                     summaries.values.data() + column * dim, scratch);
         });
-        this->add_far_features(collected, scaled, rows, sums);
+        this->add_far_features(collected, scaled, rows, scale, sums);
     }
 };
 
@@ -156,6 +218,7 @@ void routed_backward(const RoutedProblem<T, S>& problem, const S* grad, const S*
     std::vector<Sums<T>> outside(shape.kv_heads * pieces.count), summaries(shape.kv_heads * pieces.count);
     for_pieces(shape, [&](long piece, long kv, long first, long last) {
         const long place = kv * pieces.count + piece;
+        const Tiles held(shape.packs);
         RoutedBackward<T, S>(problem, kv, first, last, grad, out, lse, to, outside[place], summaries[place])
             .run();
     });

@@ -12,10 +12,6 @@
 
 #include "vectors.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 struct BFloat16 {
     uint16_t bits;
 };
@@ -97,6 +93,32 @@ inline void narrow(T x, BFloat16& to) {  // to the nearest, of two the even one
     to.bits = uint16_t(wide == wide ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 64);
 }
 
+inline BFloat16 half(float x) {
+    BFloat16 to;
+    narrow<float>(x, to);
+    return to;
+}
+
+// LANES<float> floats as bfloat16.
+inline void store_half(BFloat16* to, Vector<float> v) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(v));
+#else
+    for (int i = 0; i < LANES<float>; ++i) to[i] = half(v[i]);
+#endif
+}
+
+// Has n numbers brought to the second-level cache.
+template <class S>
+inline void fetch_row(const S* from, long n) {
+    const char* bytes = reinterpret_cast<const char*>(from);
+    for (long byte = 0; byte < n * long(sizeof(S)); byte += 64) __builtin_prefetch(bytes + byte, 0, 2);
+}
+// to (n,) = from (n,), n a multiple of 16.
+template <class S>
+inline void copy_row(S* to, const S* from, long n) {
+    for (long i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16 * sizeof(S));
+}
 // to (n,) = stored numbers times a factor; n a multiple of the lanes, as in the two that follow.
 template <class T, class S>
 inline void scale_row(T* to, const S* from, T factor, long n) {
@@ -125,12 +147,13 @@ inline T* in_place(S* place, T* room) {
     else
         return room;
 }
+// n a multiple of the lanes.
 template <class T, class S>
 inline void put_numbers(S* to, const T* from, long n) {
     if constexpr (std::is_same_v<T, S>) {
         if (to != from) std::copy_n(from, n, to);
     } else {
-        for (long i = 0; i < n; ++i) narrow<T>(from[i], to[i]);
+        for (long i = 0; i < n; i += LANES<T>) store_half(to + i, load<T>(from + i));
     }
 }
 

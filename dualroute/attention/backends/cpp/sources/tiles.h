@@ -10,10 +10,11 @@
 
 #include <vector>
 
-#include "stored.h"
+#include "matrix_unit.h"
 
-constexpr int TILE = 64;   // query rows of a tile
-constexpr int GROUP = 16;  // rows that share a range of columns where a tile is masked
+constexpr int TILE = 64;    // query rows of a tile
+constexpr int GROUP = 16;   // rows that share a range of columns where a tile is masked
+constexpr int PACKED = 32;  // rows that are worked on at once where operands are packed
 // The peak of a row that has seen nothing: finite, so that differences are numbers.
 constexpr float UNSEEN = -1e30f;
 
@@ -28,33 +29,74 @@ struct Band {
     }
 };
 
-// Keys (or pseudo-keys) of a tile. `transposed` is (width, row), row >= count a multiple of the lanes; what
-// stands beyond `count` is closed.
+// For products of bfloat16, null where floats are multiplied: forward the right operands of Q K^T, whose rows
+// are `depth` numbers, and of P V; backward keys, values and transposed keys as left operands.
+struct Packed {
+    const BFloat16 *keys = nullptr, *values = nullptr;
+    long depth = 0;
+    const BFloat16 *key_rows = nullptr, *value_rows = nullptr, *key_columns = nullptr;
+};
+
+// Keys (or pseudo-keys) of a tile. `transposed` is (width, row), row >= count a multiple of the lanes, packed
+// of DEPTH; what stands beyond `count` is closed. Packed, the other pointers are null.
 template <class T>
 struct Keys {
     const T *keys, *transposed, *values, *values_transposed;
     long row;
     int count;
+    Packed packed{};
 };
 
-// Keys and values of up to `most` tokens, widened and transposed.
+// Queries of a tile: rows of `width` numbers that are multiplied by 1 / sqrt(d), or packed as they are.
+template <class T>
+struct Queries {
+    const T* rows;
+    int width;
+    const BFloat16* packed;
+    T scale;
+};
+
+// Keys and values of up to `most` tokens, widened and transposed, or packed.
 template <class T, class S>
 struct TurnedKeys {
-    long dim, row;
-    bool values_too;
+    long dim, row, depth;
+    bool values_too, packs;
     Buffer<T> keys, values, keys_turned, values_turned;
+    Buffer<BFloat16> key_pairs, value_pairs, key_columns;  // backward rows and columns
     Keys<T> view{};
 
-    TurnedKeys(long dim, long most, bool values_too)
+    TurnedKeys(long dim, long most, bool values_too, bool packs)
         : dim(dim),
-          row(round_up<T>(most)),
+          row(packs ? round_to(most, DEPTH) : round_up<T>(most)),
+          depth(round_to(dim, DEPTH)),
           values_too(values_too),
-          keys(std::is_same_v<T, S> ? 0 : most * dim),
-          values(std::is_same_v<T, S> ? 0 : most * dim),
-          keys_turned(dim * row),
-          values_turned(values_too ? dim * row : 0) {}
+          packs(packs),
+          keys(packs || std::is_same_v<T, S> ? 0 : most * dim),
+          values(packs || std::is_same_v<T, S> ? 0 : most * dim),
+          keys_turned(packs ? 0 : dim * row),
+          values_turned(values_too && !packs ? dim * row : 0),
+          key_pairs(packs ? depth * row : 0),
+          value_pairs(packs ? depth * row : 0),
+          key_columns(packs && values_too ? dim * row : 0) {}
 
     const Keys<T>& turn(const S* key, const S* value, int count) {
+        if constexpr (std::is_same_v<S, BFloat16>)
+            if (packs && values_too) {
+                pack_columns(key_columns.data(), row, key, count, dim, key_pairs.data());
+                pack_left(key_pairs.data(), row, depth, key, count, dim);
+                pack_left(value_pairs.data(), row, depth, value, count, dim);
+                return view = {{},
+                               {},
+                               {},
+                               {},
+                               row,
+                               count,
+                               {{}, {}, depth, key_pairs.data(), value_pairs.data(), key_columns.data()}};
+            } else if (packs) {
+                pack_transposed(key_pairs.data(), row, depth, key, count, dim);
+                pack_rows(value_pairs.data(), row, value, count, dim);
+                return view = {{}, {}, {}, {}, row, count, {key_pairs.data(), value_pairs.data(), depth}};
+            }
         view = {widened<T>(key, count * dim, keys.data()),
                 keys_turned.data(),
                 widened<T>(value, count * dim, values.data()),
@@ -69,15 +111,39 @@ struct TurnedKeys {
 
 template <class T>
 struct Scratch {
+    long dim, depth;
+    bool packs;
     Buffer<T> logits, gradients, query, grad, output, to_query;
-    alignas(64) T peak[TILE], norm[TILE], decay[TILE], lse[TILE], delta[TILE];
-    Scratch(long dim, long width, long keys)
-        : logits(TILE * keys),
+    Buffer<BFloat16> packed_query, weights;
+    alignas(64) T peak[TILE], norm[TILE], lse[TILE], delta[TILE];
+    // For keys of up to `keys` rows, queries of `width` numbers.
+    Scratch(long dim, long width, long keys, bool packs)
+        : dim(dim),
+          depth(round_to(dim, DEPTH)),
+          packs(packs),
+          logits(TILE * keys),
           gradients(TILE * keys),
           query(TILE * width),
           grad(TILE * dim),
           output(TILE * dim),
-          to_query(TILE * width) {}
+          to_query(TILE * width),
+          packed_query(packs ? TILE * depth : 0),
+          weights(packs ? TILE * keys : 0) {
+        if (packs) std::fill_n(packed_query.data(), TILE * depth, BFloat16{});
+    }
+
+    // Queries of a tile from its row `row` on.
+    template <class S>
+    void put_queries(int row, const S* from, int rows, T scale) {
+        if constexpr (std::is_same_v<S, BFloat16>)
+            if (packs) {
+                for (int r = 0; r < rows; ++r)
+                    copy_row(packed_query.data() + (row + r) * depth, from + r * dim, dim);
+                return;
+            }
+        scale_row<T>(query.data() + row * dim, from, scale, rows * dim);
+    }
+    Queries<T> queries(T scale) const { return {query.data(), int(dim), packed_query.data(), scale}; }
 };
 
 template <class T>
@@ -86,72 +152,106 @@ void close_outside(T* row, int begin, int end, int first, int last) {
     for (int j = std::max(last, begin); j < end; ++j) row[j] = NEG_INF<T>;
 }
 
-// Logits of rows 0..rows-1, columns from..to-1 -> weights; updates peaks and norms, gives the decays of the
-// past.
-template <class T>
-void softmax_step(T* logits, long row, int rows, int from, int to, T* peak, T* norm, T* decay) {
-    T fresh[TILE];
-    for (int r = 0; r < rows; ++r) {
-        const T* line = logits + r * row;
-        Vector<T> best = load<T>(line + from);
-        for (int j = from + LANES<T>; j < to; j += LANES<T>) {
-            const Vector<T> other = load<T>(line + j);
-            best = best > other ? best : other;
+// Logits of rows 0..rows-1, columns from..to-1 -> weights; updates peaks and norms, and lets the past of
+// `sums` (rows, dim) decay. What the logits are, times `scale`; `power(x, shift)` is e^(x scale - shift),
+// `put` keeps the weights.
+template <class T, class Power, class Put>
+void softmax_step(const T* logits, long row, int rows, int from, int to, T scale, T* peak, T* norm, T* sums,
+                  int dim, Power power, Put put) {
+    for (int begin = 0; begin < rows; begin += LANES<T>) {
+        const int count = std::min(LANES<T>, rows - begin);
+        Vector<T> each[LANES<T>];
+        for (int i = 0; i < LANES<T>; ++i) {
+            const T* line = logits + (begin + std::min(i, count - 1)) * row;
+            each[i] = load<T>(line + from);
+            for (int j = from + LANES<T>; j < to; j += LANES<T>) {
+                const Vector<T> other = load<T>(line + j);
+                each[i] = each[i] > other ? each[i] : other;
+            }
         }
-        fresh[r] = std::max(peak[r], largest<T>(best));
-    }
-    for (int r = rows; r < round_up<T>(rows); ++r) fresh[r] = peak[r];
-    for (int r = 0; r < rows; r += LANES<T>) {
-        const Vector<T> now = load<T>(fresh + r);
-        store<T>(decay + r, exponential<T>(load<T>(peak + r) - now));
-        store<T>(peak + r, now);
-    }
-    for (int r = 0; r < rows; ++r) {
-        T* line = logits + r * row;
-        Vector<T> sum{};
-        for (int j = from; j < to; j += LANES<T>) {
-            const Vector<T> weight = exponential<T>(load<T>(line + j) - fresh[r]);
-            store<T>(line + j, weight);
-            sum += weight;
+        const Vector<T> most = largest_of_each<T>(each) * scale, past = load<T>(peak + begin),
+                        now = past > most ? past : most, kept = exponential<T>(past - now);
+        store<T>(peak + begin, now);
+        for (int i = 0; i < count; ++i)
+            scale_row<T>(sums + (begin + i) * dim, sums + (begin + i) * dim, kept[i], dim);
+        for (int i = 0; i < count; ++i) {
+            const long place = (begin + i) * row;
+            const T shift = peak[begin + i];
+            each[i] = Vector<T>{};
+            for (int j = from; j < to; j += LANES<T>) {
+                const Vector<T> weight = power(load<T>(logits + place + j), shift);
+                put(place + j, weight);
+                each[i] += weight;
+            }
         }
-        norm[r] = norm[r] * decay[r] + total<T>(sum);
+        for (int i = count; i < LANES<T>; ++i) each[i] = Vector<T>{};
+        store<T>(norm + begin, load<T>(norm + begin) * kept + total_of_each<T>(each));
     }
 }
 
-// Calls step(first row, rows, first column, last + 1 column, that column rounded up) for the parts of a tile.
-template <class T, class Step>
-void for_parts(int rows, int columns, const Band& band, Step step) {
+// Calls step(first row, rows, first column, last + 1 column, that column rounded up) for the parts of a tile
+// of at most `most` rows, masked of `group`; columns are rounded to multiples of `unit`.
+template <class Step>
+void for_parts(int rows, int columns, const Band& band, int most, int group, int unit, Step step) {
     const bool masked = band.masked && band.cuts(rows, columns);
-    const int size = masked ? GROUP : rows;
+    const int size = masked ? group : most;
     for (int r = 0; r < rows; r += size) {
         const int count = std::min(size, rows - r);
-        const int from = masked ? band.first(r) / LANES<T> * LANES<T> : 0;
+        const int from = masked ? band.first(r) / unit * unit : 0;
         const int to = masked ? band.last(r + count - 1, columns) : columns;
-        if (from < to) step(r, count, from, to, round_up<T>(to), masked);
+        if (from < to) step(r, count, from, to, round_to(to, unit), masked);
     }
 }
 
 // Adds a tile of keys to the running softmax of `rows` rows: `output` (rows, dim) is the sum so far, peaks
 // and norms are those of the scratch.
 template <class T, class Close>
-void attend_tile(const T* query, int width, int rows, const Keys<T>& keys, int dim, const Band& band,
+void attend_tile(const Queries<T>& query, int rows, const Keys<T>& keys, int dim, const Band& band,
                  Close close, T* output, Scratch<T>& scratch) {
-    for_parts<T>(rows, keys.count, band, [&](int r, int count, int from, int to, int end, bool masked) {
-        T* logits = scratch.logits.data() + r * keys.row;
-        multiply<T>(logits + from, keys.row, {query + r * width, width, 1}, keys.transposed + from, keys.row,
-                    count, end - from, width, false);
-        for (int i = 0; i < count; ++i)
-            close_outside<T>(logits + i * keys.row, from, end, masked ? band.first(r + i) : 0,
-                             masked ? band.last(r + i, keys.count) : keys.count);
-        close(logits, r, count, from, end);
-        softmax_step<T>(logits, keys.row, count, from, end, scratch.peak + r, scratch.norm + r,
-                        scratch.decay + r);
-        T* sums = output + r * dim;
-        for (int i = 0; i < count; ++i)
-            scale_row<T>(sums + i * dim, sums + i * dim, scratch.decay[r + i], dim);
-        multiply<T>(sums, dim, {logits + from, keys.row, 1}, keys.values + from * dim, dim, count, dim,
-                    to - from, true);
-    });
+    const Packed& packed = keys.packed;
+    const long row = keys.row;
+    const int most = packed.keys ? PACKED : TILE, group = packed.keys ? PACKED : GROUP,
+              unit = packed.keys ? DEPTH : LANES<T>;
+    for_parts(rows, keys.count, band, most, group, unit,
+              [&](int r, int count, int from, int to, int end, bool masked) {
+                  T *logits = scratch.logits.data(), *sums = output + r * dim;  // of this part alone
+                  const int padded = round_to(count, SIDE);  // rows of a product of bfloat16
+                  if constexpr (std::is_same_v<T, float>)
+                      if (packed.keys)
+                          product(logits + from, row, query.packed + r * packed.depth, packed.depth,
+                                  packed.keys + from * packed.depth, packed.depth * SIDE, padded, end - from,
+                                  packed.depth, false);
+                  if (!packed.keys)
+                      multiply<T>(logits + from, row, {query.rows + r * query.width, query.width, 1},
+                                  keys.transposed + from, row, count, end - from, query.width, false);
+                  for (int i = 0; i < count; ++i)
+                      close_outside<T>(logits + i * row, from, end, masked ? band.first(r + i) : 0,
+                                       masked ? band.last(r + i, keys.count) : keys.count);
+                  close(logits, r, count, from, end);
+                  const auto step = [&](T scale, auto power, auto put) {
+                      softmax_step<T>(logits, row, count, from, end, scale, scratch.peak + r,
+                                      scratch.norm + r, sums, dim, power, put);
+                  };
+                  if constexpr (std::is_same_v<T, float>)
+                      if (packed.keys) {
+                          BFloat16* weights = scratch.weights.data();
+                          const float factor = query.scale * LOG2_E;
+                          step(
+                              query.scale,
+                              [=](auto x, float shift) { return power_of_two(x * factor - shift * LOG2_E); },
+                              [=](long place, auto weight) { store_half(weights + place, weight); });
+                          for (int i = count; i < padded; ++i)
+                              std::fill_n(weights + i * row + from, end - from, BFloat16{});
+                          product(sums, dim, weights + from, row, packed.values + from * SIDE, row * SIDE,
+                                  padded, dim, end - from, true);
+                          return;
+                      }
+                  step(
+                      T(1), [](auto x, T shift) { return exponential<T>(x - shift); },
+                      [=](long place, auto weight) { store<T>(logits + place, weight); });
+                  multiply<T>(sums, dim, {logits + from, row, 1}, keys.values + from * dim, dim, count, dim,
+                              to - from, true);
+              });
 }
 
 // Adds the gradients of a tile to dQ (rows, width), dK and dV.
@@ -159,35 +259,36 @@ template <class T, class Close>
 void attend_tile_backward(const T* query, int width, const T* grad, int rows, const Keys<T>& keys, int dim,
                           const Band& band, Close close, const T* lse, const T* delta, T* to_query, T* to_key,
                           T* to_value, Scratch<T>& scratch) {
-    for_parts<T>(rows, keys.count, band, [&](int r, int count, int from, int to, int end, bool masked) {
-        T* weights = scratch.logits.data() + r * keys.row;
-        T* slopes = scratch.gradients.data() + r * keys.row;
-        const T* rows_query = query + r * width;
-        const T* rows_grad = grad + r * dim;
-        multiply<T>(weights + from, keys.row, {rows_query, width, 1}, keys.transposed + from, keys.row, count,
-                    end - from, width, false);
-        multiply<T>(slopes + from, keys.row, {rows_grad, dim, 1}, keys.values_transposed + from, keys.row,
-                    count, end - from, dim, false);
-        for (int i = 0; i < count; ++i)
-            close_outside<T>(weights + i * keys.row, from, end, masked ? band.first(r + i) : 0,
-                             masked ? band.last(r + i, keys.count) : keys.count);
-        close(weights, r, count, from, end);
-        for (int i = 0; i < count; ++i) {
-            T *weight = weights + i * keys.row, *slope = slopes + i * keys.row;
-            for (int j = from; j < end; j += LANES<T>) {
-                const Vector<T> p = exponential<T>(load<T>(weight + j) - lse[r + i]);
-                store<T>(weight + j, p);
-                store<T>(slope + j, p * (load<T>(slope + j) - delta[r + i]));
-            }
-        }
-        const int columns = to - from;
-        multiply<T>(to_value + from * dim, dim, {weights + from, 1, keys.row}, rows_grad, dim, columns, dim,
-                    count, true);
-        multiply<T>(to_key + from * width, width, {slopes + from, 1, keys.row}, rows_query, width, columns,
-                    width, count, true);
-        multiply<T>(to_query + r * width, width, {slopes + from, keys.row, 1}, keys.keys + from * width,
-                    width, count, width, columns, true);
-    });
+    for_parts(rows, keys.count, band, TILE, GROUP, LANES<T>,
+              [&](int r, int count, int from, int to, int end, bool masked) {
+                  T* weights = scratch.logits.data() + r * keys.row;
+                  T* slopes = scratch.gradients.data() + r * keys.row;
+                  const T* rows_query = query + r * width;
+                  const T* rows_grad = grad + r * dim;
+                  multiply<T>(weights + from, keys.row, {rows_query, width, 1}, keys.transposed + from,
+                              keys.row, count, end - from, width, false);
+                  multiply<T>(slopes + from, keys.row, {rows_grad, dim, 1}, keys.values_transposed + from,
+                              keys.row, count, end - from, dim, false);
+                  for (int i = 0; i < count; ++i)
+                      close_outside<T>(weights + i * keys.row, from, end, masked ? band.first(r + i) : 0,
+                                       masked ? band.last(r + i, keys.count) : keys.count);
+                  close(weights, r, count, from, end);
+                  for (int i = 0; i < count; ++i) {
+                      T *weight = weights + i * keys.row, *slope = slopes + i * keys.row;
+                      for (int j = from; j < end; j += LANES<T>) {
+                          const Vector<T> p = exponential<T>(load<T>(weight + j) - lse[r + i]);
+                          store<T>(weight + j, p);
+                          store<T>(slope + j, p * (load<T>(slope + j) - delta[r + i]));
+                      }
+                  }
+                  const int columns = to - from;
+                  multiply<T>(to_value + from * dim, dim, {weights + from, 1, keys.row}, rows_grad, dim,
+                              columns, dim, count, true);
+                  multiply<T>(to_key + from * width, width, {slopes + from, 1, keys.row}, rows_query, width,
+                              columns, width, count, true);
+                  multiply<T>(to_query + r * width, width, {slopes + from, keys.row, 1},
+                              keys.keys + from * width, width, count, width, columns, true);
+              });
 }
 
 // delta = sum(dO * O) of `rows` neighbouring rows.
@@ -201,8 +302,10 @@ void softmax_delta(const S* grad, const S* out, int rows, long dim, T* delta) {
     }
 }
 
-template <class T>
-inline void close_nothing(T*, int, int, int, int) {}
+struct CloseNothing {
+    template <class... Part>
+    void operator()(Part...) const {}
+};
 
 struct Shape {
     long heads, kv_heads, slots, block, dim;  // dim: width of a row, a multiple of the lanes
@@ -215,6 +318,7 @@ struct Shape {
     // begin..end-1 before it that its tokens do not read (see core/clusters.py). Null: nothing is hidden.
     const int32_t *copy, *hidden;
     int ranges;
+    bool packs;  // products are those of bfloat16
 
     bool causal() const { return !end_block; }
     long blocks() const { return slots / block; }
