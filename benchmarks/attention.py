@@ -30,6 +30,7 @@ from measure import medians, peak_mebibytes, prepare, show
 from torch import Tensor
 
 from dualroute.attention import Layout, Routing, global_attention, local_attention, select_blocks
+from dualroute.attention.backends import cpp
 from dualroute.attention.core.routing import exact_blocks
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -58,10 +59,11 @@ class Route(NamedTuple):
     far_summary: str
     mode: str
     cluster_span: int = 0
+    unit: str = ""  # what multiplies bfloat16 on a CPU, as `cpp.use_unit` wants it; empty: as it is
 
     @property
     def name(self) -> str:
-        return f"{self.window}/{self.block}/{self.top_k}"
+        return f"{self.window}/{self.block}/{self.top_k}" + (f", {self.unit}" if self.unit else "")
 
 
 class Point(NamedTuple):
@@ -93,6 +95,8 @@ def dual(shape: Shape, route: Route, backward: bool) -> Callable[[], Any]:
         segments = torch.arange(shape.length, device=shape.device)[None] // shape.document
 
     def attend(*heads: Tensor) -> tuple[Tensor, Tensor]:
+        if route.unit:
+            cpp.use_unit(route.unit)
         layout = Layout.build(1, shape.length, route.block, segments, device=shape.device)
         routing = Routing(route.top_k, route.router, route.far_summary, route.sub_block, route.cluster_span)
         far = global_attention(
@@ -171,7 +175,8 @@ def speed(options: argparse.Namespace, device: torch.device) -> None:
     points: dict[str, list[Point]] = {}
     for length, name in itertools.product(options.lengths, options.dtypes):
         shape = Shape(length, options.heads, options.head_dim, getattr(torch, name), device, options.causal)
-        routes = [_route(options, text) for text in options.routes]
+        units = options.units if name == "bfloat16" else [""]
+        routes = [_route(options, text)._replace(unit=unit) for text in options.routes for unit in units]
         for backward in (False, True):
             works = {"dense": dense(shape, backward)}
             works |= {route.name: dual(shape, route, backward) for route in routes}
@@ -367,6 +372,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--units", nargs="+", default=[""], choices=("floats", "AMX"), help="speed: what multiplies bfloat16"
+    )
     parser.add_argument("--router", default="minmax")
     parser.add_argument("--sub_block", type=int, default=16)
     parser.add_argument("--far_summary", default="second_order")

@@ -72,7 +72,9 @@ def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_line_says_what_runs_and_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     for size, name in ((64, "AVX-512"), (32, "AVX2"), (16, "vectors of 128 bits")):
         monkeypatch.setattr(build.load(), "vector_bytes", lambda size=size: size, raising=False)
-        assert backend.describe("cpu") == f"attention: C++ kernels, {name}"
+        for unit, told in ((0, ""), (1, ""), (2, ", AMX for bfloat16")):
+            monkeypatch.setattr(build.load(), "unit_number", lambda unit=unit: unit, raising=False)
+            assert backend.describe("cpu") == f"attention: C++ kernels, {name}{told}"
     assert (
         backend.describe("cuda")
         == "attention: plain torch on cuda, where no other kernels were compared with it"

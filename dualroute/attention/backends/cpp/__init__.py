@@ -12,8 +12,10 @@ decoding of both routes, and the product with an int8 weight that is most of suc
     c_functions.py  what torch.compile calls these two by
     sources/
       vectors.h       vectors, their exponential, the small matrix product
+      matrix_unit.h   products of bfloat16 by the processor's matrix unit
       tiles.h         a tile of queries and a tile of keys: one step of the softmax, and its gradient
-      select.h        which blocks a token reads: scores and running top-k
+      packed_backward.h  that gradient for products of bfloat16
+      select.h        which blocks a token reads: scores and running top-k; similar keys side by side
       routed.h        routed attention; routed_forward.h, routed_backward.h its two directions
       local.h         the local route, both directions
       stored.h        rows as they are stored: floats, bfloat16, and int8 in a cache
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from dualroute.attention.backends.cpp.c_functions import C_FUNCTIONS
 from dualroute.attention.backends.cpp.decode import cache_memory, can_decode, decode_layer
 from dualroute.attention.backends.cpp.int8_product import fast_int8_product, int8_panels, int8_product
-from dualroute.attention.backends.cpp.operators import similar_order
+from dualroute.attention.backends.cpp.operators import similar_order, unit_in_use, use_unit
 from dualroute.attention.backends.cpp.routes import local_attention, routed_attention, select_blocks
 
 __all__ = [
@@ -53,6 +55,8 @@ __all__ = [
     "routed_attention",
     "select_blocks",
     "similar_order",
+    "unit_in_use",
+    "use_unit",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,8 +65,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def faster_in_full(query: Tensor) -> bool:
     """Whether `local_attention` with a window that hides nothing is faster than torch's own attention.
 
-    Not in half precision, for which torch uses the processor's matrix unit, where there is one.
+    In bfloat16 where both use the processor's matrix unit; where these kernels widen it, and in float16, not.
     """
+    if query.dtype == torch.bfloat16:
+        return unit_in_use() == "AMX"
     return query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
 

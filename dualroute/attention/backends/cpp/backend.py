@@ -24,7 +24,8 @@ class CppBackend(TorchBackend):
 
     def description(self) -> str:
         size = build.load().vector_bytes()
-        return f"C++ kernels, {VECTORS.get(size, f'vectors of {8 * size} bits')}"
+        unit = ", AMX for bfloat16" if cpp.unit_in_use() == "AMX" else ""
+        return f"C++ kernels, {VECTORS.get(size, f'vectors of {8 * size} bits')}{unit}"
 
     def supports(self, query: Tensor, *, causal: bool = True, block: int | None = None) -> bool:
         return cpp.available(query)

@@ -33,28 +33,24 @@ def pad_heads(rows: Tensor) -> Tensor:
     return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
-def use_unit(name: str | None = None) -> str:
-    """Let one of UNITS multiply bfloat16 from now on, the best of this processor for None.
+def unit_in_use() -> str:
+    """Which of UNITS multiplies bfloat16."""
+    return UNITS[load().unit_number()]
 
-    "floats" widens instead; "portable", for tests, gives what the units give, slowly.
 
-    Returns:
-        What did so far.
+def use_unit(name: str | None = None) -> None:
+    """Let one of UNITS multiply bfloat16 from now on, in the whole process; None: the best of this processor.
+
+    AMX multiplies tiles of bfloat16. "floats" widens them to float32 instead; "portable", for tests, rounds
+    where AMX does, slowly.
 
     Raises:
         ValueError: it is none of UNITS, or this processor does not have it.
     """
-    change = load().use_unit
     if name is not None and name not in UNITS:
         raise ValueError(f"unit is {name}: give one of {', '.join(UNITS)}")
-    before = change(-1)
-    best = change(-1)
-    wanted = best if name is None else UNITS.index(name)
-    if wanted > max(best, UNITS.index("portable")):
-        change(before)
-        raise ValueError(f"unit is {name}, which this processor does not have: it has {UNITS[best]}")
-    change(wanted)
-    return UNITS[before]
+    if not load().use_unit(-1 if name is None else UNITS.index(name)):
+        raise ValueError(f"unit is {name}, which this processor or its system does not give")
 
 
 def compute_dtype(rows: Tensor) -> torch.dtype:

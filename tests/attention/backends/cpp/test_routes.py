@@ -27,6 +27,12 @@ def plain_select_blocks(*arguments: Any, **options: Any) -> Tensor:
     return plain(any_select_blocks, *arguments, **options)
 
 
+@pytest.fixture(autouse=True)
+def unit() -> Iterator[None]:
+    yield
+    cpu_kernels.use_unit()
+
+
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Three threads do not divide two key heads: the routed pieces of a head meet."""
@@ -174,7 +180,11 @@ def test_other_types(causal: bool, dtype: torch.dtype, tolerance: float) -> None
 def test_bfloat16_is_float32_rounded_at_the_end(
     causal: bool, router: str, documents: str, threads: int
 ) -> None:
-    """The same blocks, and the same sums: rows are stored in half precision, nothing is computed in it."""
+    """The same blocks, and the same sums: rows are stored in half precision, nothing is computed in it.
+
+    On AMX weights and their gradients are rounded too (test_units.py).
+    """
+    cpu_kernels.use_unit("floats")
     layout = _documents(2500, 32)[documents]
     low = _stream_inputs(layout, 4, 2, 40, torch.bfloat16)
     wide = tuple(part.detach().float() for part in low)

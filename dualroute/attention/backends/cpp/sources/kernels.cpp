@@ -81,7 +81,12 @@ DUALROUTE_KERNELS(double, double, float64)
 
 DUALROUTE_CALLED int vector_bytes() { return VECTOR_BYTES; }
 
-// What multiplies bfloat16 from now on, a number of `Unit`: the best there is for -1; and what did so far.
-DUALROUTE_CALLED int use_unit(int wanted) {
-    return int(unit_in_use().exchange(wanted < 0 ? best_unit() : Unit(wanted)));
+// What multiplies bfloat16, a number of `Unit`.
+DUALROUTE_CALLED int unit_number() { return int(unit_in_use().load()); }
+
+// Has that one do it from now on, the best there is for -1. False, and nothing changes, if it is not there.
+DUALROUTE_CALLED bool use_unit(int wanted) {
+    if (wanted == int(Unit::TILES) && best_unit() != Unit::TILES) return false;
+    unit_in_use() = wanted < 0 ? best_unit() : Unit(wanted);
+    return true;
 }
