@@ -29,7 +29,14 @@ import torch.nn.functional as F
 from measure import medians, peak_mebibytes, prepare, show
 from torch import Tensor
 
-from dualroute.attention import Layout, Routing, global_attention, local_attention, select_blocks
+from dualroute.attention import (
+    Layout,
+    Routing,
+    global_attention,
+    local_attention,
+    routed_attention,
+    select_blocks,
+)
 from dualroute.attention.backends import cpp
 from dualroute.attention.core.routing import exact_blocks
 
@@ -242,34 +249,40 @@ def packed(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def router(options: argparse.Namespace, device: torch.device) -> None:
-    """Time per token of the router alone, with blocks of a fixed size and with blocks ~ sqrt(n)."""
+    """Time per token, forward, of the router alone and of the whole global route, with blocks of a fixed size
+    and with blocks ~ sqrt(n)."""
     rows = []
     half = options.heads // 2
-    for length in options.lengths:
-        query, key = (torch.randn(half, length, options.head_dim, device=device) for _ in range(2))
+    for length, name in itertools.product(options.lengths, options.dtypes):
+        query, key, value = (
+            torch.randn(half, length, options.head_dim, dtype=getattr(torch, name), device=device)
+            for _ in range(3)
+        )
         base = _route(options, options.routes[0])
         grown = 1 << round((length.bit_length() - 1) / 2)  # the power of two nearest to sqrt(n)
-        works = {}
-        for name, block in (("fixed", base.block), ("sqrt", max(grown, base.block))):
+        sizes = {"fixed": base.block, "sqrt": max(grown, base.block)}
+        for (kind, block), unit in itertools.product(
+            sizes.items(), options.units if name == "bfloat16" else [""]
+        ):
+            if unit:
+                cpp.use_unit(unit)
             sub_block = options.sub_block * block // base.block
             stream = Layout.build(1, length, block, device=device).stream
-            works[f"{name} {block}/{sub_block}"] = partial(
-                select_blocks,
-                query,
-                key,
-                stream,
-                top_k=base.top_k,
-                router=options.router,
-                sub_block=sub_block,
-                causal=options.causal,
-            )
-        times = medians(works, options.repeats, device, CLOCKS[options.clock])
-        for name, seconds in times.items():
+            routing = Routing(base.top_k, options.router, options.far_summary, sub_block)
+            chosen = {"top_k": base.top_k, "router": options.router, "sub_block": sub_block}
+            works: dict[str, Callable[[], Any]] = {
+                "router": partial(select_blocks, query, key, stream, causal=options.causal, **chosen),
+                "route": partial(routed_attention, query, key, value, stream, routing, causal=options.causal),
+            }
+            with torch.no_grad():
+                times = medians(works, options.repeats, device, CLOCKS[options.clock])
             rows.append(
                 {
                     "tokens": f"{length:,}",
-                    "block/sub_block": name,
-                    "us per token": f"{seconds / length * 1e6:.2f}",
+                    "dtype": f"{name}, {unit}" if unit else name,
+                    "block/sub_block": f"{kind} {block}/{sub_block}",
+                    "us per token": f"{times['router'] / length * 1e6:.2f}",
+                    "whole route": f"{times['route'] / length * 1e6:.2f}",
                 }
             )
     show(f"{options.router} router, {half} heads", rows, options.output, "router")
@@ -373,7 +386,7 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument(
-        "--units", nargs="+", default=[""], choices=("floats", "AMX"), help="speed: what multiplies bfloat16"
+        "--units", nargs="+", default=[""], choices=("floats", "AMX"), help="what multiplies bfloat16"
     )
     parser.add_argument("--router", default="minmax")
     parser.add_argument("--sub_block", type=int, default=16)

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dualroute.attention import backend
 from dualroute.attention.backends.cpp import build
 from dualroute.doctor.verdict import Verdict, fail, ok, warn
 from dualroute.model.kernel_choice import nvidia_driver
@@ -183,7 +184,8 @@ def attention_kernels() -> Iterator[Verdict]:
     except build.BuildError as error:
         yield warn("attention", str(error), "on CPUs attention runs several times slower without them")
     else:
-        yield ok("attention", f"C++ kernels for CPUs are ready ({time.monotonic() - started:.1f} s)")
+        kernels = backend.load("cpp").description()
+        yield ok("attention", f"{kernels}: ready ({time.monotonic() - started:.1f} s)")
 
 
 def deepspeed_ops() -> Iterator[Verdict]:
