@@ -22,7 +22,7 @@ from dualroute.attention.core.layout import Stream
 
 LANES = 16  # numbers of the widest vector
 ROUTERS = {"minmax": 0, "moment": 1, "mean": 2}
-UNITS = ("floats", "portable", "AMX")
+UNITS = ("floats", "portable", "AMX")  # by the numbers of `Unit` in matrix_unit.h
 
 
 def pad_heads(rows: Tensor) -> Tensor:
@@ -40,6 +40,8 @@ def unit_in_use() -> str:
 
 def use_unit(name: str | None = None) -> None:
     """Let one of UNITS multiply bfloat16 from now on, in the whole process; None: the best of this processor.
+
+    Not while another thread computes.
 
     AMX multiplies tiles of bfloat16. "floats" widens them to float32 instead; "portable", for tests, rounds
     where AMX does, slowly.

@@ -21,7 +21,7 @@
 constexpr int SIDE = 16;   // rows and columns of a tile: counts of rows and columns are multiples of it
 constexpr int DEPTH = 32;  // numbers of a left row of a tile: what is summed over is a multiple of it
 
-enum class Unit { FLOATS, PORTABLE, TILES };
+enum class Unit { FLOATS, PORTABLE, TILES };  // operators.py: UNITS
 
 // The best unit of this processor. Linux gives a process the tiles when it asks for them.
 inline Unit best_unit() {
@@ -49,7 +49,7 @@ class Tiles {
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } shape;
-        asm volatile("" ::: "memory");
+        asm volatile("" ::"r"(&shape) : "memory");  // all of it is read
         _tile_loadconfig(&shape);
 #endif
     }
@@ -138,6 +138,7 @@ inline void product(float* c, long c_row, const BFloat16* a, long a_row, const B
         if (j < columns)
             tile_product_columns<1>(c + j, c_row, a, a_row, b + j / SIDE * b_panel, b_panel, rows, inner,
                                     add);
+        asm volatile("" ::: "memory");
         return;
     }
 #endif
