@@ -53,7 +53,8 @@ def release(tmp_path_factory):
 
     sdist = build("build_sdist", source)
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+        archive.extractall(folder)
     wheel = build("build_wheel", folder / f"dualroute-{__version__}")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
