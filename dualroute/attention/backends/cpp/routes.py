@@ -4,7 +4,8 @@ In: queries (H, S, d), keys and values (H_kv, S, d) of a stream. Out: like the f
 `router`, `routed` and `local_route`, whose docstrings hold the formulas.
 
 Saved for the backward pass: the inputs, the output, one log-sum-exp per row, the summaries of the blocks and
-the selected ones. Half precision is computed in float32, tile by tile.
+the selected ones. Half precision is computed in float32, tile by tile; bfloat16 is multiplied as
+it is where the processor has a matrix unit (`operators.use_unit`).
 
 Nothing is sorted or gathered in memory, as it must be in plain torch. A tile of gathered
 rows, its weights and their gradients live and die in the first-level cache.

@@ -19,17 +19,12 @@ from dualroute.attention.core.layout import Stream
 LENGTH = 330
 
 
-def _units() -> list[str]:
-    try:
-        cpp.use_unit("AMX")
-    except ValueError:
-        return ["portable"]
-    return ["portable", "AMX"]
-
-
-@pytest.fixture(params=_units())
+@pytest.fixture(params=["portable", "AMX"])
 def unit(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpp.use_unit(request.param)
+    try:
+        cpp.use_unit(request.param)
+    except ValueError:
+        pytest.skip("no AMX here")
     yield request.param
     cpp.use_unit()
 

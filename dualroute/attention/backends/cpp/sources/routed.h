@@ -141,9 +141,10 @@ struct Routed {
           far_key_pairs(packs ? far_tiles() * far_depth * TILE : 0),
           far_value_pairs(packs ? far_tiles() * value_depth * TILE : 0),
           far_columns(packs && backward ? far_tiles() * far.width * TILE : 0),
-          far_queries(packs && far.width ? far_depth * TILE : 0),
-          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row), packs) {
-        if (packs && far.width) std::fill_n(far_queries.data(), far_depth * TILE, BFloat16{});
+          far_queries(packs && !backward ? far_depth * TILE : 0),
+          scratch(shape.dim, std::max(shape.dim, far.width), std::max<long>(TILE, block_turned.row),
+                  packs && !backward) {
+        if (packs && !backward) std::fill_n(far_queries.data(), far_depth * TILE, BFloat16{});
     }
 
     const Keys<T>& turn(long block, TurnedKeys<T, S>& turned) const {

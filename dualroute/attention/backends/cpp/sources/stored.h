@@ -3,8 +3,8 @@
 // The number of elements need not be a multiple of the lanes here. A cache's rows are as wide as a head; what
 // is left over is read one by one.
 //
-// Widening is the only place that names instructions. GCC widens bytes one by one
-// where it is not told how, which makes int8 ten times slower to read.
+// Widening names instructions: GCC widens bytes one by one where it is not told how, which makes int8 ten
+// times slower to read.
 #pragma once
 
 #include <algorithm>

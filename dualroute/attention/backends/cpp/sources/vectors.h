@@ -1,8 +1,9 @@
 // Vectors of numbers, their exponential, and the small matrix product that the kernels are made of.
 //
 // Written with the vector extensions of GCC and Clang: one source for AVX-512, AVX2 and 128-bit machines.
-// No library is called. The matrices are 64 x 64, where the bookkeeping of a BLAS call
-// costs as much as its arithmetic, and every operand already lies in the first-level cache.
+// Where numbers change places between vectors, AVX-512 has instructions that no extension gives. No library
+// is called. The matrices are 64 x 64, where the bookkeeping of a BLAS call costs as much as its arithmetic,
+// and every operand already lies in the first-level cache.
 #pragma once
 
 #include <cmath>
